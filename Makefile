@@ -1,0 +1,45 @@
+# make setup | demo | test | lint, from a fresh clone with Python 3.11+, make and a package index.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+REQUIREMENTS := requirements.txt requirements-dev.txt constraints.txt
+
+.PHONY: setup demo test lint
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+# A torch that the chosen Python already imports serves (it may be a CUDA build that took long to fetch);
+# otherwise the tested one is installed. The stamp is written last, so an interrupted set-up starts over.
+$(STAMP): $(REQUIREMENTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'make: "$(PYTHON)" is not Python 3.11 or newer; install one and run: make PYTHON=python3.11 setup' >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo 'make: "$(PYTHON)" lacks the venv module; install it (Debian and Ubuntu: apt-get install python3-venv)' >&2; exit 1; }
+	@mkdir -p $(VENV)
+	@if $(PYTHON) -c 'import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7))' 2>/dev/null; then \
+	  echo "setup: using the torch of $(PYTHON)"; \
+	  $(PYTHON) -m venv --system-site-packages $(VENV) && grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt; \
+	else \
+	  $(PYTHON) -m venv $(VENV) && cp constraints.txt $(VENV)/constraints.txt; \
+	fi
+	@echo "setup: installing packages into $(VENV)"
+	@$(PY) -m pip install --quiet --no-compile --disable-pip-version-check -c $(VENV)/constraints.txt -r requirements-dev.txt
+	@touch $@
+
+demo: setup
+	@mkdir -p out
+	@$(PY) -m selfforcing_core generate --model tiny --prompt "a red square moving left slowly" \
+	  --frames 33 --seed 1 --out out/demo.mp4 --sheet out/demo.png --overwrite
+	@echo out/demo.mp4
+	@echo out/demo.png
+
+# The tests against a real ComfyUI need its checkouts and its packages: .ci/run starts them.
+test: setup
+	$(PY) -m pytest --ignore=tests/comfyui
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright

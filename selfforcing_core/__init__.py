@@ -1,0 +1,4 @@
+"""Self Forcing: block-causal few-step video generation.
+
+Import the module you need; importing the package loads nothing.
+"""

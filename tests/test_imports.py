@@ -1,0 +1,118 @@
+"""Who may import whom. Core and nodes are loaded by ComfyUI under an arbitrary name; the rest starts from the root."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = {"selfforcing_core", "nodes", "train", "bench", "tests"}
+RELATIVE_REACH = {"": {"nodes", "selfforcing_core"}, "nodes": {"nodes", "selfforcing_core"}}  # else the own room only
+HOST = {"folder_paths", "server", "execution", "node_helpers", "latent_preview"}
+TRAINING_ONLY = {"omegaconf", "lmdb"}
+OPTIONAL_KERNELS = {"flash_attn", "flash_attn_interface", "xformers", "sageattention", "sageattn3"}
+
+
+def imported(tree: ast.AST, inside_function: bool = False) -> Iterator[tuple[int, int, str, bool]]:
+    """(line, relative level, dotted name, whether inside a function) of every import below `tree`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, 0, alias.name, inside_function) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from ((node.lineno, node.level, name, inside_function) for name in names)
+        yield from imported(node, inside_function or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
+
+def violations(path: str, source: str) -> list[str]:
+    """One line per broken rule in the file at `path` (relative to the root, with forward slashes)."""
+    folders = path.split("/")[:-1]
+    room = folders[0] if folders else ""
+    broken = []
+    for line, level, name, inside_function in imported(ast.parse(source)):
+        if level:
+            target = [*folders[: len(folders) + 1 - level], *name.split(".")]
+            if level > len(folders) + 1 or target[0] not in RELATIVE_REACH.get(room, {room}):
+                broken.append(f"{path}:{line} reaches {'.'.join(target)} relatively")
+            continue
+        top = name.split(".")[0]
+        is_host = top.startswith("comfy") or top in HOST
+        if top in ROOMS and room in ("", "nodes", "selfforcing_core"):
+            broken.append(f"{path}:{line} must import {name} relatively, or not at all")
+        if is_host and room != "nodes" and not path.startswith("tests/comfyui/"):
+            broken.append(f"{path}:{line} imports {name}: only nodes/ knows the host")
+        if top in TRAINING_ONLY and room in ("", "nodes", "selfforcing_core"):
+            broken.append(f"{path}:{line} imports {name}: training only")
+        if top in OPTIONAL_KERNELS and not inside_function:
+            broken.append(f"{path}:{line} imports {name} outside a function")
+        if top == "torch" and path == "selfforcing_core/geometry.py":
+            broken.append(f"{path}:{line} geometry is plain arithmetic, without torch")
+    return broken
+
+
+def sources() -> list[str]:
+    files = [*ROOT.glob("*.py"), *(file for room in sorted(ROOMS) for file in (ROOT / room).rglob("*.py"))]
+    return [file.relative_to(ROOT).as_posix() for file in files]
+
+
+def test_import_rules_hold_in_every_file() -> None:
+    assert len(sources()) > 5, "the search for sources found next to nothing"
+    broken = [word for path in sources() for word in violations(path, (ROOT / path).read_text(encoding="utf-8"))]
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("selfforcing_core/model.py", "import selfforcing_core.rope"),
+        ("selfforcing_core/model.py", "from selfforcing_core.rope import table"),
+        ("selfforcing_core/model.py", "from ..nodes import host"),
+        ("selfforcing_core/model.py", "from .. import train"),
+        ("selfforcing_core/model.py", "from ...elsewhere import x"),
+        ("selfforcing_core/model.py", "import comfy.utils"),
+        ("selfforcing_core/model.py", "from comfy_api.latest import io"),
+        ("selfforcing_core/model.py", "def f():\n    import folder_paths"),
+        ("selfforcing_core/model.py", "import omegaconf"),
+        ("selfforcing_core/model.py", "try:\n    import lmdb\nexcept ImportError:\n    lmdb = None"),
+        ("selfforcing_core/attention.py", "import flash_attn"),
+        ("selfforcing_core/attention.py", "if True:\n    from xformers import ops"),
+        ("selfforcing_core/attention.py", "class Kernel:\n    import sageattention"),
+        ("selfforcing_core/geometry.py", "def f():\n    import torch"),
+        ("nodes/sampler.py", "from ..train import dmd"),
+        ("nodes/sampler.py", "import train.dmd"),
+        ("nodes/sampler.py", "from selfforcing_core import rollout"),
+        ("nodes/sampler.py", "from omegaconf import OmegaConf"),
+        ("train/dmd.py", "from ..selfforcing_core import rollout"),
+        ("train/tiny/dmd.py", "from ...selfforcing_core.rollout import rollout"),
+        ("train/dmd.py", "import comfy"),
+        ("bench/rollout.py", "from .. import selfforcing_core"),
+        ("tests/test_model.py", "from ..selfforcing_core import model"),
+        ("tests/test_model.py", "import server"),
+        ("__init__.py", "from .train import dmd"),
+        ("__init__.py", "import selfforcing_core"),
+    ],
+)
+def test_planted_violation_is_found(path: str, source: str) -> None:
+    assert len(violations(path, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("selfforcing_core/model.py", "from .rope import table\nfrom . import attention"),
+        ("selfforcing_core/attention.py", "def attend():\n    import flash_attn"),
+        ("nodes/sampler.py", "import comfy.utils\nfrom ..selfforcing_core.rollout import rollout"),
+        ("train/tiny/dmd.py", "import lmdb\nfrom selfforcing_core.rollout import rollout\nfrom .world import sample"),
+        ("__init__.py", "def comfy_entrypoint():\n    from .nodes import extension"),
+    ],
+)
+def test_permitted_import_passes(path: str, source: str) -> None:
+    assert violations(path, source) == []
+
+
+@pytest.mark.parametrize("path", sources())
+def test_source_is_ascii(path: str) -> None:
+    assert (ROOT / path).read_bytes().isascii(), "hosts print source and logs on cp1252 consoles"

@@ -1,0 +1,47 @@
+"""The two lists of dependencies agree, and neither can harm the ComfyUI that a user already has."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+# requirements.txt of ComfyUI 0.3.64, the oldest supported host; its README asks for torch 2.4 or newer.
+HOST_BOUNDS = {"numpy": "1.25.0", "transformers": "4.37.2", "safetensors": "0.4.2", "av": "14.2.0", "torch": "2.4"}
+
+
+def requirement_lines(name: str) -> list[str]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith(("#", "-r"))]
+
+
+def version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
+
+
+def test_pyproject_mirrors_requirements() -> None:
+    assert PROJECT["dependencies"] == requirement_lines("requirements.txt")
+
+
+def test_requirements_never_replace_what_the_host_needs() -> None:
+    for line in requirement_lines("requirements.txt"):
+        name, bound = re.fullmatch(r"([A-Za-z-]+)>=([0-9.]+)", line).groups()  # type: ignore[union-attr]
+        assert name not in ("comfyui", "flash-attn"), f"{name} must not be mandatory"
+        assert version(bound) <= version(HOST_BOUNDS.get(name, "9999")), f"{line} would upgrade the host's {name}"
+
+
+def test_every_tested_version_satisfies_its_bound() -> None:
+    pinned = dict(line.split("==") for line in requirement_lines("constraints.txt"))
+    bounds = requirement_lines("requirements.txt") + requirement_lines("requirements-dev.txt")
+    for line in bounds:
+        name, bound = line.replace("[nodejs]", "").split(">=")
+        assert version(pinned[name]) >= version(bound)
+
+
+def test_registry_metadata_is_complete() -> None:
+    comfy = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["comfy"]
+    assert "comfyui" not in PROJECT["name"].lower(), "the registry refuses the host's name in a pack's name"
+    assert comfy["requires-comfyui"] == ">=0.3.64"
+    assert {"PublisherId", "DisplayName"} <= set(comfy)
