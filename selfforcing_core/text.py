@@ -1,0 +1,291 @@
+"""Prompts to text embeddings with a UMT5 encoder of the transformers library, and original Wan UMT5 files to its layout.
+
+Shapes: B prompts, P text tokens (a model's fixed text length, 512 for Wan), E text width (4096 for Wan).
+transformers is imported inside the functions that need it, so that importing this module stays cheap.
+"""
+
+from __future__ import annotations
+
+import html
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+
+log = logging.getLogger(__name__)
+
+WAN_TEXT_LEN = 512
+# A tokenizer without a limit of its own reports a number around 1e30; Wan's is such a one.
+_LARGEST_BELIEVABLE_LENGTH = 8192
+
+
+# ------------------------------------------------------------------ prompts --
+def clean_prompt(prompt: str) -> str:
+    """Undo HTML entities (twice, as crawled captions need) and collapse white space to single spaces.
+
+    The reference also runs ftfy over the prompt; it repairs wrongly decoded text, which a typed prompt does not
+    contain, and is left out so that the result never depends on which packages are installed.
+    """
+    unescaped = html.unescape(html.unescape(prompt))
+    return re.sub(r"\s+", " ", unescaped).strip()
+
+
+class TextEncoder:
+    """A tokenizer and a UMT5 encoder that turn prompts into the text embeddings of a video model.
+
+    `tokenizer` appends its end token itself; `text_len` is the number of rows P that the video model expects.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: UMT5EncoderModel, *, text_len: int) -> None:
+        if text_len < 1:
+            raise ValueError(f"text_len {text_len} must be at least 1; Wan models use {WAN_TEXT_LEN}")
+        self.tokenizer = tokenizer
+        self.model = model.eval().requires_grad_(False)
+        self.text_len = text_len
+
+    @classmethod
+    def from_folder(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        text_len: int | None = None,
+    ) -> TextEncoder:
+        """Load a folder in the layout of transformers (config, safetensors weights, tokenizer), from local files only.
+
+        `text_len` defaults to the tokenizer's own limit, or 512 where it has none, as Wan's.
+        Raises ValueError where the folder does not hold a UMT5 encoder and its tokenizer.
+        """
+        folder = Path(path)
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"{folder} is not a text encoder folder: it needs config.json, model.safetensors and tokenizer.json"
+            )
+        tokenizer = _load_tokenizer(folder)
+        model = _load_model(folder, dtype)
+        if device is not None:
+            model = model.to(device)
+        return cls(tokenizer, model, text_len=text_len or _own_text_len(tokenizer))
+
+    @property
+    def text_dim(self) -> int:
+        """Width E of the embeddings."""
+        return int(self.model.config.d_model)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Embed prompts: [B, P, E] in the model's dtype on its device; rows past a prompt's end token are zero.
+
+        An empty prompt is one end token. A prompt of more than P tokens is cut to P, the end token kept, as the
+        reference does, and a warning says what was cut.
+        """
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts must be a list of strings, got the string {prompts!r}; write [prompt]")
+        if not prompts:
+            raise ValueError("there are no prompts to encode; give at least one (an empty string is allowed)")
+        ids, mask = self._tokens([clean_prompt(prompt) for prompt in prompts])
+        embeds_BLE = embed_tokens(self.model, ids, mask)
+        # Only the longest prompt's rows are computed: the rest would be zeroed anyway.
+        return torch.nn.functional.pad(embeds_BLE, (0, 0, 0, self.text_len - embeds_BLE.shape[1]))
+
+    def _tokens(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask [B, L] with L the longest prompt, at most text_len."""
+        for prompt in prompts:
+            self._warn_if_cut(prompt)
+        batch = self.tokenizer(
+            prompts, padding="longest", truncation=True, max_length=self.text_len, return_tensors="pt"
+        )
+        device = self.model.shared.weight.device
+        return batch["input_ids"].to(device), batch["attention_mask"].to(device)
+
+    def _warn_if_cut(self, prompt: str) -> None:
+        ids = self.tokenizer(prompt, verbose=False)["input_ids"]
+        if len(ids) <= self.text_len:
+            return
+        lost = self.tokenizer.decode(ids[self.text_len - 1 :], skip_special_tokens=True)
+        log.warning("prompt of %d tokens cut to %d; not seen by the model: %a", len(ids), self.text_len, lost)
+
+
+def embed_tokens(model: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Encoder output [B, L, E] with the rows where mask is 0 set to zero; ids and mask are integers [B, L]."""
+    hidden_BLE = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    return hidden_BLE.masked_fill(mask.eq(0).unsqueeze(-1), 0.0)
+
+
+def _own_text_len(tokenizer: PreTrainedTokenizerBase) -> int:
+    limit = tokenizer.model_max_length
+    return int(limit) if limit <= _LARGEST_BELIEVABLE_LENGTH else WAN_TEXT_LEN
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} has no usable tokenizer (tokenizer.json): {_first_line(error)}") from error
+
+
+def _load_model(folder: Path, dtype: torch.dtype) -> UMT5EncoderModel:
+    from transformers import UMT5Config, UMT5EncoderModel
+    from transformers.utils import logging as transformers_logging
+
+    config = UMT5Config.from_pretrained(str(folder), local_files_only=True)
+    if config.model_type != "umt5":
+        raise ValueError(f"{folder} holds a {config.model_type!r} model; a text encoder must be of type 'umt5'")
+    had_progress_bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        return UMT5EncoderModel.from_pretrained(
+            str(folder), config=config, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{folder} has no usable UMT5 weights (model.safetensors): {_first_line(error)}") from error
+    finally:
+        if had_progress_bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+# ------------------------------------------------- original Wan UMT5 layout --
+_WAN_TO_TRANSFORMERS = (
+    (r"^token_embedding\.", "shared."),
+    (r"^norm\.", "encoder.final_layer_norm."),
+    (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
+    (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
+    (r"^blocks\.(\d+)\.attn\.([qkvo])\.", r"encoder.block.\1.layer.0.SelfAttention.\2."),
+    (r"^blocks\.(\d+)\.pos_embedding\.embedding\.", r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias."),
+    (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
+    (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
+    (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
+)
+
+
+def umt5_key_from_wan(key: str) -> str:
+    """The transformers name of an original Wan UMT5 parameter; raises ValueError for a name of neither rule."""
+    for pattern, replacement in _WAN_TO_TRANSFORMERS:
+        renamed, count = re.subn(pattern, replacement, key)
+        if count:
+            return renamed
+    raise ValueError(f"{key!r} is not a parameter of Wan's UMT5 encoder (expected names like blocks.0.attn.q.weight)")
+
+
+def umt5_config(
+    *, vocab: int, dim: int, dim_attn: int, dim_ffn: int, num_heads: int, num_layers: int, num_buckets: int = 32
+) -> UMT5Config:
+    """The transformers configuration of a Wan UMT5 encoder, from the sizes as Wan names them."""
+    from transformers import UMT5Config
+
+    if dim_attn % num_heads:
+        raise ValueError(f"dim_attn {dim_attn} is not a multiple of num_heads {num_heads}; Wan's encoder has 64 heads")
+    return UMT5Config(
+        vocab_size=vocab,
+        d_model=dim,
+        d_kv=dim_attn // num_heads,
+        d_ff=dim_ffn,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        relative_attention_num_buckets=num_buckets,
+        relative_attention_max_distance=128,
+        feed_forward_proj="gated-gelu",  # the tanh approximation, as Wan's
+        layer_norm_epsilon=1e-6,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+
+
+def wan_umt5_shapes(
+    *, vocab: int, dim: int, dim_attn: int, dim_ffn: int, num_heads: int, num_layers: int, num_buckets: int = 32
+) -> dict[str, tuple[int, ...]]:
+    """Every parameter of an original Wan UMT5 encoder with its shape."""
+    block = {
+        "norm1.weight": (dim,),
+        "attn.q.weight": (dim_attn, dim),
+        "attn.k.weight": (dim_attn, dim),
+        "attn.v.weight": (dim_attn, dim),
+        "attn.o.weight": (dim, dim_attn),
+        "norm2.weight": (dim,),
+        "ffn.gate.0.weight": (dim_ffn, dim),
+        "ffn.fc1.weight": (dim_ffn, dim),
+        "ffn.fc2.weight": (dim, dim_ffn),
+        "pos_embedding.embedding.weight": (num_buckets, num_heads),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"token_embedding.weight": (vocab, dim), "norm.weight": (dim,)}
+    for index in range(num_layers):
+        shapes |= {f"blocks.{index}.{name}": shape for name, shape in block.items()}
+    return shapes
+
+
+def wan_umt5_sizes(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """The sizes of an original Wan UMT5 encoder (keywords of `umt5_config`) read from its parameters' shapes."""
+    needed = ("token_embedding.weight", "blocks.0.attn.q.weight", "blocks.0.ffn.fc1.weight")
+    bias = "blocks.0.pos_embedding.embedding.weight"
+    missing = [key for key in (*needed, bias) if key not in shapes]
+    if missing:
+        raise ValueError(f"this is not Wan's UMT5 encoder: it has no {missing[0]!r}; look for models_t5_umt5-xxl-enc")
+    embedding, query, ffn = (shapes[key] for key in needed)
+    blocks = {int(match.group(1)) for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key))}
+    return {
+        "vocab": embedding[0],
+        "dim": embedding[1],
+        "dim_attn": query[0],
+        "dim_ffn": ffn[0],
+        "num_heads": shapes[bias][1],
+        "num_layers": max(blocks) + 1,
+        "num_buckets": shapes[bias][0],
+    }
+
+
+def umt5_from_wan_state_dict(
+    state_dict: Mapping[str, Tensor],
+    *,
+    num_heads: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> UMT5EncoderModel:
+    """Build the transformers encoder from an original Wan UMT5 state dict (models_t5_umt5-xxl-enc-*.pth names).
+
+    All sizes come from the shapes; `num_heads`, when given, must agree. dtype and device default to the tensors'
+    own. Call it as `model(input_ids=..., attention_mask=...).last_hidden_state`, or through `embed_tokens`.
+    Raises ValueError for missing, unexpected or misshapen parameters.
+    """
+    from transformers import UMT5EncoderModel
+
+    shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
+    sizes = wan_umt5_sizes(shapes)
+    if num_heads is not None and num_heads != sizes["num_heads"]:
+        raise ValueError(f"num_heads {num_heads} was asked for, but the position table has {sizes['num_heads']} heads")
+    _check_shapes(shapes, wan_umt5_shapes(**sizes))
+    with torch.device("meta"):
+        model = UMT5EncoderModel(umt5_config(**sizes))
+    renamed: dict[str, Any] = {
+        umt5_key_from_wan(key): tensor.to(device=device, dtype=dtype) for key, tensor in state_dict.items()
+    }
+    # The transformers module names its one embedding table twice.
+    renamed["encoder.embed_tokens.weight"] = renamed["shared.weight"]
+    model.load_state_dict(renamed, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _check_shapes(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> None:
+    missing = sorted(set(expected) - set(found))
+    unexpected = sorted(set(found) - set(expected))
+    if missing or unexpected:
+        raise ValueError(
+            f"this is not a complete Wan UMT5 encoder: missing {missing[:3]} ({len(missing)}), "
+            f"unexpected {unexpected[:3]} ({len(unexpected)})"
+        )
+    for key, shape in expected.items():
+        if tuple(found[key]) != tuple(shape):
+            raise ValueError(f"{key} has shape {tuple(found[key])}, but the other layers ask for {tuple(shape)}")
