@@ -1,0 +1,48 @@
+"""The one door to attention, and the masks of the uncached path.
+
+Letters: B batch, L query tokens, S key tokens, N heads, K head width, F frames.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def attend(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask_LS: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v, [B, L, N, K]. `mask_LS` is True where a query may look."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
+    if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        with sdpa_kernel(SDPBackend.MATH):  # the fused CPU kernel's backward is slower than plain matmuls
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_LS).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_LS).transpose(1, 2)
+
+
+def block_causal_frames(lengths: tuple[int, ...], *, window: int = -1, sink: int = 0) -> Tensor:
+    """Which frame sees which, bool [F, F]: bidirectional inside a chunk, all earlier chunks visible.
+
+    lengths: frames per chunk. With a window, the last `window` frames counted from the chunk's end stay visible,
+    of which the first `sink` frames of the video take their share.
+    """
+    num_frames = sum(lengths)
+    ends = torch.repeat_interleave(torch.tensor(lengths).cumsum(0), torch.tensor(lengths))[:, None]
+    keys = torch.arange(num_frames)[None]
+    visible = keys < ends
+    if window != -1:
+        recent = (ends <= window) | (keys >= ends - (window - sink))
+        visible &= recent | (keys < sink)
+    return visible
+
+
+def teacher_forcing_frames(lengths: tuple[int, ...]) -> Tensor:
+    """bool [2F, 2F] over [clean frames, noisy frames]: noisy chunks see earlier clean chunks and themselves."""
+    clean = block_causal_frames(lengths)
+    own = torch.block_diag(*(torch.ones(n, n) for n in lengths)).bool()
+    return torch.cat([torch.cat([clean, torch.zeros_like(clean)], 1), torch.cat([clean & ~own, own], 1)])
+
+
+def expand_frames(mask_FF: Tensor, tokens_per_frame: int) -> Tensor:
+    """Frame mask to token mask [F*P, F*P]."""
+    return mask_FF.repeat_interleave(tokens_per_frame, 0).repeat_interleave(tokens_per_frame, 1)

@@ -1,0 +1,145 @@
+"""Every knob that describes a network or a sampler, as frozen dataclasses. Presets are data.
+
+Nothing here knows torch, files or devices. A config travels as JSON in the header of our safetensors files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+ConfigT = TypeVar("ConfigT", bound="_JsonConfig")
+
+
+class _JsonConfig:
+    """JSON round trip that refuses unknown keys, so that a newer file is never half understood."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; tuples become lists."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
+        """Inverse of `to_dict`. Raises ValueError naming keys this version does not know."""
+        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; it knows {', '.join(sorted(known))}")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+@dataclass(frozen=True)
+class WanConfig(_JsonConfig):
+    """Sizes of a Wan 2.1 transformer (Wan2.1 model configs; names as in the original repository).
+
+    `in_dim` counts input channels: 16 noisy latents, plus 20 conditioning channels for "i2v".
+    """
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_dim: int = 16
+    out_dim: int = 16
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    model_type: str = "t2v"
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(
+                f"dim {self.dim} with {self.num_heads} heads gives no even head width; "
+                "rotary embedding needs dim divisible by 2 * num_heads"
+            )
+        if self.model_type not in ("t2v", "i2v"):
+            raise ValueError(f"model_type {self.model_type!r} is unknown; use 't2v' or 'i2v'")
+        if self.patch_size[0] != 1:
+            raise ValueError(f"patch_size {self.patch_size} merges frames; causal chunks need a time patch of 1")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+@dataclass(frozen=True)
+class CausalConfig(_JsonConfig):
+    """How a video is cut into chunks and what a chunk may see. All lengths in latent frames.
+
+    chunk: frames denoised together. window: frames kept in the cache, the current chunk included (-1: the whole
+    video). sink: first frames of the video that never leave the window (counted inside it).
+    independent_first_frame: frame 0 is a chunk of its own. context_noise: timestep in [0, 1000) of the pass that
+    writes a finished chunk into the cache.
+    """
+
+    chunk: int = 3
+    window: int = -1
+    sink: int = 0
+    independent_first_frame: bool = False
+    context_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1:
+            raise ValueError(f"chunk {self.chunk} is not a number of latent frames; use 1 or more")
+        if self.sink < 0:
+            raise ValueError(f"sink {self.sink} is negative; use 0 or more latent frames")
+        if self.window != -1 and self.window < self.sink + self.chunk:
+            raise ValueError(
+                f"window {self.window} cannot hold sink {self.sink} and one chunk of {self.chunk}; "
+                f"use -1 (no limit) or at least {self.sink + self.chunk}"
+            )
+        if not 0 <= self.context_noise < 1000:
+            raise ValueError(f"context_noise {self.context_noise} is not a timestep in [0, 1000); use 0 for clean context")
+
+
+@dataclass(frozen=True)
+class StepConfig(_JsonConfig):
+    """Few-step schedule. `steps` are timesteps on the 0-1000 scale, noisiest first.
+
+    shift: flow-matching shift of the schedule. warp: map the listed steps through the shifted schedule.
+    sigma: "exact" is sigma = t / 1000; "table" is the nearest entry of the reference's 1000-entry table.
+    """
+
+    steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
+    shift: float = 5.0
+    warp: bool = True
+    sigma: str = "exact"
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise ValueError("steps is empty; give at least one timestep, for instance 1000")
+        if any(not 0 < step <= 1000 for step in self.steps):
+            raise ValueError(f"steps {list(self.steps)} leave (0, 1000]; timesteps are on the 0-1000 scale")
+        if any(later >= earlier for earlier, later in zip(self.steps, self.steps[1:])):
+            raise ValueError(f"steps {list(self.steps)} must fall from noisy to clean; sort them in descending order")
+        if self.shift <= 0:
+            raise ValueError(f"shift {self.shift} must be positive; released Self Forcing checkpoints use 5")
+        if self.sigma not in ("exact", "table"):
+            raise ValueError(f"sigma {self.sigma!r} is unknown; use 'exact' or 'table'")
+
+
+@dataclass(frozen=True)
+class TAEHVConfig(_JsonConfig):
+    """Sizes of a TAEHV tiny video autoencoder (github.com/madebyollin/taehv).
+
+    encoder_time / decoder_time / decoder_space switch the factor 2 of each of the three stages.
+    """
+
+    latent_channels: int = 16
+    image_channels: int = 3
+    encoder_width: int = 64
+    decoder_widths: tuple[int, int, int, int] = (256, 128, 64, 64)
+    patch_size: int = 1
+    encoder_time: tuple[bool, bool, bool] = (True, True, False)
+    decoder_time: tuple[bool, bool, bool] = (False, True, True)
+    decoder_space: tuple[bool, bool, bool] = (True, True, True)
+
+
+PRESETS: dict[str, WanConfig] = {
+    "t2v-1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
+    "t2v-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+    "i2v-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=36, model_type="i2v"),
+    "tiny": WanConfig(dim=128, ffn_dim=512, num_heads=2, num_layers=6, text_dim=128, text_len=16, freq_dim=256),
+}

@@ -1,0 +1,130 @@
+"""The ring of keys and values that makes a bidirectional chunk model causal.
+
+One preallocated buffer per rollout holds `capacity` latent frames: the first `sink` frames of the video for ever, and
+behind them a ring that new frames overwrite, so that nothing is copied at eviction. All cursors are host integers.
+
+Letters: B batch, L tokens of the staged chunk, S visible tokens, P tokens per frame, N heads, K head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import WanConfig
+
+
+class KVCache:
+    """Keys (already turned by their absolute position) and values of the frames a chunk may see.
+
+    Use: `stage` the frames a forward pass evaluates, `update` once per layer. Staging the same frames again
+    overwrites them in place (later denoising steps, the clean pass); staging the next frames moves on.
+    """
+
+    def __init__(
+        self,
+        config: WanConfig,
+        *,
+        batch: int,
+        tokens_per_frame: int,
+        capacity: int,
+        sink: int = 0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        assert 0 <= sink < capacity, f"sink {sink} leaves no room in a cache of {capacity} frames"
+        self.tokens_per_frame, self.capacity, self.sink = tokens_per_frame, capacity, sink
+        shape = (config.num_layers, batch, capacity * tokens_per_frame, config.num_heads, config.head_dim)
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.reset()
+
+    @staticmethod
+    def num_bytes(config: WanConfig, *, batch: int, tokens_per_frame: int, capacity: int, dtype: torch.dtype) -> int:
+        """Exactly what the buffers of such a cache will take."""
+        return 2 * config.num_layers * batch * capacity * tokens_per_frame * config.dim * dtype.itemsize
+
+    @property
+    def batch(self) -> int:
+        return self.k.shape[1]
+
+    def reset(self) -> None:
+        """Empty the cache; the next staged frame is frame 0. Nothing is freed or cleared."""
+        self.start_frame = self.end_frame = 0
+        self.cross: dict[int, Any] = {}
+        self._current: list[tuple[int, int, int]] = []
+
+    def stage(self, start_frame: int, num_frames: int) -> None:
+        """Declare the frames that the next forward pass evaluates: the staged ones again, or those that follow."""
+        assert num_frames <= self.capacity - self.sink, f"{num_frames} frames do not fit a ring of {self.capacity}"
+        again = (start_frame, start_frame + num_frames) == (self.start_frame, self.end_frame)
+        assert again or start_frame == self.end_frame, f"frame {start_frame} does not follow {self.end_frame}"
+        self.start_frame, self.end_frame = start_frame, start_frame + num_frames
+        self._current = self._pieces(start_frame, num_frames)
+
+    def update(self, layer: int, k_BLNK: Tensor, v_BLNK: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the staged chunk's keys and values; return all visible ones [B, S, N, K] in slot order.
+
+        With gradients enabled nothing is written: the past is returned detached, joined with the new tensors, so
+        gradient stays inside the chunk. The clean pass that follows writes.
+        """
+        if torch.is_grad_enabled():
+            return self._joined(self.k[layer], k_BLNK), self._joined(self.v[layer], v_BLNK)
+        for source, slot, length in self._current:
+            self.k[layer][:, slot : slot + length] = k_BLNK[:, source : source + length]
+            self.v[layer][:, slot : slot + length] = v_BLNK[:, source : source + length]
+        visible = min(self.end_frame, self.capacity) * self.tokens_per_frame
+        return self.k[layer][:, :visible], self.v[layer][:, :visible]
+
+    def cross_kv(self, layer: int, compute: Callable[[], Any]) -> Any:
+        """Cross-attention keys and values of a layer: computed at first use, afresh whenever gradients are enabled."""
+        if torch.is_grad_enabled():
+            return compute()
+        if layer not in self.cross:
+            self.cross[layer] = compute()
+        return self.cross[layer]
+
+    def has_cross(self) -> bool:
+        """Whether the text is already in the cache, so that a forward pass need not embed it."""
+        return len(self.cross) == self.k.shape[0] and not torch.is_grad_enabled()
+
+    def frames(self) -> tuple[int, ...]:
+        """Absolute numbers of the visible frames, oldest first."""
+        if self.end_frame <= self.capacity:
+            return tuple(range(self.end_frame))
+        return tuple(range(self.sink)) + tuple(range(self.end_frame - (self.capacity - self.sink), self.end_frame))
+
+    def ordered(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Copies of one layer's visible keys and values in the order of `frames`, for inspection."""
+        slots = torch.tensor([self._slot(frame) for frame in self.frames()], dtype=torch.long)
+        tokens = (slots[:, None] * self.tokens_per_frame + torch.arange(self.tokens_per_frame)).flatten()
+        tokens = tokens.to(self.k.device)
+        return self.k[layer].index_select(1, tokens), self.v[layer].index_select(1, tokens)
+
+    def _slot(self, frame: int) -> int:
+        return frame if frame < self.sink else self.sink + (frame - self.sink) % (self.capacity - self.sink)
+
+    def _pieces(self, start_frame: int, num_frames: int) -> list[tuple[int, int, int]]:
+        """(offset in the chunk, offset in the buffer, length) in tokens; contiguous runs of slots."""
+        runs: list[tuple[int, int, int]] = []
+        for offset in range(num_frames):
+            slot = self._slot(start_frame + offset)
+            if runs and runs[-1][1] + runs[-1][2] == slot:
+                runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + 1)
+            else:
+                runs.append((offset, slot, 1))
+        p = self.tokens_per_frame
+        return [(source * p, slot * p, length * p) for source, slot, length in runs]
+
+    def _joined(self, buffer: Tensor, new_BLNK: Tensor) -> Tensor:
+        """Visible tokens without the staged chunk's own slots, then the new tensor."""
+        visible = min(self.end_frame, self.capacity) * self.tokens_per_frame
+        edges, parts = 0, []
+        for _, slot, length in sorted(self._current, key=lambda piece: piece[1]):
+            parts.append(buffer[:, edges:slot])
+            edges = slot + length
+        parts.append(buffer[:, edges:visible])
+        return torch.cat([part.detach() for part in parts if part.shape[1]] + [new_BLNK], 1)

@@ -1,0 +1,206 @@
+"""The Wan 2.1 transformer, with and without a KV cache. Parameter names are those of the original Wan checkpoints.
+
+With a cache it evaluates one chunk of frames against all frames the cache holds (causal); with none it is the plain
+bidirectional network, or, given a frame mask, the network in the form that training uses.
+
+Letters: B batch, T latent frames, C channels, H W latent size, F frames of the sequence (2T with a clean half),
+P tokens per frame, L = F*P tokens, D model width, N heads, K head width, X text tokens, E text width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from .attention import attend, expand_frames
+from .config import WanConfig
+from .geometry import tokens_per_frame
+from .kv_cache import KVCache
+from .rope import apply_rotary, rotary_table
+
+
+def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
+    """Sinusoids [..., width] of timesteps on the 0-1000 scale, [cos | sin], float64."""
+    half = width // 2
+    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timesteps.device) / half)
+    angles = timesteps.double()[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, config: WanConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        for name in "qkvo":
+            setattr(self, name, operations.Linear(config.dim, config.dim, **factory))
+        self.norm_q = operations.RMSNorm(config.dim, eps=config.eps, **factory)
+        self.norm_k = operations.RMSNorm(config.dim, eps=config.eps, **factory)
+
+    def heads(self, x_BLD: Tensor) -> Tensor:
+        return x_BLD.unflatten(-1, (self.num_heads, -1))
+
+    def forward(
+        self, x_BLD: Tensor, rotary: Tensor, cache: KVCache | None, layer: int, mask_LS: Tensor | None
+    ) -> Tensor:
+        q = apply_rotary(self.heads(self.norm_q(self.q(x_BLD))), rotary)
+        k = apply_rotary(self.heads(self.norm_k(self.k(x_BLD))), rotary)
+        v = self.heads(self.v(x_BLD))
+        if cache is not None:
+            k, v = cache.update(layer, k, v)
+        return self.o(attend(q, k, v, mask_LS).flatten(2))
+
+
+class _CrossAttention(_SelfAttention):
+    def keys_values(self, text_BXD: Tensor) -> tuple[Tensor, Tensor]:
+        return self.heads(self.norm_k(self.k(text_BXD))), self.heads(self.v(text_BXD))
+
+    def forward(self, x_BLD: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
+        return self.o(attend(self.heads(self.norm_q(self.q(x_BLD))), *keys_values).flatten(2))
+
+
+class _Block(nn.Module):
+    def __init__(self, config: WanConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        norm = {"eps": config.eps, **factory}
+        self.norm1 = operations.LayerNorm(config.dim, elementwise_affine=False, **norm)
+        self.self_attn = _SelfAttention(config, operations, **factory)
+        self.norm3 = operations.LayerNorm(config.dim, elementwise_affine=True, **norm)
+        self.cross_attn = _CrossAttention(config, operations, **factory)
+        self.norm2 = operations.LayerNorm(config.dim, elementwise_affine=False, **norm)
+        self.ffn = nn.Sequential(
+            operations.Linear(config.dim, config.ffn_dim, **factory),
+            nn.GELU(approximate="tanh"),
+            operations.Linear(config.ffn_dim, config.dim, **factory),
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim, **factory) / config.dim**0.5)
+
+    def forward(
+        self,
+        x_BFPD: Tensor,
+        e_BF6D: Tensor,
+        text_BXD: Tensor | None,
+        rotary: Tensor,
+        cache: KVCache | None,
+        layer: int,
+        mask_LS: Tensor | None,
+    ) -> Tensor:
+        modulation = (e_BF6D + self.modulation.to(e_BF6D)).unsqueeze(3).unbind(2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        grid = x_BFPD.shape[1:3]
+
+        normed = torch.addcmul(shift1, self.norm1(x_BFPD), 1 + scale1).flatten(1, 2)
+        attended = self.self_attn(normed, rotary, cache, layer, mask_LS).unflatten(1, grid)
+        x_BFPD = torch.addcmul(x_BFPD, attended, gate1)
+
+        keys_values = self._keys_values(text_BXD, cache, layer)
+        x_BFPD = x_BFPD + self.cross_attn(self.norm3(x_BFPD).flatten(1, 2), keys_values).unflatten(1, grid)
+
+        fed = self.ffn(torch.addcmul(shift2, self.norm2(x_BFPD), 1 + scale2))
+        return torch.addcmul(x_BFPD, fed, gate2)
+
+    def _keys_values(self, text_BXD: Tensor | None, cache: KVCache | None, layer: int) -> tuple[Tensor, Tensor]:
+        def compute() -> tuple[Tensor, Tensor]:
+            assert text_BXD is not None
+            return self.cross_attn.keys_values(text_BXD)
+
+        return compute() if cache is None else cache.cross_kv(layer, compute)
+
+
+class _Head(nn.Module):
+    def __init__(self, config: WanConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        self.norm = operations.LayerNorm(config.dim, elementwise_affine=False, eps=config.eps, **factory)
+        patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+        self.head = operations.Linear(config.dim, patch * config.out_dim, **factory)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim, **factory) / config.dim**0.5)
+
+    def forward(self, x_BFPD: Tensor, e_BFD: Tensor) -> Tensor:
+        shift, scale = (e_BFD.unsqueeze(2) + self.modulation.to(e_BFD)).unsqueeze(3).unbind(2)
+        return self.head(torch.addcmul(shift, self.norm(x_BFPD), 1 + scale))
+
+
+class CausalWan(nn.Module):
+    """Wan 2.1 text-to-video transformer. `operations` supplies Linear, Conv3d, LayerNorm and RMSNorm."""
+
+    def __init__(
+        self, config: WanConfig, *, operations: Any = nn, device: torch.device | None = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        if config.model_type != "t2v":
+            raise ValueError(f"model type {config.model_type!r} cannot be run yet; use a text-to-video checkpoint")
+        self.config = config
+        factory = {"device": device, "dtype": dtype}
+        dim, patch = config.dim, config.patch_size
+        self.patch_embedding = operations.Conv3d(config.in_dim, dim, kernel_size=patch, stride=patch, **factory)
+        self.text_embedding = nn.Sequential(
+            operations.Linear(config.text_dim, dim, **factory),
+            nn.GELU(approximate="tanh"),
+            operations.Linear(dim, dim, **factory),
+        )
+        self.time_embedding = nn.Sequential(
+            operations.Linear(config.freq_dim, dim, **factory), nn.SiLU(), operations.Linear(dim, dim, **factory)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), operations.Linear(dim, 6 * dim, **factory))
+        self.blocks = nn.ModuleList(_Block(config, operations, **factory) for _ in range(config.num_layers))
+        self.head = _Head(config, operations, **factory)
+
+    def new_cache(
+        self, *, batch: int, latent_height: int, latent_width: int, capacity: int, sink: int = 0, like: Tensor
+    ) -> KVCache:
+        """An empty cache for latents of this size, with the dtype and device of `like`."""
+        per_frame = tokens_per_frame(latent_height, latent_width)
+        return KVCache(
+            self.config, batch=batch, tokens_per_frame=per_frame, capacity=capacity, sink=sink,
+            device=like.device, dtype=like.dtype,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        noisy_BTCHW: Tensor,
+        timesteps_BT: Tensor,
+        prompt_embeds_BXE: Tensor,
+        *,
+        cache: KVCache | None = None,
+        start_frame: int = 0,
+        mask_FF: Tensor | None = None,
+        clean_BTCHW: Tensor | None = None,
+        clean_timesteps_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Predict flow = noise - x0, [B, T, C, H, W], in the dtype of `prompt_embeds_BXE`.
+
+        timesteps_BT: float32 on the 0-1000 scale, one per frame. prompt_embeds_BXE: up to text_len rows.
+        cache: evaluate frames [start_frame, start_frame + T) against it; they must follow what it holds.
+        mask_FF: bool, which frame sees which (uncached only). clean_BTCHW: a clean copy of the same frames put in
+        front of the noisy ones (teacher forcing), with its own timesteps (default 0); the mask then covers 2T frames.
+        """
+        dtype = prompt_embeds_BXE.dtype
+        num_frames, (height, width) = noisy_BTCHW.shape[1], noisy_BTCHW.shape[-2:]
+        rows, columns = height // self.config.patch_size[1], width // self.config.patch_size[2]
+        rotary = rotary_table(self.config.head_dim, start_frame, num_frames, rows, columns).to(noisy_BTCHW.device)
+        if clean_BTCHW is not None:
+            noisy_BTCHW = torch.cat([clean_BTCHW, noisy_BTCHW], 1)
+            clean_timesteps_BT = torch.zeros_like(timesteps_BT) if clean_timesteps_BT is None else clean_timesteps_BT
+            timesteps_BT = torch.cat([clean_timesteps_BT, timesteps_BT], 1)
+            rotary = torch.cat([rotary, rotary])
+        if cache is not None:
+            cache.stage(start_frame, num_frames)
+
+        x = rearrange(self.patch_embedding(noisy_BTCHW.to(dtype).transpose(1, 2)), "b d f h w -> b f (h w) d")
+        e_BFD = self.time_embedding(timestep_embedding(timesteps_BT, self.config.freq_dim).to(dtype))
+        e_BF6D = self.time_projection(e_BFD).unflatten(-1, (6, -1))
+        text = None if cache is not None and cache.has_cross() else self._embed_text(prompt_embeds_BXE)
+        mask = None if mask_FF is None else expand_frames(mask_FF, rows * columns)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, e_BF6D, text, rotary, cache, layer, mask)
+        x = self.head(x[:, -num_frames:], e_BFD[:, -num_frames:])
+        p, q = self.config.patch_size[1:]
+        return rearrange(x, "b t (h w) (p q c) -> b t c (h p) (w q)", h=rows, w=columns, p=p, q=q)
+
+    def _embed_text(self, prompt_embeds_BXE: Tensor) -> Tensor:
+        missing = self.config.text_len - prompt_embeds_BXE.shape[1]
+        return self.text_embedding(F.pad(prompt_embeds_BXE, (0, 0, 0, missing)))

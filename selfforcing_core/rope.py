@@ -1,0 +1,52 @@
+"""Three-axis rotary position embedding of Wan 2.1: time, height and width each turn their share of the channel pairs.
+
+Pairs are adjacent channels (2j, 2j+1). Letters: L tokens in (frame, row, column) order, N heads, K head width.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+BASE = 10000.0
+
+
+def axis_pairs(head_dim: int) -> tuple[int, int, int]:
+    """Channel pairs that turn with time, height and width: 128 -> (22, 21, 21)."""
+    pairs = head_dim // 2
+    return pairs - 2 * (pairs // 3), pairs // 3, pairs // 3
+
+
+@functools.lru_cache(maxsize=64)
+def _turns(position_start: int, num_positions: int, pairs: int) -> Tensor:
+    """exp(i angle) [num_positions, pairs], complex128."""
+    positions = torch.arange(position_start, position_start + num_positions, dtype=torch.float64)
+    frequencies = BASE ** (-torch.arange(pairs, dtype=torch.float64) / max(pairs, 1))
+    angles = torch.outer(positions, frequencies)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotary_table(head_dim: int, start_frame: int, num_frames: int, height: int, width: int) -> Tensor:
+    """exp(i angle) [L, K/2], complex64, for frames [start_frame, start_frame + num_frames) of height x width tokens.
+
+    Computed on the CPU in double precision; frame numbers have no upper limit.
+    """
+    time, rows, columns = axis_pairs(head_dim)
+    grid = (num_frames, height, width)
+    table = torch.cat(
+        [
+            _turns(start_frame, num_frames, time)[:, None, None].expand(*grid, time),
+            _turns(0, height, rows)[None, :, None].expand(*grid, rows),
+            _turns(0, width, columns)[None, None].expand(*grid, columns),
+        ],
+        dim=-1,
+    )
+    return table.flatten(0, 2).to(torch.complex64)
+
+
+def apply_rotary(x_BLNK: Tensor, table_LK: Tensor) -> Tensor:
+    """Turn each channel pair of x by its position's angle; computed in float32, returned in x's dtype."""
+    pairs = torch.view_as_complex(x_BLNK.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table_LK[:, None]).flatten(-2).to(x_BLNK.dtype)

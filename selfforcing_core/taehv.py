@@ -1,0 +1,200 @@
+"""TAEHV: a tiny causal video autoencoder that maps 4n+1 frames to n+1 latent frames and back.
+
+Architecture and parameter names of github.com/madebyollin/taehv (MIT), so that its released weights load here.
+It works on the normalised latents that the diffusion network produces; no mean or std is applied.
+
+Letters: B batch, T latent frames, V video frames, R RGB, C channels, H W height and width, F frames at any rate.
+One code path serves whole clips and streams: every memory block takes the last frame it saw and returns the next one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from einops import rearrange
+from torch import Tensor
+
+from .config import TAEHVConfig
+
+Memory = list[Tensor | None]
+
+
+class _Clamp(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x / 3) * 3
+
+
+class _MemBlock(nn.Module):
+    """Residual block that sees the current frame and the one before it."""
+
+    def __init__(self, channels: int, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            operations.Conv2d(channels * 2, channels, 3, padding=1, **factory),
+            nn.ReLU(),
+            operations.Conv2d(channels, channels, 3, padding=1, **factory),
+            nn.ReLU(),
+            operations.Conv2d(channels, channels, 3, padding=1, **factory),
+        )
+
+    def forward(self, x_BFCHW: Tensor, last_B1CHW: Tensor | None) -> tuple[Tensor, Tensor]:
+        if last_B1CHW is None:
+            last_B1CHW = torch.zeros_like(x_BFCHW[:, :1])
+        past = torch.cat([last_B1CHW, x_BFCHW[:, :-1]], 1)
+        both = torch.cat([x_BFCHW, past], 2).flatten(0, 1)
+        out = torch.relu(self.conv(both) + x_BFCHW.flatten(0, 1)).unflatten(0, x_BFCHW.shape[:2])
+        return out, x_BFCHW[:, -1:]
+
+
+class _TPool(nn.Module):
+    """Merge `stride` neighbouring frames into one."""
+
+    def __init__(self, channels: int, stride: int, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv = operations.Conv2d(channels * stride, channels, 1, bias=False, **factory)
+
+    def forward(self, x_BFCHW: Tensor) -> Tensor:
+        return _per_frame(self.conv, rearrange(x_BFCHW, "b (f s) c h w -> b f (s c) h w", s=self.stride))
+
+
+class _TGrow(nn.Module):
+    """Split one frame into `stride` frames."""
+
+    def __init__(self, channels: int, stride: int, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv = operations.Conv2d(channels, channels * stride, 1, bias=False, **factory)
+
+    def forward(self, x_BFCHW: Tensor) -> Tensor:
+        return rearrange(_per_frame(self.conv, x_BFCHW), "b f (s c) h w -> b (f s) c h w", s=self.stride)
+
+
+def _per_frame(layer: nn.Module, x_BFCHW: Tensor) -> Tensor:
+    return layer(x_BFCHW.flatten(0, 1)).unflatten(0, x_BFCHW.shape[:2])
+
+
+def _run(layers: nn.Sequential, x_BFCHW: Tensor, memory: Memory) -> Tensor:
+    """Apply `layers`, reading and replacing one remembered frame per memory block."""
+    slot = 0
+    for layer in layers:
+        if isinstance(layer, _MemBlock):
+            x_BFCHW, memory[slot] = layer(x_BFCHW, memory[slot])
+            slot += 1
+        elif isinstance(layer, (_TPool, _TGrow)):
+            x_BFCHW = layer(x_BFCHW)
+        else:
+            x_BFCHW = _per_frame(layer, x_BFCHW)
+    return x_BFCHW
+
+
+def _blank_memory(layers: nn.Sequential) -> Memory:
+    return [None] * sum(isinstance(layer, _MemBlock) for layer in layers)
+
+
+class TAEHV(nn.Module):
+    """Encoder and decoder. Build with a config read from a checkpoint, then `load_state_dict`.
+
+    `operations` supplies Conv2d, so that a host can inject its own casting layers.
+    """
+
+    def __init__(
+        self, config: TAEHVConfig, *, operations: Any = nn, device: torch.device | None = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        factory = {"device": device, "dtype": dtype}
+        pixels = config.image_channels * config.patch_size**2
+        width, widths = config.encoder_width, config.decoder_widths
+
+        encoder: list[nn.Module] = [operations.Conv2d(pixels, width, 3, padding=1, **factory), nn.ReLU()]
+        for pool in config.encoder_time:
+            encoder += [
+                _TPool(width, 2 if pool else 1, operations, **factory),
+                operations.Conv2d(width, width, 3, padding=1, stride=2, bias=False, **factory),
+                *(_MemBlock(width, operations, **factory) for _ in range(3)),
+            ]
+        encoder.append(operations.Conv2d(width, config.latent_channels, 3, padding=1, **factory))
+        self.encoder = nn.Sequential(*encoder)
+
+        decoder: list[nn.Module] = [
+            _Clamp(),
+            operations.Conv2d(config.latent_channels, widths[0], 3, padding=1, **factory),
+            nn.ReLU(),
+        ]
+        stages = zip(widths, widths[1:], config.decoder_time, config.decoder_space)
+        for width, next_width, grow, upscale in stages:
+            decoder += [
+                *(_MemBlock(width, operations, **factory) for _ in range(3)),
+                nn.Upsample(scale_factor=2 if upscale else 1),
+                _TGrow(width, 2 if grow else 1, operations, **factory),
+                operations.Conv2d(width, next_width, 3, padding=1, bias=False, **factory),
+            ]
+        decoder += [nn.ReLU(), operations.Conv2d(widths[-1], pixels, 3, padding=1, **factory)]
+        self.decoder = nn.Sequential(*decoder)
+
+    @property
+    def frames_per_latent(self) -> int:
+        return 2 ** sum(self.config.decoder_time)
+
+    @property
+    def frames_to_trim(self) -> int:
+        """Leading raw frames that the first latent frame does not describe."""
+        return self.frames_per_latent - 1
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """As usual; a time-growth kernel larger than ours keeps its last output channels (preview decoding)."""
+        own = self.state_dict()
+        patched = {
+            key: value[-own[key].shape[0] :]
+            if key in own and key.startswith("decoder.") and value.ndim == 4 and value.shape[0] > own[key].shape[0]
+            else value
+            for key, value in state_dict.items()
+        }
+        return super().load_state_dict(patched, *args, **kwargs)
+
+    def encode(self, frames_BVRHW: Tensor) -> Tensor:
+        """RGB frames in [0, 1], height and width divisible by 8, to latents [B, ceil(V/4), C, H/8, W/8]."""
+        step = 2 ** sum(self.config.encoder_time)
+        missing = -frames_BVRHW.shape[1] % step
+        if missing:
+            tail = frames_BVRHW[:, -1:].expand(-1, missing, -1, -1, -1)
+            frames_BVRHW = torch.cat([frames_BVRHW, tail], 1)
+        if self.config.patch_size > 1:
+            frames_BVRHW = _per_frame(nn.PixelUnshuffle(self.config.patch_size), frames_BVRHW)
+        return _run(self.encoder, frames_BVRHW, _blank_memory(self.encoder))
+
+    def decode_raw(self, latents_BTCHW: Tensor, memory: Memory | None = None) -> Tensor:
+        """Latents to [B, 4T, R, 8H, 8W], neither clamped nor trimmed. `memory` carries a stream; it is updated."""
+        frames = _run(self.decoder, latents_BTCHW, _blank_memory(self.decoder) if memory is None else memory)
+        return _per_frame(nn.PixelShuffle(self.config.patch_size), frames) if self.config.patch_size > 1 else frames
+
+    def decode(self, latents_BTCHW: Tensor) -> Tensor:
+        """Latents of a whole clip to RGB frames in [0, 1], [B, 4(T-1)+1, R, 8H, 8W]."""
+        return StreamingDecoder(self).decode(latents_BTCHW)
+
+
+class StreamingDecoder:
+    """Decodes a video piece by piece; the pieces joined are the whole clip's decode.
+
+    Owns all state of the stream: the memory of each block and whether the start-up frames were dropped.
+    """
+
+    def __init__(self, taehv: TAEHV) -> None:
+        self.taehv = taehv
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the stream; the next latent is the first of a video."""
+        self.memory = _blank_memory(self.taehv.decoder)
+        self.is_first = True
+
+    def decode(self, latents_BTCHW: Tensor) -> Tensor:
+        """The next T latents to frames in [0, 1]: 4T frames, 4(T-1)+1 at the start of a video."""
+        frames = self.taehv.decode_raw(latents_BTCHW, self.memory)
+        if self.is_first:
+            frames = frames[:, self.taehv.frames_to_trim :]
+            self.is_first = False
+        return frames.clamp(0, 1)

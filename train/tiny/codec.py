@@ -1,0 +1,162 @@
+"""The tiny bundle's codec: an analytic latent space, and a TAEHV that learns to speak it.
+
+The latent space is a principal component analysis of the world's own patches (4 frames x 8 x 8 pixels x RGB to 16
+numbers; the first frame is repeated three times in front, as in a causal video VAE). TAEHV's decoder is then trained to
+turn these latents back into frames, jittered so that it tolerates what a generator gets slightly wrong, and its encoder
+to predict them: the way the released TAEHV was made from Wan's VAE.
+
+    python -m train.tiny.codec basis --out out/tiny/basis.safetensors
+    python -m train.tiny.codec taehv --basis out/tiny/basis.safetensors --part decoder --out out/tiny/decoder.safetensors
+    python -m train.tiny.codec taehv --basis out/tiny/basis.safetensors --part encoder --out out/tiny/encoder.safetensors
+    python -m train.tiny.codec join out/tiny/decoder.safetensors out/tiny/encoder.safetensors --out assets/tiny/taehv.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from selfforcing_core.config import TAEHVConfig
+from selfforcing_core.taehv import TAEHV
+from train.tiny.world import heldout, random_scene, render
+
+log = logging.getLogger(__name__)
+CONFIG = TAEHVConfig(encoder_width=24, decoder_widths=(64, 48, 24, 16))
+DEVIATION = 0.9  # of every latent channel: near 1 as in Wan, small enough that TAEHV's clamp at 3 touches little
+JITTER = 0.1  # deviation of the noise added to latents while the decoder trains
+
+
+class PatchBasis:
+    """Linear codec: frames [B, 4n+1, R, H, W] in [0, 1] to latents [B, n+1, C, H/8, W/8] and back."""
+
+    def __init__(self, mean: Tensor, basis: Tensor) -> None:
+        self.mean, self.basis = mean, basis  # [768], [768, C] with latents = (patch - mean) @ basis
+
+    @classmethod
+    def load(cls, path: Path) -> PatchBasis:
+        tensors = load_file(path)
+        return cls(tensors["mean"], tensors["basis"])
+
+    def encode(self, frames_BVRHW: Tensor) -> Tensor:
+        return rearrange((patches(frames_BVRHW) - self.mean) @ self.basis, "b t h w c -> b t c h w")
+
+
+def patches(frames_BVRHW: Tensor) -> Tensor:
+    """[B, n+1, H/8, W/8, 768]: the pixels that one latent position stands for."""
+    padded = torch.cat([frames_BVRHW[:, :1].expand(-1, 3, -1, -1, -1), frames_BVRHW], 1)
+    return rearrange(padded, "b (t f) r (h p) (w q) -> b t h w (f r p q)", f=4, p=8, q=8)
+
+
+def clips(rng: np.random.Generator, batch: int, num_frames: int, banned: set[tuple[str, ...]]) -> Tensor:
+    """Rendered clips [B, V, R, H, W] in [0, 1] of scenes whose combination of words is not `banned`."""
+    scenes = []
+    while len(scenes) < batch:
+        scene = random_scene(rng)
+        if scene.words not in banned:
+            scenes.append(scene)
+    return torch.stack([render(scene, num_frames) for scene in scenes])
+
+
+def fit_basis(num_clips: int, seed: int, channels: int = 16) -> PatchBasis:
+    """Principal components of patches, each scaled to DEVIATION."""
+    frames = clips(np.random.default_rng(seed), num_clips, 9, set(heldout()))
+    flat = patches(frames).flatten(0, 3).double()
+    mean = flat.mean(0)
+    variance, vectors = torch.linalg.eigh((flat - mean).T @ (flat - mean) / len(flat))
+    variance, vectors = variance.flip(0)[:channels], vectors.flip(1)[:, :channels]
+    return PatchBasis(mean.float(), (vectors * DEVIATION / variance.sqrt()).float())
+
+
+def psnr(found: Tensor, wanted: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of values in [0, 1]."""
+    return -10 * math.log10(float((found - wanted).square().mean()))
+
+
+def decoder_loss(taehv: TAEHV, frames: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
+    jittered = latents + JITTER * torch.randn(latents.shape, generator=generator)
+    error = taehv.decode_raw(jittered)[:, taehv.frames_to_trim :] - frames
+    return 20 * error.square().mean() + error.abs().mean()
+
+
+def train(part: str, basis: PatchBasis, *, steps: int, batch: int, num_frames: int, lr: float, seed: int) -> TAEHV:
+    """Train "decoder" or "encoder" from scratch against the analytic latents."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    rng, banned = np.random.default_rng(seed), set(heldout())
+    taehv = TAEHV(CONFIG)
+    parameters = list(getattr(taehv, part).parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
+    started = time.monotonic()
+    for step in range(steps):
+        frames = clips(rng, batch, num_frames, banned)
+        latents = basis.encode(frames)
+        if part == "decoder":
+            loss = decoder_loss(taehv, frames, latents, generator)
+        else:
+            loss = (taehv.encode(frames) - latents).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0 or step == steps - 1:
+            with torch.no_grad():
+                quality = psnr(taehv.decode(latents), frames)
+            log.info("step %d loss %.4f psnr %.1f dB, %.0f s", step, loss.item(), quality, time.monotonic() - started)
+    return taehv
+
+
+def join(decoder_file: Path, encoder_file: Path, out: Path) -> None:
+    """One TAEHV checkpoint from the two halves."""
+    from selfforcing_core.checkpoint import save_checkpoint
+
+    halves = {**load_file(decoder_file), **load_file(encoder_file)}
+    save_checkpoint(out, {key: value.half() for key, value in halves.items()}, CONFIG)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    fit = commands.add_parser("basis", help="fit the analytic latent space")
+    fit.add_argument("--clips", type=int, default=1000)
+    learn = commands.add_parser("taehv", help="train one half of the TAEHV")
+    learn.add_argument("--basis", type=Path, required=True)
+    learn.add_argument("--part", choices=("decoder", "encoder"), required=True)
+    learn.add_argument("--steps", type=int, default=1500)
+    learn.add_argument("--batch", type=int, default=4, help="clips per step")
+    learn.add_argument("--frames", type=int, default=9, help="pixel frames per clip, 4n+1")
+    learn.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    both = commands.add_parser("join", help="join the halves into one checkpoint")
+    both.add_argument("decoder", type=Path)
+    both.add_argument("encoder", type=Path)
+    for command in (fit, learn, both):
+        command.add_argument("--out", type=Path, required=True, help="safetensors file to write")
+        command.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if args.command == "basis":
+        basis = fit_basis(args.clips, args.seed)
+        save_file({"mean": basis.mean, "basis": basis.basis.contiguous()}, args.out)
+    elif args.command == "taehv":
+        taehv = train(args.part, PatchBasis.load(args.basis), steps=args.steps, batch=args.batch,
+                      num_frames=args.frames, lr=args.lr, seed=args.seed)  # fmt: skip
+        half = {f"{args.part}.{key}": value for key, value in getattr(taehv, args.part).state_dict().items()}
+        save_file({key: value.contiguous() for key, value in half.items()}, args.out)
+    else:
+        join(args.decoder, args.encoder, args.out)
+    log.info("wrote %s", args.out)
+
+
+if __name__ == "__main__":
+    main()

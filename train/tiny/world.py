@@ -1,0 +1,238 @@
+"""A procedural captioned world, and a detector that reads it back without learning.
+
+One shape moves over a plain background at constant velocity; whatever leaves on one side enters on the other, so every
+word of the caption stays true for as long as the video lasts. Size and starting point are not in the caption: a model
+has to remember them.
+
+Frames are float32 RGB in [0, 1], [V, R, H, W] with H = W = SIZE. Letters: B batch, V video frames, R RGB, H W pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SIZE = 64
+RADIUS = (8.0, 12.0)  # pixels, half of the shape's width
+EDGE = 0.7  # pixels over which an outline fades
+
+COLOURS = {
+    "red": (0.90, 0.15, 0.15),
+    "green": (0.15, 0.85, 0.20),
+    "blue": (0.20, 0.35, 1.00),
+    "yellow": (0.95, 0.90, 0.15),
+    "magenta": (0.95, 0.20, 0.90),
+    "white": (0.97, 0.97, 0.97),
+}
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
+SPEEDS = {"slowly": 0.6, "quickly": 1.5}  # pixels per frame
+BACKGROUNDS = {
+    "black": (0.03, 0.03, 0.03),
+    "gray": (0.36, 0.36, 0.36),
+    "brown": (0.34, 0.20, 0.08),
+    "navy": (0.05, 0.07, 0.30),
+    "purple": (0.28, 0.08, 0.34),
+    "teal": (0.04, 0.32, 0.32),
+}
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+    "direction": tuple(DIRECTIONS),
+    "speed": tuple(SPEEDS),
+    "background": tuple(BACKGROUNDS),
+}
+HELDOUT_FILE = Path(__file__).resolve().parents[2] / "assets" / "tiny" / "heldout.json"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a caption names (the first five), and what it does not (radius and start, in pixels)."""
+
+    colour: str
+    shape: str
+    direction: str
+    speed: str
+    background: str
+    radius: float = 10.0
+    start: tuple[float, float] = (32.0, 32.0)
+
+    @property
+    def words(self) -> tuple[str, str, str, str, str]:
+        return self.colour, self.shape, self.direction, self.speed, self.background
+
+    def caption(self, *, speed: bool = True, background: bool = True) -> str:
+        """The sentence for this scene; speed and background may be left unsaid."""
+        text = f"a {self.colour} {self.shape} moving {self.direction}"
+        text += f" {self.speed}" if speed else ""
+        return text + (f" on a {self.background} background" if background else "")
+
+
+def combinations() -> list[tuple[str, ...]]:
+    """Every combination of the five named attributes, in a fixed order."""
+    return list(itertools.product(*ATTRIBUTES.values()))
+
+
+def choose_heldout(count: int = 128, seed: int = 0) -> list[tuple[str, ...]]:
+    """`count` combinations that training never sees; every value of every attribute occurs among them."""
+    every = combinations()
+    order = np.random.default_rng(seed).permutation(len(every))
+    chosen = sorted(every[i] for i in order[:count])
+    for position, values in enumerate(ATTRIBUTES.values()):
+        assert {words[position] for words in chosen} == set(values), "choose another seed"
+    return chosen
+
+
+def heldout() -> list[tuple[str, ...]]:
+    """The combinations left out of training, from the bundle's list."""
+    return [tuple(words) for words in json.loads(HELDOUT_FILE.read_text())]
+
+
+def random_scene(rng: np.random.Generator, words: tuple[str, ...] | None = None) -> Scene:
+    """A scene with the given words (drawn if None), random size and start."""
+    if words is None:
+        words = tuple(str(rng.choice(values)) for values in ATTRIBUTES.values())
+    colour, shape, direction, speed, background = words
+    radius = float(rng.uniform(*RADIUS))
+    start = (float(rng.uniform(0, SIZE)), float(rng.uniform(0, SIZE)))
+    return Scene(colour, shape, direction, speed, background, radius, start)
+
+
+@functools.cache
+def _pixel_centres() -> Tensor:
+    return torch.arange(SIZE, dtype=torch.float32) + 0.5
+
+
+def _wrapped(offset: Tensor) -> Tensor:
+    """Signed distance on a ring of SIZE pixels, in [-SIZE/2, SIZE/2)."""
+    return (offset + SIZE / 2) % SIZE - SIZE / 2
+
+
+def outline_distance(shape: str, dx: Tensor, dy: Tensor, radius: Tensor | float) -> Tensor:
+    """Signed distance in pixels to the outline of a shape centred at 0; negative inside."""
+    if shape == "circle":
+        return torch.hypot(dx, dy) - radius
+    if shape == "square":
+        return torch.maximum(dx.abs(), dy.abs()) - radius * 0.886  # the circle's area
+    half = radius * 1.347  # equilateral, apex up, centroid at 0, the circle's area
+    slope = math.sqrt(3.0)
+    return torch.maximum(dy - half * slope / 3, (dx.abs() * slope - dy) / 2 - half * slope / 3)
+
+
+def render(scene: Scene, num_frames: int) -> Tensor:
+    """Frames [V, R, H, W] in [0, 1] of a scene, anti-aliased."""
+    time = torch.arange(num_frames, dtype=torch.float32)[:, None, None]
+    velocity = [SPEEDS[scene.speed] * axis for axis in DIRECTIONS[scene.direction]]
+    dx = _wrapped(_pixel_centres()[None, None, :] - (scene.start[0] + velocity[0] * time))
+    dy = _wrapped(_pixel_centres()[None, :, None] - (scene.start[1] + velocity[1] * time))
+    dx, dy = torch.broadcast_tensors(dx, dy)
+    distance = outline_distance(scene.shape, dx, dy, scene.radius)
+    cover = (0.5 - distance / EDGE).clamp(0, 1)[:, None]
+    ink = torch.tensor(COLOURS[scene.colour])[None, :, None, None]
+    ground = torch.tensor(BACKGROUNDS[scene.background])[None, :, None, None]
+    return ground + cover * (ink - ground)
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What the detector read in one video; words are None where no shape was found in most frames.
+
+    radius, start: pixels. path_VX: centre per frame, unwrapped, pixels. found: share of frames with a shape.
+    """
+
+    colour: str | None
+    shape: str | None
+    direction: str | None
+    speed: str | None
+    background: str
+    radius: float
+    start: tuple[float, float]
+    found: float
+    colours_V: tuple[str | None, ...]
+    shapes_V: tuple[str | None, ...]
+
+
+@functools.cache
+def _templates() -> tuple[Tensor, Tensor]:
+    """Masks of the three shapes at all sizes, centred: areas [S, K], masks [S, K, H, W]."""
+    offset = _pixel_centres() - SIZE / 2
+    dx, dy = offset[None, :].expand(SIZE, SIZE), offset[:, None].expand(SIZE, SIZE)
+    radii = torch.arange(4.0, 18.0, 0.25)
+    masks = torch.stack([torch.stack([outline_distance(s, dx, dy, r) < 0 for r in radii]) for s in SHAPES])
+    return masks.float().sum((-1, -2)), masks.float()
+
+
+def _nearest(rgb: Tensor, palette: dict[str, tuple[float, float, float]]) -> str:
+    distance = (torch.tensor(list(palette.values())) - rgb).norm(dim=-1)
+    return list(palette)[int(distance.argmin())]
+
+
+def _ring_mean(weight: Tensor) -> float:
+    """Centre of mass on a ring of SIZE cells (pixel units)."""
+    angle = _pixel_centres() * (2 * math.pi / SIZE)
+    return math.atan2(float((weight * angle.sin()).sum()), float((weight * angle.cos()).sum())) % (2 * math.pi) * SIZE / (2 * math.pi)
+
+
+def _read_frame(frame_RHW: Tensor, ground: Tensor) -> tuple[str, str, float, float, float] | None:
+    """(colour, shape, x, y, radius) of the shape in one frame, or None."""
+    mask = ((frame_RHW - ground[:, None, None]).norm(dim=0) > 0.3).float()
+    area = float(mask.sum())
+    if not 60 <= area <= 1200:
+        return None
+    x, y = _ring_mean(mask.sum(0)), _ring_mean(mask.sum(1))
+    shift = (round(SIZE / 2 - y), round(SIZE / 2 - x))
+    centred = torch.roll(mask, shift, (0, 1))
+    middle = torch.roll(frame_RHW, shift, (1, 2))[:, SIZE // 2 - 3 : SIZE // 2 + 3, SIZE // 2 - 3 : SIZE // 2 + 3]
+    areas, masks = _templates()
+    size = (areas - area).abs().argmin(-1)
+    candidates = torch.stack([masks[k, int(size[k])] for k in range(len(SHAPES))])
+    overlap = (candidates * centred).sum((-1, -2)) / torch.maximum(candidates, centred).sum((-1, -2))
+    best = int(overlap.argmax())
+    if float(overlap[best]) < 0.6:
+        return None
+    return _nearest(middle.mean((1, 2)), COLOURS), SHAPES[best], x, y, math.sqrt(area / math.pi)
+
+
+def _majority(words: list[str | None]) -> str | None:
+    """The word of more than half of the frames, else None."""
+    best = max(set(words), key=words.count)
+    return best if best is not None and words.count(best) * 2 > len(words) else None
+
+
+def detect(frames_VRHW: Tensor) -> Detection:
+    """Read a video [V, R, H, W] in [0, 1]: per-frame colour and shape, and motion from the shape's path."""
+    ground = frames_VRHW.flatten(2).median(dim=-1).values.median(dim=0).values
+    grounds = frames_VRHW.flatten(2).median(dim=-1).values
+    readings = [_read_frame(frame, own) for frame, own in zip(frames_VRHW.float(), grounds)]
+    seen = [(index, reading) for index, reading in enumerate(readings) if reading is not None]
+    colours = [reading[0] if reading else None for reading in readings]
+    shapes = [reading[1] if reading else None for reading in readings]
+    direction = speed = None
+    if len(seen) * 2 > len(readings) and len(seen) > 1:
+        direction, speed = _read_motion(seen)
+    radius = float(np.median([reading[4] for _, reading in seen])) if seen else math.nan
+    start = (seen[0][1][2], seen[0][1][3]) if seen else (math.nan, math.nan)
+    return Detection(
+        _majority(colours), _majority(shapes), direction, speed, _nearest(ground, BACKGROUNDS),
+        radius, start, len(seen) / len(readings), tuple(colours), tuple(shapes),
+    )  # fmt: skip
+
+
+def _read_motion(seen: list[tuple[int, tuple[str, str, float, float, float]]]) -> tuple[str | None, str | None]:
+    """Direction and speed words from wrapped displacements between frames that show a shape."""
+    steps = torch.tensor([later[0] - earlier[0] for earlier, later in zip(seen, seen[1:])], dtype=torch.float32)
+    moves = torch.tensor([[b[1][2] - a[1][2], b[1][3] - a[1][3]] for a, b in zip(seen, seen[1:])])
+    velocity = _wrapped(moves).sum(0) / steps.sum()
+    length = float(velocity.norm())
+    if length < 0.15:
+        return None, None
+    along = {word: float((velocity * torch.tensor(axis)).sum()) for word, axis in DIRECTIONS.items()}
+    return max(along, key=lambda word: along[word]), min(SPEEDS, key=lambda word: abs(SPEEDS[word] - length))
