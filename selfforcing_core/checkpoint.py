@@ -1,0 +1,340 @@
+"""Checkpoint files: reading what others saved, refusing the rest with one clear line, and saving our own.
+
+Read: our safetensors (config in the header), safetensors with bare or prefixed Wan names, torch files of Self Forcing
+(`generator_ema`, `generator`, `model`) and of TAEHV. A torch file is a pickle, and a pickle can carry code: it is only
+ever read with `weights_only=True`, so nothing in a file is executed. What a file is follows from its bytes, its header
+and the shapes of its tensors, never from its name.
+
+Header of our safetensors files: "selfforcing" = JSON {"format": 1, "kind", "config", "causal", "steps"}; for Wan also
+"config" = JSON {"transformer": {...}}, which ComfyUI merges into its own detection.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .atomic import replacing
+from .config import CausalConfig, StepConfig, TAEHVConfig, WanConfig
+from .keymap import EMA_CONTAINERS, RAW_CONTAINERS, describe_dialect, wan_names
+from .layout import Shape, mismatch, taehv_config, taehv_shapes, wan_config, wan_shapes
+
+HEADER_KEY = "selfforcing"
+HEADER_FORMAT = 1
+HOST_HEADER_KEY = "config"
+
+# What people most often mistake for a model file of ours, by a part of a parameter's name.
+FOREIGN_SIGNS = {
+    "lora_": "a LoRA; load it on top of a model",
+    ".lora": "a LoRA; load it on top of a model",
+    "decoder.upsamples.": "the Wan VAE; a TAEHV is needed here",
+    "token_embedding.": "a UMT5 text encoder",
+    "encoder.block.": "a text encoder",
+    "visual.": "a CLIP model",
+    "decoder.1.conv.0.": "a TAEHV with the larger 'super' decoder, which is not supported; use the ordinary one",
+    "double_blocks.": "a transformer of another family",
+    "transformer_blocks.": "a transformer in diffusers' layout; use the original Wan layout",
+    "condition_embedder.": "a transformer in diffusers' layout; use the original Wan layout",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One network of a file, under its original parameter names.
+
+    kind: "wan" or "taehv". dtype: the type most numbers have, such as "bfloat16". weights: "raw" or "ema".
+    causal, steps: how the model wants to be run, None where the file does not say. The tensors of `state_dict` are
+    mapped from the file where its format allows, so that reading costs no memory until they are used.
+    """
+
+    kind: str
+    state_dict: dict[str, Tensor]
+    config: WanConfig | TAEHVConfig
+    causal: CausalConfig | None
+    steps: StepConfig | None
+    dialect: str
+    dtype: str
+    weights: str
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """One set of tensors under the names of the file, its header, and which sets there were to choose from."""
+
+    tensors: dict[str, Tensor]
+    header: dict[str, str]
+    weights: str
+    available: tuple[str, ...]
+
+
+def read_checkpoint(path: str | Path, *, weights: str = "auto") -> Checkpoint:
+    """Read a Wan transformer or a TAEHV from any supported file.
+
+    weights: "ema" or "raw" choose between the averaged and the last weights of a training file, "auto" takes the
+    averaged ones where they exist. Raises ValueError, one line, for whatever is not such a file.
+    """
+    path = Path(path)
+    try:
+        return _understand(_open(path, weights))
+    except ValueError as error:
+        raise ValueError(f"{path}: {_one_line(error)}") from error
+
+
+def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint is, in plain JSON types, without reading its weights. Raises as `read_checkpoint` does."""
+    path = Path(path)
+    try:
+        contents = _open(path, "auto")
+        checkpoint = _understand(contents)
+    except ValueError as error:
+        raise ValueError(f"{path}: {_one_line(error)}") from error
+    return {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "kind": checkpoint.kind,
+        "dialect": checkpoint.dialect,
+        "config": checkpoint.config.to_dict(),
+        "dtype": checkpoint.dtype,
+        "tensors": len(checkpoint.state_dict),
+        "parameters": sum(tensor.numel() for tensor in checkpoint.state_dict.values()),
+        "weights": list(contents.available),
+        "causal": checkpoint.causal.to_dict() if checkpoint.causal else None,
+        "steps": checkpoint.steps.to_dict() if checkpoint.steps else None,
+    }
+
+
+def save_checkpoint(
+    path: str | Path,
+    state_dict: Mapping[str, Tensor],
+    config: WanConfig | TAEHVConfig,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    causal: CausalConfig | None = None,
+    steps: StepConfig | None = None,
+) -> None:
+    """Save a network as safetensors with everything needed to run it in the header.
+
+    state_dict: original parameter names, all that `config` asks for and no other. metadata: free text entries for the
+    header. An existing file is replaced once the new one is complete; nothing is left behind on failure.
+    Raises ValueError when names or shapes do not fit the config, or when the path cannot be written.
+    """
+    expected = wan_shapes(config) if isinstance(config, WanConfig) else taehv_shapes(config)
+    problem = mismatch(expected, {name: tuple(tensor.shape) for name, tensor in state_dict.items()})
+    if problem:
+        raise ValueError(f"{path}: not saved, {problem}")
+    header = _header(config, causal, steps)
+    clash = sorted(set(header) & set(metadata or {}))
+    if clash:
+        raise ValueError(f"{path}: not saved, the header entries {', '.join(clash)} are written from the config")
+    tensors = {name: state_dict[name].detach().contiguous() for name in expected}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, {**(metadata or {}), **header})
+
+
+def _header(config: WanConfig | TAEHVConfig, causal: CausalConfig | None, steps: StepConfig | None) -> dict[str, str]:
+    is_wan = isinstance(config, WanConfig)
+    ours = {
+        "format": HEADER_FORMAT,
+        "kind": "wan" if is_wan else "taehv",
+        "config": config.to_dict(),
+        "causal": causal.to_dict() if causal else None,
+        "steps": steps.to_dict() if steps else None,
+    }
+    header = {HEADER_KEY: json.dumps(ours)}
+    if is_wan:
+        sizes = {name: getattr(config, name) for name in ("num_heads", "text_dim", "freq_dim", "text_len")}
+        header[HOST_HEADER_KEY] = json.dumps({"transformer": {"causal_ar": causal is not None, **sizes}})
+    return header
+
+
+def _open(path: Path, weights: str) -> _Contents:
+    if weights not in ("auto", "ema", "raw"):
+        raise ValueError(f"weights {weights!r} is unknown; use 'auto', 'ema' or 'raw'")
+    try:
+        if path.is_dir():
+            raise ValueError("is a folder; give the checkpoint file in it")
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+    if not start:
+        raise ValueError("is empty; download or save it again")
+    if start[8:] == b"{":  # after the length of a safetensors header, the header's JSON
+        return _open_safetensors(path, weights)
+    if start.startswith((b"PK\x03\x04", b"\x80")):  # torch's zip archive, and the bare pickle of its early versions
+        return _open_torch(path, weights, is_zip=start.startswith(b"PK"))
+    raise ValueError("is neither a safetensors nor a torch file")
+
+
+def _open_safetensors(path: Path, weights: str) -> _Contents:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it has no __iter__
+            header = file.metadata() or {}
+    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"is a damaged or truncated safetensors file ({_one_line(error)})") from error
+    return _single(tensors, header, weights)
+
+
+def _open_torch(path: Path, weights: str, *, is_zip: bool) -> _Contents:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch remarks on foreign pickles before it refuses them
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
+        if code:
+            raise ValueError(f"holds code ({code[1]}), which was not executed; use a file of plain tensors") from error
+        raise ValueError("is a damaged, truncated or foreign pickle; nothing in it was executed") from error
+    except Exception as error:  # an unpickler that is fed damaged bytes may raise anything
+        raise ValueError(f"is a damaged or truncated torch file ({type(error).__name__})") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"holds a {type(loaded).__name__}, not a dictionary of tensors")
+    return _choose_container(loaded, weights)
+
+
+def _choose_container(loaded: dict[Any, Any], weights: str) -> _Contents:
+    """Pick the averaged or the last weights of a training file; a flat dictionary is one set of weights."""
+    ema = [name for name in EMA_CONTAINERS if isinstance(loaded.get(name), dict)]
+    raw = [name for name in RAW_CONTAINERS if isinstance(loaded.get(name), dict)]
+    if not ema and not raw:
+        return _single(_only_tensors(loaded), {}, weights)
+    available = ("raw",) * bool(raw) + ("ema",) * bool(ema)
+    chosen = available[-1] if weights == "auto" else weights
+    if chosen not in available:
+        raise ValueError(f"has no {chosen} weights, only {', '.join([*raw, *ema])}; ask for weights={available[0]!r}")
+    name = (ema if chosen == "ema" else raw)[0]
+    return _Contents(_only_tensors(loaded[name]), {}, chosen, available)
+
+
+def _single(tensors: dict[str, Tensor], header: dict[str, str], weights: str) -> _Contents:
+    if weights == "ema":
+        raise ValueError("holds one set of weights and does not say that it is an average; ask for weights='auto'")
+    return _Contents(tensors, header, "raw", ("raw",))
+
+
+def _only_tensors(loaded: dict[Any, Any]) -> dict[str, Tensor]:
+    for key, value in loaded.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(f"entry {str(key)[:60]!r} is a {type(value).__name__}, not a tensor; no known layout")
+    return loaded
+
+
+def _understand(contents: _Contents) -> Checkpoint:
+    """Recognise the network, settle its config and check every name and shape against it."""
+    names = wan_names(contents.tensors)
+    state_dict = {name: contents.tensors[key] for name, key in names.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    kind = _kind(shapes)
+    dtype = _dtype(state_dict)
+    ours = _our_header(contents.header)
+    if ours.get("kind", kind) != kind:
+        raise ValueError(f"header says {ours['kind']!r} but the tensors are those of a {kind!r}")
+    try:
+        config = _config(kind, shapes, ours.get("config"), _host_sizes(contents.header))
+        causal = CausalConfig.from_dict(ours["causal"]) if ours.get("causal") else None
+        steps = StepConfig.from_dict(ours["steps"]) if ours.get("steps") else None
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"header is damaged ({_one_line(error)})") from error
+    problem = mismatch(wan_shapes(config) if isinstance(config, WanConfig) else taehv_shapes(config), shapes)
+    if problem:
+        raise ValueError(f"is not a complete {kind} model: {problem}")
+    dialect = describe_dialect(contents.tensors)
+    return Checkpoint(kind, state_dict, config, causal, steps, dialect, dtype, contents.weights, contents.header)
+
+
+def _kind(shapes: Mapping[str, Shape]) -> str:
+    if "head.modulation" in shapes:
+        return "wan"
+    if "encoder.0.weight" in shapes and "decoder.3.conv.0.weight" in shapes:
+        return "taehv"
+    for sign, meaning in FOREIGN_SIGNS.items():
+        if any(sign in name for name in shapes):
+            raise ValueError(f"is no Wan transformer and no TAEHV; it looks like {meaning}")
+    raise ValueError(f"is no Wan transformer and no TAEHV; its {len(shapes)} tensors follow no known layout")
+
+
+def _dtype(state_dict: Mapping[str, Tensor]) -> str:
+    counts: Counter[torch.dtype] = Counter()
+    for name, tensor in state_dict.items():
+        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+            raise ValueError(
+                f"parameter {name} is {tensor.dtype} in {tensor.layout}; only plain floating-point weights load"
+            )
+        counts[tensor.dtype] += tensor.numel()
+    return str(counts.most_common(1)[0][0]).removeprefix("torch.")
+
+
+def _our_header(header: Mapping[str, str]) -> dict[str, Any]:
+    if HEADER_KEY not in header:
+        return {}
+    values = _json_object(header[HEADER_KEY])
+    if values.get("format") != HEADER_FORMAT:
+        raise ValueError(f"header has format {values.get('format')!r}, this version reads {HEADER_FORMAT}; update it")
+    return values
+
+
+def _host_sizes(header: Mapping[str, str]) -> dict[str, int]:
+    """Sizes that a file made for ComfyUI gives in its header; {} where there are none."""
+    if HOST_HEADER_KEY not in header:
+        return {}
+    sizes = _json_object(header[HOST_HEADER_KEY]).get("transformer")
+    return {name: sizes[name] for name in ("num_heads", "text_len") if name in sizes} if isinstance(sizes, dict) else {}
+
+
+def _check_sizes(sizes: Mapping[str, Any]) -> None:
+    """Refuse what no tensor can contradict: sizes that only the header gives."""
+    for name in ("num_heads", "text_len"):
+        if name in sizes and (type(sizes[name]) is not int or sizes[name] < 1):
+            raise ValueError(f"header is damaged ({name} is {sizes[name]!r}, not a positive number)")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"header is damaged ({_one_line(error)})") from error
+    if not isinstance(values, dict):
+        raise ValueError("header is damaged (not a JSON object)")
+    return values
+
+
+def _config(
+    kind: str, shapes: Mapping[str, Shape], stored_values: dict[str, Any] | None, host_sizes: dict[str, int]
+) -> WanConfig | TAEHVConfig:
+    """The config that the shapes tell, completed by what only a header can tell; both must agree."""
+    stored: WanConfig | TAEHVConfig | None
+    told: WanConfig | TAEHVConfig
+    _check_sizes(stored_values or host_sizes)
+    if kind == "wan":
+        stored = WanConfig.from_dict(stored_values) if stored_values else None
+        if isinstance(stored, WanConfig):
+            told = replace(wan_config(shapes, num_heads=stored.num_heads, text_len=stored.text_len), eps=stored.eps)
+        else:
+            told = wan_config(shapes, **host_sizes)
+    else:
+        stored = TAEHVConfig.from_dict(stored_values) if stored_values else None
+        told = taehv_config(shapes, decoder_space=stored.decoder_space) if stored else taehv_config(shapes)
+    if stored is not None and stored != told:
+        name = next(field.name for field in fields(told) if getattr(stored, field.name) != getattr(told, field.name))
+        raise ValueError(
+            f"header says {name} {getattr(stored, name)} but the tensors say {getattr(told, name)}; the file is damaged"
+        )
+    return told
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
