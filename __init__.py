@@ -1,0 +1,23 @@
+"""Self Forcing for ComfyUI: causal few-step video that streams. ComfyUI imports this file; it does nothing heavy.
+
+The library is in selfforcing_core/ and does not need ComfyUI; the nodes are in nodes/.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+__all__ = ["comfy_entrypoint"]
+
+
+async def comfy_entrypoint() -> Any:
+    """Give ComfyUI our nodes. Nothing is imported before it asks."""
+    try:
+        from .nodes.extension import SelfForcingExtension
+
+        return SelfForcingExtension()
+    except Exception:
+        # The host logs one line and drops the traceback, which is what a bug report needs.
+        logging.getLogger(__name__).exception("Self Forcing nodes could not be loaded")
+        raise

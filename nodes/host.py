@@ -1,0 +1,122 @@
+"""Everything asked of the running ComfyUI: folders, devices, memory, progress, previews, interruption.
+
+Features are tested for, never versions. Letters: V video frames, R RGB, H W pixels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as memory
+import comfy.model_patcher
+import comfy.utils
+import folder_paths
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..selfforcing_core.hub import list_bundles, resolve_text_encoder
+
+BUNDLE_MARK = " (bundled)"
+PREVIEW_SIZE = 512  # pixels of a preview's longer side; the host may shrink it further
+
+
+# ---------------------------------------------------------------- folders --
+def file_choices(*folders: str) -> list[str]:
+    """Bundled models first, then the files of the host's model folders, each name once."""
+    files = [name for folder in folders for name in folder_paths.get_filename_list(folder)]
+    return [name + BUNDLE_MARK for name in list_bundles()] + list(dict.fromkeys(files))
+
+
+def file_of(choice: str, bundled: Callable[[str], Path], *folders: str) -> Path:
+    """The path behind a choice of `file_choices`; `bundled` finds a bundle's part. Raises ValueError if it is gone."""
+    if choice.endswith(BUNDLE_MARK):
+        return bundled(choice[: -len(BUNDLE_MARK)])
+    for folder in folders:
+        path = folder_paths.get_full_path(folder, choice)
+        if path is not None:
+            return Path(path)
+    raise ValueError(f"{choice!r} is in none of models/{', models/'.join(folders)}; refresh the list and choose again")
+
+
+def text_encoder_choices() -> list[str]:
+    """Bundled text encoders, then the subfolders of models/text_encoders in the layout of transformers."""
+    roots = [Path(root) for root in folder_paths.get_folder_paths("text_encoders")]
+    found = [path.parent.name for root in roots if root.is_dir() for path in sorted(root.glob("*/config.json"))]
+    return [name + BUNDLE_MARK for name in list_bundles()] + list(dict.fromkeys(found))
+
+
+def text_encoder_folder(choice: str) -> Path:
+    """The folder behind a choice of `text_encoder_choices`. Raises ValueError if it is gone."""
+    if choice.endswith(BUNDLE_MARK):
+        return resolve_text_encoder(choice[: -len(BUNDLE_MARK)])
+    for root in folder_paths.get_folder_paths("text_encoders"):
+        if (Path(root) / choice / "config.json").is_file():
+            return Path(root) / choice
+    raise ValueError(f"{choice!r} is no folder with a config.json in models/text_encoders; refresh the list")
+
+
+def fingerprint(path: Path) -> str:
+    """Changes when the file (or any file of the folder) changes, so that the host reloads it only then."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return "|".join(f"{file}:{os.path.getmtime(file)}" for file in files if file.is_file())
+
+
+# ------------------------------------------------------ devices and memory --
+def patcher_of(
+    module: torch.nn.Module, load_device: torch.device, offload_device: torch.device, *, dynamic: bool
+) -> Any:
+    """Hand a module to the host's memory manager. `dynamic`: all weights are in the host's own layers."""
+    patcher = comfy.model_patcher.ModelPatcher
+    if dynamic:
+        patcher = getattr(comfy.model_patcher, "CoreModelPatcher", patcher)
+    return patcher(module, load_device=load_device, offload_device=offload_device)
+
+
+def load(patchers: Sequence[Any], *, working_bytes: float = 0, whole: bool = False) -> None:
+    """Bring networks to their devices, leaving `working_bytes` free; the host offloads others as it sees fit."""
+    memory.load_models_gpu(list(patchers), memory_required=working_bytes, force_full_load=whole)
+
+
+def to_graph(tensor: Tensor) -> Tensor:
+    """float32 on the device where the host keeps what travels between nodes."""
+    return tensor.to(device=memory.intermediate_device(), dtype=torch.float32)
+
+
+def check_interrupted() -> None:
+    """Raise the host's own exception if the user pressed stop."""
+    memory.throw_exception_if_processing_interrupted()
+
+
+# ---------------------------------------------------- progress and previews --
+class Progress:
+    """The bar of the running node. Counts network calls; a preview is shown with the count reached so far."""
+
+    def __init__(self, total: int) -> None:
+        self.bar = comfy.utils.ProgressBar(total)
+        self.done = 0
+
+    def step(self) -> None:
+        """One more network call is about to start; its predecessor is done."""
+        self.bar.update_absolute(self.done)
+        self.done += 1
+
+    def finish(self) -> None:
+        self.bar.update_absolute(self.bar.total)
+
+    def show(self, frame_RHW: Tensor) -> None:
+        """Show one frame in [0, 1] on the node."""
+        pixels = (frame_RHW.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        self.bar.update_absolute(self.done, preview=("JPEG", Image.fromarray(pixels), PREVIEW_SIZE))
+
+    def show_rough(self, latents_CHW: Tensor, latent_format: Any) -> None:
+        """Show one normalised latent frame by the host's linear guess at its colours, if the host has one."""
+        factors = getattr(latent_format, "latent_rgb_factors", None)
+        if factors is None or len(factors) != latents_CHW.shape[0]:
+            return
+        bias_R = torch.tensor(latent_format.latent_rgb_factors_bias or [0.0, 0.0, 0.0])
+        rgb_RHW = torch.einsum("chw,cr->rhw", latents_CHW.float().cpu(), torch.tensor(factors))
+        self.show((rgb_RHW + bias_R[:, None, None] + 1) / 2)

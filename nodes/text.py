@@ -1,0 +1,72 @@
+"""Prompt to conditioning."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as memory
+import torch
+from comfy_api.latest import io
+
+from ..selfforcing_core.text import TextEncoder
+from . import host
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    encoder: TextEncoder
+    patcher: Any
+
+
+@functools.lru_cache(maxsize=1)
+def _load(folder: Path, fingerprint: str) -> _Loaded:
+    """The encoder last used stays in memory, under the host's management: a new prompt does not read the file again."""
+    encoder = TextEncoder.from_folder(folder)
+    device, offload = memory.text_encoder_device(), memory.text_encoder_offload_device()
+    # The host writes `device` on what it manages, which transformers forbids on its models: hence the wrapping.
+    return _Loaded(encoder, host.patcher_of(torch.nn.Sequential(encoder.model), device, offload, dynamic=False))
+
+
+class SelfForcingTextEncode(io.ComfyNode):
+    """Prompt to CONDITIONING with a UMT5 encoder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SelfForcingTextEncode",
+            display_name="Text Encode (Self Forcing)",
+            category="SelfForcing",
+            description="Turns a prompt into conditioning. For a single-file Wan encoder use the host's Load CLIP "
+            "(type wan) and CLIP Text Encode instead: both kinds of conditioning fit the sampler.",
+            inputs=[
+                io.Combo.Input(
+                    "text_encoder",
+                    options=host.text_encoder_choices(),
+                    tooltip="A bundled encoder, or a folder of models/text_encoders that holds config.json, "
+                    "model.safetensors and tokenizer.json. It must be the one the video model was trained with.",
+                ),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="What the video shows, in words. The tiny model knows sentences like "
+                    "'a red square moving left slowly on a navy background'.",
+                ),
+            ],
+            outputs=[io.Conditioning.Output(tooltip="Text embeddings of the prompt.")],
+        )
+
+    @classmethod
+    def execute(cls, text_encoder: str, text: str) -> io.NodeOutput:
+        folder = host.text_encoder_folder(text_encoder)
+        loaded = _load(folder, host.fingerprint(folder))
+        host.load([loaded.patcher], whole=True)
+        embeds_BPE = loaded.encoder.encode([text])
+        return io.NodeOutput([[host.to_graph(embeds_BPE), {}]])
+
+    @classmethod
+    def fingerprint_inputs(cls, text_encoder: str = "", **_: object) -> str:
+        return host.fingerprint(host.text_encoder_folder(text_encoder)) if text_encoder else ""
