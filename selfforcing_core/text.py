@@ -1,4 +1,4 @@
-"""Prompts to text embeddings with a UMT5 encoder of the transformers library, and original Wan UMT5 files to its layout.
+"""Prompts to text embeddings with a UMT5 encoder of transformers, and original Wan UMT5 files to its layout.
 
 Shapes: B prompts, P text tokens (a model's fixed text length, 512 for Wan), E text width (4096 for Wan).
 transformers is imported inside the functions that need it, so that importing this module stays cheap.
@@ -72,7 +72,7 @@ class TextEncoder:
         tokenizer = _load_tokenizer(folder)
         model = _load_model(folder, dtype)
         if device is not None:
-            model = model.to(device)
+            model.to(device=torch.device(device))
         return cls(tokenizer, model, text_len=text_len or _own_text_len(tokenizer))
 
     @property
@@ -128,10 +128,12 @@ def _own_text_len(tokenizer: PreTrainedTokenizerBase) -> int:
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        raise ValueError(f"{folder} has no tokenizer; put tokenizer.json beside the weights")
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} has no usable tokenizer (tokenizer.json): {_first_line(error)}") from error
+        raise ValueError(f"{folder} has no usable tokenizer: {_first_line(error)}") from error
 
 
 def _load_model(folder: Path, dtype: torch.dtype) -> UMT5EncoderModel:
@@ -272,9 +274,10 @@ def umt5_from_wan_state_dict(
     renamed: dict[str, Any] = {
         umt5_key_from_wan(key): tensor.to(device=device, dtype=dtype) for key, tensor in state_dict.items()
     }
-    # The transformers module names its one embedding table twice.
+    # The transformers module has its one embedding table under two names.
     renamed["encoder.embed_tokens.weight"] = renamed["shared.weight"]
     model.load_state_dict(renamed, assign=True)
+    model.encoder.embed_tokens.weight = model.shared.weight
     return model.eval().requires_grad_(False)
 
 

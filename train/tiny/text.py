@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,12 @@ from torch import Tensor, nn
 from selfforcing_core.text import TextEncoder, umt5_config
 from train.tiny.world import ATTRIBUTES, combinations, heldout
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import UMT5EncoderModel
+
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as Wan's tokenizer has them
+SPECIAL = {"pad_token": PAD, "eos_token": EOS, "unk_token": UNKNOWN}
 FILLERS = ("a", "moving", "on", "background")
 UNNAMED = "unnamed"
 Words = tuple[str, ...]
@@ -60,11 +65,8 @@ def vocabulary() -> dict[str, int]:
 
 
 # ---------------------------------------------------------------- tokenizer --
-def write_tokenizer(folder: Path, text_len: int) -> None:
-    """Write tokenizer.json and its two companions, which transformers 4 and 5 both load offline.
-
-    Words are lower-cased, punctuation is ignored, an end token is appended, unknown words share one id.
-    """
+def build_tokenizer() -> Tokenizer:
+    """Whole words to ids: lower-cased, punctuation ignored, one id for all unknown words, an end token appended."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
     tokenizer = Tokenizer(models.WordLevel(vocabulary(), unk_token=UNKNOWN))
@@ -76,10 +78,14 @@ def write_tokenizer(folder: Path, text_len: int) -> None:
         single=f"$A {EOS}", special_tokens=[(EOS, vocabulary()[EOS])]
     )
     tokenizer.add_special_tokens([PAD, EOS, UNKNOWN])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"pad_token": PAD, "eos_token": EOS, "unk_token": UNKNOWN}
+    return tokenizer
+
+
+def write_tokenizer(folder: Path, text_len: int) -> None:
+    """Write tokenizer.json and its two companions, by hand because transformers 4 cannot read those of 5."""
+    build_tokenizer().save(str(folder / "tokenizer.json"))
     config = {
-        **special,
+        **SPECIAL,
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": text_len,
         "padding_side": "right",
@@ -87,7 +93,7 @@ def write_tokenizer(folder: Path, text_len: int) -> None:
         "clean_up_tokenization_spaces": False,
     }
     _write_json(folder / "tokenizer_config.json", config)
-    _write_json(folder / "special_tokens_map.json", special)
+    _write_json(folder / "special_tokens_map.json", SPECIAL)
 
 
 # ----------------------------------------------------------------- captions --
@@ -154,7 +160,7 @@ def reading_loss(readers: Readers, hidden_BPE: Tensor, ids_BP: Tensor, mask_BP: 
     return torch.stack(losses).sum()
 
 
-def build_encoder(recipe: TextTraining) -> nn.Module:
+def build_encoder(recipe: TextTraining) -> UMT5EncoderModel:
     """A UMT5 encoder with random weights; its final norm's gain stays 1, so every row has a root mean square of 1."""
     from transformers import UMT5EncoderModel
 
@@ -181,8 +187,10 @@ def batches(tokenizer: Any, recipe: TextTraining, pool: list[Words], seed: int) 
         yield batch["input_ids"], batch["attention_mask"], targets(list(said))
 
 
-def train_encoder(tokenizer: Any, recipe: TextTraining, pool: list[Words], seed: int) -> tuple[nn.Module, Readers]:
-    """Train encoder and readers together with AdamW and a linear decay to zero; the same seed gives the same weights."""
+def train_encoder(
+    tokenizer: Any, recipe: TextTraining, pool: list[Words], seed: int
+) -> tuple[UMT5EncoderModel, Readers]:
+    """Train encoder and readers together, AdamW with a linear decay to zero; the same seed gives the same weights."""
     torch.manual_seed(seed)
     model, readers = build_encoder(recipe), Readers(recipe.dim)
     parameters = [p for p in (*model.parameters(), *readers.parameters()) if p.requires_grad]
@@ -204,7 +212,7 @@ def train_encoder(tokenizer: Any, recipe: TextTraining, pool: list[Words], seed:
 
 
 # ------------------------------------------------------------------ writing --
-def write_folder(model: nn.Module, recipe: TextTraining, out: Path) -> None:
+def write_folder(model: UMT5EncoderModel, recipe: TextTraining, out: Path) -> None:
     """Write the encoder in float16 with its tokenizer under a temporary name, then move it to `out`."""
     from safetensors.torch import save_file
 
@@ -217,8 +225,8 @@ def write_folder(model: nn.Module, recipe: TextTraining, out: Path) -> None:
     _write_json(folder / "config.json", {**model.config.to_diff_dict(), "dtype": "float16", "torch_dtype": "float16"})
     tensors = {name: value.detach().half().contiguous() for name, value in model.named_parameters()}
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    if out.exists():
-        shutil.rmtree(out)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
+    shutil.rmtree(out, ignore_errors=True)
     os.replace(folder, out)
 
 
@@ -258,45 +266,41 @@ def evaluation_sets(held: list[Words]) -> dict[str, tuple[list[str], list[Words]
     return sets
 
 
-def rounding_error(model: nn.Module, saved: TextEncoder, captions: list[str]) -> float:
+def rounding_error(model: UMT5EncoderModel, saved: TextEncoder, captions: list[str]) -> float:
     """Relative error of the saved encoder's rows against the trained one's."""
-    trained = TextEncoder(saved.tokenizer, model, text_len=saved.text_len)  # type: ignore[arg-type]
+    trained = TextEncoder(saved.tokenizer, model, text_len=saved.text_len)
     exact = trained.encode(captions)
     return float((saved.encode(captions) - exact).norm() / exact.norm())
 
 
+def report(model: UMT5EncoderModel, readers: Readers, folder: Path, held: list[Words]) -> dict[str, Any]:
+    """What the readers tell from the encoder as it was saved, its size, and what rounding to float16 cost."""
+    saved = TextEncoder.from_folder(folder)
+    sets = evaluation_sets(held)
+    return {
+        "bytes": sum(file.stat().st_size for file in folder.iterdir()),
+        "float16_relative_error": rounding_error(model, saved, sets["in full"][0]),
+        "held_out_combinations": len(held),
+        "read_correctly": {name: read_captions(saved, readers, *captions) for name, captions in sets.items()},
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
     """Train, write, load what was written, and print what the readers can tell from it as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m train.tiny.text", description=__doc__.splitlines()[0])
+    from transformers import PreTrainedTokenizerFast
+
+    parser = argparse.ArgumentParser(prog="python -m train.tiny.text", description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("assets/tiny/text_encoder"), help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=TextTraining.steps)
     args = parser.parse_args(argv)
-    recipe = TextTraining(steps=args.steps)
-    held = heldout()
+    recipe, held, started = TextTraining(steps=args.steps), heldout(), time.perf_counter()
     pool = sorted(set(combinations()) - set(held))
-    started = time.perf_counter()
-    scratch = args.out.with_name(args.out.name + ".tokenizer")
-    scratch.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(scratch, recipe.text_len)
-    from transformers import AutoTokenizer
-
-    model, readers = train_encoder(AutoTokenizer.from_pretrained(str(scratch)), recipe, pool, args.seed)
-    shutil.rmtree(scratch)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(), **SPECIAL)
+    model, readers = train_encoder(tokenizer, recipe, pool, args.seed)
     write_folder(model, recipe, args.out)
-    saved = TextEncoder.from_folder(args.out)
-    sets = evaluation_sets(held)
-    report = {name: read_captions(saved, readers, captions, said) for name, (captions, said) in sets.items()}
-    summary = {
-        "seed": args.seed,
-        "steps": recipe.steps,
-        "seconds": round(time.perf_counter() - started, 1),
-        "bytes": sum(file.stat().st_size for file in args.out.iterdir()),
-        "float16_relative_error": rounding_error(model, saved, sets["in full"][0]),
-        "held_out_combinations": len(held),
-        "read_correctly": report,
-    }
-    print(json.dumps(summary, indent=1))
+    summary = {"seed": args.seed, "steps": args.steps, "seconds": round(time.perf_counter() - started, 1)}
+    print(json.dumps({**summary, **report(model, readers, args.out, held)}, indent=1))
 
 
 if __name__ == "__main__":

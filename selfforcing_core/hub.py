@@ -1,0 +1,144 @@
+"""Models by name: the bundles that lie in assets/ beside this package, or any file or folder by its path.
+
+A bundle is a folder with model.safetensors (the video model), taehv.safetensors (its autoencoder) and text_encoder/.
+Nothing here touches the network.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+    from .model import CausalWan
+    from .taehv import TAEHV
+    from .text import TextEncoder
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+MODEL_FILE = "model.safetensors"
+TAEHV_FILE = "taehv.safetensors"
+TEXT_ENCODER_FOLDER = "text_encoder"
+
+
+# -------------------------------------------------------------------- names --
+def list_bundles() -> list[str]:
+    """Names of the bundles at hand, sorted."""
+    if not ASSETS.is_dir():
+        return []
+    parts = (MODEL_FILE, TAEHV_FILE, TEXT_ENCODER_FOLDER)
+    return sorted(folder.name for folder in ASSETS.iterdir() if any((folder / part).exists() for part in parts))
+
+
+def bundle_path(name: str = "tiny") -> Path:
+    """Folder of a bundle; raises ValueError naming the bundles there are."""
+    if name not in list_bundles():
+        raise ValueError(f"there is no bundle {name!r}; {_choices()}")
+    return ASSETS / name
+
+
+def resolve_model(name_or_path: str | Path) -> Path:
+    """File of a video model, from a bundle's name or a path; a bundle's name wins over a file of that name."""
+    return _resolve(name_or_path, MODEL_FILE)
+
+
+def resolve_taehv(name_or_path: str | Path) -> Path:
+    """File of a tiny video autoencoder, from a bundle's name or a path."""
+    return _resolve(name_or_path, TAEHV_FILE)
+
+
+def resolve_text_encoder(name_or_path: str | Path) -> Path:
+    """Folder of a text encoder in the layout of transformers, from a bundle's name or a path."""
+    return _resolve(name_or_path, TEXT_ENCODER_FOLDER)
+
+
+def _resolve(name_or_path: str | Path, part: str) -> Path:
+    is_name = isinstance(name_or_path, str) and name_or_path in list_bundles()
+    path = ASSETS / str(name_or_path) / part if is_name else Path(name_or_path).expanduser()
+    if path.exists() and str(name_or_path).strip():
+        return path
+    if is_name:
+        raise ValueError(f"the bundle {str(name_or_path)!r} has no {part}; {path} is missing")
+    raise ValueError(f"{str(name_or_path)!r} is neither a bundle nor a path to something that exists; {_choices()}")
+
+
+def _choices() -> str:
+    names = ", ".join(list_bundles()) or "none"
+    return f"bundles: {names}; the path of a file or folder works as well"
+
+
+# ------------------------------------------------------------------ loading --
+def load_model(
+    name_or_path: str | Path,
+    *,
+    operations: Any = torch.nn,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[CausalWan, Checkpoint]:
+    """A video model ready for a rollout, and the checkpoint it came from (with its causal and step settings).
+
+    dtype defaults to the stored one; `operations` supplies the layer classes, as for `CausalWan`.
+    Raises ValueError for an unknown name, a damaged file, or one that holds another kind of model.
+    """
+    from .checkpoint import read_checkpoint
+    from .model import CausalWan
+
+    path = resolve_model(name_or_path)
+    checkpoint = read_checkpoint(path)
+    _expect_kind(checkpoint, "wan", path)
+    return _filled(CausalWan, checkpoint, operations, dtype, device), checkpoint
+
+
+def load_taehv(
+    name_or_path: str | Path,
+    *,
+    operations: Any = torch.nn,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[TAEHV, Checkpoint]:
+    """A tiny video autoencoder and the checkpoint it came from; arguments and errors as for `load_model`."""
+    from .checkpoint import read_checkpoint
+    from .taehv import TAEHV
+
+    path = resolve_taehv(name_or_path)
+    checkpoint = read_checkpoint(path)
+    _expect_kind(checkpoint, "taehv", path)
+    return _filled(TAEHV, checkpoint, operations, dtype, device), checkpoint
+
+
+def load_text_encoder(
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> TextEncoder:
+    """The text encoder of a bundle, or of a folder in the layout of transformers."""
+    from .text import TextEncoder
+
+    return TextEncoder.from_folder(resolve_text_encoder(name_or_path), dtype=dtype, device=device)
+
+
+def _expect_kind(checkpoint: Checkpoint, kind: str, path: Path) -> None:
+    if checkpoint.kind != kind:
+        raise ValueError(f"{path} holds a model of kind {checkpoint.kind!r}, but kind {kind!r} is needed here")
+
+
+def _filled(
+    model_class: Any,
+    checkpoint: Checkpoint,
+    operations: Any,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> Any:
+    """The network of a checkpoint holding its weights, for inference (no gradients).
+
+    It is laid out on the meta device and then takes over the file's tensors: nothing is initialised in vain, and
+    weights that need no conversion stay mapped from the file.
+    """
+    dtype = dtype or getattr(torch, checkpoint.dtype)
+    model = model_class(checkpoint.config, operations=operations, device=torch.device("meta"), dtype=dtype)
+    weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in checkpoint.state_dict.items()}
+    model.load_state_dict(weights, assign=True)
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,101 @@
+"""Models by name: bundles, paths, and what is said about anything else."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from selfforcing_core import hub
+from selfforcing_core.checkpoint import save_checkpoint
+from selfforcing_core.config import CausalConfig, StepConfig, TAEHVConfig, WanConfig
+from selfforcing_core.model import CausalWan
+from selfforcing_core.taehv import TAEHV
+
+CONFIG = WanConfig(dim=32, ffn_dim=48, num_heads=2, num_layers=2, text_dim=24, text_len=8, freq_dim=16)
+TAEHV_CONFIG = TAEHVConfig(encoder_width=8, decoder_widths=(16, 8, 8, 8))
+CAUSAL, STEPS = CausalConfig(chunk=3, window=9), StepConfig(steps=(1000.0, 500.0))
+
+
+@pytest.fixture
+def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An assets folder with the bundle "small" (random weights) and an empty folder beside it."""
+    folder = tmp_path / "assets"
+    (folder / "small").mkdir(parents=True)
+    (folder / "nothing").mkdir()
+    torch.manual_seed(0)
+    wan, taehv = CausalWan(CONFIG), TAEHV(TAEHV_CONFIG)
+    save_checkpoint(folder / "small" / hub.MODEL_FILE, wan.state_dict(), CONFIG, causal=CAUSAL, steps=STEPS)
+    save_checkpoint(folder / "small" / hub.TAEHV_FILE, taehv.state_dict(), TAEHV_CONFIG)
+    monkeypatch.setattr(hub, "ASSETS", folder)
+    return folder
+
+
+def test_the_tiny_bundle_is_found_and_its_text_encoder_loads() -> None:
+    assert "tiny" in hub.list_bundles()
+    assert hub.bundle_path("tiny") == Path(hub.__file__).resolve().parents[1] / "assets" / "tiny"
+    assert hub.load_text_encoder("tiny").encode(["a red square"]).shape == (1, 16, 128)
+
+
+def test_a_folder_without_a_model_in_it_is_no_bundle(assets: Path) -> None:
+    assert hub.list_bundles() == ["small"]
+
+
+def test_without_any_assets_there_are_no_bundles(assets: Path) -> None:
+    shutil.rmtree(assets)
+    assert hub.list_bundles() == []
+    with pytest.raises(ValueError, match="bundles: none"):
+        hub.bundle_path("tiny")
+
+
+def test_an_unknown_name_is_answered_with_the_bundles_and_that_a_path_works(assets: Path) -> None:
+    for call in (hub.resolve_model, hub.load_model, hub.load_taehv, hub.load_text_encoder):
+        with pytest.raises(ValueError, match=r"'smal' is neither .* bundles: small; the path of a file .* works"):
+            call("smal")
+    with pytest.raises(ValueError, match="no bundle 'smal'; bundles: small"):
+        hub.bundle_path("smal")
+    with pytest.raises(ValueError, match="neither"):
+        hub.resolve_model("")
+
+
+def test_a_part_that_a_bundle_lacks_is_named(assets: Path) -> None:
+    with pytest.raises(ValueError, match="bundle 'small' has no text_encoder"):
+        hub.load_text_encoder("small")
+
+
+def test_a_model_loads_by_name_and_by_path_with_its_settings(assets: Path) -> None:
+    by_name, checkpoint = hub.load_model("small")
+    by_path, _ = hub.load_model(assets / "small" / hub.MODEL_FILE)
+    assert (checkpoint.config, checkpoint.causal, checkpoint.steps) == (CONFIG, CAUSAL, STEPS)
+    assert not by_name.training
+    for name, parameter in by_name.named_parameters():
+        assert torch.equal(parameter, checkpoint.state_dict[name])
+        assert torch.equal(parameter, by_path.get_parameter(name))
+        assert not parameter.requires_grad
+
+
+def test_a_loaded_model_computes_what_the_saved_one_did(assets: Path) -> None:
+    torch.manual_seed(0)
+    saved, (loaded, _) = CausalWan(CONFIG), hub.load_model("small")
+    inputs = (torch.randn(1, 2, 16, 4, 4), torch.full((1, 2), 500.0), torch.randn(1, 8, 24))
+    with torch.no_grad():
+        assert torch.equal(saved(*inputs), loaded(*inputs))
+
+
+def test_dtype_defaults_to_the_stored_one_and_can_be_chosen(assets: Path) -> None:
+    half = {name: tensor.half() for name, tensor in hub.load_model("small")[1].state_dict.items()}
+    save_checkpoint(assets / "half.safetensors", half, CONFIG)
+    assert next(hub.load_model(assets / "half.safetensors")[0].parameters()).dtype == torch.float16
+    assert next(hub.load_model("small")[0].parameters()).dtype == torch.float32
+    chosen, _ = hub.load_model("small", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in chosen.parameters()} == {torch.bfloat16}
+
+
+def test_a_taehv_decodes_and_is_not_taken_for_a_video_model(assets: Path) -> None:
+    taehv, _ = hub.load_taehv("small")
+    with torch.no_grad():
+        assert taehv.decode(torch.randn(1, 2, 16, 2, 2)).shape == (1, 5, 3, 16, 16)
+    with pytest.raises(ValueError, match="kind 'taehv', but kind 'wan' is needed"):
+        hub.load_model(assets / "small" / hub.TAEHV_FILE)

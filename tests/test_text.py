@@ -1,0 +1,199 @@
+"""Prompts to embeddings: the tiny bundle's encoder, original Wan UMT5 weights, and the training command."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from selfforcing_core.text import (
+    TextEncoder,
+    clean_prompt,
+    embed_tokens,
+    umt5_from_wan_state_dict,
+    umt5_key_from_wan,
+    wan_umt5_shapes,
+    wan_umt5_sizes,
+)
+from train.tiny import text as training
+from train.tiny.world import Scene, combinations, heldout
+
+ROOT = Path(__file__).resolve().parent.parent
+BUNDLE = ROOT / "assets" / "tiny" / "text_encoder"
+GOLDEN = Path(os.environ.get("SELFFORCING_GOLDEN", ROOT / "tests" / "golden"))
+PROMPTS = ["", "a red square moving left slowly", "a blue circle moving up quickly on a navy background"]
+WAN_SIZES = {"vocab": 50, "dim": 24, "dim_attn": 32, "dim_ffn": 40, "num_heads": 4, "num_layers": 2, "num_buckets": 32}
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TextEncoder:
+    return TextEncoder.from_folder(BUNDLE)
+
+
+def random_wan_weights() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) for name, shape in wan_umt5_shapes(**WAN_SIZES).items()}
+
+
+# ------------------------------------------------------------------- prompts --
+def test_prompts_are_unescaped_twice_and_their_white_space_collapsed() -> None:
+    assert clean_prompt("  a &amp;lt;red&amp;gt;\n\tsquare &amp; more ") == "a <red> square & more"
+
+
+def test_rows_past_the_prompt_are_zero_and_the_others_have_unit_scale(encoder: TextEncoder) -> None:
+    rows = encoder.encode(PROMPTS)
+    assert rows.shape == (3, 16, encoder.text_dim)
+    for row, words in zip(rows, (0, 6, 10)):
+        length = words + 1  # the end token
+        assert not row[length:].any()
+        torch.testing.assert_close(row[:length].pow(2).mean(-1), torch.ones(length), atol=2e-3, rtol=0)
+
+
+def test_a_batch_of_prompts_equals_one_by_one(encoder: TextEncoder) -> None:
+    alone = torch.cat([encoder.encode([prompt]) for prompt in PROMPTS])
+    torch.testing.assert_close(encoder.encode(PROMPTS), alone, atol=1e-5, rtol=1e-5)
+
+
+def test_case_and_punctuation_do_not_matter_to_the_tiny_encoder(encoder: TextEncoder) -> None:
+    tidy, loud = encoder.encode(["a red square moving left slowly", " A  RED square, moving left; SLOWLY! "])
+    assert torch.equal(tidy, loud)
+
+
+def test_every_word_of_a_held_out_caption_is_known_and_every_caption_differs(encoder: TextEncoder) -> None:
+    captions = [Scene(*words).caption() for words in heldout()]
+    assert all(encoder.tokenizer.unk_token_id not in encoder.tokenizer(caption)["input_ids"] for caption in captions)
+    flat = encoder.encode(captions).flatten(1)
+    distance = torch.cdist(flat, flat) + 100 * torch.eye(len(captions))
+    assert distance.min() > 1
+
+
+def test_an_unknown_word_is_encoded_and_leaves_the_others_recognisable(encoder: TextEncoder) -> None:
+    plain, strange = encoder.encode(["a red square", "a zebra red square"])
+    red = torch.stack([plain[1], strange[2]])
+    assert strange.isfinite().all()
+    assert torch.cosine_similarity(red[:1], red[1:]).item() > 0.5
+
+
+def test_a_prompt_too_long_is_cut_and_the_log_says_what_was_lost(
+    encoder: TextEncoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = " ".join(["red"] * 15 + ["blue", "circle"])
+    with caplog.at_level(logging.WARNING, "selfforcing_core.text"):
+        rows = encoder.encode([long, "a red square"])
+    assert [record.getMessage() for record in caplog.records] == [
+        "prompt of 18 tokens cut to 16; not seen by the model: 'blue circle'"
+    ]
+    torch.testing.assert_close(rows[:1], encoder.encode([" ".join(["red"] * 15)]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("prompts", "message"), [([], "no prompts"), ("a red square", r"write \[prompt\]")])
+def test_what_is_not_a_list_of_prompts_is_refused(encoder: TextEncoder, prompts: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encoder.encode(prompts)
+
+
+# ------------------------------------------------------------------- loading --
+def test_loading_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert TextEncoder.from_folder(BUNDLE, dtype=torch.bfloat16).encode([""]).dtype == torch.bfloat16
+
+
+def test_importing_text_and_hub_does_not_import_transformers() -> None:
+    code = "import sys, selfforcing_core.hub, selfforcing_core.text; sys.exit('transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+def test_a_folder_without_an_encoder_is_refused_with_what_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"needs config\.json, model\.safetensors and tokenizer\.json"):
+        TextEncoder.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["tokenizer.json", "model.safetensors"])
+def test_an_incomplete_folder_is_refused_with_the_file_it_lacks(tmp_path: Path, missing: str) -> None:
+    for file in BUNDLE.iterdir():
+        if file.name != missing:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match=missing):
+        TextEncoder.from_folder(tmp_path)
+
+
+# ------------------------------------------------------- original Wan layout --
+def test_wan_umt5_names_cover_every_parameter_of_the_transformers_encoder() -> None:
+    weights = random_wan_weights()
+    assert wan_umt5_sizes({name: tuple(tensor.shape) for name, tensor in weights.items()}) == WAN_SIZES
+    parameters = dict(umt5_from_wan_state_dict(weights).named_parameters())
+    assert {umt5_key_from_wan(name) for name in weights} == set(parameters)
+    assert all(torch.equal(parameters[umt5_key_from_wan(name)], tensor) for name, tensor in weights.items())
+
+
+def test_incomplete_or_contradictory_wan_weights_are_refused() -> None:
+    weights = random_wan_weights()
+    with pytest.raises(ValueError, match="has 4 heads"):
+        umt5_from_wan_state_dict(weights, num_heads=8)
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn\.o\.weight has shape \(24, 31\)"):
+        umt5_from_wan_state_dict({**weights, "blocks.1.attn.o.weight": torch.zeros(24, 31)})
+    with pytest.raises(ValueError, match=r"unexpected .'lora'"):
+        umt5_from_wan_state_dict({**weights, "lora": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"missing .'blocks\.1\.norm2\.weight'"):
+        umt5_from_wan_state_dict({name: t for name, t in weights.items() if name != "blocks.1.norm2.weight"})
+    with pytest.raises(ValueError, match="not Wan's UMT5 encoder"):
+        umt5_from_wan_state_dict({"blocks.0.self_attn.q.weight": torch.zeros(2, 2)})
+
+
+@pytest.mark.skipif(not (GOLDEN / "umt5_encoder.safetensors").is_file(), reason=f"no umt5_encoder fixture in {GOLDEN}")
+def test_wan_umt5_weights_give_the_reference_embeddings() -> None:
+    spec = importlib.util.spec_from_file_location("golden_weights", GOLDEN / "weights.py")
+    assert spec is not None
+    assert spec.loader is not None
+    rule = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rule)
+    with safe_open(GOLDEN / "umt5_encoder.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["golden"])
+        recorded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it has no __iter__
+    sizes = {name: about["model"][name] for name in WAN_SIZES}
+    drawn = rule.draw_all(wan_umt5_shapes(**sizes), about["weight_seed"], about.get("weight_gain", 1.0))
+    model = umt5_from_wan_state_dict({name: torch.from_numpy(array) for name, array in drawn.items()})
+    found = embed_tokens(model, recorded["ids"], recorded["mask"])
+    torch.testing.assert_close(found, recorded["prompt_embeds"], **about["tolerance"])
+
+
+# ------------------------------------------------------------------ training --
+def test_training_never_draws_a_held_out_combination() -> None:
+    held, rng = heldout(), random.Random(3)
+    pool = sorted(set(combinations()) - set(held))
+    said = {training.draw_caption(rng, pool, training.TextTraining())[1] for _ in range(3000)}
+    assert not said & set(held)
+
+
+def test_a_caption_can_leave_words_out_and_turn_them_around() -> None:
+    words = ("red", "square", "left", "slowly", "navy")
+    assert training.phrase_caption(words, [True] * 5, 0) == Scene(*words).caption()
+    assert training.phrase_caption(words, [True] * 5, 3) == "on a navy background a red square moving slowly left"
+    assert training.phrase_caption(words, [True, True, True, True, False], 0) == "a red square moving left slowly"
+    assert training.phrase_caption(words, [False] * 5, 2) == ""
+
+
+def test_the_training_command_writes_a_folder_that_loads_and_is_reproducible(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        training.main(["--out", str(tmp_path / name), "--steps", "2", "--seed", "5"])
+    files = [sorted(file.name for file in (tmp_path / name).iterdir()) for name in ("one", "two")]
+    assert files[0] == files[1] == sorted(file.name for file in BUNDLE.iterdir())
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files[0])
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["one", "two"]
+    assert TextEncoder.from_folder(tmp_path / "one").encode(["a red square"]).isfinite().all()
