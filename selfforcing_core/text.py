@@ -136,7 +136,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"{folder} has no usable tokenizer: {_first_line(error)}") from error
 
 
-def _load_model(folder: Path, dtype: torch.dtype) -> UMT5EncoderModel:
+def _load_model(folder: Path, dtype: torch.dtype, device: torch.device | str | None) -> UMT5EncoderModel:
     from transformers import UMT5Config, UMT5EncoderModel
     from transformers.utils import logging as transformers_logging
 
@@ -146,7 +146,7 @@ def _load_model(folder: Path, dtype: torch.dtype) -> UMT5EncoderModel:
     had_progress_bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        return UMT5EncoderModel.from_pretrained(
+        model: Any = UMT5EncoderModel.from_pretrained(
             str(folder), config=config, torch_dtype=dtype, local_files_only=True, use_safetensors=True
         )
     except (OSError, RuntimeError) as error:
@@ -154,6 +154,7 @@ def _load_model(folder: Path, dtype: torch.dtype) -> UMT5EncoderModel:
     finally:
         if had_progress_bar:
             transformers_logging.enable_progress_bar()
+    return model if device is None else model.to(device)
 
 
 def _first_line(error: BaseException) -> str:
