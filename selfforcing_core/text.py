@@ -70,9 +70,7 @@ class TextEncoder:
                 f"{folder} is not a text encoder folder: it needs config.json, model.safetensors and tokenizer.json"
             )
         tokenizer = _load_tokenizer(folder)
-        model = _load_model(folder, dtype)
-        if device is not None:
-            model.to(device=torch.device(device))
+        model = _load_model(folder, dtype, device)
         return cls(tokenizer, model, text_len=text_len or _own_text_len(tokenizer))
 
     @property
