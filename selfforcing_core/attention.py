@@ -8,15 +8,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def attend(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask_LS: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(K)) v, [B, L, N, K]. `mask_LS` is True where a query may look."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
-    if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        with sdpa_kernel(SDPBackend.MATH):  # the fused CPU kernel's backward is slower than plain matmuls
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_LS).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_LS).transpose(1, 2)
 
 
@@ -36,9 +32,9 @@ def block_causal_frames(lengths: tuple[int, ...], *, window: int = -1, sink: int
     return visible
 
 
-def teacher_forcing_frames(lengths: tuple[int, ...]) -> Tensor:
+def teacher_forcing_frames(lengths: tuple[int, ...], *, window: int = -1) -> Tensor:
     """bool [2F, 2F] over [clean frames, noisy frames]: noisy chunks see earlier clean chunks and themselves."""
-    clean = block_causal_frames(lengths)
+    clean = block_causal_frames(lengths, window=window)
     own = torch.block_diag(*(torch.ones(n, n) for n in lengths)).bool()
     return torch.cat([torch.cat([clean, torch.zeros_like(clean)], 1), torch.cat([clean & ~own, own], 1)])
 

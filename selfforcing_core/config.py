@@ -141,5 +141,5 @@ PRESETS: dict[str, WanConfig] = {
     "t2v-1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "t2v-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
     "i2v-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=36, model_type="i2v"),
-    "tiny": WanConfig(dim=128, ffn_dim=512, num_heads=2, num_layers=6, text_dim=128, text_len=16, freq_dim=256),
+    "tiny": WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=4, text_dim=128, text_len=16),
 }

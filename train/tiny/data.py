@@ -1,0 +1,112 @@
+"""Clips of the tiny world as latents, with the text embeddings of their captions.
+
+    python -m train.tiny.data --basis out/tiny/basis.safetensors --out out/tiny/clips.safetensors
+
+The world wraps around, so rolling a latent frame by whole latent positions is again a scene of the same caption.
+Letters: N clips, B batch, T latent frames, C channels, H W latent size, P text tokens, E text width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from selfforcing_core.geometry import pixel_frames
+from train.tiny.codec import PatchBasis
+from train.tiny.world import ATTRIBUTES, Scene, combinations, heldout, random_scene, render
+
+log = logging.getLogger(__name__)
+LATENT_FRAMES = 9  # of a training clip: three chunks of three
+UNSAID = 0.1  # chance that a caption leaves out the speed, and likewise the background
+EMPTY = 0.1  # chance that the caption is empty (the unconditional case)
+TEXT_ENCODER = Path("assets/tiny/text_encoder")
+
+
+def make_clips(count: int, basis: PatchBasis, seed: int) -> dict[str, Tensor]:
+    """latents [N, T, C, H, W] float16 and the index of each clip's combination of words [N]."""
+    rng = np.random.default_rng(seed)
+    allowed = [index for index, words in enumerate(combinations()) if words not in set(heldout())]
+    latents, labels = [], []
+    for number in range(count):
+        label = allowed[int(rng.integers(len(allowed)))]
+        frames = render(random_scene(rng, combinations()[label]), pixel_frames(LATENT_FRAMES))
+        latents.append(basis.encode(frames[None])[0].half())
+        labels.append(label)
+        if number % 500 == 499:
+            log.info("%d of %d clips", number + 1, count)
+    return {"latents": torch.stack(latents).contiguous(), "labels": torch.tensor(labels)}
+
+
+@dataclass
+class Batch:
+    latents_BTCHW: Tensor
+    prompt_embeds_BPE: Tensor
+    labels_B: Tensor
+
+
+class Clips:
+    """Random batches; every draw comes from one generator seeded with (seed, rank)."""
+
+    def __init__(self, path: Path, seed: int, rank: int = 0) -> None:
+        tensors = load_file(path)
+        self.latents, self.labels = tensors["latents"], tensors["labels"]
+        self.generator = torch.Generator().manual_seed(seed * 1000 + rank)
+        self.captions = CaptionTable()
+
+    def batch(self, size: int, num_frames: int = LATENT_FRAMES) -> Batch:
+        """`size` clips of the first `num_frames` latent frames, rolled at random, with caption variants."""
+        rows = torch.randint(len(self.latents), (size,), generator=self.generator)
+        shifts = torch.randint(self.latents.shape[-1], (size, 2), generator=self.generator).tolist()
+        clips = [self.latents[row, :num_frames].float().roll(shift, (-2, -1)) for row, shift in zip(rows, shifts)]
+        labels = self.labels[rows]
+        return Batch(torch.stack(clips), self.captions.draw(labels, self.generator), labels)
+
+
+class CaptionTable:
+    """Text embeddings of every caption of every combination, encoded once."""
+
+    VARIANTS = tuple(itertools.product((True, False), repeat=2))  # (speed said, background said)
+
+    def __init__(self, text_encoder: Path = TEXT_ENCODER) -> None:
+        from selfforcing_core.text import TextEncoder
+
+        encoder = TextEncoder.from_folder(text_encoder)
+        scenes = [Scene(*words) for words in combinations()]
+        captions = [s.caption(speed=speed, background=ground) for speed, ground in self.VARIANTS for s in scenes]
+        self.embeds = encoder.encode(captions).float().unflatten(0, (len(self.VARIANTS), len(scenes)))
+        self.empty = encoder.encode([""]).float()[0]
+
+    def draw(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """Embeddings [B, P, E] of random variants of the captions, some empty."""
+        said = torch.rand(len(labels), 3, generator=generator)
+        variant = (said[:, 0] < UNSAID).long() * 2 + (said[:, 1] < UNSAID).long()
+        embeds = self.embeds[variant, labels]
+        return torch.where((said[:, 2] < EMPTY)[:, None, None], self.empty, embeds)
+
+    def full(self, labels: Tensor) -> Tensor:
+        """Embeddings of the captions that say everything."""
+        return self.embeds[0, labels]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--basis", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--clips", type=int, default=4096)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    assert len(combinations()) == np.prod([len(values) for values in ATTRIBUTES.values()])
+    save_file(make_clips(args.clips, PatchBasis.load(args.basis), args.seed), args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Self Forcing with distribution matching for the tiny bundle (arXiv 2506.08009, algorithm 1).
+
+The generator rolls out its own video with the core's `rollout`, one random denoising step per rollout carries gradient,
+and the difference between a critic (trained on the fly on what the generator makes) and the bidirectional teacher
+pushes whole clips towards what the teacher finds likely.
+
+    torchrun --nproc-per-node 2 -m train.tiny.dmd --generator out/tiny/causal.safetensors \
+        --teacher out/tiny/teacher.safetensors --out out/tiny/dmd.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from selfforcing_core.checkpoint import read_checkpoint
+from selfforcing_core.conditioning import Conditioning
+from selfforcing_core.model import CausalWan
+from selfforcing_core.rollout import GradientPlan, SeededNoise, rollout
+from selfforcing_core.schedule import TIMESTEPS, add_noise, x0_from_flow
+from train.losses import critic_loss, dmd_gradient, dmd_loss, guided, score_timesteps
+from train.tiny.data import LATENT_FRAMES, Clips
+from train.tiny.diffusion import CAUSAL, SHIFT, STEPS, average_gradients, save
+
+log = logging.getLogger(__name__)
+
+
+def load(path: Path) -> CausalWan:
+    """A network in float32 from a checkpoint of an earlier stage."""
+    checkpoint = read_checkpoint(path)
+    model = CausalWan(checkpoint.config)
+    model.load_state_dict({key: value.float() for key, value in checkpoint.state_dict.items()})
+    return model
+
+
+class Trainer:
+    """The three roles, their optimisers and the average of the generator's weights."""
+
+    def __init__(self, args: argparse.Namespace, rank: int) -> None:
+        self.args, self.rank = args, rank
+        self.generator, self.teacher = load(args.generator), load(args.teacher).requires_grad_(False)
+        self.critic = copy.deepcopy(self.teacher).requires_grad_(True)
+        self.ema = {name: value.clone() for name, value in self.generator.state_dict().items()}
+        self.clips = Clips(args.clips, args.seed, rank)
+        self.shared = torch.Generator().manual_seed(args.seed)  # the same numbers in every process
+        betas = (0.0, 0.99)
+        self.generator_tool = torch.optim.AdamW(self.generator.parameters(), args.lr, betas, weight_decay=0.01)
+        self.critic_tool = torch.optim.AdamW(self.critic.parameters(), args.lr_critic, betas, weight_decay=0.01)
+        self.rollouts = 0
+
+    def sample(self, prompt_embeds: Tensor, *, with_gradient: bool) -> Tensor:
+        """Clips [B, T, C, H, W] of the generator, stopped at one random step that all chunks and processes share."""
+        self.rollouts += 1
+        chunks = LATENT_FRAMES // CAUSAL.chunk
+        exit_step = int(torch.randint(len(STEPS.steps), (1,), generator=self.shared))
+        plan = GradientPlan([exit_step] * chunks, first_frame=0 if with_gradient else LATENT_FRAMES)
+        noise = SeededNoise(self.args.seed * 1_000_003 + self.rollouts, first_row=self.rank * len(prompt_embeds))
+        shape = (LATENT_FRAMES, *self.clips.latents.shape[2:])
+        made = rollout(
+            self.generator, Conditioning(prompt_embeds), noise=noise, latent_shape=shape, causal=CAUSAL, steps=STEPS,
+            gradient=plan,
+        )  # fmt: skip
+        return torch.cat([chunk.latents_BTCHW for chunk in made], 1)
+
+    def noised(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(x_t, timesteps [B, T], sigma [B], noise) at random score timesteps."""
+        uniform = torch.rand(len(x), generator=self.clips.generator)
+        timesteps = score_timesteps(uniform, SHIFT)
+        noise = torch.randn(x.shape, generator=self.clips.generator)
+        sigma = timesteps / TIMESTEPS
+        return add_noise(x, noise, sigma), timesteps[:, None].expand(-1, x.shape[1]), sigma, noise
+
+    def generator_step(self) -> tuple[Tensor, float]:
+        """One update of the generator; returns its clips (detached) and the size of the matching gradient."""
+        embeds = self.clips.batch(self.args.batch, CAUSAL.chunk).prompt_embeds_BPE
+        x = self.sample(embeds, with_gradient=True)
+        with torch.no_grad():
+            noisy, timesteps, sigma, _ = self.noised(x)
+            empty = self.clips.captions.empty.expand_as(embeds)
+            fake = x0_from_flow(noisy, self.critic(noisy, timesteps, embeds), sigma)
+            conditional = x0_from_flow(noisy, self.teacher(noisy, timesteps, embeds), sigma)
+            unconditional = x0_from_flow(noisy, self.teacher(noisy, timesteps, empty), sigma)
+            gradient = dmd_gradient(x, fake, guided(conditional, unconditional, self.args.guidance))
+        dmd_loss(x, gradient).backward()
+        self.step(self.generator, self.generator_tool)
+        for name, value in self.generator.state_dict().items():
+            self.ema[name].lerp_(value, 1 - self.args.ema)
+        self.last = (x.detach(), embeds)
+        return x.detach(), float(gradient.abs().mean())
+
+    def critic_step(self, *, reuse: bool = False) -> float:
+        """One update of the critic on fresh clips of the generator, or on those of its last update."""
+        if reuse:
+            x, embeds = self.last
+        else:
+            embeds = self.clips.batch(self.args.batch, CAUSAL.chunk).prompt_embeds_BPE
+            x = self.sample(embeds, with_gradient=False)
+        noisy, timesteps, _, noise = self.noised(x)
+        loss = critic_loss(self.critic(noisy, timesteps, embeds), x, noise)
+        loss.backward()
+        self.step(self.critic, self.critic_tool)
+        return loss.item()
+
+    def step(self, model: CausalWan, tool: torch.optim.Optimizer) -> None:
+        average_gradients(model.parameters())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        tool.step()
+        model.zero_grad()
+
+    def run(self) -> None:
+        """Warm up the critic, then alternate; the averaged generator is saved every --save-every iterations."""
+        started, loss = time.monotonic(), 0.0
+        for _ in range(self.args.warmup):
+            loss = self.critic_step()
+        for iteration in range(1, self.args.iterations + 1):
+            _, size = self.generator_step()
+            for turn in range(self.args.critic_steps):
+                loss = self.critic_step(reuse=turn == 0)
+            if self.rank == 0 and iteration % 5 == 0:
+                seconds = time.monotonic() - started
+                log.info("iteration %d gradient %.4f critic %.4f, %.0f s", iteration, size, loss, seconds)
+            if self.rank == 0 and (iteration % self.args.save_every == 0 or iteration == self.args.iterations):
+                save(self.generator, self.ema, self.args.out.with_suffix(f".{iteration}.safetensors"), self.clips)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=Path, default=Path("out/tiny/clips.safetensors"), help="only captions are used")
+    parser.add_argument("--generator", type=Path, required=True, help="causal checkpoint to start from")
+    parser.add_argument("--teacher", type=Path, required=True, help="bidirectional checkpoint; the critic starts here too")
+    parser.add_argument("--out", type=Path, required=True, help="written as OUT stem + iteration")
+    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--save-every", type=int, default=25)
+    parser.add_argument("--batch", type=int, default=6, help="videos per process")
+    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--lr-critic", type=float, default=4e-4)
+    parser.add_argument("--critic-steps", type=int, default=3, help="critic updates per generator update")
+    parser.add_argument("--warmup", type=int, default=24, help="critic updates before the first generator update")
+    parser.add_argument("--guidance", type=float, default=1.2, help="scale on the teacher; 1 is no guidance")
+    parser.add_argument("--ema", type=float, default=0.98)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    Trainer(args, dist.get_rank() if dist.is_initialized() else 0).run()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
