@@ -1,0 +1,52 @@
+"""Prompts for the tests, made from the workflow that users get, and what the videos they save look like."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests.comfyui.host_server import ROOT
+
+MODEL, TEXT, TAEHV, SAMPLER, CREATE, SAVE = "123456"
+Prompt = dict[str, Any]
+
+
+def tiny_prompt(text: str | None = None, **sampler_inputs: Any) -> Prompt:
+    """workflows/api/tiny_t2v.json, with another text or other inputs of its sampler."""
+    prompt = json.loads((ROOT / "workflows/api/tiny_t2v.json").read_text())
+    if text is not None:
+        prompt[TEXT]["inputs"]["text"] = text
+    prompt[SAMPLER]["inputs"].update(sampler_inputs)
+    return prompt
+
+
+def fresh_seed() -> int:
+    """A seed the server has not seen: it answers a prompt that it has seen from its cache."""
+    return random.SystemRandom().randrange(2**64)
+
+
+def add(prompt: Prompt, name: str, class_type: str, **inputs: Any) -> None:
+    prompt[name] = {"class_type": class_type, "inputs": inputs}
+
+
+def add_saved_video(prompt: Prompt, name: str, images: tuple[str, int]) -> None:
+    """Save another IMAGE of the graph as a video, under the node id `name`."""
+    add(prompt, name + "_video", "CreateVideo", images=list(images), fps=16.0)
+    prompt[name] = copy.deepcopy(prompt[SAVE])
+    prompt[name]["inputs"]["video"] = [name + "_video", 0]
+
+
+def read_mp4(path: Path) -> tuple[Tensor, float]:
+    """Frames [V, R, H, W] in [0, 1] and frames per second of a saved video."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+        return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255, float(stream.average_rate)

@@ -1,0 +1,23 @@
+"""Run by the host's Python: print what its server sends on the websocket, one JSON object a line, until killed.
+
+python listen.py 127.0.0.1:8188 CLIENT_ID
+"""
+
+import asyncio
+import json
+import sys
+
+import aiohttp
+
+
+async def listen(address: str, client_id: str) -> None:
+    url = f"ws://{address}/ws?clientId={client_id}"
+    async with aiohttp.ClientSession() as session, session.ws_connect(url, max_msg_size=0) as socket:
+        print(json.dumps({"type": "listening"}), flush=True)
+        async for message in socket:
+            is_text = message.type == aiohttp.WSMsgType.TEXT
+            line = message.data if is_text else json.dumps({"type": "binary", "data": {"bytes": len(message.data)}})
+            print(line, flush=True)
+
+
+asyncio.run(listen(*sys.argv[1:]))

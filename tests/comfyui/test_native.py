@@ -1,0 +1,121 @@
+"""Our networks are ordinary citizens of ComfyUI: its folders, LoRA loader, samplers and number types apply to them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import UMT5EncoderModel
+
+from selfforcing_core.text import umt5_config
+from tests.comfyui.graphs import MODEL, SAMPLER, SAVE, TAEHV, TEXT, Prompt, add, fresh_seed, read_mp4, tiny_prompt
+from tests.comfyui.host_server import ROOT, Server, failure
+
+BUNDLE = ROOT / "assets" / "tiny"
+
+
+def put(server: Server, source: Path, folder: str, name: str) -> str:
+    """Place a file in one of the host's model folders, as a user does."""
+    target = server.folder / "models" / folder
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source, target / name)
+    return name
+
+
+def short_prompt(seed: int, **sampler_inputs: Any) -> Prompt:
+    return tiny_prompt(seed=seed, length=21, **sampler_inputs)
+
+
+def frames_of(server: Server, prompt: Prompt) -> torch.Tensor:
+    return read_mp4(server.run(prompt)[SAVE][0])[0]
+
+
+def test_files_in_the_hosts_folders_work_like_the_bundle(server: Server) -> None:
+    seed = fresh_seed()
+    bundled = frames_of(server, short_prompt(seed))
+    prompt = short_prompt(seed)
+    model, taehv = BUNDLE / "model.safetensors", BUNDLE / "taehv.safetensors"
+    prompt[MODEL]["inputs"]["unet_name"] = put(server, model, "diffusion_models", "mine.safetensors")
+    prompt[TAEHV]["inputs"]["vae_name"] = put(server, taehv, "vae_approx", "tae_mine.safetensors")
+    shutil.copytree(BUNDLE / "text_encoder", server.folder / "models/text_encoders/mine", dirs_exist_ok=True)
+    prompt[TEXT]["inputs"]["text_encoder"] = "mine"
+    assert torch.equal(frames_of(server, prompt), bundled)
+
+
+def test_files_of_the_wrong_kind_are_refused(server: Server) -> None:
+    prompt = short_prompt(fresh_seed())
+    taehv = BUNDLE / "taehv.safetensors"
+    prompt[MODEL]["inputs"]["unet_name"] = put(server, taehv, "diffusion_models", "not_a_model.safetensors")
+    assert "choose a video model" in failure(server.result(server.submit(prompt)))
+    junk = server.folder / "junk.safetensors"
+    junk.write_bytes(b"junk")
+    prompt[MODEL]["inputs"]["unet_name"] = put(server, junk, "diffusion_models", "junk.safetensors")
+    assert "junk.safetensors" in failure(server.result(server.submit(prompt)))
+
+
+def test_prompt_from_another_models_text_encoder_is_refused(server: Server) -> None:
+    folder = server.folder / "models/text_encoders/other"
+    shutil.copytree(BUNDLE / "text_encoder", folder, dirs_exist_ok=True)
+    (folder / "model.safetensors").unlink()
+    config = umt5_config(vocab=512, dim=64, dim_attn=64, dim_ffn=64, num_heads=2, num_layers=1)
+    UMT5EncoderModel(config).save_pretrained(folder)
+    prompt = short_prompt(fresh_seed())
+    prompt[TEXT]["inputs"]["text_encoder"] = "other"
+    assert "64 wide" in failure(server.result(server.submit(prompt)))
+
+
+def test_lora_of_the_usual_names_changes_the_video_and_leaves_no_trace(server: Server) -> None:
+    seed = fresh_seed()
+    before = frames_of(server, short_prompt(seed))
+    weights = load_file(BUNDLE / "model.safetensors")
+    width = weights["blocks.0.self_attn.q.weight"].shape[0]
+    generator = torch.Generator().manual_seed(0)
+    lora = {}
+    for part in ("self_attn.q", "self_attn.o", "ffn.0"):
+        rows = weights[f"blocks.0.{part}.weight"].shape[0]
+        lora[f"diffusion_model.blocks.0.{part}.lora_A.weight"] = torch.randn(4, width, generator=generator) * 0.3
+        lora[f"diffusion_model.blocks.0.{part}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.3
+    save_file(lora, server.folder / "models/loras/lora.safetensors")
+
+    prompt = short_prompt(seed, model=["lora", 0])
+    add(prompt, "lora", "LoraLoaderModelOnly", model=[MODEL, 0], lora_name="lora.safetensors", strength_model=1.0)
+    assert (frames_of(server, prompt) - before).abs().mean() > 0.01
+    assert "lora key not loaded" not in server.log()
+    server.forget_results()
+    assert torch.equal(frames_of(server, short_prompt(seed)), before)
+
+
+def test_hosts_own_sampler_runs_the_model(server: Server) -> None:
+    prompt = tiny_prompt()
+    add(prompt, "latent", "EmptyHunyuanLatentVideo", width=64, height=64, length=9, batch_size=1)
+    add(prompt, "zero", "ConditioningZeroOut", conditioning=[TEXT, 0])
+    add(
+        prompt, SAMPLER, "KSampler", model=[MODEL, 0], positive=[TEXT, 0], negative=["zero", 0],
+        latent_image=["latent", 0], seed=fresh_seed(), steps=2, cfg=2.0, sampler_name="euler", scheduler="simple",
+        denoise=1.0,
+    )  # fmt: skip
+    add(prompt, "decode", "SelfForcingTAEHVDecode", samples=[SAMPLER, 0], taehv=[TAEHV, 0])
+    prompt["5"]["inputs"]["images"] = ["decode", 0]
+    assert len(frames_of(server, prompt)) == 9
+
+
+def test_shift_set_by_the_hosts_model_node_counts_when_shift_is_auto(server: Server) -> None:
+    seed = fresh_seed()
+    by_widget = frames_of(server, short_prompt(seed, shift=2.0))
+    prompt = short_prompt(seed, model=["shifted", 0])
+    add(prompt, "shifted", "ModelSamplingSD3", model=[MODEL, 0], shift=2.0)
+    assert torch.equal(frames_of(server, prompt), by_widget)
+
+
+@pytest.mark.parametrize("weight_dtype", ["bfloat16", "fp8_e4m3fn"])
+def test_narrow_number_types_give_nearly_the_same_video(server: Server, weight_dtype: str) -> None:
+    seed = 1
+    full = frames_of(server, short_prompt(seed))
+    prompt = short_prompt(seed)
+    prompt[MODEL]["inputs"]["weight_dtype"] = weight_dtype
+    narrow = frames_of(server, prompt)
+    assert 0 < (narrow - full).abs().mean() < 0.1

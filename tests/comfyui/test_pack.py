@@ -1,0 +1,128 @@
+"""What a user finds in ComfyUI after installing the pack."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.comfyui.host_server import PACK_NAME, ROOT, Server
+
+# Saved workflows store widget values by position: new inputs go to the end of their group, and nothing ever moves.
+INPUT_ORDER = {
+    "SelfForcingModelLoader": {"required": ["unet_name", "weight_dtype", "weights"]},
+    "SelfForcingTextEncode": {"required": ["text_encoder", "text"]},
+    "SelfForcingStreamSampler": {
+        "required": [
+            "model", "positive", "width", "height", "length", "seed", "steps", "shift", "chunk", "window", "sink",
+        ],
+        "optional": ["latent_image", "taehv"],
+    },
+    "SelfForcingTAEHVLoader": {"required": ["vae_name"]},
+    "SelfForcingTAEHVDecode": {"required": ["samples", "taehv"]},
+}  # fmt: skip
+OUTPUTS = {
+    "SelfForcingModelLoader": ["MODEL"],
+    "SelfForcingTextEncode": ["CONDITIONING"],
+    "SelfForcingStreamSampler": ["LATENT", "IMAGE"],
+    "SelfForcingTAEHVLoader": ["VAE"],
+    "SelfForcingTAEHVDecode": ["IMAGE"],
+}
+LISTS = {
+    "SelfForcingModelLoader": "unet_name",
+    "SelfForcingTextEncode": "text_encoder",
+    "SelfForcingTAEHVLoader": "vae_name",
+}
+
+
+def schema(server: Server, node: str) -> dict[str, Any]:
+    return server.get(f"/object_info/{node}")[node]
+
+
+def inputs_of(description: dict[str, Any]) -> dict[str, tuple[Any, dict[str, Any]]]:
+    groups = description["input"]
+    every = {**groups.get("required", {}), **groups.get("optional", {})}
+    return {name: (entry[0], entry[1] if len(entry) > 1 else {}) for name, entry in every.items()}
+
+
+def is_widget(kind: Any, options: dict[str, Any]) -> bool:
+    return (isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")) and not options.get(
+        "forceInput"
+    )
+
+
+def test_all_nodes_are_there_and_nothing_failed_to_import(server: Server) -> None:
+    known = server.get("/object_info")
+    assert set(INPUT_ORDER) <= set(known)
+    failed = [line for line in server.log().splitlines() if "IMPORT FAILED" in line and PACK_NAME in line]
+    assert not failed
+
+
+@pytest.mark.parametrize("node", INPUT_ORDER)
+def test_ids_inputs_and_outputs_stay_as_saved_workflows_know_them(server: Server, node: str) -> None:
+    found = schema(server, node)
+    assert {group: names for group, names in found["input_order"].items() if names} == INPUT_ORDER[node]
+    assert found["output"] == OUTPUTS[node]
+
+
+@pytest.mark.parametrize("node", INPUT_ORDER)
+def test_every_input_and_output_explains_itself(server: Server, node: str) -> None:
+    found = schema(server, node)
+    assert all(options.get("tooltip") for _, options in inputs_of(found).values())
+    assert all(found["output_tooltips"])
+    assert found["description"]
+
+
+@pytest.mark.parametrize(("node", "name"), LISTS.items())
+def test_bundled_model_is_offered_without_copying_a_file(server: Server, node: str, name: str) -> None:
+    _, options = inputs_of(schema(server, node))[name]
+    assert "tiny (bundled)" in options["options"]
+
+
+def test_workflows_are_listed_and_served_as_templates(server: Server) -> None:
+    assert "tiny_t2v" in server.get("/workflow_templates")[PACK_NAME]
+    served = server.get(f"/api/workflow_templates/{PACK_NAME}/tiny_t2v.json")
+    assert served == json.loads((ROOT / "workflows/tiny_t2v.json").read_text())
+
+
+def _api_inputs(server: Server, node: dict[str, Any], links: dict[int, Any]) -> dict[str, Any]:
+    """The inputs of a node of the UI format as a script would send them."""
+    found = inputs_of(schema(server, node["type"]))
+    linked = {entry["name"]: links[entry["link"]] for entry in node["inputs"] if entry["link"] is not None}
+    values = list(node["widgets_values"])
+    inputs: dict[str, Any] = {}
+    for name, (kind, options) in found.items():
+        if not is_widget(kind, options):
+            continue
+        if not values:
+            assert name in server.get(f"/object_info/{node['type']}")[node["type"]]["input_order"]["optional"]
+            continue
+        inputs[name] = values.pop(0)
+        if options.get("control_after_generate"):
+            assert values.pop(0) in ("fixed", "increment", "decrement", "randomize")
+    assert not values, f"{node['type']} has more widget values than widgets"
+    return {**inputs, **linked}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("*.json")), ids=lambda path: path.stem)
+def test_dragged_workflow_means_what_its_twin_says(server: Server, path: Any) -> None:
+    graph = json.loads(path.read_text())
+    twin = json.loads((path.parent / "api" / path.name).read_text())
+    links = {link: [str(source), slot] for link, source, slot, *_ in graph["links"]}
+    drawn = [node for node in graph["nodes"] if node["type"] not in ("MarkdownNote", "Note")]
+    converted = {str(node["id"]): _api_inputs(server, node, links) for node in drawn}
+    assert converted == {name: node["inputs"] for name, node in twin.items()}
+    assert {str(node["id"]): node["type"] for node in drawn} == {n: node["class_type"] for n, node in twin.items()}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("*.json")), ids=lambda path: path.stem)
+def test_slots_of_a_dragged_workflow_are_those_of_its_nodes(server: Server, path: Any) -> None:
+    for node in json.loads(path.read_text())["nodes"]:
+        if node["type"] == "MarkdownNote":
+            continue
+        found = inputs_of(schema(server, node["type"]))
+        assert {entry["name"] for entry in node["inputs"]} <= set(found), node["type"]
+        assert [output["type"] for output in node["outputs"]] == schema(server, node["type"])["output"][
+            : len(node["outputs"])
+        ]

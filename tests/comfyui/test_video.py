@@ -1,0 +1,129 @@
+"""The workflow that users get makes the video they asked for, in a real ComfyUI, and survives the stop button."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.comfyui.graphs import SAMPLER, SAVE, TAEHV, add, add_saved_video, fresh_seed, read_mp4, tiny_prompt
+from tests.comfyui.host_server import Refused, Server, failure
+from train.tiny.world import detect
+
+NUM_CHUNKS, NUM_STEPS, NUM_FRAMES = 3, 4, 33
+SCENES = [
+    ("red", "square", "a red square moving left slowly on a navy background"),
+    ("green", "circle", "a green circle moving down quickly on a gray background"),
+    ("yellow", "triangle", "a yellow triangle moving right slowly on a purple background"),
+]
+
+
+@pytest.mark.parametrize(("colour", "shape", "text"), SCENES)
+def test_saved_video_shows_what_the_prompt_says(server: Server, colour: str, shape: str, text: str) -> None:
+    saved = server.run(tiny_prompt(text, seed=1))[SAVE]
+    frames, fps = read_mp4(saved[0])
+    assert frames.shape == (NUM_FRAMES, 3, 64, 64)
+    assert fps == 16
+    found = detect(frames)
+    assert (found.colour, found.shape) == (colour, shape)
+
+
+def test_progress_counts_network_calls_and_every_chunk_is_previewed(server: Server) -> None:
+    with server.events() as events:
+        server.submit(tiny_prompt(seed=fresh_seed()), events.client_id)
+        seen = events.until("execution_success", "execution_error")
+    assert seen[-1]["type"] == "execution_success"
+    counts = [e["data"] for e in seen if e["type"] == "progress" and e["data"]["node"] == SAMPLER]
+    calls = NUM_CHUNKS * (NUM_STEPS + 1) - 1
+    assert {count["max"] for count in counts} == {calls}
+    assert counts[-1]["value"] == calls
+    assert sum(e["type"] == "binary" for e in seen) >= NUM_CHUNKS
+
+
+def test_interrupted_run_leaves_the_next_one_as_if_it_had_never_been(server: Server) -> None:
+    prompt = tiny_prompt(seed=fresh_seed(), length=129)
+    undisturbed, _ = read_mp4(server.run(prompt)[SAVE][0])
+    server.forget_results()
+
+    with server.events() as events:
+        prompt_id = server.submit(prompt, events.client_id)
+        while events.until("progress")[-1]["data"]["node"] != SAMPLER:
+            pass
+        server.post("/interrupt")
+        events.until("execution_interrupted")
+    entry = server.result(prompt_id)
+    assert entry["status"]["status_str"] == "error"
+    kind, stopped = entry["status"]["messages"][-1]
+    assert (kind, stopped["node_type"]) == ("execution_interrupted", "SelfForcingStreamSampler")
+    assert not entry["outputs"]
+
+    again, _ = read_mp4(server.run(prompt)[SAVE][0])
+    assert torch.equal(again, undisturbed)
+
+
+def test_streamed_frames_are_those_that_decoding_the_latents_gives(server: Server) -> None:
+    prompt = tiny_prompt(seed=fresh_seed())
+    add(prompt, "ours", "SelfForcingTAEHVDecode", samples=[SAMPLER, 0], taehv=[TAEHV, 0])
+    add(prompt, "native", "VAEDecode", samples=[SAMPLER, 0], vae=[TAEHV, 0])
+    for decoder in ("ours", "native"):
+        add_saved_video(prompt, "saved_" + decoder, (decoder, 0))
+    saved = {node: read_mp4(files[0])[0] for node, files in server.run(prompt).items()}
+    for decoder in ("ours", "native"):
+        # The trip through raw VAE space rounds in float32, which can move a pixel by one level.
+        assert (saved["saved_" + decoder] - saved[SAVE]).abs().max() < 0.02
+
+
+def test_size_may_come_from_an_empty_latent_of_the_host(server: Server) -> None:
+    seed = fresh_seed()
+    plain = server.run(tiny_prompt(seed=seed, width=96, length=21))[SAVE]
+    prompt = tiny_prompt(seed=seed, latent_image=["latent", 0])
+    add(prompt, "latent", "EmptyHunyuanLatentVideo", width=96, height=64, length=21, batch_size=1)
+    assert torch.equal(read_mp4(server.run(prompt)[SAVE][0])[0], read_mp4(plain[0])[0])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "remedy"),
+    [
+        ({"width": 65}, "use 64 or 80"),
+        ({"height": 8}, "use 16"),
+        ({"length": 34}, "use 33 or 37"),
+        ({"length": 37, "chunk": 3}, "use 33 or 45"),
+    ],
+)
+def test_impossible_size_is_refused_before_anything_runs(server: Server, wrong: dict[str, int], remedy: str) -> None:
+    with pytest.raises(Refused) as refusal:
+        server.submit(tiny_prompt(**wrong))
+    reasons = json.dumps(json.loads(str(refusal.value))["node_errors"])
+    assert remedy in reasons
+
+
+@pytest.mark.parametrize(
+    ("wrong", "remedy"),
+    [({"length": 37}, "use 33 or 45"), ({"window": 2}, "use -1 (no limit) or at least 3")],
+)
+def test_size_that_the_checkpoint_forbids_ends_with_a_remedy(
+    server: Server, wrong: dict[str, int], remedy: str
+) -> None:
+    entry = server.result(server.submit(tiny_prompt(seed=fresh_seed(), **wrong)))
+    assert remedy in failure(entry)
+
+
+def test_images_without_an_autoencoder_say_what_to_connect(server: Server) -> None:
+    prompt = tiny_prompt(seed=fresh_seed())
+    del prompt[SAMPLER]["inputs"]["taehv"]
+    with server.events() as events:
+        server.submit(prompt, events.client_id)
+        message = events.until("execution_error", "execution_success")[-1]["data"].get("exception_message", "")
+    assert "connect taehv" in message
+
+
+def test_batch_rows_are_different_videos_and_the_first_is_that_of_a_single_run(server: Server) -> None:
+    seed = fresh_seed()
+    alone, _ = read_mp4(server.run(tiny_prompt(seed=seed, length=21))[SAVE][0])
+    prompt = tiny_prompt(seed=seed, latent_image=["latent", 0])
+    add(prompt, "latent", "EmptyHunyuanLatentVideo", width=64, height=64, length=21, batch_size=2)
+    both, _ = read_mp4(server.run(prompt)[SAVE][0])
+    assert len(both) == 2 * 21
+    assert (both[:21] - alone).abs().mean() < 0.01  # a video encoder may use later frames
+    assert (both[21:] - alone).abs().mean() > 0.01
