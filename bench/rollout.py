@@ -1,0 +1,276 @@
+"""Speed of the core's rollout on one CPU thread, as a share of what the same thread reaches in a plain matmul.
+
+    python -m bench.rollout --json --case all --out bench/results/rollout.json
+
+Random weights: the arithmetic does not depend on them. FLOPs are counted in closed form (see `pass_flops`), CPU time is
+that of the process, and the matmul is measured first, so a share says how much of the time went into anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selfforcing_core.atomic import replacing
+from selfforcing_core.conditioning import Conditioning
+from selfforcing_core.config import CausalConfig, StepConfig, WanConfig
+from selfforcing_core.geometry import tokens_per_frame
+from selfforcing_core.kv_cache import KVCache
+from selfforcing_core.model import CausalWan
+from selfforcing_core.rollout import SeededNoise, rollout
+
+ROOT = Path(__file__).resolve().parent.parent
+MATMUL_SIZE = 2048
+CAUSAL, STEPS = CausalConfig(chunk=3), StepConfig()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and a latent size; `repeats` whole videos are generated and the median of each chunk is reported."""
+
+    config: WanConfig
+    latent_height: int
+    latent_width: int
+    latent_frames: int
+    repeats: int
+    goal: float  # share of the matmul rate
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return tokens_per_frame(self.latent_height, self.latent_width)
+
+
+CASES = {
+    "small": Case(WanConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=4), 16, 28, 9, repeats=5, goal=0.70),
+    "large": Case(WanConfig(dim=512, ffn_dim=2048, num_heads=8, num_layers=8), 30, 52, 21, repeats=1, goal=0.85),
+}
+
+
+# ----------------------------------------------------------------- counting --
+def pass_flops(config: WanConfig, num_tokens: int, num_visible: int) -> int:
+    """FLOPs of one pass over `num_tokens` tokens that see `num_visible` cached tokens, themselves included.
+
+    A multiply-add is 2. Counted: the linear layers (self-attention q k v o, cross-attention q o, feed-forward, patch
+    embedding, head) and both attentions' products. Not counted: norms, softmax, activations, rotary embedding, the time
+    embedding, and the text's keys and values, which are computed once per prompt.
+    """
+    D, layers = config.dim, config.num_layers
+    patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+    block = 6 * D * D + 2 * D * config.ffn_dim
+    ends = patch * D * (config.in_dim + config.out_dim)
+    attention = 2 * D * (num_visible + config.text_len) * layers
+    return 2 * num_tokens * (layers * block + ends + attention)
+
+
+def chunk_flops(case: Case, index: int, *, is_last: bool) -> int:
+    """FLOPs of one chunk: its denoising passes, and the clean pass into the cache unless it is the last."""
+    per_chunk = CAUSAL.chunk * case.tokens_per_frame
+    passes = len(STEPS.steps) + (not is_last)
+    return passes * pass_flops(case.config, per_chunk, (index + 1) * per_chunk)
+
+
+# ---------------------------------------------------------------- measuring --
+@contextmanager
+def clocks() -> Iterator[dict[str, float]]:
+    """Wall and CPU seconds of the block; the dictionary is filled when it ends."""
+    taken: dict[str, float] = {}
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield taken
+    taken.update(seconds=time.perf_counter() - wall, cpu_seconds=time.process_time() - cpu)
+
+
+def matmul_rate(repeats: int = 9) -> float:
+    """Float32 FLOP per CPU second of a square matmul, median of `repeats` after a warm-up."""
+    a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE)
+    out = torch.empty_like(a)
+    rates = []
+    for _ in range(repeats + 2):
+        with clocks() as taken:
+            torch.mm(a, b, out=out)
+        rates.append(2 * MATMUL_SIZE**3 / taken["cpu_seconds"])
+    return statistics.median(rates[2:])
+
+
+def peak_bytes() -> int | None:
+    """The process's largest resident memory so far; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def time_chunks(model: CausalWan, case: Case, latent_frames: int, seed: int) -> list[dict[str, float]]:
+    """Clocks of every chunk of one video."""
+    config = case.config
+    shape = (latent_frames, config.in_dim, case.latent_height, case.latent_width)
+    embeds_BPE = torch.randn(1, config.text_len, config.text_dim, generator=torch.Generator().manual_seed(seed))
+    chunks = rollout(
+        model, Conditioning(embeds_BPE), noise=SeededNoise(seed), latent_shape=shape, causal=CAUSAL, steps=STEPS
+    )
+    timings: list[dict[str, float]] = []
+    for _ in range(latent_frames // CAUSAL.chunk):
+        with clocks() as taken:
+            next(chunks)
+        timings.append(taken)
+    return timings
+
+
+def median_chunks(videos: list[list[dict[str, float]]]) -> list[dict[str, float]]:
+    """Per chunk, the median over videos of each clock."""
+    return [{clock: statistics.median(video[clock] for video in same) for clock in same[0]} for same in zip(*videos)]
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Run one case on one thread in this process and report it; everything in plain JSON types."""
+    torch.set_num_threads(1)
+    case, imported = CASES[name], peak_bytes()
+    rate, load = matmul_rate(), load_average()
+    torch.manual_seed(0)
+    model = CausalWan(case.config).eval().requires_grad_(False)
+    time_chunks(model, case, CAUSAL.chunk, seed=0)  # warm-up: one chunk
+    videos = [time_chunks(model, case, case.latent_frames, seed) for seed in range(case.repeats)]
+    peak = peak_bytes()
+    return {
+        "case": {**asdict(case), "chunk": CAUSAL.chunk, "steps": list(STEPS.steps)},
+        "matmul_gflops": round(rate / 1e9, 2),
+        "matmul_gflops_afterwards": round(matmul_rate() / 1e9, 2),
+        "load_average_1min": load,
+        **shares(case, median_chunks(videos), rate),
+        "goal": case.goal,
+        "memory": memory(model, case, imported, peak),
+    }
+
+
+def shares(case: Case, timings: list[dict[str, float]], rate: float) -> dict[str, Any]:
+    """Per chunk and over the whole video: seconds, CPU seconds, and FLOPs as a share of the matmul rate."""
+    rows = []
+    for index, taken in enumerate(timings):
+        flops = chunk_flops(case, index, is_last=index == len(timings) - 1)
+        share = flops / taken["cpu_seconds"] / rate
+        rows.append({**{clock: round(value, 4) for clock, value in taken.items()}, "gflop": round(flops / 1e9, 3)})
+        rows[-1]["share_of_matmul"] = round(share, 4)
+    flops = sum(chunk_flops(case, index, is_last=index == len(timings) - 1) for index in range(len(timings)))
+    cpu = sum(taken["cpu_seconds"] for taken in timings)
+    return {"chunks": rows, "cpu_seconds": round(cpu, 3), "share_of_matmul": round(flops / cpu / rate, 4)}
+
+
+def memory(model: CausalWan, case: Case, imported: int | None, peak: int | None) -> dict[str, int | None]:
+    """Bytes: the process's peak, that after the imports alone, and the two largest known parts."""
+    cache = KVCache.num_bytes(
+        case.config,
+        batch=1,
+        tokens_per_frame=case.tokens_per_frame,
+        capacity=case.latent_frames,
+        dtype=torch.float32,
+    )
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return {"peak": peak, "peak_after_imports": imported, "weights": weights, "kv_cache": cache}
+
+
+# ------------------------------------------------------------------- report --
+def load_average() -> float | None:
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def hardware() -> dict[str, Any]:
+    """Processor and versions that a number needs to mean something."""
+    return {
+        "cpu": _cpu_name(),
+        "logical_cores": os.cpu_count(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str | None:
+    """The commit measured, with "+" if tracked files of the core differ from it; None outside a checkout."""
+    try:
+        command = ["git", "-C", str(ROOT)]
+        head = subprocess.run([*command, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*command, "diff", "--quiet", "HEAD", "--", "selfforcing_core", "bench/rollout.py"])
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.returncode else "")
+
+
+def run(names: list[str], command: str) -> dict[str, Any]:
+    """Measure each case in a process of its own, so that its peak memory is its own."""
+    cases = {}
+    for name in names:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            cases[name] = fresh.submit(measure, name).result()
+    return {
+        "benchmark": "rollout",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "commit": _commit(),
+        "threads": 1,
+        "dtype": "float32",
+        "hardware": hardware(),
+        "counting": " ".join(str(pass_flops.__doc__).split()),
+        "cases": cases,
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report's main numbers for reading."""
+    lines = ["case   chunk  seconds  CPU seconds  share of matmul"]
+    for name, case in report["cases"].items():
+        for index, row in enumerate(case["chunks"]):
+            lines.append(
+                f"{name:6} {index:5}  {row['seconds']:7.3f}  {row['cpu_seconds']:11.3f}  {row['share_of_matmul']:15.1%}"
+            )
+        peak = case["memory"]["peak"]
+        lines.append(
+            f"{name:6}   all  matmul {case['matmul_gflops']} GFLOP/s, share {case['share_of_matmul']:.1%} "
+            f"(goal {case['goal']:.0%}), peak {'unknown' if peak is None else f'{peak / 2**20:.0f} MiB'}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.rollout", description=str(__doc__).splitlines()[0])
+    parser.add_argument("--case", choices=[*CASES, "all"], default="all")
+    parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
+    parser.add_argument("--out", type=Path, help="also write the report to this file, for instance in bench/results/")
+    args = parser.parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    report = run(list(CASES) if args.case == "all" else [args.case], " ".join([parser.prog, *arguments]))
+    text = json.dumps(report, indent=1)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(args.out) as temporary:
+            Path(temporary).write_text(text + "\n")
+    print(text if args.json else table(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The benchmark's arithmetic, and that its report is whole. No speed is asserted here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench import rollout as bench
+from selfforcing_core.config import PRESETS, WanConfig
+
+TINY = bench.Case(WanConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=16, text_len=8), 4, 4, 6, 2, 0.5)
+
+
+def test_flops_of_a_pass_agree_with_counting_by_hand() -> None:
+    """1.3B at 480x832: per token 30 blocks of 6 D^2 + 2 D F and 64 D at each end; attention 4 L S D per layer."""
+    tokens, visible, D, F = 4680, 32760, 1536, 8960
+    linear = 2 * tokens * (30 * (6 * D * D + 2 * D * F) + 2 * 64 * D)
+    attention = 4 * tokens * (visible + 512) * D * 30
+    assert bench.pass_flops(PRESETS["t2v-1.3b"], tokens, visible) == linear + attention
+
+
+def test_the_last_chunk_has_no_clean_pass_and_later_chunks_see_more() -> None:
+    one = [bench.pass_flops(TINY.config, 12, visible) for visible in (12, 24)]
+    assert bench.chunk_flops(TINY, 0, is_last=False) == 5 * one[0]
+    assert bench.chunk_flops(TINY, 1, is_last=True) == 4 * one[1]
+    assert one[1] - one[0] == 4 * 12 * 12 * 32 * 2
+
+
+def test_a_share_is_the_flops_over_the_cpu_time_over_the_rate() -> None:
+    rate = 1e9
+    cpu = [bench.chunk_flops(TINY, i, is_last=i == 1) / rate / share for i, share in enumerate((0.5, 0.25))]
+    found = bench.shares(TINY, [{"seconds": 1.0, "cpu_seconds": seconds} for seconds in cpu], rate)
+    assert [row["share_of_matmul"] for row in found["chunks"]] == pytest.approx([0.5, 0.25], abs=1e-4)
+    assert 0.25 < found["share_of_matmul"] < 0.5
+
+
+def test_a_case_reports_every_chunk_and_what_it_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "CASES", {"tiny": TINY})
+    monkeypatch.setattr(bench, "MATMUL_SIZE", 64)
+    threads = torch.get_num_threads()
+    try:
+        case = bench.measure("tiny")
+    finally:
+        torch.set_num_threads(threads)
+    assert [set(row) for row in case["chunks"]] == [{"seconds", "cpu_seconds", "gflop", "share_of_matmul"}] * 2
+    assert case["memory"]["kv_cache"] == 2 * 2 * 6 * 4 * 32 * 4
+    assert {"cpu", "torch", "python"} <= set(bench.hardware())
+    json.dumps(case)
