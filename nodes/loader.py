@@ -17,8 +17,6 @@ WEIGHT_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
-    "fp8_e4m3fn": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
 }
 
 
@@ -49,7 +47,7 @@ class SelfForcingModelLoader(io.ComfyNode):
                     options=list(WEIGHT_DTYPES),
                     default="default",
                     tooltip="Number type of the weights in memory. default: what suits the device; "
-                    "the fp8 types halve the memory of bfloat16 and cost quality.",
+                    "the 16-bit types take half the memory of float32.",
                 ),
                 io.Combo.Input(
                     "weights",

@@ -11,9 +11,10 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.comfyui.host_server import ROOT
+from tests.comfyui.host_server import ROOT, Server
 
 MODEL, TEXT, TAEHV, SAMPLER, CREATE, SAVE = "123456"
 Prompt = dict[str, Any]
@@ -42,6 +43,13 @@ def add_saved_video(prompt: Prompt, name: str, images: tuple[str, int]) -> None:
     add(prompt, name + "_video", "CreateVideo", images=list(images), fps=16.0)
     prompt[name] = copy.deepcopy(prompt[SAVE])
     prompt[name]["inputs"]["video"] = [name + "_video", 0]
+
+
+def latents_of(server: Server, prompt: Prompt) -> Tensor:
+    """Run a prompt and give what its sampler made, [B, C, T, H, W], exactly: H.264 under load is not repeatable."""
+    prompt = {**prompt, "latents": {"class_type": "SaveLatent", "inputs": {"samples": [SAMPLER, 0]}}}
+    prompt["latents"]["inputs"]["filename_prefix"] = "latents/test"
+    return load_file(server.run(prompt)["latents"][0])["latent_tensor"]
 
 
 def read_mp4(path: Path) -> tuple[Tensor, float]:

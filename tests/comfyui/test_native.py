@@ -12,7 +12,19 @@ from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
 from selfforcing_core.text import umt5_config
-from tests.comfyui.graphs import MODEL, SAMPLER, SAVE, TAEHV, TEXT, Prompt, add, fresh_seed, read_mp4, tiny_prompt
+from tests.comfyui.graphs import (
+    MODEL,
+    SAMPLER,
+    SAVE,
+    TAEHV,
+    TEXT,
+    Prompt,
+    add,
+    fresh_seed,
+    latents_of,
+    read_mp4,
+    tiny_prompt,
+)
 from tests.comfyui.host_server import ROOT, Server, failure
 
 BUNDLE = ROOT / "assets" / "tiny"
@@ -30,20 +42,16 @@ def short_prompt(seed: int, **sampler_inputs: Any) -> Prompt:
     return tiny_prompt(seed=seed, length=21, **sampler_inputs)
 
 
-def frames_of(server: Server, prompt: Prompt) -> torch.Tensor:
-    return read_mp4(server.run(prompt)[SAVE][0])[0]
-
-
 def test_files_in_the_hosts_folders_work_like_the_bundle(server: Server) -> None:
     seed = fresh_seed()
-    bundled = frames_of(server, short_prompt(seed))
+    bundled = latents_of(server, short_prompt(seed))
     prompt = short_prompt(seed)
     model, taehv = BUNDLE / "model.safetensors", BUNDLE / "taehv.safetensors"
     prompt[MODEL]["inputs"]["unet_name"] = put(server, model, "diffusion_models", "mine.safetensors")
     prompt[TAEHV]["inputs"]["vae_name"] = put(server, taehv, "vae_approx", "tae_mine.safetensors")
     shutil.copytree(BUNDLE / "text_encoder", server.folder / "models/text_encoders/mine", dirs_exist_ok=True)
     prompt[TEXT]["inputs"]["text_encoder"] = "mine"
-    assert torch.equal(frames_of(server, prompt), bundled)
+    assert torch.equal(latents_of(server, prompt), bundled)
 
 
 def test_files_of_the_wrong_kind_are_refused(server: Server) -> None:
@@ -70,7 +78,7 @@ def test_prompt_from_another_models_text_encoder_is_refused(server: Server) -> N
 
 def test_lora_of_the_usual_names_changes_the_video_and_leaves_no_trace(server: Server) -> None:
     seed = fresh_seed()
-    before = frames_of(server, short_prompt(seed))
+    before = latents_of(server, short_prompt(seed))
     weights = load_file(BUNDLE / "model.safetensors")
     width = weights["blocks.0.self_attn.q.weight"].shape[0]
     generator = torch.Generator().manual_seed(0)
@@ -83,10 +91,10 @@ def test_lora_of_the_usual_names_changes_the_video_and_leaves_no_trace(server: S
 
     prompt = short_prompt(seed, model=["lora", 0])
     add(prompt, "lora", "LoraLoaderModelOnly", model=[MODEL, 0], lora_name="lora.safetensors", strength_model=1.0)
-    assert (frames_of(server, prompt) - before).abs().mean() > 0.01
+    assert (latents_of(server, prompt) - before).abs().mean() > 0.01
     assert "lora key not loaded" not in server.log()
     server.forget_results()
-    assert torch.equal(frames_of(server, short_prompt(seed)), before)
+    assert torch.equal(latents_of(server, short_prompt(seed)), before)
 
 
 def test_hosts_own_sampler_runs_the_model(server: Server) -> None:
@@ -100,22 +108,22 @@ def test_hosts_own_sampler_runs_the_model(server: Server) -> None:
     )  # fmt: skip
     add(prompt, "decode", "SelfForcingTAEHVDecode", samples=[SAMPLER, 0], taehv=[TAEHV, 0])
     prompt["5"]["inputs"]["images"] = ["decode", 0]
-    assert len(frames_of(server, prompt)) == 9
+    assert len(read_mp4(server.run(prompt)[SAVE][0])[0]) == 9
 
 
 def test_shift_set_by_the_hosts_model_node_counts_when_shift_is_auto(server: Server) -> None:
     seed = fresh_seed()
-    by_widget = frames_of(server, short_prompt(seed, shift=2.0))
+    by_widget = latents_of(server, short_prompt(seed, shift=2.0))
     prompt = short_prompt(seed, model=["shifted", 0])
     add(prompt, "shifted", "ModelSamplingSD3", model=[MODEL, 0], shift=2.0)
-    assert torch.equal(frames_of(server, prompt), by_widget)
+    assert torch.equal(latents_of(server, prompt), by_widget)
 
 
-@pytest.mark.parametrize("weight_dtype", ["bfloat16", "fp8_e4m3fn"])
+@pytest.mark.parametrize("weight_dtype", ["bfloat16", "float16"])
 def test_narrow_number_types_give_nearly_the_same_video(server: Server, weight_dtype: str) -> None:
     seed = 1
-    full = frames_of(server, short_prompt(seed))
+    full = latents_of(server, short_prompt(seed))
     prompt = short_prompt(seed)
     prompt[MODEL]["inputs"]["weight_dtype"] = weight_dtype
-    narrow = frames_of(server, prompt)
-    assert 0 < (narrow - full).abs().mean() < 0.1
+    narrow = latents_of(server, prompt)
+    assert 0 < (narrow - full).abs().mean() < 0.5

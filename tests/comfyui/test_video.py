@@ -7,7 +7,17 @@ import json
 import pytest
 import torch
 
-from tests.comfyui.graphs import SAMPLER, SAVE, TAEHV, add, add_saved_video, fresh_seed, read_mp4, tiny_prompt
+from tests.comfyui.graphs import (
+    SAMPLER,
+    SAVE,
+    TAEHV,
+    add,
+    add_saved_video,
+    fresh_seed,
+    latents_of,
+    read_mp4,
+    tiny_prompt,
+)
 from tests.comfyui.host_server import Refused, Server, failure
 from train.tiny.world import detect
 
@@ -43,7 +53,7 @@ def test_progress_counts_network_calls_and_every_chunk_is_previewed(server: Serv
 
 def test_interrupted_run_leaves_the_next_one_as_if_it_had_never_been(server: Server) -> None:
     prompt = tiny_prompt(seed=fresh_seed(), length=129)
-    undisturbed, _ = read_mp4(server.run(prompt)[SAVE][0])
+    undisturbed = latents_of(server, prompt)
     server.forget_results()
 
     with server.events() as events:
@@ -58,8 +68,8 @@ def test_interrupted_run_leaves_the_next_one_as_if_it_had_never_been(server: Ser
     assert (kind, stopped["node_type"]) == ("execution_interrupted", "SelfForcingStreamSampler")
     assert not entry["outputs"]
 
-    again, _ = read_mp4(server.run(prompt)[SAVE][0])
-    assert torch.equal(again, undisturbed)
+    assert torch.equal(latents_of(server, prompt), undisturbed)
+    assert len(read_mp4(server.run(prompt)[SAVE][0])[0]) == 129
 
 
 def test_streamed_frames_are_those_that_decoding_the_latents_gives(server: Server) -> None:
@@ -70,16 +80,16 @@ def test_streamed_frames_are_those_that_decoding_the_latents_gives(server: Serve
         add_saved_video(prompt, "saved_" + decoder, (decoder, 0))
     saved = {node: read_mp4(files[0])[0] for node, files in server.run(prompt).items()}
     for decoder in ("ours", "native"):
-        # The trip through raw VAE space rounds in float32, which can move a pixel by one level.
-        assert (saved["saved_" + decoder] - saved[SAVE]).abs().max() < 0.02
+        # The trip through raw VAE space rounds in float32, and H.264 under load is not repeatable.
+        assert (saved["saved_" + decoder] - saved[SAVE]).abs().mean() < 0.005
 
 
 def test_size_may_come_from_an_empty_latent_of_the_host(server: Server) -> None:
     seed = fresh_seed()
-    plain = server.run(tiny_prompt(seed=seed, width=96, length=21))[SAVE]
+    plain = latents_of(server, tiny_prompt(seed=seed, width=96, length=21))
     prompt = tiny_prompt(seed=seed, latent_image=["latent", 0])
     add(prompt, "latent", "EmptyHunyuanLatentVideo", width=96, height=64, length=21, batch_size=1)
-    assert torch.equal(read_mp4(server.run(prompt)[SAVE][0])[0], read_mp4(plain[0])[0])
+    assert torch.equal(latents_of(server, prompt), plain)
 
 
 @pytest.mark.parametrize(
@@ -120,10 +130,11 @@ def test_images_without_an_autoencoder_say_what_to_connect(server: Server) -> No
 
 def test_batch_rows_are_different_videos_and_the_first_is_that_of_a_single_run(server: Server) -> None:
     seed = fresh_seed()
-    alone, _ = read_mp4(server.run(tiny_prompt(seed=seed, length=21))[SAVE][0])
+    alone = latents_of(server, tiny_prompt(seed=seed, length=21))
     prompt = tiny_prompt(seed=seed, latent_image=["latent", 0])
     add(prompt, "latent", "EmptyHunyuanLatentVideo", width=64, height=64, length=21, batch_size=2)
-    both, _ = read_mp4(server.run(prompt)[SAVE][0])
-    assert len(both) == 2 * 21
-    assert (both[:21] - alone).abs().mean() < 0.01  # a video encoder may use later frames
-    assert (both[21:] - alone).abs().mean() > 0.01
+    both = latents_of(server, prompt)
+    assert len(both) == 2
+    assert (both[:1] - alone).abs().max() < 1e-3  # matrix products round differently by batch size
+    assert (both[1:] - alone).abs().max() > 0.1
+    assert len(read_mp4(server.run(prompt)[SAVE][0])[0]) == 2 * 21
