@@ -1,0 +1,181 @@
+"""A prompt becomes a video file; whatever cannot work is one line on stderr, exit status 2, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from selfforcing_core.checkpoint import save_checkpoint
+from selfforcing_core.cli import main
+from selfforcing_core.config import CausalConfig, StepConfig, TAEHVConfig, WanConfig
+from selfforcing_core.hub import bundle_path
+from selfforcing_core.model import CausalWan
+from selfforcing_core.taehv import TAEHV
+from selfforcing_core.video import read_metadata, read_video
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT = "a red square moving left slowly"
+
+
+@pytest.fixture(scope="module")
+def random_models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options that name a tiny random model and TAEHV, and the bundle's text encoder."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    config = WanConfig(dim=32, ffn_dim=32, num_heads=1, num_layers=1, text_dim=128, text_len=16, freq_dim=16)
+    causal, steps = CausalConfig(chunk=3, window=6), StepConfig(steps=(1000.0, 500.0))
+    save_checkpoint(folder / "wan.safetensors", CausalWan(config).state_dict(), config, causal=causal, steps=steps)
+    small = TAEHVConfig(encoder_width=8, decoder_widths=(8, 8, 8, 8))
+    weights = TAEHV(small).state_dict()
+    weights["decoder.22.weight"] *= 100  # a random decoder is nearly black
+    save_checkpoint(folder / "taehv.safetensors", weights, small)
+    return [
+        *("--model", str(folder / "wan.safetensors"), "--taehv", str(folder / "taehv.safetensors")),
+        *("--text-encoder", str(bundle_path("tiny") / "text_encoder"), "--width", "32", "--height", "16"),
+    ]
+
+
+@pytest.fixture
+def options(random_models: list[str], tmp_path: Path) -> Iterator[list[str]]:
+    """A command that works and writes a.mp4 into tmp_path."""
+    threads = torch.get_num_threads()
+    yield ["generate", *random_models, "--prompt", PROMPT, "--frames", "21", "--out", str(tmp_path / "a.mp4")]
+    torch.set_num_threads(threads)
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which a command line is refused."""
+    try:
+        status = main(arguments)
+    except SystemExit as exit_:  # argparse's own way out
+        status = exit_.code
+    told = capsys.readouterr()
+    assert status == 2
+    assert told.out == ""
+    assert told.err.count("\n") == 1
+    assert told.err.endswith("\n")
+    return told.err
+
+
+def test_prompt_becomes_a_video(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*options, "--sheet", str(tmp_path / "a.png"), "--json", "--seed", "3", "--fps", "8"]) == 0
+    told = capsys.readouterr()
+    measured = json.loads(told.out)
+    assert read_video(tmp_path / "a.mp4").shape == (21, 3, 16, 32)
+    with Image.open(tmp_path / "a.png") as sheet:
+        assert sheet.size == (8 * 32, 3 * 16)
+    assert (measured["frames"], measured["width"], measured["height"], measured["seed"]) == (21, 32, 16, 3)
+    assert (measured["causal"]["window"], measured["steps"]["steps"]) == (6, [1000.0, 500.0])
+    assert min(measured[name] for name in ("seconds_to_first_frame", "seconds_per_chunk", "generated_fps")) > 0
+    assert "decoding" in measured["generated_fps_includes"]
+    assert "2/2" in told.err, "the progress bar counts chunks"
+    found = read_metadata(tmp_path / "a.mp4")
+    assert found["comment"] == PROMPT
+    assert json.loads(found["selfforcing"])["seed"] == 3
+    assert sorted(os.listdir(tmp_path)) == ["a.mp4", "a.png"]
+
+
+def test_seed_and_options_decide_the_video(options: list[str], tmp_path: Path) -> None:
+    def video(*more: str) -> torch.Tensor:
+        assert main([*options, "--overwrite", *more]) == 0
+        return read_video(tmp_path / "a.mp4")
+
+    first = video("--seed", "1")
+    assert (first - video("--seed", "1", "--threads", "1")).abs().mean() < 0.005
+    for change in (["--seed", "2"], ["--seed", "1", "--chunk", "1"], ["--seed", "1", "--steps", "1000"]):
+        assert (first - video(*change)).abs().mean() > 0.005, change
+
+
+def test_last_words_are_the_measurements(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(options) == 0
+    words = capsys.readouterr().out.splitlines()
+    assert "21 frames of 32x16" in words[-2]
+    assert all(word in words[-1] for word in ("first frame after", "s per chunk", "FPS", "not loading"))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (["--frames", "34"], "use 33 or 45"),
+        (["--frames", "0"], "use 9"),
+        (["--width", "40"], "use 32 or 48"),
+        (["--chunk", "0"], "chunk 0"),
+        (["--window", "2"], "window 2"),
+        (["--steps", "250,1000"], "descending"),
+        (["--steps", "many"], "--steps"),
+        (["--shift", "0"], "shift 0"),
+        (["--fps", "0"], "fps 0"),
+        (["--threads", "0"], "threads 0"),
+        (["--prompt", "  "], "prompt is empty"),
+        (["--model", "huge"], "'huge' is neither"),
+        (["--model", "JUNK"], "neither a safetensors nor a torch file"),
+        (["--taehv", "JUNK"], "neither a safetensors nor a torch file"),
+        (["--text-encoder", "FOLDER"], "not a text encoder folder"),
+        (["--out", "FOLDER/absent/a.mp4"], "cannot be written"),
+        (["--out", "FOLDER"], "unknown kind of video file"),
+        (["--out", "FOLDER/a.gif"], "unknown kind of video file"),
+        (["--sheet", "FOLDER/absent/a.png"], "cannot be written"),
+        (["--out", "FOLDER/a.mp4", "--sheet", "FOLDER/a.mp4"], "name two"),
+        (["--device", "abacus"], "abacus"),
+        (["--dtype", "int4"], "int4"),
+        (["--colour", "red"], "--colour"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str], word: str
+) -> None:
+    junk = tmp_path / "junk.safetensors"
+    junk.write_bytes(b"junk" * 9)
+    change = [part.replace("JUNK", str(junk)).replace("FOLDER", str(tmp_path)) for part in change]
+    assert word in refusal([*options, *change], capsys)
+    assert os.listdir(tmp_path) == ["junk.safetensors"]
+
+
+def test_existing_file_is_not_replaced(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"mine")
+    assert "exists already" in refusal(options, capsys)
+    assert (tmp_path / "a.mp4").read_bytes() == b"mine"
+
+
+def test_single_file_needs_its_companions(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    kept = [part for part in options if part != "--taehv" and not part.endswith("taehv.safetensors")]
+    assert "give its --taehv" in refusal(kept, capsys)
+
+
+def test_inspection_prints_json(random_models: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", random_models[1]]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["kind"], told["causal"]["window"], told["config"]["dim"]) == ("wan", 6, 32)
+    assert "is a folder" in refusal(["inspect", str(ROOT)], capsys)
+    assert "No such file" in refusal(["inspect", "absent.pt"], capsys)
+
+
+def run_as_user(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "selfforcing_core", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_bundle_works_from_a_shell(tmp_path: Path) -> None:
+    out = str(tmp_path / "out.mp4")
+    told = run_as_user(
+        *("generate", "--model", "tiny", "--prompt", PROMPT, "--frames", "33", "--seed", "1", "--out", out, "--json")
+    )
+    assert told.returncode == 0, told.stderr
+    assert json.loads(told.stdout)["frames"] == 33
+    assert read_video(out).shape == (33, 3, 64, 64)
+
+
+def test_shell_sees_one_line_and_status_2(tmp_path: Path) -> None:
+    told = run_as_user(
+        *("generate", "--model", "tiny", "--prompt", PROMPT, "--frames", "34", "--out", str(tmp_path / "out.mp4"))
+    )
+    assert (told.returncode, told.stdout, told.stderr.count("\n")) == (2, "", 1)
+    assert not os.listdir(tmp_path)
