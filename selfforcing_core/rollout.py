@@ -121,10 +121,10 @@ def rollout(
     prefix_frames = _check_prefix(prefix_BTCHW, batch, tuple(frame_shape), lengths)
     schedule = FlowSchedule(steps)
     if cache is None:
-        capacity = num_frames if causal.window == -1 else min(causal.window, num_frames)
+        evicts = -1 < causal.window < num_frames
         cache = model.new_cache(
             batch=batch, latent_height=frame_shape[1], latent_width=frame_shape[2],
-            capacity=capacity, sink=min(causal.sink, capacity - 1), like=embeds,
+            capacity=causal.window if evicts else num_frames, sink=causal.sink if evicts else 0, like=embeds,
         )  # fmt: skip
     cache.reset()
     call = _Calls(model, embeds, cache)
@@ -186,11 +186,11 @@ def _denoise_chunk(
             on_step(index, step)
         with_gradient = gradient is not None and step == last and start >= gradient.first_frame
         flow = call(x, timestep, start, with_gradient=with_gradient)
-        x0 = x0_from_flow(x, flow, schedule.sigma(timestep))
+        x0 = x0_from_flow(x, flow, schedule.sigmas[step])
         if step == last:
             return x0
         drawn = noise.draw(start, step + 1, shape).to(x)
-        x = add_noise(x0, drawn, schedule.sigma(schedule.timesteps[step + 1]))
+        x = add_noise(x0, drawn, schedule.sigmas[step + 1])
     raise AssertionError(f"exit step {last} is not in a schedule of {len(schedule.timesteps)}")
 
 

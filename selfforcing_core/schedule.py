@@ -76,18 +76,16 @@ def _like(sigma: float | Tensor, x: Tensor) -> float | Tensor:
 class FlowSchedule:
     """A few-step schedule as host floats, so that a sampling loop never reads a tensor.
 
-    timesteps: the listed steps, warped through the shift when asked, noisiest first.
+    timesteps: the listed steps, warped through the shift when asked, noisiest first. sigmas: their noise levels by the
+    schedule's rule.
     """
 
     def __init__(self, steps: StepConfig) -> None:
-        self.config = steps
         self.timesteps = tuple(
             TIMESTEPS * float(shift_sigma(step / TIMESTEPS, steps.shift)) if steps.warp else float(step)
             for step in steps.steps
         )
-
-    def sigma(self, timestep: float) -> float:
-        """sigma of one timestep by the schedule's rule."""
-        if self.config.sigma == "exact":
-            return timestep / TIMESTEPS
-        return float(nearest_sigma(torch.tensor(timestep, dtype=torch.float64), sigma_table(self.config.shift)))
+        self.sigmas = tuple(timestep / TIMESTEPS for timestep in self.timesteps)
+        if steps.sigma == "table":
+            listed = torch.tensor(self.timesteps, dtype=torch.float64)
+            self.sigmas = tuple(nearest_sigma(listed, sigma_table(steps.shift)).tolist())

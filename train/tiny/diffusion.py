@@ -31,6 +31,7 @@ from selfforcing_core.config import PRESETS, CausalConfig, StepConfig
 from selfforcing_core.model import CausalWan
 from selfforcing_core.schedule import TIMESTEPS, add_noise, shift_sigma
 from train.tiny.data import LATENT_FRAMES, Clips
+from train.tiny.muon import Muon
 
 log = logging.getLogger(__name__)
 CAUSAL = CausalConfig(chunk=3, window=6)  # a chunk sees itself and the one before
@@ -64,8 +65,7 @@ def optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]
     """Muon for the hidden matrices of the blocks, AdamW for everything else."""
     hidden = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
     rest = [p for name, p in model.named_parameters() if not (name.startswith("blocks.") and p.ndim == 2)]
-    muon = torch.optim.Muon(hidden, lr=lr, weight_decay=0.01, ns_steps=4, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
+    return [Muon(hidden, lr), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -1,0 +1,27 @@
+"""Small random networks that tests share."""
+
+from __future__ import annotations
+
+import torch
+
+from selfforcing_core.conditioning import Conditioning
+from selfforcing_core.config import WanConfig
+from selfforcing_core.model import CausalWan
+
+CONFIG = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=16, text_len=6, freq_dim=32)
+FRAME = (4, 4, 6)  # channels, latent height, latent width
+TOKENS = 6  # per frame
+
+
+def random_wan(seed: int = 0, config: WanConfig = CONFIG, dtype: torch.dtype = torch.float64) -> CausalWan:
+    """A network with random weights everywhere, the zero-initialised layers of practice included."""
+    generator = torch.Generator().manual_seed(seed)
+    model = CausalWan(config, dtype=dtype).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=dtype) / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def random_text(batch: int = 1, seed: int = 0, dtype: torch.dtype = torch.float64) -> Conditioning:
+    generator = torch.Generator().manual_seed(seed)
+    return Conditioning(torch.randn(batch, 5, CONFIG.text_dim, generator=generator, dtype=dtype))
