@@ -15,8 +15,10 @@ def replacing(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     Raises ValueError, before the block runs, when `path` cannot be written, or exists and `overwrite` is off.
     """
     temporary = _claim(Path(path), overwrite)
+    mode = temporary.stat().st_mode  # what the user's umask asks for; some writers put a private file in its place
     try:
         yield temporary
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

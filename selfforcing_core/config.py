@@ -91,7 +91,9 @@ class CausalConfig(_JsonConfig):
                 f"use -1 (no limit) or at least {self.sink + self.chunk}"
             )
         if not 0 <= self.context_noise < 1000:
-            raise ValueError(f"context_noise {self.context_noise} is not a timestep in [0, 1000); use 0 for clean context")
+            raise ValueError(
+                f"context_noise {self.context_noise} is not a timestep in [0, 1000); use 0 for clean context"
+            )
 
 
 @dataclass(frozen=True)

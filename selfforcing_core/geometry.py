@@ -1,4 +1,4 @@
-"""Every size of a video: pixels, latent frames, tokens, chunks. Plain integers; the one place that knows the factors."""
+"""Every size of a video: pixels, latent frames, tokens, chunks. Plain integers, and the only place with the factors."""
 
 from __future__ import annotations
 
@@ -99,9 +99,7 @@ class VideoGeometry:
 
     @property
     def chunk_lengths(self) -> tuple[int, ...]:
-        return chunk_lengths(
-            self.latent_frames, self.chunk, independent_first_frame=self.independent_first_frame
-        )
+        return chunk_lengths(self.latent_frames, self.chunk, independent_first_frame=self.independent_first_frame)
 
     @property
     def chunk_starts(self) -> tuple[int, ...]:

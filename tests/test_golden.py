@@ -44,7 +44,8 @@ KINDS = {"scheduler", "causal_rollout", "taehv", "taehv_preview", "umt5"}
 
 def _load_weight_rule() -> ModuleType:
     spec = importlib.util.spec_from_file_location("golden_weights", FOLDER / "weights.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -87,7 +88,7 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> Fixture:
     with safe_open(path, "pt") as file:
-        return Fixture(path.stem, _metadata(path), {name: file.get_tensor(name) for name in file.keys()})
+        return Fixture(path.stem, _metadata(path), {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
 
 PATHS = {path.stem: path for path in sorted(FOLDER.glob("*.safetensors")) if _metadata(path).get("kind") in KINDS}
@@ -152,7 +153,7 @@ def _check_euler(fixture: Fixture, shift: str, table: Tensor) -> None:
 
 
 class Recorder:
-    """Stands in for the network: passes calls on, and keeps what went in, what came out, and the first layer's cache."""
+    """Stands in for the network: passes calls on, keeping what went in, what came out and the first layer's cache."""
 
     def __init__(self, model: CausalWan) -> None:
         self.model, self.config, self.calls = model, model.config, []

@@ -103,7 +103,8 @@ def test_reset_forgets_frames_and_text() -> None:
         cache.update(0, chunk(0, 3), chunk(1, 3))
         cache.cross_kv(0, lambda: "text")
     cache.reset()
-    assert cache.frames() == () and cache.cross == {}
+    assert cache.frames() == ()
+    assert cache.cross == {}
 
 
 def test_skipping_frames_is_an_error() -> None:

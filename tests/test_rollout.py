@@ -22,7 +22,9 @@ from tests.tiny_wan import FRAME, random_text, random_wan
 STEPS = StepConfig((1000.0, 500.0))
 
 
-def video(model: CausalWan, frames: int, causal: CausalConfig, *, text: Conditioning | None = None, **options: Any) -> Tensor:
+def video(
+    model: CausalWan, frames: int, causal: CausalConfig, *, text: Conditioning | None = None, **options: Any
+) -> Tensor:
     options = {"noise": SeededNoise(0), "steps": STEPS, **options}
     text = random_text() if text is None else text
     chunks = rollout(model, text, latent_shape=(frames, *FRAME), causal=causal, **options)
@@ -76,7 +78,9 @@ def test_no_gradient_reaches_a_frame_from_later_noise() -> None:
                         causal=CausalConfig(2), steps=STEPS, gradient=plan))  # fmt: skip
     leaves = list(noise.values())
     for chunk in made:
-        gradients = torch.autograd.grad(chunk.latents_BTCHW.square().sum(), leaves, retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(
+            chunk.latents_BTCHW.square().sum(), leaves, retain_graph=True, allow_unused=True
+        )
         for (start, _), gradient in zip(noise, gradients):
             if start > chunk.start_frame:
                 assert gradient is None or not gradient.any()
@@ -87,7 +91,9 @@ def test_gradient_stays_inside_the_chunks_own_exit_step() -> None:
     noise = {key: value.requires_grad_() for key, value in draws(4, (2, 2), 2).items()}
     chunks = list(rollout(model, random_text(), noise=GivenNoise(noise), latent_shape=(4, *FRAME),
                           causal=CausalConfig(2), steps=STEPS, gradient=GradientPlan([0, 0])))  # fmt: skip
-    second = torch.autograd.grad(chunks[1].latents_BTCHW.sum(), list(noise.values()), retain_graph=True, allow_unused=True)
+    second = torch.autograd.grad(
+        chunks[1].latents_BTCHW.sum(), list(noise.values()), retain_graph=True, allow_unused=True
+    )
     reached = {key for key, gradient in zip(noise, second) if gradient is not None and gradient.any()}
     assert reached == {(2, 0)}
     chunks[1].latents_BTCHW.sum().backward()
@@ -177,7 +183,9 @@ def test_a_row_does_not_depend_on_the_batch_around_it() -> None:
 
 
 def test_seeded_noise_depends_on_seed_row_chunk_and_step() -> None:
-    keys = [(seed, row, start, step) for seed in (0, 1) for row in (0, 1) for start in (0, 3) for step in (CONTEXT, 0, 1)]
+    keys = [
+        (seed, row, start, step) for seed in (0, 1) for row in (0, 1) for start in (0, 3) for step in (CONTEXT, 0, 1)
+    ]
     drawn = [SeededNoise(seed, row).draw(start, step, (1, 2, 3)) for seed, row, start, step in keys]
     assert len({tuple(noise.flatten().tolist()) for noise in drawn}) == len(keys)
     assert torch.equal(SeededNoise(5).draw(3, 1, (2, 4, 4)), SeededNoise(5).draw(3, 1, (2, 4, 4)))
@@ -234,7 +242,9 @@ def test_text_that_does_not_fit_the_model_is_refused() -> None:
 def test_unmasked_forward_of_one_chunk_is_the_bidirectional_network() -> None:
     model, text = random_wan(), random_text()
     noisy, timesteps = torch.randn(1, 3, *FRAME, dtype=torch.float64), torch.full((1, 3), 700.0)
-    cache = model.new_cache(batch=1, latent_height=FRAME[1], latent_width=FRAME[2], capacity=3, like=text.prompt_embeds_BPE)
+    cache = model.new_cache(
+        batch=1, latent_height=FRAME[1], latent_width=FRAME[2], capacity=3, like=text.prompt_embeds_BPE
+    )
     with torch.no_grad():
         cached = model(noisy, timesteps, text.prompt_embeds_BPE, cache=cache)
         torch.testing.assert_close(cached, model(noisy, timesteps, text.prompt_embeds_BPE))

@@ -8,7 +8,9 @@ from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import WanConfig
 from selfforcing_core.model import CausalWan
 
-CONFIG = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=16, text_len=6, freq_dim=32)
+CONFIG = WanConfig(
+    dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=16, text_len=6, freq_dim=32
+)
 FRAME = (4, 4, 6)  # channels, latent height, latent width
 TOKENS = 6  # per frame
 

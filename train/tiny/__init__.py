@@ -1,1 +1,1 @@
-"""The tiny bundle: a procedural captioned world, and the stages that train a real model on it in about two hours of CPU."""
+"""The tiny bundle: a procedural captioned world, and the stages that train a real model on it on a CPU."""

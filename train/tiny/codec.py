@@ -6,9 +6,9 @@ turn these latents back into frames, jittered so that it tolerates what a genera
 to predict them: the way the released TAEHV was made from Wan's VAE.
 
     python -m train.tiny.codec basis --out out/tiny/basis.safetensors
-    python -m train.tiny.codec taehv --basis out/tiny/basis.safetensors --part decoder --out out/tiny/decoder.safetensors
-    python -m train.tiny.codec taehv --basis out/tiny/basis.safetensors --part encoder --out out/tiny/encoder.safetensors
-    python -m train.tiny.codec join out/tiny/decoder.safetensors out/tiny/encoder.safetensors --out assets/tiny/taehv.safetensors
+    python -m train.tiny.codec taehv --basis out/tiny/basis.safetensors --part decoder --out out/tiny/decoder.st
+    python -m train.tiny.codec taehv --basis out/tiny/basis.safetensors --part encoder --out out/tiny/encoder.st
+    python -m train.tiny.codec join out/tiny/decoder.st out/tiny/encoder.st --out assets/tiny/taehv.safetensors
 """
 
 from __future__ import annotations

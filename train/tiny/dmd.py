@@ -135,7 +135,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, default=Path("out/tiny/clips.safetensors"), help="only captions are used")
     parser.add_argument("--generator", type=Path, required=True, help="causal checkpoint to start from")
-    parser.add_argument("--teacher", type=Path, required=True, help="bidirectional checkpoint; the critic starts here too")
+    parser.add_argument(
+        "--teacher", type=Path, required=True, help="bidirectional checkpoint; the critic starts here too"
+    )
     parser.add_argument("--out", type=Path, required=True, help="written as OUT stem + iteration")
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--save-every", type=int, default=25)

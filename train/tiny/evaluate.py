@@ -70,16 +70,17 @@ class Generator:
         self.causal, self.steps = checkpoint.causal, checkpoint.steps
         self.taehv, _ = load_taehv(taehv, dtype=torch.float32)
         self.text_encoder = load_text_encoder(text_encoder)
-        assert self.causal is not None and self.steps is not None, f"{model} has no causal settings in its header"
+        assert self.causal is not None, f"{model} has no causal settings in its header"
+        assert self.steps is not None, f"{model} has no steps in its header"
 
     @torch.no_grad()
     def frames(self, captions: list[str], num_frames: int, seed: int, first_row: int = 0) -> Tensor:
         """Frames [B, V, R, H, W]; row b depends on the seed and first_row + b alone."""
         channels = self.taehv.config.latent_channels
-        decoder = StreamingDecoder(self.taehv)
+        decoder, side = StreamingDecoder(self.taehv), SIZE // 8
         chunks = rollout(
             self.model, Conditioning(self.text_encoder.encode(captions).float()),
-            noise=SeededNoise(seed, first_row), latent_shape=(latent_frames(num_frames), channels, SIZE // 8, SIZE // 8),
+            noise=SeededNoise(seed, first_row), latent_shape=(latent_frames(num_frames), channels, side, side),
             causal=self.causal, steps=self.steps,
         )  # fmt: skip
         return torch.cat([decoder.decode(chunk.latents_BTCHW) for chunk in chunks], 1)
@@ -122,7 +123,9 @@ def pair_differences(videos: Videos) -> dict[str, float]:
     return {"size_difference": float(np.mean(sizes)), "start_difference": float(np.mean(starts))}
 
 
-def report(real: dict[str, float], made: dict[str, float], long_real: dict[str, float], long_made: dict[str, float]) -> dict:
+def report(
+    real: dict[str, float], made: dict[str, float], long_real: dict[str, float], long_made: dict[str, float]
+) -> dict:
     """Shares of the real score, and whether each target is reached."""
     shares = {name: made[name] / real[name] for name in made}
     shares |= {f"long.{name}": long_made[name] / long_real[name] for name in long_made}
@@ -152,7 +155,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         result["long_generated"] = score(generator.videos(captions, long_frames, args.seed + 1))
         log.info("at %d frames %s", long_frames, _short(result["long_generated"]))
         scores = report(result["real"], result["generated"], result["long_real"], result["long_generated"])
-        result |= {"frames": num_frames, "long_frames": long_frames, "captions": len(captions), "seed": args.seed, **scores}
+        result |= {
+            "frames": num_frames,
+            "long_frames": long_frames,
+            "captions": len(captions),
+            "seed": args.seed,
+            **scores,
+        }
         log.info("reached %s", scores["reached"])
     log.info("%.0f s", time.monotonic() - started)
     return result

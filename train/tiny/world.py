@@ -178,7 +178,12 @@ def _nearest(rgb: Tensor, palette: dict[str, tuple[float, float, float]]) -> str
 def _ring_mean(weight: Tensor) -> float:
     """Centre of mass on a ring of SIZE cells (pixel units)."""
     angle = _pixel_centres() * (2 * math.pi / SIZE)
-    return math.atan2(float((weight * angle.sin()).sum()), float((weight * angle.cos()).sum())) % (2 * math.pi) * SIZE / (2 * math.pi)
+    return (
+        math.atan2(float((weight * angle.sin()).sum()), float((weight * angle.cos()).sum()))
+        % (2 * math.pi)
+        * SIZE
+        / (2 * math.pi)
+    )
 
 
 def _read_frame(frame_RHW: Tensor, ground: Tensor) -> tuple[str, str, float, float, float] | None:
