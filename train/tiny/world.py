@@ -177,13 +177,10 @@ def _nearest(rgb: Tensor, palette: dict[str, tuple[float, float, float]]) -> str
 
 def _ring_mean(weight: Tensor) -> float:
     """Centre of mass on a ring of SIZE cells (pixel units)."""
-    angle = _pixel_centres() * (2 * math.pi / SIZE)
-    return (
-        math.atan2(float((weight * angle.sin()).sum()), float((weight * angle.cos()).sum()))
-        % (2 * math.pi)
-        * SIZE
-        / (2 * math.pi)
-    )
+    pixels_per_radian = SIZE / (2 * math.pi)
+    angle = _pixel_centres() / pixels_per_radian
+    mean = math.atan2(float((weight * angle.sin()).sum()), float((weight * angle.cos()).sum()))
+    return mean % (2 * math.pi) * pixels_per_radian
 
 
 def _read_frame(frame_RHW: Tensor, ground: Tensor) -> tuple[str, str, float, float, float] | None:
