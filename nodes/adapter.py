@@ -30,8 +30,23 @@ WAN_LATENTS = comfy.latent_formats.Wan21()
 
 
 # ---------------------------------------------------------------- latents --
+#
+# A LATENT in the graph is in the raw space of Wan's VAE. The network and every TAEHV, the bundled one included, speak
+# normalised latents. These two functions are the only crossing, so the host's VAE Decode and VAE Encode work with our
+# VAE as they are. The host's own Load VAE does not: it takes a float16 TAEHV for HunyuanVideo's and scales it so.
+
+
 def network_latents(samples_BCTHW: Tensor) -> Tensor:
-    """LATENT of the graph (raw VAE space) to what network and TAEHV speak: normalised, [B, T, C, H, W]."""
+    """LATENT of the graph (raw VAE space) to what network and TAEHV speak: normalised, [B, T, C, H, W].
+
+    Raises ValueError for latents that are not of a Wan 2.1 video.
+    """
+    shape = tuple(samples_BCTHW.shape)
+    if len(shape) != 5 or shape[1] != WAN_LATENTS.latent_channels:
+        raise ValueError(
+            f"latents of shape {shape} are not a Wan 2.1 video's [batch, {WAN_LATENTS.latent_channels}, frames, "
+            "height, width]; take them from a sampler of a Wan 2.1 model"
+        )
     return rearrange(WAN_LATENTS.process_in(samples_BCTHW), "b c t h w -> b t c h w")
 
 
@@ -43,6 +58,14 @@ def graph_latents(latents_BTCHW: Tensor) -> Tensor:
 def graph_images(frames_BVRHW: Tensor) -> Tensor:
     """Frames in [0, 1] to the graph's IMAGE [B*V, H, W, R]; the videos of a batch follow one another."""
     return rearrange(frames_BVRHW, "b v r h w -> (b v) h w r")
+
+
+def _check_channels(channels: int, what: str) -> None:
+    if channels != WAN_LATENTS.latent_channels:
+        raise ValueError(
+            f"this {what} is made for latents of {channels} channels, but Wan 2.1's have "
+            f"{WAN_LATENTS.latent_channels}; choose a {what} for Wan 2.1"
+        )
 
 
 # ------------------------------------------------------------------ model --
@@ -86,6 +109,7 @@ class SelfForcingWan(comfy.model_base.WAN21):
 def model_from_checkpoint(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None) -> Any:
     """A MODEL of the graph from a checkpoint of kind "wan"; dtype None lets the host choose what the device likes."""
     assert isinstance(checkpoint.config, WanConfig)
+    _check_channels(checkpoint.config.out_dim, "model")
     steps = checkpoint.steps or StepConfig()
     model_config = comfy.supported_models.WAN21_T2V({"image_model": "wan2.1", **asdict(checkpoint.config)})
     model_config.sampling_settings = {"shift": steps.shift}
@@ -161,6 +185,7 @@ class TAEHVAutoencoder:
     not_video = False
 
     def __init__(self, checkpoint: Checkpoint) -> None:
+        _check_channels(checkpoint.config.latent_channels, "TAEHV")
         self.device = memory.vae_device()
         self.vae_dtype = memory.vae_dtype(self.device, [torch.float16, torch.bfloat16, torch.float32])
         operations = comfy.ops.manual_cast
@@ -182,8 +207,8 @@ class TAEHVAutoencoder:
 
     def decode(self, samples_BCTHW: Tensor, **_: Any) -> Tensor:
         """LATENT samples to frames [B, V, H, W, R]; checks for interruption before every latent frame."""
-        host.load([self.patcher], working_bytes=self.working_bytes(*samples_BCTHW.shape[-2:]))
         latents_BTCHW = network_latents(samples_BCTHW)
+        host.load([self.patcher], working_bytes=self.working_bytes(*samples_BCTHW.shape[-2:]))
         stream = self.stream()
         progress = host.Progress(latents_BTCHW.shape[1])
         frames = []

@@ -30,8 +30,5 @@ class SelfForcingTAEHVDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples: dict[str, Any], taehv: Any) -> io.NodeOutput:
-        latents = samples["samples"]
-        if latents.ndim != 5:
-            raise ValueError(f"latents of shape {tuple(latents.shape)} are an image's; TAEHV decodes video latents")
-        frames_BVHWR = taehv_autoencoder(taehv).decode(latents)
+        frames_BVHWR = taehv_autoencoder(taehv).decode(samples["samples"])
         return io.NodeOutput(rearrange(frames_BVHWR, "b v h w r -> (b v) h w r"))

@@ -14,7 +14,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from ..selfforcing_core.config import CausalConfig, StepConfig
-from ..selfforcing_core.geometry import VideoGeometry, chunk_lengths, tokens_per_frame
+from ..selfforcing_core.geometry import PIXEL_STEP, VideoGeometry, chunk_lengths, tokens_per_frame
 from ..selfforcing_core.kv_cache import KVCache
 from ..selfforcing_core.rollout import SeededNoise, rollout
 from . import host
@@ -258,9 +258,15 @@ class SelfForcingStreamSampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, width: int = 16, height: int = 16, length: int = 1, chunk: int = 0) -> bool | str:
+    def validate_inputs(
+        cls, width: int | None = None, height: int | None = None, length: int | None = None
+    ) -> bool | str:
+        """What holds for every checkpoint; an input that comes over a link is None here, its value not known yet.
+
+        Whole chunks are checked when the node runs, when the checkpoint's chunk and latent_image are known.
+        """
         try:
-            VideoGeometry(width, height, length, chunk=chunk or 1)
+            VideoGeometry(width or PIXEL_STEP, height or PIXEL_STEP, length or 1, chunk=1)
         except ValueError as error:
             return str(error)
         return True

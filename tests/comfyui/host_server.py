@@ -145,11 +145,6 @@ class Server:
         saved = (file for files in output.values() for file in files if isinstance(file, dict))
         return [self.folder / "output" / file["subfolder"] / file["filename"] for file in saved]
 
-    def forget_results(self) -> None:
-        """Empty the host's cache of node outputs, so that the same prompt is computed again."""
-        self.post("/free", {"free_memory": True, "unload_models": True})
-        time.sleep(1.5)  # the host does it in its own time and does not say when
-
     def events(self) -> Events:
         return Events(self)
 
