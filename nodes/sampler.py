@@ -266,7 +266,12 @@ class SelfForcingStreamSampler(io.ComfyNode):
         Whole chunks are checked when the node runs, when the checkpoint's chunk and latent_image are known.
         """
         try:
-            VideoGeometry(width or PIXEL_STEP, height or PIXEL_STEP, length or 1, chunk=1)
+            VideoGeometry(
+                PIXEL_STEP if width is None else width,
+                PIXEL_STEP if height is None else height,
+                1 if length is None else length,
+                chunk=1,
+            )
         except ValueError as error:
             return str(error)
         return True
