@@ -36,8 +36,10 @@ class _SelfAttention(nn.Module):
     def __init__(self, config: WanConfig, operations: Any, **factory: Any) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        for name in "qkvo":
-            setattr(self, name, operations.Linear(config.dim, config.dim, **factory))
+        self.q = operations.Linear(config.dim, config.dim, **factory)
+        self.k = operations.Linear(config.dim, config.dim, **factory)
+        self.v = operations.Linear(config.dim, config.dim, **factory)
+        self.o = operations.Linear(config.dim, config.dim, **factory)
         self.norm_q = operations.RMSNorm(config.dim, eps=config.eps, **factory)
         self.norm_k = operations.RMSNorm(config.dim, eps=config.eps, **factory)
 

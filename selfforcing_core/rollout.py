@@ -120,14 +120,13 @@ def rollout(
     lengths = chunk_lengths(num_frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
     prefix_frames = _check_prefix(prefix_BTCHW, batch, tuple(frame_shape), lengths)
     schedule = FlowSchedule(steps)
-    if cache is None:
-        evicts = -1 < causal.window < num_frames
-        cache = model.new_cache(
-            batch=batch, latent_height=frame_shape[1], latent_width=frame_shape[2],
-            capacity=causal.window if evicts else num_frames, sink=causal.sink if evicts else 0, like=embeds,
-        )  # fmt: skip
-    cache.reset()
-    call = _Calls(model, embeds, cache)
+    evicts = -1 < causal.window < num_frames
+    ring: KVCache = cache or model.new_cache(
+        batch=batch, latent_height=frame_shape[1], latent_width=frame_shape[2],
+        capacity=causal.window if evicts else num_frames, sink=causal.sink if evicts else 0, like=embeds,
+    )  # fmt: skip
+    ring.reset()
+    call = _Calls(model, embeds, ring)
 
     start = 0
     for index, length in enumerate(lengths):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from selfforcing_core.geometry import pixel_frames
 from train.tiny.codec import PatchBasis
-from train.tiny.world import ATTRIBUTES, Scene, combinations, heldout, random_scene, render
+from train.tiny.world import ATTRIBUTES, combinations, heldout, named_scene, random_scene, render
 
 log = logging.getLogger(__name__)
 LATENT_FRAMES = 9  # of a training clip: three chunks of three
@@ -79,7 +79,7 @@ class CaptionTable:
         from selfforcing_core.text import TextEncoder
 
         encoder = TextEncoder.from_folder(text_encoder)
-        scenes = [Scene(*words) for words in combinations()]
+        scenes = [named_scene(words) for words in combinations()]
         captions = [s.caption(speed=speed, background=ground) for speed, ground in self.VARIANTS for s in scenes]
         self.embeds = encoder.encode(captions).float().unflatten(0, (len(self.VARIANTS), len(scenes)))
         self.empty = encoder.encode([""]).float()[0]

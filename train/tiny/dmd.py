@@ -23,6 +23,7 @@ from torch import Tensor
 
 from selfforcing_core.checkpoint import read_checkpoint
 from selfforcing_core.conditioning import Conditioning
+from selfforcing_core.config import WanConfig
 from selfforcing_core.model import CausalWan
 from selfforcing_core.rollout import GradientPlan, SeededNoise, rollout
 from selfforcing_core.schedule import TIMESTEPS, add_noise, x0_from_flow
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 def load(path: Path) -> CausalWan:
     """A network in float32 from a checkpoint of an earlier stage."""
     checkpoint = read_checkpoint(path)
+    if not isinstance(checkpoint.config, WanConfig):
+        raise ValueError(f"{path} holds a {checkpoint.kind}, not a video model")
     model = CausalWan(checkpoint.config)
     model.load_state_dict({key: value.float() for key, value in checkpoint.state_dict.items()})
     return model
@@ -63,11 +66,16 @@ class Trainer:
         exit_step = int(torch.randint(len(STEPS.steps), (1,), generator=self.shared))
         plan = GradientPlan([exit_step] * chunks, first_frame=0 if with_gradient else LATENT_FRAMES)
         noise = SeededNoise(self.args.seed * 1_000_003 + self.rollouts, first_row=self.rank * len(prompt_embeds))
-        shape = (LATENT_FRAMES, *self.clips.latents.shape[2:])
+        channels, height, width = self.clips.latents.shape[2:]
         made = rollout(
-            self.generator, Conditioning(prompt_embeds), noise=noise, latent_shape=shape, causal=CAUSAL, steps=STEPS,
+            self.generator,
+            Conditioning(prompt_embeds),
+            noise=noise,
+            latent_shape=(LATENT_FRAMES, channels, height, width),
+            causal=CAUSAL,
+            steps=STEPS,
             gradient=plan,
-        )  # fmt: skip
+        )
         return torch.cat([chunk.latents_BTCHW for chunk in made], 1)
 
     def noised(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -23,13 +23,24 @@ from safetensors import safe_open
 from torch import Tensor
 
 from selfforcing_core.conditioning import Conditioning
+from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.geometry import latent_frames, pixel_frames
 from selfforcing_core.hub import load_model, load_taehv, load_text_encoder
 from selfforcing_core.rollout import SeededNoise, rollout
 from selfforcing_core.taehv import StreamingDecoder
 from train.tiny.data import LATENT_FRAMES
 from train.tiny.diffusion import TRAINED_KEY
-from train.tiny.world import ATTRIBUTES, SIZE, Detection, Scene, combinations, detect, heldout, random_scene, render
+from train.tiny.world import (
+    ATTRIBUTES,
+    SIZE,
+    Detection,
+    combinations,
+    detect,
+    heldout,
+    named_scene,
+    random_scene,
+    render,
+)
 
 log = logging.getLogger(__name__)
 LONG = 4  # times the training length
@@ -67,11 +78,9 @@ class Generator:
 
     def __init__(self, model: Path, taehv: Path, text_encoder: Path) -> None:
         self.model, checkpoint = load_model(model, dtype=torch.float32)
-        self.causal, self.steps = checkpoint.causal, checkpoint.steps
         self.taehv, _ = load_taehv(taehv, dtype=torch.float32)
         self.text_encoder = load_text_encoder(text_encoder)
-        assert self.causal is not None, f"{model} has no causal settings in its header"
-        assert self.steps is not None, f"{model} has no steps in its header"
+        self.causal, self.steps = checkpoint.causal or CausalConfig(), checkpoint.steps or StepConfig()
 
     @torch.no_grad()
     def frames(self, captions: list[str], num_frames: int, seed: int, first_row: int = 0) -> Tensor:
@@ -90,7 +99,7 @@ class Generator:
         doubled = [words for words in captions for _ in range(2)]
         found: list[Detection] = []
         for first in range(0, len(doubled), BATCH):
-            texts = [Scene(*words).caption() for words in doubled[first : first + BATCH]]
+            texts = [named_scene(words).caption() for words in doubled[first : first + BATCH]]
             found += [detect(video) for video in self.frames(texts, num_frames, seed, first)]
         return Videos(captions, list(zip(found[::2], found[1::2])))
 

@@ -13,7 +13,7 @@ import functools
 import itertools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -96,14 +96,19 @@ def heldout() -> list[tuple[str, ...]]:
     return [tuple(words) for words in json.loads(HELDOUT_FILE.read_text())]
 
 
+def named_scene(words: tuple[str, ...]) -> Scene:
+    """The scene of five words, with the default size and start."""
+    colour, shape, direction, speed, background = words
+    return Scene(colour, shape, direction, speed, background)
+
+
 def random_scene(rng: np.random.Generator, words: tuple[str, ...] | None = None) -> Scene:
     """A scene with the given words (drawn if None), random size and start."""
     if words is None:
         words = tuple(str(rng.choice(values)) for values in ATTRIBUTES.values())
-    colour, shape, direction, speed, background = words
     radius = float(rng.uniform(*RADIUS))
     start = (float(rng.uniform(0, SIZE)), float(rng.uniform(0, SIZE)))
-    return Scene(colour, shape, direction, speed, background, radius, start)
+    return replace(named_scene(words), radius=radius, start=start)
 
 
 @functools.cache
