@@ -1,6 +1,7 @@
 """Muon (kellerjordan.github.io/posts/muon) in float32.
 
-torch.optim.Muon orthogonalises in bfloat16, which a CPU without native bfloat16 emulates slowly. The rule is the same, with the update scaled to AdamW's size.
+torch.optim.Muon orthogonalises in bfloat16, which a CPU without native bfloat16 emulates slowly. The rule is the same,
+with the update scaled to AdamW's size.
 """
 
 from __future__ import annotations
