@@ -37,9 +37,10 @@ class KVCache:
     ) -> None:
         assert 0 <= sink < capacity, f"sink {sink} leaves no room in a cache of {capacity} frames"
         self.tokens_per_frame, self.capacity, self.sink = tokens_per_frame, capacity, sink
-        shape = (config.num_layers, batch, capacity * tokens_per_frame, config.num_heads, config.head_dim)
-        self.k = torch.empty(shape, device=device, dtype=dtype)
-        self.v = torch.empty(shape, device=device, dtype=dtype)
+        # each head's tokens lie together, the order in which attention reads them
+        shape = (config.num_layers, batch, config.num_heads, capacity * tokens_per_frame, config.head_dim)
+        self.k = torch.empty(shape, device=device, dtype=dtype).transpose(2, 3)
+        self.v = torch.empty(shape, device=device, dtype=dtype).transpose(2, 3)
         self.reset()
 
     @staticmethod

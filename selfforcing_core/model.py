@@ -32,6 +32,11 @@ def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
+def _modulation(count: int, dim: int, *, device: torch.device | None, dtype: torch.dtype | None) -> nn.Parameter:
+    """Random start [1, count, D]; drawn in float32, since no random numbers exist in float8."""
+    return nn.Parameter((torch.randn(1, count, dim, device=device) / dim**0.5).to(dtype=dtype))
+
+
 class _SelfAttention(nn.Module):
     def __init__(self, config: WanConfig, operations: Any, **factory: Any) -> None:
         super().__init__()
@@ -59,7 +64,9 @@ class _SelfAttention(nn.Module):
 
 class _CrossAttention(_SelfAttention):
     def keys_values(self, text_BXD: Tensor) -> tuple[Tensor, Tensor]:
-        return self.heads(self.norm_k(self.k(text_BXD))), self.heads(self.v(text_BXD))
+        """Keys and values [B, X, N, K] of the text, each head's tokens together in memory, as in the cache."""
+        keys, values = self.heads(self.norm_k(self.k(text_BXD))), self.heads(self.v(text_BXD))
+        return keys.transpose(1, 2).contiguous().transpose(1, 2), values.transpose(1, 2).contiguous().transpose(1, 2)
 
     def forward(self, x_BLD: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
         return self.o(attend(self.heads(self.norm_q(self.q(x_BLD))), *keys_values).flatten(2))
@@ -79,7 +86,7 @@ class _Block(nn.Module):
             nn.GELU(approximate="tanh"),
             operations.Linear(config.ffn_dim, config.dim, **factory),
         )
-        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim, **factory) / config.dim**0.5)
+        self.modulation = _modulation(6, config.dim, **factory)
 
     def forward(
         self,
@@ -119,7 +126,7 @@ class _Head(nn.Module):
         self.norm = operations.LayerNorm(config.dim, elementwise_affine=False, eps=config.eps, **factory)
         patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
         self.head = operations.Linear(config.dim, patch * config.out_dim, **factory)
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim, **factory) / config.dim**0.5)
+        self.modulation = _modulation(2, config.dim, **factory)
 
     def forward(self, x_BFPD: Tensor, e_BFD: Tensor) -> Tensor:
         shift, scale = (e_BFD.unsqueeze(2) + self.modulation.to(e_BFD)).unsqueeze(3).unbind(2)
@@ -205,4 +212,5 @@ class CausalWan(nn.Module):
 
     def _embed_text(self, prompt_embeds_BXE: Tensor) -> Tensor:
         missing = self.config.text_len - prompt_embeds_BXE.shape[1]
-        return self.text_embedding(F.pad(prompt_embeds_BXE, (0, 0, 0, missing)))
+        padded_BXE = F.pad(prompt_embeds_BXE, (0, 0, 0, missing)) if missing else prompt_embeds_BXE
+        return self.text_embedding(padded_BXE)

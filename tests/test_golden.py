@@ -5,22 +5,15 @@ Runs on the folder SELFFORCING_GOLDEN, else on tests/golden. Everything, sizes i
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from selfforcing_core.conditioning import Conditioning
-from selfforcing_core.config import CausalConfig, StepConfig, TAEHVConfig, WanConfig
+from selfforcing_core.config import CausalConfig, StepConfig, TAEHVConfig
 from selfforcing_core.geometry import chunk_lengths, tokens_per_frame
 from selfforcing_core.model import CausalWan
 from selfforcing_core.rollout import CONTEXT, GivenNoise, rollout
@@ -37,81 +30,7 @@ from selfforcing_core.schedule import (
 )
 from selfforcing_core.taehv import TAEHV, StreamingDecoder
 from selfforcing_core.text import embed_tokens, umt5_from_wan_state_dict, wan_umt5_shapes
-
-FOLDER = Path(os.environ.get("SELFFORCING_GOLDEN") or Path(__file__).parent / "golden")
-KINDS = {"scheduler", "causal_rollout", "taehv", "taehv_preview", "umt5"}
-
-
-def _load_weight_rule() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("golden_weights", FOLDER / "weights.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@dataclass
-class Fixture:
-    """One file; `check` compares with its tolerance and counts."""
-
-    name: str
-    meta: dict[str, Any]
-    tensors: dict[str, Tensor]
-    checked: set[str] = field(default_factory=set)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def check(self, name: str, found: Tensor, **tolerance: float) -> None:
-        limits = {key: tolerance.get(key, self.meta["tolerance"][key]) for key in ("atol", "rtol")}
-        torch.testing.assert_close(
-            found.to(self.tensors[name]), self.tensors[name], **limits, msg=lambda text: f"{self.name} {name}: {text}"
-        )
-        self.checked.add(name)
-
-    def draw(self, shapes: dict[str, Any]) -> dict[str, Tensor]:
-        rule, seed, gain = _load_weight_rule(), self.meta["weight_seed"], self.meta.get("weight_gain", 1.0)
-        return {name: torch.from_numpy(rule.draw(name, tuple(shape), seed, gain)) for name, shape in shapes.items()}
-
-    def wan(self) -> CausalWan:
-        sizes = {key: value for key, value in self.meta["model"].items() if key in WanConfig.__dataclass_fields__}
-        model = CausalWan(WanConfig.from_dict(sizes))
-        model.load_state_dict(self.draw({name: p.shape for name, p in model.state_dict().items()}))
-        return model
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["golden"])
-
-
-def _read(path: Path) -> Fixture:
-    with safe_open(path, "pt") as file:
-        return Fixture(path.stem, _metadata(path), {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-
-
-PATHS = {path.stem: path for path in sorted(FOLDER.glob("*.safetensors")) if _metadata(path).get("kind") in KINDS}
-
-
-def test_every_listed_kind_is_in_the_folder() -> None:
-    found = {_metadata(path)["kind"] for path in PATHS.values()}
-    assert found == KINDS, f"{FOLDER} has no fixture of kind {', '.join(sorted(KINDS - found))}"
-
-
-@pytest.mark.parametrize("name", PATHS)
-def test_matches_recorded_numbers(name: str, record_property: Callable[[str, object], None]) -> None:
-    fixture = _read(PATHS[name])
-    with torch.no_grad():
-        {
-            "scheduler": check_scheduler,
-            "causal_rollout": check_rollout,
-            "taehv": check_taehv,
-            "taehv_preview": check_taehv_preview,
-            "umt5": check_umt5,
-        }[fixture.meta["kind"]](fixture)
-    assert fixture.checked, f"{name} compared nothing"
-    record_property("tensors", len(fixture.checked))
+from tests.golden_fixture import FOLDER, Fixture, read_fixture, read_metadata
 
 
 def check_scheduler(fixture: Fixture) -> None:
@@ -261,3 +180,27 @@ def check_umt5(fixture: Fixture) -> None:
     hidden = model(input_ids=fixture["ids"], attention_mask=fixture["mask"]).last_hidden_state
     fixture.check("hidden", hidden)
     fixture.check("prompt_embeds", embed_tokens(model, fixture["ids"], fixture["mask"]))
+
+
+CHECKS: dict[str, Callable[[Fixture], None]] = {
+    "scheduler": check_scheduler,
+    "causal_rollout": check_rollout,
+    "taehv": check_taehv,
+    "taehv_preview": check_taehv_preview,
+    "umt5": check_umt5,
+}
+KINDS = {path.stem: read_metadata(path).get("kind") for path in sorted(FOLDER.glob("*.safetensors"))}
+
+
+def test_every_listed_kind_is_in_the_folder() -> None:
+    missing = sorted(set(CHECKS) - set(KINDS.values()))
+    assert not missing, f"{FOLDER} has no fixture of kind {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind in CHECKS])
+def test_matches_recorded_numbers(name: str, record_property: Callable[[str, object], None]) -> None:
+    fixture = read_fixture(FOLDER / f"{name}.safetensors")
+    with torch.no_grad():
+        CHECKS[fixture.meta["kind"]](fixture)
+    assert fixture.checked, f"{name} compared nothing"
+    record_property("tensors", len(fixture.checked))
