@@ -1,4 +1,8 @@
-"""What a video is conditioned on, checked once on the way in. Letters: B batch, P text tokens, E text width."""
+"""What a video is conditioned on, checked once on the way in.
+
+Letters: B batch, P text tokens, E text width, T latent frames, C channels, H W latent size, I image tokens, X CLIP
+width.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +10,58 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .config import WanConfig
+from .config import CLIP_DIM, WanConfig
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Text embeddings [B, P, E] with P <= text_len, rows past the text's length zero (UMT5 output).
+    """A prompt, and for image-to-video networks the image. Dtype and device are those the network computes in.
 
-    Their dtype and device are those the network computes in.
+    prompt_embeds_BPE: [B, P, E] with P <= text_len, rows past the text's length zero (UMT5 output).
+    image_BTCHW: condition channels for every frame of the video, [B, T, 4 mask + 16 latent, H, W], normalised latents.
+    clip_BIX: CLIP features of the image before the last block, [B, I, 1280] (257 tokens for ViT-H/14).
     """
 
     prompt_embeds_BPE: Tensor
+    image_BTCHW: Tensor | None = None
+    clip_BIX: Tensor | None = None
 
-    def check(self, config: WanConfig) -> None:
-        """Raises ValueError if the embeddings do not fit the network."""
+    def check(self, config: WanConfig, latent_shape: tuple[int, int, int, int]) -> None:
+        """Raises ValueError if this does not fit the network or a video of `latent_shape` (T, C, H, W)."""
         shape = tuple(self.prompt_embeds_BPE.shape)
         if len(shape) != 3 or shape[2] != config.text_dim or shape[1] > config.text_len:
             raise ValueError(
                 f"text embeddings of shape {shape} do not fit this model: it takes [batch, up to {config.text_len} "
                 f"tokens, {config.text_dim}]; use the text encoder that the model was trained with"
             )
+        if config.model_type != "i2v":
+            if self.image_BTCHW is not None or self.clip_BIX is not None:
+                raise ValueError(
+                    "this is a text-to-video model, it takes no image condition; give the image as the video's first "
+                    "frames, or use an image-to-video model"
+                )
+            return
+        if self.image_BTCHW is None or self.clip_BIX is None:
+            raise ValueError("this is an image-to-video model; give it an image (condition channels and CLIP features)")
+        self._check_image(config, shape[0], latent_shape)
+
+    def _check_image(self, config: WanConfig, batch: int, latent_shape: tuple[int, int, int, int]) -> None:
+        assert self.image_BTCHW is not None
+        assert self.clip_BIX is not None
+        frames, channels, height, width = latent_shape
+        wanted = (batch, frames, config.in_dim - channels, height, width)
+        if tuple(self.image_BTCHW.shape) != wanted:
+            raise ValueError(
+                f"image condition of shape {tuple(self.image_BTCHW.shape)} does not fit this video, it takes {wanted}; "
+                "make it for the video's own size and length"
+            )
+        clip = tuple(self.clip_BIX.shape)
+        if len(clip) != 3 or clip[0] != batch or clip[2] != CLIP_DIM:
+            raise ValueError(
+                f"CLIP features of shape {clip} do not fit this model, it takes [{batch}, tokens, {CLIP_DIM}]; "
+                "use the ViT-H/14 image encoder of Wan 2.1"
+            )
+
+    def frames(self, start: int, length: int) -> Tensor | None:
+        """The image condition of some frames, None where there is none."""
+        return None if self.image_BTCHW is None else self.image_BTCHW[:, start : start + length]

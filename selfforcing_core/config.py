@@ -28,6 +28,9 @@ class _JsonConfig:
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
+CLIP_DIM = 1280  # width of the CLIP ViT-H/14 features that image-to-video networks read
+
+
 @dataclass(frozen=True)
 class WanConfig(_JsonConfig):
     """Sizes of a Wan 2.1 transformer (Wan2.1 model configs; names as in the original repository).
@@ -96,18 +99,31 @@ class CausalConfig(_JsonConfig):
             )
 
 
+SOLVERS = ("renoise", "euler", "unipc")
+
+
 @dataclass(frozen=True)
 class StepConfig(_JsonConfig):
-    """Few-step schedule. `steps` are timesteps on the 0-1000 scale, noisiest first.
+    """Which timesteps the network sees, and how one noise level becomes the next.
 
-    shift: flow-matching shift of the schedule. warp: map the listed steps through the shifted schedule.
-    sigma: "exact" is sigma = t / 1000; "table" is the nearest entry of the reference's 1000-entry table.
+    steps: timesteps on the 0-1000 scale, noisiest first. shift: flow-matching shift of the schedule. warp: map the
+    listed steps through the shifted schedule. sigma: "exact" is sigma = t / 1000; "table" is the nearest entry of the
+    reference's 1000-entry table. solver: "renoise" predicts clean data and noises it afresh (few-step models);
+    "euler" and "unipc" follow the probability-flow equation (teachers, many steps).
     """
 
     steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     shift: float = 5.0
     warp: bool = True
     sigma: str = "exact"
+    solver: str = "renoise"
+
+    @classmethod
+    def even(cls, count: int, *, shift: float, solver: str = "euler") -> StepConfig:
+        """`count` evenly spaced steps, warped through the shifted schedule, as Wan's own samplers take them."""
+        if count < 1:
+            raise ValueError(f"{count} steps make no video; use 1 or more")
+        return cls(tuple(1000.0 * (1 - index / count) for index in range(count)), shift=shift, solver=solver)
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -120,6 +136,8 @@ class StepConfig(_JsonConfig):
             raise ValueError(f"shift {self.shift} must be positive; released Self Forcing checkpoints use 5")
         if self.sigma not in ("exact", "table"):
             raise ValueError(f"sigma {self.sigma!r} is unknown; use 'exact' or 'table'")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver {self.solver!r} is unknown; use {', '.join(SOLVERS)}")
 
 
 @dataclass(frozen=True)

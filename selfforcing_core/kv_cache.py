@@ -9,12 +9,25 @@ Letters: B batch, L tokens of the staged chunk, S visible tokens, P tokens per f
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .config import WanConfig
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """A copy of what a cache holds after a chunk: k, v [layers, B, S, N, K] of its used slots, in slot order."""
+
+    k: Tensor
+    v: Tensor
+    start_frame: int
+    end_frame: int
+    capacity: int
+    sink: int
 
 
 class KVCache:
@@ -58,6 +71,35 @@ class KVCache:
         self.cross: dict[int, Any] = {}
         self._current: list[tuple[int, int, int]] = []
 
+    def snapshot(self) -> CacheState:
+        """Copy what the cache holds, in the memory where it lies. The text's keys and values are not part of it."""
+        used = self._visible()
+        return CacheState(
+            self.k[:, :, :used].clone(), self.v[:, :, :used].clone(),
+            self.start_frame, self.end_frame, self.capacity, self.sink,
+        )  # fmt: skip
+
+    def restore(self, state: CacheState) -> None:
+        """Hold again what was copied. Raises ValueError if the state is of another network, size, window or sink."""
+        has_evicted = state.end_frame > min(state.capacity, self.capacity)  # before that, every frame is in its slot
+        if has_evicted and (state.capacity, state.sink) != (self.capacity, self.sink):
+            raise ValueError(
+                f"the saved cache has window {state.capacity} and sink {state.sink}, this one {self.capacity} and "
+                f"{self.sink}; resume with the window and sink it was saved with"
+            )
+        used = min(state.end_frame, self.capacity) * self.tokens_per_frame
+        target = self.k[:, :, :used]
+        if target.shape != state.k.shape:
+            raise ValueError(
+                f"the saved cache has keys of shape {tuple(state.k.shape)}, this one {tuple(target.shape)}; resume "
+                "with the model, size and batch it was saved with"
+            )
+        self.reset()
+        self.k[:, :, :used] = state.k
+        self.v[:, :, :used] = state.v
+        self.start_frame, self.end_frame = state.start_frame, state.end_frame
+        self._current = self._pieces(state.start_frame, state.end_frame - state.start_frame)
+
     def stage(self, start_frame: int, num_frames: int) -> None:
         """Declare the frames that the next forward pass evaluates: the staged ones again, or those that follow."""
         assert num_frames <= self.capacity - self.sink, f"{num_frames} frames do not fit a ring of {self.capacity}"
@@ -77,7 +119,7 @@ class KVCache:
         for source, slot, length in self._current:
             self.k[layer][:, slot : slot + length] = k_BLNK[:, source : source + length]
             self.v[layer][:, slot : slot + length] = v_BLNK[:, source : source + length]
-        visible = min(self.end_frame, self.capacity) * self.tokens_per_frame
+        visible = self._visible()
         return self.k[layer][:, :visible], self.v[layer][:, :visible]
 
     def cross_kv(self, layer: int, compute: Callable[[], Any]) -> Any:
@@ -105,6 +147,10 @@ class KVCache:
         tokens = tokens.to(self.k.device)
         return self.k[layer].index_select(1, tokens), self.v[layer].index_select(1, tokens)
 
+    def _visible(self) -> int:
+        """Tokens that are in use."""
+        return min(self.end_frame, self.capacity) * self.tokens_per_frame
+
     def _slot(self, frame: int) -> int:
         return frame if frame < self.sink else self.sink + (frame - self.sink) % (self.capacity - self.sink)
 
@@ -122,7 +168,7 @@ class KVCache:
 
     def _joined(self, buffer: Tensor, new_BLNK: Tensor) -> Tensor:
         """Visible tokens without the staged chunk's own slots, then the new tensor."""
-        visible = min(self.end_frame, self.capacity) * self.tokens_per_frame
+        visible = self._visible()
         edges, parts = 0, []
         for _, slot, length in sorted(self._current, key=lambda piece: piece[1]):
             parts.append(buffer[:, edges:slot])

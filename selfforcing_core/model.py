@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .attention import attend, expand_frames
-from .config import WanConfig
+from .config import CLIP_DIM, WanConfig
 from .geometry import tokens_per_frame
 from .kv_cache import KVCache
 from .rope import apply_rotary, rotary_table
@@ -62,14 +62,39 @@ class _SelfAttention(nn.Module):
         return self.o(attend(q, k, v, mask_LS).flatten(2))
 
 
-class _CrossAttention(_SelfAttention):
-    def keys_values(self, text_BXD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, X, N, K] of the text, each head's tokens together in memory, as in the cache."""
-        keys, values = self.heads(self.norm_k(self.k(text_BXD))), self.heads(self.v(text_BXD))
-        return keys.transpose(1, 2).contiguous().transpose(1, 2), values.transpose(1, 2).contiguous().transpose(1, 2)
+KeysValues = tuple[tuple[Tensor, Tensor], ...]
 
-    def forward(self, x_BLD: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
-        return self.o(attend(self.heads(self.norm_q(self.q(x_BLD))), *keys_values).flatten(2))
+
+class _CrossAttention(_SelfAttention):
+    """Attention to the text and, in image-to-video networks, with the same queries to the image; the two are added."""
+
+    def __init__(self, config: WanConfig, operations: Any, **factory: Any) -> None:
+        super().__init__(config, operations, **factory)
+        if config.model_type == "i2v":
+            self.k_img = operations.Linear(config.dim, config.dim, **factory)
+            self.v_img = operations.Linear(config.dim, config.dim, **factory)
+            self.norm_k_img = operations.RMSNorm(config.dim, eps=config.eps, **factory)
+
+    def keys_values(self, text_BXD: Tensor, image_BID: Tensor | None) -> KeysValues:
+        """Keys and values [B, X, N, K] of the text, then of the image if there is one."""
+        text = self._by_head(self.norm_k(self.k(text_BXD))), self._by_head(self.v(text_BXD))
+        if image_BID is None:
+            return (text,)
+        return text, (self._by_head(self.norm_k_img(self.k_img(image_BID))), self._by_head(self.v_img(image_BID)))
+
+    def _by_head(self, x_BXD: Tensor) -> Tensor:
+        """[B, X, N, K] with each head's tokens together in memory, as in the cache."""
+        return self.heads(x_BXD).transpose(1, 2).contiguous().transpose(1, 2)
+
+    def forward(self, x_BLD: Tensor, keys_values: KeysValues) -> Tensor:  # type: ignore[override]
+        q_BLNK = self.heads(self.norm_q(self.q(x_BLD)))
+        attended = attend(q_BLNK, *keys_values[0])
+        for keys, values in keys_values[1:]:
+            attended = attended + attend(q_BLNK, keys, values)
+        return self.o(attended.flatten(2))
+
+
+_Context = tuple[Tensor, Tensor | None]  # embedded text [B, X, D], embedded image [B, I, D]
 
 
 class _Block(nn.Module):
@@ -92,7 +117,7 @@ class _Block(nn.Module):
         self,
         x_BFPD: Tensor,
         e_BF6D: Tensor,
-        text_BXD: Tensor | None,
+        context: _Context | None,
         rotary: Tensor,
         cache: KVCache | None,
         layer: int,
@@ -106,16 +131,16 @@ class _Block(nn.Module):
         attended = self.self_attn(normed, rotary, cache, layer, mask_LS).unflatten(1, grid)
         x_BFPD = torch.addcmul(x_BFPD, attended, gate1)
 
-        keys_values = self._keys_values(text_BXD, cache, layer)
+        keys_values = self._keys_values(context, cache, layer)
         x_BFPD = x_BFPD + self.cross_attn(self.norm3(x_BFPD).flatten(1, 2), keys_values).unflatten(1, grid)
 
         fed = self.ffn(torch.addcmul(shift2, self.norm2(x_BFPD), 1 + scale2))
         return torch.addcmul(x_BFPD, fed, gate2)
 
-    def _keys_values(self, text_BXD: Tensor | None, cache: KVCache | None, layer: int) -> tuple[Tensor, Tensor]:
-        def compute() -> tuple[Tensor, Tensor]:
-            assert text_BXD is not None
-            return self.cross_attn.keys_values(text_BXD)
+    def _keys_values(self, context: _Context | None, cache: KVCache | None, layer: int) -> KeysValues:
+        def compute() -> KeysValues:
+            assert context is not None
+            return self.cross_attn.keys_values(*context)
 
         return compute() if cache is None else cache.cross_kv(layer, compute)
 
@@ -133,15 +158,30 @@ class _Head(nn.Module):
         return self.head(torch.addcmul(shift, self.norm(x_BFPD), 1 + scale))
 
 
+class _ImageEmbedding(nn.Module):
+    """CLIP features [B, I, 1280] to the model's width."""
+
+    def __init__(self, config: WanConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(
+            operations.LayerNorm(CLIP_DIM, **factory),
+            operations.Linear(CLIP_DIM, CLIP_DIM, **factory),
+            nn.GELU(),
+            operations.Linear(CLIP_DIM, config.dim, **factory),
+            operations.LayerNorm(config.dim, **factory),
+        )
+
+    def forward(self, clip_BIX: Tensor) -> Tensor:
+        return self.proj(clip_BIX)
+
+
 class CausalWan(nn.Module):
-    """Wan 2.1 text-to-video transformer. `operations` supplies Linear, Conv3d, LayerNorm and RMSNorm."""
+    """Wan 2.1 transformer, text-to-video or image-to-video. `operations` supplies Linear, Conv3d and the norms."""
 
     def __init__(
         self, config: WanConfig, *, operations: Any = nn, device: torch.device | None = None, dtype: Any = None
     ) -> None:
         super().__init__()
-        if config.model_type != "t2v":
-            raise ValueError(f"model type {config.model_type!r} cannot be run yet; use a text-to-video checkpoint")
         self.config = config
         factory = {"device": device, "dtype": dtype}
         dim, patch = config.dim, config.patch_size
@@ -155,6 +195,8 @@ class CausalWan(nn.Module):
             operations.Linear(config.freq_dim, dim, **factory), nn.SiLU(), operations.Linear(dim, dim, **factory)
         )
         self.time_projection = nn.Sequential(nn.SiLU(), operations.Linear(dim, 6 * dim, **factory))
+        if config.model_type == "i2v":
+            self.img_emb = _ImageEmbedding(config, operations, **factory)
         self.blocks = nn.ModuleList(_Block(config, operations, **factory) for _ in range(config.num_layers))
         self.head = _Head(config, operations, **factory)
 
@@ -179,6 +221,8 @@ class CausalWan(nn.Module):
         mask_FF: Tensor | None = None,
         clean_BTCHW: Tensor | None = None,
         clean_timesteps_BT: Tensor | None = None,
+        image_BTCHW: Tensor | None = None,
+        clip_BIX: Tensor | None = None,
     ) -> Tensor:
         """Predict flow = noise - x0, [B, T, C, H, W], in the dtype of `prompt_embeds_BXE`.
 
@@ -186,11 +230,15 @@ class CausalWan(nn.Module):
         cache: evaluate frames [start_frame, start_frame + T) against it; they must follow what it holds.
         mask_FF: bool, which frame sees which (uncached only). clean_BTCHW: a clean copy of the same frames put in
         front of the noisy ones (teacher forcing), with its own timesteps (default 0); the mask then covers 2T frames.
+        image_BTCHW, clip_BIX: condition channels of the same frames and CLIP features, for image-to-video networks.
         """
         dtype = prompt_embeds_BXE.dtype
         num_frames, (height, width) = noisy_BTCHW.shape[1], noisy_BTCHW.shape[-2:]
         rows, columns = height // self.config.patch_size[1], width // self.config.patch_size[2]
         rotary = rotary_table(self.config.head_dim, start_frame, num_frames, rows, columns).to(noisy_BTCHW.device)
+        if image_BTCHW is not None:
+            noisy_BTCHW = torch.cat([noisy_BTCHW, image_BTCHW.to(noisy_BTCHW)], 2)
+            clean_BTCHW = None if clean_BTCHW is None else torch.cat([clean_BTCHW, image_BTCHW.to(clean_BTCHW)], 2)
         if clean_BTCHW is not None:
             noisy_BTCHW = torch.cat([clean_BTCHW, noisy_BTCHW], 1)
             clean_timesteps_BT = torch.zeros_like(timesteps_BT) if clean_timesteps_BT is None else clean_timesteps_BT
@@ -202,15 +250,17 @@ class CausalWan(nn.Module):
         x = rearrange(self.patch_embedding(noisy_BTCHW.to(dtype).transpose(1, 2)), "b d f h w -> b f (h w) d")
         e_BFD = self.time_embedding(timestep_embedding(timesteps_BT, self.config.freq_dim).to(dtype))
         e_BF6D = self.time_projection(e_BFD).unflatten(-1, (6, -1))
-        text = None if cache is not None and cache.has_cross() else self._embed_text(prompt_embeds_BXE)
+        is_known = cache is not None and cache.has_cross()
+        context = None if is_known else self._embed_context(prompt_embeds_BXE, clip_BIX)
         mask = None if mask_FF is None else expand_frames(mask_FF, rows * columns)
         for layer, block in enumerate(self.blocks):
-            x = block(x, e_BF6D, text, rotary, cache, layer, mask)
+            x = block(x, e_BF6D, context, rotary, cache, layer, mask)
         x = self.head(x[:, -num_frames:], e_BFD[:, -num_frames:])
         p, q = self.config.patch_size[1:]
         return rearrange(x, "b t (h w) (p q c) -> b t c (h p) (w q)", h=rows, w=columns, p=p, q=q)
 
-    def _embed_text(self, prompt_embeds_BXE: Tensor) -> Tensor:
+    def _embed_context(self, prompt_embeds_BXE: Tensor, clip_BIX: Tensor | None) -> _Context:
         missing = self.config.text_len - prompt_embeds_BXE.shape[1]
         padded_BXE = F.pad(prompt_embeds_BXE, (0, 0, 0, missing)) if missing else prompt_embeds_BXE
-        return self.text_embedding(padded_BXE)
+        image_BID = None if clip_BIX is None else self.img_emb(clip_BIX.to(padded_BXE.dtype))
+        return self.text_embedding(padded_BXE), image_BID

@@ -8,10 +8,11 @@ Letters: B batch, T latent frames, C channels, H W latent size.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,16 +22,10 @@ from .config import CausalConfig, StepConfig
 from .geometry import chunk_lengths
 from .kv_cache import KVCache
 from .schedule import FlowSchedule, add_noise, x0_from_flow
+from .snapshot import Snapshot
+from .solver import NoiseSource, new_solver
 
 CONTEXT = -1  # the `step` under which a noise source is asked for context noise
-
-
-class NoiseSource(Protocol):
-    """Where all Gaussian noise of a rollout comes from."""
-
-    def draw(self, start_frame: int, step: int, shape: tuple[int, ...]) -> Tensor:
-        """Noise [B, T, C, H, W] for the chunk at `start_frame`: before evaluation `step`, or CONTEXT."""
-        ...
 
 
 class SeededNoise:
@@ -72,6 +67,12 @@ class Chunk:
     start_frame: int
     latents_BTCHW: Tensor
     is_given: bool = False
+    take: Callable[[], Snapshot] | None = field(default=None, repr=False, compare=False)
+
+    def snapshot(self) -> Snapshot:
+        """The state right after this chunk, to go on from later; take it before asking for the next chunk."""
+        assert self.take is not None
+        return self.take()
 
 
 @dataclass(frozen=True)
@@ -100,75 +101,160 @@ def rollout(
     causal: CausalConfig,
     steps: StepConfig,
     prefix_BTCHW: Tensor | None = None,
-    cache: KVCache | None = None,
+    negative: Conditioning | None = None,
+    guidance: float = 1.0,
+    caches: Sequence[KVCache] | None = None,
     commit_last: bool = False,
     on_step: OnStep | None = None,
     gradient: GradientPlan | None = None,
+    resume: Snapshot | None = None,
 ) -> Iterator[Chunk]:
     """Generate a video chunk by chunk; yields the prefix's chunks first, then each generated one.
 
-    model: called as `CausalWan.forward`. latent_shape: (T, C, H, W) of the whole video, prefix included.
-    prefix_BTCHW: clean latents of the first frames, whole chunks, batch 1 or B. cache: one from `model.new_cache` to
-    reuse; it is reset. commit_last: also write the last chunk into the cache (needed only to go on afterwards).
-    on_step(chunk, step) is called before every network call (step CONTEXT for cache passes) and may raise to stop.
+    A chunk that holds all frames is the bidirectional sampler: one pass per step, nothing is cached.
 
-    Raises ValueError before the first network call if lengths, prefix or conditioning do not fit.
+    model: called as `CausalWan.forward`. latent_shape: (T, C, H, W) of the whole video, prefix included.
+    prefix_BTCHW: clean latents of the first frames, whole chunks, batch 1 or B. negative, guidance: classifier-free
+    guidance, negative + guidance * (positive - negative), each with a cache of its own; 1 leaves the negative out.
+    caches: from `new_caches`, to reuse; they are reset. commit_last: also write the last chunk into the cache.
+    on_step(chunk, step) is called before every evaluation (step CONTEXT for cache passes) and may raise to stop.
+    resume: go on after the chunk where it was taken; only later chunks are yielded.
+
+    Raises ValueError before the first network call if lengths, prefix, conditioning or snapshot do not fit.
     """
-    embeds = conditioning.prompt_embeds_BPE
-    conditioning.check(model.config)
-    batch, (num_frames, *frame_shape) = embeds.shape[0], latent_shape
+    conditions = [conditioning] if negative is None or guidance == 1 else [conditioning, negative]
+    for condition in conditions:
+        condition.check(model.config, latent_shape)
+    batch, (num_frames, *frame_shape) = conditioning.prompt_embeds_BPE.shape[0], latent_shape
     lengths = chunk_lengths(num_frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
     prefix_frames = _check_prefix(prefix_BTCHW, batch, tuple(frame_shape), lengths)
     schedule = FlowSchedule(steps)
-    evicts = -1 < causal.window < num_frames
-    ring: KVCache = cache or model.new_cache(
-        batch=batch, latent_height=frame_shape[1], latent_width=frame_shape[2],
-        capacity=causal.window if evicts else num_frames, sink=causal.sink if evicts else 0, like=embeds,
-    )  # fmt: skip
-    ring.reset()
-    call = _Calls(model, embeds, ring)
+    is_cached = len(lengths) > 1 or commit_last or resume is not None or caches is not None
+    if is_cached and caches is None:
+        caches = new_caches(model, conditioning, len(conditions), latent_shape, causal)
+    call = _Calls(model, conditions, guidance, [None] * len(conditions) if caches is None else list(caches))
+    call.reset()
+    first = 0 if resume is None else _resume(call, resume, lengths, prefix_frames)
 
-    start = 0
-    for index, length in enumerate(lengths):
+    start = sum(lengths[:first])
+    for index, length in list(enumerate(lengths))[first:]:
         is_last = start + length == num_frames
         if start < prefix_frames:
             assert prefix_BTCHW is not None
-            x0 = prefix_BTCHW[:, start : start + length].to(embeds.device, torch.float32).expand(batch, *[-1] * 4)
+            x0 = prefix_BTCHW[:, start : start + length].to(call.device, torch.float32).expand(batch, *[-1] * 4)
             context, timestep = x0, 0.0
         else:
             shape = (batch, length, *frame_shape)
             generated = index - sum(1 for end in _ends(lengths) if end <= prefix_frames)
-            x0 = _denoise_chunk(call, schedule, noise, shape, index, start, on_step, gradient, generated)
+            x0 = _denoise_chunk(call, schedule, steps, noise, shape, index, start, on_step, gradient, generated)
             context, timestep = x0.detach(), causal.context_noise
             if gradient is not None and gradient.context_sigma and not is_last:
                 drawn = noise.draw(start, CONTEXT, shape).to(context)
                 context = add_noise(context, drawn, gradient.context_sigma)
-        if commit_last or not is_last:
+        is_committed = commit_last or not is_last
+        if is_committed:
             if on_step is not None:
                 on_step(index, CONTEXT)
-            call(context, timestep, start, with_gradient=False)
-        yield Chunk(index, start, x0, is_given=start < prefix_frames)
+            call.commit(context, timestep, start)
+        pending = None if is_committed else (context, timestep)
+        take = functools.partial(call.snapshot, start, start + length, pending)
+        yield Chunk(index, start, x0, is_given=start < prefix_frames, take=take)
         start += length
+
+
+def new_caches(
+    model: Any,
+    conditioning: Conditioning,
+    count: int,
+    latent_shape: tuple[int, int, int, int],
+    causal: CausalConfig,
+) -> list[KVCache]:
+    """Empty caches for a rollout of this size: one for the prompt, and with guidance one more (count 2)."""
+    embeds, (num_frames, _, height, width) = conditioning.prompt_embeds_BPE, latent_shape
+    evicts = -1 < causal.window < num_frames
+    capacity, sink = (causal.window, causal.sink) if evicts else (num_frames, 0)
+    return [
+        model.new_cache(
+            batch=embeds.shape[0], latent_height=height, latent_width=width, capacity=capacity, sink=sink, like=embeds
+        )
+        for _ in range(count)
+    ]
 
 
 @dataclass(frozen=True)
 class _Calls:
-    """The network with everything that stays the same during a rollout."""
+    """The network with everything that stays the same during a rollout: conditions, guidance, a cache for each."""
 
     model: Any
-    embeds: Tensor
-    cache: KVCache
+    conditions: Sequence[Conditioning]
+    guidance: float
+    caches: Sequence[KVCache | None]
 
-    def __call__(self, x_BTCHW: Tensor, timestep: float, start_frame: int, *, with_gradient: bool) -> Tensor:
-        timesteps = torch.full(x_BTCHW.shape[:2], timestep, dtype=torch.float32, device=x_BTCHW.device)
+    @property
+    def device(self) -> torch.device:
+        return self.conditions[0].prompt_embeds_BPE.device
+
+    def reset(self) -> None:
+        for cache in self.caches:
+            if cache is not None:
+                cache.reset()
+
+    def flow(self, x_BTCHW: Tensor, timestep: float, start_frame: int, *, with_gradient: bool) -> Tensor:
+        """Predicted flow, guided if there is a negative condition."""
         with torch.set_grad_enabled(with_gradient):
-            flow = self.model(x_BTCHW, timesteps, self.embeds, cache=self.cache, start_frame=start_frame)
-            return flow.to(x_BTCHW.dtype)
+            flows = [self._call(x_BTCHW, timestep, start_frame, index) for index in range(len(self.conditions))]
+            return flows[0] if len(flows) == 1 else flows[1] + self.guidance * (flows[0] - flows[1])
+
+    def commit(self, x_BTCHW: Tensor, timestep: float, start_frame: int) -> None:
+        """Write a finished chunk into every cache."""
+        with torch.no_grad():
+            for index in range(len(self.conditions)):
+                self._call(x_BTCHW, timestep, start_frame, index)
+
+    def _call(self, x_BTCHW: Tensor, timestep: float, start_frame: int, index: int) -> Tensor:
+        condition, cache = self.conditions[index], self.caches[index]
+        timesteps = torch.full(x_BTCHW.shape[:2], timestep, dtype=torch.float32, device=x_BTCHW.device)
+        image = condition.frames(start_frame, x_BTCHW.shape[1])
+        given = {} if image is None else {"image_BTCHW": image, "clip_BIX": condition.clip_BIX}
+        flow = self.model(
+            x_BTCHW, timesteps, condition.prompt_embeds_BPE, cache=cache, start_frame=start_frame, **given
+        )
+        return flow.to(x_BTCHW.dtype)
+
+    def snapshot(self, start_frame: int, end_frame: int, pending: tuple[Tensor, float] | None) -> Snapshot:
+        held = [cache for cache in self.caches if cache is not None]
+        assert all(cache.start_frame == start_frame for cache in held), "too late, the next chunk was already asked for"
+        states = tuple(cache.snapshot() for cache in held)
+        return Snapshot(start_frame, end_frame, states, *(pending or (None, 0.0)))
+
+
+def _resume(call: _Calls, snapshot: Snapshot, lengths: tuple[int, ...], prefix_frames: int) -> int:
+    """Put the caches where the snapshot was taken; returns the index of the next chunk."""
+    ends = _ends(lengths)
+    if prefix_frames:
+        raise ValueError("a rollout that resumes from a snapshot takes no prefix; the snapshot holds what came before")
+    if snapshot.end_frame not in ends[:-1]:
+        raise ValueError(
+            f"the snapshot ends after latent frame {snapshot.end_frame}, but chunks of this video of {sum(lengths)} "
+            f"frames end at {', '.join(map(str, ends))}; ask for a longer video of the same chunks"
+        )
+    if snapshot.caches and len(snapshot.caches) != len(call.caches):
+        raise ValueError(
+            f"the snapshot was taken with {len(snapshot.caches)} conditions, this rollout has {len(call.caches)}; "
+            "resume with the same guidance"
+        )
+    for cache, state in zip(call.caches, snapshot.caches):
+        assert cache is not None
+        cache.restore(state)
+    if snapshot.pending_BTCHW is not None:
+        call.commit(snapshot.pending_BTCHW.to(call.device), snapshot.pending_timestep, snapshot.start_frame)
+    return ends.index(snapshot.end_frame) + 1
 
 
 def _denoise_chunk(
     call: _Calls,
     schedule: FlowSchedule,
+    steps: StepConfig,
     noise: NoiseSource,
     shape: tuple[int, ...],
     index: int,
@@ -177,19 +263,18 @@ def _denoise_chunk(
     gradient: GradientPlan | None,
     generated: int,
 ) -> Tensor:
-    """Few-step denoising of one chunk: predict x0, noise it to the next timestep, repeat; returns the last x0."""
+    """Denoise one chunk from pure noise; returns the clean latents that the last evaluation predicts."""
     last = len(schedule.timesteps) - 1 if gradient is None else gradient.exit_steps[generated]
-    x = noise.draw(start, 0, shape).to(call.embeds.device, torch.float32)
+    solver = new_solver(steps.solver, schedule, noise, start)
+    x = noise.draw(start, 0, shape).to(call.device, torch.float32)
     for step, timestep in enumerate(schedule.timesteps):
         if on_step is not None:
             on_step(index, step)
         with_gradient = gradient is not None and step == last and start >= gradient.first_frame
-        flow = call(x, timestep, start, with_gradient=with_gradient)
-        x0 = x0_from_flow(x, flow, schedule.sigmas[step])
+        flow = call.flow(x, timestep, start, with_gradient=with_gradient)
         if step == last:
-            return x0
-        drawn = noise.draw(start, step + 1, shape).to(x)
-        x = add_noise(x0, drawn, schedule.sigmas[step + 1])
+            return x0_from_flow(x, flow, schedule.sigmas[step])
+        x = solver.advance(x, flow, step)
     raise AssertionError(f"exit step {last} is not in a schedule of {len(schedule.timesteps)}")
 
 

@@ -31,6 +31,7 @@ from selfforcing_core.schedule import (
 from selfforcing_core.taehv import TAEHV, StreamingDecoder
 from selfforcing_core.text import embed_tokens, umt5_from_wan_state_dict, wan_umt5_shapes
 from tests.golden_fixture import FOLDER, Fixture, read_fixture, read_metadata
+from tests.golden_networks import NETWORK_CHECKS
 
 
 def check_scheduler(fixture: Fixture) -> None:
@@ -142,7 +143,7 @@ def _check_chunk(fixture: Fixture, index: int, start: int, calls: Any, num_steps
                 fixture.check(f"{where}.{key}", call[key], **({"atol": 1e-3} if key == "timestep" else {}))
     for key, tensor in zip("kv", call["cache"]):
         fixture.check(f"{name}.cache.{key}", tensor)
-    for key, tensor in zip("kv", call["cross"]):
+    for key, tensor in zip("kv", call["cross"][0]):
         fixture.check(f"cross.{key}", tensor)
     ends = [call["end"] * per_frame, call["cache"][0].shape[1]]
     assert fixture[f"{name}.cache.ends"].tolist() == ends
@@ -188,6 +189,7 @@ CHECKS: dict[str, Callable[[Fixture], None]] = {
     "taehv": check_taehv,
     "taehv_preview": check_taehv_preview,
     "umt5": check_umt5,
+    **NETWORK_CHECKS,
 }
 KINDS = {path.stem: read_metadata(path).get("kind") for path in sorted(FOLDER.glob("*.safetensors"))}
 

@@ -156,12 +156,12 @@ def test_stopping_between_any_two_calls_leaves_everything_reusable(stop_at: int)
         calls += 1
 
     try:
-        video(model, 6, causal, cache=cache, on_step=stop, noise=SeededNoise(9), text=random_text(seed=3))
+        video(model, 6, causal, caches=[cache], on_step=stop, noise=SeededNoise(9), text=random_text(seed=3))
     except Stop:
         pass
     else:
         assert stop_at == 8, "the callback was never asked"
-    assert torch.equal(video(model, 6, causal, cache=cache), fresh)
+    assert torch.equal(video(model, 6, causal, caches=[cache]), fresh)
 
 
 def test_the_last_clean_pass_is_saved_unless_asked_for() -> None:

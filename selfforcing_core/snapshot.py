@@ -1,0 +1,98 @@
+"""The state of a rollout after a chunk: what is needed to go on as if it had never stopped, or to branch off.
+
+Letters: B batch, T latent frames, C channels, H W latent size.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .atomic import replacing
+from .kv_cache import CacheState
+
+HEADER_KEY = "selfforcing.snapshot"
+HEADER_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Copies of every cache after the chunk of latent frames [start_frame, end_frame).
+
+    pending_BTCHW: the chunk itself where it was not yet written into the caches (the last one of a video), and the
+    timestep at which that is to be done. Prompt, noise, schedule and model are not part of it: resume with the same
+    ones for the same video, with others for another continuation.
+    """
+
+    start_frame: int
+    end_frame: int
+    caches: tuple[CacheState, ...]
+    pending_BTCHW: Tensor | None = None
+    pending_timestep: float = 0.0
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    def to(self, device: torch.device | str) -> Snapshot:
+        """The same state on another device, for instance in main memory."""
+        caches = tuple(
+            CacheState(state.k.to(device), state.v.to(device), *_cursors(state).values()) for state in self.caches
+        )
+        pending = None if self.pending_BTCHW is None else self.pending_BTCHW.to(device)
+        return Snapshot(self.start_frame, self.end_frame, caches, pending, self.pending_timestep)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, complete or not at all. Raises ValueError if the path cannot be written."""
+        header = {
+            "format": HEADER_FORMAT,
+            "start_frame": self.start_frame,
+            "end_frame": self.end_frame,
+            "pending_timestep": self.pending_timestep,
+            "caches": [_cursors(state) for state in self.caches],
+        }
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self._tensors().items()}
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, {HEADER_KEY: json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Snapshot:
+        """Read what `save` wrote. Raises ValueError, one line, for any other file."""
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                header = json.loads((file.metadata() or {})[HEADER_KEY])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it has no __iter__
+            return cls._from_parts(header, tensors)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{path} is no snapshot of a rollout ({reason}); give a file saved as one") from error
+
+    @classmethod
+    def _from_parts(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Snapshot:
+        if header["format"] != HEADER_FORMAT:
+            raise ValueError(f"format {header['format']!r}, this version reads {HEADER_FORMAT}")
+        caches = tuple(
+            CacheState(tensors[f"cache{index}.k"], tensors[f"cache{index}.v"], **cursors)
+            for index, cursors in enumerate(header["caches"])
+        )
+        return cls(
+            header["start_frame"], header["end_frame"], caches, tensors.get("pending"), header["pending_timestep"]
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {} if self.pending_BTCHW is None else {"pending": self.pending_BTCHW}
+        for index, state in enumerate(self.caches):
+            tensors |= {f"cache{index}.k": state.k, f"cache{index}.v": state.v}
+        return tensors
+
+
+def _cursors(state: CacheState) -> dict[str, int]:
+    names = ("start_frame", "end_frame", "capacity", "sink")
+    return {name: getattr(state, name) for name in names}

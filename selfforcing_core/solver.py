@@ -1,0 +1,80 @@
+"""How a sampler gets from one noise level to the next, once the network has spoken.
+
+Each solver belongs to one chunk of one rollout. The last evaluation is the same for all of them: its prediction of the
+clean latents is the result.
+
+Letters: B batch, T latent frames, C channels, H W latent size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .schedule import FlowSchedule, add_noise, euler_step, x0_from_flow
+
+
+class NoiseSource(Protocol):
+    """Where all Gaussian noise of a rollout comes from."""
+
+    def draw(self, start_frame: int, step: int, shape: tuple[int, ...]) -> Tensor:
+        """Noise [B, T, C, H, W] for the chunk at `start_frame`: before evaluation `step`, or CONTEXT."""
+        ...
+
+
+class Solver(Protocol):
+    """Takes a chunk from the noise level of evaluation `step` to that of the next one."""
+
+    def advance(self, noisy_BTCHW: Tensor, flow_BTCHW: Tensor, step: int) -> Tensor: ...
+
+
+class Renoise:
+    """Predict clean latents, then noise them afresh to the next level (Self Forcing, algorithm 1)."""
+
+    def __init__(self, schedule: FlowSchedule, noise: NoiseSource, start_frame: int) -> None:
+        self.schedule, self.noise, self.start_frame = schedule, noise, start_frame
+
+    def advance(self, noisy_BTCHW: Tensor, flow_BTCHW: Tensor, step: int) -> Tensor:
+        x0 = x0_from_flow(noisy_BTCHW, flow_BTCHW, self.schedule.sigmas[step])
+        drawn = self.noise.draw(self.start_frame, step + 1, tuple(x0.shape)).to(x0)
+        return add_noise(x0, drawn, self.schedule.sigmas[step + 1])
+
+
+class Euler:
+    """First-order steps along the probability-flow equation."""
+
+    def __init__(self, schedule: FlowSchedule) -> None:
+        self.schedule = schedule
+
+    def advance(self, noisy_BTCHW: Tensor, flow_BTCHW: Tensor, step: int) -> Tensor:
+        return euler_step(noisy_BTCHW, flow_BTCHW, self.schedule.sigmas[step], self.schedule.sigmas[step + 1])
+
+
+class UniPC:
+    """Second-order predictor and corrector (arXiv 2302.04867), as implemented by diffusers; Wan's own default."""
+
+    def __init__(self, schedule: FlowSchedule) -> None:
+        try:
+            from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+        except ImportError as error:
+            raise ValueError("solver 'unipc' needs the package diffusers; install it, or use solver 'euler'") from error
+        self.scheduler: Any = UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
+        )
+        self.scheduler.set_timesteps(sigmas=np.array(schedule.sigmas))
+        self.scheduler.set_begin_index(0)
+
+    def advance(self, noisy_BTCHW: Tensor, flow_BTCHW: Tensor, step: int) -> Tensor:
+        timestep = self.scheduler.timesteps[step]
+        moved = self.scheduler.step(flow_BTCHW, timestep, noisy_BTCHW, return_dict=False)[0]
+        return moved.to(torch.float32)
+
+
+def new_solver(name: str, schedule: FlowSchedule, noise: NoiseSource, start_frame: int) -> Solver:
+    """A solver for the chunk at `start_frame`. Raises ValueError if its library is missing."""
+    if name == "renoise":
+        return Renoise(schedule, noise, start_frame)
+    return UniPC(schedule) if name == "unipc" else Euler(schedule)
