@@ -84,12 +84,17 @@ class HostCausalWan(CausalWan):
             return super().forward(x, *args, **options)
         return self._forward_host(x, *args, **options)
 
-    def _forward_host(self, x_BCTHW: Tensor, t_B: Tensor, context: Tensor, **_: Any) -> Tensor:
+    def _forward_host(
+        self, x_BCTHW: Tensor, t_B: Tensor, context: Tensor, clip_fea: Tensor | None = None, **_: Any
+    ) -> Tensor:
         if x_BCTHW.shape[-2] % PATCH or x_BCTHW.shape[-1] % PATCH:
             size = f"{x_BCTHW.shape[-1] * SPATIAL_FACTOR}x{x_BCTHW.shape[-2] * SPATIAL_FACTOR}"
             raise ValueError(f"a video of {size} pixels has an odd latent size; use multiples of {PIXEL_STEP}")
         timesteps_BT = t_B.float().reshape(len(t_B), -1).expand(-1, x_BCTHW.shape[2])
-        flow = super().forward(rearrange(x_BCTHW, "b c t h w -> b t c h w"), timesteps_BT, context)
+        # image-to-video models get their condition channels from the host within x
+        flow = super().forward(
+            rearrange(x_BCTHW, "b c t h w -> b t c h w"), timesteps_BT, context, clip_BIX=clip_fea
+        )  # fmt: skip
         return rearrange(flow, "b t c h w -> b c t h w")
 
 

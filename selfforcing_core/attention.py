@@ -5,15 +5,47 @@ Letters: B batch, L query tokens, S key tokens, N heads, K head width, F frames.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+KERNELS = {
+    "math": SDPBackend.MATH,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+ATTENTIONS = ("auto", *KERNELS)
 
 
 def attend(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask_LS: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(K)) v, [B, L, N, K]. `mask_LS` is True where a query may look."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_LS).transpose(1, 2)
+
+
+@contextmanager
+def attention_kernel(name: str) -> Iterator[None]:
+    """Choose torch's kernel behind `attend` while the block runs; "auto" leaves the choice to torch.
+
+    Raises ValueError for an unknown name, or from the first call that the chosen kernel cannot serve.
+    """
+    if name not in ATTENTIONS:
+        raise ValueError(f"attention {name!r} is unknown; use {', '.join(ATTENTIONS)}")
+    if name == "auto":
+        yield
+        return
+    try:
+        with sdpa_kernel(KERNELS[name]):
+            yield
+    except RuntimeError as error:
+        if "No available kernel" not in str(error) and "No viable backend" not in str(error):
+            raise
+        raise ValueError(f"attention {name!r} does not run on this device in this type; use auto") from error
 
 
 def block_causal_frames(lengths: tuple[int, ...], *, window: int = -1, sink: int = 0) -> Tensor:

@@ -76,8 +76,8 @@ def solve_gaussian(solver: str, count: int, spread: float) -> float:
 def test_solvers_reach_the_exact_solution_and_unipc_with_fewer_steps() -> None:
     spread = 0.5  # the exact path takes noise 1 to data 0.5
     assert abs(solve_gaussian("euler", 500, spread) - spread) < 5e-3
-    errors = {solver: abs(solve_gaussian(solver, 10, spread) - spread) for solver in ("euler", "unipc")}
-    assert errors["unipc"] < 0.25 * errors["euler"]
+    errors = {solver: abs(solve_gaussian(solver, 40, spread) - spread) for solver in ("euler", "unipc")}
+    assert errors["unipc"] < 0.2 * errors["euler"]
 
 
 def test_each_condition_has_its_own_cache_when_guided() -> None:

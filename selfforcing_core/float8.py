@@ -1,0 +1,43 @@
+"""Weights of the large matrices in 8 bits: half the memory of bfloat16, cast back for every product.
+
+Only storage shrinks; products are computed in the type of the activations, so this runs on any device.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+FLOAT8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FLOAT8).max  # 448
+
+
+class Float8Linear(nn.Module):
+    """A linear layer whose weight is float8_e4m3fn times one scale per output row."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = (weight.abs().amax(1, keepdim=True) / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+        self.register_buffer("weight", (weight / scale).to(FLOAT8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype) * self.scale.to(x.dtype)
+        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+
+
+def store_in_float8(model: nn.Module) -> nn.Module:
+    """Replace every linear layer of the model's blocks in place, one after another; returns the model.
+
+    model: a CausalWan with floating-point weights. Embeddings, norms, modulation and head keep their type.
+    """
+    for block in model.get_submodule("blocks").children():
+        for name, layer in list(block.named_modules()):
+            if isinstance(layer, nn.Linear):
+                parent, _, child = name.rpartition(".")
+                setattr(block.get_submodule(parent), child, Float8Linear(layer))
+    return model
