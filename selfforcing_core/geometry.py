@@ -30,7 +30,7 @@ def chunk_lengths(num_frames: int, chunk: int, *, independent_first_frame: bool 
     first = 1 if independent_first_frame else 0
     rest = num_frames - first
     if num_frames < 1 or rest < 0 or rest % chunk:
-        below = first + rest // chunk * chunk
+        below = first + max(rest, 0) // chunk * chunk
         valid = [count for count in (below, below + chunk) if count > 0]
         rule = f"1 plus a multiple of chunk {chunk}" if first else f"a multiple of chunk {chunk}"
         raise ValueError(f"{num_frames} latent frames is not {rule}; use {' or '.join(map(str, valid))}")
@@ -58,7 +58,7 @@ class VideoGeometry:
     def __post_init__(self) -> None:
         for name, size in (("width", self.width), ("height", self.height)):
             if size < PIXEL_STEP or size % PIXEL_STEP:
-                below = size // PIXEL_STEP * PIXEL_STEP
+                below = max(size, 0) // PIXEL_STEP * PIXEL_STEP
                 valid = " or ".join(str(value) for value in (below, below + PIXEL_STEP) if value > 0)
                 raise ValueError(f"{name} {size} is not a multiple of {PIXEL_STEP} pixels; use {valid}")
         if self.chunk < 1:
