@@ -143,9 +143,18 @@ def report(
     return {"share_of_real": shares, "targets": TARGETS, "reached": reached}
 
 
+def choose_captions(split: str, count: int, seed: int) -> list[tuple[str, ...]]:
+    """Held-out captions, or as many random ones of training: those are for choosing between checkpoints."""
+    if split == "heldout":
+        return heldout()[:count]
+    others = [words for words in combinations() if words not in set(heldout())]
+    return [others[index] for index in np.random.default_rng(seed).permutation(len(others))[:count]]
+
+
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    started, captions = time.monotonic(), heldout()[: args.captions]
-    check_overlap(args.model, captions)
+    started, captions = time.monotonic(), choose_captions(args.split, args.captions, args.seed)
+    if args.split == "heldout":
+        check_overlap(args.model, captions)
     num_frames = pixel_frames(LATENT_FRAMES)
     long_frames = pixel_frames(LATENT_FRAMES * LONG)
     real = real_videos(captions, num_frames, args.seed)
@@ -190,7 +199,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=bundle / "model.safetensors")
     parser.add_argument("--taehv", type=Path, default=bundle / "taehv.safetensors")
     parser.add_argument("--text-encoder", type=Path, default=bundle / "text_encoder")
-    parser.add_argument("--captions", type=int, default=128, help="held-out captions to use, two videos each")
+    parser.add_argument("--captions", type=int, default=128, help="number of captions, two videos each")
+    parser.add_argument("--split", choices=["heldout", "trained"], default="heldout", help="trained: to choose by")
     parser.add_argument("--quick", action="store_true", help="training length only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file to write")
