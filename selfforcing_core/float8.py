@@ -17,6 +17,9 @@ LARGEST = torch.finfo(FLOAT8).max  # 448
 class Float8Linear(nn.Module):
     """A linear layer whose weight is float8_e4m3fn times one scale per output row."""
 
+    weight: Tensor
+    scale: Tensor
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach().float()
