@@ -1,12 +1,13 @@
 """Checkpoint files: reading what others saved, refusing the rest with one clear line, and saving our own.
 
 Read: our safetensors (config in the header), safetensors with bare or prefixed Wan names, torch files of Self Forcing
-(`generator_ema`, `generator`, `model`) and of TAEHV. A torch file is a pickle, and a pickle can carry code: it is only
+(`generator_ema`, `generator`, `model`) and of TAEHV, folders of shards with their index, as diffusers writes them. A
+torch file is a pickle, and a pickle can carry code: it is only
 ever read with `weights_only=True`, so nothing in a file is executed. What a file is follows from its bytes, its header
 and the shapes of its tensors, never from its name.
 
-Header of our safetensors files: "selfforcing" = JSON {"format": 1, "kind", "config", "causal", "steps"}; for Wan also
-"config" = JSON {"transformer": {...}}, which ComfyUI merges into its own detection.
+Header of our safetensors files: "selfforcing" = JSON {"format": 1, "kind", "config", "causal", "steps",
+"latent_space"}; for Wan also "config" = JSON {"transformer": {...}}, which ComfyUI merges into its own detection.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from torch import Tensor
 
 from .atomic import replacing
 from .config import CausalConfig, StepConfig, TAEHVConfig, WanConfig
-from .keymap import EMA_CONTAINERS, RAW_CONTAINERS, describe_dialect, wan_names
+from .keymap import EMA_CONTAINERS, RAW_CONTAINERS, describe_dialect, from_wan, wan_names
 from .layout import Shape, mismatch, taehv_config, taehv_shapes, wan_config, wan_shapes
+from .taehv_releases import WAN, latent_space
 
 HEADER_KEY = "selfforcing"
 HEADER_FORMAT = 1
 HOST_HEADER_KEY = "config"
+UMT5_XXL_DIM = 4096  # width of the text embeddings of every released Wan model
 
 # What people most often mistake for a model file of ours, by a part of a parameter's name.
 FOREIGN_SIGNS = {
@@ -45,8 +48,7 @@ FOREIGN_SIGNS = {
     "visual.": "a CLIP model",
     "decoder.1.conv.0.": "a TAEHV with the larger 'super' decoder, which is not supported; use the ordinary one",
     "double_blocks.": "a transformer of another family",
-    "transformer_blocks.": "a transformer in diffusers' layout; use the original Wan layout",
-    "condition_embedder.": "a transformer in diffusers' layout; use the original Wan layout",
+    "transformer_blocks.": "a transformer of another family",
 }
 
 
@@ -55,8 +57,9 @@ class Checkpoint:
     """One network of a file, under its original parameter names.
 
     kind: "wan" or "taehv". dtype: the type most numbers have, such as "bfloat16". weights: "raw" or "ema".
-    causal, steps: how the model wants to be run, None where the file does not say. The tensors of `state_dict` are
-    mapped from the file where its format allows, so that reading costs no memory until they are used.
+    causal, steps: how the model wants to be run, None where the file does not say. latent_space: of the VAE that the
+    network goes with ("wan2.1"), None where that is not known. The tensors of `state_dict` are mapped from the file
+    where its format allows, so that reading costs no memory until they are used.
     """
 
     kind: str
@@ -68,6 +71,7 @@ class Checkpoint:
     dtype: str
     weights: str
     metadata: dict[str, str]
+    latent_space: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def read_checkpoint(path: str | Path, *, weights: str = "auto") -> Checkpoint:
     """
     path = Path(path)
     try:
-        return _understand(_open(path, weights))
+        return _understand(_open(path, weights), path)
     except ValueError as error:
         raise ValueError(f"{path}: {_one_line(error)}") from error
 
@@ -98,12 +102,12 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         contents = _open(path, "auto")
-        checkpoint = _understand(contents)
+        checkpoint = _understand(contents, path)
     except ValueError as error:
         raise ValueError(f"{path}: {_one_line(error)}") from error
     return {
         "file": str(path),
-        "bytes": path.stat().st_size,
+        "bytes": sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()),
         "kind": checkpoint.kind,
         "dialect": checkpoint.dialect,
         "config": checkpoint.config.to_dict(),
@@ -111,6 +115,7 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
         "tensors": len(checkpoint.state_dict),
         "parameters": sum(tensor.numel() for tensor in checkpoint.state_dict.values()),
         "weights": list(contents.available),
+        "latent_space": checkpoint.latent_space,
         "causal": checkpoint.causal.to_dict() if checkpoint.causal else None,
         "steps": checkpoint.steps.to_dict() if checkpoint.steps else None,
     }
@@ -124,27 +129,34 @@ def save_checkpoint(
     *,
     causal: CausalConfig | None = None,
     steps: StepConfig | None = None,
+    latent_space: str | None = None,
+    dialect: str = "wan",
+    overwrite: bool = True,
 ) -> None:
     """Save a network as safetensors with everything needed to run it in the header.
 
     state_dict: original parameter names, all that `config` asks for and no other. metadata: free text entries for the
-    header. An existing file is replaced once the new one is complete; nothing is left behind on failure.
+    header. dialect: the names to write (keymap.DIALECTS). An existing file is replaced once the new one is complete;
+    nothing is left behind on failure.
     Raises ValueError when names or shapes do not fit the config, or when the path cannot be written.
     """
     expected = wan_shapes(config) if isinstance(config, WanConfig) else taehv_shapes(config)
     problem = mismatch(expected, {name: tuple(tensor.shape) for name, tensor in state_dict.items()})
     if problem:
         raise ValueError(f"{path}: not saved, {problem}")
-    header = _header(config, causal, steps)
+    header = file_header(config, causal, steps, latent_space)
     clash = sorted(set(header) & set(metadata or {}))
     if clash:
         raise ValueError(f"{path}: not saved, the header entries {', '.join(clash)} are written from the config")
-    tensors = {name: state_dict[name].detach().contiguous() for name in expected}
-    with replacing(path) as temporary:
+    tensors = {from_wan(name, dialect): state_dict[name].detach().contiguous() for name in expected}
+    with replacing(path, overwrite=overwrite) as temporary:
         save_file(tensors, temporary, {**(metadata or {}), **header})
 
 
-def _header(config: WanConfig | TAEHVConfig, causal: CausalConfig | None, steps: StepConfig | None) -> dict[str, str]:
+def file_header(
+    config: WanConfig | TAEHVConfig, causal: CausalConfig | None, steps: StepConfig | None, latent_space: str | None
+) -> dict[str, str]:
+    """The metadata by which this project and ComfyUI recognise a network."""
     is_wan = isinstance(config, WanConfig)
     ours = {
         "format": HEADER_FORMAT,
@@ -152,6 +164,7 @@ def _header(config: WanConfig | TAEHVConfig, causal: CausalConfig | None, steps:
         "config": config.to_dict(),
         "causal": causal.to_dict() if causal else None,
         "steps": steps.to_dict() if steps else None,
+        "latent_space": latent_space,
     }
     header = {HEADER_KEY: json.dumps(ours)}
     if is_wan:
@@ -165,7 +178,7 @@ def _open(path: Path, weights: str) -> _Contents:
         raise ValueError(f"weights {weights!r} is unknown; use 'auto', 'ema' or 'raw'")
     try:
         if path.is_dir():
-            raise ValueError("is a folder; give the checkpoint file in it")
+            return _open_folder(path, weights)
         with path.open("rb") as file:
             start = file.read(9)
     except OSError as error:
@@ -176,6 +189,8 @@ def _open(path: Path, weights: str) -> _Contents:
         return _open_safetensors(path, weights)
     if start.startswith((b"PK\x03\x04", b"\x80")):  # torch's zip archive, and the bare pickle of its early versions
         return _open_torch(path, weights, is_zip=start.startswith(b"PK"))
+    if start.lstrip().startswith(b"{"):
+        return _open_shards(path, weights)
     raise ValueError("is neither a safetensors nor a torch file")
 
 
@@ -186,6 +201,50 @@ def _open_safetensors(path: Path, weights: str) -> _Contents:
             header = file.metadata() or {}
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"is a damaged or truncated safetensors file ({_one_line(error)})") from error
+    return _single(tensors, header, weights)
+
+
+def _open_folder(path: Path, weights: str) -> _Contents:
+    """A network in a folder: an index of shards, or one safetensors file; also below a pipeline's `transformer`."""
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    for pattern, read in (("*.safetensors.index.json", _open_shards), ("*.safetensors", _open_safetensors)):
+        found = sorted(folder.glob(pattern))
+        if len(found) == 1:
+            contents = read(found[0], weights)
+            return replace(contents, header=_diffusers_header(folder / "config.json") | contents.header)
+        if found:
+            raise ValueError(f"is a folder with {len(found)} files {pattern}; give one of them, or their index")
+    raise ValueError("is a folder without a safetensors file; give the checkpoint file")
+
+
+def _diffusers_header(file: Path) -> dict[str, str]:
+    """What a model folder's config.json adds to the tensors, as a header entry for the host."""
+    if not file.is_file():
+        return {}
+    heads = _json_object(file.read_text(encoding="utf-8", errors="replace")).get("num_attention_heads")
+    return {HOST_HEADER_KEY: json.dumps({"transformer": {"num_heads": heads}})} if heads is not None else {}
+
+
+def _open_shards(index: Path, weights: str) -> _Contents:
+    """The safetensors files that an index lists. Names that leave the index's folder are refused."""
+    try:
+        listed = _json_object(index.read_text(encoding="utf-8")).get("weight_map")
+    except UnicodeDecodeError as error:
+        raise ValueError("is neither a checkpoint nor an index of one") from error
+    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+        raise ValueError("is a JSON file without a weight_map; give a checkpoint or its index")
+    tensors: dict[str, Tensor] = {}
+    header: dict[str, str] = {}
+    for name in sorted(set(listed.values())):
+        shard = index.parent / name
+        if Path(name).name != name or not shard.is_file():
+            raise ValueError(f"lists {name!r}, which is not beside it; download all shards into one folder")
+        contents = _open_safetensors(shard, weights)
+        twice = next((key for key in contents.tensors if key in tensors), None)
+        if twice is not None:
+            raise ValueError(f"has {twice} in two shards; download them again")
+        tensors |= contents.tensors
+        header |= contents.header
     return _single(tensors, header, weights)
 
 
@@ -233,7 +292,7 @@ def _only_tensors(loaded: dict[Any, Any]) -> dict[str, Tensor]:
     return loaded
 
 
-def _understand(contents: _Contents) -> Checkpoint:
+def _understand(contents: _Contents, path: Path) -> Checkpoint:
     """Recognise the network, settle its config and check every name and shape against it."""
     names = wan_names(contents.tensors)
     state_dict = {name: contents.tensors[key] for name, key in names.items()}
@@ -253,7 +312,17 @@ def _understand(contents: _Contents) -> Checkpoint:
     if problem:
         raise ValueError(f"is not a complete {kind} model: {problem}")
     dialect = describe_dialect(contents.tensors)
-    return Checkpoint(kind, state_dict, config, causal, steps, dialect, dtype, contents.weights, contents.header)
+    space = _latent_space(ours.get("latent_space"), config, path)
+    return Checkpoint(kind, state_dict, config, causal, steps, dialect, dtype, contents.weights, contents.header, space)
+
+
+def _latent_space(stored: Any, config: WanConfig | TAEHVConfig, path: Path) -> str | None:
+    """What the header says; else for a TAEHV what its bytes say, and for a network with Wan's text encoder Wan's."""
+    if stored is not None:
+        return str(stored)
+    if isinstance(config, TAEHVConfig):
+        return latent_space(config, path) if path.is_file() else None
+    return WAN if (config.text_dim, config.out_dim) == (UMT5_XXL_DIM, 16) else None
 
 
 def _kind(shapes: Mapping[str, Shape]) -> str:

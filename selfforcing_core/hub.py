@@ -79,7 +79,8 @@ def load_model(
 ) -> tuple[CausalWan, Checkpoint]:
     """A video model ready for a rollout, and the checkpoint it came from (with its causal and step settings).
 
-    dtype defaults to the stored one; `operations` supplies the layer classes, as for `CausalWan`.
+    The checkpoint's tensors are handed to the model one by one and are gone from it afterwards: no moment holds two
+    copies of the weights. dtype defaults to the stored one; `operations` supplies the layers, as for `CausalWan`.
     Raises ValueError for an unknown name, a damaged file, or one that holds another kind of model.
     """
     from .checkpoint import read_checkpoint
@@ -135,10 +136,14 @@ def _filled(
     """The network of a checkpoint holding its weights, for inference (no gradients).
 
     It is laid out on the meta device and then takes over the file's tensors: nothing is initialised in vain, and
-    weights that need no conversion stay mapped from the file.
+    weights that need no conversion stay mapped from the file. The others are converted one at a time, each original
+    given up on the way.
     """
     dtype = dtype or getattr(torch, checkpoint.dtype)
     model = model_class(checkpoint.config, operations=operations, device=torch.device("meta"), dtype=dtype)
-    weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in checkpoint.state_dict.items()}
+    weights = {}
+    while checkpoint.state_dict:
+        name, tensor = checkpoint.state_dict.popitem()
+        weights[name] = tensor.to(device=device, dtype=dtype)
     model.load_state_dict(weights, assign=True)
     return model.eval().requires_grad_(False)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from selfforcing_core import hub
-from selfforcing_core.checkpoint import save_checkpoint
+from selfforcing_core.checkpoint import read_checkpoint, save_checkpoint
 from selfforcing_core.config import CausalConfig, StepConfig, TAEHVConfig, WanConfig
 from selfforcing_core.model import CausalWan
 from selfforcing_core.taehv import TAEHV
@@ -70,10 +70,15 @@ def test_a_model_loads_by_name_and_by_path_with_its_settings(assets: Path) -> No
     by_path, _ = hub.load_model(assets / "small" / hub.MODEL_FILE)
     assert (checkpoint.config, checkpoint.causal, checkpoint.steps) == (CONFIG, CAUSAL, STEPS)
     assert not by_name.training
+    stored = read_checkpoint(assets / "small" / hub.MODEL_FILE).state_dict
     for name, parameter in by_name.named_parameters():
-        assert torch.equal(parameter, checkpoint.state_dict[name])
+        assert torch.equal(parameter, stored[name])
         assert torch.equal(parameter, by_path.get_parameter(name))
         assert not parameter.requires_grad
+
+
+def test_the_checkpoint_gives_its_weights_up_to_the_model(assets: Path) -> None:
+    assert hub.load_model("small", dtype=torch.bfloat16)[1].state_dict == {}
 
 
 def test_a_loaded_model_computes_what_the_saved_one_did(assets: Path) -> None:
@@ -85,7 +90,7 @@ def test_a_loaded_model_computes_what_the_saved_one_did(assets: Path) -> None:
 
 
 def test_dtype_defaults_to_the_stored_one_and_can_be_chosen(assets: Path) -> None:
-    half = {name: tensor.half() for name, tensor in hub.load_model("small")[1].state_dict.items()}
+    half = {name: tensor.half() for name, tensor in hub.load_model("small")[0].state_dict().items()}
     save_checkpoint(assets / "half.safetensors", half, CONFIG)
     assert next(hub.load_model(assets / "half.safetensors")[0].parameters()).dtype == torch.float16
     assert next(hub.load_model("small")[0].parameters()).dtype == torch.float32

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from selfforcing_core.config import PRESETS, TAEHVConfig
 from selfforcing_core.keymap import (
-    DIALECT_PREFIXES,
+    DIALECTS,
     WRAPPER_INFIXES,
     describe_dialect,
     from_wan,
@@ -24,10 +24,27 @@ from selfforcing_core.layout import mismatch, taehv_config, taehv_shapes, wan_co
 NAMES = sorted(wan_shapes(PRESETS["tiny"])) + sorted(wan_shapes(PRESETS["i2v-14b"]))
 
 
-@given(st.sampled_from(NAMES), st.sampled_from(sorted(DIALECT_PREFIXES)))
-def test_every_dialect_comes_back_to_the_wan_name(name: str, dialect: str) -> None:
-    assert to_wan(from_wan(name, dialect)) == name
-    assert describe_dialect([from_wan(name, dialect)]) == dialect
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_every_dialect_comes_back_to_the_wan_name(dialect: str) -> None:
+    theirs = {from_wan(name, dialect): name for name in NAMES}
+    assert len(theirs) == len(set(NAMES)), "two parameters got one name"
+    assert {to_wan(key): key for key in theirs} == {name: key for key, name in theirs.items()}
+    assert describe_dialect(theirs) == dialect
+
+
+@pytest.mark.parametrize("preset", ["t2v-1.3b", "i2v-14b"])
+def test_diffusers_names_are_those_of_its_own_class(preset: str) -> None:
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    config = PRESETS[preset]
+    image = {"image_dim": 1280, "added_kv_proj_dim": config.dim} if config.model_type == "i2v" else {}
+    with torch.device("meta"):
+        theirs = WanTransformer3DModel(
+            num_attention_heads=config.num_heads, attention_head_dim=config.head_dim, in_channels=config.in_dim,
+            ffn_dim=config.ffn_dim, num_layers=config.num_layers, **image,
+        )  # fmt: skip
+    expected = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    assert {from_wan(name, "diffusers"): shape for name, shape in wan_shapes(config).items()} == expected
 
 
 @given(st.sampled_from(NAMES), st.lists(st.tuples(st.integers(0, 6), st.sampled_from(WRAPPER_INFIXES)), max_size=5))
@@ -86,23 +103,37 @@ def test_mismatch_names_the_first_difference() -> None:
     assert "[3], expected [1]" in str(mismatch({"a": (1,)}, {"a": (3,)}))
 
 
-@pytest.mark.skipif("SELFFORCING_GOLDEN" not in os.environ, reason="SELFFORCING_GOLDEN names no fixture folder")
-@pytest.mark.parametrize("network", ["wan2.1_t2v_1.3b", "wan2.1_t2v_14b", "wan2.1_i2v_14b", "taehv_wan2.1"])
-def test_layout_is_that_of_the_released_networks(network: str) -> None:
-    folder = Path(os.environ["SELFFORCING_GOLDEN"])
-    recorded = json.loads((folder / "checkpoints_layout.json").read_text(encoding="utf-8"))[network]
+RECORDED = json.loads((Path(__file__).parent / "golden" / "checkpoints_layout.json").read_text(encoding="utf-8"))
+
+
+def recorded_shapes(network: str) -> dict[str, tuple[int, ...]]:
+    """Every parameter of a released network with its shape."""
+    recorded = RECORDED[network]
     found = {name: tuple(shape) for name, shape in recorded["top"].items()}
-    for group, repeated in recorded["repeated"].items():
+    for group, repeated in (recorded["repeated"] or {}).items():
         for index in range(repeated["count"]):
             found |= {f"{group}.{index}.{name}": tuple(shape) for name, shape in repeated["params"].items()}
     assert len(found) == recorded["num_tensors"]
-    if network.startswith("taehv"):
-        assert mismatch(taehv_shapes(TAEHVConfig()), found) is None
-        assert taehv_config(found) == TAEHVConfig()
-    else:
-        config = wan_config(found)
-        assert mismatch(wan_shapes(config), found) is None
-        assert config in PRESETS.values()
-        assert {key: value for key, value in config.to_dict().items() if key in recorded["config"]} == {
-            key: value for key, value in recorded["config"].items() if key in config.to_dict()
-        }
+    return found
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("network", ["wan2.1_t2v_1.3b", "wan2.1_t2v_14b", "wan2.1_i2v_14b"])
+def test_released_networks_are_understood_in_every_dialect(network: str, dialect: str) -> None:
+    shapes = recorded_shapes(network)
+    file = {from_wan(name, dialect): shape for name, shape in shapes.items()}
+    found = {name: file[key] for name, key in wan_names(file).items()}
+    assert found == shapes
+    config = wan_config(found)
+    assert mismatch(wan_shapes(config), found) is None
+    assert config in PRESETS.values()
+    recorded = RECORDED[network]["config"]
+    assert {key: value for key, value in config.to_dict().items() if key in recorded} == {
+        key: value for key, value in recorded.items() if key in config.to_dict()
+    }
+
+
+def test_layout_of_the_released_taehv() -> None:
+    shapes = recorded_shapes("taehv_wan2.1")
+    assert taehv_config(shapes) == TAEHVConfig()
+    assert mismatch(taehv_shapes(TAEHVConfig()), shapes) is None

@@ -148,9 +148,10 @@ def render(scene: Scene, num_frames: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Detection:
-    """What the detector read in one video; words are None where no shape was found in most frames.
+    """What the detector read in one video; words are None where none was found in most frames.
 
-    radius, start: pixels. path_VX: centre per frame, unwrapped, pixels. found: share of frames with a shape.
+    A colour needs something that stands out from the background, a shape something that looks like one.
+    radius, start: pixels. found: share of frames with a shape.
     """
 
     colour: str | None
@@ -188,24 +189,27 @@ def _ring_mean(weight: Tensor) -> float:
     return mean % (2 * math.pi) * pixels_per_radian
 
 
-def _read_frame(frame_RHW: Tensor, ground: Tensor) -> tuple[str, str, float, float, float] | None:
-    """(colour, shape, x, y, radius) of the shape in one frame, or None."""
+Reading = tuple[str, float, float, float]
+
+
+def _read_frame(frame_RHW: Tensor, ground: Tensor) -> tuple[str | None, Reading | None]:
+    """Colour of what stands out in one frame, and (shape, x, y, radius) if that has a shape."""
     mask = ((frame_RHW - ground[:, None, None]).norm(dim=0) > 0.3).float()
     area = float(mask.sum())
     if not 60 <= area <= 1200:
-        return None
+        return None, None
+    colour = _nearest(frame_RHW[:, mask > 0].median(dim=1).values, COLOURS)
     x, y = _ring_mean(mask.sum(0)), _ring_mean(mask.sum(1))
     shift = (round(SIZE / 2 - y), round(SIZE / 2 - x))
     centred = torch.roll(mask, shift, (0, 1))
-    middle = torch.roll(frame_RHW, shift, (1, 2))[:, SIZE // 2 - 3 : SIZE // 2 + 3, SIZE // 2 - 3 : SIZE // 2 + 3]
     areas, masks = _templates()
     size = (areas - area).abs().argmin(-1)
     candidates = torch.stack([masks[k, int(size[k])] for k in range(len(SHAPES))])
     overlap = (candidates * centred).sum((-1, -2)) / torch.maximum(candidates, centred).sum((-1, -2))
     best = int(overlap.argmax())
     if float(overlap[best]) < 0.6:
-        return None
-    return _nearest(middle.mean((1, 2)), COLOURS), SHAPES[best], x, y, math.sqrt(area / math.pi)
+        return colour, None
+    return colour, (SHAPES[best], x, y, math.sqrt(area / math.pi))
 
 
 def _majority(words: list[str | None]) -> str | None:
@@ -219,24 +223,24 @@ def detect(frames_VRHW: Tensor) -> Detection:
     ground = frames_VRHW.flatten(2).median(dim=-1).values.median(dim=0).values
     grounds = frames_VRHW.flatten(2).median(dim=-1).values
     readings = [_read_frame(frame, own) for frame, own in zip(frames_VRHW.float(), grounds)]
-    seen = [(index, reading) for index, reading in enumerate(readings) if reading is not None]
-    colours = [reading[0] if reading else None for reading in readings]
-    shapes = [reading[1] if reading else None for reading in readings]
+    seen = [(index, reading) for index, (_, reading) in enumerate(readings) if reading is not None]
+    colours = [colour for colour, _ in readings]
+    shapes = [reading[0] if reading else None for _, reading in readings]
     direction = speed = None
     if len(seen) * 2 > len(readings) and len(seen) > 1:
         direction, speed = _read_motion(seen)
-    radius = float(np.median([reading[4] for _, reading in seen])) if seen else math.nan
-    start = (seen[0][1][2], seen[0][1][3]) if seen else (math.nan, math.nan)
+    radius = float(np.median([reading[3] for _, reading in seen])) if seen else math.nan
+    start = (seen[0][1][1], seen[0][1][2]) if seen else (math.nan, math.nan)
     return Detection(
         _majority(colours), _majority(shapes), direction, speed, _nearest(ground, BACKGROUNDS),
         radius, start, len(seen) / len(readings), tuple(colours), tuple(shapes),
     )  # fmt: skip
 
 
-def _read_motion(seen: list[tuple[int, tuple[str, str, float, float, float]]]) -> tuple[str | None, str | None]:
+def _read_motion(seen: list[tuple[int, Reading]]) -> tuple[str | None, str | None]:
     """Direction and speed words from wrapped displacements between frames that show a shape."""
     steps = torch.tensor([later[0] - earlier[0] for earlier, later in zip(seen, seen[1:])], dtype=torch.float32)
-    moves = torch.tensor([[b[1][2] - a[1][2], b[1][3] - a[1][3]] for a, b in zip(seen, seen[1:])])
+    moves = torch.tensor([[b[1][1] - a[1][1], b[1][2] - a[1][2]] for a, b in zip(seen, seen[1:])])
     velocity = _wrapped(moves).sum(0) / steps.sum()
     length = float(velocity.norm())
     if length < 0.15:

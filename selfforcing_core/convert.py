@@ -1,0 +1,181 @@
+"""Any supported checkpoint to any other: names, number type, raw or averaged weights, one file or a folder of shards.
+
+What is written says what it is: our header, and for ComfyUI `config.transformer.causal_ar`, by which its own causal
+nodes recognise a model that generates chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .atomic import check_writable, replacing
+from .checkpoint import Checkpoint, file_header, inspect_checkpoint, read_checkpoint, save_checkpoint
+from .config import CausalConfig, StepConfig, WanConfig
+from .keymap import DIALECTS, DIFFUSERS, EMA_CONTAINERS, RAW_CONTAINERS, from_wan
+from .taehv_releases import LATENT_SPACES
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHARD_SIZE = "5GB"
+SHARD_NAME = "diffusion_pytorch_model{suffix}.safetensors"
+# The dialect each kind of output has unless another is asked for; a folder is what diffusers and its users expect.
+USUAL_DIALECT = {"safetensors": "wan", "torch": "self-forcing", "folder": DIFFUSERS}
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    dialect: str | None = None,
+    dtype: str | None = None,
+    weights: str = "auto",
+    causal: bool | None = None,
+    latent_space: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write the network of `source` to `out` and return `inspect_checkpoint` of the result.
+
+    out: *.safetensors, *.pt or *.pth (Self Forcing's container), or a new folder of shards with index and config.json.
+    dialect: names to write, one of keymap.DIALECTS. dtype: "float32", "bfloat16" or "float16". weights: "raw", "ema" or
+    "auto". causal: whether the network generates chunk by chunk; None: what the file says, and where it does not, yes
+    for Self Forcing's own files and no for others. latent_space: what a TAEHV decodes.
+    Raises ValueError, with nothing written, for whatever does not fit.
+    """
+    out = Path(out)
+    kind = _kind_of(out)
+    dialect = dialect or USUAL_DIALECT[kind]
+    _check_choices(dialect, dtype, latent_space)
+    _check_place(out, kind, overwrite)
+    checkpoint = read_checkpoint(source, weights=weights)
+    if isinstance(checkpoint.config, WanConfig):
+        checkpoint = _with_settings(checkpoint, causal)
+    elif kind == "folder" or dialect not in ("wan", USUAL_DIALECT[kind]):
+        raise ValueError(f"{source} is a TAEHV, whose names have no dialects; write one file and leave --dialect out")
+    if latent_space is not None:
+        checkpoint = replace(checkpoint, latent_space=latent_space)
+    if dtype is not None:
+        _cast(checkpoint.state_dict, DTYPES[dtype])
+    write = {"safetensors": _write_safetensors, "torch": _write_torch, "folder": _write_folder}[kind]
+    write(checkpoint, out, dialect, overwrite)
+    return inspect_checkpoint(out)
+
+
+def _kind_of(out: Path) -> str:
+    kinds = {".safetensors": "safetensors", ".pt": "torch", ".pth": "torch", "": "folder"}
+    if out.suffix.lower() not in kinds:
+        raise ValueError(
+            f"{out}: unknown kind of checkpoint; use .safetensors, .pt, or no ending for a folder of shards"
+        )
+    return kinds[out.suffix.lower()]
+
+
+def _check_choices(dialect: str, dtype: str | None, latent_space: str | None) -> None:
+    choices = ((dialect, DIALECTS, "dialect"), (dtype, DTYPES, "dtype"), (latent_space, LATENT_SPACES, "latent space"))
+    for chosen, known, what in choices:
+        if chosen is not None and chosen not in known:
+            raise ValueError(f"{what} {chosen!r} is unknown; use one of {', '.join(known)}")
+
+
+def _check_place(out: Path, kind: str, overwrite: bool) -> None:
+    if kind != "folder":
+        check_writable(out, overwrite=overwrite)
+    elif out.exists():
+        raise ValueError(f"{out}: exists already; a folder of shards is never overwritten, name a new one")
+    elif not os.access(out.parent, os.W_OK):
+        raise ValueError(f"{out}: cannot be written; choose a folder that exists and is writable")
+
+
+def _with_settings(checkpoint: Checkpoint, causal: bool | None) -> Checkpoint:
+    """The checkpoint with its way of being run settled."""
+    if causal is None:
+        causal = checkpoint.causal is not None or checkpoint.dialect.startswith("self-forcing")
+    if not causal:
+        return replace(checkpoint, causal=None)
+    steps = checkpoint.steps or StepConfig()
+    return replace(checkpoint, causal=checkpoint.causal or CausalConfig(), steps=steps)
+
+
+def _cast(state_dict: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """In place and one at a time, so that each original can be given up as soon as its copy is there."""
+    for name in list(state_dict):
+        state_dict[name] = state_dict.pop(name).to(dtype)
+
+
+def _write_safetensors(checkpoint: Checkpoint, out: Path, dialect: str, overwrite: bool) -> None:
+    ours = {"selfforcing", "config"}
+    metadata = {name: text for name, text in checkpoint.metadata.items() if name not in ours}
+    save_checkpoint(
+        out, checkpoint.state_dict, checkpoint.config, metadata, causal=checkpoint.causal, steps=checkpoint.steps,
+        latent_space=checkpoint.latent_space, dialect=dialect, overwrite=overwrite,
+    )  # fmt: skip
+
+
+def _write_torch(checkpoint: Checkpoint, out: Path, dialect: str, overwrite: bool) -> None:
+    """The container of Self Forcing's trainer; a TAEHV is a flat dictionary."""
+    contents: dict[str, Any] = dict(checkpoint.state_dict)
+    if checkpoint.kind == "wan":
+        container = (EMA_CONTAINERS if checkpoint.weights == "ema" else RAW_CONTAINERS)[0]
+        contents = {container: {from_wan(name, dialect): tensor for name, tensor in contents.items()}}
+    with replacing(out, overwrite=overwrite) as temporary:
+        torch.save(contents, temporary)
+
+
+def _write_folder(checkpoint: Checkpoint, out: Path, dialect: str, overwrite: bool) -> None:
+    """Shards of at most 5 GB with their index and diffusers' config.json; the folder appears complete or not at all."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    assert isinstance(checkpoint.config, WanConfig)
+    tensors = {from_wan(name, dialect): tensor.contiguous() for name, tensor in checkpoint.state_dict.items()}
+    plan = split_torch_state_dict_into_shards(tensors, filename_pattern=SHARD_NAME, max_shard_size=SHARD_SIZE)
+    header = file_header(checkpoint.config, checkpoint.causal, checkpoint.steps, checkpoint.latent_space)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        for name, keys in plan.filename_to_tensors.items():
+            save_file({key: tensors[key] for key in keys}, temporary / name, {"format": "pt", **header})
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            (temporary / (SHARD_NAME.format(suffix="") + ".index.json")).write_text(json.dumps(index, indent=2))
+        (temporary / "config.json").write_text(json.dumps(_diffusers_config(checkpoint.config), indent=2))
+        temporary.chmod(0o777 & ~_umask())
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _diffusers_config(config: WanConfig) -> dict[str, Any]:
+    """What diffusers' WanTransformer3DModel.from_pretrained reads."""
+    is_i2v = config.model_type == "i2v"
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "patch_size": list(config.patch_size),
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.head_dim,
+        "in_channels": config.in_dim,
+        "out_channels": config.out_dim,
+        "text_dim": config.text_dim,
+        "freq_dim": config.freq_dim,
+        "ffn_dim": config.ffn_dim,
+        "num_layers": config.num_layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": config.eps,
+        "image_dim": 1280 if is_i2v else None,
+        "added_kv_proj_dim": config.dim if is_i2v else None,
+        "rope_max_seq_len": 1024,
+    }
