@@ -97,6 +97,18 @@ def read_checkpoint(path: str | Path, *, weights: str = "auto") -> Checkpoint:
         raise ValueError(f"{path}: {_one_line(error)}") from error
 
 
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of any supported file or folder under its own names, for networks that are no Wan and no TAEHV.
+
+    Raises ValueError as `read_checkpoint` does.
+    """
+    path = Path(path)
+    try:
+        return _open(path, "auto").tensors
+    except ValueError as error:
+        raise ValueError(f"{path}: {_one_line(error)}") from error
+
+
 def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
     """What a checkpoint is, in plain JSON types, without reading its weights. Raises as `read_checkpoint` does."""
     path = Path(path)

@@ -31,6 +31,7 @@ from selfforcing_core.schedule import (
 from selfforcing_core.taehv import TAEHV, StreamingDecoder
 from selfforcing_core.text import embed_tokens, umt5_from_wan_state_dict, wan_umt5_shapes
 from tests.golden_fixture import FOLDER, Fixture, read_fixture, read_metadata
+from tests.golden_media import MEDIA_CHECKS
 from tests.golden_networks import NETWORK_CHECKS
 
 
@@ -190,6 +191,7 @@ CHECKS: dict[str, Callable[[Fixture], None]] = {
     "taehv_preview": check_taehv_preview,
     "umt5": check_umt5,
     **NETWORK_CHECKS,
+    **MEDIA_CHECKS,
 }
 KINDS = {path.stem: read_metadata(path).get("kind") for path in sorted(FOLDER.glob("*.safetensors"))}
 
