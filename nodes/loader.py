@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..selfforcing_core.checkpoint import Checkpoint, read_checkpoint
 from ..selfforcing_core.hub import resolve_model, resolve_taehv
+from ..selfforcing_core.taehv_releases import LATENT_SPACES, WAN, expect_latent_space
 from . import host
 from .adapter import TAEHVAutoencoder, model_from_checkpoint
 
@@ -88,16 +89,27 @@ class SelfForcingTAEHVLoader(io.ComfyNode):
                     options=host.file_choices(*TAEHV_FOLDERS),
                     tooltip="A bundled autoencoder, or a TAEHV file of models/vae_approx or models/vae.",
                 ),
+                io.Combo.Input(
+                    "latents",
+                    options=["auto", WAN],
+                    default="auto",
+                    optional=True,
+                    tooltip="Whose latents the file decodes. auto: what its header or its bytes say. The TAEHV of "
+                    "other models look the same and decode into wrong colours: choose wan2.1 only if you know it.",
+                ),
             ],
             outputs=[io.Vae.Output(tooltip="The autoencoder, for the sampler's live decoding or any VAE input.")],
         )
 
     @classmethod
-    def execute(cls, vae_name: str) -> io.NodeOutput:
+    def execute(cls, vae_name: str, latents: str = "auto") -> io.NodeOutput:
         checkpoint = read_checkpoint(host.file_of(vae_name, resolve_taehv, *TAEHV_FOLDERS))
         _expect(checkpoint, "taehv", vae_name, "choose a TAEHV file such as taew2_1; the host's Load VAE reads others")
+        # a name outside the released ones is that of a small model's own space, which only its own TAEHV decodes
+        if latents == "auto" and checkpoint.latent_space in (None, *LATENT_SPACES):
+            expect_latent_space(checkpoint.latent_space, checkpoint.config, WAN, vae_name)
         return io.NodeOutput(TAEHVAutoencoder(checkpoint))
 
     @classmethod
-    def fingerprint_inputs(cls, vae_name: str = "") -> str:
+    def fingerprint_inputs(cls, vae_name: str = "", **_: object) -> str:
         return host.fingerprint(host.file_of(vae_name, resolve_taehv, *TAEHV_FOLDERS)) if vae_name else ""

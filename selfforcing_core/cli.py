@@ -1,4 +1,4 @@
-"""Command line: `generate` makes a video from a prompt, `inspect` says what a checkpoint is.
+"""Command line: `generate` makes videos, `inspect` and `convert` understand checkpoints, `download` fetches them.
 
 A mistake of the user's is one line on stderr and exit status 2, and nothing is written.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -44,38 +45,106 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m selfforcing_core", description=__doc__.partition("\n")[0] if __doc__ else None)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    make = commands.add_parser("generate", help="make a video from a prompt")
-    make.set_defaults(run=_generate)
-    make.add_argument("--prompt", required=True, help="what the video shows")
-    make.add_argument("--out", required=True, type=Path, help="video file to write (.mp4, .mov or .mkv)")
-    make.add_argument("--sheet", type=Path, help="also write a contact sheet of the frames (PNG)")
-    make.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    make.add_argument("--model", default="tiny", help="a bundle's name or a checkpoint file (default: tiny)")
-    make.add_argument("--taehv", help="bundle or file of the tiny autoencoder (default: the model's bundle)")
-    make.add_argument("--text-encoder", help="bundle or folder of the text encoder (default: the model's bundle)")
-    make.add_argument("--frames", type=int, help="length in video frames (default: the bundle's; 81 for Wan)")
-    make.add_argument("--width", type=int, help="in pixels (default: the bundle's; 832 for Wan)")
-    make.add_argument("--height", type=int, help="in pixels (default: the bundle's; 480 for Wan)")
-    make.add_argument("--fps", type=float, default=16, help="frames per second of the file (default: 16)")
-    make.add_argument("--seed", type=int, default=0, help="equal seeds give equal videos (default: 0)")
-    say = "(default: what the checkpoint says)"
-    make.add_argument("--chunk", type=int, help=f"latent frames denoised together {say}")
-    make.add_argument("--window", type=int, help=f"latent frames a chunk sees, itself included; -1: all {say}")
-    make.add_argument("--sink", type=int, help=f"first latent frames that stay visible for ever {say}")
-    make.add_argument("--steps", type=_numbers, help=f"timesteps, for instance 1000,750,500,250 {say}")
-    make.add_argument("--shift", type=float, help=f"flow-matching shift of the steps {say}")
-    make.add_argument("--device", default="cpu", help="where to compute, for instance cuda (default: cpu)")
-    make.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else the stored one)")
-    make.add_argument("--threads", type=int, help="CPU threads to compute with (default: torch's choice)")
-    make.add_argument("--json", action="store_true", help="print the measurements as one JSON object")
+    _add_generate(commands.add_parser("generate", help="make videos from prompts"))
 
-    look = commands.add_parser("inspect", help="say as JSON what a checkpoint file is")
+    look = commands.add_parser("inspect", help="say as JSON what a checkpoint is")
     look.set_defaults(run=_inspect)
-    look.add_argument("file", type=Path)
+    look.add_argument("file", type=Path, help="checkpoint, index of shards, or folder")
+    _add_convert(commands.add_parser("convert", help="write a checkpoint in another layout"))
+
+    fetch = commands.add_parser("download", help="fetch released weights by name")
+    fetch.set_defaults(run=_download)
+    fetch.add_argument("name", nargs="?", help="one of those that --list names")
+    fetch.add_argument("--list", action="store_true", help="name what can be fetched, with licence and source")
+    fetch.add_argument("--sizes", action="store_true", help="with --list: ask the hub for sizes")
+    fetch.add_argument("--to", type=Path, default=Path("models"), help="folder to put NAME/ into (default: models)")
     return parser
 
 
-def _numbers(text: str) -> tuple[float, ...]:
+def _add_generate(make: argparse.ArgumentParser) -> None:
+    make.set_defaults(run=_generate)
+    say = "(default: what the checkpoint says)"
+
+    what = make.add_argument_group("what to show")
+    what.add_argument("--prompt", help="what the video shows")
+    what.add_argument("--prompt-file", type=Path, help="one prompt per line; split over the processes of torchrun")
+    what.add_argument("--extended-prompt-file", type=Path, help="longer prompts, line by line, for the model to read")
+    what.add_argument(
+        "--extend-prompt", nargs="?", const="", metavar="MODEL",
+        help="let a language model write a longer prompt: folder of a chat model, or address of an OpenAI-compatible "
+        "server (its key from OPENAI_API_KEY)",
+    )  # fmt: skip
+    what.add_argument("--extend-prompt-name", help="which model behind that address")
+    what.add_argument("--negative", default="", help="what to keep away from, with --cfg")
+    what.add_argument("--image", type=Path, help="picture that is the first frame")
+    what.add_argument("--extend", type=Path, help="video, or file of --latents, that goes on for --frames more")
+    what.add_argument("--frames", type=int, help="length in video frames (default: the bundle's; 81 for Wan)")
+    what.add_argument("--width", type=int, help="in pixels (default: the bundle's; 832 for Wan)")
+    what.add_argument("--height", type=int, help="in pixels (default: the bundle's; 480 for Wan)")
+    what.add_argument("--seed", type=int, default=0, help="equal seeds give equal videos (default: 0)")
+    what.add_argument("--samples", type=int, default=1, help="videos per prompt (default: 1)")
+    what.add_argument("--batch", type=int, default=1, help="how many of them are computed together (default: 1)")
+
+    files = make.add_argument_group("files to write")
+    files.add_argument(
+        "--out", required=True, type=Path, help="video file (.mp4, .mov, .mkv); a folder for several videos"
+    )
+    files.add_argument("--sheet", type=Path, help="also write a contact sheet of the frames (PNG)")
+    files.add_argument("--latents", type=Path, help="also keep the latents (safetensors), for --extend")
+    files.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    files.add_argument("--fps", type=float, default=16, help="frames per second of the file (default: 16)")
+
+    models = make.add_argument_group("models")
+    models.add_argument("--model", default="tiny", help="a bundle's name or a checkpoint (default: tiny)")
+    models.add_argument("--weights", default="auto", choices=["auto", "ema", "raw"], help="of a training file")
+    models.add_argument("--taehv", help="bundle or file of the tiny autoencoder (default: the model's bundle)")
+    models.add_argument("--taehv-latents", help="whose latents the TAEHV decodes, if its file does not say")
+    models.add_argument("--vae", type=Path, help="file or diffusers folder of the Wan VAE")
+    models.add_argument("--decoder", help="taehv or vae (default: taehv, or vae if only that is given)")
+    models.add_argument("--clip", type=Path, help="image encoder, for image-to-video models")
+    models.add_argument("--text-encoder", help="bundle, folder or UMT5 file (default: the model's bundle)")
+
+    how = make.add_argument_group("how to sample")
+    how.add_argument("--chunk", type=int, help=f"latent frames denoised together {say}")
+    how.add_argument("--window", type=int, help=f"latent frames a chunk sees, itself included; -1: all {say}")
+    how.add_argument("--sink", type=int, help=f"first latent frames that stay visible for ever {say}")
+    how.add_argument("--steps", type=_steps, help=f"timesteps, for instance 1000,750,500,250, or their number {say}")
+    how.add_argument("--shift", type=float, help=f"flow-matching shift of the steps {say}")
+    how.add_argument("--solver", help=f"renoise (few steps), euler or unipc (many) {say}")
+    how.add_argument("--cfg", type=float, default=1.0, help="classifier-free guidance; 1 is none (default: 1)")
+
+    where = make.add_argument_group("where to compute")
+    where.add_argument("--device", default="cpu", help="for instance cuda or mps (default: cpu)")
+    where.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else the stored one)")
+    where.add_argument("--attention", default="auto", help="auto, math, flash, efficient or cudnn (default: auto)")
+    where.add_argument("--compile", action="store_true", help="compile the model with torch")
+    where.add_argument("--fp8", action="store_true", help="keep the model's weights in 8 bits")
+    where.add_argument("--threads", type=int, help="CPU threads to compute with (default: torch's choice)")
+    where.add_argument("--json", action="store_true", help="print the measurements as one JSON object per video")
+
+
+def _add_convert(turn: argparse.ArgumentParser) -> None:
+    turn.set_defaults(run=_convert)
+    turn.add_argument("source", type=Path, help="checkpoint, index of shards, or folder")
+    turn.add_argument("out", type=Path, help=".safetensors, .pt, or a new folder of shards")
+    turn.add_argument(
+        "--dialect", help="names to write: wan, comfyui, comfyui-diffusion-model, self-forcing, diffusers"
+    )
+    turn.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored)")
+    which = turn.add_mutually_exclusive_group()
+    which.add_argument("--ema", dest="weights", action="store_const", const="ema", help="the averaged weights")
+    which.add_argument("--raw", dest="weights", action="store_const", const="raw", help="the last weights")
+    kind = turn.add_mutually_exclusive_group()
+    kind.add_argument("--causal", action="store_true", default=None, help="it generates chunk by chunk")
+    kind.add_argument("--bidirectional", dest="causal", action="store_false", help="it denoises whole videos")
+    turn.add_argument("--latent-space", help="whose latents a TAEHV decodes, for instance wan2.1")
+    turn.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+
+
+def _steps(text: str) -> tuple[float, ...] | int:
+    """A list of timesteps; a single number below 1000 without a point is how many there are."""
+    if text.isdecimal() and int(text) < 1000:
+        return int(text)
     return tuple(float(part) for part in text.split(","))
 
 
@@ -84,13 +153,59 @@ def _generate(options: argparse.Namespace) -> None:
         raise ValueError(f"threads {options.threads} is not a number of threads; use 1 or more")
     import torch
 
-    from .generate import Request, generate
+    from .generate import Request, generate_all
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    request = Request(**{name.name: getattr(options, name.name) for name in fields(Request)})
-    measured = generate(request, show_progress=True)
-    print(json.dumps(measured) if options.json else _in_words(measured))
+    takes = _takes(options)
+    chosen = {item.name: getattr(options, item.name) for item in fields(Request) if item.name != "prompt"}
+    if not takes:  # more processes than prompts
+        return
+    for measured in generate_all(Request(prompt=takes[0].prompt, **chosen), takes, show_progress=True):
+        print(json.dumps(measured) if options.json else _in_words(measured))
+
+
+def _takes(options: argparse.Namespace) -> list[Any]:
+    """What this process is to generate. Several videos go into a folder, under names made from their prompts."""
+    from .generate import Take
+    from .prompts import extend_prompt, output_name, read_extended, read_prompts
+
+    if (options.prompt is None) == (options.prompt_file is None):
+        raise ValueError("give either --prompt or --prompt-file")
+    for name in ("samples", "batch"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name} {getattr(options, name)} is not a number of videos; use 1 or more")
+    prompts = [options.prompt] if options.prompt_file is None else read_prompts(options.prompt_file)
+    if options.extended_prompt_file is not None and options.extend_prompt is not None:
+        raise ValueError("--extended-prompt-file and --extend-prompt both give longer prompts; use one of them")
+    texts = prompts if options.extended_prompt_file is None else read_extended(options.extended_prompt_file, prompts)
+    if options.prompt_file is None and options.samples == 1:
+        outs = [[options.out]]
+    else:
+        if options.out.suffix:
+            raise ValueError(f"{options.out}: several videos need a folder; give a name without an ending")
+        names = enumerate(prompts)
+        outs = [
+            [options.out / output_name(i, prompt, sample) for sample in range(options.samples)] for i, prompt in names
+        ]
+    mine = slice(int(os.environ.get("RANK", "0")), None, int(os.environ.get("WORLD_SIZE", "1")))
+    takes = []
+    for prompt, text, files in list(zip(prompts, texts, outs))[mine]:
+        if options.extend_prompt is not None:
+            key = os.environ.get("OPENAI_API_KEY")
+            text = extend_prompt(prompt, options.extend_prompt, name=options.extend_prompt_name, key=key)
+        for first in range(0, len(files), options.batch):
+            takes.append(Take(prompt, text, tuple(files[first : first + options.batch]), first))
+    if takes and takes[0].outs[0] != options.out:
+        _make_folder(options.out)
+    return takes
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be made ({error.strerror}); choose a folder that is writable") from error
 
 
 def _in_words(measured: dict[str, Any]) -> str:
@@ -107,3 +222,27 @@ def _inspect(options: argparse.Namespace) -> None:
     from .checkpoint import inspect_checkpoint
 
     print(json.dumps(inspect_checkpoint(options.file), indent=2))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from .convert import convert
+
+    told = convert(
+        options.source, options.out, dialect=options.dialect, dtype=options.dtype, weights=options.weights or "auto",
+        causal=options.causal, latent_space=options.latent_space, overwrite=options.overwrite,
+    )  # fmt: skip
+    print(json.dumps(told, indent=2))
+
+
+def _download(options: argparse.Namespace) -> None:
+    from .catalogue import download, listed
+
+    if options.list:
+        for row in listed(with_sizes=options.sizes):
+            size = f"  {row['bytes'] / 1e9:.2f} GB" if row.get("bytes") else ""
+            print(f"{row['name']:26}{row['what']}{size}\n{'':26}{row['licence']}, {row['source']}")
+        return
+    if not options.name:
+        raise ValueError("name what to fetch; --list shows what there is")
+    for path in download(options.name, options.to):
+        print(path)

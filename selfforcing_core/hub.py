@@ -76,18 +76,19 @@ def load_model(
     operations: Any = torch.nn,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    weights: str = "auto",
 ) -> tuple[CausalWan, Checkpoint]:
     """A video model ready for a rollout, and the checkpoint it came from (with its causal and step settings).
 
     The checkpoint's tensors are handed to the model one by one and are gone from it afterwards: no moment holds two
     copies of the weights. dtype defaults to the stored one; `operations` supplies the layers, as for `CausalWan`.
-    Raises ValueError for an unknown name, a damaged file, or one that holds another kind of model.
+    weights: as for `read_checkpoint`. Raises ValueError for an unknown name, a damaged file, or another kind of model.
     """
     from .checkpoint import read_checkpoint
     from .model import CausalWan
 
     path = resolve_model(name_or_path)
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, weights=weights)
     _expect_kind(checkpoint, "wan", path)
     return _filled(CausalWan, checkpoint, operations, dtype, device), checkpoint
 

@@ -157,14 +157,18 @@ class TAEHV(nn.Module):
 
     def encode(self, frames_BVRHW: Tensor) -> Tensor:
         """RGB frames in [0, 1], height and width divisible by 8, to latents [B, ceil(V/4), C, H/8, W/8]."""
-        step = 2 ** sum(self.config.encoder_time)
-        missing = -frames_BVRHW.shape[1] % step
-        if missing:
-            tail = frames_BVRHW[:, -1:].expand(-1, missing, -1, -1, -1)
-            frames_BVRHW = torch.cat([frames_BVRHW, tail], 1)
+        return self._encode_groups(_padded(frames_BVRHW, self.frames_per_group), _blank_memory(self.encoder))
+
+    @property
+    def frames_per_group(self) -> int:
+        """Frames that the encoder merges into one latent frame."""
+        return 2 ** sum(self.config.encoder_time)
+
+    def _encode_groups(self, frames_BVRHW: Tensor, memory: Memory) -> Tensor:
+        """Whole groups of frames to latents. `memory` carries a stream; it is updated."""
         if self.config.patch_size > 1:
             frames_BVRHW = _per_frame(nn.PixelUnshuffle(self.config.patch_size), frames_BVRHW)
-        return _run(self.encoder, frames_BVRHW, _blank_memory(self.encoder))
+        return _run(self.encoder, frames_BVRHW, memory)
 
     def decode_raw(self, latents_BTCHW: Tensor, memory: Memory | None = None) -> Tensor:
         """Latents to [B, 4T, R, 8H, 8W], neither clamped nor trimmed. `memory` carries a stream; it is updated."""
@@ -174,6 +178,47 @@ class TAEHV(nn.Module):
     def decode(self, latents_BTCHW: Tensor) -> Tensor:
         """Latents of a whole clip to RGB frames in [0, 1], [B, 4(T-1)+1, R, 8H, 8W]."""
         return StreamingDecoder(self).decode(latents_BTCHW)
+
+
+def _padded(frames_BVRHW: Tensor, group: int) -> Tensor:
+    """Frames with the last one repeated until they fill whole groups."""
+    missing = -frames_BVRHW.shape[1] % group
+    return (
+        torch.cat([frames_BVRHW, frames_BVRHW[:, -1:].expand(-1, missing, -1, -1, -1)], 1) if missing else frames_BVRHW
+    )
+
+
+class StreamingEncoder:
+    """Encodes a video piece by piece; the pieces and the rest that `flush` gives, joined, are the whole encode.
+
+    Owns all state of the stream: the memory of each block and the frames that do not fill a group yet.
+    """
+
+    def __init__(self, taehv: TAEHV) -> None:
+        self.taehv = taehv
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the stream; the next frame is the first of a video."""
+        self.memory = _blank_memory(self.taehv.encoder)
+        self.waiting: Tensor | None = None
+
+    def encode(self, frames_BVRHW: Tensor) -> Tensor:
+        """The next frames in [0, 1], any number, to the latents [B, T, C, H/8, W/8] they complete (T may be 0)."""
+        frames = frames_BVRHW if self.waiting is None else torch.cat([self.waiting, frames_BVRHW], 1)
+        whole = frames.shape[1] - frames.shape[1] % self.taehv.frames_per_group
+        self.waiting = frames[:, whole:]
+        if whole:
+            return self.taehv._encode_groups(frames[:, :whole], self.memory)
+        batch, _, _, height, width = frames.shape
+        return frames.new_zeros(batch, 0, self.taehv.config.latent_channels, height // 8, width // 8)
+
+    def flush(self) -> Tensor:
+        """The last latent, from frames that fill no group, the last one repeated; then the stream starts anew."""
+        assert self.waiting is not None, "nothing was encoded"
+        rest = self.encode(_padded(self.waiting, self.taehv.frames_per_group)[:, self.waiting.shape[1] :])
+        self.reset()
+        return rest
 
 
 class StreamingDecoder:

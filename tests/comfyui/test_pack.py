@@ -19,7 +19,7 @@ INPUT_ORDER = {
         ],
         "optional": ["latent_image", "taehv"],
     },
-    "SelfForcingTAEHVLoader": {"required": ["vae_name"]},
+    "SelfForcingTAEHVLoader": {"required": ["vae_name"], "optional": ["latents"]},
     "SelfForcingTAEHVDecode": {"required": ["samples", "taehv"]},
 }  # fmt: skip
 OUTPUTS = {

@@ -31,6 +31,7 @@ from train.tiny.world import heldout, random_scene, render
 
 log = logging.getLogger(__name__)
 CONFIG = TAEHVConfig(encoder_width=24, decoder_widths=(64, 48, 24, 16))
+LATENT_SPACE = "tiny"
 DEVIATION = 1.2  # of the first latent channel; small enough that TAEHV's clamp at 3 touches little
 # The others fall with the square root of their share of the picture. Giving all of them the same deviation, as a whole
 # whitening would, puts eleven channels of fine detail beside five that say where the object is, and a small network
@@ -140,7 +141,7 @@ def join(decoder_file: Path, encoder_file: Path, out: Path) -> None:
     from selfforcing_core.checkpoint import save_checkpoint
 
     halves = {**load_file(decoder_file), **load_file(encoder_file)}
-    save_checkpoint(out, {key: value.half() for key, value in halves.items()}, CONFIG)
+    save_checkpoint(out, {key: value.half() for key, value in halves.items()}, CONFIG, latent_space=LATENT_SPACE)
 
 
 def main() -> None:

@@ -1,0 +1,138 @@
+"""Released weights by short names: where they lie, under which licence, and fetching them when asked to.
+
+Downloads go through huggingface_hub: resumable, checked, with progress. Sizes are asked of the hub, never guessed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+APACHE = "Apache-2.0"
+NON_COMMERCIAL = "CC BY-NC-SA 4.0"
+UNSTATED = "see the source's page"
+
+
+@dataclass(frozen=True)
+class Release:
+    """Files of one repository of huggingface.co; `files` may hold wildcards."""
+
+    repo: str
+    files: tuple[str, ...]
+    licence: str
+    what: str
+
+    @property
+    def source(self) -> str:
+        return f"https://huggingface.co/{self.repo}"
+
+
+def _self_forcing(file: str, what: str) -> Release:
+    return Release("gdhe17/Self-Forcing", (f"checkpoints/{file}",), UNSTATED, what)
+
+
+def _wan(repo: str, files: tuple[str, ...], what: str) -> Release:
+    return Release(f"Wan-AI/{repo}", files, APACHE, what)
+
+
+SHARDS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model.safetensors.index.json")
+CATALOGUE = {
+    "self-forcing-dmd": _self_forcing("self_forcing_dmd.pt", "Self Forcing 1.3B, distribution matching"),
+    "self-forcing-sid": _self_forcing("self_forcing_sid.pt", "Self Forcing 1.3B, score identity distillation"),
+    "self-forcing-10s": _self_forcing("self_forcing_10s.pt", "Self Forcing 1.3B for 10 seconds"),
+    "self-forcing-ode-init": _self_forcing("ode_init.pt", "start of Self Forcing's training"),
+    "wan2.1-t2v-1.3b": _wan("Wan2.1-T2V-1.3B", SHARDS, "Wan 2.1 text-to-video 1.3B"),
+    "wan2.1-t2v-14b": _wan("Wan2.1-T2V-14B", SHARDS, "Wan 2.1 text-to-video 14B"),
+    "wan2.1-i2v-14b": _wan("Wan2.1-I2V-14B-480P", SHARDS, "Wan 2.1 image-to-video 14B, 480p"),
+    "lightx2v-t2v-14b": Release(
+        "lightx2v/Wan2.1-T2V-14B-StepDistill-CfgDistill-Lightx2v", ("distill_models/distill_model.safetensors",),
+        APACHE, "14B text-to-video distilled to 4 steps (bidirectional)",
+    ),
+    "causal-forcing": Release(
+        "zhuhz22/Causal-Forcing", ("chunkwise/causal_forcing.pt",), UNSTATED, "Causal Forcing 1.3B, chunk by chunk"
+    ),
+    "causal-forcing-framewise": Release(
+        "zhuhz22/Causal-Forcing", ("framewise/causal_forcing.pt",), UNSTATED, "Causal Forcing 1.3B, frame by frame"
+    ),
+    "taehv": Release("Kijai/WanVideo_comfy", ("taew2_1.safetensors",), "MIT (madebyollin/taehv)", "TAEHV for Wan 2.1"),
+    "umt5": _wan(
+        "Wan2.1-T2V-1.3B", ("models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/*"), "text encoder with its tokenizer"
+    ),
+    "vae": _wan("Wan2.1-T2V-1.3B", ("Wan2.1_VAE.pth",), "video VAE of Wan 2.1"),
+    "clip": _wan(
+        "Wan2.1-I2V-14B-480P", ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",),
+        "image encoder of the image-to-video models",
+    ),
+}  # fmt: skip
+
+
+def find_release(name: str) -> Release:
+    """The release of that name. Raises ValueError naming those there are."""
+    if name not in CATALOGUE:
+        raise ValueError(f"there is no release {name!r}; use one of {', '.join(CATALOGUE)}")
+    return CATALOGUE[name]
+
+
+def listed(*, with_sizes: bool = False) -> list[dict[str, Any]]:
+    """The catalogue in plain JSON types; with sizes, the hub is asked for each."""
+    rows = []
+    for name, release in CATALOGUE.items():
+        row: dict[str, Any] = {"name": name, "what": release.what, "licence": release.licence, "source": release.source}
+        if with_sizes:
+            row["bytes"] = sum(size_of.values()) if (size_of := file_sizes(release)) else None
+        rows.append(row)
+    return rows
+
+
+def file_sizes(release: Release) -> dict[str, int]:
+    """The release's files with their sizes in bytes, as the hub lists them. Raises ValueError if it cannot be asked."""
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().model_info(release.repo, files_metadata=True).siblings or []
+    except Exception as error:  # offline, refused, renamed: the library has a class for each
+        raise ValueError(f"{release.source} cannot be asked ({_short(error)}); check the connection") from error
+    return {
+        file.rfilename: file.size or 0
+        for file in found
+        if any(fnmatch(file.rfilename, pattern) for pattern in release.files)
+    }
+
+
+def download(name: str, folder: Path) -> list[Path]:
+    """Fetch a release into `folder`/`name` and return its files; what is already there is kept or resumed.
+
+    Raises ValueError if the name is unknown, the disk too small, or the hub does not answer.
+    """
+    from huggingface_hub import hf_hub_download
+
+    release = find_release(name)
+    sizes = file_sizes(release)
+    if not sizes:
+        raise ValueError(
+            f"{release.source} has no file {' or '.join(release.files)} any more; look there for its place"
+        )
+    target = folder / name
+    _check_space(folder, sum(size for file, size in sizes.items() if not (target / file).exists()))
+    try:
+        return [Path(hf_hub_download(release.repo, file, local_dir=target)) for file in sorted(sizes)]
+    except Exception as error:
+        raise ValueError(
+            f"{name}: the download stopped ({_short(error)}); run the same command again, it goes on where it was"
+        ) from error
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ValueError(
+            f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB free; choose another --to"
+        )
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,116 @@
+"""Prompts from files, names of files from prompts, and longer prompts from short ones.
+
+Models are trained on long captions, so a few words give less than they could. A language model can say more: one that
+runs here (any chat model of transformers) or one behind an OpenAI-compatible address. Nothing is asked of the network
+unless the user names it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import Request as HttpRequest
+from urllib.request import urlopen
+
+NAME_LENGTH = 60  # characters of a prompt that a file's name keeps; far below what any file system allows
+RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}  # Windows
+ANSWER_TOKENS = 300
+TIMEOUT = 120  # seconds
+INSTRUCTION = (
+    "You write captions for a text-to-video model. Rewrite the user's idea as one paragraph of 60 to 100 English words "
+    "that describes a single continuous shot: the subject and what it looks like, what it does from beginning to end, "
+    "the place, the light, the camera's distance and movement, and the style. Keep every fact that the user gives, and "
+    "keep quoted words as they are. Add only what fits. Answer with the caption alone."
+)
+
+
+# -------------------------------------------------------------------- files --
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a text file, one per line; empty lines are left out. Raises ValueError if there are none."""
+    prompts = [line.strip() for line in _text(path).splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path}: holds no prompt; write one per line")
+    return prompts
+
+
+def read_extended(path: Path, prompts: list[str]) -> list[str]:
+    """The longer prompts that belong to `prompts`, line by line. Raises ValueError if their numbers differ."""
+    extended = read_prompts(path)
+    if len(extended) != len(prompts):
+        raise ValueError(f"{path}: holds {len(extended)} prompts for {len(prompts)}; give one line for each")
+    return extended
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ValueError(f"{path}: cannot be read as text ({reason})") from error
+
+
+def safe_name(prompt: str) -> str:
+    """A file name's stem from any prompt: letters, digits and dashes of ASCII, never empty, never reserved."""
+    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode()
+    name = re.sub(r"[^A-Za-z0-9]+", "-", plain).strip("-")[:NAME_LENGTH].strip("-").lower()
+    return "video" if not name else f"{name}-" if name in RESERVED else name
+
+
+def output_name(index: int, prompt: str, sample: int) -> str:
+    """Name of a prompt's video among many: sorted by prompt, then by sample."""
+    return f"{index:04d}-{safe_name(prompt)}-{sample}.mp4"
+
+
+# ---------------------------------------------------------------- extension --
+def extend_prompt(prompt: str, model: str | None, *, name: str | None = None, key: str | None = None) -> str:
+    """A longer prompt by the language model at `model`: a folder of transformers, or an http(s) address.
+
+    name, key: which model behind the address, and the key it asks for. Raises ValueError if there is no answer.
+    """
+    if not model:
+        raise ValueError(
+            "--extend-prompt needs a language model: the folder of a chat model of transformers (for instance after "
+            "`huggingface-cli download Qwen/Qwen2.5-1.5B-Instruct --local-dir qwen`), or the address of an "
+            "OpenAI-compatible server such as http://localhost:11434/v1"
+        )
+    messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": prompt}]
+    is_address = model.startswith(("http://", "https://"))
+    answer = _ask_server(model, messages, name, key) if is_address else _ask_local(Path(model), messages)
+    extended = " ".join(answer.split()).strip('" ')
+    if not extended:
+        raise ValueError(f"{model}: answered with nothing; try again or another model")
+    return extended
+
+
+def _ask_server(address: str, messages: list[dict[str, str]], name: str | None, key: str | None) -> str:
+    body = {"messages": messages, "max_tokens": ANSWER_TOKENS, **({"model": name} if name else {})}
+    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+    url = address.rstrip("/") + "/chat/completions"
+    try:
+        with urlopen(HttpRequest(url, json.dumps(body).encode(), headers), timeout=TIMEOUT) as response:
+            answer = json.loads(response.read())
+        return str(answer["choices"][0]["message"]["content"])
+    except (URLError, OSError, ValueError) as error:
+        raise ValueError(f"{url}: gave no answer ({error})") from error
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{url}: answered without choices; it is not an OpenAI-compatible address") from error
+
+
+def _ask_local(folder: Path, messages: list[dict[str, str]]) -> str:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: is neither a folder of a chat model (with config.json) nor an http address")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True).eval()
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder}: is no usable chat model ({' '.join(str(error).split())[:200]})") from error
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    made = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+    return str(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -1,0 +1,131 @@
+"""What a video starts from: nothing, a picture, or another video that goes on.
+
+Letters: B batch, V video frames, R RGB, H W height and width, T latent frames, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .atomic import replacing
+from .config import CausalConfig
+from .geometry import pixel_frames
+from .image import Encoder, fit_image, read_image
+
+LATENTS_KEY = "latents"  # the one tensor of a latents file, [T, C, H, W], normalised
+
+
+class Decoder(Protocol):
+    """StreamingDecoder or StreamingWanDecoder."""
+
+    def decode(self, latents_BTCHW: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Start:
+    """The given part of a video.
+
+    prefix_BTCHW: clean latents the rollout begins with, [1, T, C, H, W]. frames_VRHW: frames that stand before
+    everything generated, as they are. shown_BTCHW: latents whose frames do, to be decoded first. is_prefix_shown:
+    whether the prefix's own frames are part of the video.
+    """
+
+    prefix_BTCHW: Tensor | None = None
+    frames_VRHW: Tensor | None = None
+    shown_BTCHW: Tensor | None = None
+    is_prefix_shown: bool = True
+
+    @property
+    def latent_frames(self) -> int:
+        return 0 if self.prefix_BTCHW is None else self.prefix_BTCHW.shape[1]
+
+
+def start_from_image(path: Path, encoder: Encoder, *, width: int, height: int) -> Start:
+    """The picture, fitted to the video's size, as its first frame. Raises ValueError if it is no picture."""
+    image = fit_image(read_image(path), width, height)
+    return Start(prefix_BTCHW=encoder.encode(image[None, None]).float())
+
+
+def start_from_video(frames_VRHW: Tensor, encoder: Encoder, causal: CausalConfig) -> Start:
+    """The end of a video, as much of it as the window leaves room for, as what the new chunks see.
+
+    Raises ValueError if it is too short for one chunk.
+    """
+    count = context_frames((len(frames_VRHW) - 1) // 4 + 1, causal)
+    tail = frames_VRHW[-pixel_frames(count) :]
+    return Start(encoder.encode(tail[None]).float(), frames_VRHW=frames_VRHW, is_prefix_shown=False)
+
+
+def start_from_latents(latents_TCHW: Tensor, causal: CausalConfig) -> Start:
+    """As `start_from_video`, from latents that `write_latents` kept: nothing is lost by decoding and encoding."""
+    count = context_frames(len(latents_TCHW), causal)
+    return Start(latents_TCHW[None, -count:], shown_BTCHW=latents_TCHW[None], is_prefix_shown=False)
+
+
+def context_frames(available: int, causal: CausalConfig) -> int:
+    """Latent frames of a video of `available` that a continuation sees: whole chunks, one chunk short of the window."""
+    room = available if causal.window == -1 else min(available, causal.window - causal.chunk)
+    count = room // causal.chunk * causal.chunk
+    if count < causal.chunk:
+        raise ValueError(
+            f"a video of {available} latent frames cannot be extended in chunks of {causal.chunk} with window "
+            f"{causal.window}; it needs {pixel_frames(causal.chunk)} frames and a window of {2 * causal.chunk}"
+        )
+    return count
+
+
+def frames_of(chunks: Iterable[Any], decoder: Decoder, start: Start) -> Iterator[Tensor]:
+    """Frames [B, V, R, H, W] in [0, 1] of a rollout's chunks, behind those that the start brings along.
+
+    The pieces come one per chunk; what the start shows is part of the first.
+    """
+    pending: list[Tensor] = []
+    if start.shown_BTCHW is not None:
+        pending.append(decoder.decode(start.shown_BTCHW))
+    elif start.frames_VRHW is not None:
+        pending.append(start.frames_VRHW[None])
+    for chunk in chunks:
+        if chunk.is_given and start.shown_BTCHW is not None:
+            continue  # the decoder has already seen it
+        frames = decoder.decode(chunk.latents_BTCHW)
+        if chunk.is_given and not start.is_prefix_shown:
+            continue  # decoded for the decoder's memory only
+        pending = [piece.to(frames).expand(len(frames), *[-1] * 4) for piece in pending]
+        yield torch.cat([*pending, frames], 1)
+        pending = []
+
+
+# -------------------------------------------------------------------- files --
+def write_latents(path: Path, latents_TCHW: Tensor, *, overwrite: bool = False) -> None:
+    """Keep a video's normalised latents in a safetensors file. Raises ValueError if the path cannot be written."""
+    with replacing(path, overwrite=overwrite) as temporary:
+        save_file({LATENTS_KEY: latents_TCHW.float().cpu().contiguous()}, temporary)
+
+
+def read_latents(path: Path) -> Tensor | None:
+    """The latents [T, C, H, W] of a file of `write_latents`, None if it is no safetensors file.
+
+    Raises ValueError for a safetensors file that holds something else.
+    """
+    try:
+        with path.open("rb") as file:
+            is_safetensors = file.read(9)[8:] == b"{"
+        if not is_safetensors:
+            return None
+        with safe_open(path, "pt") as file:
+            latents = file.get_tensor(LATENTS_KEY)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except SafetensorError as error:
+        raise ValueError(f"{path}: holds no latents; give a video, or a file written with --latents") from error
+    if latents.ndim != 4 or not latents.is_floating_point():
+        raise ValueError(f"{path}: latents of shape {tuple(latents.shape)} are not [frames, channels, height, width]")
+    return latents.float()
