@@ -24,7 +24,7 @@ from .checkpoint import Checkpoint, read_checkpoint
 from .conditioning import Conditioning
 from .config import CausalConfig, StepConfig, WanConfig
 from .float8 import store_in_float8
-from .geometry import TEMPORAL_FACTOR, VideoGeometry
+from .geometry import TEMPORAL_FACTOR, VideoGeometry, latent_frames, pixel_frames
 from .hub import list_bundles, load_model, load_taehv, load_text_encoder, resolve_model, resolve_taehv
 from .image import first_frame_condition, fit_image, read_image
 from .kv_cache import KVCache
@@ -304,15 +304,17 @@ def _geometry(
     request: Request, causal: CausalConfig, width: int, height: int, frames: int, given: int
 ) -> VideoGeometry:
     """The size of what the rollout makes. An extension asks for frames to add, in whole chunks."""
-    frames = _or(request.frames, (frames - 1) // (TEMPORAL_FACTOR * causal.chunk) * TEMPORAL_FACTOR * causal.chunk
-                 if given else frames)  # fmt: skip
-    if given:
-        step = TEMPORAL_FACTOR * causal.chunk
-        if frames < 1 or frames % step:
-            below = max(frames, 0) // step * step
+    step, first = TEMPORAL_FACTOR * causal.chunk, int(causal.independent_first_frame)
+    usual = max(1, (latent_frames(frames) - first) // causal.chunk)  # whole chunks in the usual length
+    if not given:
+        frames = _or(request.frames, pixel_frames(first + usual * causal.chunk))
+    else:
+        added = _or(request.frames, usual * step)
+        if added < 1 or added % step:
+            below = max(added, 0) // step * step
             nearest = " or ".join(str(count) for count in (below, below + step) if count)
-            raise ValueError(f"{frames} frames to add are not whole chunks of {step} frames; use {nearest}")
-        frames = TEMPORAL_FACTOR * (given - 1) + 1 + frames
+            raise ValueError(f"{added} frames to add are not whole chunks of {step} frames; use {nearest}")
+        frames = pixel_frames(given) + added
     return VideoGeometry(
         width=_or(request.width, width), height=_or(request.height, height), frames=frames, chunk=causal.chunk,
         independent_first_frame=causal.independent_first_frame,
@@ -540,7 +542,7 @@ def _shown_frames(plan: _Plan) -> int:
     """Frames of the file: all of the rollout's, or those of the extended video and the new ones."""
     if plan.source is None:
         return plan.geometry.frames
-    shown = TEMPORAL_FACTOR * (len(plan.source) - 1) + 1 if plan.is_latent else len(plan.source)
+    shown = pixel_frames(len(plan.source)) if plan.is_latent else len(plan.source)
     return shown + TEMPORAL_FACTOR * (plan.geometry.latent_frames - plan.given_frames)
 
 

@@ -1,0 +1,266 @@
+"""Whatever a video starts from, it holds together: pictures, extensions, batches, prompt files, decoders."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from selfforcing_core import generate as generate_module
+from selfforcing_core.checkpoint import read_checkpoint, save_checkpoint
+from selfforcing_core.cli import main
+from selfforcing_core.config import CausalConfig, StepConfig, TAEHVConfig, WanConfig
+from selfforcing_core.hub import bundle_path, load_taehv
+from selfforcing_core.model import CausalWan
+from selfforcing_core.start import context_frames, read_latents
+from selfforcing_core.taehv import TAEHV
+from selfforcing_core.video import read_metadata, read_video
+from tests.golden_media import clip_shapes
+from tests.test_cli import refusal
+from tests.test_media import vae_weights
+
+SIZES = {"dim": 32, "ffn_dim": 32, "num_heads": 1, "num_layers": 1, "text_dim": 128, "text_len": 16, "freq_dim": 16}
+STEPS = StepConfig(steps=(1000.0, 500.0))
+CAUSAL = CausalConfig(chunk=3, window=9)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small random networks: text-to-video, image-to-video, TAEHV, VAE, CLIP."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    for name, config in (("t2v", WanConfig(**SIZES)), ("i2v", WanConfig(**SIZES, in_dim=36, model_type="i2v"))):
+        weights = CausalWan(config).state_dict()
+        weights["head.head.weight"] = torch.randn(weights["head.head.weight"].shape) / 6
+        save_checkpoint(folder / f"{name}.safetensors", weights, config, causal=CAUSAL, steps=STEPS)
+    small = TAEHVConfig(encoder_width=8, decoder_widths=(8, 8, 8, 8))
+    decoder = TAEHV(small).state_dict()
+    decoder["decoder.22.weight"] *= 100  # a random decoder is nearly black
+    save_checkpoint(folder / "taehv.safetensors", decoder, small)
+    save_file(vae_weights(), folder / "vae.safetensors")
+    sizes = {"image_size": 28, "patch_size": 14, "dim": 1280, "mlp_ratio": 1, "out_dim": 8, "num_layers": 2}
+    clip = {name: 0.02 * torch.randn(shape) for name, shape in clip_shapes(sizes).items()}
+    save_file(clip, folder / "clip.safetensors")
+    Image.effect_noise((40, 30), 80).convert("RGB").save(folder / "start.png")
+    return folder
+
+
+@pytest.fixture
+def options(models: Path) -> list[str]:
+    return [
+        *("generate", "--model", str(models / "t2v.safetensors"), "--taehv", str(models / "taehv.safetensors")),
+        *("--text-encoder", str(bundle_path("tiny") / "text_encoder"), "--width", "32", "--height", "16", "--json"),
+    ]
+
+
+def run(options: list[str], capsys: pytest.CaptureFixture[str]) -> list[dict]:
+    assert main(options) == 0, capsys.readouterr().err
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+# ----------------------------------------------------------------- pictures --
+def test_a_picture_is_the_first_frame(
+    options: list[str], models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "a.safetensors"
+    more = ["--prompt", "a", "--image", str(models / "start.png"), "--frames", "25"]
+    told = run([*options, *more, "--out", str(tmp_path / "a.mp4"), "--latents", str(kept)], capsys)[0]
+    assert told["causal"]["independent_first_frame"] is True
+    assert read_video(tmp_path / "a.mp4").shape == (25, 3, 16, 32)
+    taehv, _ = load_taehv(models / "taehv.safetensors")
+    first = load_file(kept)["latents"][:1]
+    from selfforcing_core.image import fit_image, read_image
+
+    wanted = taehv.encode(fit_image(read_image(models / "start.png"), 32, 16)[None, None])[0]
+    torch.testing.assert_close(first, wanted)
+
+
+def test_image_to_video_models_get_the_picture_as_a_condition(
+    options: list[str], models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*options, "--model", str(models / "i2v.safetensors"), "--prompt", "a", "--frames", "9"]
+    options += ["--vae", str(models / "vae.safetensors"), "--clip", str(models / "clip.safetensors")]
+    Image.new("RGB", (32, 16), "red").save(tmp_path / "red.png")
+    latents = []
+    for image in (models / "start.png", tmp_path / "red.png"):
+        kept = tmp_path / f"{image.stem}.safetensors"
+        out = str(tmp_path / f"{image.stem}.mp4")
+        told = run([*options, "--image", str(image), "--out", out, "--latents", str(kept)], capsys)[0]
+        assert (told["frames"], told["decoder"]) == (9, "taehv")
+        latents.append(load_file(kept)["latents"])
+    assert (latents[0] - latents[1]).abs().mean() > 0.01
+    assert "give it --image, --vae and --clip" in refusal([*options, "--out", str(tmp_path / "b.mp4")], capsys)
+
+
+# --------------------------------------------------------------- extensions --
+def test_a_video_goes_on_and_on(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run([*options, "--prompt", "a", "--frames", "33", "--out", str(tmp_path / "0.mp4")], capsys)
+    for turn in (1, 2):
+        more = ["--prompt", "a", "--extend", str(tmp_path / f"{turn - 1}.mp4"), "--frames", "12", "--seed", str(turn)]
+        told = run([*options[:7], "--json", *more, "--out", str(tmp_path / f"{turn}.mp4")], capsys)[0]
+        assert told["frames"] == 33 + 12 * turn
+    before, after = read_video(tmp_path / "0.mp4"), read_video(tmp_path / "2.mp4")
+    assert after.shape == (57, 3, 16, 32)
+    assert (after[:33] - before).abs().mean() < 0.05, "what was there stays"
+
+
+def test_latents_go_on_without_a_seam(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With no window, nine frames and three more from their latents are what twelve at once would have been."""
+    options = [*options, "--prompt", "a", "--window", "-1"]
+    whole, part, joined = (tmp_path / f"{name}.safetensors" for name in ("whole", "part", "joined"))
+    run([*options, "--frames", "45", "--out", str(tmp_path / "whole.mp4"), "--latents", str(whole)], capsys)
+    run([*options, "--frames", "33", "--out", str(tmp_path / "part.mp4"), "--latents", str(part)], capsys)
+    more = ["--extend", str(part), "--frames", "12", "--out", str(tmp_path / "joined.mp4"), "--latents", str(joined)]
+    told = run([*options, *more], capsys)[0]
+    assert told["frames"] == 45
+    torch.testing.assert_close(load_file(joined)["latents"], load_file(whole)["latents"])
+    assert len(read_video(tmp_path / "joined.mp4")) == 45
+
+
+@pytest.mark.parametrize(
+    ("available", "window", "expected"), [(9, 9, 6), (21, -1, 21), (20, -1, 18), (7, 21, 6), (3, 6, 3)]
+)
+def test_an_extension_sees_whole_chunks_and_leaves_room(available: int, window: int, expected: int) -> None:
+    assert context_frames(available, CausalConfig(chunk=3, window=window)) == expected
+
+
+def test_what_cannot_be_extended_is_said(
+    options: list[str], models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run([*options, "--prompt", "a", "--frames", "9", "--out", str(tmp_path / "a.mp4")], capsys)
+    out = ["--out", str(tmp_path / "b.mp4"), "--prompt", "a"]
+    extend = [*options[:7], *out, "--extend", str(tmp_path / "a.mp4")]
+    assert "use 12" in refusal([*extend, "--frames", "10"], capsys)
+    assert "leave --width and --height out" in refusal([*extend, "--width", "64", "--frames", "12"], capsys)
+    with pytest.raises(ValueError, match="2 latent frames cannot be extended in chunks of 3"):
+        context_frames(2, CAUSAL)
+    assert "holds no latents" in refusal([*options, *out, "--extend", str(models / "clip.safetensors")], capsys)
+    assert "give one of them" in refusal([*extend, "--image", str(models / "start.png")], capsys)
+    assert os.listdir(tmp_path) == ["a.mp4"]
+
+
+def test_a_file_that_is_no_safetensors_is_left_to_the_video_reader(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"junk")
+    assert read_latents(tmp_path / "a") is None
+
+
+# ------------------------------------------------------------- many at once --
+def test_prompts_of_a_file_get_safe_names(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.txt").write_text("../../etc/passwd\n\n  CON \na/b:c*?\n", encoding="utf-8")
+    (tmp_path / "long.txt").write_text("one\ntwo\nthree\n", encoding="utf-8")
+    options = [*options, "--prompt-file", str(tmp_path / "p.txt"), "--samples", "2", "--frames", "9"]
+    options += ["--extended-prompt-file", str(tmp_path / "long.txt")]
+    told = run([*options, "--out", str(tmp_path / "one")], capsys)
+    names = sorted(os.listdir(tmp_path / "one"))
+    assert names == [
+        "0000-etc-passwd-0.mp4", "0000-etc-passwd-1.mp4", "0001-con--0.mp4", "0001-con--1.mp4",
+        "0002-a-b-c-0.mp4", "0002-a-b-c-1.mp4",
+    ]  # fmt: skip
+    assert [Path(row["out"]).name for row in told] == names
+    assert read_metadata(tmp_path / "one" / names[0])["comment"] == "../../etc/passwd"
+    assert json.loads(read_metadata(tmp_path / "one" / names[0])["selfforcing"])["extended_prompt"] == "one"
+
+
+def test_any_batch_makes_the_same_videos(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compared before encoding: the same frames do not always become the same H.264."""
+    frames: dict[str, torch.Tensor] = {}
+
+    def keep(path: Path, chunks: Any, **_: Any) -> None:
+        frames["/".join(path.parts[-2:])] = torch.cat(list(chunks))
+
+    monkeypatch.setattr(generate_module, "write_video", keep)
+    options = [*options, "--prompt", "a", "--samples", "3", "--frames", "9"]
+    for folder, batch in (("one", "1"), ("two", "2")):
+        run([*options, "--batch", batch, "--out", str(tmp_path / folder)], capsys)
+    for sample in range(3):
+        torch.testing.assert_close(frames[f"one/0000-a-{sample}.mp4"], frames[f"two/0000-a-{sample}.mp4"])
+    assert not torch.allclose(frames["one/0000-a-0.mp4"], frames["one/0000-a-1.mp4"], atol=0.01)
+
+
+def test_torchrun_splits_a_prompt_file(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "p.txt").write_text("a\nb\nc\n", encoding="utf-8")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = [*options, "--prompt-file", str(tmp_path / "p.txt"), "--frames", "9", "--out", str(tmp_path / "out")]
+    for rank, expected in ((0, ["0000-a-0.mp4", "0002-c-0.mp4"]), (1, ["0001-b-0.mp4"])):
+        monkeypatch.setenv("RANK", str(rank))
+        assert [Path(row["out"]).name for row in run(options, capsys)] == expected
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--prompt", "a", "--samples", "2", "--out", "x.mp4"], "several videos need a folder"),
+        (["--out", "x.mp4"], "give either --prompt or --prompt-file"),
+        (["--prompt", "a", "--samples", "0", "--out", "x"], "samples 0"),
+        (["--prompt", "a", "--out", "x.mp4", "--decoder", "vae"], "give it as --vae"),
+        (["--prompt", "a", "--out", "x.mp4", "--decoder", "magic"], "use taehv or vae"),
+        (["--prompt", "a", "--out", "x.mp4", "--attention", "none"], "attention 'none' is unknown"),
+        (["--prompt", "a", "--out", "x.mp4", "--solver", "none"], "solver 'none' is unknown"),
+        (["--prompt", "a", "--out", "x.mp4", "--image", "absent.png"], "cannot be read as a picture"),
+        (["--prompt", "a", "--out", "x.mp4", "--extend", "absent.mp4"], "cannot be read"),
+        (["--prompt", "a", "--out", "x.mp4", "--extend-prompt"], "needs a language model"),
+        (["--prompt", "a", "--out", "x.mp4", "--extend-prompt", "absent"], "is neither a folder of a chat model"),
+        (["--prompt-file", "absent.txt", "--out", "x"], "cannot be read as text"),
+    ],
+)
+def test_what_does_not_go_together_is_said(
+    options: list[str], more: list[str], words: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert words in refusal([*options, *more], capsys)
+    assert os.listdir(tmp_path) == []
+
+
+# ---------------------------------------------------------- how it computes --
+def test_the_vae_decodes_too(
+    options: list[str], models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--prompt", "a", "--frames", "21", "--vae", str(models / "vae.safetensors"), "--decoder", "vae"]
+    told = run([*options, *more, "--out", str(tmp_path / "a.mp4")], capsys)[0]
+    assert told["decoder"] == "vae"
+    assert read_video(tmp_path / "a.mp4").shape == (21, 3, 16, 32)
+
+
+def test_float8_is_close_to_the_stored_weights(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latents = []
+    for index, more in enumerate(([], ["--fp8"], ["--seed", "5"])):
+        kept = tmp_path / f"{index}.safetensors"
+        run([*options, "--prompt", "a", "--frames", "9", *more, "--out", str(tmp_path / f"{index}.mp4"),
+             "--latents", str(kept)], capsys)  # fmt: skip
+        latents.append(load_file(kept)["latents"])
+    exact, float8, other = latents
+    assert 0 < (exact - float8).abs().mean() < 0.2 * (exact - other).abs().mean()
+
+
+def test_a_foreign_taehv_is_refused_and_an_unknown_one_asked_about(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = read_checkpoint(models / "t2v.safetensors")
+    named = {"causal": CAUSAL, "steps": STEPS, "latent_space": "wan2.1"}
+    save_checkpoint(tmp_path / "wan.safetensors", found.state_dict, found.config, **named)
+    taehv = read_checkpoint(models / "taehv.safetensors")
+    save_checkpoint(tmp_path / "hunyuan.safetensors", taehv.state_dict, taehv.config, latent_space="hunyuanvideo")
+    options = ["generate", "--model", str(tmp_path / "wan.safetensors"), "--prompt", "a", "--frames", "9"]
+    options += ["--text-encoder", str(bundle_path("tiny") / "text_encoder"), "--width", "32", "--height", "16"]
+    out = ["--out", str(tmp_path / "a.mp4")]
+    assert "latents of hunyuanvideo" in refusal(
+        [*options, *out, "--taehv", str(tmp_path / "hunyuan.safetensors")], capsys
+    )
+    unknown = [*options, *out, "--taehv", str(models / "taehv.safetensors")]
+    assert "does not say which latents" in refusal(unknown, capsys)
+    assert main([*unknown, "--taehv-latents", "wan2.1"]) == 0
