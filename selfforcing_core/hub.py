@@ -50,7 +50,7 @@ def resolve_taehv(name_or_path: str | Path) -> Path:
 
 
 def resolve_text_encoder(name_or_path: str | Path) -> Path:
-    """Folder of a text encoder in the layout of transformers, from a bundle's name or a path."""
+    """Folder (in the layout of transformers) or file of a text encoder, from a bundle's name or a path."""
     return _resolve(name_or_path, TEXT_ENCODER_FOLDER)
 
 
@@ -116,10 +116,12 @@ def load_text_encoder(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> TextEncoder:
-    """The text encoder of a bundle, or of a folder in the layout of transformers."""
+    """The text encoder of a bundle, of a folder in the layout of transformers, or of an original Wan file."""
     from .text import TextEncoder
 
-    return TextEncoder.from_folder(resolve_text_encoder(name_or_path), dtype=dtype, device=device)
+    path = resolve_text_encoder(name_or_path)
+    load = TextEncoder.from_file if path.is_file() else TextEncoder.from_folder
+    return load(path, dtype=dtype, device=device)
 
 
 def _expect_kind(checkpoint: Checkpoint, kind: str, path: Path) -> None:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .checkpoint import read_tensors
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
@@ -72,6 +74,28 @@ class TextEncoder:
         tokenizer = _load_tokenizer(folder)
         model = _load_model(folder, dtype, device)
         return cls(tokenizer, model, text_len=text_len or _own_text_len(tokenizer))
+
+    @classmethod
+    def from_file(
+        cls, path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    ) -> TextEncoder:
+        """Load an original Wan file (models_t5_umt5-xxl-enc-bf16.pth) and the tokenizer beside it.
+
+        The tokenizer is looked for in `google/umt5-xxl`, where Wan's repositories have it, in `tokenizer`, and in the
+        file's own folder. Raises ValueError where the file is no UMT5 encoder or has no tokenizer.
+        """
+        path = Path(path)
+        places = [path.parent / name for name in ("google/umt5-xxl", "tokenizer", ".")]
+        folder = next((place for place in places if (place / "tokenizer.json").is_file()), None)
+        if folder is None:
+            raise ValueError(f"{path} has no tokenizer beside it; put google/umt5-xxl/tokenizer.json into its folder")
+        tensors = read_tensors(path)
+        try:
+            model = umt5_from_wan_state_dict(tensors, dtype=dtype, device=device)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        tokenizer = _load_tokenizer(folder)
+        return cls(tokenizer, model, text_len=_own_text_len(tokenizer))
 
     @property
     def text_dim(self) -> int:

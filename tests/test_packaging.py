@@ -45,3 +45,13 @@ def test_registry_metadata_is_complete() -> None:
     assert "comfyui" not in PROJECT["name"].lower(), "the registry refuses the host's name in a pack's name"
     assert comfy["requires-comfyui"] == ">=0.3.64"
     assert {"PublisherId", "DisplayName"} <= set(comfy)
+
+
+def test_the_map_names_every_file() -> None:
+    told = (ROOT / "docs" / "map.md").read_text(encoding="utf-8")
+    files = [
+        path for folder in ("selfforcing_core", "nodes", "train", "bench") for path in (ROOT / folder).rglob("*.py")
+    ]
+    names = {path.name for path in files if path.name not in ("__init__.py", "__main__.py")}
+    missing = sorted(name for name in names if f"{name}`" not in told)
+    assert not missing, f"docs/map.md says nothing of {', '.join(missing)}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from selfforcing_core.hub import load_text_encoder
 from selfforcing_core.text import (
     TextEncoder,
     clean_prompt,
@@ -42,6 +44,23 @@ def encoder() -> TextEncoder:
 def random_wan_weights() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn(shape, generator=generator) for name, shape in wan_umt5_shapes(**WAN_SIZES).items()}
+
+
+# --------------------------------------------------------------------- files --
+def test_an_original_file_finds_the_tokenizer_beside_it(tmp_path: Path) -> None:
+    weights = random_wan_weights() | {"token_embedding.weight": torch.randn(300, WAN_SIZES["dim"])}
+    file = tmp_path / "models_t5.pth"
+    torch.save(weights, file)
+    with pytest.raises(ValueError, match="no tokenizer beside it"):
+        load_text_encoder(file)
+    (tmp_path / "google").mkdir()
+    shutil.copytree(BUNDLE, tmp_path / "google" / "umt5-xxl")
+    found = load_text_encoder(file)
+    wanted = TextEncoder(TextEncoder.from_folder(BUNDLE).tokenizer, umt5_from_wan_state_dict(weights), text_len=16)
+    assert torch.equal(found.encode(PROMPTS), wanted.encode(PROMPTS))
+    torch.save({"a": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="this is not Wan's UMT5 encoder"):
+        load_text_encoder(file)
 
 
 # ------------------------------------------------------------------- prompts --

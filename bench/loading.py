@@ -1,0 +1,141 @@
+"""From a checkpoint of real size to the first chunk: seconds, and memory that never holds the weights twice.
+
+    python -m bench.loading --json --out bench/results/loading-cpu-1thread.json
+
+A file with random weights in the shapes of Wan 2.1 1.3B is written first. Each measurement is a process of its own.
+Anonymous memory is what a process really allocates; pages mapped from the file are counted apart, the system takes them
+back when it needs them. The frame is small: the figures are about loading, not about speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.rollout import hardware
+from selfforcing_core.atomic import replacing
+from selfforcing_core.checkpoint import save_checkpoint
+from selfforcing_core.conditioning import Conditioning
+from selfforcing_core.config import PRESETS, CausalConfig, StepConfig
+from selfforcing_core.hub import load_model
+from selfforcing_core.layout import wan_shapes
+from selfforcing_core.rollout import SeededNoise, rollout
+
+LATENT_SHAPE = (3, 16, 8, 8)  # one chunk of 64x64 pixels
+CASES = ("bfloat16 as stored", "bfloat16 to float32")
+
+
+def write_checkpoint(path: Path, preset: str) -> int:
+    """Random bfloat16 weights; returns their bytes."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = wan_shapes(PRESETS[preset])
+    state = {name: torch.randn(shape, generator=generator).mul_(0.02).bfloat16() for name, shape in shapes.items()}
+    save_checkpoint(path, state, PRESETS[preset], causal=CausalConfig(), steps=StepConfig())
+    return sum(tensor.nbytes for tensor in state.values())
+
+
+class Watch:
+    """Peak of a process's anonymous and mapped memory in bytes, sampled by a thread (Linux)."""
+
+    def __init__(self) -> None:
+        self.anonymous = self.mapped = 0
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+
+    def _watch(self) -> None:
+        while not self.done.wait(0.01):
+            self._look()
+
+    def _look(self) -> None:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith("Rss")}
+        self.anonymous = max(self.anonymous, kilobytes["RssAnon"] * 1024)
+        self.mapped = max(self.mapped, kilobytes["RssFile"] * 1024)
+
+    def stop(self) -> dict[str, int]:
+        self._look()
+        self.done.set()
+        self.thread.join()
+        return {"anonymous_bytes": self.anonymous, "mapped_bytes": self.mapped}
+
+
+@torch.no_grad()
+def measure(path: Path, case: str) -> dict[str, Any]:
+    """Load and make one chunk, in this process."""
+    torch.set_num_threads(1)
+    dtype = torch.float32 if case.endswith("float32") else torch.bfloat16
+    before, watch, started = Watch().stop(), Watch(), time.perf_counter()
+    model, checkpoint = load_model(path, dtype=dtype)
+    loaded, loading = time.perf_counter(), watch.stop()
+    watch = Watch()
+    conditioning = Conditioning(torch.zeros(1, 8, model.config.text_dim, dtype=dtype))
+    assert checkpoint.causal is not None
+    assert checkpoint.steps is not None
+    chunks = rollout(
+        model, conditioning, noise=SeededNoise(0), latent_shape=LATENT_SHAPE, causal=checkpoint.causal,
+        steps=checkpoint.steps,
+    )  # fmt: skip
+    for _ in chunks:
+        pass
+    return {
+        "case": case,
+        "weight_bytes_in_memory": sum(parameter.nbytes for parameter in model.parameters()),
+        "before": before,
+        "while_loading": loading,
+        "while_generating": watch.stop(),
+        "seconds_to_load": loaded - started,
+        "seconds_from_start_to_first_chunk": time.perf_counter() - started,
+    }
+
+
+def run(preset: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        size = write_checkpoint(path, preset)
+        results = []
+        for case in CASES:
+            command = [sys.executable, "-m", "bench.loading", "--measure", str(path), "--case", case]
+            told = subprocess.run(command, check=True, capture_output=True, text=True)
+            results.append(json.loads(told.stdout))
+    return {
+        "preset": preset, "file_bytes": size, "latent_shape": LATENT_SHAPE, "cases": results,
+        "hardware": hardware(), "command": " ".join(["python", "-m", "bench.loading", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="t2v-1.3b")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--out", type=Path, help="file to write")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.measure, args.case)))
+        return
+    result = run(args.preset)
+    if args.out:
+        with replacing(args.out) as temporary:
+            temporary.write_text(json.dumps(result, indent=2) + "\n")
+    for case in result["cases"] if not args.json else []:
+        peak, held = case["while_loading"]["anonymous_bytes"] / 1e9, case["weight_bytes_in_memory"] / 1e9
+        print(f"{case['case']}: {held:.2f} GB of weights, peak {peak:.2f} GB, {case['seconds_to_load']:.1f} s")
+    if args.json:
+        print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
