@@ -29,8 +29,8 @@ WAN = WanConfig(dim=32, ffn_dim=32, num_heads=1, num_layers=1, text_dim=128, tex
 JUNK = ["", "-1", "0", "nan", "inf", "1e99", "\u2603", "a" * 300, "..", "/", "{}", "1,2", "x y", "-", "34"]
 VALUED = [
     "--frames", "--width", "--height", "--seed", "--steps", "--shift", "--chunk", "--window", "--sink", "--fps",
-    "--cfg", "--solver", "--attention", "--dtype", "--device", "--decoder", "--model", "--taehv", "--text-encoder", "--vae",
-    "--image", "--extend", "--samples", "--batch", "--weights", "--taehv-latents", "--sheet", "--prompt-file", "--out",
+    "--cfg", "--solver", "--attention", "--dtype", "--device", "--decoder", "--model", "--taehv", "--text-encoder",
+    "--vae", "--image", "--extend", "--samples", "--batch", "--weights", "--taehv-latents", "--sheet", "--prompt-file", "--out",
 ]  # fmt: skip
 
 
