@@ -30,7 +30,8 @@ JUNK = ["", "-1", "0", "nan", "inf", "1e99", "\u2603", "a" * 300, "..", "/", "{}
 VALUED = [
     "--frames", "--width", "--height", "--seed", "--steps", "--shift", "--chunk", "--window", "--sink", "--fps",
     "--cfg", "--solver", "--attention", "--dtype", "--device", "--decoder", "--model", "--taehv", "--text-encoder",
-    "--vae", "--image", "--extend", "--samples", "--batch", "--weights", "--taehv-latents", "--sheet", "--prompt-file", "--out",
+    "--vae", "--image", "--extend", "--samples", "--batch", "--weights", "--taehv-latents", "--sheet", "--prompt-file",
+    "--out",
 ]  # fmt: skip
 
 
