@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from selfforcing_core.checkpoint import read_checkpoint, save_checkpoint
+from train.tiny.codec import LATENT_SPACE
 from train.tiny.diffusion import TRAINED_KEY
 
 
@@ -22,7 +23,7 @@ def export(source: Path, out: Path) -> None:
         trained = file.metadata()[TRAINED_KEY]
     state = {key: value.to(torch.bfloat16) for key, value in checkpoint.state_dict.items()}
     settings = {"causal": checkpoint.causal, "steps": checkpoint.steps}
-    save_checkpoint(out, state, checkpoint.config, {TRAINED_KEY: trained}, **settings)
+    save_checkpoint(out, state, checkpoint.config, {TRAINED_KEY: trained}, **settings, latent_space=LATENT_SPACE)
 
 
 def main() -> None:
