@@ -97,7 +97,6 @@ class Request:
     dtype: str | None = None
     attention: str = "auto"
     fp8: bool = False
-    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -251,8 +250,6 @@ def _check_companions(request: Request, config: WanConfig) -> None:
         raise ValueError("--image and --extend both say how the video starts; give one of them")
     if config.model_type == "i2v" and not (request.image and request.vae and request.clip):
         raise ValueError("this is an image-to-video model; give it --image, --vae and --clip")
-    if request.fp8 and request.compile:
-        raise ValueError("--fp8 and --compile do not go together; leave one of them out")
 
 
 def _decoder(request: Request) -> str:
@@ -404,10 +401,7 @@ def _check_channels(channels: int, decoded: int, what: str) -> None:
 def _load_model(request: Request, plan: _Plan) -> Any:
     """The video model on its device; with fp8 it is shrunk on the CPU before it moves."""
     if not request.fp8:
-        model, _ = load_model(request.model, dtype=plan.dtype, device=plan.device, weights=request.weights)
-        if request.compile:
-            model.compile()
-        return model
+        return load_model(request.model, dtype=plan.dtype, device=plan.device, weights=request.weights)[0]
     model, _ = load_model(request.model, dtype=plan.dtype, weights=request.weights)
     return store_in_float8(model).to(plan.device)
 

@@ -66,6 +66,16 @@ def test_files_of_the_wrong_kind_are_refused(server: Server) -> None:
     assert "junk.safetensors" in failure(server.result(server.submit(prompt)))
 
 
+def test_a_taehv_that_does_not_say_whose_it_is_is_asked_about(server: Server) -> None:
+    prompt = short_prompt(fresh_seed())
+    silent = server.folder / "silent.safetensors"
+    save_file(load_file(BUNDLE / "taehv.safetensors"), silent)
+    prompt[TAEHV]["inputs"]["vae_name"] = put(server, silent, "vae_approx", "silent.safetensors")
+    assert "does not say which latents it decodes" in failure(server.result(server.submit(prompt)))
+    prompt[TAEHV]["inputs"]["latents"] = "wan2.1"
+    assert latents_of(server, prompt).numel()
+
+
 def test_prompt_from_another_models_text_encoder_is_refused(server: Server) -> None:
     folder = server.folder / "models/text_encoders/other"
     shutil.copytree(BUNDLE / "text_encoder", folder, dirs_exist_ok=True)
