@@ -14,7 +14,14 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from ..selfforcing_core.config import CausalConfig, StepConfig
-from ..selfforcing_core.geometry import PIXEL_STEP, VideoGeometry, chunk_lengths, tokens_per_frame
+from ..selfforcing_core.geometry import (
+    PIXEL_STEP,
+    SPATIAL_FACTOR,
+    VideoGeometry,
+    chunk_lengths,
+    pixel_frames,
+    tokens_per_frame,
+)
 from ..selfforcing_core.kv_cache import KVCache
 from ..selfforcing_core.rollout import SeededNoise, rollout
 from . import host
@@ -96,7 +103,7 @@ def _latent_shape(
                 "height, width]; use Empty HunyuanVideo Latent or Empty AR Video Latent"
             )
         batch, _, frames, latent_height, latent_width = samples.shape
-        width, height, length = latent_width * 8, latent_height * 8, frames * 4 - 3
+        width, height, length = latent_width * SPATIAL_FACTOR, latent_height * SPATIAL_FACTOR, pixel_frames(frames)
     size = VideoGeometry(
         width, height, length, chunk=causal.chunk, independent_first_frame=causal.independent_first_frame
     )

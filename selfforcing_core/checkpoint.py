@@ -2,9 +2,8 @@
 
 Read: our safetensors (config in the header), safetensors with bare or prefixed Wan names, torch files of Self Forcing
 (`generator_ema`, `generator`, `model`) and of TAEHV, folders of shards with their index, as diffusers writes them. A
-torch file is a pickle, and a pickle can carry code: it is only
-ever read with `weights_only=True`, so nothing in a file is executed. What a file is follows from its bytes, its header
-and the shapes of its tensors, never from its name.
+torch file is a pickle, and a pickle can carry code: it is only ever read with `weights_only=True`, so nothing in a file
+is executed. What a file is follows from its bytes, its header and the shapes of its tensors, never from its name.
 
 Header of our safetensors files: "selfforcing" = JSON {"format": 1, "kind", "config", "causal", "steps",
 "latent_space"}; for Wan also "config" = JSON {"transformer": {...}}, which ComfyUI merges into its own detection.
@@ -33,6 +32,7 @@ from .keymap import EMA_CONTAINERS, RAW_CONTAINERS, describe_dialect, from_wan, 
 from .layout import Shape, mismatch, taehv_config, taehv_shapes, wan_config, wan_shapes
 from .taehv_releases import WAN, latent_space
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # to store and compute in
 HEADER_KEY = "selfforcing"
 HEADER_FORMAT = 1
 HOST_HEADER_KEY = "config"
@@ -119,7 +119,7 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: {_one_line(error)}") from error
     return {
         "file": str(path),
-        "bytes": sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()),
+        "weight_bytes": sum(tensor.nbytes for tensor in checkpoint.state_dict.values()),
         "kind": checkpoint.kind,
         "dialect": checkpoint.dialect,
         "config": checkpoint.config.to_dict(),

@@ -10,8 +10,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -157,17 +159,36 @@ def _generate(options: argparse.Namespace) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     takes = _takes(options)
-    chosen = {item.name: getattr(options, item.name) for item in fields(Request) if item.name != "prompt"}
     if not takes:  # more processes than prompts
         return
-    for measured in generate_all(Request(prompt=takes[0].prompt, **chosen), takes, show_progress=True):
+    chosen = {item.name: getattr(options, item.name) for item in fields(Request) if item.name != "prompt"}
+    chosen["device"] = _own_device(options.device, os.environ)
+    request = Request(prompt=takes[0].prompt, **chosen)
+    with _new_folder(options.out) if takes[0].outs[0] != options.out else nullcontext():
+        measurements = generate_all(request, takes, rewrite=_rewriter(options), show_progress=True)
+    for measured in measurements:
         print(json.dumps(measured) if options.json else _in_words(measured))
+
+
+def _own_device(device: str, environment: Mapping[str, str]) -> str:
+    """The device of this process: under torchrun each has its own of the machine's cards."""
+    return f"cuda:{environment['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in environment else device
+
+
+def _rewriter(options: argparse.Namespace) -> Callable[[list[str]], list[str]] | None:
+    """What lets a language model write the prompts, if one is asked for."""
+    if options.extend_prompt is None:
+        return None
+    from .prompts import extend_prompts
+
+    key = os.environ.get("OPENAI_API_KEY")
+    return partial(extend_prompts, model=options.extend_prompt, name=options.extend_prompt_name, key=key)
 
 
 def _takes(options: argparse.Namespace) -> list[Any]:
     """What this process is to generate. Several videos go into a folder, under names made from their prompts."""
     from .generate import Take
-    from .prompts import extend_prompt, output_name, read_extended, read_prompts
+    from .prompts import output_name, read_extended, read_prompts
 
     if (options.prompt is None) == (options.prompt_file is None):
         raise ValueError("give either --prompt or --prompt-file")
@@ -190,21 +211,25 @@ def _takes(options: argparse.Namespace) -> list[Any]:
     mine = slice(int(os.environ.get("RANK", "0")), None, int(os.environ.get("WORLD_SIZE", "1")))
     takes = []
     for prompt, text, files in list(zip(prompts, texts, outs))[mine]:
-        if options.extend_prompt is not None:
-            key = os.environ.get("OPENAI_API_KEY")
-            text = extend_prompt(prompt, options.extend_prompt, name=options.extend_prompt_name, key=key)
         for first in range(0, len(files), options.batch):
             takes.append(Take(prompt, text, tuple(files[first : first + options.batch]), first))
-    if takes and takes[0].outs[0] != options.out:
-        _make_folder(options.out)
     return takes
 
 
-def _make_folder(folder: Path) -> None:
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[None]:
+    """A folder to write into. If it was not there before and nothing came into it, it goes again."""
+    is_new = not folder.exists()
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be made ({error.strerror}); choose a folder that is writable") from error
+    try:
+        yield
+    finally:
+        if is_new and not any(folder.iterdir()):
+            with suppress(OSError):  # another process may use it
+                folder.rmdir()
 
 
 def _in_words(measured: dict[str, Any]) -> str:

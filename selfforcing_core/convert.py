@@ -19,12 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic import check_writable, replacing
-from .checkpoint import Checkpoint, file_header, inspect_checkpoint, read_checkpoint, save_checkpoint
-from .config import CausalConfig, StepConfig, WanConfig
+from .checkpoint import DTYPES, Checkpoint, file_header, inspect_checkpoint, read_checkpoint, save_checkpoint
+from .config import CLIP_DIM, CausalConfig, StepConfig, WanConfig
 from .keymap import DIALECTS, DIFFUSERS, EMA_CONTAINERS, RAW_CONTAINERS, from_wan
 from .taehv_releases import LATENT_SPACES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_SIZE = "5GB"
 SHARD_NAME = "diffusion_pytorch_model{suffix}.safetensors"
 # The dialect each kind of output has unless another is asked for; a folder is what diffusers and its users expect.
@@ -175,7 +174,7 @@ def _diffusers_config(config: WanConfig) -> dict[str, Any]:
         "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
         "eps": config.eps,
-        "image_dim": 1280 if is_i2v else None,
+        "image_dim": CLIP_DIM if is_i2v else None,
         "added_kv_proj_dim": config.dim if is_i2v else None,
         "rope_max_seq_len": 1024,
     }

@@ -25,6 +25,11 @@ def latent_frames(num_pixel_frames: int) -> int:
     return (num_pixel_frames - 1) // TEMPORAL_FACTOR + 1
 
 
+def covered_latents(num_pixel_frames: int) -> int:
+    """Latent frames that the end of a video of any length fills: 33 -> 9, 36 -> 9, 0 -> 0."""
+    return (num_pixel_frames - 1) // TEMPORAL_FACTOR + 1
+
+
 def chunk_lengths(num_frames: int, chunk: int, *, independent_first_frame: bool = False) -> tuple[int, ...]:
     """Latent frames of each chunk. Raises ValueError naming the nearest counts that `chunk` divides."""
     first = 1 if independent_first_frame else 0

@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from .config import TAEHVConfig, WanConfig
+from .config import CLIP_DIM, TAEHVConfig, WanConfig
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
 WAN_HEAD_DIM = 128  # every released Wan 2.1 model; a file that differs says so in its header
-CLIP_DIM = 1280  # width of the CLIP ViT-H/14 features that image-to-video models read
 MEMORY_BLOCKS = 3  # per stage of TAEHV
 
 

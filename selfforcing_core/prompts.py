@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 from urllib.request import Request as HttpRequest
 from urllib.request import urlopen
 
+Messages = list[dict[str, str]]  # as chat models take them: role and content
 NAME_LENGTH = 60  # characters of a prompt that a file's name keeps; far below what any file system allows
 RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}  # Windows
 ANSWER_TOKENS = 300
@@ -66,8 +69,10 @@ def output_name(index: int, prompt: str, sample: int) -> str:
 
 
 # ---------------------------------------------------------------- extension --
-def extend_prompt(prompt: str, model: str | None, *, name: str | None = None, key: str | None = None) -> str:
-    """A longer prompt by the language model at `model`: a folder of transformers, or an http(s) address.
+def extend_prompts(
+    prompts: list[str], model: str | None, *, name: str | None = None, key: str | None = None
+) -> list[str]:
+    """A longer prompt for each, by the language model at `model`: a folder of transformers, or an http(s) address.
 
     name, key: which model behind the address, and the key it asks for. Raises ValueError if there is no answer.
     """
@@ -77,16 +82,19 @@ def extend_prompt(prompt: str, model: str | None, *, name: str | None = None, ke
             "`huggingface-cli download Qwen/Qwen2.5-1.5B-Instruct --local-dir qwen`), or the address of an "
             "OpenAI-compatible server such as http://localhost:11434/v1"
         )
-    messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": prompt}]
     is_address = model.startswith(("http://", "https://"))
-    answer = _ask_server(model, messages, name, key) if is_address else _ask_local(Path(model), messages)
-    extended = " ".join(answer.split()).strip('" ')
-    if not extended:
+    ask = partial(_ask_server, model, name, key) if is_address else _local_model(Path(model))
+    longer = {prompt: " ".join(ask(_messages(prompt)).split()).strip('" ') for prompt in dict.fromkeys(prompts)}
+    if not all(longer.values()):
         raise ValueError(f"{model}: answered with nothing; try again or another model")
-    return extended
+    return [longer[prompt] for prompt in prompts]
 
 
-def _ask_server(address: str, messages: list[dict[str, str]], name: str | None, key: str | None) -> str:
+def _messages(prompt: str) -> Messages:
+    return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": prompt}]
+
+
+def _ask_server(address: str, name: str | None, key: str | None, messages: Messages) -> str:
     body = {"messages": messages, "max_tokens": ANSWER_TOKENS, **({"model": name} if name else {})}
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
     url = address.rstrip("/") + "/chat/completions"
@@ -100,7 +108,8 @@ def _ask_server(address: str, messages: list[dict[str, str]], name: str | None, 
         raise ValueError(f"{url}: answered without choices; it is not an OpenAI-compatible address") from error
 
 
-def _ask_local(folder: Path, messages: list[dict[str, str]]) -> str:
+def _local_model(folder: Path) -> Callable[[Messages], str]:
+    """The chat model of a folder, loaded once, as a function from messages to its answer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not (folder / "config.json").is_file():
@@ -108,9 +117,14 @@ def _ask_local(folder: Path, messages: list[dict[str, str]]) -> str:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         model: Any = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True).eval()
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        tokenizer.apply_chat_template(_messages(""), tokenize=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder}: is no usable chat model ({' '.join(str(error).split())[:200]})") from error
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-    made = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-    return str(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    def ask(messages: Messages) -> str:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        made = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+        return str(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    return ask

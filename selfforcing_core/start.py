@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .atomic import replacing
 from .config import CausalConfig
-from .geometry import pixel_frames
-from .image import Encoder, fit_image, read_image
+from .geometry import covered_latents, pixel_frames
+from .image import Encoder
 
 LATENTS_KEY = "latents"  # the one tensor of a latents file, [T, C, H, W], normalised
 
@@ -48,10 +48,9 @@ class Start:
         return 0 if self.prefix_BTCHW is None else self.prefix_BTCHW.shape[1]
 
 
-def start_from_image(path: Path, encoder: Encoder, *, width: int, height: int) -> Start:
-    """The picture, fitted to the video's size, as its first frame. Raises ValueError if it is no picture."""
-    image = fit_image(read_image(path), width, height)
-    return Start(prefix_BTCHW=encoder.encode(image[None, None]).float())
+def start_from_image(image_1RHW: Tensor, encoder: Encoder) -> Start:
+    """The picture, in the video's size, as its first frame."""
+    return Start(prefix_BTCHW=encoder.encode(image_1RHW[:, None]).float())
 
 
 def start_from_video(frames_VRHW: Tensor, encoder: Encoder, causal: CausalConfig) -> Start:
@@ -59,7 +58,7 @@ def start_from_video(frames_VRHW: Tensor, encoder: Encoder, causal: CausalConfig
 
     Raises ValueError if it is too short for one chunk.
     """
-    count = context_frames((len(frames_VRHW) - 1) // 4 + 1, causal)
+    count = context_frames(covered_latents(len(frames_VRHW)), causal)
     tail = frames_VRHW[-pixel_frames(count) :]
     return Start(encoder.encode(tail[None]).float(), frames_VRHW=frames_VRHW, is_prefix_shown=False)
 

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .checkpoint import read_tensors
-from .geometry import latent_frames
+from .geometry import SPATIAL_FACTOR, latent_frames
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
@@ -81,8 +81,8 @@ class WanVAE:
         """Normalised mean of the latents; V is 4n+1, sides are multiples of 8. Raises ValueError otherwise."""
         latent_frames(frames_BVRHW.shape[1])
         height, width = frames_BVRHW.shape[-2:]
-        if height % 8 or width % 8:
-            raise ValueError(f"frames of {width}x{height} pixels are not multiples of 8; resize them")
+        if height % SPATIAL_FACTOR or width % SPATIAL_FACTOR:
+            raise ValueError(f"frames of {width}x{height} pixels are not multiples of {SPATIAL_FACTOR}; resize them")
         first = next(self.network.parameters())
         pixels = rearrange(frames_BVRHW, "b v r h w -> b r v h w").to(first) * 2 - 1
         mean = self.network.encode(pixels, return_dict=False)[0].mode().float()
@@ -175,9 +175,8 @@ def vae_from_tensors(
     if is_original:
         blocks = _res_blocks(tensors, "decoder.upsamples", "resample")
     else:
-        blocks = max(
-            int(match[1]) for key in tensors if (match := re.match(r"decoder\.up_blocks\.0\.resnets\.(\d+)", key))
-        )
+        matches = (re.match(r"decoder\.up_blocks\.0\.resnets\.(\d+)", key) for key in tensors)
+        blocks = max((int(match[1]) for match in matches if match), default=1)
     network = new_network(first.shape[0], blocks)
     expected = network.state_dict()
     names = {key: original_name(key, blocks) if is_original else key for key in expected}

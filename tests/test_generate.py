@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from selfforcing_core import generate as generate_module
 from selfforcing_core.checkpoint import read_checkpoint, save_checkpoint
-from selfforcing_core.cli import main
+from selfforcing_core.cli import _own_device, main
 from selfforcing_core.config import CausalConfig, StepConfig, TAEHVConfig, WanConfig
 from selfforcing_core.hub import bundle_path, load_taehv
 from selfforcing_core.model import CausalWan
@@ -193,6 +193,9 @@ def test_torchrun_splits_a_prompt_file(
     (tmp_path / "p.txt").write_text("a\nb\nc\n", encoding="utf-8")
     monkeypatch.setenv("WORLD_SIZE", "2")
     options = [*options, "--prompt-file", str(tmp_path / "p.txt"), "--frames", "9", "--out", str(tmp_path / "out")]
+    assert _own_device("cuda", {"LOCAL_RANK": "1"}) == "cuda:1"
+    assert [_own_device(name, {"LOCAL_RANK": "1"}) for name in ("cuda:3", "cpu")] == ["cuda:3", "cpu"]
+    assert _own_device("cuda", {}) == "cuda"
     for rank, expected in ((0, ["0000-a-0.mp4", "0002-c-0.mp4"]), (1, ["0001-b-0.mp4"])):
         monkeypatch.setenv("RANK", str(rank))
         assert [Path(row["out"]).name for row in run(options, capsys)] == expected
@@ -213,6 +216,7 @@ def test_torchrun_splits_a_prompt_file(
         (["--prompt", "a", "--out", "x.mp4", "--extend-prompt"], "needs a language model"),
         (["--prompt", "a", "--out", "x.mp4", "--extend-prompt", "absent"], "is neither a folder of a chat model"),
         (["--prompt-file", "absent.txt", "--out", "x"], "cannot be read as text"),
+        (["--prompt", "a", "--samples", "2", "--out", "x", "--frames", "34"], "34 frames"),
     ],
 )
 def test_what_does_not_go_together_is_said(

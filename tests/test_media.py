@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selfforcing_core.clip import clip_from_tensors, load_clip, transformers_tensors
 from selfforcing_core.image import first_frame_condition, fit_image, read_image, size_for_image
-from selfforcing_core.wan_vae import WanVAE, load_wan_vae, new_network, original_name
+from selfforcing_core.wan_vae import StreamingWanDecoder, WanVAE, load_wan_vae, new_network, original_name
 from tests.golden_media import clip_shapes
 from tests.test_keymap import RECORDED, recorded_shapes
 
@@ -69,9 +69,19 @@ def test_a_vae_says_what_it_cannot_encode_and_what_it_is_not(vae_files: list[Pat
 
 
 def test_a_stream_can_be_started_again(vae_files: list[Path]) -> None:
-    vae = load_wan_vae(vae_files[0])
-    latents = torch.randn(1, 1, 16, 2, 2, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(vae.decode(latents), vae.decode(latents))
+    stream = StreamingWanDecoder(load_wan_vae(vae_files[0]))
+    latents = torch.randn(1, 2, 16, 2, 2, generator=torch.Generator().manual_seed(0))
+    first = stream.decode(latents)
+    assert stream.decode(latents).shape != first.shape, "without a reset the video goes on"
+    stream.reset()
+    assert torch.equal(stream.decode(latents), first)
+
+
+def test_names_that_lack_a_block_are_refused(vae_files: list[Path], tmp_path: Path) -> None:
+    kept = {name: value for name, value in vae_weights().items() if "up_blocks" not in name}
+    save_file(kept, tmp_path / "vae.safetensors")
+    with pytest.raises(ValueError, match="is not a complete Wan VAE"):
+        load_wan_vae(tmp_path / "vae.safetensors")
 
 
 # --------------------------------------------------------------------- CLIP --

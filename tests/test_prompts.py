@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfforcing_core import prompts
-from selfforcing_core.prompts import INSTRUCTION, extend_prompt, output_name, read_extended, read_prompts, safe_name
+from selfforcing_core.prompts import INSTRUCTION, extend_prompts, output_name, read_extended, read_prompts, safe_name
 
 
 @given(st.text(max_size=300))
@@ -76,24 +76,24 @@ def server() -> Iterator[tuple[str, list[dict[str, Any]], dict[str, Any]]]:
 
 def test_a_server_writes_the_longer_prompt(server: tuple[str, list[dict[str, Any]], dict[str, Any]]) -> None:
     address, asked, answer = server
-    assert extend_prompt("a cat", address, name="qwen", key="secret") == "A long caption."
+    assert extend_prompts(["a cat"], address, name="qwen", key="secret") == ["A long caption."]
     assert (asked[0]["path"], asked[0]["model"], asked[0]["key"]) == ("/v1/chat/completions", "qwen", "Bearer secret")
     assert [message["content"] for message in asked[0]["messages"]] == [INSTRUCTION, "a cat"]
     answer.clear()
     with pytest.raises(ValueError, match="answered without choices"):
-        extend_prompt("a cat", address)
+        extend_prompts(["a cat"], address)
     answer["choices"] = [{"message": {"content": "  "}}]
     with pytest.raises(ValueError, match="answered with nothing"):
-        extend_prompt("a cat", address)
+        extend_prompts(["a cat"], address)
 
 
 def test_no_answer_and_no_model_are_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="gave no answer"):
-        extend_prompt("a cat", "http://127.0.0.1:9/v1")
+        extend_prompts(["a cat"], "http://127.0.0.1:9/v1")
     with pytest.raises(ValueError, match="needs a language model"):
-        extend_prompt("a cat", "")
+        extend_prompts(["a cat"], "")
     with pytest.raises(ValueError, match="neither a folder of a chat model"):
-        extend_prompt("a cat", str(tmp_path))
+        extend_prompts(["a cat"], str(tmp_path))
 
 
 def test_a_local_chat_model_writes_the_longer_prompt(tmp_path: Path) -> None:
@@ -116,6 +116,6 @@ def test_a_local_chat_model_writes_the_longer_prompt(tmp_path: Path) -> None:
         max_position_embeddings=1024, eos_token_id=None, bos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(str(tmp_path))
-    made = extend_prompt("a cat", str(tmp_path))
+    made = extend_prompts(["a cat"], str(tmp_path))[0]
     assert set(made.split()) <= set(words)
     assert INSTRUCTION not in made

@@ -1,0 +1,321 @@
+"""A request for videos, and everything that can be decided and refused about it before anything is computed.
+
+Letters: V video frames, R RGB, H W height and width in pixels, T latent frames, C latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .atomic import check_writable
+from .attention import ATTENTIONS
+from .checkpoint import DTYPES, Checkpoint, read_checkpoint
+from .config import CausalConfig, StepConfig, TAEHVConfig, WanConfig
+from .geometry import (
+    SPATIAL_FACTOR,
+    TEMPORAL_FACTOR,
+    VideoGeometry,
+    covered_latents,
+    latent_frames,
+    pixel_frames,
+)
+from .hub import list_bundles, resolve_model, resolve_taehv
+from .image import read_image
+from .kv_cache import KVCache
+from .layout import wan_shapes
+from .start import context_frames, read_latents
+from .taehv_releases import expect_latent_space
+from .video import check_video_path, read_video
+
+# Width, height and frames that a bundle was trained on; anything else is taken for a Wan 2.1 model.
+BUNDLE_SIZES = {"tiny": (64, 64, 33)}
+WAN_SIZE = (832, 480, 81)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate and where to; None means what the checkpoint says, or the size its model was trained on.
+
+    model, taehv, text_encoder: a bundle's name or a path; vae, clip: paths. width, height in pixels, frames in video
+    frames; chunk, window, sink in latent frames (see CausalConfig); steps as in StepConfig, or their number. image:
+    the first frame. extend: a video, or latents kept by `latents`, that goes on for `frames` more frames. cfg: scale
+    of the guidance away from `negative`. decoder: "taehv" or "vae". taehv_latents: whose latents the TAEHV decodes,
+    where its file does not say.
+    """
+
+    prompt: str
+    out: Path
+    model: str = "tiny"
+    weights: str = "auto"
+    taehv: str | None = None
+    taehv_latents: str | None = None
+    text_encoder: str | None = None
+    vae: Path | None = None
+    clip: Path | None = None
+    decoder: str | None = None
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+    fps: float = 16
+    seed: int = 0
+    chunk: int | None = None
+    window: int | None = None
+    sink: int | None = None
+    steps: tuple[float, ...] | int | None = None
+    shift: float | None = None
+    solver: str | None = None
+    cfg: float = 1.0
+    negative: str = ""
+    image: Path | None = None
+    extend: Path | None = None
+    sheet: Path | None = None
+    latents: Path | None = None
+    overwrite: bool = False
+    device: str = "cpu"
+    dtype: str | None = None
+    attention: str = "auto"
+    fp8: bool = False
+
+
+@dataclass(frozen=True)
+class Take:
+    """Videos of one prompt that are computed together: row b of the noise is `first_row` + b.
+
+    prompt: as the user wrote it. text: what the model reads.
+    """
+
+    prompt: str
+    text: str
+    outs: tuple[Path, ...]
+    first_row: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request whose every choice is made."""
+
+    geometry: VideoGeometry
+    config: WanConfig
+    causal: CausalConfig
+    steps: StepConfig
+    device: torch.device
+    dtype: torch.dtype
+    decoder: str
+    given_frames: int  # latent frames of the start
+    image_RHW: Tensor | None  # the first frame, in its own size
+    source: Tensor | None  # what is extended: frames [V, R, H, W], or latents [T, C, H, W] if is_latent
+    is_latent: bool
+
+    @property
+    def is_prefixed_by_image(self) -> bool:
+        """Whether the picture enters as the first frame in the cache; image-to-video models get it as channels."""
+        return self.image_RHW is not None and self.config.model_type == "t2v"
+
+    @property
+    def shown_frames(self) -> int:
+        """Frames of the file: all of the rollout's, or those of the extended video and the new ones."""
+        if self.source is None:
+            return self.geometry.frames
+        shown = pixel_frames(len(self.source)) if self.is_latent else len(self.source)
+        return shown + self.generated_frames
+
+    @property
+    def generated_frames(self) -> int:
+        """Frames that the model makes: not those of a picture or of the video that is extended."""
+        return self.geometry.frames - pixel_frames(self.given_frames)
+
+
+def plan_request(request: Request, takes: Sequence[Take]) -> Plan:
+    """Every check that needs no computing, cheapest first. Raises ValueError for whatever cannot work."""
+    _check_files(request, takes)
+    if not 0 < request.fps < float("inf"):
+        raise ValueError(f"fps {request.fps} is not a positive number; Wan models are trained at 16")
+    if request.attention not in ATTENTIONS:
+        raise ValueError(f"attention {request.attention!r} is unknown; use {', '.join(ATTENTIONS)}")
+    checkpoint = read_checkpoint(resolve_model(request.model), weights=request.weights)
+    if not isinstance(checkpoint.config, WanConfig):
+        raise ValueError(f"{request.model} is a {checkpoint.kind}, not a video model; give it as --taehv")
+    config, decoder = checkpoint.config, _decoder(request)
+    _check_companions(request, config, decoder)
+    causal, steps = _settings(request, checkpoint)
+    source, is_latent = _source(request, config)
+    geometry, given = _geometry(request, config, causal, source, is_latent)
+    device = _device(request.device)
+    dtype = _dtype(request.dtype, checkpoint, device)
+    if decoder == "taehv":
+        _check_taehv(request, checkpoint)
+    image = None if request.image is None else read_image(request.image)
+    return Plan(geometry, config, causal, steps, device, dtype, decoder, given, image, source, is_latent)
+
+
+def _check_files(request: Request, takes: Sequence[Take]) -> None:
+    if not takes:
+        raise ValueError("there is nothing to generate")
+    outs = [out for take in takes for out in take.outs]
+    more = [path for path in (request.sheet, request.latents) if path is not None]
+    if any(not take.text.strip() for take in takes):
+        raise ValueError("the prompt is empty; describe the video in a few words")
+    if more and len(outs) > 1:
+        raise ValueError("--sheet and --latents go with one video; leave them out for several")
+    if len({path.resolve() for path in [*outs, *more]}) < len(outs) + len(more):
+        raise ValueError(f"{outs[0]}: video, contact sheet and latents cannot be one file; name two or three")
+    for out in outs:
+        check_video_path(out)
+    for path in [*outs, *more]:
+        check_writable(path, overwrite=request.overwrite)
+
+
+def _check_companions(request: Request, config: WanConfig, decoder: str) -> None:
+    """Whether every other network that this model needs is named."""
+    if decoder == "vae" and request.vae is None:
+        raise ValueError("--decoder vae needs the file of the VAE; give it as --vae")
+    has_decoder = request.vae is not None if decoder == "vae" else request.taehv is not None
+    if request.model not in list_bundles() and not (has_decoder and request.text_encoder):
+        raise ValueError(
+            f"{request.model} is a single file; give its --taehv (or --vae) and its --text-encoder as well"
+        )
+    if request.image and request.extend:
+        raise ValueError("--image and --extend both say how the video starts; give one of them")
+    if config.model_type == "i2v" and not (request.image and request.vae and request.clip):
+        raise ValueError("this is an image-to-video model; give it --image, --vae and --clip")
+
+
+def _decoder(request: Request) -> str:
+    decoder = request.decoder or ("vae" if request.vae is not None and request.taehv is None else "taehv")
+    if decoder not in ("taehv", "vae"):
+        raise ValueError(f"decoder {decoder!r} is unknown; use taehv or vae")
+    return decoder
+
+
+def _is_prefix(request: Request, config: WanConfig) -> bool:
+    """Whether a picture enters as the first frame in the cache; image-to-video models get it as condition channels."""
+    return request.image is not None and config.model_type == "t2v"
+
+
+def _settings(request: Request, checkpoint: Checkpoint) -> tuple[CausalConfig, StepConfig]:
+    """The checkpoint's way of being run, with what the request changes."""
+    assert isinstance(checkpoint.config, WanConfig)
+    causal = {name: getattr(request, name) for name in ("chunk", "window", "sink")}
+    chosen = replace(checkpoint.causal or CausalConfig(), **{k: v for k, v in causal.items() if v is not None})
+    if _is_prefix(request, checkpoint.config) and chosen.chunk > 1:
+        chosen = replace(chosen, independent_first_frame=True)
+    steps = checkpoint.steps or StepConfig()
+    if isinstance(request.steps, int):
+        even = StepConfig.even(request.steps, shift=request.shift or steps.shift)
+        steps = replace(steps, steps=even.steps)
+    elif request.steps is not None:
+        steps = replace(steps, steps=request.steps)
+    changes = {name: getattr(request, name) for name in ("shift", "solver")}
+    return chosen, replace(steps, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _source(request: Request, config: WanConfig) -> tuple[Tensor | None, bool]:
+    """What is to be extended, and whether it is latents."""
+    if request.extend is None:
+        return None, False
+    latents = read_latents(request.extend)
+    if latents is None:
+        return read_video(request.extend), False
+    if latents.shape[1] != config.out_dim:
+        raise ValueError(f"{request.extend}: latents of {latents.shape[1]} channels, the model makes {config.out_dim}")
+    return latents, True
+
+
+def _geometry(
+    request: Request, config: WanConfig, causal: CausalConfig, source: Tensor | None, is_latent: bool
+) -> tuple[VideoGeometry, int]:
+    """The size of what the rollout makes, and how many of its latent frames are given."""
+    width, height, frames = BUNDLE_SIZES.get(request.model, WAN_SIZE)
+    first = int(causal.independent_first_frame)
+    usual = max(1, (latent_frames(frames) - first) // causal.chunk) * causal.chunk  # whole chunks in the usual length
+    if source is None:
+        given, frames = int(_is_prefix(request, config)), _or(request.frames, pixel_frames(first + usual))
+    else:
+        height, width = (side * (SPATIAL_FACTOR if is_latent else 1) for side in source.shape[-2:])
+        if (_or(request.width, width), _or(request.height, height)) != (width, height):
+            raise ValueError(f"{request.extend} is {width}x{height}; leave --width and --height out when extending it")
+        given = context_frames(len(source) if is_latent else covered_latents(len(source)), causal)
+        frames = pixel_frames(given) + _added(_or(request.frames, TEMPORAL_FACTOR * usual), causal)
+    geometry = VideoGeometry(
+        width=_or(request.width, width), height=_or(request.height, height), frames=frames, chunk=causal.chunk,
+        independent_first_frame=causal.independent_first_frame,
+    )  # fmt: skip
+    return geometry, given
+
+
+def _added(frames: int, causal: CausalConfig) -> int:
+    """Frames that an extension adds. Raises ValueError unless they are whole chunks."""
+    step = TEMPORAL_FACTOR * causal.chunk
+    if frames < 1 or frames % step:
+        below = max(frames, 0) // step * step
+        nearest = " or ".join(str(count) for count in (below, below + step) if count)
+        raise ValueError(f"{frames} frames to add are not whole chunks of {step} frames; use {nearest}")
+    return frames
+
+
+def _check_taehv(request: Request, model: Checkpoint) -> None:
+    """Whether the TAEHV decodes this model's latents. A bundle's own, if it says nothing, is taken to."""
+    path = resolve_taehv(request.taehv or request.model)
+    taehv = read_checkpoint(path)
+    if not isinstance(taehv.config, TAEHVConfig):
+        raise ValueError(f"{path} is a {taehv.kind}, not a TAEHV; choose a file such as taew2_1")
+    assert isinstance(model.config, WanConfig)
+    check_channels(model.config.out_dim, taehv.config.latent_channels, "TAEHV")
+    found = request.taehv_latents or taehv.latent_space
+    if model.latent_space is not None and (request.taehv is not None or found is not None):
+        expect_latent_space(found, taehv.config, model.latent_space, path)
+
+
+def check_channels(channels: int, decoded: int, what: str) -> None:
+    """Raise ValueError unless the decoder called `what` takes as many channels as the model makes."""
+    if decoded != channels:
+        raise ValueError(
+            f"the model makes latents of {channels} channels, the {what} decodes {decoded}; "
+            f"use the {what} that belongs to the model"
+        )
+
+
+def _or(chosen: Any, default: Any) -> Any:
+    return default if chosen is None else chosen
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} cannot be used here; cpu always works") from error
+    return device
+
+
+def _dtype(name: str | None, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """The asked one; else the stored one, except on a CPU, where float32 is both exact and fastest."""
+    if name is None:
+        stored = checkpoint.dtype if checkpoint.dtype in DTYPES else "bfloat16"
+        name = "float32" if device.type == "cpu" else stored
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is no type to compute in; use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def memory_in_words(plan: Plan, request: Request, batch: int) -> str:
+    """What the device will have to hold at once while chunks are made, counted before anything is loaded."""
+    numbers = sum(torch.Size(shape).numel() for shape in wan_shapes(plan.config).values())
+    weights = numbers * (1 if request.fp8 else plan.dtype.itemsize)
+    window = plan.causal.window if plan.causal.window != -1 else plan.geometry.latent_frames
+    frames = min(window, plan.geometry.latent_frames)
+    cache = KVCache.num_bytes(
+        plan.config, batch=batch, tokens_per_frame=plan.geometry.tokens_per_frame, capacity=frames, dtype=plan.dtype
+    )
+    caches = cache * (2 if request.cfg != 1 else 1)
+    total = (weights + caches) / 1e9
+    return (
+        f"on {plan.device}: video model {weights / 1e9:.1f} GB, caches {caches / 1e9:.1f} GB, together {total:.1f} GB "
+        "plus activations and the decoder; the text encoder is gone before they come"
+    )
