@@ -29,9 +29,10 @@ def test_the_last_chunk_has_no_clean_pass_and_later_chunks_see_more() -> None:
 
 
 def test_a_share_is_the_flops_over_the_cpu_time_over_the_rate() -> None:
-    rate = 1e9
-    cpu = [bench.chunk_flops(TINY, i, is_last=i == 1) / rate / share for i, share in enumerate((0.5, 0.25))]
-    found = bench.shares(TINY, [{"seconds": 1.0, "cpu_seconds": seconds} for seconds in cpu], rate)
+    flops = [bench.chunk_flops(TINY, i, is_last=i == 1) for i in range(2)]
+    goals = zip(flops, (0.5, 0.25), (1e9, 2e9))
+    timings = [{"seconds": 1.0, "cpu_seconds": n / rate / share, "matmul": rate} for n, share, rate in goals]
+    found = bench.shares(TINY, timings)
     assert [row["share_of_matmul"] for row in found["chunks"]] == pytest.approx([0.5, 0.25], abs=1e-4)
     assert 0.25 < found["share_of_matmul"] < 0.5
 
@@ -44,7 +45,8 @@ def test_a_case_reports_every_chunk_and_what_it_ran_on(monkeypatch: pytest.Monke
         case = bench.measure("tiny")
     finally:
         torch.set_num_threads(threads)
-    assert [set(row) for row in case["chunks"]] == [{"seconds", "cpu_seconds", "gflop", "share_of_matmul"}] * 2
+    columns = {"seconds", "cpu_seconds", "gflop", "matmul_gflops", "share_of_matmul"}
+    assert [set(row) for row in case["chunks"]] == [columns] * 2
     assert case["memory"]["kv_cache"] == 2 * 2 * 6 * 4 * 32 * 4
     assert {"cpu", "torch", "python"} <= set(bench.hardware())
     json.dumps(case)
