@@ -3,8 +3,8 @@
     python -m bench.rollout --json --case all --out bench/results/rollout.json
 
 Random weights: the arithmetic does not depend on them. FLOPs are counted in closed form (see `pass_flops`), CPU time is
-that of the process, and the matmul is measured first and again after every chunk, since a shared machine's speed changes
-within a minute; so a share says how much of a chunk's time went into anything else.
+that of the process, and the matmul is measured first and again after every chunk, since a shared machine's speed
+changes within a minute; so a share says how much of a chunk's time went into anything else.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def shares(case: Case, timings: list[dict[str, float]]) -> dict[str, Any]:
-    """Per chunk and over the whole video: seconds, CPU seconds, and FLOPs as a share of the matmul rate at that time."""
+    """Per chunk and over the whole video: seconds, CPU seconds, and FLOPs as a share of the matmul's rate just then."""
     rows, total, possible = [], 0, 0.0
     for index, taken in enumerate(timings):
         flops = chunk_flops(case, index, is_last=index == len(timings) - 1)
@@ -190,8 +190,12 @@ def memory(model: CausalWan, case: Case, imported: int | None, peak: int | None)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     matmul = 3 * MATMUL_SIZE**2 * 4
     return {
-        "peak": peak, "peak_after_imports": imported, "weights": weights, "kv_cache": cache, "matmul_of_the_meter": matmul
-    }  # fmt: skip
+        "peak": peak,
+        "peak_after_imports": imported,
+        "weights": weights,
+        "kv_cache": cache,
+        "matmul_of_the_meter": matmul,
+    }
 
 
 # ------------------------------------------------------------------- report --

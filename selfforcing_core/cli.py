@@ -119,6 +119,9 @@ def _add_generate(make: argparse.ArgumentParser) -> None:
     where.add_argument("--device", default="cpu", help="for instance cuda or mps (default: cpu)")
     where.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else the stored one)")
     where.add_argument("--attention", default="auto", help="auto, math, flash, efficient or cudnn (default: auto)")
+    where.add_argument(
+        "--compile", action="store_true", help="compile the model's blocks; the first chunk waits for it"
+    )
     where.add_argument("--fp8", action="store_true", help="keep the model's weights in 8 bits")
     where.add_argument("--threads", type=int, help="CPU threads to compute with (default: torch's choice)")
     where.add_argument("--json", action="store_true", help="print the measurements as one JSON object per video")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -67,8 +68,20 @@ def generate_all(
         takes = [replace(take, text=text) for take, text in zip(takes, rewrite([take.text for take in takes]))]
     if show_progress and plan.device.type != "cpu":
         log.warning("%s", memory_in_words(plan, request, max(len(take.outs) for take in takes)))
-    with attention_kernel(request.attention):
+    with attention_kernel(request.attention), _compiler_named():
         return _generate_all(request, takes, plan, show_progress)
+
+
+@contextmanager
+def _compiler_named() -> Iterator[None]:
+    """Say in one line what torch.compile lacks, in place of its own pages."""
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"--compile failed ({reason}); it needs a C++ compiler, on a GPU Triton as well; leave it out otherwise"
+        ) from error
 
 
 @torch.no_grad()
@@ -132,10 +145,11 @@ def _load_autoencoder(request: Request, plan: Plan) -> TAEHV | WanVAE:
 
 def _load_model(request: Request, plan: Plan) -> Any:
     """The video model on its device; with fp8 it is shrunk on the CPU before it moves."""
-    if not request.fp8:
-        return load_model(request.model, dtype=plan.dtype, device=plan.device, weights=request.weights)[0]
-    model, _ = load_model(request.model, dtype=plan.dtype, weights=request.weights)
-    return store_in_float8(model).to(plan.device)
+    device = None if request.fp8 else plan.device
+    model: Any = load_model(request.model, dtype=plan.dtype, device=device, weights=request.weights)[0]
+    if request.fp8:
+        model = store_in_float8(model).to(plan.device)
+    return model.compile_blocks() if request.compile else model
 
 
 def _start(request: Request, plan: Plan, autoencoder: TAEHV | WanVAE) -> tuple[Start, Tensor | None, Tensor | None]:

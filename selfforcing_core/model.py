@@ -51,15 +51,11 @@ class _SelfAttention(nn.Module):
     def heads(self, x_BLD: Tensor) -> Tensor:
         return x_BLD.unflatten(-1, (self.num_heads, -1))
 
-    def forward(
-        self, x_BLD: Tensor, rotary: Tensor, cache: KVCache | None, layer: int, mask_LS: Tensor | None
-    ) -> Tensor:
+    def forward(self, x_BLD: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys (both turned by their position) and values [B, L, N, K]; `o` takes what attention makes."""
         q = apply_rotary(self.heads(self.norm_q(self.q(x_BLD))), rotary)
         k = apply_rotary(self.heads(self.norm_k(self.k(x_BLD))), rotary)
-        v = self.heads(self.v(x_BLD))
-        if cache is not None:
-            k, v = cache.update(layer, k, v)
-        return self.o(attend(q, k, v, mask_LS).flatten(2))
+        return q, k, self.heads(self.v(x_BLD))
 
 
 KeysValues = tuple[tuple[Tensor, Tensor], ...]
@@ -123,19 +119,30 @@ class _Block(nn.Module):
         layer: int,
         mask_LS: Tensor | None,
     ) -> Tensor:
-        modulation = (e_BF6D + self.modulation.to(e_BF6D)).unsqueeze(3).unbind(2)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        q, k, v = self.before_attention(x_BFPD, e_BF6D, rotary)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)
+        attended_BLNK = attend(q, k, v, mask_LS)
+        return self.after_attention(x_BFPD, e_BF6D, attended_BLNK, self._keys_values(context, cache, layer))
+
+    def before_attention(self, x_BFPD: Tensor, e_BF6D: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the frames' own tokens. Tensors in, tensors out: what can be compiled."""
+        shift, scale, *_ = self.modulation_at(e_BF6D)
+        return self.self_attn(torch.addcmul(shift, self.norm1(x_BFPD), 1 + scale).flatten(1, 2), rotary)
+
+    def after_attention(self, x_BFPD: Tensor, e_BF6D: Tensor, attended_BLNK: Tensor, keys_values: KeysValues) -> Tensor:
+        """The rest of the block, from what self-attention made. Tensors in, tensors out: what can be compiled."""
+        _, _, gate1, shift, scale, gate2 = self.modulation_at(e_BF6D)
         grid = x_BFPD.shape[1:3]
-
-        normed = torch.addcmul(shift1, self.norm1(x_BFPD), 1 + scale1).flatten(1, 2)
-        attended = self.self_attn(normed, rotary, cache, layer, mask_LS).unflatten(1, grid)
+        attended = self.self_attn.o(attended_BLNK.flatten(2)).unflatten(1, grid)
         x_BFPD = torch.addcmul(x_BFPD, attended, gate1)
-
-        keys_values = self._keys_values(context, cache, layer)
         x_BFPD = x_BFPD + self.cross_attn(self.norm3(x_BFPD).flatten(1, 2), keys_values).unflatten(1, grid)
-
-        fed = self.ffn(torch.addcmul(shift2, self.norm2(x_BFPD), 1 + scale2))
+        fed = self.ffn(torch.addcmul(shift, self.norm2(x_BFPD), 1 + scale))
         return torch.addcmul(x_BFPD, fed, gate2)
+
+    def modulation_at(self, e_BF6D: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate [B, F, 1, D] of self-attention, then of the feed-forward layer."""
+        return (e_BF6D + self.modulation.to(e_BF6D)).unsqueeze(3).unbind(2)
 
     def _keys_values(self, context: _Context | None, cache: KVCache | None, layer: int) -> KeysValues:
         def compute() -> KeysValues:
@@ -199,6 +206,18 @@ class CausalWan(nn.Module):
             self.img_emb = _ImageEmbedding(config, operations, **factory)
         self.blocks = nn.ModuleList(_Block(config, operations, **factory) for _ in range(config.num_layers))
         self.head = _Head(config, operations, **factory)
+
+    def compile_blocks(self, **options: Any) -> CausalWan:
+        """Compile every block but its way into the cache and out of it; returns self.
+
+        All blocks share the compiled code, and since only the frames of one chunk enter it, neither the length of the
+        video nor the fill of the cache compiles anything again. options: of torch.compile, such as backend.
+        """
+        for block in self.blocks:
+            assert isinstance(block, _Block)
+            block.before_attention = torch.compile(block.before_attention, dynamic=False, **options)
+            block.after_attention = torch.compile(block.after_attention, dynamic=False, **options)
+        return self
 
     def new_cache(
         self, *, batch: int, latent_height: int, latent_width: int, capacity: int, sink: int = 0, like: Tensor

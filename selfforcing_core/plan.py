@@ -80,6 +80,7 @@ class Request:
     device: str = "cpu"
     dtype: str | None = None
     attention: str = "auto"
+    compile: bool = False
     fp8: bool = False
 
 

@@ -251,6 +251,31 @@ def test_float8_is_close_to_the_stored_weights(
     assert 0 < (exact - float8).abs().mean() < 0.2 * (exact - other).abs().mean()
 
 
+def test_compiled_blocks_make_the_same_video_and_their_failure_is_one_line(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = CausalWan.compile_blocks
+    monkeypatch.setattr(CausalWan, "compile_blocks", lambda model: whole(model, backend="aot_eager"))
+    latents = []
+    for index, more in enumerate(([], ["--compile"])):
+        kept = tmp_path / f"{index}.safetensors"
+        run([*options, "--prompt", "a", "--frames", "9", *more, "--out", str(tmp_path / f"{index}.mp4"),
+             "--latents", str(kept)], capsys)  # fmt: skip
+        latents.append(load_file(kept)["latents"])
+    torch.testing.assert_close(*latents)
+
+    def broken(*_: Any) -> None:
+        raise OSError("no compiler here\nsecond line")
+
+    monkeypatch.setattr(CausalWan, "compile_blocks", lambda model: whole(model, backend=broken))
+    torch._dynamo.reset()
+    assert main([*options, "--prompt", "a", "--compile", "--out", str(tmp_path / "b.mp4")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]  # behind the progress bar
+    assert "--compile failed" in said
+    assert "no compiler here" in said
+    assert not (tmp_path / "b.mp4").exists()
+
+
 def test_a_foreign_taehv_is_refused_and_an_unknown_one_asked_about(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfforcing_core.attention import block_causal_frames
@@ -192,15 +193,20 @@ def test_seeded_noise_depends_on_seed_row_chunk_and_step() -> None:
     assert torch.equal(SeededNoise(5).draw(3, 1, (2, 4, 4))[:1], SeededNoise(5).draw(3, 1, (1, 4, 4)))
 
 
-@settings(max_examples=15)
-@given(st.booleans(), st.integers(1, 3), st.integers(1, 2), st.sampled_from([1, 2]))
-def test_continuing_from_a_prefix_is_the_uninterrupted_video(first: bool, chunk: int, chunks: int, rows: int) -> None:
-    """Given its own first chunks as a prefix, a rollout goes on exactly as before, for a batch of 1 or B."""
-    model, causal = random_wan(), CausalConfig(chunk, independent_first_frame=first)
-    text = random_text(batch=rows)
-    frames = int(first) + chunk * (chunks + 1)
+@settings(max_examples=25)
+@given(layouts(), st.data(), st.sampled_from([1, 2]))
+def test_continuing_from_a_prefix_is_the_uninterrupted_video(
+    layout: tuple[int, CausalConfig], data: st.DataObject, rows: int
+) -> None:
+    """Given any number of its own first chunks, a rollout goes on exactly as before, for a batch of 1 or B."""
+    frames, causal = layout
+    lengths = chunk_lengths(frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
+    given_chunks = data.draw(st.integers(0, len(lengths) - 1)) if len(lengths) > 1 else 0
+    model, text = random_wan(), random_text(batch=rows)
     whole = video(model, frames, causal, text=text)
-    prefix = whole[:, : frames - chunk]
+    if not given_chunks:
+        return
+    prefix = whole[:, : sum(lengths[:given_chunks])]
     torch.testing.assert_close(video(model, frames, causal, text=text, prefix_BTCHW=prefix), whole)
     shared = video(model, frames, causal, text=text, prefix_BTCHW=prefix[:1])
     torch.testing.assert_close(shared[:1], whole[:1])
@@ -237,6 +243,17 @@ def test_bad_lengths_are_refused_before_any_work(
 def test_text_that_does_not_fit_the_model_is_refused() -> None:
     with pytest.raises(ValueError, match="use the text encoder that the model was trained with"):
         video(random_wan(), 2, CausalConfig(2), text=Conditioning(torch.zeros(1, 3, 99)))
+
+
+def test_compiled_blocks_are_compiled_once_however_long_the_video() -> None:
+    """Neither the cache's fill nor its eviction compiles anything again, and all blocks share the code."""
+    causal = CausalConfig(chunk=1, window=3, sink=1)
+    expected = video(random_wan(), 8, causal)
+    counter = CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    compiled = random_wan().compile_blocks(backend=counter)
+    assert torch.equal(video(compiled, 8, causal), expected)
+    assert counter.frame_count == 2, "one piece before attention, one behind it"
 
 
 def test_unmasked_forward_of_one_chunk_is_the_bidirectional_network() -> None:
