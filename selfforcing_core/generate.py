@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -68,16 +68,18 @@ def generate_all(
         takes = [replace(take, text=text) for take, text in zip(takes, rewrite([take.text for take in takes]))]
     if show_progress and plan.device.type != "cpu":
         log.warning("%s", memory_in_words(plan, request, max(len(take.outs) for take in takes)))
-    with attention_kernel(request.attention), _compiler_named():
+    with attention_kernel(request.attention), _compiler_named() if request.compile else nullcontext():
         return _generate_all(request, takes, plan, show_progress)
 
 
 @contextmanager
 def _compiler_named() -> Iterator[None]:
     """Say in one line what torch.compile lacks, in place of its own pages."""
+    from torch._dynamo.exc import TorchDynamoException
+
     try:
         yield
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except TorchDynamoException as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"--compile failed ({reason}); it needs a C++ compiler, on a GPU Triton as well; leave it out otherwise"
