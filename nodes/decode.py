@@ -1,4 +1,4 @@
-"""Latents to frames."""
+"""Latents to frames, and frames to latents."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 from einops import rearrange
 
-from .adapter import taehv_autoencoder
+from . import host
+from .autoencoder import taehv_autoencoder
 
 
 class SelfForcingTAEHVDecode(io.ComfyNode):
@@ -15,10 +16,11 @@ class SelfForcingTAEHVDecode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return host.schema(
             node_id="SelfForcingTAEHVDecode",
             display_name="Decode TAEHV (Self Forcing)",
             category="SelfForcing",
+            search_aliases=["taehv", "taew2_1", "tiny vae", "fast decode"],
             description="Decodes video latents frame by frame: memory does not grow with the length of the video, and "
             "it can be stopped at any frame.",
             inputs=[
@@ -32,3 +34,26 @@ class SelfForcingTAEHVDecode(io.ComfyNode):
     def execute(cls, samples: dict[str, Any], taehv: Any) -> io.NodeOutput:
         frames_BVHWR = taehv_autoencoder(taehv).decode(samples["samples"])
         return io.NodeOutput(rearrange(frames_BVHWR, "b v h w r -> (b v) h w r"))
+
+
+class SelfForcingTAEHVEncode(io.ComfyNode):
+    """IMAGE to LATENT."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="SelfForcingTAEHVEncode",
+            display_name="Encode TAEHV (Self Forcing)",
+            category="SelfForcing",
+            search_aliases=["taehv", "taew2_1", "tiny vae", "fast encode"],
+            description="Encodes the frames of a video with the tiny autoencoder, for instance to continue it.",
+            inputs=[
+                io.Image.Input("pixels", tooltip="Frames of one video: 4n+1 of them, sides in multiples of 8 pixels."),
+                io.Vae.Input("taehv", tooltip="From the node Load TAEHV (Self Forcing)."),
+            ],
+            outputs=[io.Latent.Output(tooltip="Video latents; one per 4 frames, and one for the first.")],
+        )
+
+    @classmethod
+    def execute(cls, pixels: Any, taehv: Any) -> io.NodeOutput:
+        return io.NodeOutput({"samples": taehv_autoencoder(taehv).encode(pixels)})

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .decode import SelfForcingTAEHVDecode
-from .loader import SelfForcingModelLoader, SelfForcingTAEHVLoader
+from .custom_sampling import SelfForcingFewStepSampler, SelfForcingGuider, SelfForcingSampler, SelfForcingSigmas
+from .decode import SelfForcingTAEHVDecode, SelfForcingTAEHVEncode
+from .image_to_video import SelfForcingImageToVideo
+from .loader import SelfForcingCacheOptions, SelfForcingModelLoader, SelfForcingPatchModel, SelfForcingTAEHVLoader
 from .sampler import SelfForcingStreamSampler
+from .state import SelfForcingResume, SelfForcingSnapshot
 from .text import SelfForcingTextEncode
 
 
@@ -20,4 +23,14 @@ class SelfForcingExtension(ComfyExtension):
             SelfForcingStreamSampler,
             SelfForcingTAEHVLoader,
             SelfForcingTAEHVDecode,
+            SelfForcingPatchModel,
+            SelfForcingCacheOptions,
+            SelfForcingSampler,
+            SelfForcingFewStepSampler,
+            SelfForcingSigmas,
+            SelfForcingGuider,
+            SelfForcingImageToVideo,
+            SelfForcingTAEHVEncode,
+            SelfForcingSnapshot,
+            SelfForcingResume,
         ]

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management as memory
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.utils
 import folder_paths
 import torch
+from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image
 from torch import Tensor
 
@@ -59,10 +63,34 @@ def text_encoder_folder(choice: str) -> Path:
     raise ValueError(f"{choice!r} is no folder with a config.json in models/text_encoders; refresh the list")
 
 
+def state_choices(suffix: str) -> list[str]:
+    """Files that end so, below the output folder and then the input folder, newest first."""
+    roots = [Path(folder_paths.get_output_directory()), Path(folder_paths.get_input_directory())]
+    found = [
+        (path.stat().st_mtime, path.relative_to(root).as_posix()) for root in roots for path in root.rglob(f"*{suffix}")
+    ]
+    return list(dict.fromkeys(name for _, name in sorted(found, reverse=True)))
+
+
+def state_file(choice: str) -> Path:
+    """The file behind a choice of `state_choices`. Raises ValueError if it is gone or lies elsewhere."""
+    for root in (Path(folder_paths.get_output_directory()), Path(folder_paths.get_input_directory())):
+        path = (root / choice).resolve()
+        if path.is_relative_to(root.resolve()) and path.is_file():
+            return path
+    raise ValueError(f"{choice!r} is neither in the output nor in the input folder; refresh the list and choose again")
+
+
 def fingerprint(path: Path) -> str:
     """Changes when the file (or any file of the folder) changes, so that the host reloads it only then."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return "|".join(f"{file}:{os.path.getmtime(file)}" for file in files if file.is_file())
+
+
+def schema(*, search_aliases: Sequence[str] = (), **options: Any) -> io.Schema:
+    """A node's schema, with search aliases where the host knows them."""
+    has_aliases = any(item.name == "search_aliases" for item in fields(io.Schema))
+    return io.Schema(**options, **({"search_aliases": list(search_aliases)} if has_aliases else {}))
 
 
 # ------------------------------------------------------ devices and memory --
@@ -89,6 +117,23 @@ def to_graph(tensor: Tensor) -> Tensor:
 def check_interrupted() -> None:
     """Raise the host's own exception if the user pressed stop."""
     memory.throw_exception_if_processing_interrupted()
+
+
+def with_shift(patcher: Any, shift: float) -> Any:
+    """The MODEL with a flow-matching schedule of this shift, as the host's ModelSamplingSD3 sets it; changes it."""
+
+    class Sampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+        pass
+
+    sampling = Sampling(patcher.model.model_config)
+    sampling.set_parameters(shift=shift, multiplier=1000)
+    patcher.add_object_patch("model_sampling", sampling)
+    return patcher
+
+
+def blocked(reason: str) -> Any:
+    """In place of an output: nodes that need it do not run, and say why."""
+    return ExecutionBlocker(reason)
 
 
 # ---------------------------------------------------- progress and previews --

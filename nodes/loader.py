@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from comfy_api.latest import io
 
 from ..selfforcing_core.checkpoint import Checkpoint, read_checkpoint
+from ..selfforcing_core.config import CausalConfig, StepConfig
 from ..selfforcing_core.hub import resolve_model, resolve_taehv
 from ..selfforcing_core.taehv_releases import LATENT_SPACES, WAN, expect_latent_space
 from . import host
-from .adapter import TAEHVAutoencoder, model_from_checkpoint
+from .autoencoder import TAEHVAutoencoder
+from .causal_model import (
+    AUTO,
+    BASE,
+    CAUSAL,
+    FEW_STEP,
+    NOISE_AUTO,
+    SINK_AUTO,
+    Settings,
+    causal_settings,
+    model_from_checkpoint,
+    settings_of,
+    with_settings,
+)
 
 MODEL_FOLDER = "diffusion_models"
 TAEHV_FOLDERS = ("vae_approx", "vae")
@@ -18,6 +35,16 @@ WEIGHT_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e4m3fn_fast": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+KINDS = ("auto", CAUSAL, FEW_STEP, BASE)
+CACHE_DTYPES = {
+    "default": None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
 }
 
 
@@ -31,10 +58,11 @@ class SelfForcingModelLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return host.schema(
             node_id="SelfForcingModelLoader",
             display_name="Load Model (Self Forcing)",
             category="SelfForcing",
+            search_aliases=["self forcing", "causal wan", "causvid", "causal forcing", "autoregressive video"],
             description="Loads a Wan 2.1 model that was trained to generate chunk by chunk: safetensors or the "
             "released .pt files, as they are. The result is an ordinary MODEL: LoRA and other model nodes apply.",
             inputs=[
@@ -48,7 +76,8 @@ class SelfForcingModelLoader(io.ComfyNode):
                     options=list(WEIGHT_DTYPES),
                     default="default",
                     tooltip="Number type of the weights in memory. default: what suits the device; "
-                    "the 16-bit types take half the memory of float32.",
+                    "the 16-bit types take half the memory of float32, the fp8 types a quarter. fast: multiplies in "
+                    "fp8 too, where the card can.",
                 ),
                 io.Combo.Input(
                     "weights",
@@ -57,19 +86,129 @@ class SelfForcingModelLoader(io.ComfyNode):
                     tooltip="Which weights of a .pt file that holds both: ema is the moving average, raw the last "
                     "training step. auto: the moving average where there is one.",
                 ),
+                io.Combo.Input(
+                    "kind",
+                    options=list(KINDS),
+                    default="auto",
+                    optional=True,
+                    tooltip="How the model was trained. causal: chunk by chunk (Self Forcing, CausVid, Causal "
+                    "Forcing). few-step bidirectional: all frames at once in 4 steps (Self-Forcing-Plus 14B). base: "
+                    "not distilled. auto: what the file says; released files often say nothing.",
+                ),
             ],
-            outputs=[io.Model.Output(tooltip="The model, for the node Stream Sampler (Self Forcing).")],
+            outputs=[io.Model.Output(tooltip="The model: an ordinary MODEL that our samplers can run too.")],
         )
 
     @classmethod
-    def execute(cls, unet_name: str, weight_dtype: str, weights: str) -> io.NodeOutput:
+    def execute(cls, unet_name: str, weight_dtype: str, weights: str, kind: str = "auto") -> io.NodeOutput:
         checkpoint = read_checkpoint(host.file_of(unet_name, resolve_model, MODEL_FOLDER), weights=weights)
         _expect(checkpoint, "wan", unet_name, "choose a video model")
-        return io.NodeOutput(model_from_checkpoint(checkpoint, dtype=WEIGHT_DTYPES[weight_dtype]))
+        model = model_from_checkpoint(
+            checkpoint, kind=kind, dtype=WEIGHT_DTYPES[weight_dtype], is_fast_fp8=weight_dtype.endswith("_fast")
+        )
+        return io.NodeOutput(model)
 
     @classmethod
     def fingerprint_inputs(cls, unet_name: str = "", **_: object) -> str:
         return host.fingerprint(host.file_of(unet_name, resolve_model, MODEL_FOLDER)) if unet_name else ""
+
+
+class SelfForcingPatchModel(io.ComfyNode):
+    """MODEL of any loader to MODEL that our samplers can run."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="SelfForcingPatchModel",
+            display_name="Patch Model (Self Forcing)",
+            category="SelfForcing",
+            search_aliases=["causal wan", "gguf self forcing", "make causal"],
+            description="Lets the samplers of this pack run a Wan 2.1 model from any loader (Load Diffusion Model, "
+            "GGUF, quantised). Its layers stay as they are; other samplers see the same model as before.",
+            inputs=[
+                io.Model.Input("model", tooltip="A Wan 2.1 model whose weights were trained as `kind` says."),
+                io.Combo.Input(
+                    "kind",
+                    options=[CAUSAL, FEW_STEP],
+                    default=CAUSAL,
+                    tooltip="causal: trained chunk by chunk. few-step bidirectional: all frames at once in few steps.",
+                ),
+                io.Int.Input(
+                    "chunk", default=3, min=1, max=1000,
+                    tooltip="Latent frames that the weights were trained to denoise together: 3 chunk-wise, 1 "
+                    "frame-wise.",
+                ),
+                io.Float.Input(
+                    "shift", default=5.0, min=0.1, max=100.0, step=0.1,
+                    tooltip="Timestep shift of the schedule (a ratio). 5 for Self Forcing; the host assumes 8 for Wan.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The same model, prepared.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model: Any, kind: str, chunk: int, shift: float) -> io.NodeOutput:
+        settings = Settings(kind, CausalConfig(chunk=chunk), StepConfig(shift=shift))
+        return io.NodeOutput(host.with_shift(with_settings(model, settings), shift))
+
+
+class SelfForcingCacheOptions(io.ComfyNode):
+    """MODEL with other settings of its chunks and cache."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="SelfForcingCacheOptions",
+            display_name="Cache Options (Self Forcing)",
+            category="SelfForcing",
+            search_aliases=["kv cache", "window", "attention sink", "long video", "less vram"],
+            description="How a video is cut into chunks and what each chunk remembers of those before it.",
+            inputs=[
+                io.Model.Input("model", tooltip="From Load Model (Self Forcing) or Patch Model (Self Forcing)."),
+                io.Int.Input(
+                    "chunk", default=AUTO, min=0, max=1000,
+                    tooltip="Latent frames denoised together (one is 4 video frames). 0 is auto: as trained.",
+                ),
+                io.Int.Input(
+                    "window", default=AUTO, min=-1, max=100000,
+                    tooltip="Latent frames kept in the KV cache, the current chunk included; fewer need less memory "
+                    "and time. -1: the whole video; 0 is auto: as trained.",
+                ),
+                io.Int.Input(
+                    "sink", default=SINK_AUTO, min=-1, max=100000,
+                    tooltip="First latent frames that never leave the window. 0: none; -1 is auto: as trained.",
+                ),
+                io.Float.Input(
+                    "context_noise", default=NOISE_AUTO, min=-1.0, max=999.0, step=1.0,
+                    tooltip="Timestep (0 to 999) at which a finished chunk is written into the cache. 0: clean; "
+                    "-1 is auto: as trained.",
+                ),
+                io.Combo.Input(
+                    "cache_dtype", options=list(CACHE_DTYPES), default="default",
+                    tooltip="Number type of the KV cache. default: that of the computation; float8 takes half of "
+                    "16 bits and is less exact.",
+                ),
+                io.Combo.Input(
+                    "cache_device", options=["default", "cpu"], default="default",
+                    tooltip="Where the KV cache lies. cpu: in main memory, which frees the card and is much slower.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The model with these settings.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model: Any, chunk: int, window: int, sink: int, context_noise: float, cache_dtype: str, cache_device: str
+    ) -> io.NodeOutput:
+        settings = settings_of(model)
+        causal = causal_settings(settings.causal, chunk, window, sink)
+        if context_noise != NOISE_AUTO:
+            causal = replace(causal, context_noise=context_noise)
+        chosen = replace(
+            settings, causal=causal, cache_dtype=CACHE_DTYPES[cache_dtype],
+            cache_device=None if cache_device == "default" else cache_device,
+        )  # fmt: skip
+        return io.NodeOutput(with_settings(model, chosen))
 
 
 class SelfForcingTAEHVLoader(io.ComfyNode):
@@ -77,7 +216,7 @@ class SelfForcingTAEHVLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return host.schema(
             node_id="SelfForcingTAEHVLoader",
             display_name="Load TAEHV (Self Forcing)",
             category="SelfForcing",

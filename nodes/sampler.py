@@ -5,96 +5,29 @@ Letters: B batch, T latent frames, C channels, H W latent size, V video frames, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from comfy_api.latest import io
-from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
-from ..selfforcing_core.config import CausalConfig, StepConfig
-from ..selfforcing_core.geometry import (
-    PIXEL_STEP,
-    SPATIAL_FACTOR,
-    VideoGeometry,
-    chunk_lengths,
-    pixel_frames,
-    tokens_per_frame,
-)
-from ..selfforcing_core.kv_cache import KVCache
-from ..selfforcing_core.rollout import SeededNoise, rollout
+from ..selfforcing_core.config import CausalConfig
+from ..selfforcing_core.geometry import PIXEL_STEP, SPATIAL_FACTOR, VideoGeometry, pixel_frames
+from ..selfforcing_core.rollout import Chunk
 from . import host
-from .adapter import (
-    SelfForcingWan,
-    TAEHVAutoencoder,
-    compute_dtype,
-    conditioning_from_graph,
-    graph_images,
-    graph_latents,
-    self_forcing_model,
-    taehv_autoencoder,
-)
+from .autoencoder import FrameStream, TAEHVAutoencoder, graph_images, taehv_autoencoder
+from .causal_model import AUTO, SINK_AUTO, causal_settings, config_of, settings_of, sigmas_of
+from .sampling import ChunkGuider, ChunkSampler, Run, SeededHostNoise, StateHolder, known_frames, layout
 
-AUTO = 0
-SINK_AUTO = -1
+State = io.Custom("SELFFORCING_STATE")
 NO_FRAMES = "the sampler's IMAGE output needs an autoencoder; connect taehv, or decode the LATENT output instead"
+NO_STATE = "the sampler's state output is empty; switch keep_state on"
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What one run computes; (T, C, H, W) and batch of its latents."""
-
-    latent_shape: tuple[int, int, int, int]
-    batch: int
-    causal: CausalConfig
-    steps: StepConfig
-
-    @property
-    def num_calls(self) -> int:
-        """Network calls: every step of every chunk, and a cache pass for all chunks but the last."""
-        chunks = len(
-            chunk_lengths(
-                self.latent_shape[0],
-                self.causal.chunk,
-                independent_first_frame=self.causal.independent_first_frame,
-            )
-        )
-        return chunks * (len(self.steps.steps) + 1) - 1
-
-    def cache_bytes(self, model: SelfForcingWan) -> int:
-        frames, _, height, width = self.latent_shape
-        return KVCache.num_bytes(
-            model.diffusion_model.config,
-            batch=self.batch,
-            tokens_per_frame=tokens_per_frame(height, width),
-            capacity=frames if self.causal.window == -1 else min(frames, self.causal.window),
-            dtype=compute_dtype(model),
-        )
-
-
-def _causal_settings(trained: CausalConfig, chunk: int, window: int, sink: int) -> CausalConfig:
-    """The widgets' values, the checkpoint's own where they say auto."""
-    return replace(
-        trained,
-        chunk=trained.chunk if chunk == AUTO else chunk,
-        window=trained.window if window == AUTO else window,
-        sink=trained.sink if sink == SINK_AUTO else sink,
-    )
-
-
-def _step_settings(trained: StepConfig, num_steps: int, shift: float, patched_shift: float) -> StepConfig:
-    """The widgets' values; auto is the checkpoint's list, and the shift that a model node may have set."""
-    spread = tuple(1000.0 * (num_steps - step) / num_steps for step in range(num_steps))
-    keeps_list = num_steps in (AUTO, len(trained.steps))
-    return replace(trained, steps=trained.steps if keeps_list else spread, shift=shift or patched_shift)
-
-
-def _latent_shape(
+def _empty_latent(
     latent_image: dict[str, Any] | None, width: int, height: int, length: int, causal: CausalConfig, channels: int
-) -> tuple[int, tuple[int, int, int, int]]:
-    """(batch, (T, C, H, W)). Raises ValueError naming the nearest valid sizes."""
-    batch = 1
+) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """A LATENT of the video's size and the chunks it is cut into. Raises ValueError naming the nearest valid sizes."""
     if latent_image is not None:
         samples = latent_image["samples"]
         if samples.ndim != 5 or samples.shape[1] != channels:
@@ -102,55 +35,32 @@ def _latent_shape(
                 f"latent_image of shape {tuple(samples.shape)} is not a Wan video's [batch, {channels}, frames, "
                 "height, width]; use Empty HunyuanVideo Latent or Empty AR Video Latent"
             )
-        batch, _, frames, latent_height, latent_width = samples.shape
+        frames, latent_height, latent_width = samples.shape[2:]
         width, height, length = latent_width * SPATIAL_FACTOR, latent_height * SPATIAL_FACTOR, pixel_frames(frames)
+        causal = layout(known_frames(latent_image.get("noise_mask")), causal)
     size = VideoGeometry(
         width, height, length, chunk=causal.chunk, independent_first_frame=causal.independent_first_frame
     )
-    return batch, (size.latent_frames, channels, size.latent_height, size.latent_width)
+    if latent_image is not None:
+        return latent_image, size.chunk_lengths
+    empty = torch.zeros(1, channels, size.latent_frames, size.latent_height, size.latent_width)
+    return {"samples": empty}, size.chunk_lengths
 
 
-def _generate(
-    patcher: Any, positive: list[Any], seed: int, plan: _Plan, autoencoder: TAEHVAutoencoder | None
-) -> tuple[Tensor, Tensor | None]:
-    """Run the rollout; latents [B, T, C, H, W] and, with an autoencoder, frames [B, V, R, H, W] decoded on the way."""
-    model = self_forcing_model(patcher)
-    conditioning = conditioning_from_graph(
-        positive,
-        model.diffusion_model.config,
-        batch=plan.batch,
-        device=patcher.load_device,
-        dtype=compute_dtype(model),
-    )
-    progress = host.Progress(plan.num_calls)
+class _StreamProgress(host.Progress):
+    """Counts network calls, decodes each chunk as soon as it is there, and shows its newest frame."""
 
-    def on_step(chunk: int, step: int) -> None:
-        host.check_interrupted()
-        progress.step()
+    def __init__(self, total: int, stream: FrameStream | None, latent_format: Any) -> None:
+        super().__init__(total)
+        self.stream, self.latent_format = stream, latent_format
+        self.frames: list[Tensor] = []
 
-    chunks = rollout(
-        model.diffusion_model,
-        conditioning,
-        noise=SeededNoise(seed),
-        latent_shape=plan.latent_shape,
-        causal=plan.causal,
-        steps=plan.steps,
-        on_step=on_step,
-    )
-    stream = autoencoder.stream() if autoencoder else None
-    latents, frames = [], []
-    try:
-        for chunk in chunks:
-            latents.append(host.to_graph(chunk.latents_BTCHW))
-            if stream is not None:
-                frames.append(stream.decode(chunk.latents_BTCHW))
-                progress.show(frames[-1][0, -1])
-            else:
-                progress.show_rough(latents[-1][0, -1], model.latent_format)
-        progress.finish()
-    finally:
-        chunks.close()  # frees the KV cache also when a step was interrupted
-    return torch.cat(latents, 1), torch.cat(frames, 1) if frames else None
+    def chunk(self, chunk: Chunk) -> None:
+        if self.stream is None:
+            self.show_rough(chunk.latents_BTCHW[0, -1], self.latent_format)
+            return
+        self.frames.append(self.stream.decode(chunk.latents_BTCHW))
+        self.show(self.frames[-1][0, -1])
 
 
 class SelfForcingStreamSampler(io.ComfyNode):
@@ -158,14 +68,15 @@ class SelfForcingStreamSampler(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return host.schema(
             node_id="SelfForcingStreamSampler",
             display_name="Stream Sampler (Self Forcing)",
             category="SelfForcing",
+            search_aliases=["self forcing", "causal video", "autoregressive video", "streaming video", "long video"],
             description="Generates a video chunk by chunk with a KV cache, each chunk in a few steps, and shows every "
             "chunk as soon as it is done. Settings at auto are those the checkpoint was trained with.",
             inputs=[
-                io.Model.Input("model", tooltip="From the node Load Model (Self Forcing)."),
+                io.Model.Input("model", tooltip="From the node Load Model (Self Forcing), or Patch Model."),
                 io.Conditioning.Input(
                     "positive",
                     tooltip="The prompt: from Text Encode (Self Forcing), or from CLIP Text Encode for full-size "
@@ -248,8 +159,8 @@ class SelfForcingStreamSampler(io.ComfyNode):
                 io.Latent.Input(
                     "latent_image",
                     optional=True,
-                    tooltip="An empty video latent. Its size, length and batch replace width, height and length; its "
-                    "content is not used.",
+                    tooltip="A video latent whose size, length and batch replace width, height and length. From Image "
+                    "to Video (Self Forcing) it also brings the first frames; otherwise its content is not used.",
                 ),
                 io.Vae.Input(
                     "taehv",
@@ -257,10 +168,38 @@ class SelfForcingStreamSampler(io.ComfyNode):
                     tooltip="From the node Load TAEHV (Self Forcing): decodes each chunk as soon as it is done, for "
                     "the preview and the IMAGE output.",
                 ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="What to avoid; only used with cfg other than 1.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="Classifier-free guidance scale (a ratio). 1 is none and what distilled models expect; "
+                    "other values need negative and take twice the time and cache.",
+                ),
+                State.Input(
+                    "state",
+                    optional=True,
+                    tooltip="Where another run ended, from Resume or from this node's own output: the video goes on "
+                    "from there. length counts the frames that are already in it.",
+                ),
+                io.Boolean.Input(
+                    "keep_state",
+                    default=False,
+                    optional=True,
+                    tooltip="Keep the final state for the state output; it takes as much memory as the KV cache.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(tooltip="The video's latents, for VAE Decode or Decode TAEHV."),
                 io.Image.Output(tooltip="The video's frames. Needs taehv."),
+                State.Output(display_name="state", tooltip="Where the run ended. Needs keep_state."),
             ],
         )
 
@@ -299,17 +238,48 @@ class SelfForcingStreamSampler(io.ComfyNode):
         sink: int,
         latent_image: dict[str, Any] | None = None,
         taehv: Any = None,
+        negative: list[Any] | None = None,
+        cfg: float = 1.0,
+        state: StateHolder | None = None,
+        keep_state: bool = False,
     ) -> io.NodeOutput:
-        ours = self_forcing_model(model)
-        causal = _causal_settings(ours.causal, chunk, window, sink)
-        patched_shift = getattr(model.get_model_object("model_sampling"), "shift", ours.steps.shift)
-        channels = ours.diffusion_model.config.out_dim
-        batch, shape = _latent_shape(latent_image, width, height, length, causal, channels)
-        plan = _Plan(shape, batch, causal, _step_settings(ours.steps, steps, shift, patched_shift))
+        causal = causal_settings(settings_of(model).causal, chunk, window, sink)
+        channels = config_of(model.model.diffusion_model).out_dim
+        latent, lengths = _empty_latent(latent_image, width, height, length, causal, channels)
         autoencoder = taehv_autoencoder(taehv) if taehv is not None else None
+        guider = ChunkGuider(model)
+        guider.set_prompts(positive, negative, cfg)
+        frames: list[Tensor] = []
+        run = Run(
+            causal=causal,
+            progress=lambda total: _progress(total, autoencoder, model, state, frames),
+            resume=state,
+            keep=StateHolder() if keep_state else None,
+        )
+        if autoencoder is not None:
+            host.load([autoencoder.patcher], working_bytes=autoencoder.working_bytes(*latent["samples"].shape[-2:]))
+        samples = guider.sample(
+            SeededHostNoise(seed, lengths).generate_noise(latent),
+            latent["samples"],
+            ChunkSampler(run),
+            sigmas_of(model, steps, shift),
+            denoise_mask=latent.get("noise_mask"),
+            disable_pbar=True,
+            seed=seed,
+        )
+        images = graph_images(torch.cat(frames, 1)) if frames else host.blocked(NO_FRAMES)
+        kept = run.keep if run.keep is not None else host.blocked(NO_STATE)
+        return io.NodeOutput({"samples": host.to_graph(samples)}, images, kept)
 
-        working = ours.memory_required([batch, channels, causal.chunk, *shape[2:]]) + plan.cache_bytes(ours)
-        host.load([model] + ([autoencoder.patcher] if autoencoder else []), working_bytes=working)
-        latents_BTCHW, frames_BVRHW = _generate(model, positive, seed, plan, autoencoder)
-        images = ExecutionBlocker(NO_FRAMES) if frames_BVRHW is None else graph_images(frames_BVRHW)
-        return io.NodeOutput({"samples": graph_latents(latents_BTCHW)}, images)
+
+def _progress(
+    total: int, autoencoder: TAEHVAutoencoder | None, model: Any, state: StateHolder | None, frames: list[Tensor]
+) -> _StreamProgress:
+    """What follows a run; `frames` is filled with its decoded chunks, those before a resumed state first."""
+    progress = _StreamProgress(total, autoencoder.stream() if autoencoder else None, model.model.latent_format)
+    progress.frames = frames
+    if state is not None and progress.stream is not None:
+        video = state.filled().video_BTCHW
+        assert video is not None
+        frames.append(progress.stream.decode(video))
+    return progress

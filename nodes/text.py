@@ -35,7 +35,7 @@ class SelfForcingTextEncode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return host.schema(
             node_id="SelfForcingTextEncode",
             display_name="Text Encode (Self Forcing)",
             category="SelfForcing",

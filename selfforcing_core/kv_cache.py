@@ -111,6 +111,8 @@ class KVCache:
     def update(self, layer: int, k_BLNK: Tensor, v_BLNK: Tensor) -> tuple[Tensor, Tensor]:
         """Add the staged chunk's keys and values; return all visible ones [B, S, N, K] in slot order.
 
+        They come back in the type and on the device of the new ones, which need not be those of the buffers.
+
         With gradients enabled nothing is written: the past is returned detached, joined with the new tensors, so
         gradient stays inside the chunk. The clean pass that follows writes.
         """
@@ -120,7 +122,7 @@ class KVCache:
             self.k[layer][:, slot : slot + length] = k_BLNK[:, source : source + length]
             self.v[layer][:, slot : slot + length] = v_BLNK[:, source : source + length]
         visible = self._visible()
-        return self.k[layer][:, :visible], self.v[layer][:, :visible]
+        return self.k[layer][:, :visible].to(k_BLNK), self.v[layer][:, :visible].to(v_BLNK)
 
     def cross_kv(self, layer: int, compute: Callable[[], Any]) -> Any:
         """Cross-attention keys and values of a layer: computed at first use, afresh whenever gradients are enabled."""
@@ -174,4 +176,4 @@ class KVCache:
             parts.append(buffer[:, edges:slot])
             edges = slot + length
         parts.append(buffer[:, edges:visible])
-        return torch.cat([part.detach() for part in parts if part.shape[1]] + [new_BLNK], 1)
+        return torch.cat([part.detach().to(new_BLNK) for part in parts if part.shape[1]] + [new_BLNK], 1)

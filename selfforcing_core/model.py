@@ -213,10 +213,11 @@ class CausalWan(nn.Module):
         All blocks share the compiled code, and since only the frames of one chunk enter it, neither the length of the
         video nor the fill of the cache compiles anything again. options: of torch.compile, such as backend.
         """
+        options = {**options, "dynamic": False}
         for block in self.blocks:
             assert isinstance(block, _Block)
-            block.before_attention = torch.compile(block.before_attention, dynamic=False, **options)
-            block.after_attention = torch.compile(block.after_attention, dynamic=False, **options)
+            block.before_attention = torch.compile(block.before_attention, **options)
+            block.after_attention = torch.compile(block.after_attention, **options)
         return self
 
     def new_cache(

@@ -6,7 +6,7 @@ Letters: B batch, T latent frames, C channels, H W latent size.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ class Snapshot:
     """Copies of every cache after the chunk of latent frames [start_frame, end_frame).
 
     pending_BTCHW: the chunk itself where it was not yet written into the caches (the last one of a video), and the
-    timestep at which that is to be done. Prompt, noise, schedule and model are not part of it: resume with the same
-    ones for the same video, with others for another continuation.
+    timestep at which that is to be done. video_BTCHW: all clean latents up to end_frame, where somebody kept them.
+    Prompt, noise, schedule and model are not part of it: resume with the same ones for the same video, with others for
+    another continuation.
     """
 
     start_frame: int
@@ -36,6 +37,7 @@ class Snapshot:
     caches: tuple[CacheState, ...]
     pending_BTCHW: Tensor | None = None
     pending_timestep: float = 0.0
+    video_BTCHW: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -46,8 +48,8 @@ class Snapshot:
         caches = tuple(
             CacheState(state.k.to(device), state.v.to(device), *_cursors(state).values()) for state in self.caches
         )
-        pending = None if self.pending_BTCHW is None else self.pending_BTCHW.to(device)
-        return Snapshot(self.start_frame, self.end_frame, caches, pending, self.pending_timestep)
+        pending, video = (None if x is None else x.to(device) for x in (self.pending_BTCHW, self.video_BTCHW))
+        return replace(self, caches=caches, pending_BTCHW=pending, video_BTCHW=video)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, complete or not at all. Raises ValueError if the path cannot be written."""
@@ -83,11 +85,13 @@ class Snapshot:
             for index, cursors in enumerate(header["caches"])
         )
         return cls(
-            header["start_frame"], header["end_frame"], caches, tensors.get("pending"), header["pending_timestep"]
-        )
+            header["start_frame"], header["end_frame"], caches, tensors.get("pending"), header["pending_timestep"],
+            tensors.get("video"),
+        )  # fmt: skip
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {} if self.pending_BTCHW is None else {"pending": self.pending_BTCHW}
+        found = {"pending": self.pending_BTCHW, "video": self.video_BTCHW}
+        tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
         for index, state in enumerate(self.caches):
             tensors |= {f"cache{index}.k": state.k, f"cache{index}.v": state.v}
         return tensors

@@ -14,13 +14,14 @@ CHECKOUTS = find_checkouts()
 NONE_FOUND = "no ComfyUI checkout found: set COMFYUI_PATH, or put one below ~/comfy/"
 
 
-def _parameters() -> list[object]:
+def checkouts() -> list[object]:
+    """One parameter per checkout; a skipped one that says why where there is none."""
     if not CHECKOUTS:
         return [pytest.param(None, marks=pytest.mark.skip(reason=NONE_FOUND), id="none")]
     return [pytest.param(checkout, id=f"ComfyUI-{checkout.version}") for checkout in CHECKOUTS]
 
 
-@pytest.fixture(scope="session", params=_parameters())
+@pytest.fixture(scope="session", params=checkouts())
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A running server of each checkout in turn."""
     checkout: Checkout = request.param

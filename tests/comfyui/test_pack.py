@@ -11,23 +11,48 @@ from tests.comfyui.host_server import PACK_NAME, ROOT, Server
 
 # Saved workflows store widget values by position: new inputs go to the end of their group, and nothing ever moves.
 INPUT_ORDER = {
-    "SelfForcingModelLoader": {"required": ["unet_name", "weight_dtype", "weights"]},
+    "SelfForcingModelLoader": {"required": ["unet_name", "weight_dtype", "weights"], "optional": ["kind"]},
     "SelfForcingTextEncode": {"required": ["text_encoder", "text"]},
     "SelfForcingStreamSampler": {
         "required": [
             "model", "positive", "width", "height", "length", "seed", "steps", "shift", "chunk", "window", "sink",
         ],
-        "optional": ["latent_image", "taehv"],
+        "optional": ["latent_image", "taehv", "negative", "cfg", "state", "keep_state"],
     },
     "SelfForcingTAEHVLoader": {"required": ["vae_name"], "optional": ["latents"]},
     "SelfForcingTAEHVDecode": {"required": ["samples", "taehv"]},
+    "SelfForcingPatchModel": {"required": ["model", "kind", "chunk", "shift"]},
+    "SelfForcingCacheOptions": {
+        "required": ["model", "chunk", "window", "sink", "context_noise", "cache_dtype", "cache_device"],
+    },
+    "SelfForcingSampler": {"optional": ["state", "keep_state"]},
+    "SelfForcingFewStepSampler": {},
+    "SelfForcingSigmas": {"required": ["model", "steps", "shift"]},
+    "SelfForcingGuider": {"required": ["model", "positive", "cfg"], "optional": ["negative"]},
+    "SelfForcingImageToVideo": {
+        "required": ["model", "positive", "width", "height", "length", "batch_size"],
+        "optional": ["negative", "vae", "start_image", "latent", "clip_vision_output"],
+    },
+    "SelfForcingTAEHVEncode": {"required": ["pixels", "taehv"]},
+    "SelfForcingSnapshot": {"required": ["state", "filename_prefix"], "optional": ["after"]},
+    "SelfForcingResume": {"required": ["state_name"]},
 }  # fmt: skip
 OUTPUTS = {
     "SelfForcingModelLoader": ["MODEL"],
     "SelfForcingTextEncode": ["CONDITIONING"],
-    "SelfForcingStreamSampler": ["LATENT", "IMAGE"],
+    "SelfForcingStreamSampler": ["LATENT", "IMAGE", "SELFFORCING_STATE"],
     "SelfForcingTAEHVLoader": ["VAE"],
     "SelfForcingTAEHVDecode": ["IMAGE"],
+    "SelfForcingPatchModel": ["MODEL"],
+    "SelfForcingCacheOptions": ["MODEL"],
+    "SelfForcingSampler": ["SAMPLER", "SELFFORCING_STATE"],
+    "SelfForcingFewStepSampler": ["SAMPLER"],
+    "SelfForcingSigmas": ["SIGMAS"],
+    "SelfForcingGuider": ["GUIDER"],
+    "SelfForcingImageToVideo": ["CONDITIONING", "CONDITIONING", "LATENT"],
+    "SelfForcingTAEHVEncode": ["LATENT"],
+    "SelfForcingSnapshot": ["SELFFORCING_STATE"],
+    "SelfForcingResume": ["SELFFORCING_STATE"],
 }
 LISTS = {
     "SelfForcingModelLoader": "unet_name",
@@ -54,7 +79,7 @@ def is_widget(kind: Any, options: dict[str, Any]) -> bool:
 
 def test_all_nodes_are_there_and_nothing_failed_to_import(server: Server) -> None:
     known = server.get("/object_info")
-    assert set(INPUT_ORDER) <= set(known)
+    assert {name for name in known if name.startswith("SelfForcing")} == set(INPUT_ORDER) == set(OUTPUTS)
     failed = [line for line in server.log().splitlines() if "IMPORT FAILED" in line and PACK_NAME in line]
     assert not failed
 

@@ -1,0 +1,301 @@
+"""A Wan MODEL of the host made causal: its own modules, run in the order of our network, with our cache.
+
+Nothing in the MODEL is replaced. Two wrappers on it look for a rollout's state in transformer_options; without one the
+host's own forward pass runs, as for any MODEL. Since only modules are called, whatever the host or another pack does to
+them (LoRA, offloading, quantised layers, casting) holds in the causal pass too.
+
+Letters: B batch, C channels, T latent frames, H W latent size, X text tokens, E text width, I image tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import comfy.model_management as memory
+import comfy.supported_models
+import torch
+import torch.nn as nn
+from comfy.patcher_extension import WrappersMP
+from einops import rearrange
+from torch import Tensor
+
+from ..selfforcing_core.checkpoint import Checkpoint
+from ..selfforcing_core.config import CausalConfig, StepConfig, WanConfig
+from ..selfforcing_core.kv_cache import KVCache
+from ..selfforcing_core.model import CausalWan
+from ..selfforcing_core.schedule import FlowSchedule
+from . import host
+from .autoencoder import check_channels
+
+log = logging.getLogger(__name__)
+KEY = "selfforcing"  # of our settings in model_options, and of a rollout's state in transformer_options
+CAUSAL, FEW_STEP, BASE, UNKNOWN = "causal", "few-step bidirectional", "base", "unknown"
+HOST_COMPILE = "torch_compile_kwargs"  # where the host's TorchCompileModel leaves its choices
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a MODEL is and how it is sampled; travels in its model_options.
+
+    kind: CAUSAL, FEW_STEP, BASE or UNKNOWN. cache_dtype, cache_device: None are those that the model computes in.
+    """
+
+    kind: str = UNKNOWN
+    causal: CausalConfig = field(default_factory=CausalConfig)
+    steps: StepConfig = field(default_factory=StepConfig)
+    cache_dtype: torch.dtype | None = None
+    cache_device: str | None = None
+
+
+def settings_of(patcher: Any) -> Settings:
+    """Raises ValueError for a MODEL that neither our loader nor our patch node has seen."""
+    settings = patcher.model_options.get(KEY)
+    if isinstance(settings, Settings):
+        return settings
+    raise ValueError(
+        f"this model ({type(patcher.model).__name__}) is not prepared to generate chunk by chunk; load it with the "
+        "node Load Model (Self Forcing), or put Patch Model (Self Forcing) behind its loader"
+    )
+
+
+def with_settings(patcher: Any, settings: Settings) -> Any:
+    """A clone of the MODEL that our samplers can run. Raises ValueError for networks other than Wan 2.1's."""
+    config_of(patcher.model.diffusion_model)
+    clone = patcher.clone()
+    clone.model_options[KEY] = settings
+    wrappers = (
+        (WrappersMP.APPLY_MODEL, _slice_condition_channels),
+        (WrappersMP.DIFFUSION_MODEL, _run_causally),
+        (WrappersMP.OUTER_SAMPLE, _count_cache_bytes),
+    )
+    for kind, wrapper in wrappers:
+        clone.remove_wrappers_with_key(kind, KEY)
+        clone.add_wrapper_with_key(kind, KEY, wrapper)
+    return clone
+
+
+def model_from_checkpoint(
+    checkpoint: Checkpoint, *, kind: str = "auto", dtype: torch.dtype | None = None, is_fast_fp8: bool = False
+) -> Any:
+    """A MODEL of the host from a checkpoint of kind "wan", prepared for our samplers.
+
+    kind: CAUSAL, FEW_STEP, BASE, or "auto": what the file says, UNKNOWN (with a warning) where it says nothing.
+    dtype: None lets the host choose what the device likes. is_fast_fp8: the host's own float8 products.
+    """
+    assert isinstance(checkpoint.config, WanConfig)
+    check_channels(checkpoint.config.out_dim, "model")
+    steps = checkpoint.steps or StepConfig()
+    if kind == "auto":
+        kind = CAUSAL if checkpoint.causal is not None else UNKNOWN
+        if kind == UNKNOWN:
+            log.warning("the file does not say whether its model is causal; choose its kind in the loader to be sure")
+    model_config = _host_config(checkpoint.config, is_causal=kind == CAUSAL)
+    model_config.sampling_settings = {"shift": steps.shift}
+    _choose_dtype(model_config, checkpoint, dtype)
+    if is_fast_fp8:
+        model_config.optimizations["fp8"] = True
+    model = model_config.get_model(checkpoint.state_dict, "")
+    patcher = host.patcher_of(model, memory.get_torch_device(), memory.unet_offload_device(), dynamic=True)
+    is_dynamic = getattr(patcher, "is_dynamic", lambda: False)()
+    model.diffusion_model.load_state_dict(checkpoint.state_dict, assign=is_dynamic)
+    model.diffusion_model.eval().requires_grad_(False)
+    return with_settings(patcher, Settings(kind, checkpoint.causal or CausalConfig(), steps))
+
+
+def _host_config(config: WanConfig, *, is_causal: bool) -> Any:
+    """The host's own class for this network; with is_causal the one that its own causal nodes ask for, if it has it."""
+    classes = comfy.supported_models
+    found = classes.WAN21_I2V if config.model_type == "i2v" else classes.WAN21_T2V
+    if is_causal and config.model_type == "t2v":
+        found = getattr(classes, "WAN21_CausalAR_T2V", found)
+    return found({"image_model": "wan2.1", **asdict(config)})
+
+
+def _choose_dtype(model_config: Any, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
+    """The host's own rule: weights as stored where the device computes in that type, else cast at use."""
+    supported = model_config.supported_inference_dtypes
+    num_parameters = sum(weight.numel() for weight in checkpoint.state_dict.values())
+    stored = getattr(torch, checkpoint.dtype)
+    weights = dtype or memory.unet_dtype(
+        model_params=num_parameters, supported_dtypes=list(supported), weight_dtype=stored
+    )
+    model_config.set_inference_dtype(weights, memory.unet_manual_cast(weights, memory.get_torch_device(), supported))
+
+
+# ---------------------------------------------------------------- network --
+def config_of(native: nn.Module) -> WanConfig:
+    """Sizes of the host's network. Raises ValueError unless it is a plain Wan 2.1 transformer."""
+    kind = type(native).__name__
+    if kind not in ("WanModel", "CausalWanModel") or getattr(native, "ref_conv", None) is not None:
+        raise ValueError(
+            f"a network of kind {kind} cannot generate chunk by chunk; Wan 2.1 text-to-video and image-to-video can"
+        )
+    names = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim", "text_len", "freq_dim")
+    sizes = {name: getattr(native, name) for name in names}
+    return WanConfig(**sizes, eps=native.eps, patch_size=tuple(native.patch_size), model_type=native.model_type)
+
+
+class _InFloat32(nn.Module):
+    """The host keeps the patch embedding in float32 whatever the rest is in."""
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self.embedding = embedding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.embedding(x.float()).to(x.dtype)
+
+
+class SharedNetwork:
+    """CausalWan over the modules of the host's network: the same layers, none of its own."""
+
+    def __init__(self, native: nn.Module) -> None:
+        self.native = native
+        with torch.device("meta"):
+            self.network = CausalWan(config_of(native)).eval()
+        self._modulated: list[tuple[nn.Module, nn.Module]] = []
+        self._share(self.network, native)
+        self.network.patch_embedding = _InFloat32(native.patch_embedding)  # type: ignore[arg-type]
+
+    def _share(self, ours: nn.Module, theirs: nn.Module) -> None:
+        """Put their layers in the place of ours; only the modules that this project defines stay."""
+        if "modulation" in ours._parameters:
+            del ours._parameters["modulation"]
+            self._modulated.append((ours, theirs))
+        for name, child in list(ours.named_children()):
+            if isinstance(child, nn.ModuleList) or type(child).__module__ == CausalWan.__module__:
+                self._share(child, getattr(theirs, name))
+            else:
+                setattr(ours, name, getattr(theirs, name))
+
+    def __call__(self, *args: Any, **options: Any) -> Tensor:
+        for ours, theirs in self._modulated:  # a LoRA or an offload may have put another tensor there
+            ours.__dict__["modulation"] = theirs.modulation
+        return self.network(*args, **options)
+
+
+class RolloutState:
+    """What sampler and network share during one rollout. The host copies dictionaries and lists, but not this."""
+
+    def __init__(self, caches: Sequence[KVCache], index_of: dict[Any, int], compile_options: dict[str, Any] | None):
+        self.caches, self.index_of, self.compile_options = caches, index_of, compile_options
+        self.start_frame: int | None = None  # of the chunk being evaluated; None: the host's own forward pass
+        self.num_frames = 0
+        self._shared: SharedNetwork | None = None
+
+    @torch.compiler.disable
+    def evaluate(
+        self, native: nn.Module, x_BCTHW: Tensor, t_B: Tensor, context_BXE: Tensor, clip_BIX: Tensor | None, ids: Any
+    ) -> Tensor:
+        """Flow [B, C, T, H, W] of one chunk. The batch holds one or more conditions, each with a cache of its own."""
+        assert self.start_frame is not None
+        if self._shared is None or self._shared.native is not native:
+            self._shared = SharedNetwork(native)
+            if self.compile_options is not None:
+                self._shared.network.compile_blocks(**self.compile_options)
+        count, flows = len(ids), []
+        clips = [None] * count if clip_BIX is None else clip_BIX.chunk(count)
+        rows = zip(ids, x_BCTHW.chunk(count), t_B.chunk(count), context_BXE.chunk(count), clips)
+        for identity, x, t, context, clip in rows:
+            flows.append(
+                self._shared(
+                    rearrange(x, "b c t h w -> b t c h w"), t.float()[:, None].expand(-1, x.shape[2]),
+                    context[:, : self._shared.network.config.text_len], clip_BIX=clip,
+                    cache=self.caches[self.index_of[identity]], start_frame=self.start_frame,
+                )
+            )  # fmt: skip
+        return rearrange(torch.cat(flows), "b t c h w -> b c t h w")
+
+
+# --------------------------------------------------------------- wrappers --
+def _state_in(transformer_options: dict[str, Any] | None) -> RolloutState | None:
+    state = (transformer_options or {}).get(KEY)
+    return state if isinstance(state, RolloutState) and state.start_frame is not None else None
+
+
+def _slice_condition_channels(
+    executor: Any, x: Tensor, t: Tensor, c_concat: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    """Condition channels span the whole video; a chunk takes its own frames of them."""
+    options = kwargs.get("transformer_options") or next((a for a in args if isinstance(a, dict) and KEY in a), None)
+    state = _state_in(options)
+    if state is not None and c_concat is not None:
+        assert state.start_frame is not None
+        c_concat = c_concat[:, :, state.start_frame : state.start_frame + state.num_frames]
+    return executor(x, t, c_concat, *args, **kwargs)
+
+
+def _run_causally(
+    executor: Any,
+    x: Tensor,
+    timestep: Tensor,
+    context: Tensor,
+    clip_fea: Tensor | None = None,
+    time_dim_concat: Tensor | None = None,
+    transformer_options: dict[str, Any] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Our forward pass where a rollout is under way, the host's own otherwise."""
+    state = _state_in(transformer_options)
+    if state is None:
+        return executor(x, timestep, context, clip_fea, time_dim_concat, transformer_options or {}, *args, **kwargs)
+    assert transformer_options is not None
+    return state.evaluate(executor.class_obj, x, timestep, context, clip_fea, transformer_options["uuids"])
+
+
+def _count_cache_bytes(
+    executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """While the host decides how much of the model fits, its estimate includes the caches of the coming rollout."""
+    guider = executor.class_obj
+    count = getattr(sampler, "cache_bytes", None)
+    extra = count(guider, tuple(noise.shape)) if count else 0
+    if not extra:
+        return executor(noise, latent_image, sampler, *args, **kwargs)
+    model = guider.model_patcher.model
+    estimate = type(model).memory_required
+
+    def with_caches(*shapes: Any, **options: Any) -> float:
+        return estimate(model, *shapes, **options) + extra
+
+    model.memory_required = with_caches
+    try:
+        return executor(noise, latent_image, sampler, *args, **kwargs)
+    finally:
+        forget_cache_bytes(model)
+
+
+def forget_cache_bytes(model: nn.Module) -> None:
+    """The caches lie in memory now, or are gone: the estimate is again the host's own."""
+    model.__dict__.pop("memory_required", None)
+
+
+# --------------------------------------------------------------- settings --
+AUTO, SINK_AUTO, NOISE_AUTO = 0, -1, -1.0  # widget values that stand for the MODEL's own setting
+
+
+def causal_settings(trained: CausalConfig, chunk: int, window: int, sink: int) -> CausalConfig:
+    """The widgets' values, the MODEL's own where they say auto."""
+    return replace(
+        trained,
+        chunk=trained.chunk if chunk == AUTO else chunk,
+        window=trained.window if window == AUTO else window,
+        sink=trained.sink if sink == SINK_AUTO else sink,
+    )
+
+
+def sigmas_of(patcher: Any, num_steps: int, shift: float) -> Tensor:
+    """SIGMAS of the graph, 0 at the end: the MODEL's own list at auto, else `num_steps` evenly spaced ones.
+
+    shift: AUTO is the MODEL's own, or what a ModelSamplingSD3 node set.
+    """
+    trained = settings_of(patcher).steps
+    keeps_list = num_steps in (AUTO, len(trained.steps))
+    chosen = shift or getattr(patcher.get_model_object("model_sampling"), "shift", trained.shift)
+    steps = trained.steps if keeps_list else StepConfig.even(num_steps, shift=chosen).steps
+    schedule = FlowSchedule(replace(trained, steps=steps, shift=chosen))
+    return torch.tensor([*schedule.sigmas, 0.0], dtype=torch.float32)

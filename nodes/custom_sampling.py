@@ -1,0 +1,134 @@
+"""The parts of a graph with the host's SamplerCustomAdvanced: samplers, sigmas, guider."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from . import host
+from .causal_model import AUTO, settings_of, sigmas_of
+from .sampler import NO_STATE, State
+from .sampling import ChunkGuider, ChunkSampler, Run, StateHolder
+
+ALIASES = ["self forcing", "causal video", "autoregressive sampler"]
+
+
+class SelfForcingSampler(io.ComfyNode):
+    """SAMPLER, chunk by chunk."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="SelfForcingSampler",
+            display_name="Sampler (Self Forcing)",
+            category="SelfForcing/custom sampling",
+            search_aliases=[*ALIASES, "SamplerARVideo"],
+            description="For Sampler Custom (Advanced): generates a video chunk by chunk with a KV cache. Chunks, "
+            "window and cache are the model's settings; change them with Cache Options (Self Forcing).",
+            inputs=[
+                State.Input("state", optional=True, tooltip="Where another run ended: the video goes on from there."),
+                io.Boolean.Input(
+                    "keep_state",
+                    default=False,
+                    optional=True,
+                    tooltip="Keep the final state for the state output; it takes as much memory as the KV cache.",
+                ),
+            ],
+            outputs=[
+                io.Sampler.Output(tooltip="For Sampler Custom (Advanced)."),
+                State.Output(
+                    display_name="state",
+                    tooltip="Where the run ended, for Snapshot (Self Forcing). Needs keep_state; filled by sampling.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, state: StateHolder | None = None, keep_state: bool = False) -> io.NodeOutput:
+        run = Run(resume=state, keep=StateHolder() if keep_state else None)
+        return io.NodeOutput(ChunkSampler(run), host.blocked(NO_STATE) if run.keep is None else run.keep)
+
+
+class SelfForcingFewStepSampler(io.ComfyNode):
+    """SAMPLER, all frames at once."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="SelfForcingFewStepSampler",
+            display_name="Few-Step Sampler (Self Forcing)",
+            category="SelfForcing/custom sampling",
+            search_aliases=["self forcing plus", "lightx2v", "4 steps", "distilled wan 14b"],
+            description="For Sampler Custom (Advanced): all frames at once in a few steps, as the distilled 14B models "
+            "of Self-Forcing-Plus are sampled. Not causal: nothing streams.",
+            inputs=[],
+            outputs=[io.Sampler.Output(tooltip="For Sampler Custom (Advanced).")],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(ChunkSampler(Run(is_whole=True)))
+
+
+class SelfForcingSigmas(io.ComfyNode):
+    """SIGMAS of the model's own list."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="SelfForcingSigmas",
+            display_name="Sigmas (Self Forcing)",
+            category="SelfForcing/custom sampling",
+            search_aliases=["self forcing schedule", "denoising step list"],
+            description="The noise levels that a few-step model was trained on. BasicScheduler 'simple' with 4 steps "
+            "and shift 5 gives the same four.",
+            inputs=[
+                io.Model.Input("model", tooltip="From Load Model (Self Forcing) or Patch Model (Self Forcing)."),
+                io.Int.Input(
+                    "steps", default=AUTO, min=0, max=100, tooltip="Denoising steps (a count). 0 is auto: as trained."
+                ),
+                io.Float.Input(
+                    "shift", default=0.0, min=0.0, max=100.0, step=0.1,
+                    tooltip="Timestep shift (a ratio, 5 for Self Forcing). 0 is auto: the model's own, or what a "
+                    "ModelSamplingSD3 node set.",
+                ),
+            ],
+            outputs=[io.Sigmas.Output(tooltip="For Sampler Custom (Advanced); falls from 1 to 0.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model: Any, steps: int, shift: float) -> io.NodeOutput:
+        return io.NodeOutput(sigmas_of(model, steps, shift))
+
+
+class SelfForcingGuider(io.ComfyNode):
+    """GUIDER with any cfg."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="SelfForcingGuider",
+            display_name="Guider (Self Forcing)",
+            category="SelfForcing/custom sampling",
+            search_aliases=[*ALIASES, "cfg guider"],
+            description="Prompt and guidance for Sampler Custom (Advanced). With cfg other than 1 both prompts have a "
+            "KV cache of their own. The host's BasicGuider and CFGGuider work as well.",
+            inputs=[
+                io.Model.Input("model", tooltip="From Load Model (Self Forcing) or Patch Model (Self Forcing)."),
+                io.Conditioning.Input("positive", tooltip="The prompt."),
+                io.Float.Input(
+                    "cfg", default=1.0, min=0.0, max=100.0, step=0.1,
+                    tooltip="Classifier-free guidance scale (a ratio). 1 is none, as distilled models expect.",
+                ),
+                io.Conditioning.Input("negative", optional=True, tooltip="What to avoid; needed unless cfg is 1."),
+            ],
+            outputs=[io.Guider.Output(tooltip="For Sampler Custom (Advanced).")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model: Any, positive: list[Any], cfg: float, negative: list[Any] | None = None) -> io.NodeOutput:
+        settings_of(model)
+        guider = ChunkGuider(model)
+        guider.set_prompts(positive, negative, cfg)
+        return io.NodeOutput(guider)

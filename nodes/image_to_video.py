@@ -1,0 +1,153 @@
+"""How a video begins: with a picture, with frames, or with another video that goes on.
+
+Letters: B batch, T latent frames, C channels, H W size, V video frames, R RGB.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management as memory
+import comfy.utils
+import torch
+from comfy_api.latest import io
+from node_helpers import conditioning_set_values
+from torch import Tensor
+
+from ..selfforcing_core.geometry import SPATIAL_FACTOR, VideoGeometry, covered_latents, latent_frames, pixel_frames
+from . import host
+from .causal_model import config_of, settings_of
+from .sampling import layout
+
+GREY = 0.5  # what image-to-video models of Wan expect where no picture is given
+
+
+class SelfForcingImageToVideo(io.ComfyNode):
+    """Picture, frames or LATENT to the start of a video."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="SelfForcingImageToVideo",
+            display_name="Image to Video (Self Forcing)",
+            category="SelfForcing",
+            search_aliases=["i2v", "first frame", "extend video", "continue video", "WanImageToVideo", "ARVideoI2V"],
+            description="Gives a video its beginning. Text-to-video models take it as their first frames, which fill "
+            "the KV cache: one picture, several frames, or the latents of a video to continue. Image-to-video models "
+            "(14B) take one or more pictures as condition, as from WanImageToVideo.",
+            inputs=[
+                io.Model.Input("model", tooltip="From Load Model (Self Forcing) or Patch Model (Self Forcing)."),
+                io.Conditioning.Input("positive", tooltip="The prompt."),
+                io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Width in pixels."),
+                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Height in pixels."),
+                io.Int.Input(
+                    "length", default=81, min=1, max=100001, step=4,
+                    tooltip="Length in video frames of the whole video, what it begins with included.",
+                ),
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Videos that begin alike (a count)."),
+                io.Conditioning.Input("negative", optional=True, tooltip="What to avoid, for cfg other than 1."),
+                io.Vae.Input("vae", optional=True, tooltip="Wan's VAE or a TAEHV; needed with start_image."),
+                io.Image.Input(
+                    "start_image", optional=True,
+                    tooltip="The first frame, or the first frames; scaled and cropped to width x height.",
+                ),
+                io.Latent.Input(
+                    "latent", optional=True,
+                    tooltip="A finished video to continue; its size replaces width and height. Instead of start_image.",
+                ),
+                io.ClipVisionOutput.Input(
+                    "clip_vision_output", optional=True,
+                    tooltip="From CLIP Vision Encode; image-to-video models need it.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="The prompt, with the picture if it is one."),
+                io.Conditioning.Output(display_name="negative", tooltip="The negative prompt, likewise."),
+                io.Latent.Output(display_name="latent", tooltip="For the sampler: empty behind what is given."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model: Any, positive: list[Any], width: int, height: int, length: int, batch_size: int,
+        negative: list[Any] | None = None, vae: Any = None, start_image: Tensor | None = None,
+        latent: dict[str, Any] | None = None, clip_vision_output: Any = None,
+    ) -> io.NodeOutput:  # fmt: skip
+        prompts = (positive, negative if negative is not None else [])
+        if start_image is not None and vae is None:
+            raise ValueError("start_image needs an encoder; connect vae (Wan's VAE, or Load TAEHV)")
+        if start_image is not None and latent is not None:
+            raise ValueError("start_image and latent both say how the video begins; connect one of them")
+        if config_of(model.model.diffusion_model).model_type == "i2v":
+            values = _condition(vae, start_image, width, height, length, clip_vision_output)
+            size = VideoGeometry(width, height, length, chunk=1)
+            empty = _zeros(batch_size, size.latent_frames, size.latent_height, size.latent_width)
+            return io.NodeOutput(*(conditioning_set_values(prompt, values) for prompt in prompts), {"samples": empty})
+        given = _given(vae, start_image, latent, width, height)
+        return io.NodeOutput(*prompts, _begun(given, settings_of(model).causal, length, batch_size))
+
+
+def _given(vae: Any, start_image: Tensor | None, latent: dict[str, Any] | None, width: int, height: int) -> Tensor:
+    """Latents [B, C, T, H, W] that the video begins with, raw as in the graph."""
+    if latent is not None:
+        if latent["samples"].ndim != 5:
+            raise ValueError(f"latent of shape {tuple(latent['samples'].shape)} is no video; connect a video's latents")
+        return latent["samples"]
+    if start_image is None:
+        raise ValueError("a text-to-video model begins with frames; connect start_image (and vae) or latent")
+    latent_frames(len(start_image))  # raises for counts that are not 4n+1
+    VideoGeometry(width, height, 1, chunk=1)
+    return vae.encode(_fitted(start_image, width, height))
+
+
+def _begun(given_BCTHW: Tensor, causal: Any, length: int, batch_size: int) -> dict[str, Any]:
+    """A LATENT whose first frames are known and whose others are to be generated, marked by the host's noise mask."""
+    count, (latent_height, latent_width) = given_BCTHW.shape[2], given_BCTHW.shape[-2:]
+    chunks = layout(latent_frames(length), count, causal)
+    size = VideoGeometry(
+        latent_width * SPATIAL_FACTOR, latent_height * SPATIAL_FACTOR, length,
+        chunk=chunks.chunk, independent_first_frame=chunks.independent_first_frame,
+    )  # fmt: skip
+    ends = [start for start in size.chunk_starts if start]
+    if count not in ends:
+        names = ", ".join(str(pixel_frames(end)) for end in ends) or "none; make the video longer"
+        raise ValueError(
+            f"{pixel_frames(count)} given frames do not end where a chunk of {chunks.chunk} latent frames ends; a "
+            f"video of {length} frames can begin with {names} (or 1, with a length of 1 plus whole chunks)"
+        )
+    samples = _zeros(batch_size, size.latent_frames, latent_height, latent_width)
+    samples[:, :, :count] = given_BCTHW.to(samples)
+    mask = torch.ones_like(samples[:, :1])
+    mask[:, :, :count] = 0
+    return {"samples": samples, "noise_mask": mask}
+
+
+def _condition(
+    vae: Any, start_image: Tensor | None, width: int, height: int, length: int, clip_vision_output: Any
+) -> dict[str, Any]:
+    """What image-to-video models of Wan read: latents of pictures and then grey, what is known, and CLIP's features."""
+    if start_image is None or clip_vision_output is None:
+        raise ValueError(
+            "this is an image-to-video model; connect start_image, vae and clip_vision_output (the pictures that it "
+            "continues come as condition, so latent does not fit)"
+        )
+    size = VideoGeometry(width, height, length, chunk=1)
+    frames_VHWR = torch.full((length, height, width, 3), GREY)
+    count = min(len(start_image), length)
+    frames_VHWR[:count] = _fitted(start_image[:count], width, height).to(frames_VHWR)
+    mask = torch.ones(1, 1, size.latent_frames, size.latent_height, size.latent_width)
+    mask[:, :, : covered_latents(count)] = 0
+    return {
+        "concat_latent_image": vae.encode(frames_VHWR),
+        "concat_mask": mask,
+        "clip_vision_output": clip_vision_output,
+    }
+
+
+def _fitted(image_VHWR: Tensor, width: int, height: int) -> Tensor:
+    frames = comfy.utils.common_upscale(image_VHWR[..., :3].movedim(-1, 1), width, height, "bilinear", "center")
+    return frames.movedim(1, -1)
+
+
+def _zeros(batch: int, frames: int, latent_height: int, latent_width: int) -> Tensor:
+    return torch.zeros(batch, 16, frames, latent_height, latent_width, device=memory.intermediate_device())

@@ -1,0 +1,453 @@
+"""The core's rollout as a SAMPLER of the host, and the GUIDER that goes with it.
+
+The host's guider evaluates its prompts and combines them; the rollout sees one guided network. What is denoised,
+noised and written into a cache, and when, is the core's alone.
+
+Letters: B batch, T latent frames, C channels, H W latent size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import comfy.samplers
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ..selfforcing_core.conditioning import Conditioning
+from ..selfforcing_core.config import CausalConfig, StepConfig, WanConfig
+from ..selfforcing_core.geometry import chunk_lengths, tokens_per_frame
+from ..selfforcing_core.kv_cache import KVCache
+from ..selfforcing_core.rollout import Chunk, SeededNoise, new_caches, rollout
+from ..selfforcing_core.snapshot import Snapshot
+from ..selfforcing_core.solver import NoiseSource
+from . import host
+from .causal_model import (
+    BASE,
+    CAUSAL,
+    FEW_STEP,
+    HOST_COMPILE,
+    KEY,
+    RolloutState,
+    Settings,
+    config_of,
+    forget_cache_bytes,
+    settings_of,
+)
+
+log = logging.getLogger(__name__)
+LatentShape = tuple[int, int, int, int]  # T, C, H, W
+REFUSED = {  # what a prompt may carry for other samplers, and where it comes from
+    "area": "Conditioning (Set Area)",
+    "mask": "Conditioning (Set Mask)",
+    "control": "a ControlNet",
+    "gligen": "GLIGEN",
+    "timestep_start": "Conditioning Set Timestep Range",
+    "timestep_end": "Conditioning Set Timestep Range",
+}
+
+
+class Progress(Protocol):
+    """Told of every evaluation before it starts, and of every finished chunk."""
+
+    def step(self) -> None: ...
+
+    def chunk(self, chunk: Chunk) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+@dataclass
+class StateHolder:
+    """A rollout's state, with its video, as a socket: empty until the sampler that it belongs to has run."""
+
+    snapshot: Snapshot | None = None
+
+    def filled(self) -> Snapshot:
+        """Raises ValueError if it is still empty."""
+        if self.snapshot is None or self.snapshot.video_BTCHW is None:
+            raise ValueError(
+                "the state is empty: its sampler has not run yet, or did not keep it; switch keep_state on, and "
+                "connect the sampled LATENT to the input that waits for it"
+            )
+        return self.snapshot
+
+
+@dataclass(frozen=True)
+class Run:
+    """How one rollout differs from what the MODEL's settings say.
+
+    is_whole: one bidirectional chunk of all frames. causal: in place of the settings'. noise: for the draws after the
+    first of each chunk; None is by the host's seed. on_chunk: told of every chunk. resume: go on from there.
+    keep: put the final state here.
+    """
+
+    is_whole: bool = False
+    causal: CausalConfig | None = None
+    noise: NoiseSource | None = None
+    progress: Callable[[int], Progress] | None = None
+    on_chunk: Callable[[Chunk], None] | None = None
+    resume: StateHolder | None = None
+    keep: StateHolder | None = None
+
+
+class ChunkSampler(comfy.samplers.KSAMPLER):
+    """SAMPLER: chunk by chunk with a KV cache; with `is_whole` all frames at once and without."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(sample_chunks, {"run": run})
+        self.run = run
+
+    def cache_bytes(self, guider: Any, noise_shape: tuple[int, ...]) -> int:
+        """What the caches of such a run will take; the host's memory estimate asks for it."""
+        if self.run.is_whole:
+            return 0
+        settings = settings_of(guider.model_patcher)
+        batch, _, frames, height, width = noise_shape
+        causal = self.run.causal or settings.causal
+        return (
+            _num_conditions(guider)
+            * KVCache.num_bytes(
+                config_of(guider.model_patcher.model.diffusion_model),
+                batch=batch,
+                tokens_per_frame=tokens_per_frame(height, width),
+                capacity=frames if causal.window == -1 else min(frames, causal.window),
+                dtype=settings.cache_dtype or compute_dtype(guider.model_patcher.model),
+            )
+            * (settings.cache_device is None)
+        )
+
+
+class ChunkGuider(comfy.samplers.CFGGuider):
+    """GUIDER with classifier-free guidance; a negative prompt that has no effect is not kept."""
+
+    def set_prompts(self, positive: list[Any], negative: list[Any] | None, cfg: float) -> None:
+        conds = {"positive": positive}
+        if negative is not None and cfg != 1:
+            conds["negative"] = negative
+        elif cfg != 1:
+            raise ValueError(f"cfg {cfg} needs a negative prompt; connect one, or set cfg to 1")
+        self.inner_set_conds(conds)
+        self.set_cfg(cfg)
+
+
+def compute_dtype(model: Any) -> torch.dtype:
+    """The type that activations of the host's model have."""
+    return model.manual_cast_dtype or model.get_dtype()
+
+
+# --------------------------------------------------------------- sampling --
+def sample_chunks(
+    model_k: Any,
+    noise_BCTHW: Tensor,
+    sigmas: Tensor,
+    *,
+    extra_args: dict[str, Any],
+    callback: Any = None,
+    disable: bool | None = None,
+    run: Run,
+) -> Tensor:
+    """A sampler function of the host: normalised latents [B, C, T, H, W] from noise scaled for the first sigma.
+
+    Frames at the beginning that the noise mask declares known are given to the rollout as its prefix.
+    Raises ValueError for whatever the rollout or the model cannot do, before the first network call.
+    """
+    guider = model_k.inner_model
+    patcher = guider.model_patcher
+    settings = settings_of(patcher)
+    _check_kind(settings.kind, run.is_whole)
+    _check_prompts(guider, config_of(patcher.model.diffusion_model))
+    x_BTCHW = rearrange(noise_BCTHW, "b c t h w -> b t c h w")
+    batch, frames = x_BTCHW.shape[:2]
+    shape: LatentShape = tuple(x_BTCHW.shape[1:])  # type: ignore[assignment]
+    prefix = None if run.is_whole else _given_frames(extra_args.get("denoise_mask"), model_k.latent_image)
+    given = 0 if prefix is None else prefix.shape[1]
+    causal = layout(frames, given, run.causal or settings.causal)
+    if run.is_whole:
+        causal = CausalConfig(chunk=frames)
+    steps = steps_of(sigmas)
+    network = _GuidedNetwork(guider, extra_args, settings, batch)
+    seed = extra_args.get("seed") or 0
+    noise = _HostNoise(x_BTCHW, run.noise or SeededNoise(seed))
+    lengths = chunk_lengths(frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
+    num_calls = len(lengths) * (len(steps.steps) + 1) - 1
+    progress = (
+        _CallbackProgress(callback, sigmas, shape, num_calls) if run.progress is None else run.progress(num_calls)
+    )
+
+    def on_step(chunk: int, step: int) -> None:
+        host.check_interrupted()
+        progress.step()
+
+    done: list[Tensor] = []
+    resumed = None if run.resume is None else run.resume.filled().to(noise_BCTHW.device)
+    if resumed is not None:
+        assert resumed.video_BTCHW is not None
+        done.append(resumed.video_BTCHW)
+    with _memory_explained(network, causal, shape, batch):
+        caches = None if run.is_whole else network.allocate(shape, causal)
+        chunks = rollout(
+            network, network.conditioning, noise=noise, latent_shape=shape, causal=causal, steps=steps,
+            prefix_BTCHW=prefix if resumed is None else None, caches=caches, on_step=on_step, resume=resumed,
+        )  # fmt: skip
+        try:
+            for chunk in chunks:
+                done.append(chunk.latents_BTCHW)
+                progress.chunk(chunk)
+                if run.on_chunk is not None:
+                    run.on_chunk(chunk)
+                if run.keep is not None and chunk.start_frame + chunk.latents_BTCHW.shape[1] == frames:
+                    run.keep.snapshot = replace(chunk.snapshot(), video_BTCHW=torch.cat(done, 1)).to("cpu")
+            host.check_interrupted()
+            progress.finish()
+        finally:
+            chunks.close()
+            network.release()
+    return rearrange(torch.cat(done, 1), "b t c h w -> b c t h w")
+
+
+def steps_of(sigmas: Tensor) -> StepConfig:
+    """SIGMAS of the graph, falling from noise to 0. Raises ValueError if they do not end at 0."""
+    levels = sigmas.tolist()
+    if len(levels) < 2 or levels[-1] != 0:
+        raise ValueError(
+            f"the sigmas {[round(level, 4) for level in levels]} do not end at 0, so no chunk would become clean; "
+            "use Sigmas (Self Forcing), or BasicScheduler with denoise 1"
+        )
+    return StepConfig(tuple(1000 * level for level in levels[:-1]), shift=1.0, warp=False)
+
+
+def layout(frames: int, given: int, causal: CausalConfig) -> CausalConfig:
+    """Chunks for a video that begins with `given` frames: with a single picture, frame 0 is a chunk of its own."""
+    is_single = given % causal.chunk == 1 and causal.chunk > 1
+    return replace(causal, independent_first_frame=True) if is_single else causal
+
+
+def _given_frames(mask: Tensor | None, latent_image: Tensor | None) -> Tensor | None:
+    """Latents [B, T, C, H, W] of the first frames, as far as the noise mask says that they are known (0)."""
+    if mask is None or latent_image is None:
+        return None
+    count = known_frames(mask)
+    return rearrange(latent_image[:, :, :count], "b c t h w -> b t c h w").float() if count else None
+
+
+def known_frames(mask_BCTHW: Tensor | None) -> int:
+    """How many frames at the beginning a noise mask declares known (0). Raises ValueError for any other mask."""
+    if mask_BCTHW is None:
+        return 0
+    values = rearrange(mask_BCTHW, "b c t h w -> t (b c h w)") if mask_BCTHW.ndim == 5 else mask_BCTHW.flatten(1)
+    largest, smallest = values.amax(1).tolist(), values.amin(1).tolist()
+    count = next((index for index, value in enumerate(largest) if value > 0), len(largest))
+    if mask_BCTHW.ndim != 5 or any(value < 1 for value in smallest[count:]):
+        raise ValueError(
+            "the noise mask keeps parts of frames, or frames behind the first ones; generating chunk by chunk can "
+            "only keep whole frames at the beginning: remove the mask, or use Image to Video (Self Forcing)"
+        )
+    return count
+
+
+# ------------------------------------------------------------ what is wrong --
+def _check_kind(kind: str, is_whole: bool) -> None:
+    if kind == BASE:
+        raise ValueError(
+            "this model is loaded as 'base': it was not distilled for few steps; sample it with KSampler, or choose "
+            "another kind in its loader"
+        )
+    if kind == FEW_STEP and not is_whole:
+        raise ValueError(
+            "this model is loaded as 'few-step bidirectional' and never learnt to generate chunk by chunk; use "
+            "Few-Step Sampler (Self Forcing), or choose kind 'causal' in its loader if it did"
+        )
+    if kind == CAUSAL and is_whole:
+        raise ValueError(
+            "this model generates chunk by chunk; use Sampler (Self Forcing), or choose kind 'few-step "
+            "bidirectional' in its loader if it does not"
+        )
+
+
+def _check_prompts(guider: Any, config: WanConfig) -> None:
+    """Raise ValueError for prompts that a cached rollout would get wrong."""
+    for cond in _conditions(guider):
+        found = next((name for name in REFUSED if cond.get(name) is not None), None)
+        if found is not None:
+            raise ValueError(
+                f"the prompt comes from {REFUSED[found]}, which does not go with generating chunk by chunk"
+            )
+        text = cond["model_conds"]["c_crossattn"].cond
+        rows, width = text.shape[1:]
+        if width != config.text_dim:
+            raise ValueError(
+                f"the prompt's embeddings are {width} wide, but this model reads {config.text_dim}; "
+                "encode the prompt with the text encoder that belongs to the model"
+            )
+        if rows > config.text_len and bool(text[:, config.text_len :].any()):
+            raise ValueError(f"the prompt has {rows} rows of text, but this model reads {config.text_len}; shorten it")
+
+
+def _conditions(guider: Any) -> list[dict[str, Any]]:
+    """The prompts that the guider evaluates, positive ones first; at cfg 1 the host leaves negative ones out."""
+    conds = {name: found for name, found in guider.conds.items() if found}
+    if getattr(guider, "cfg", None) == 1 and "positive" in conds:
+        conds.pop("negative", None)
+    return [cond for name in sorted(conds, key=lambda name: name != "positive") for cond in conds[name]]
+
+
+def _num_conditions(guider: Any) -> int:
+    return max(1, len(_conditions(guider)))
+
+
+@contextmanager
+def _memory_explained(network: _GuidedNetwork, causal: CausalConfig, shape: LatentShape, batch: int) -> Iterator[None]:
+    """Out of memory: say what would help and by how much; whoever holds the caches lets go of them."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(_remedies(network, causal, shape, batch)) from error
+
+
+def _remedies(network: _GuidedNetwork, causal: CausalConfig, shape: LatentShape, batch: int) -> str:
+    frames, _, height, width = shape
+    config, count = network.config, network.num_caches
+    capacity = frames if causal.window == -1 else min(frames, causal.window)
+    small = min(capacity, causal.sink + 2 * causal.chunk)
+
+    def size(capacity: int, dtype: torch.dtype) -> int:
+        tokens = tokens_per_frame(height, width)
+        return count * KVCache.num_bytes(config, batch=batch, tokens_per_frame=tokens, capacity=capacity, dtype=dtype)
+
+    whole = size(capacity, network.cache_dtype)
+    narrow, eighth = whole - size(small, network.cache_dtype), whole - size(capacity, torch.float8_e4m3fn)
+    return (
+        f"out of memory while generating; the KV cache alone takes {whole} bytes. In Cache Options (Self Forcing): "
+        f"window {small} saves {narrow} bytes, cache_dtype float8_e4m3fn {eighth}, cache_device cpu {whole}; "
+        "a smaller width and height save in proportion"
+    )
+
+
+# ---------------------------------------------------------------- network --
+@dataclass
+class _GuidedNetwork:
+    """The host's guider in the shape that `rollout` calls a network in: flow from latents and timesteps."""
+
+    guider: Any
+    extra_args: dict[str, Any]
+    settings: Settings
+    batch: int
+    state: RolloutState | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        patcher = self.guider.model_patcher
+        native = config_of(patcher.model.diffusion_model)
+        # condition channels and CLIP features are the host's: to the rollout this is a text-to-video network
+        self.config = replace(native, model_type="t2v", in_dim=native.out_dim)
+        self.device, self.dtype = patcher.load_device, compute_dtype(patcher.model)
+        self.cache_dtype = self.settings.cache_dtype or self.dtype
+        self.num_caches = _num_conditions(self.guider)
+        self.model_options = self.extra_args.get("model_options", {})
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """Rows, type and place of what is computed; the prompts themselves are the guider's."""
+        return Conditioning(torch.zeros(self.batch, 1, self.config.text_dim, device=self.device, dtype=self.dtype))
+
+    def allocate(self, shape: LatentShape, causal: CausalConfig) -> list[KVCache]:
+        """A cache for every prompt that the guider evaluates."""
+        caches = new_caches(self, self.conditioning, self.num_caches, shape, causal)
+        forget_cache_bytes(self.guider.model_patcher.model)
+        index_of = {cond["uuid"]: index for index, cond in enumerate(_conditions(self.guider))}
+        self.state = RolloutState(caches, index_of, self.model_options.get(HOST_COMPILE))
+        inner = {**self.model_options.get("transformer_options", {}), KEY: self.state}
+        self.model_options = {**self.model_options, "transformer_options": inner}
+        return caches
+
+    def new_cache(
+        self, *, batch: int, latent_height: int, latent_width: int, capacity: int, sink: int, like: Tensor
+    ) -> KVCache:
+        device = like.device if self.settings.cache_device is None else torch.device(self.settings.cache_device)
+        return KVCache(
+            self.config, batch=batch, tokens_per_frame=tokens_per_frame(latent_height, latent_width),
+            capacity=capacity, sink=sink, device=device, dtype=self.cache_dtype,
+        )  # fmt: skip
+
+    def release(self) -> None:
+        """Let go of the caches, also where the host keeps the options of a run that failed."""
+        if self.state is not None:
+            self.state.caches = ()
+            self.state.start_frame = None
+
+    def __call__(
+        self, x_BTCHW: Tensor, timesteps_BT: Tensor, *_: Any, cache: Any = None, start_frame: int = 0
+    ) -> Tensor:
+        if self.state is not None:
+            self.state.start_frame, self.state.num_frames = start_frame, x_BTCHW.shape[1]
+        sigma_B = timesteps_BT[:, 0] / 1000
+        x0_BCTHW = self.guider(
+            rearrange(x_BTCHW, "b t c h w -> b c t h w"), sigma_B,
+            model_options=self.model_options, seed=self.extra_args.get("seed"),
+        )  # fmt: skip
+        x0_BTCHW = rearrange(x0_BCTHW, "b c t h w -> b t c h w")
+        sigma = sigma_B.clamp_min(torch.finfo(torch.float32).tiny)[:, None, None, None, None]
+        return (x_BTCHW - x0_BTCHW) / sigma  # at sigma 0, a pass into the cache, nobody reads it
+
+
+class _HostNoise:
+    """The first draw of a chunk is its part of the host's noise; later ones come from another source."""
+
+    def __init__(self, x_BTCHW: Tensor, later: NoiseSource) -> None:
+        self.x_BTCHW, self.later = x_BTCHW, later
+
+    def draw(self, start_frame: int, step: int, shape: tuple[int, ...]) -> Tensor:
+        if step == 0:
+            return self.x_BTCHW[:, start_frame : start_frame + shape[1]]
+        return self.later.draw(start_frame, step, shape)
+
+
+class SeededHostNoise:
+    """NOISE of the graph that is, chunk by chunk, what the command line draws for this seed."""
+
+    def __init__(self, seed: int, lengths: tuple[int, ...]) -> None:
+        self.seed, self.lengths = seed, lengths
+
+    def generate_noise(self, latent: dict[str, Any]) -> Tensor:
+        batch, channels, _, height, width = latent["samples"].shape
+        source, start, parts = SeededNoise(self.seed), 0, []
+        for length in self.lengths:
+            parts.append(source.draw(start, 0, (batch, length, channels, height, width)))
+            start += length
+        return rearrange(torch.cat(parts, 1), "b t c h w -> b c t h w").contiguous()
+
+
+class _CallbackProgress:
+    """The host's callback: its bar counts sigmas, so evaluations are scaled to them; the last call has all frames."""
+
+    def __init__(self, callback: Any, sigmas: Tensor, shape: LatentShape, num_calls: int) -> None:
+        self.callback, self.sigmas, self.num_calls = callback, sigmas, num_calls
+        frames, channels, height, width = shape
+        self.shape = (frames, channels, height, width)
+        self.calls, self.latest = 0, None
+
+    def step(self) -> None:
+        self.calls += 1
+
+    def chunk(self, chunk: Chunk) -> None:
+        if self.callback is None:
+            return
+        new = rearrange(chunk.latents_BTCHW, "b t c h w -> b c t h w")
+        if self.latest is None:
+            frames, _, _, _ = self.shape
+            self.latest = new.new_zeros(*new.shape[:2], frames, *new.shape[3:])
+        self.latest[:, :, chunk.start_frame : chunk.start_frame + new.shape[2]] = new
+        is_last = chunk.start_frame + new.shape[2] == self.shape[0]
+        steps = len(self.sigmas) - 1
+        index = steps - 1 if is_last else min(steps - 1, self.calls * steps // max(self.num_calls, 1))
+        # the host shows the first frame of what it is given: the newest one
+        shown = self.latest if is_last else new[:, :, -1:]
+        self.callback({"i": index, "denoised": shown, "x": shown, "sigma": self.sigmas[0], "sigma_hat": self.sigmas[0]})
+
+    def finish(self) -> None:
+        """Nothing is left to tell."""

@@ -1,0 +1,403 @@
+"""Run by the host's Python with its checkout on the path: what cannot be asked over HTTP, measured and printed as JSON.
+
+python inside.py PACK FOLDER      PACK: this repository; FOLDER: where random weights may be written
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import logging
+import random
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path.cwd()))
+PACK, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
+sys.argv = ["inside", "--cpu"]
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+
+import comfy.k_diffusion.sampling  # noqa: E402
+import comfy.model_management  # noqa: E402
+import comfy.ops  # noqa: E402
+import comfy.samplers  # noqa: E402
+import comfy.sd  # noqa: E402
+import torch  # noqa: E402
+from comfy_api.torch_helpers import set_torch_compile_wrapper  # noqa: E402
+
+import nodes as host_nodes  # noqa: E402, F401  the host's own, so that the pack's folder of that name cannot shadow it
+
+torch.set_num_threads(1)
+
+
+def load_pack() -> Any:
+    """The pack under a name that is no identifier, as ComfyUI imports it."""
+    name = "custom_nodes.self-forcing"
+    spec = importlib.util.spec_from_file_location(name, PACK / "__init__.py", submodule_search_locations=[str(PACK)])
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return importlib.import_module(name + ".nodes.extension").__package__
+
+
+PACKAGE = load_pack()
+causal_model = importlib.import_module(PACKAGE + ".causal_model")
+sampling = importlib.import_module(PACKAGE + ".sampling")
+CORE = PACKAGE.rpartition(".")[0] + ".selfforcing_core."
+core = {
+    name: importlib.import_module(CORE + name)
+    for name in ("checkpoint", "conditioning", "config", "model", "rollout", "kv_cache")
+}
+WanConfig, CausalConfig = core["config"].WanConfig, core["config"].CausalConfig
+SIZES = {"dim": 256, "ffn_dim": 256, "num_heads": 2, "num_layers": 2}
+FRAMES, CHANNELS, HEIGHT, WIDTH = 6, 16, 4, 4
+SHAPE = (FRAMES, CHANNELS, HEIGHT, WIDTH)
+CHUNKS = CausalConfig(chunk=3)
+STEPS = core["config"].StepConfig()
+
+
+# ---------------------------------------------------------------- material --
+def network(**more: Any) -> Any:
+    """Random CausalWan whose output depends on everything: the usual start has no output at all."""
+    torch.manual_seed(0)
+    made = core["model"].CausalWan(WanConfig(**SIZES, **more))
+    for parameter in made.parameters():
+        if parameter.ndim < 2:
+            parameter.data.normal_(1, 0.1) if parameter.mean() > 0.5 else parameter.data.normal_(0, 0.1)
+    return made.eval().requires_grad_(False)
+
+
+def saved(name: str, made: Any, causal: Any = CHUNKS) -> Path:
+    path = FOLDER / f"{name}.safetensors"
+    core["checkpoint"].save_checkpoint(path, made.state_dict(), made.config, causal=causal)
+    return path
+
+
+def loaded(path: Path, **options: Any) -> Any:
+    options = {"dtype": torch.float32, **options}
+    return causal_model.model_from_checkpoint(core["checkpoint"].read_checkpoint(path), **options)
+
+
+def text(seed: int, rows: int = 7) -> torch.Tensor:
+    """Rows of a prompt; 512 is what the host's own text encoder gives, of which the last are zero."""
+    return torch.randn(1, rows, 4096, generator=torch.Generator().manual_seed(seed)) * (torch.arange(rows) < 9)[:, None]
+
+
+def sampled(
+    patcher: Any, *, cfg: float = 1.0, rows: int = 7, latent: Any = None, values: Any = None, chunk: int = 3, **run: Any
+) -> Any:
+    """Normalised latents [1, T, C, H, W] through the host's guider; noise is that of the core for seed 5."""
+    guider = comfy.samplers.CFGGuider(patcher)
+    guider.set_conds([[text(1, rows if rows == 512 else 7), dict(values or {})]],
+                     [[text(2, rows), dict(values or {})]])  # fmt: skip
+    guider.set_cfg(cfg)
+    latent = {"samples": torch.zeros(1, CHANNELS, FRAMES, HEIGHT, WIDTH)} if latent is None else latent
+    lengths = core["rollout"].chunk_lengths(latent["samples"].shape[2], chunk)
+    noise = sampling.SeededHostNoise(5, lengths).generate_noise(latent)
+    raw = guider.sample(
+        noise, latent["samples"], sampling.ChunkSampler(sampling.Run(**run)), causal_model.sigmas_of(patcher, 0, 0.0),
+        denoise_mask=latent.get("noise_mask"), disable_pbar=True, seed=5,
+    )  # fmt: skip
+    return patcher.model.process_latent_in(raw).transpose(1, 2)
+
+
+def core_rollout(made: Any, *, guidance: float = 1.0, rows: int = 7, causal: Any = CHUNKS, **more: Any) -> Any:
+    condition = core["conditioning"].Conditioning
+    chunks = core["rollout"].rollout(
+        made, condition(text(1), **more), noise=core["rollout"].SeededNoise(5), latent_shape=SHAPE, causal=causal,
+        steps=STEPS, negative=condition(text(2, rows), **more), guidance=guidance,
+    )  # fmt: skip
+    return torch.cat([chunk.latents_BTCHW for chunk in chunks], 1)
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference as a share of the values' own spread."""
+    return float((a - b).abs().max() / b.std())
+
+
+# ------------------------------------------------------------------ checks --
+def the_hosts_model_gives_the_cores_video() -> dict[str, float]:
+    """With one prompt; with two in one batch; with two that the host cannot batch; with a window."""
+    made = network()
+    patcher = loaded(saved("t2v", made))
+    window = CausalConfig(chunk=1, window=3, sink=1, context_noise=100.0)
+    windowed = causal_model.with_settings(patcher, causal_model.Settings("causal", window, STEPS))
+    return {
+        "plain": apart(sampled(patcher), core_rollout(made)),
+        "cfg": apart(sampled(patcher, cfg=3.0), core_rollout(made, guidance=3.0)),
+        "cfg_split": apart(sampled(patcher, cfg=3.0, rows=9), core_rollout(made, guidance=3.0, rows=9)),
+        "window": apart(sampled(windowed, chunk=1), core_rollout(made, causal=window)),
+        "cfg_matters": apart(core_rollout(made, guidance=3.0), core_rollout(made)),
+    }
+
+
+def condition_channels_are_sliced_per_chunk() -> dict[str, float]:
+    made = network(in_dim=36, model_type="i2v")
+    patcher = loaded(saved("i2v", made))
+    generator = torch.Generator().manual_seed(3)
+    raw = torch.randn(1, CHANNELS, FRAMES, HEIGHT, WIDTH, generator=generator)
+    mask = torch.ones(1, 1, FRAMES, HEIGHT, WIDTH)
+    mask[:, :, :1] = 0
+    clip = torch.randn(1, 257, 1280, generator=generator)
+
+    class Seen:
+        penultimate_hidden_states = clip
+
+    values = {"concat_latent_image": raw.clone(), "concat_mask": mask, "clip_vision_output": Seen()}
+    image = torch.cat([(1 - mask).repeat(1, 4, 1, 1, 1), patcher.model.process_latent_in(raw.clone())], 1)
+    given = {"image_BTCHW": image.transpose(1, 2), "clip_BIX": clip}
+    other = {**given, "image_BTCHW": given["image_BTCHW"].flip(1)}
+    return {
+        "plain": apart(sampled(patcher, values=values), core_rollout(made, **given)),
+        "cfg": apart(sampled(patcher, cfg=3.0, values=values), core_rollout(made, guidance=3.0, **given)),
+        "order_matters": apart(core_rollout(made, **other), core_rollout(made, **given)),
+    }
+
+
+def a_model_of_the_hosts_loader_is_patched() -> dict[str, Any]:
+    """Plain weights through the host's loader with foreign layers, as GGUF and quantised packs put in."""
+    made = network()
+    calls = []
+
+    class Counting(comfy.ops.manual_cast):
+        class Linear(comfy.ops.manual_cast.Linear):
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                calls.append(1)
+                return super().forward(*args, **kwargs)
+
+    state = {name: value.clone() for name, value in made.state_dict().items()}
+    foreign = comfy.sd.load_diffusion_model_state_dict(state, model_options={"custom_operations": Counting})
+    before = {name: id(module) for name, module in foreign.model.diffusion_model.named_modules()}
+    patched = causal_model.with_settings(foreign, causal_model.Settings("causal", CHUNKS, STEPS))
+    with_shift = importlib.import_module(PACKAGE + ".host").with_shift
+    video = sampled(with_shift(patched, 5.0))
+    after = {name: id(module) for name, module in foreign.model.diffusion_model.named_modules()}
+    try:
+        causal_model.settings_of(foreign)
+        refusal = ""
+    except ValueError as error:
+        refusal = str(error)
+    return {
+        "difference": apart(video, core_rollout(made)),
+        "foreign_calls": len(calls),
+        "is_untouched": before == after,
+        "refusal": refusal,
+    }
+
+
+def number_types() -> dict[str, float]:
+    """float8 and bfloat16 weights, and a narrow cache: near the exact video, and not the same."""
+    made = network()
+    path, exact = saved("t2v", made), core_rollout(made)
+    found = {
+        "bfloat16": sampled(loaded(path, dtype=torch.bfloat16)),
+        "float8": sampled(loaded(path, dtype=torch.float8_e4m3fn)),
+    }
+    for name, dtype in (("cache_bfloat16", torch.bfloat16), ("cache_float8", torch.float8_e4m3fn)):
+        settings = causal_model.Settings("causal", CHUNKS, STEPS, cache_dtype=dtype, cache_device="cpu")
+        found[name] = sampled(causal_model.with_settings(loaded(path), settings))
+    return {name: float((video - exact).abs().mean() / exact.std()) for name, video in found.items()}
+
+
+def layers_without_casting_compute_in_bfloat16() -> float:
+    """On a card that computes in bfloat16 the host's layers do not cast, and the patch embedding stays float32."""
+    made = network()
+    patcher = loaded(saved("t2v", made))
+    native = type(patcher.model.diffusion_model)(
+        operations=comfy.ops.disable_weight_init, device="cpu", dtype=torch.bfloat16, image_model="wan2.1",
+        **{name: getattr(made.config, name) for name in SIZES}, text_dim=4096, in_dim=16, out_dim=16,
+    )  # fmt: skip
+    native.load_state_dict(made.state_dict())
+    shared = causal_model.SharedNetwork(native.eval().requires_grad_(False))
+    x = torch.randn(1, 3, CHANNELS, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
+    times = torch.full((1, 3), 500.0)
+    found = shared(x.bfloat16(), times, text(1).bfloat16())
+    assert found.dtype == torch.bfloat16
+    return float((found.float() - made(x, times, text(1))).abs().mean() / made(x, times, text(1)).std())
+
+
+def compiled() -> dict[str, Any]:
+    made = network()
+    patcher = loaded(saved("t2v", made))
+    plain = sampled(patcher)
+    compiled_one = patcher.clone()
+    set_torch_compile_wrapper(compiled_one, backend="eager")
+    graphs = core["model"].CausalWan.compile_blocks
+    seen = []
+
+    def noted(self: Any, **options: Any) -> Any:
+        seen.append(options.get("backend"))
+        return graphs(self, **options)
+
+    core["model"].CausalWan.compile_blocks = noted
+    try:
+        video = sampled(compiled_one)
+    finally:
+        core["model"].CausalWan.compile_blocks = graphs
+    return {"difference": apart(video, plain), "backend": seen}
+
+
+def memory_estimate() -> dict[str, float]:
+    """What the host is told to keep free, with and without our sampler, in bytes."""
+    patcher = loaded(saved("t2v", network()))
+    told = []
+    original = comfy.model_management.load_models_gpu
+
+    def noted(models: Any, memory_required: float = 0, **options: Any) -> Any:
+        told.append(float(memory_required))
+        return original(models, memory_required=memory_required, **options)
+
+    comfy.model_management.load_models_gpu = noted
+    try:
+        sampled(patcher)
+        sampled(patcher, cfg=3.0)
+        sampled(causal_model.with_settings(patcher, causal_model.Settings("unknown", CHUNKS, STEPS)), is_whole=True)
+    finally:
+        comfy.model_management.load_models_gpu = original
+    tokens = FRAMES * (HEIGHT // 2) * (WIDTH // 2)
+    return {
+        "one": told[0] - told[2], "two": told[1] - told[2],
+        "cache": 2 * SIZES["num_layers"] * tokens * SIZES["dim"] * 4,
+        "is_left": "memory_required" in patcher.model.__dict__,
+    }  # fmt: skip
+
+
+def out_of_memory() -> dict[str, Any]:
+    patcher = loaded(saved("t2v", network()))
+    before = sampled(patcher)
+    alive, update = [], core["kv_cache"].KVCache.update
+
+    def failing(self: Any, *args: Any) -> Any:
+        alive.append(weakref.ref(self))
+        if self.end_frame > 3:
+            raise torch.OutOfMemoryError("planted")
+        return update(self, *args)
+
+    core["kv_cache"].KVCache.update = failing
+    try:
+        sampled(patcher)
+        message = ""
+    except ValueError as error:
+        message = str(error)
+    finally:
+        core["kv_cache"].KVCache.update = update
+    gc.collect()
+    return {
+        "message": message,
+        "caches_seen": len(alive),
+        "caches_alive": sum(reference() is not None for reference in alive),
+        "is_same_afterwards": bool(torch.equal(sampled(patcher), before)),
+    }
+
+
+def interrupts(count: int = 50) -> dict[str, int]:
+    """Stopped at random evaluations; each time the next run is bitwise what it was before."""
+    patcher = loaded(saved("t2v", network()))
+    before, draw = sampled(patcher), random.Random(0)
+    stopped = same = late = 0
+    for _ in range(count):
+        at, calls = draw.randrange(9), []
+        evaluate = causal_model.RolloutState.evaluate
+
+        def counted(self: Any, *args: Any, at: int = at, calls: list[int] = calls, evaluate: Any = evaluate) -> Any:
+            if len(calls) == at:
+                comfy.model_management.interrupt_current_processing(True)
+            calls.append(1)
+            return evaluate(self, *args)
+
+        causal_model.RolloutState.evaluate = counted
+        try:
+            sampled(patcher)
+        except comfy.model_management.InterruptProcessingException:
+            stopped += 1
+        finally:
+            causal_model.RolloutState.evaluate = evaluate
+            comfy.model_management.interrupt_current_processing(False)
+        late += len(calls) - at > 1
+        same += bool(torch.equal(sampled(patcher), before))
+    return {"count": count, "stopped": stopped, "same": same, "late": late}
+
+
+def states() -> dict[str, Any]:
+    """A state, also after a trip through a file, goes on as if it had never been taken."""
+    patcher = loaded(saved("t2v", network()))
+    long = {"samples": torch.zeros(1, CHANNELS, 9, HEIGHT, WIDTH)}
+    whole = sampled(patcher, latent=long)
+    kept = sampling.StateHolder()
+    sampled(patcher, keep=kept)
+    assert kept.snapshot is not None
+    kept.snapshot.save(FOLDER / "state.safetensors")
+    read = sampling.StateHolder(type(kept.snapshot).load(FOLDER / "state.safetensors"))
+    return {
+        "is_same": bool(torch.equal(sampled(patcher, latent=long, resume=kept), whole)),
+        "is_same_from_file": bool(torch.equal(sampled(patcher, latent=long, resume=read), whole)),
+    }
+
+
+class HostDraws:
+    """The draws of the host's own causal sampler, chunk after chunk of three frames."""
+
+    def draw(self, start_frame: int, step: int, shape: tuple[int, ...]) -> torch.Tensor:
+        torch.manual_seed(5 + start_frame // 3 * 1000 + step - 1)
+        batch, frames, *rest = shape
+        return torch.randn(batch, rest[0], frames, *rest[1:]).transpose(1, 2)
+
+
+def the_hosts_own_causal_sampler() -> float | None:
+    """None where the host has none."""
+    if not hasattr(comfy.k_diffusion.sampling, "sample_ar_video"):
+        return None
+    patcher = loaded(saved("t2v", network()))
+    ours = sampled(patcher, noise=HostDraws(), rows=512)
+    guider = comfy.samplers.CFGGuider(patcher)
+    guider.set_conds([[text(1, 512), {}]], [[text(2, 512), {}]])
+    guider.set_cfg(1.0)
+    latent = {"samples": torch.zeros(1, CHANNELS, FRAMES, HEIGHT, WIDTH)}
+    noise = sampling.SeededHostNoise(5, (3, 3)).generate_noise(latent)
+    theirs = guider.sample(
+        noise, latent["samples"], comfy.samplers.ksampler("ar_video", {"num_frame_per_block": 3}),
+        causal_model.sigmas_of(patcher, 0, 0.0), disable_pbar=True, seed=5,
+    )  # fmt: skip
+    return apart(ours, patcher.model.process_latent_in(theirs).transpose(1, 2))
+
+
+CHECKS: tuple[Callable[[], Any], ...] = (
+    the_hosts_model_gives_the_cores_video,
+    condition_channels_are_sliced_per_chunk,
+    a_model_of_the_hosts_loader_is_patched,
+    number_types,
+    layers_without_casting_compute_in_bfloat16,
+    compiled,
+    memory_estimate,
+    out_of_memory,
+    interrupts,
+    states,
+    the_hosts_own_causal_sampler,
+)
+
+
+def main() -> None:
+    logging.disable(logging.CRITICAL)
+    found: dict[str, Any] = {}
+    with torch.inference_mode():
+        for check in CHECKS:
+            try:
+                found[check.__name__] = check()
+            except Exception as error:  # one check must not hide the others
+                import traceback
+
+                found[check.__name__] = {"failed": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+    print("\n" + json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What our MODELs do inside the host's own sampling code, measured there by tests/comfyui/inside.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.comfyui.conftest import checkouts
+from tests.comfyui.host_server import ROOT, Checkout
+
+ROUNDING = 1e-5  # share of the values' spread; both sides compute in float32, in another order
+
+
+@pytest.fixture(scope="module", params=checkouts())
+def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    checkout: Checkout = request.param
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [checkout.python, Path(__file__).with_name("inside.py"), ROOT, tmp_path_factory.mktemp("weights")]
+    done = subprocess.run(
+        command, cwd=checkout.path, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def found(measured: dict[str, Any], request: pytest.FixtureRequest) -> Any:
+    """The result of the check that the test is named after."""
+    result = measured[request.node.originalname.removeprefix("test_")]
+    if isinstance(result, dict) and "failed" in result:
+        pytest.fail(result["trace"])
+    return result
+
+
+def test_the_hosts_model_gives_the_cores_video(found: dict[str, float]) -> None:
+    """Also with guidance, batched by the host or split by it: as two separate rollouts combined in the core."""
+    matters = found.pop("cfg_matters")
+    assert max(found.values()) < ROUNDING < matters / 100
+
+
+def test_condition_channels_are_sliced_per_chunk(found: dict[str, float]) -> None:
+    matters = found.pop("order_matters")
+    assert max(found.values()) < ROUNDING < matters / 100
+
+
+def test_a_model_of_the_hosts_loader_is_patched(found: dict[str, Any]) -> None:
+    assert found["difference"] < ROUNDING
+    assert found["foreign_calls"] > 0
+    assert found["is_untouched"]
+    assert "Patch Model (Self Forcing)" in found["refusal"]
+
+
+def test_number_types(found: dict[str, float]) -> None:
+    assert all(value > 0 for value in found.values())
+    assert max(found["bfloat16"], found["cache_bfloat16"], found["cache_float8"]) < 0.005
+    assert found["float8"] < 0.05
+
+
+def test_layers_without_casting_compute_in_bfloat16(found: float) -> None:
+    assert 0 < found < 0.02
+
+
+def test_compiled(found: dict[str, Any]) -> None:
+    """The host's TorchCompileModel compiles the blocks of the causal pass, with its own backend."""
+    assert found == {"difference": 0.0, "backend": ["eager"]}
+
+
+def test_memory_estimate(found: dict[str, float]) -> None:
+    assert (found["one"], found["two"]) == (found["cache"], 2 * found["cache"])
+    assert not found["is_left"]
+
+
+def test_out_of_memory(found: dict[str, Any]) -> None:
+    assert found["caches_seen"] > 0
+    assert found["caches_alive"] == 0
+    assert found["is_same_afterwards"]
+    for setting in ("window", "cache_dtype float8_e4m3fn 73728", "cache_device cpu 98304"):
+        assert setting in found["message"]
+
+
+def test_interrupts(found: dict[str, int]) -> None:
+    assert found["stopped"] == found["same"] == found["count"] == 50
+    assert found["late"] == 0, "at most the evaluation that was running is finished"
+
+
+def test_states(found: dict[str, Any]) -> None:
+    assert found == {"is_same": True, "is_same_from_file": True}
+
+
+def test_the_hosts_own_causal_sampler(found: float | None) -> None:
+    if found is None:
+        pytest.skip("this version of ComfyUI has no causal sampler of its own")
+    assert found < ROUNDING
