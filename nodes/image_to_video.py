@@ -57,7 +57,7 @@ class SelfForcingImageToVideo(io.ComfyNode):
                 ),
                 io.ClipVisionOutput.Input(
                     "clip_vision_output", optional=True,
-                    tooltip="From CLIP Vision Encode; image-to-video models need it.",
+                    tooltip="From CLIP Vision Encode; image-to-video models follow the picture less without it.",
                 ),
             ],
             outputs=[
@@ -103,7 +103,7 @@ def _given(vae: Any, start_image: Tensor | None, latent: dict[str, Any] | None, 
 def _begun(given_BCTHW: Tensor, causal: Any, length: int, batch_size: int) -> dict[str, Any]:
     """A LATENT whose first frames are known and whose others are to be generated, marked by the host's noise mask."""
     count, (latent_height, latent_width) = given_BCTHW.shape[2], given_BCTHW.shape[-2:]
-    chunks = layout(latent_frames(length), count, causal)
+    chunks = layout(count, causal)
     size = VideoGeometry(
         latent_width * SPATIAL_FACTOR, latent_height * SPATIAL_FACTOR, length,
         chunk=chunks.chunk, independent_first_frame=chunks.independent_first_frame,
@@ -126,7 +126,7 @@ def _condition(
     vae: Any, start_image: Tensor | None, width: int, height: int, length: int, clip_vision_output: Any
 ) -> dict[str, Any]:
     """What image-to-video models of Wan read: latents of pictures and then grey, what is known, and CLIP's features."""
-    if start_image is None or clip_vision_output is None:
+    if start_image is None:
         raise ValueError(
             "this is an image-to-video model; connect start_image, vae and clip_vision_output (the pictures that it "
             "continues come as condition, so latent does not fit)"
@@ -137,11 +137,8 @@ def _condition(
     frames_VHWR[:count] = _fitted(start_image[:count], width, height).to(frames_VHWR)
     mask = torch.ones(1, 1, size.latent_frames, size.latent_height, size.latent_width)
     mask[:, :, : covered_latents(count)] = 0
-    return {
-        "concat_latent_image": vae.encode(frames_VHWR),
-        "concat_mask": mask,
-        "clip_vision_output": clip_vision_output,
-    }
+    values = {"concat_latent_image": vae.encode(frames_VHWR), "concat_mask": mask}
+    return values if clip_vision_output is None else {**values, "clip_vision_output": clip_vision_output}
 
 
 def _fitted(image_VHWR: Tensor, width: int, height: int) -> Tensor:

@@ -167,7 +167,7 @@ def sample_chunks(
     shape: LatentShape = tuple(x_BTCHW.shape[1:])  # type: ignore[assignment]
     prefix = None if run.is_whole else _given_frames(extra_args.get("denoise_mask"), model_k.latent_image)
     given = 0 if prefix is None else prefix.shape[1]
-    causal = layout(frames, given, run.causal or settings.causal)
+    causal = layout(given, run.causal or settings.causal)
     if run.is_whole:
         causal = CausalConfig(chunk=frames)
     steps = steps_of(sigmas)
@@ -222,7 +222,7 @@ def steps_of(sigmas: Tensor) -> StepConfig:
     return StepConfig(tuple(1000 * level for level in levels[:-1]), shift=1.0, warp=False)
 
 
-def layout(frames: int, given: int, causal: CausalConfig) -> CausalConfig:
+def layout(given: int, causal: CausalConfig) -> CausalConfig:
     """Chunks for a video that begins with `given` frames: with a single picture, frame 0 is a chunk of its own."""
     is_single = given % causal.chunk == 1 and causal.chunk > 1
     return replace(causal, independent_first_frame=True) if is_single else causal
