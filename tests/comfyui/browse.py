@@ -1,0 +1,160 @@
+"""Run by the host's Python: a headless Chromium on its own front end, driven over the DevTools protocol.
+
+python browse.py CHROMIUM ADDRESS PACK FOLDER NAME...
+
+Drops each named workflow of the pack on the canvas as a user's mouse would, reports what the page made of it, and runs
+`tiny_t2v` with the button. Prints one JSON object; screenshots go to FOLDER.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+CHROMIUM, ADDRESS, PACK, FOLDER = sys.argv[1:5]
+NAMES = sys.argv[5:]
+PATIENCE = 120  # seconds
+
+DROP = """
+async (name) => {
+  const text = await (await fetch(`/api/workflow_templates/PACK/${name}.json`)).text()
+  const wanted = JSON.parse(text)
+  const data = new DataTransfer()
+  data.items.add(new File([text], `${name}.json`, {type: 'application/json'}))
+  const canvas = document.querySelector('#graph-canvas')
+  for (const kind of ['dragenter', 'dragover', 'drop'])
+    canvas.dispatchEvent(new DragEvent(kind, {dataTransfer: data, bubbles: true, cancelable: true}))
+  const ids = wanted.nodes.map(node => node.id).sort().join()
+  for (let i = 0; i < 100; i++) {
+    await new Promise(done => setTimeout(done, 100))
+    const graph = window.app.graph
+    if (graph.id === wanted.id && graph._nodes.map(node => node.id).sort().join() === ids) break
+  }
+  const nodes = window.app.graph._nodes
+  const {output} = await window.app.graphToPrompt()
+  return {
+    nodes: nodes.length, wanted: wanted.nodes.length,
+    missing: nodes.filter(node => node.has_errors || !window.LiteGraph.registered_node_types[node.type])
+      .map(node => node.type).filter(type => type !== 'MarkdownNote'),
+    prompt: output,
+  }
+}
+"""
+
+# A front end whose host lacks some package cannot draw the host's own loaders, nor ours.
+HOST_LOADER = """
+(() => {
+  try { new window.LiteGraph.registered_node_types['VAELoader']('probe'); return '' }
+  catch (error) { return String(error) }
+})()
+"""
+
+
+class Page:
+    """One tab. Requests to anything but the server are refused by the browser's own host rules."""
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self.socket, self.count = socket, 0
+
+    async def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        self.count += 1
+        await self.socket.send_json({"id": self.count, "method": method, "params": parameters})
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                answer = await self.socket.receive_json()
+                if answer.get("id") == self.count:
+                    assert "error" not in answer, answer
+                    return answer["result"]
+
+    async def evaluate(self, script: str) -> Any:
+        found = await self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in found, json.dumps(found["exceptionDetails"])[:2000]
+        return found["result"].get("value")
+
+    async def until(self, script: str) -> None:
+        for _ in range(PATIENCE * 5):
+            if await self.evaluate(script):
+                return
+            await asyncio.sleep(0.2)
+        raise AssertionError(f"never true: {script}")
+
+    async def screenshot(self, name: str) -> None:
+        shot = await self.call("Page.captureScreenshot", format="png")
+        (Path(FOLDER) / f"{name}.png").write_bytes(base64.b64decode(shot["data"]))
+
+
+async def browse(page: Page, session: aiohttp.ClientSession) -> dict[str, Any]:
+    settings = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False}
+    await session.post(f"http://{ADDRESS}/settings", json=settings)
+    await page.call("Page.navigate", url=f"http://{ADDRESS}/")
+    await page.until(
+        "!!(window.app && window.app.graph && window.LiteGraph && document.querySelector('#graph-canvas'))"
+    )
+    async with session.get(f"http://{ADDRESS}/object_info") as answer:
+        known = json.dumps(list(await answer.json()))
+    await page.until(f"{known}.every(name => name in window.LiteGraph.registered_node_types)")
+    broken = await page.evaluate(HOST_LOADER)
+    if broken:
+        return {"broken": broken}
+    found: dict[str, Any] = {}
+    for name in NAMES:
+        found[name] = await page.evaluate(f"({DROP.replace('PACK', PACK)})({json.dumps(name)})")
+        await asyncio.sleep(0.5)
+        await page.screenshot(name)
+    await page.evaluate(f"({DROP.replace('PACK', PACK)})('tiny_t2v')")
+    before = await history(session)
+    await page.evaluate(
+        "[...document.querySelectorAll('button')].find(b => /^Run$/.test(b.textContent.trim())).click()"
+    )
+    for _ in range(PATIENCE * 5):
+        after = await history(session)
+        if set(after) - set(before):
+            break
+        await asyncio.sleep(0.2)
+    await page.screenshot("ran")
+    (ran,) = set(after) - set(before)
+    await asyncio.sleep(1.5)
+    await page.screenshot("ran")
+    return {"workflows": found, "run": after[ran]}
+
+
+async def history(session: aiohttp.ClientSession) -> dict[str, Any]:
+    async with session.get(f"http://{ADDRESS}/history") as answer:
+        return await answer.json()
+
+
+async def main() -> None:
+    with tempfile.TemporaryDirectory() as profile:
+        process = await asyncio.create_subprocess_exec(
+            CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+            "--remote-debugging-port=0", f"--user-data-dir={profile}", "--window-size=1600,1000",
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "about:blank",
+            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            assert process.stderr is not None
+            address = None
+            while address is None:
+                line = (await asyncio.wait_for(process.stderr.readline(), PATIENCE)).decode()
+                assert line, "the browser ended"
+                address = re.search(r"ws://([\d.:]+)/", line)
+            async with aiohttp.ClientSession() as session:
+                async with session.get(f"http://{address[1]}/json") as answer:
+                    (tab,) = [entry for entry in await answer.json() if entry["type"] == "page"]
+                async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+                    page = Page(socket)
+                    print("\n" + json.dumps(await browse(page, session)))
+        finally:
+            process.kill()
+            await process.wait()
+
+
+asyncio.run(main())

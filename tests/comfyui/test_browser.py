@@ -1,0 +1,60 @@
+"""Every workflow dropped on the host's own canvas in a real browser; the tiny one is run by the button."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.comfyui.graphs import SAVE, read_mp4
+from tests.comfyui.host_server import PACK_NAME, ROOT, Server
+from train.tiny.world import detect
+
+NAMES = [path.stem for path in sorted((ROOT / "workflows").glob("*.json"))]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def seen(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the page made of each workflow. Screenshots stay in SELFFORCING_SCREENSHOTS, if that is set."""
+    browser = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip("no Chromium found: install the package chromium, or set CHROMIUM")
+    folder = os.environ.get("SELFFORCING_SCREENSHOTS") or str(tmp_path_factory.mktemp("screenshots"))
+    command = [server.checkout.python, Path(__file__).with_name("browse.py"), browser, server.address, PACK_NAME]
+    done = subprocess.run(
+        [*map(str, command), folder, *NAMES], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    if "broken" in found:
+        pytest.skip(f"this host's front end cannot draw the host's own loaders ({found['broken']}); install spandrel")
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dropped_workflow_has_every_node_and_every_value(seen: dict[str, Any], name: str) -> None:
+    found = seen["workflows"][name]
+    assert found["missing"] == []
+    assert found["nodes"] == found["wanted"]
+    twin = json.loads((ROOT / "workflows/api" / f"{name}.json").read_text())
+    assert {key: node["class_type"] for key, node in found["prompt"].items()} == {
+        key: node["class_type"] for key, node in twin.items()
+    }
+    for key, node in twin.items():
+        made = found["prompt"][key]["inputs"]
+        if not node["class_type"].startswith("SelfForcing"):  # later hosts give their nodes more widgets
+            made = {name: value for name, value in made.items() if name in node["inputs"]}
+        assert made == node["inputs"], node["class_type"]
+
+
+def test_the_run_button_makes_the_video_of_the_prompt(seen: dict[str, Any], server: Server) -> None:
+    assert seen["run"]["status"]["status_str"] == "success"
+    (file,) = server._files(seen["run"]["outputs"][SAVE])
+    found = detect(read_mp4(file)[0])
+    assert (found.colour, found.shape) == ("red", "square")
