@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-__all__ = ["comfy_entrypoint"]
+__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
+
+WEB_DIRECTORY = "web"  # the nodes' help pages
 
 
 async def comfy_entrypoint() -> Any:

@@ -20,6 +20,13 @@ sys.path.insert(0, str(Path.cwd()))
 PACK, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
 sys.argv = ["inside", "--cpu"]
 
+# Optional packages that are installed but broken, as flash-attn often is, must not keep the pack from loading.
+BROKEN = FOLDER / "broken"
+BROKEN.mkdir(parents=True, exist_ok=True)
+for package in ("flash_attn", "lmdb", "omegaconf", "diffusers"):
+    (BROKEN / f"{package}.py").write_text(f'raise ImportError("{package} is broken")')
+sys.path.insert(0, str(BROKEN))
+
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()

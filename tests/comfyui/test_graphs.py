@@ -100,6 +100,25 @@ def test_shipped_workflow_runs_and_saves_a_video(stocked: Server, name: str) -> 
     assert frames.std() > 0.01
 
 
+def test_the_native_graph_previews_every_chunk_and_gives_all_frames(stocked: Server) -> None:
+    prompt = small(shipped("t2v_1.3b_native"))
+    add(prompt, "denoised", "SaveLatent", samples=["14", 1], filename_prefix="latents/denoised")
+    add(prompt, "output", "SaveLatent", samples=["14", 0], filename_prefix="latents/output")
+    with stocked.events() as events:
+        queued = stocked.submit(prompt, events.client_id)
+        seen = events.until("execution_success", "execution_error")
+    entry = stocked.result(queued)
+    assert entry["status"]["status_str"] == "success", failure(entry)
+    assert sum(event["type"] == "binary" for event in seen) >= 2, "one for each chunk"
+    values = [e["data"]["value"] for e in seen if e["type"] == "progress" and e["data"]["node"] == "14"]
+    assert values == sorted(values)
+    assert values[-1] == 4, "of four sigmas"
+    denoised, output = (
+        load_file(stocked._files(entry["outputs"][name])[0])["latent_tensor"] for name in ("denoised", "output")
+    )
+    torch.testing.assert_close(denoised, output, atol=1e-5, rtol=1e-5)
+
+
 def causal_prompt(**sampler: Any) -> Prompt:
     """The streaming workflow at a small size, up to its sampler."""
     prompt = small(shipped("t2v_1.3b_stream"))
