@@ -69,7 +69,7 @@ def with_settings(patcher: Any, settings: Settings) -> Any:
     wrappers = (
         (WrappersMP.APPLY_MODEL, _slice_condition_channels),
         (WrappersMP.DIFFUSION_MODEL, _run_causally),
-        (WrappersMP.OUTER_SAMPLE, _count_cache_bytes),
+        (WrappersMP.OUTER_SAMPLE, _count_extra_bytes),
     )
     for kind, wrapper in wrappers:
         clone.remove_wrappers_with_key(kind, KEY)
@@ -93,7 +93,8 @@ def model_from_checkpoint(
         if kind == UNKNOWN:
             log.warning("the file does not say whether its model is causal; choose its kind in the loader to be sure")
     model_config = _host_config(checkpoint.config, is_causal=kind == CAUSAL)
-    model_config.sampling_settings = {"shift": steps.shift}
+    if checkpoint.steps is not None or kind != BASE:  # an undistilled model keeps the host's shift for Wan
+        model_config.sampling_settings = {"shift": steps.shift}
     _choose_dtype(model_config, checkpoint, dtype)
     if is_fast_fp8:
         model_config.optimizations["fp8"] = True
@@ -247,12 +248,12 @@ def _run_causally(
     return state.evaluate(executor.class_obj, x, timestep, context, clip_fea, transformer_options["uuids"])
 
 
-def _count_cache_bytes(
+def _count_extra_bytes(
     executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """While the host decides how much of the model fits, its estimate includes the caches of the coming rollout."""
+    """While the host decides how much of the model fits, its estimate includes what the coming rollout needs."""
     guider = executor.class_obj
-    count = getattr(sampler, "cache_bytes", None)
+    count = getattr(sampler, "extra_bytes", None)
     extra = count(guider, tuple(noise.shape)) if count else 0
     if not extra:
         return executor(noise, latent_image, sampler, *args, **kwargs)
@@ -266,10 +267,10 @@ def _count_cache_bytes(
     try:
         return executor(noise, latent_image, sampler, *args, **kwargs)
     finally:
-        forget_cache_bytes(model)
+        forget_extra_bytes(model)
 
 
-def forget_cache_bytes(model: nn.Module) -> None:
+def forget_extra_bytes(model: nn.Module) -> None:
     """The caches lie in memory now, or are gone: the estimate is again the host's own."""
     model.__dict__.pop("memory_required", None)
 

@@ -119,6 +119,13 @@ def check_interrupted() -> None:
     memory.throw_exception_if_processing_interrupted()
 
 
+def with_companions(patcher: Any, companions: Sequence[Any]) -> Any:
+    """A clone of the MODEL with which other networks are brought to their devices, and stay while it is sampled."""
+    clone = patcher.clone()
+    clone.set_additional_models("selfforcing", list(companions))
+    return clone
+
+
 def with_shift(patcher: Any, shift: float) -> Any:
     """The MODEL with a flow-matching schedule of this shift, as the host's ModelSamplingSD3 sets it; changes it."""
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..selfforcing_core.geometry import SPATIAL_FACTOR, VideoGeometry, covered_latents, latent_frames, pixel_frames
 from . import host
+from .autoencoder import WAN_LATENTS
 from .causal_model import config_of, settings_of
 from .sampling import layout
 
@@ -147,4 +148,5 @@ def _fitted(image_VHWR: Tensor, width: int, height: int) -> Tensor:
 
 
 def _zeros(batch: int, frames: int, latent_height: int, latent_width: int) -> Tensor:
-    return torch.zeros(batch, 16, frames, latent_height, latent_width, device=memory.intermediate_device())
+    shape = (batch, WAN_LATENTS.latent_channels, frames, latent_height, latent_width)
+    return torch.zeros(shape, device=memory.intermediate_device())

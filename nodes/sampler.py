@@ -247,7 +247,8 @@ class SelfForcingStreamSampler(io.ComfyNode):
         channels = config_of(model.model.diffusion_model).out_dim
         latent, lengths = _empty_latent(latent_image, width, height, length, causal, channels)
         autoencoder = taehv_autoencoder(taehv) if taehv is not None else None
-        guider = ChunkGuider(model)
+        working = autoencoder.working_bytes(*latent["samples"].shape[-2:]) if autoencoder else 0
+        guider = ChunkGuider(host.with_companions(model, [autoencoder.patcher] if autoencoder else []))
         guider.set_prompts(positive, negative, cfg)
         frames: list[Tensor] = []
         run = Run(
@@ -255,9 +256,8 @@ class SelfForcingStreamSampler(io.ComfyNode):
             progress=lambda total: _progress(total, autoencoder, model, state, frames),
             resume=state,
             keep=StateHolder() if keep_state else None,
+            working_bytes=working,
         )
-        if autoencoder is not None:
-            host.load([autoencoder.patcher], working_bytes=autoencoder.working_bytes(*latent["samples"].shape[-2:]))
         samples = guider.sample(
             SeededHostNoise(seed, lengths).generate_noise(latent),
             latent["samples"],

@@ -36,7 +36,7 @@ from .causal_model import (
     RolloutState,
     Settings,
     config_of,
-    forget_cache_bytes,
+    forget_extra_bytes,
     settings_of,
 )
 
@@ -83,17 +83,17 @@ class Run:
     """How one rollout differs from what the MODEL's settings say.
 
     is_whole: one bidirectional chunk of all frames. causal: in place of the settings'. noise: for the draws after the
-    first of each chunk; None is by the host's seed. on_chunk: told of every chunk. resume: go on from there.
-    keep: put the final state here.
+    first of each chunk; None is by the host's seed. progress: made for a number of evaluations. resume: go on from
+    there. keep: put the final state here. working_bytes: what whoever follows the progress needs on the device.
     """
 
     is_whole: bool = False
     causal: CausalConfig | None = None
     noise: NoiseSource | None = None
     progress: Callable[[int], Progress] | None = None
-    on_chunk: Callable[[Chunk], None] | None = None
     resume: StateHolder | None = None
     keep: StateHolder | None = None
+    working_bytes: float = 0
 
 
 class ChunkSampler(comfy.samplers.KSAMPLER):
@@ -103,23 +103,22 @@ class ChunkSampler(comfy.samplers.KSAMPLER):
         super().__init__(sample_chunks, {"run": run})
         self.run = run
 
-    def cache_bytes(self, guider: Any, noise_shape: tuple[int, ...]) -> int:
-        """What the caches of such a run will take; the host's memory estimate asks for it."""
-        if self.run.is_whole:
-            return 0
+    def extra_bytes(self, guider: Any, noise_shape: tuple[int, ...]) -> float:
+        """What the host's memory estimate does not know of such a run: above all its caches."""
+        return self.run.working_bytes + (0 if self.run.is_whole else self._cache_bytes(guider, noise_shape))
+
+    def _cache_bytes(self, guider: Any, noise_shape: tuple[int, ...]) -> int:
         settings = settings_of(guider.model_patcher)
+        if settings.cache_device is not None:
+            return 0
         batch, _, frames, height, width = noise_shape
         causal = self.run.causal or settings.causal
-        return (
-            _num_conditions(guider)
-            * KVCache.num_bytes(
-                config_of(guider.model_patcher.model.diffusion_model),
-                batch=batch,
-                tokens_per_frame=tokens_per_frame(height, width),
-                capacity=frames if causal.window == -1 else min(frames, causal.window),
-                dtype=settings.cache_dtype or compute_dtype(guider.model_patcher.model),
-            )
-            * (settings.cache_device is None)
+        return _num_conditions(guider) * KVCache.num_bytes(
+            config_of(guider.model_patcher.model.diffusion_model),
+            batch=batch,
+            tokens_per_frame=tokens_per_frame(height, width),
+            capacity=frames if causal.window == -1 else min(frames, causal.window),
+            dtype=settings.cache_dtype or compute_dtype(guider.model_patcher.model),
         )
 
 
@@ -199,8 +198,6 @@ def sample_chunks(
             for chunk in chunks:
                 done.append(chunk.latents_BTCHW)
                 progress.chunk(chunk)
-                if run.on_chunk is not None:
-                    run.on_chunk(chunk)
                 if run.keep is not None and chunk.start_frame + chunk.latents_BTCHW.shape[1] == frames:
                     run.keep.snapshot = replace(chunk.snapshot(), video_BTCHW=torch.cat(done, 1)).to("cpu")
             host.check_interrupted()
@@ -306,7 +303,7 @@ def _memory_explained(network: _GuidedNetwork, causal: CausalConfig, shape: Late
     """Out of memory: say what would help and by how much; whoever holds the caches lets go of them."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         raise ValueError(_remedies(network, causal, shape, batch)) from error
 
 
@@ -358,7 +355,7 @@ class _GuidedNetwork:
     def allocate(self, shape: LatentShape, causal: CausalConfig) -> list[KVCache]:
         """A cache for every prompt that the guider evaluates."""
         caches = new_caches(self, self.conditioning, self.num_caches, shape, causal)
-        forget_cache_bytes(self.guider.model_patcher.model)
+        forget_extra_bytes(self.guider.model_patcher.model)
         index_of = {cond["uuid"]: index for index, cond in enumerate(_conditions(self.guider))}
         self.state = RolloutState(caches, index_of, self.model_options.get(HOST_COMPILE))
         inner = {**self.model_options.get("transformer_options", {}), KEY: self.state}
