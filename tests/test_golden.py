@@ -33,6 +33,7 @@ from selfforcing_core.text import embed_tokens, umt5_from_wan_state_dict, wan_um
 from tests.golden_fixture import FOLDER, Fixture, read_fixture, read_metadata
 from tests.golden_media import MEDIA_CHECKS
 from tests.golden_networks import NETWORK_CHECKS
+from tests.golden_training import TRAINING_CHECKS
 
 
 def check_scheduler(fixture: Fixture) -> None:
@@ -192,6 +193,7 @@ CHECKS: dict[str, Callable[[Fixture], None]] = {
     "umt5": check_umt5,
     **NETWORK_CHECKS,
     **MEDIA_CHECKS,
+    **TRAINING_CHECKS,
 }
 KINDS = {path.stem: read_metadata(path).get("kind") for path in sorted(FOLDER.glob("*.safetensors"))}
 

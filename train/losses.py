@@ -6,6 +6,7 @@ Letters: B batch, T latent frames, C channels, H W latent size.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from selfforcing_core.schedule import TIMESTEPS, shift_sigma
@@ -36,12 +37,56 @@ def dmd_gradient(x_BTCHW: Tensor, fake_x0: Tensor, real_x0: Tensor) -> Tensor:
     return torch.nan_to_num((fake_x0 - real_x0) / normaliser)
 
 
-def dmd_loss(x_BTCHW: Tensor, gradient: Tensor) -> Tensor:
-    """A scalar whose gradient with respect to x is `gradient` / numel (DMD2, arXiv 2405.14867, section 3)."""
+def dmd_loss(x_BTCHW: Tensor, gradient: Tensor, counted_T: Tensor | None = None) -> Tensor:
+    """A scalar whose gradient with respect to x is `gradient` / numel (DMD2, arXiv 2405.14867, section 3).
+
+    counted_T: bool, the frames that the mean is over; all by default.
+    """
     target = (x_BTCHW - gradient).detach()
-    return 0.5 * (x_BTCHW.double() - target.double()).square().mean()
+    error = 0.5 * (x_BTCHW.double() - target.double()).square()
+    return error.mean() if counted_T is None else error[:, counted_T].mean()
+
+
+def sid_loss(x_BTCHW: Tensor, fake_x0: Tensor, real_x0: Tensor, alpha: float = 1.0) -> Tensor:
+    """Score identity distillation (SiD, arXiv 2404.04057, eq. 23, in the form of Self Forcing).
+
+    Mean of (real - fake) ((real - x) - alpha (real - fake)), divided per sample by mean |x - real| without gradient.
+    Both predictions carry gradient into x.
+    """
+    x, fake, real = x_BTCHW.double(), fake_x0.double(), real_x0.double()
+    normaliser = (x - real).detach().abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    return torch.nan_to_num((real - fake) * ((real - x) - alpha * (real - fake)) / normaliser).mean()
 
 
 def critic_loss(flow: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
     """Flow-matching error of the critic on generated samples: mean (flow - (noise - x0))^2, unweighted."""
     return (flow - (noise - x0)).square().mean()
+
+
+# ------------------------------------------------------------- adversarial --
+def gan_generator_loss(fake: Tensor, real: Tensor | None = None) -> Tensor:
+    """softplus(-D(fake)) (non-saturating, arXiv 1406.2661); with `real` relativistic: softplus(D(real) - D(fake))."""
+    return F.softplus(-fake).mean() if real is None else F.softplus(real - fake).mean()
+
+
+def gan_critic_loss(fake: Tensor, real: Tensor, *, is_relativistic: bool = False) -> Tensor:
+    """softplus(-D(real)) + softplus(D(fake)); relativistic: softplus(D(fake) - D(real))."""
+    if is_relativistic:
+        return F.softplus(fake - real).mean()
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def gradient_penalty(value: Tensor, nearby: Tensor) -> Tensor:
+    """R1 or R2 by finite differences (arXiv 2501.08316, eq. 5): mean (D(x) - D(x + noise))^2, x real or fake."""
+    return (value - nearby).square().mean()
+
+
+# -------------------------------------------------------------- regression --
+def regression_loss(x0: Tensor, target: Tensor, counted_BT: Tensor) -> Tensor:
+    """Mean squared error over the counted frames (ODE initialisation, CausVid, arXiv 2412.07772, section 4.3)."""
+    return (x0 - target)[counted_BT].square().mean()
+
+
+def flow_loss(flow: Tensor, x0: Tensor, noise: Tensor, weight_BT: Tensor) -> Tensor:
+    """Flow-matching error per frame, weighted: mean weight (flow - (noise - x0))^2 (arXiv 2210.02747, eq. 23)."""
+    return ((flow - (noise - x0)).square().mean(dim=(2, 3, 4)) * weight_BT).mean()

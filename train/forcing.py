@@ -1,0 +1,104 @@
+"""The stages before Self Forcing: regression on a teacher's trajectories, diffusion and teacher forcing on real clips.
+
+Each chunk of a clip has a noise level of its own, and the network sees the whole clip at once through a mask.
+
+Letters: B batch, T latent frames, C channels, H W latent size, S states of a trajectory, F frames of the mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfforcing_core.attention import block_causal_frames, teacher_forcing_frames
+from selfforcing_core.conditioning import Conditioning
+from selfforcing_core.config import CausalConfig
+from selfforcing_core.geometry import chunk_lengths
+from selfforcing_core.schedule import TIMESTEPS, add_noise, sigma_table, training_weights, x0_from_flow
+from train.losses import flow_loss, regression_loss
+from train.roles import Levels
+
+
+def per_chunk(values_BT: Tensor, causal: CausalConfig) -> Tensor:
+    """Every frame gets the value of its chunk's first frame."""
+    lengths = _lengths(values_BT.shape[1], causal)
+    starts = torch.tensor([sum(lengths[:index]) for index in range(len(lengths))])
+    return values_BT[:, torch.repeat_interleave(starts, torch.tensor(lengths)).to(values_BT.device)]
+
+
+def _lengths(frames: int, causal: CausalConfig) -> tuple[int, ...]:
+    return chunk_lengths(frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Regression of a clip's end from a state along its way (CausVid, arXiv 2412.07772, section 4.3).
+
+    timesteps: of the trajectory's states, noisiest first; the last may be 0, and such frames do not count.
+    """
+
+    network: Any
+    causal: CausalConfig
+    timesteps: tuple[float, ...]
+    levels: Levels
+    is_first_frame_clean: bool = False  # image-to-video: frame 0 is always the last state
+
+    def loss(self, states_BSTCHW: Tensor, index_BT: Tensor, condition: Conditioning) -> tuple[Tensor, Tensor]:
+        """(loss, prediction). index_BT: state of each frame; that of a chunk's first frame counts for the chunk."""
+        batch, count, frames = states_BSTCHW.shape[:3]
+        index_BT = per_chunk(index_BT, self.causal)
+        if self.is_first_frame_clean:
+            index_BT = torch.cat([torch.full_like(index_BT[:, :1], count - 1), index_BT[:, 1:]], 1)
+        rows, columns = torch.arange(batch)[:, None], torch.arange(frames)[None]
+        noisy = states_BSTCHW[rows, index_BT, columns]
+        timesteps = torch.tensor(self.timesteps)[index_BT]
+        mask = block_causal_frames(_lengths(frames, self.causal), window=self.causal.window)
+        flow = self.network(noisy, timesteps, condition.prompt_embeds_BPE, mask_FF=mask)
+        x0 = x0_from_flow(noisy, flow, self.levels.sigma(timesteps))
+        return regression_loss(x0, states_BSTCHW[:, -1], timesteps != 0), x0
+
+
+@dataclass(frozen=True)
+class Forcing:
+    """Flow matching with a noise level per chunk, on noisy context (diffusion forcing) or clean (teacher forcing)."""
+
+    network: Any
+    causal: CausalConfig
+    shift: float
+    is_teacher_forcing: bool = True
+
+    def loss(
+        self,
+        clean_BTCHW: Tensor,
+        noise_BTCHW: Tensor,
+        index_BT: Tensor,
+        condition: Conditioning,
+        context_index_BT: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(loss, flow). index_BT: entries of the 1000-entry schedule, noisiest first, per chunk.
+
+        context_index_BT: entries at which the clean context is noised as well, with the same noise.
+        """
+        table = sigma_table(self.shift)
+        index_BT = per_chunk(index_BT, self.causal)
+        sigma = table[index_BT]
+        noisy = add_noise(clean_BTCHW, noise_BTCHW, sigma)
+        lengths = _lengths(clean_BTCHW.shape[1], self.causal)
+        timesteps = (sigma * TIMESTEPS).float()
+        if not self.is_teacher_forcing:
+            context: dict[str, Any] = {"mask_FF": block_causal_frames(lengths, window=self.causal.window)}
+        else:
+            context = {
+                "mask_FF": teacher_forcing_frames(lengths, window=self.causal.window),
+                "clean_BTCHW": clean_BTCHW,
+            }
+            if context_index_BT is not None:
+                level = table[per_chunk(context_index_BT, self.causal)]
+                context["clean_BTCHW"] = add_noise(clean_BTCHW, noise_BTCHW, level)
+                context["clean_timesteps_BT"] = (level * TIMESTEPS).float()
+        flow = self.network(noisy, timesteps, condition.prompt_embeds_BPE, **context)
+        weight = training_weights(self.shift)[index_BT].to(flow)
+        return flow_loss(flow, clean_BTCHW, noise_BTCHW, weight), flow

@@ -1,0 +1,162 @@
+"""What the networks of a distillation do: the student rolls out, teacher and critic judge whole clips.
+
+Letters: B batch, T latent frames, C channels, H W latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfforcing_core.conditioning import Conditioning
+from selfforcing_core.config import CausalConfig, StepConfig
+from selfforcing_core.rollout import GradientPlan, rollout
+from selfforcing_core.schedule import TIMESTEPS, add_noise, flow_from_x0, nearest_sigma, sigma_table, x0_from_flow
+from selfforcing_core.solver import NoiseSource
+from train.losses import critic_loss, dmd_gradient, dmd_loss, guided, sid_loss
+
+
+@dataclass(frozen=True)
+class Levels:
+    """How a timestep becomes a noise level: "exact" is t / 1000, "table" the nearest entry of the table for `shift`."""
+
+    shift: float = 8.0
+    rule: str = "exact"
+
+    def sigma(self, timesteps: Tensor) -> Tensor:
+        """Noise levels, float64, of the shape of `timesteps`."""
+        if self.rule == "table":
+            return nearest_sigma(timesteps, sigma_table(self.shift))
+        return timesteps.double() / TIMESTEPS
+
+
+@dataclass(frozen=True)
+class Score:
+    """A bidirectional network that says what clean clip a noisy one came from."""
+
+    network: Any
+    levels: Levels = Levels()
+
+    def x0(self, noisy_BTCHW: Tensor, timesteps_B: Tensor, condition: Conditioning) -> Tensor:
+        """Predicted clean latents [B, T, C, H, W]."""
+        frames = timesteps_B[:, None].expand(-1, noisy_BTCHW.shape[1])
+        image = {} if condition.image_BTCHW is None else {
+            "image_BTCHW": condition.image_BTCHW, "clip_BIX": condition.clip_BIX
+        }  # fmt: skip
+        flow = self.network(noisy_BTCHW, frames, condition.prompt_embeds_BPE, **image)
+        return x0_from_flow(noisy_BTCHW, flow.to(noisy_BTCHW.dtype), self.levels.sigma(timesteps_B))
+
+
+@dataclass(frozen=True)
+class ScoreDraw:
+    """Where predictions are compared: one timestep per sample, after shift and clamp, and the noise."""
+
+    timesteps_B: Tensor
+    noise_BTCHW: Tensor
+
+
+@dataclass(frozen=True)
+class Student:
+    """The few-step generator, causal or (with one chunk of all frames) bidirectional.
+
+    context_sigma: noise mixed into a finished chunk before it enters the cache; the reference has 0.005 here, the last
+    entry of its table, while its sampler has none. loss_frames: only the last ones carry gradient.
+    """
+
+    network: Any
+    causal: CausalConfig
+    steps: StepConfig
+    context_sigma: float = 0.0
+    loss_frames: int = 21
+
+    def sample(
+        self,
+        condition: Conditioning,
+        *,
+        noise: NoiseSource,
+        latent_shape: tuple[int, int, int, int],
+        exit_steps: Sequence[int],
+        with_gradient: bool,
+        prefix_BTCHW: Tensor | None = None,
+    ) -> Tensor:
+        """A clip [B, T, C, H, W] of the student's own; chunk i is what its evaluation `exit_steps[i]` predicts."""
+        frames = latent_shape[0]
+        plan = GradientPlan(
+            exit_steps, max(0, frames - self.loss_frames) if with_gradient else frames, self.context_sigma
+        )
+        chunks = rollout(
+            self.network, condition, noise=noise, latent_shape=latent_shape, causal=self.causal, steps=self.steps,
+            gradient=plan, prefix_BTCHW=prefix_BTCHW,
+        )  # fmt: skip
+        return torch.cat([chunk.latents_BTCHW for chunk in chunks], 1)
+
+
+def loss_window(clip_BTCHW: Tensor, frames: int, reencode: Any) -> Tensor:
+    """The last `frames` of a longer clip as a clip of its own, which is what teacher and critic know.
+
+    A latent at the start of a video stands for one picture, later ones for four; so the window's first latent is made
+    anew from the last picture before it. reencode: [B, T, C, H, W] to the latent [B, 1, C, H, W] of its last picture.
+    """
+    if clip_BTCHW.shape[1] <= frames:
+        return clip_BTCHW
+    with torch.no_grad():
+        first = reencode(clip_BTCHW[:, : 1 - frames])
+    return torch.cat([first.to(clip_BTCHW), clip_BTCHW[:, 1 - frames :]], 1)
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Distribution matching of the student's clips with the teacher's, through a critic.
+
+    guidance: on the teacher, in the usual meaning (1 is none). levels: of the noise that clips are compared under.
+    """
+
+    teacher: Score
+    critic: Score
+    guidance: float
+    levels: Levels = Levels(5.0)
+    score: str = "dmd"
+    sid_alpha: float = 1.0
+
+    def noisy(self, x_BTCHW: Tensor, draw: ScoreDraw) -> Tensor:
+        """The clip at the draw's noise level."""
+        return add_noise(x_BTCHW, draw.noise_BTCHW.to(x_BTCHW), self.levels.sigma(draw.timesteps_B))
+
+    def predictions(
+        self, x_BTCHW: Tensor, draw: ScoreDraw, condition: Conditioning, negative: Conditioning
+    ) -> tuple[Tensor, Tensor]:
+        """What critic and guided teacher take for the clean clip."""
+        noisy, timesteps = self.noisy(x_BTCHW, draw), draw.timesteps_B
+        fake = self.critic.x0(noisy, timesteps, condition)
+        real = self.teacher.x0(noisy, timesteps, condition)
+        if self.guidance != 1:
+            real = guided(real, self.teacher.x0(noisy, timesteps, negative), self.guidance)
+        return fake, real
+
+    def student_loss(
+        self,
+        x_BTCHW: Tensor,
+        draw: ScoreDraw,
+        condition: Conditioning,
+        negative: Conditioning,
+        counted_T: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The student's loss, and the gradient per latent (dmd) or the critic's distance from the teacher (sid)."""
+        if self.score == "sid":
+            fake, real = self.predictions(x_BTCHW, draw, condition, negative)
+            return sid_loss(x_BTCHW, fake, real, self.sid_alpha), (fake - real).detach()
+        with torch.no_grad():
+            fake, real = self.predictions(x_BTCHW.detach(), draw, condition, negative)
+            gradient = dmd_gradient(x_BTCHW, fake, real)
+        return dmd_loss(x_BTCHW, gradient, counted_T), gradient
+
+    def critic_loss(self, x_BTCHW: Tensor, draw: ScoreDraw, condition: Conditioning) -> Tensor:
+        """The critic's flow-matching error on a clip of the student's."""
+        noisy = self.noisy(x_BTCHW, draw)
+        x0 = self.critic.x0(noisy, draw.timesteps_B, condition)
+        flow = flow_from_x0(noisy, x0, self.levels.sigma(draw.timesteps_B))
+        return critic_loss(flow, x_BTCHW, draw.noise_BTCHW)
