@@ -9,6 +9,7 @@ P tokens per frame, L = F*P tokens, D model width, N heads, K head width, X text
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .attention import attend, expand_frames
 from .config import CLIP_DIM, WanConfig
@@ -218,6 +220,17 @@ class CausalWan(nn.Module):
             assert isinstance(block, _Block)
             block.before_attention = torch.compile(block.before_attention, **options)
             block.after_attention = torch.compile(block.after_attention, **options)
+        return self
+
+    def checkpoint_blocks(self) -> CausalWan:
+        """Compute every block's activations again in the backward pass instead of keeping them; returns self.
+
+        Attention to the cache is not part of it: by then the cache holds later frames. What it needs is kept.
+        """
+        for block in self.blocks:
+            assert isinstance(block, _Block)
+            block.before_attention = functools.partial(checkpoint, block.before_attention, use_reentrant=False)
+            block.after_attention = functools.partial(checkpoint, block.after_attention, use_reentrant=False)
         return self
 
     def new_cache(

@@ -33,8 +33,9 @@ def dmd_gradient(x_BTCHW: Tensor, fake_x0: Tensor, real_x0: Tensor) -> Tensor:
     Points from where the critic thinks the samples are to where the teacher wants them, reversed in sign; divided per
     sample by mean |x - real|. A sample that equals the teacher's prediction would divide by zero and gets 0 there.
     """
-    normaliser = (x_BTCHW - real_x0).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
-    return torch.nan_to_num((fake_x0 - real_x0) / normaliser)
+    x, fake, real = x_BTCHW.double(), fake_x0.double(), real_x0.double()
+    normaliser = (x - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    return torch.nan_to_num((fake - real) / normaliser)
 
 
 def dmd_loss(x_BTCHW: Tensor, gradient: Tensor, counted_T: Tensor | None = None) -> Tensor:
@@ -60,7 +61,7 @@ def sid_loss(x_BTCHW: Tensor, fake_x0: Tensor, real_x0: Tensor, alpha: float = 1
 
 def critic_loss(flow: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
     """Flow-matching error of the critic on generated samples: mean (flow - (noise - x0))^2, unweighted."""
-    return (flow - (noise - x0)).square().mean()
+    return (flow.double() - (noise.double() - x0.double())).square().mean()
 
 
 # ------------------------------------------------------------- adversarial --

@@ -1,0 +1,172 @@
+"""Settings of a run: defaults <- YAML file <- key=value, strict, with the flags of the reference's launch lines.
+
+    torchrun --nproc-per-node 8 -m train.dmd config=self_forcing_dmd logdir=runs/dmd max_steps=600
+
+Every run writes what it resolved to `logdir`/config.yaml.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONFIGS = Path(__file__).parent / "configs"
+ALIASES = {"--config_path": "config", "--logdir": "logdir"}
+SWITCHES = {"--no_visualize": "sample_every=0", "--no_save": "save_every=0", "--disable-wandb": "wandb=false"}
+
+
+@dataclass
+class RunArgs:
+    """What every action has."""
+
+    logdir: str = ""  # folder of everything the run writes
+    max_steps: int = 600
+    seed: int = 0
+    resume: bool = True  # go on from the newest checkpoint in logdir; false starts anew and refuses an old one
+    save_every: int = 50  # steps; 0: never
+    keep_last: int = 2  # checkpoints
+    sample_every: int = 0  # steps between videos of the first prompts; 0: never
+    wandb: bool = False
+    dry_run: bool = False
+
+
+@dataclass
+class DmdArgs(RunArgs):
+    """Distillation of a student with a teacher and a critic on the student's own clips."""
+
+    # networks: a bundle's name, or a checkpoint of any layout
+    size: str = "t2v-1.3b"  # of student and critic, for the plan: t2v-1.3b, t2v-14b, i2v-14b, tiny
+    teacher_size: str = ""  # empty: as the student
+    student: str = ""
+    teacher: str = ""
+    critic: str = ""  # empty: starts as the teacher
+    weights: str = "auto"  # of a student file with both: auto, ema, raw
+    text_encoder: str = ""
+
+    # data
+    prompts: str = ""  # text file, one prompt per line
+    negative_prompt: str = ""
+
+    # the clip
+    width: int = 832  # pixels
+    height: int = 480
+    latent_frames: int = 21
+    chunk: int = 3  # latent frames; 0: all, the bidirectional student
+    window: int = -1
+    sink: int = 0
+    steps: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])
+    shift: float = 5.0
+    train_context_sigma: str = "exact"  # exact: clean context; last_table: 0.005 of noise, as in the reference
+    exit_per_chunk: bool = False  # false: one exit step for all chunks of a step
+    loss_frames: int = 21  # latent frames at the end that carry gradient
+
+    # matching
+    score: str = "dmd"  # dmd or sid
+    guidance: float = 4.0  # on the teacher, usual meaning: 1 is none. The reference's w = 3 is 4 here
+    sid_alpha: float = 1.0
+    score_shift: float = 5.0  # of the timesteps at which clips are compared
+    score_levels: str = "exact"  # exact: sigma = t / 1000; table: nearest entry, as in the reference
+    critic_per_student: int = 5  # updates
+
+    # optimisation
+    batch_size: int = 64  # clips per step over all processes
+    micro_batch: int = 1  # clips at once
+    lr: float = 2e-6
+    lr_critic: float = 4e-7
+    betas: list[float] = field(default_factory=lambda: [0.0, 0.999])
+    weight_decay: float = 0.01
+    warmup_steps: int = 0
+    max_grad_norm: float = 10.0
+    ema_decay: float = 0.99
+    ema_start: int = 200  # step from which the average is kept
+
+    # where and how
+    device: str = "auto"  # auto: cuda if there is one
+    dtype: str = "bfloat16"  # of the computation; weights and sums are float32 (float64 for float64)
+    activation_checkpointing: bool = True
+
+
+Args = TypeVar("Args", bound=RunArgs)
+
+
+def parse(kind: type[Args], argv: Sequence[str] | None = None) -> Args:
+    """The settings of a command line. Raises ValueError naming the nearest valid keys for an unknown one."""
+    pairs = _pairs(list(sys.argv[1:] if argv is None else argv))
+    config = OmegaConf.structured(kind)
+    named = [value for key, value in pairs if key == "config"]
+    if len(named) > 1:
+        raise ValueError(f"{len(named)} configurations are named ({', '.join(named)}); give one")
+    if named:
+        config = _merged(config, _read(config_path(named[0]), kind), named[0])
+    rest = [(key, value) for key, value in pairs if key != "config"]
+    for key, _ in rest:
+        _check_key(key, kind, "the command line")
+    config = _merged(config, OmegaConf.from_dotlist([f"{key}={value}" for key, value in rest]), "the command line")
+    made = OmegaConf.to_object(config)
+    assert isinstance(made, kind)
+    return made
+
+
+def config_path(name: str) -> Path:
+    """The file behind a name: as it stands, or in train/configs (also written configs/x.yaml, or x)."""
+    for path in (Path(name), CONFIGS / Path(name).name, CONFIGS / f"{Path(name).name}.yaml"):
+        if path.is_file():
+            return path
+    known = ", ".join(path.stem for path in sorted(CONFIGS.glob("*.yaml")))
+    raise ValueError(f"config {name!r} is no file and not in train/configs; use one of {known}")
+
+
+def to_yaml(args: RunArgs) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(args))
+
+
+def _pairs(argv: list[str]) -> list[tuple[str, str]]:
+    """(key, value) of every argument, flags of the reference included."""
+    found: list[tuple[str, str]] = []
+    rest = iter(argv)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name in ALIASES:
+            found.append((ALIASES[name], value if equals else next(rest, "")))
+        elif word in SWITCHES:
+            found += _pairs([SWITCHES[word]])
+        elif word == "--dry-run":
+            found.append(("dry_run", "true"))
+        elif equals and not name.startswith("-"):
+            found.append((name, value))
+        else:
+            raise ValueError(f"{word!r} is no setting; write key=value, for instance max_steps=100")
+    return found
+
+
+def _read(path: Path, kind: type[RunArgs]) -> DictConfig:
+    try:
+        found = OmegaConf.load(path)
+    except (OSError, OmegaConfBaseException, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())[:200]})") from error
+    if not isinstance(found, DictConfig):
+        raise ValueError(f"{path}: is no mapping of settings")
+    for key in found:
+        _check_key(str(key), kind, str(path))
+    return found
+
+
+def _check_key(key: str, kind: type[RunArgs], where: str) -> None:
+    known = [item.name for item in fields(kind)]
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=3, cutoff=0.4) or known
+        raise ValueError(f"{where}: {key!r} is no setting of {kind.__name__}; nearest are {', '.join(near)}")
+
+
+def _merged(config: Any, more: Any, where: str) -> Any:
+    try:
+        return OmegaConf.merge(config, more)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{where}: {' '.join(str(error).split())[:300]}") from error

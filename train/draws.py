@@ -1,0 +1,61 @@
+"""Random numbers as a function of what they are for: seed, step, purpose and the clip's number within the step.
+
+No generator is carried along, so neither the number of processes, nor how a batch is divided among and within them, nor
+a resume changes a single number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from selfforcing_core.rollout import SeededNoise
+
+
+def key_of(*parts: object) -> int:
+    """A 56-bit number that any change of the parts changes."""
+    return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=7).digest(), "little")
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of one step for one purpose, for instance "student" or "critic"."""
+
+    seed: int
+    step: int
+    purpose: str
+
+    def _generator(self, *more: object) -> torch.Generator:
+        return torch.Generator().manual_seed(key_of(self.seed, self.step, self.purpose, *more))
+
+    def exit_steps(self, count: int, num_steps: int, *, per_chunk: bool) -> list[int]:
+        """The evaluation at which each of `count` chunks ends; the same for all of them unless per_chunk."""
+        drawn = torch.randint(num_steps, (count,), generator=self._generator("exit")).tolist()
+        return drawn if per_chunk else drawn[:1] * count
+
+    def noise(self, first: int) -> SeededNoise:
+        """Noise of a rollout whose rows are the clips `first`, `first` + 1, ... of the step."""
+        return SeededNoise(key_of(self.seed, self.step, self.purpose, "rollout"), first_row=first)
+
+    def uniform(self, first: int, count: int) -> Tensor:
+        """A number in [0, 1) for each of these clips, float64."""
+        rows = [
+            torch.rand(1, generator=self._generator("level", row), dtype=torch.float64)
+            for row in range(first, first + count)
+        ]
+        return torch.cat(rows)
+
+    def normal(self, first: int, shape: tuple[int, ...]) -> Tensor:
+        """Noise [B, ...] for the clips `first` to `first` + B, float32."""
+        rows = range(first, first + shape[0])
+        return torch.stack([torch.randn(shape[1:], generator=self._generator("noise", row)) for row in rows])
+
+
+def item(seed: int, number: int, count: int) -> int:
+    """Which of `count` examples is the `number`-th to be seen: every one once per round, in an order of the round's."""
+    epoch, place = divmod(number, count)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(key_of(seed, "order", epoch)))
+    return int(order[place])

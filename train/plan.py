@@ -1,0 +1,68 @@
+"""What a run will take, counted before anything is allocated: python -m train.plan config=self_forcing_dmd
+
+Bytes per process of weights, gradients, optimiser and average, sharded over all processes; activations are not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+
+from selfforcing_core.config import PRESETS
+from selfforcing_core.geometry import SPATIAL_FACTOR, tokens_per_frame
+from selfforcing_core.kv_cache import KVCache
+from selfforcing_core.layout import wan_shapes
+from train.args import DmdArgs, parse
+
+MASTER = 4  # bytes of a float32 number
+
+
+def parameters(size: str) -> int:
+    """Numbers in a network of this preset. Raises ValueError for an unknown one."""
+    if size not in PRESETS:
+        raise ValueError(f"size {size!r} is unknown; use one of {', '.join(PRESETS)}")
+    return sum(torch.Size(shape).numel() for shape in wan_shapes(PRESETS[size]).values())
+
+
+def plan(args: DmdArgs, processes: int) -> dict[str, Any]:
+    """Counts and bytes of a distillation on this many processes."""
+    student, teacher = parameters(args.size), parameters(args.teacher_size or args.size)
+    wide = 8 if args.dtype == "float64" else MASTER
+    trained = 2 * student * wide * 4  # student and critic: weights, gradients, two moments
+    average = student * wide
+    cache = KVCache.num_bytes(
+        PRESETS[args.size],
+        batch=args.micro_batch,
+        tokens_per_frame=tokens_per_frame(args.height // SPATIAL_FACTOR, args.width // SPATIAL_FACTOR),
+        capacity=args.latent_frames,
+        dtype=getattr(torch, args.dtype),
+    )
+    return {
+        "processes": processes,
+        "student_parameters": student,
+        "teacher_parameters": teacher,
+        "clips_per_process_and_step": args.batch_size / processes,
+        "bytes_per_process": {
+            "student_and_critic": trained // processes,
+            "teacher": teacher * wide // processes,
+            "average": average // processes,
+            "kv_cache": 0 if args.chunk == 0 else cache,
+        },
+        "not_counted": "activations, the text encoder, what a sharded block gathers while it computes",
+    }
+
+
+def main() -> None:
+    try:
+        args = parse(DmdArgs)
+        print(json.dumps(plan(args, int(os.environ.get("WORLD_SIZE", "1"))), indent=2))
+    except ValueError as error:
+        sys.exit(f"train.plan: {error}")
+
+
+if __name__ == "__main__":
+    main()
