@@ -45,7 +45,7 @@ class Fixture:
         return self.tensors[name]
 
     def check(self, name: str, found: Tensor, **tolerance: float) -> None:
-        limits = {key: tolerance.get(key, self.meta["tolerance"][key]) for key in ("atol", "rtol")}
+        limits = {key: tolerance[key] if key in tolerance else self.meta["tolerance"][key] for key in ("atol", "rtol")}
         torch.testing.assert_close(
             found.to(self.tensors[name]), self.tensors[name], **limits, msg=lambda text: f"{self.name} {name}: {text}"
         )

@@ -18,7 +18,8 @@ from selfforcing_core.geometry import chunk_lengths
 from selfforcing_core.rollout import CONTEXT, GivenNoise
 from selfforcing_core.schedule import sigma_table
 from selfforcing_core.wan_vae import WanVAE, new_network, original_name
-from tests.golden_fixture import Fixture
+from tests.golden_fixture import FOLDER, Fixture
+from train.data import ClipDatabase, read_pairs
 from train.forcing import Forcing, Trajectories
 from train.losses import score_timesteps
 from train.roles import Levels, Matching, Score, ScoreDraw, Student, loss_window
@@ -227,6 +228,25 @@ def check_forcing(fixture: Fixture) -> None:
     _check_norms(fixture, network, "grad_norms", "param_names")
 
 
+def check_lmdb(fixture: Fixture) -> None:
+    """Databases and .pt files of the reference's scripts, in the folder beside the fixture."""
+    folder = FOLDER / "lmdb"
+    for name in ("ode_iterative", "sharded_t2v", "sharded_i2v"):
+        image = f"{name}.img"
+        size = tuple(fixture[image].shape[-2:]) if image in fixture.tensors else None
+        database = ClipDatabase(folder / name, size)  # type: ignore[arg-type]
+        rows = [database[index] for index in range(len(database))]
+        assert [row.prompt for row in rows] == fixture.meta["prompts"][name]
+        fixture.check(f"{name}.latents", torch.stack([row.latents_STCHW for row in rows]), atol=0, rtol=0)
+        if size is not None:
+            pictures = [row.image_RHW for row in rows if row.image_RHW is not None]
+            fixture.check(image, torch.stack(pictures), atol=1e-6, rtol=0)
+    for name, tensor in (("00000000.pt", "pt.vae_latent"), ("00001.pt", "pt.ode_pair")):
+        ((prompt, latents),) = read_pairs(folder / "pt" / name)
+        assert prompt == fixture.meta["prompts"]["pt"][name]
+        fixture.check(tensor, latents[None], atol=0, rtol=0)
+
+
 TRAINING_CHECKS: dict[str, Callable[[Fixture], None]] = {
     "dmd_gen": check_student,
     "sid_gen": check_student,
@@ -235,4 +255,5 @@ TRAINING_CHECKS: dict[str, Callable[[Fixture], None]] = {
     "dmd_bidirectional": check_bidirectional,
     "ode_regression": check_trajectories,
     "causal_diffusion": check_forcing,
+    "lmdb": check_lmdb,
 }

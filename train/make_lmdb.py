@@ -1,0 +1,83 @@
+"""A folder of .pt files {prompt: latents} to one database, or to shards, in the reference's layout.
+
+    python -m train.make_lmdb --data_path latents --lmdb_path clips --num_shards 16
+    python -m train.make_lmdb --data_path latents --lmdb_path clips --video_path videos --prompt_path prompts
+
+With --video_path the first frame of VIDEO/<stem>.mp4 is kept as well, and its size. With --prompt_path the prompt is
+that of PROMPTS/<stem>.txt. Everything left out is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import torch
+from torch import Tensor
+
+from train.data import read_pairs, write_shards
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The .pt files of a folder and of those below it, in the order of their paths."""
+    found = sorted(folder.rglob("*.pt"))
+    if not found:
+        raise ValueError(f"{folder}: holds no .pt file")
+    return found
+
+
+def first_frame(path: Path) -> Tensor:
+    """The first picture of a video, uint8 [H, W, 3]."""
+    try:
+        with av.open(str(path)) as container:
+            return torch.from_numpy(next(container.decode(video=0)).to_ndarray(format="rgb24"))
+    except (OSError, StopIteration, IndexError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as a video ({error})") from error
+
+
+def rows_of(
+    files: list[Path], videos: Path | None, prompts: Path | None, min_prompt: int, told: dict[str, int]
+) -> Iterator[tuple[int, str, Tensor, Tensor | None]]:
+    """(file number, prompt, latents, picture) of every usable row; the others are counted in `told`."""
+    for number, path in enumerate(files):
+        for held, latents in read_pairs(path):
+            text = None if prompts is None else prompts / f"{path.stem}.txt"
+            video = None if videos is None else videos / f"{path.stem}.mp4"
+            if (text is not None and not text.is_file()) or (video is not None and not video.is_file()):
+                told["missing_files"] += 1
+                continue
+            prompt = held if text is None else text.read_text(encoding="utf-8").strip()
+            if len(prompt) < max(min_prompt, 1):
+                told["short_prompts"] += 1
+                continue
+            yield number, prompt, latents, None if video is None else first_frame(video)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m train.make_lmdb", description=str(__doc__).splitlines()[0])
+    parser.add_argument("--data_path", type=Path, required=True, help="folder of .pt files, also in folders below")
+    parser.add_argument("--lmdb_path", type=Path, required=True, help="new database, or folder of shards")
+    parser.add_argument("--num_shards", type=int, default=1, help="databases to divide the files among (default: 1)")
+    parser.add_argument("--video_path", type=Path, help="folder of the videos; their first frames are kept")
+    parser.add_argument("--prompt_path", type=Path, help="folder of prompts, one .txt per file")
+    parser.add_argument("--min_prompt", type=int, default=0, help="leave out shorter prompts (the reference: 300)")
+    options = parser.parse_args(argv)
+    told = {"missing_files": 0, "short_prompts": 0}
+    try:
+        if options.num_shards < 1:
+            raise ValueError(f"num_shards {options.num_shards} is no number of databases; use 1 or more")
+        rows = rows_of(files_of(options.data_path), options.video_path, options.prompt_path, options.min_prompt, told)
+        told |= write_shards(rows, options.lmdb_path, options.num_shards)
+    except (ValueError, OSError) as error:
+        print("train.make_lmdb: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    print(json.dumps(told))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
