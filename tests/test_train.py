@@ -16,7 +16,9 @@ import torch
 from selfforcing_core.checkpoint import read_checkpoint, save_checkpoint
 from selfforcing_core.config import WanConfig
 from selfforcing_core.layout import wan_shapes
+from train import diffusion
 from train.args import CONFIGS, DmdArgs, config_path, parse
+from train.data import DatabaseWriter
 from train.dmd import main
 from train.draws import Draws, item
 from train.export import ExportArgs, export
@@ -45,15 +47,15 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]  # fmt: skip
 
 
-def launch(arguments: list[str], processes: int = 1) -> subprocess.Popen[str]:
+def launch(arguments: list[str], processes: int = 1, stage: str = "train.dmd") -> subprocess.Popen[str]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "train.dmd", *arguments]
+    command = [sys.executable, *(torchrun if processes > 1 else []), "-m", stage, *arguments]
     environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
-def run(arguments: list[str], processes: int = 1) -> None:
-    process = launch(arguments, processes)
+def run(arguments: list[str], processes: int = 1, stage: str = "train.dmd") -> None:
+    process = launch(arguments, processes, stage)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-3000:]
 
@@ -130,6 +132,35 @@ def test_every_way_of_matching_takes_a_step(settings: list[str], tmp_path: Path,
     assert row["critic_grad_norm"] > 0
 
 
+@pytest.fixture(scope="module")
+def clips(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A run of flow matching on a small database."""
+    folder = tmp_path_factory.mktemp("clips") / "database"
+    writer, generator = DatabaseWriter(folder), torch.Generator().manual_seed(0)
+    for name in "abcdefg":
+        writer.add(f"clip {name}", torch.randn(4, 16, 4, 4, generator=generator))
+    writer.close()
+    shared = ("text_encoder", "width", "height", "latent_frames", "chunk", "batch_size", "micro_batch", "ema", "dtype")
+    kept = [entry for entry in settings if entry.startswith(shared)]
+    network = settings[0].replace("student=", "network=")
+    return [*kept, network, f"data={folder}", "lr=1e-3", "device=cpu", "max_steps=2", "save_every=2"]
+
+
+@pytest.mark.parametrize("more", [[], ["forcing=diffusion"], ["forcing=none", "chunk=0"]])
+def test_every_way_of_flow_matching_takes_steps(clips: list[str], tmp_path: Path, more: list[str]) -> None:
+    assert diffusion.main([*clips, *more, f"logdir={tmp_path / 'run'}"]) == 0
+    first, second = numbers(tmp_path / "run")
+    assert first["student_grad_norm"] > 0
+    assert first["student_loss"] != second["student_loss"]
+
+
+def test_flow_matching_does_not_depend_on_processes(clips: list[str], tmp_path: Path) -> None:
+    assert diffusion.main([*clips, "micro_batch=6", f"logdir={tmp_path / 'one'}"]) == 0
+    run([*clips, f"logdir={tmp_path / 'two'}"], 2, "train.diffusion")
+    for found, expected in zip(numbers(tmp_path / "two"), numbers(tmp_path / "one")):
+        assert found == pytest.approx(expected, rel=1e-10, abs=1e-10)
+
+
 def test_activation_checkpointing_changes_no_number(settings: list[str], whole: Path, tmp_path: Path) -> None:
     options = ["activation_checkpointing=false", "max_steps=1", "save_every=0"]
     assert main([*settings, *options, f"logdir={tmp_path / 'run'}"]) == 0
@@ -139,7 +170,8 @@ def test_activation_checkpointing_changes_no_number(settings: list[str], whole: 
 # ---------------------------------------------------------------- settings --
 @pytest.mark.parametrize("name", CONFIG_NAMES)
 def test_every_shipped_configuration_is_understood(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([f"config={name}", "--dry-run"]) == 0
+    stage = diffusion.main if name.startswith("diffusion") else main
+    assert stage([f"config={name}", "--dry-run"]) == 0
     assert "bytes_per_process" in capsys.readouterr().out
 
 

@@ -38,28 +38,50 @@ class RunArgs:
 
 
 @dataclass
-class DmdArgs(RunArgs):
+class TrainArgs(RunArgs):
+    """What every stage of training has."""
+
+    size: str = "t2v-1.3b"  # of what is trained, for the plan: t2v-1.3b, t2v-14b, i2v-14b, tiny
+    text_encoder: str = ""  # a bundle's name, a folder of transformers or a UMT5 file
+    latent_frames: int = 21  # of a clip
+    width: int = 832  # pixels
+    height: int = 480
+    chunk: int = 3  # latent frames; 0: all, for bidirectional networks
+    window: int = -1
+
+    # optimisation
+    batch_size: int = 64  # clips per step over all processes
+    micro_batch: int = 1  # clips at once
+    lr: float = 2e-6
+    betas: list[float] = field(default_factory=lambda: [0.0, 0.999])
+    weight_decay: float = 0.01
+    warmup_steps: int = 0
+    max_grad_norm: float = 10.0
+    ema_decay: float = 0.99
+    ema_start: int = 200  # step from which the average is kept
+
+    # where and how
+    device: str = "auto"  # auto: cuda if there is one
+    dtype: str = "bfloat16"  # of the computation; weights and sums are float32 (float64 for float64)
+    activation_checkpointing: bool = True
+
+
+@dataclass
+class DmdArgs(TrainArgs):
     """Distillation of a student with a teacher and a critic on the student's own clips."""
 
     # networks: a bundle's name, or a checkpoint of any layout
-    size: str = "t2v-1.3b"  # of student and critic, for the plan: t2v-1.3b, t2v-14b, i2v-14b, tiny
-    teacher_size: str = ""  # empty: as the student
     student: str = ""
     teacher: str = ""
+    teacher_size: str = ""  # for the plan; empty: as the student
     critic: str = ""  # empty: starts as the teacher
     weights: str = "auto"  # of a student file with both: auto, ema, raw
-    text_encoder: str = ""
 
     # data
     prompts: str = ""  # text file, one prompt per line
     negative_prompt: str = ""
 
-    # the clip
-    width: int = 832  # pixels
-    height: int = 480
-    latent_frames: int = 21
-    chunk: int = 3  # latent frames; 0: all, the bidirectional student
-    window: int = -1
+    # rollout
     sink: int = 0
     steps: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])
     shift: float = 5.0
@@ -74,23 +96,18 @@ class DmdArgs(RunArgs):
     score_shift: float = 5.0  # of the timesteps at which clips are compared
     score_levels: str = "exact"  # exact: sigma = t / 1000; table: nearest entry, as in the reference
     critic_per_student: int = 5  # updates
-
-    # optimisation
-    batch_size: int = 64  # clips per step over all processes
-    micro_batch: int = 1  # clips at once
-    lr: float = 2e-6
     lr_critic: float = 4e-7
-    betas: list[float] = field(default_factory=lambda: [0.0, 0.999])
-    weight_decay: float = 0.01
-    warmup_steps: int = 0
-    max_grad_norm: float = 10.0
-    ema_decay: float = 0.99
-    ema_start: int = 200  # step from which the average is kept
 
-    # where and how
-    device: str = "auto"  # auto: cuda if there is one
-    dtype: str = "bfloat16"  # of the computation; weights and sums are float32 (float64 for float64)
-    activation_checkpointing: bool = True
+
+@dataclass
+class DiffusionArgs(TrainArgs):
+    """Flow matching on clips of a database."""
+
+    network: str = ""  # where to start: a bundle's name, or a checkpoint of any layout
+    weights: str = "auto"
+    data: str = ""  # database of clips, or folder of shards
+    forcing: str = "teacher"  # teacher, diffusion, or none (bidirectional: chunk=0)
+    shift: float = 5.0  # of the noise levels
 
 
 Args = TypeVar("Args", bound=RunArgs)

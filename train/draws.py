@@ -42,11 +42,12 @@ class Draws:
 
     def uniform(self, first: int, count: int) -> Tensor:
         """A number in [0, 1) for each of these clips, float64."""
-        rows = [
-            torch.rand(1, generator=self._generator("level", row), dtype=torch.float64)
-            for row in range(first, first + count)
-        ]
-        return torch.cat(rows)
+        return self.uniforms(first, count, 1)[:, 0]
+
+    def uniforms(self, first: int, count: int, frames: int) -> Tensor:
+        """Numbers in [0, 1) [B, T] for each of these clips, float64."""
+        generators = (self._generator("level", row) for row in range(first, first + count))
+        return torch.stack([torch.rand(frames, generator=generator, dtype=torch.float64) for generator in generators])
 
     def normal(self, first: int, shape: tuple[int, ...]) -> Tensor:
         """Noise [B, ...] for the clips `first` to `first` + B, float32."""

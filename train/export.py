@@ -15,7 +15,8 @@ from selfforcing_core.checkpoint import save_checkpoint
 from selfforcing_core.config import WanConfig
 from train import state
 from train.args import DmdArgs, RunArgs, parse
-from train.dmd import causal_of, read_network, steps_of
+from train.dmd import causal_of, steps_of
+from train.engine import read_network
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

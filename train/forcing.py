@@ -82,15 +82,16 @@ class Forcing:
 
         context_index_BT: entries at which the clean context is noised as well, with the same noise.
         """
-        table = sigma_table(self.shift)
+        table = sigma_table(self.shift).to(clean_BTCHW.device)
         index_BT = per_chunk(index_BT, self.causal)
         sigma = table[index_BT]
         noisy = add_noise(clean_BTCHW, noise_BTCHW, sigma)
         lengths = _lengths(clean_BTCHW.shape[1], self.causal)
         timesteps = (sigma * TIMESTEPS).float()
-        if not self.is_teacher_forcing:
-            context: dict[str, Any] = {"mask_FF": block_causal_frames(lengths, window=self.causal.window)}
-        else:
+        context: dict[str, Any] = {}
+        if not self.is_teacher_forcing and len(lengths) > 1:
+            context = {"mask_FF": block_causal_frames(lengths, window=self.causal.window)}
+        if self.is_teacher_forcing:
             context = {
                 "mask_FF": teacher_forcing_frames(lengths, window=self.causal.window),
                 "clean_BTCHW": clean_BTCHW,
@@ -100,5 +101,5 @@ class Forcing:
                 context["clean_BTCHW"] = add_noise(clean_BTCHW, noise_BTCHW, level)
                 context["clean_timesteps_BT"] = (level * TIMESTEPS).float()
         flow = self.network(noisy, timesteps, condition.prompt_embeds_BPE, **context)
-        weight = training_weights(self.shift)[index_BT].to(flow)
+        weight = training_weights(self.shift).to(flow)[index_BT]
         return flow_loss(flow, clean_BTCHW, noise_BTCHW, weight), flow

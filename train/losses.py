@@ -61,7 +61,7 @@ def sid_loss(x_BTCHW: Tensor, fake_x0: Tensor, real_x0: Tensor, alpha: float = 1
 
 def critic_loss(flow: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
     """Flow-matching error of the critic on generated samples: mean (flow - (noise - x0))^2, unweighted."""
-    return (flow.double() - (noise.double() - x0.double())).square().mean()
+    return (flow - (noise - x0)).double().square().mean()
 
 
 # ------------------------------------------------------------- adversarial --
@@ -90,4 +90,4 @@ def regression_loss(x0: Tensor, target: Tensor, counted_BT: Tensor) -> Tensor:
 
 def flow_loss(flow: Tensor, x0: Tensor, noise: Tensor, weight_BT: Tensor) -> Tensor:
     """Flow-matching error per frame, weighted: mean weight (flow - (noise - x0))^2 (arXiv 2210.02747, eq. 23)."""
-    return ((flow - (noise - x0)).square().mean(dim=(2, 3, 4)) * weight_BT).mean()
+    return ((flow - (noise - x0)).double().square().mean(dim=(2, 3, 4)) * weight_BT).mean()

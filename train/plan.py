@@ -16,7 +16,7 @@ from selfforcing_core.config import PRESETS
 from selfforcing_core.geometry import SPATIAL_FACTOR, tokens_per_frame
 from selfforcing_core.kv_cache import KVCache
 from selfforcing_core.layout import wan_shapes
-from train.args import DmdArgs, parse
+from train.args import DmdArgs, TrainArgs, parse
 
 MASTER = 4  # bytes of a float32 number
 
@@ -28,12 +28,15 @@ def parameters(size: str) -> int:
     return sum(torch.Size(shape).numel() for shape in wan_shapes(PRESETS[size]).values())
 
 
-def plan(args: DmdArgs, processes: int) -> dict[str, Any]:
-    """Counts and bytes of a distillation on this many processes."""
-    student, teacher = parameters(args.size), parameters(args.teacher_size or args.size)
+def plan(args: TrainArgs, processes: int) -> dict[str, Any]:
+    """Counts and bytes of a run on this many processes."""
     wide = 8 if args.dtype == "float64" else MASTER
-    trained = 2 * student * wide * 4  # student and critic: weights, gradients, two moments
-    average = student * wide
+    trained = parameters(args.size)
+    kept = {"trained": trained * wide * 4, "average": trained * wide}  # weights, gradients, two moments
+    counted = {"trained_parameters": trained}
+    if isinstance(args, DmdArgs):
+        counted["teacher_parameters"] = parameters(args.teacher_size or args.size)
+        kept |= {"trained": 2 * kept["trained"], "teacher": counted["teacher_parameters"] * wide}
     cache = KVCache.num_bytes(
         PRESETS[args.size],
         batch=args.micro_batch,
@@ -41,17 +44,13 @@ def plan(args: DmdArgs, processes: int) -> dict[str, Any]:
         capacity=args.latent_frames,
         dtype=getattr(torch, args.dtype),
     )
+    is_rollout = isinstance(args, DmdArgs) and args.chunk != 0
+    shares = {name: value // processes for name, value in kept.items()}
     return {
         "processes": processes,
-        "student_parameters": student,
-        "teacher_parameters": teacher,
+        **counted,
         "clips_per_process_and_step": args.batch_size / processes,
-        "bytes_per_process": {
-            "student_and_critic": trained // processes,
-            "teacher": teacher * wide // processes,
-            "average": average // processes,
-            "kv_cache": 0 if args.chunk == 0 else cache,
-        },
+        "bytes_per_process": {**shares, "kv_cache": cache if is_rollout else 0},
         "not_counted": "activations, the text encoder, what a sharded block gathers while it computes",
     }
 
