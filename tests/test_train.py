@@ -16,7 +16,7 @@ import torch
 from selfforcing_core.checkpoint import read_checkpoint, save_checkpoint
 from selfforcing_core.config import WanConfig
 from selfforcing_core.layout import wan_shapes
-from train import diffusion
+from train import diffusion, ode
 from train.args import CONFIGS, DmdArgs, config_path, parse
 from train.data import DatabaseWriter
 from train.dmd import main
@@ -152,6 +152,22 @@ def test_every_way_of_flow_matching_takes_steps(clips: list[str], tmp_path: Path
     first, second = numbers(tmp_path / "run")
     assert first["student_grad_norm"] > 0
     assert first["student_loss"] != second["student_loss"]
+
+
+def test_regression_on_trajectories_takes_steps(
+    clips: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writer, generator = DatabaseWriter(tmp_path / "ode"), torch.Generator().manual_seed(0)
+    for name in "abc":
+        writer.add(f"clip {name}", torch.randn(3, 4, 16, 4, 4, generator=generator))
+    writer.close()
+    options = [*clips, f"data={tmp_path / 'ode'}", f"logdir={tmp_path / 'run'}"]
+    assert ode.main([*options, "timesteps=[1000,500,0]", "first_frame_clean=true"]) == 0
+    first, second = numbers(tmp_path / "run")
+    assert first["student_grad_norm"] > 0
+    assert first["student_loss"] != second["student_loss"]
+    assert ode.main([*options, f"logdir={tmp_path / 'other'}", "timesteps=[1000,0]"]) == 2
+    assert "3 states" in capsys.readouterr().err
 
 
 def test_flow_matching_does_not_depend_on_processes(clips: list[str], tmp_path: Path) -> None:

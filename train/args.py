@@ -110,6 +110,19 @@ class DiffusionArgs(TrainArgs):
     shift: float = 5.0  # of the noise levels
 
 
+@dataclass
+class OdeArgs(TrainArgs):
+    """Regression on a teacher's trajectories, from which a few-step student starts."""
+
+    network: str = ""  # where to start: a bundle's name, or a checkpoint of any layout
+    weights: str = "auto"
+    data: str = ""  # database of trajectories, or folder of shards
+    timesteps: list[float] = field(default_factory=lambda: [1000.0, 937.5, 2500 / 3, 625.0, 0.0])  # of their states
+    first_frame_clean: bool = False  # image-to-video: frame 0 is always the last state
+    levels: str = "exact"  # exact: sigma = t / 1000; table: nearest entry, as in the reference
+    shift: float = 5.0  # of the table
+
+
 Args = TypeVar("Args", bound=RunArgs)
 
 

@@ -78,7 +78,8 @@ class Prompts:
 
     def __init__(self, args: TrainArgs, world: distributed.World) -> None:
         self.args, self.world = args, world
-        self.encoder = load_text_encoder(args.text_encoder, dtype=torch.float32)
+        narrow = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
+        self.encoder = load_text_encoder(args.text_encoder, dtype=narrow)
         self.known: dict[str, Tensor] = {}
 
     def condition(self, texts: list[str]) -> Conditioning:

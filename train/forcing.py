@@ -52,9 +52,10 @@ class Trajectories:
         index_BT = per_chunk(index_BT, self.causal)
         if self.is_first_frame_clean:
             index_BT = torch.cat([torch.full_like(index_BT[:, :1], count - 1), index_BT[:, 1:]], 1)
-        rows, columns = torch.arange(batch)[:, None], torch.arange(frames)[None]
+        rows = torch.arange(batch, device=index_BT.device)[:, None]
+        columns = torch.arange(frames, device=index_BT.device)[None]
         noisy = states_BSTCHW[rows, index_BT, columns]
-        timesteps = torch.tensor(self.timesteps)[index_BT]
+        timesteps = torch.tensor(self.timesteps, device=index_BT.device)[index_BT]
         mask = block_causal_frames(_lengths(frames, self.causal), window=self.causal.window)
         flow = self.network(noisy, timesteps, condition.prompt_embeds_BPE, mask_FF=mask)
         x0 = x0_from_flow(noisy, flow, self.levels.sigma(timesteps))

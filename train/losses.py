@@ -84,8 +84,12 @@ def gradient_penalty(value: Tensor, nearby: Tensor) -> Tensor:
 
 # -------------------------------------------------------------- regression --
 def regression_loss(x0: Tensor, target: Tensor, counted_BT: Tensor) -> Tensor:
-    """Mean squared error over the counted frames (ODE initialisation, CausVid, arXiv 2412.07772, section 4.3)."""
-    return (x0 - target)[counted_BT].square().mean()
+    """Mean squared error over each clip's counted frames (ODE initialisation, CausVid, arXiv 2412.07772, section 4.3).
+
+    Averaged over clips, so that it does not depend on how a batch is divided; a clip without counted frames adds 0.
+    """
+    error_BT = (x0 - target).double().square().mean(dim=(2, 3, 4)) * counted_BT
+    return (error_BT.sum(1) / counted_BT.sum(1).clamp_min(1)).mean()
 
 
 def flow_loss(flow: Tensor, x0: Tensor, noise: Tensor, weight_BT: Tensor) -> Tensor:
