@@ -16,7 +16,7 @@ import torch
 from selfforcing_core.checkpoint import read_checkpoint, save_checkpoint
 from selfforcing_core.config import WanConfig
 from selfforcing_core.layout import wan_shapes
-from train import diffusion, ode
+from train import diffusion, import_config, ode
 from train.args import CONFIGS, DmdArgs, config_path, parse
 from train.data import DatabaseWriter
 from train.dmd import main
@@ -198,6 +198,26 @@ def test_launch_lines_of_the_reference_work(capsys: pytest.CaptureFixture[str]) 
     assert "logdir: logs/x" in told
     assert "max_steps: 600" in told
     assert config_path("configs/self_forcing_dmd.yaml") == CONFIGS / "self_forcing_dmd.yaml"
+
+
+def test_a_configuration_of_the_reference_is_translated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = tmp_path / "theirs.yaml"
+    theirs.write_text(
+        "generator_ckpt: checkpoints/ode_init.pt\nreal_name: Wan2.1-T2V-14B\nguidance_scale: 3.0\nlr: 2.0e-06\n"
+        "denoising_step_list: [1000, 750, 500, 250, 0]\ntimestep_shift: 5.0\nbeta1: 0.0\nbeta2: 0.999\n"
+        "image_or_video_shape: [1, 21, 16, 60, 104]\nlog_iters: 50\nwandb_key: x\ndistribution_loss: sid\n",
+        encoding="utf-8",
+    )
+    assert import_config.main([str(theirs)]) == 0
+    told = capsys.readouterr()
+    assert "no use for: wandb_key" in told.err
+    (tmp_path / "ours.yaml").write_text(told.out, encoding="utf-8")
+    args = parse(DmdArgs, [f"config={tmp_path / 'ours.yaml'}"])
+    assert (args.teacher, args.guidance, args.score, args.save_every) == ("models/wan2.1-t2v-14b", 4.0, "sid", 50)
+    assert (args.width, args.height, args.latent_frames) == (832, 480, 21)
+    assert args.steps == [1000.0, 750.0, 500.0, 250.0]
+    theirs.write_text("lr: fast\n", encoding="utf-8")
+    assert import_config.main([str(theirs)]) == 2
 
 
 @pytest.mark.parametrize(
