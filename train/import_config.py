@@ -1,7 +1,7 @@
 """A configuration of the reference to one of ours: python -m train.import_config THEIRS.yaml > ours.yaml
 
-The translation goes to standard output; every key it had no use for is named on standard error. Where we differ from the
-reference on purpose (noise in the training context, sigma by table), ours is kept: train_context_sigma, score_levels.
+The translation goes to standard output; every key it had no use for is named on standard error. Where we differ from
+the reference on purpose (noise in the training context, sigma by table), our default is kept.
 """
 
 from __future__ import annotations
