@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 from pathlib import Path
@@ -38,13 +37,6 @@ def fresh_seed() -> int:
 
 def add(prompt: Prompt, name: str, class_type: str, **inputs: Any) -> None:
     prompt[name] = {"class_type": class_type, "inputs": inputs}
-
-
-def add_saved_video(prompt: Prompt, name: str, images: tuple[str, int]) -> None:
-    """Save another IMAGE of the graph as a video, under the node id `name`."""
-    add(prompt, name + "_video", "CreateVideo", images=list(images), fps=16.0)
-    prompt[name] = copy.deepcopy(prompt[SAVE])
-    prompt[name]["inputs"]["video"] = [name + "_video", 0]
 
 
 def latents_of(server: Server, prompt: Prompt) -> Tensor:
