@@ -24,6 +24,7 @@ from ..selfforcing_core.config import CausalConfig, StepConfig, WanConfig
 from ..selfforcing_core.geometry import chunk_lengths, tokens_per_frame
 from ..selfforcing_core.kv_cache import KVCache
 from ..selfforcing_core.rollout import Chunk, SeededNoise, new_caches, rollout
+from ..selfforcing_core.schedule import TIMESTEPS
 from ..selfforcing_core.snapshot import Snapshot
 from ..selfforcing_core.solver import NoiseSource
 from . import host
@@ -127,7 +128,7 @@ class ChunkGuider(comfy.samplers.CFGGuider):
 
     def set_prompts(self, positive: list[Any], negative: list[Any] | None, cfg: float) -> None:
         conds = {"positive": positive}
-        if negative is not None and cfg != 1:
+        if negative and cfg != 1:
             conds["negative"] = negative
         elif cfg != 1:
             raise ValueError(f"cfg {cfg} needs a negative prompt; connect one, or set cfg to 1")
@@ -175,19 +176,20 @@ def sample_chunks(
     noise = _HostNoise(x_BTCHW, run.noise or SeededNoise(seed))
     lengths = chunk_lengths(frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
     num_calls = len(lengths) * (len(steps.steps) + 1) - 1
-    progress = (
-        _CallbackProgress(callback, sigmas, shape, num_calls) if run.progress is None else run.progress(num_calls)
-    )
+    resumed = None if run.resume is None else run.resume.filled().to(noise_BCTHW.device)
+    done: list[Tensor] = []
+    if resumed is not None:
+        assert resumed.video_BTCHW is not None
+        done.append(resumed.video_BTCHW)
+    if run.progress is None:
+        progress: Progress = _CallbackProgress(callback, sigmas, x_BTCHW, done, num_calls)
+    else:
+        progress = run.progress(num_calls)
 
     def on_step(chunk: int, step: int) -> None:
         host.check_interrupted()
         progress.step()
 
-    done: list[Tensor] = []
-    resumed = None if run.resume is None else run.resume.filled().to(noise_BCTHW.device)
-    if resumed is not None:
-        assert resumed.video_BTCHW is not None
-        done.append(resumed.video_BTCHW)
     with _memory_explained(network, causal, shape, batch):
         caches = None if run.is_whole else network.allocate(shape, causal)
         chunks = rollout(
@@ -216,7 +218,7 @@ def steps_of(sigmas: Tensor) -> StepConfig:
             f"the sigmas {[round(level, 4) for level in levels]} do not end at 0, so no chunk would become clean; "
             "use Sigmas (Self Forcing), or BasicScheduler with denoise 1"
         )
-    return StepConfig(tuple(1000 * level for level in levels[:-1]), shift=1.0, warp=False)
+    return StepConfig(tuple(TIMESTEPS * level for level in levels[:-1]), shift=1.0, warp=False)
 
 
 def layout(given: int, causal: CausalConfig) -> CausalConfig:
@@ -318,10 +320,10 @@ def _remedies(network: _GuidedNetwork, causal: CausalConfig, shape: LatentShape,
         return count * KVCache.num_bytes(config, batch=batch, tokens_per_frame=tokens, capacity=capacity, dtype=dtype)
 
     whole = size(capacity, network.cache_dtype)
-    narrow, eighth = whole - size(small, network.cache_dtype), whole - size(capacity, torch.float8_e4m3fn)
+    narrow, halved = whole - size(small, network.cache_dtype), whole - size(capacity, torch.float8_e4m3fn)
     return (
         f"out of memory while generating; the KV cache alone takes {whole} bytes. In Cache Options (Self Forcing): "
-        f"window {small} saves {narrow} bytes, cache_dtype float8_e4m3fn {eighth}, cache_device cpu {whole}; "
+        f"window {small} saves {narrow} bytes, cache_dtype float8_e4m3fn {halved}, cache_device cpu {whole}; "
         "a smaller width and height save in proportion"
     )
 
@@ -382,7 +384,7 @@ class _GuidedNetwork:
     ) -> Tensor:
         if self.state is not None:
             self.state.start_frame, self.state.num_frames = start_frame, x_BTCHW.shape[1]
-        sigma_B = timesteps_BT[:, 0] / 1000
+        sigma_B = timesteps_BT[:, 0] / TIMESTEPS
         x0_BCTHW = self.guider(
             rearrange(x_BTCHW, "b t c h w -> b c t h w"), sigma_B,
             model_options=self.model_options, seed=self.extra_args.get("seed"),
@@ -422,11 +424,16 @@ class SeededHostNoise:
 class _CallbackProgress:
     """The host's callback: its bar counts sigmas, so evaluations are scaled to them; the last call has all frames."""
 
-    def __init__(self, callback: Any, sigmas: Tensor, shape: LatentShape, num_calls: int) -> None:
-        self.callback, self.sigmas, self.num_calls = callback, sigmas, num_calls
-        frames, channels, height, width = shape
-        self.shape = (frames, channels, height, width)
-        self.calls, self.latest = 0, None
+    def __init__(self, callback: Any, sigmas: Tensor, like_BTCHW: Tensor, begun: list[Tensor], num_calls: int) -> None:
+        self.callback, self.sigmas, self.num_calls, self.calls = callback, sigmas, num_calls, 0
+        self.latest_BCTHW = torch.zeros_like(rearrange(like_BTCHW, "b t c h w -> b c t h w"))
+        for latents_BTCHW in begun:  # what a resumed state brings along
+            self._put(latents_BTCHW, 0)
+
+    def _put(self, latents_BTCHW: Tensor, start_frame: int) -> Tensor:
+        new = rearrange(latents_BTCHW, "b t c h w -> b c t h w")
+        self.latest_BCTHW[:, :, start_frame : start_frame + new.shape[2]] = new
+        return new
 
     def step(self) -> None:
         self.calls += 1
@@ -434,16 +441,12 @@ class _CallbackProgress:
     def chunk(self, chunk: Chunk) -> None:
         if self.callback is None:
             return
-        new = rearrange(chunk.latents_BTCHW, "b t c h w -> b c t h w")
-        if self.latest is None:
-            frames, _, _, _ = self.shape
-            self.latest = new.new_zeros(*new.shape[:2], frames, *new.shape[3:])
-        self.latest[:, :, chunk.start_frame : chunk.start_frame + new.shape[2]] = new
-        is_last = chunk.start_frame + new.shape[2] == self.shape[0]
+        new = self._put(chunk.latents_BTCHW, chunk.start_frame)
+        is_last = chunk.start_frame + new.shape[2] == self.latest_BCTHW.shape[2]
         steps = len(self.sigmas) - 1
         index = steps - 1 if is_last else min(steps - 1, self.calls * steps // max(self.num_calls, 1))
         # the host shows the first frame of what it is given: the newest one
-        shown = self.latest if is_last else new[:, :, -1:]
+        shown = self.latest_BCTHW if is_last else new[:, :, -1:]
         self.callback({"i": index, "denoised": shown, "x": shown, "sigma": self.sigmas[0], "sigma_hat": self.sigmas[0]})
 
     def finish(self) -> None:

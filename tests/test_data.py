@@ -75,6 +75,12 @@ def test_mistakes_are_named(pairs: Path, tmp_path: Path, capsys: pytest.CaptureF
     for folder, words in (("empty", "holds no .pt file"), ("junk", "cannot be read"), ("tensor", "no dictionary")):
         assert main(["--data_path", str(tmp_path / folder), "--lmdb_path", str(tmp_path / f"o{folder}")]) == 2
         assert words in capsys.readouterr().err
+    (tmp_path / "mixed").mkdir()
+    for name, shape in (("a", SHAPE), ("b", (2, 16, 4, 6))):
+        torch.save({name: latents(0, shape)}, tmp_path / "mixed" / f"{name}.pt")
+    assert main(["--data_path", str(tmp_path / "mixed"), "--lmdb_path", str(tmp_path / "omixed")]) == 2
+    assert "among others" in capsys.readouterr().err
+    assert not [path.name for path in tmp_path.iterdir() if "omixed" in path.name], "no half-written database"
     assert main(["--data_path", str(pairs), "--lmdb_path", str(tmp_path / "two")]) == 0
     assert main(["--data_path", str(pairs), "--lmdb_path", str(tmp_path / "two")]) == 2
     assert "already" in capsys.readouterr().err

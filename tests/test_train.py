@@ -41,7 +41,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     (folder / "prompts.txt").write_text("a red square\n\na green circle\na blue triangle\n", encoding="utf-8")
     return [
         f"student={folder}/student.safetensors", f"teacher={folder}/teacher.safetensors", "text_encoder=tiny",
-        f"prompts={folder}/prompts.txt", "width=32", "height=32", "latent_frames=4", "chunk=2", "loss_frames=4",
+        f"prompts={folder}/prompts.txt", "width=32", "height=32", "latent_frames=4", "chunk=2",
         "batch_size=6", "micro_batch=1", "critic_per_student=2", "lr=1e-3", "lr_critic=1e-3", "ema_start=2",
         "ema_decay=0.5", "dtype=float64", "device=cpu", "max_steps=4", "save_every=2", "keep_last=5",
     ]  # fmt: skip
@@ -140,18 +140,25 @@ def clips(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> list
     for name in "abcdefg":
         writer.add(f"clip {name}", torch.randn(4, 16, 4, 4, generator=generator))
     writer.close()
-    shared = ("text_encoder", "width", "height", "latent_frames", "chunk", "batch_size", "micro_batch", "ema", "dtype")
+    shared = ("text_encoder", "chunk", "batch_size", "micro_batch", "ema", "dtype")
     kept = [entry for entry in settings if entry.startswith(shared)]
     network = settings[0].replace("student=", "network=")
     return [*kept, network, f"data={folder}", "lr=1e-3", "device=cpu", "max_steps=2", "save_every=2"]
 
 
 @pytest.mark.parametrize("more", [[], ["forcing=diffusion"], ["forcing=none", "chunk=0"]])
-def test_every_way_of_flow_matching_takes_steps(clips: list[str], tmp_path: Path, more: list[str]) -> None:
+def test_every_way_of_flow_matching_gives_a_start(
+    clips: list[str], settings: list[str], tmp_path: Path, more: list[str]
+) -> None:
     assert diffusion.main([*clips, *more, f"logdir={tmp_path / 'run'}"]) == 0
     first, second = numbers(tmp_path / "run")
     assert first["student_grad_norm"] > 0
     assert first["student_loss"] != second["student_loss"]
+    # a student of the next stage starts from its export
+    out = tmp_path / "start.safetensors"
+    export(ExportArgs(logdir=str(tmp_path / "run"), out=str(out), weights="raw"))
+    assert (read_checkpoint(out).causal is None) == ("chunk=0" in more)
+    assert main([*settings, f"student={out}", "max_steps=1", "save_every=0", f"logdir={tmp_path / 'next'}"]) == 0
 
 
 def test_regression_on_trajectories_takes_steps(
@@ -229,6 +236,8 @@ def test_a_configuration_of_the_reference_is_translated(tmp_path: Path, capsys: 
         (["config=absent"], "use one of debug_cpu"),
         (["config=debug_cpu", "logdir=x", "batch_size=3", "micro_batch=2"], "use a multiple of 2"),
         (["config=debug_cpu", "logdir=x", "score=gun"], "use dmd or sid"),
+        (["config=debug_cpu", "logdir=x", "keep_last=0"], "use 1 or more"),
+        (["config=debug_cpu", "logdir=x", "wandb=true"], "is no setting"),
         (["config=debug_cpu", "logdir=x", "width=33"], "use 32 or 48"),
         (["config=debug_cpu"], "logdir is not set"),
     ],

@@ -19,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 CONFIGS = Path(__file__).parent / "configs"
 ALIASES = {"--config_path": "config", "--logdir": "logdir"}
-SWITCHES = {"--no_visualize": "sample_every=0", "--no_save": "save_every=0", "--disable-wandb": "wandb=false"}
+# Flags without a value; None: what it asks for is how ours always is.
+SWITCHES = {"--no_visualize": None, "--no_save": "save_every=0", "--disable-wandb": None}
 
 
 @dataclass
@@ -32,8 +33,6 @@ class RunArgs:
     resume: bool = True  # go on from the newest checkpoint in logdir; false starts anew and refuses an old one
     save_every: int = 50  # steps; 0: never
     keep_last: int = 2  # checkpoints
-    sample_every: int = 0  # steps between videos of the first prompts; 0: never
-    wandb: bool = False
     dry_run: bool = False
 
 
@@ -43,9 +42,6 @@ class TrainArgs(RunArgs):
 
     size: str = "t2v-1.3b"  # of what is trained, for the plan: t2v-1.3b, t2v-14b, i2v-14b, tiny
     text_encoder: str = ""  # a bundle's name, a folder of transformers or a UMT5 file
-    latent_frames: int = 21  # of a clip
-    width: int = 832  # pixels
-    height: int = 480
     chunk: int = 3  # latent frames; 0: all, for bidirectional networks
     window: int = -1
 
@@ -82,12 +78,14 @@ class DmdArgs(TrainArgs):
     negative_prompt: str = ""
 
     # rollout
+    width: int = 832  # pixels
+    height: int = 480
+    latent_frames: int = 21  # of a clip
     sink: int = 0
     steps: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])
     shift: float = 5.0
     train_context_sigma: str = "exact"  # exact: clean context; last_table: 0.005 of noise, as in the reference
     exit_per_chunk: bool = False  # false: one exit step for all chunks of a step
-    loss_frames: int = 21  # latent frames at the end that carry gradient
 
     # matching
     score: str = "dmd"  # dmd or sid
@@ -100,30 +98,33 @@ class DmdArgs(TrainArgs):
 
 
 @dataclass
-class DiffusionArgs(TrainArgs):
-    """Flow matching on clips of a database."""
+class ClipArgs(TrainArgs):
+    """Training of one network on the rows of a database."""
 
     network: str = ""  # where to start: a bundle's name, or a checkpoint of any layout
-    weights: str = "auto"
-    data: str = ""  # database of clips, or folder of shards
+    weights: str = "auto"  # of a file with both: auto, ema, raw
+    data: str = ""  # database, or folder of shards
+
+
+@dataclass
+class DiffusionArgs(ClipArgs):
+    """Flow matching on clips."""
+
     forcing: str = "teacher"  # teacher, diffusion, or none (bidirectional: chunk=0)
     shift: float = 5.0  # of the noise levels
 
 
 @dataclass
-class OdeArgs(TrainArgs):
+class OdeArgs(ClipArgs):
     """Regression on a teacher's trajectories, from which a few-step student starts."""
 
-    network: str = ""  # where to start: a bundle's name, or a checkpoint of any layout
-    weights: str = "auto"
-    data: str = ""  # database of trajectories, or folder of shards
     timesteps: list[float] = field(default_factory=lambda: [1000.0, 937.5, 2500 / 3, 625.0, 0.0])  # of their states
     first_frame_clean: bool = False  # image-to-video: frame 0 is always the last state
     levels: str = "exact"  # exact: sigma = t / 1000; table: nearest entry, as in the reference
     shift: float = 5.0  # of the table
 
 
-Args = TypeVar("Args", bound=RunArgs)
+Args = TypeVar("Args")
 
 
 def parse(kind: type[Args], argv: Sequence[str] | None = None) -> Args:
@@ -153,7 +154,7 @@ def config_path(name: str) -> Path:
     raise ValueError(f"config {name!r} is no file and not in train/configs; use one of {known}")
 
 
-def to_yaml(args: RunArgs) -> str:
+def to_yaml(args: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(args))
 
 
@@ -166,7 +167,8 @@ def _pairs(argv: list[str]) -> list[tuple[str, str]]:
         if name in ALIASES:
             found.append((ALIASES[name], value if equals else next(rest, "")))
         elif word in SWITCHES:
-            found += _pairs([SWITCHES[word]])
+            meant = SWITCHES[word]
+            found += [] if meant is None else _pairs([meant])
         elif word == "--dry-run":
             found.append(("dry_run", "true"))
         elif equals and not name.startswith("-"):
@@ -176,7 +178,7 @@ def _pairs(argv: list[str]) -> list[tuple[str, str]]:
     return found
 
 
-def _read(path: Path, kind: type[RunArgs]) -> DictConfig:
+def _read(path: Path, kind: type[Any]) -> DictConfig:
     try:
         found = OmegaConf.load(path)
     except (OSError, OmegaConfBaseException, ValueError) as error:
@@ -188,7 +190,7 @@ def _read(path: Path, kind: type[RunArgs]) -> DictConfig:
     return found
 
 
-def _check_key(key: str, kind: type[RunArgs], where: str) -> None:
+def _check_key(key: str, kind: type[Any], where: str) -> None:
     known = [item.name for item in fields(kind)]
     if key not in known:
         near = difflib.get_close_matches(key, known, n=3, cutoff=0.4) or known

@@ -9,6 +9,7 @@ Letters: N rows, S states of a trajectory, T latent frames, C channels, H W size
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,25 +171,34 @@ class DatabaseWriter:
 
 
 def write_shards(rows: Iterable[tuple[int, str, Tensor, Tensor | None]], out: Path, num_shards: int) -> dict[str, int]:
-    """(file number, prompt, latents, picture) into `out` itself, or into shard_<i> by file number; what happened.
+    """(file number, prompt, latents, picture) into a new database, or into shard_<i> of it by file number.
 
-    The first row of a prompt wins. Rows whose latents are not numbers are left out and counted.
+    The first row of a prompt wins; rows whose latents are not numbers are left out; both are counted. The folder
+    appears whole or not at all. Raises ValueError if it is there already.
     """
-    folders = [out] if num_shards == 1 else [out / f"shard_{index}" for index in range(num_shards)]
-    writers = [DatabaseWriter(folder) for folder in folders]
-    seen: set[str] = set()
+    if out.exists():
+        raise ValueError(f"{out}: exists already; choose another folder")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     told = {"written": 0, "duplicate_prompts": 0, "not_numbers": 0}
+    seen: set[str] = set()
     try:
-        for number, prompt, latents, image in rows:
-            if prompt in seen:
-                told["duplicate_prompts"] += 1
-            elif not latents.isfinite().all():
-                told["not_numbers"] += 1
-            else:
-                seen.add(prompt)
-                writers[number % num_shards].add(prompt, latents, image)
-                told["written"] += 1
+        folders = [partial] if num_shards == 1 else [partial / f"shard_{index}" for index in range(num_shards)]
+        writers = [DatabaseWriter(folder) for folder in folders]
+        try:
+            for number, prompt, latents, image in rows:
+                if prompt in seen:
+                    told["duplicate_prompts"] += 1
+                elif not latents.isfinite().all():
+                    told["not_numbers"] += 1
+                else:
+                    seen.add(prompt)
+                    writers[number % num_shards].add(prompt, latents, image)
+                    told["written"] += 1
+        finally:
+            for writer in writers:
+                writer.close()
+        partial.rename(out)
     finally:
-        for writer in writers:
-            writer.close()
+        shutil.rmtree(partial, ignore_errors=True)
     return told

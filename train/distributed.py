@@ -61,7 +61,7 @@ def leave() -> None:
 def shard(network: Any, world: World, dtype: torch.dtype) -> Any:
     """Spread a network over all processes, one unit per block; gradients are summed over them, in full precision."""
     if not hasattr(FSDPModule, "set_gradient_divide_factor"):
-        raise ValueError(f"training needs torch 2.8 or newer, this is {torch.__version__}; update torch")
+        raise ValueError(f"torch {torch.__version__} has an older FSDP2 than training needs; use 2.13, the tested one")
     reduced = torch.promote_types(dtype, torch.float32)
     # inputs are not cast: timesteps stay float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)

@@ -33,6 +33,8 @@ def check(args: DmdArgs, processes: int) -> None:
     engine.check(args, processes, ("student", "teacher", "text_encoder", "prompts"))
     if args.score not in ("dmd", "sid"):
         raise ValueError(f"score {args.score!r} is unknown; use dmd or sid")
+    if args.score_levels not in ("exact", "table"):
+        raise ValueError(f"score_levels {args.score_levels!r} is unknown; use exact or table")
     if args.train_context_sigma not in ("exact", "last_table"):
         raise ValueError(f"train_context_sigma {args.train_context_sigma!r} is unknown; use exact or last_table")
     VideoGeometry(args.width, args.height, pixel_frames(args.latent_frames), chunk=args.chunk or args.latent_frames)
@@ -59,12 +61,12 @@ class Distillation(Trainer):
         self.channels, self.causal = found.config.out_dim, causal_of(args)
         student = new_network(found, args, world, is_trained=True)
         self.student = Student(
-            student, self.causal, steps_of(args), loss_frames=args.loss_frames,
+            student, self.causal, steps_of(args), loss_frames=args.latent_frames,
             context_sigma=float(sigma_table(args.shift)[-1]) if args.train_context_sigma == "last_table" else 0.0,
         )  # fmt: skip
         self.matching = Matching(
-            Score(new_network(teacher, args, world, is_trained=False), Levels(8.0, args.score_levels)),
-            Score(new_network(critic, args, world, is_trained=True), Levels(8.0, args.score_levels)),
+            Score(new_network(teacher, args, world, is_trained=False), Levels(rule=args.score_levels)),
+            Score(new_network(critic, args, world, is_trained=True), Levels(rule=args.score_levels)),
             guidance=args.guidance, levels=Levels(args.score_shift, args.score_levels), score=args.score,
             sid_alpha=args.sid_alpha,
         )  # fmt: skip

@@ -6,6 +6,7 @@ Letters: B batch, P text tokens, E text width.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -31,12 +32,15 @@ from selfforcing_core.config import WanConfig
 from selfforcing_core.hub import load_text_encoder, resolve_model
 from selfforcing_core.model import CausalWan
 from train import distributed, state
-from train.args import TrainArgs, parse, to_yaml
+from train.args import ClipArgs, TrainArgs, parse, to_yaml
+from train.data import ClipDatabase, Row
+from train.draws import Draws, item
 from train.plan import plan
 
 log = logging.getLogger(__name__)
 DTYPES = ("float64", "float32", "bfloat16")
 STUDENT = "student"  # the role whose average is kept and exported
+KNOWN_PROMPTS = 64  # embeddings that are kept; one of UMT5-XXL takes 4 MB in bfloat16
 
 
 # ------------------------------------------------------------------ set-up --
@@ -52,6 +56,8 @@ def check(args: TrainArgs, processes: int, needed: Sequence[str]) -> None:
             f"batch_size {args.batch_size} cannot be divided into parts of micro_batch {args.micro_batch} on "
             f"{processes} processes; use a multiple of {max(args.micro_batch, 1) * processes}"
         )
+    if args.keep_last < 1:
+        raise ValueError(f"keep_last {args.keep_last} would leave no checkpoint to go on from; use 1 or more")
 
 
 def read_network(name: str, weights: str = "auto") -> Checkpoint:
@@ -74,20 +80,17 @@ def new_network(found: Checkpoint, args: TrainArgs, world: distributed.World, *,
 
 
 class Prompts:
-    """Texts as embeddings; each is encoded when it is first needed."""
+    """Texts as embeddings, encoded when they are needed; the latest are kept."""
 
     def __init__(self, args: TrainArgs, world: distributed.World) -> None:
         self.args, self.world = args, world
         narrow = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
-        self.encoder = load_text_encoder(args.text_encoder, dtype=narrow)
-        self.known: dict[str, Tensor] = {}
+        encoder = load_text_encoder(args.text_encoder, dtype=narrow)
+        self.encode = functools.lru_cache(KNOWN_PROMPTS)(lambda text: encoder.encode([text])[0].cpu())
 
     def condition(self, texts: list[str]) -> Conditioning:
         """Embeddings [B, P, E] of these texts, where and as the networks compute."""
-        for text in texts:
-            if text not in self.known:
-                self.known[text] = self.encoder.encode([text])[0].cpu()
-        embeds = torch.stack([self.known[text] for text in texts])
+        embeds = torch.stack([self.encode(text) for text in texts])
         return Conditioning(embeds.to(self.world.device, getattr(torch, self.args.dtype)))
 
 
@@ -170,6 +173,31 @@ class Trainer(ABC):
             return
         for name, value in self.roles[STUDENT][0].named_parameters():
             self.ema[name].lerp_(value, 1 - self.args.ema_decay)
+
+
+class ClipTrainer(Trainer):
+    """One network on the rows of a database, each seen once per round."""
+
+    def __init__(self, args: ClipArgs, world: distributed.World) -> None:
+        super().__init__(args, world)
+        self.data, self.prompts = ClipDatabase(args.data), Prompts(args, world)
+        network = new_network(read_network(args.network, args.weights), args, world, is_trained=True)
+        self.add_role(STUDENT, network, args.lr)
+
+    def run_step(self) -> dict[str, float]:
+        told = self.update(STUDENT)
+        self.step += 1
+        return told
+
+    def loss(self, role: str, first: int, count: int) -> Tensor:
+        number = self.step * self.args.batch_size + first
+        rows = [self.data[item(self.args.seed, n, len(self.data))] for n in range(number, number + count)]
+        condition = self.prompts.condition([row.prompt for row in rows])
+        return self.loss_of(self.roles[role][0], rows, condition, Draws(self.args.seed, self.step, role), first)
+
+    @abstractmethod
+    def loss_of(self, network: Any, rows: list[Row], condition: Conditioning, draws: Draws, first: int) -> Tensor:
+        """Mean loss of these rows, the clips `first`, ... of the step."""
 
 
 # --------------------------------------------------------------------- run --

@@ -9,22 +9,23 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from omegaconf import OmegaConf
 
-from selfforcing_core.checkpoint import save_checkpoint
-from selfforcing_core.config import WanConfig
+from selfforcing_core.checkpoint import DTYPES, save_checkpoint
+from selfforcing_core.config import CausalConfig, WanConfig
 from train import state
-from train.args import DmdArgs, RunArgs, parse
-from train.dmd import causal_of, steps_of
+from train.args import DiffusionArgs, DmdArgs, OdeArgs, parse
+from train.dmd import steps_of
 from train.engine import read_network
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STAGES = {"student": DmdArgs, "forcing": DiffusionArgs, "timesteps": OdeArgs}  # by a setting that only this one has
 
 
 @dataclass
-class ExportArgs(RunArgs):
+class ExportArgs:
     """What to write, and from which checkpoint."""
 
+    logdir: str = ""  # folder of the run
     out: str = ""
     step: int = 0  # 0: the newest checkpoint
     weights: str = "auto"  # ema, raw, or auto: the average where there is one
@@ -32,8 +33,18 @@ class ExportArgs(RunArgs):
     overwrite: bool = False
 
 
+def read_run(folder: Path) -> DmdArgs | DiffusionArgs | OdeArgs:
+    """The settings of the run in a folder. Raises ValueError if it holds none."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"{folder}: holds no config.yaml; give the logdir of a run")
+    found = OmegaConf.load(file)
+    kind = next((kind for mark, kind in STAGES.items() if mark in found), DmdArgs)
+    return parse(kind, [f"config={file}"])
+
+
 def export(args: ExportArgs) -> Path:
-    """Write the student; returns the file. Raises ValueError if there is nothing to write."""
+    """Write what the run trained; returns the file. Raises ValueError if there is nothing to write."""
     folder = Path(args.logdir)
     if not args.logdir or not args.out:
         raise ValueError("give logdir=FOLDER of the run and out=FILE.safetensors")
@@ -41,19 +52,20 @@ def export(args: ExportArgs) -> Path:
         raise ValueError(f"dtype {args.dtype!r} cannot be written; use one of {', '.join(DTYPES)}")
     if args.weights not in ("auto", "ema", "raw"):
         raise ValueError(f"weights {args.weights!r} is unknown; use auto, ema or raw")
+    run = read_run(folder)
     found = [path for path in state.complete(folder) if not args.step or state.step_of(path) == args.step]
     if not found:
         raise ValueError(f"{folder}: holds no complete checkpoint" + (f" of step {args.step}" if args.step else ""))
-    run = parse(DmdArgs, [f"config={folder / 'config.yaml'}"])
-    source = read_network(run.student, run.weights)
+    source = read_network(run.student if isinstance(run, DmdArgs) else run.network, run.weights)
     assert isinstance(source.config, WanConfig)
     is_average = args.weights == "ema" or (args.weights == "auto" and state.has_average(found[-1]))
     tensors = state.read(found[-1], "ema." if is_average else "roles.student.network.")
-    is_causal = run.chunk != 0
+    sink = run.sink if isinstance(run, DmdArgs) else 0
     save_checkpoint(
         args.out, {name: value.to(DTYPES[args.dtype]) for name, value in tensors.items()}, source.config,
-        {"trained": f"train.dmd, step {state.step_of(found[-1])}, {'ema' if is_average else 'raw'}"},
-        causal=causal_of(run) if is_causal else None, steps=steps_of(run), latent_space=source.latent_space,
+        {"trained": f"step {state.step_of(found[-1])}, {'ema' if is_average else 'raw'}"},
+        causal=CausalConfig(run.chunk, run.window, sink) if run.chunk else None,
+        steps=steps_of(run) if isinstance(run, DmdArgs) else source.steps, latent_space=source.latent_space,
         overwrite=args.overwrite,
     )  # fmt: skip
     return Path(args.out)

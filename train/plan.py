@@ -1,4 +1,4 @@
-"""What a run will take, counted before anything is allocated: python -m train.plan config=self_forcing_dmd
+"""What a distillation will take, counted before anything is allocated: python -m train.plan config=self_forcing_dmd
 
 Bytes per process of weights, gradients, optimiser and average, sharded over all processes; activations are not counted.
 """
@@ -37,20 +37,20 @@ def plan(args: TrainArgs, processes: int) -> dict[str, Any]:
     if isinstance(args, DmdArgs):
         counted["teacher_parameters"] = parameters(args.teacher_size or args.size)
         kept |= {"trained": 2 * kept["trained"], "teacher": counted["teacher_parameters"] * wide}
-    cache = KVCache.num_bytes(
-        PRESETS[args.size],
-        batch=args.micro_batch,
-        tokens_per_frame=tokens_per_frame(args.height // SPATIAL_FACTOR, args.width // SPATIAL_FACTOR),
-        capacity=args.latent_frames,
-        dtype=getattr(torch, args.dtype),
-    )
-    is_rollout = isinstance(args, DmdArgs) and args.chunk != 0
     shares = {name: value // processes for name, value in kept.items()}
+    if isinstance(args, DmdArgs) and args.chunk:
+        shares["kv_cache"] = KVCache.num_bytes(
+            PRESETS[args.size],
+            batch=args.micro_batch,
+            tokens_per_frame=tokens_per_frame(args.height // SPATIAL_FACTOR, args.width // SPATIAL_FACTOR),
+            capacity=args.latent_frames,
+            dtype=getattr(torch, args.dtype),
+        )
     return {
         "processes": processes,
         **counted,
         "clips_per_process_and_step": args.batch_size / processes,
-        "bytes_per_process": {**shares, "kv_cache": cache if is_rollout else 0},
+        "bytes_per_process": shares,
         "not_counted": "activations, the text encoder, what a sharded block gathers while it computes",
     }
 

@@ -21,7 +21,7 @@ PARTIAL = ".partial"
 def complete(folder: Path) -> list[Path]:
     """Complete checkpoints below a run's folder, oldest first."""
     found = folder.glob("checkpoints/step_*")
-    return sorted(path for path in found if path.is_dir() and path.suffix != PARTIAL)
+    return sorted((path for path in found if path.is_dir() and path.suffix != PARTIAL), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:

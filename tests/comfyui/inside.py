@@ -23,7 +23,8 @@ sys.argv = ["inside", "--cpu"]
 # Optional packages that are installed but broken, as flash-attn often is, must not keep the pack from loading.
 BROKEN = FOLDER / "broken"
 BROKEN.mkdir(parents=True, exist_ok=True)
-for package in ("flash_attn", "lmdb", "omegaconf", "diffusers"):
+PLANTED = ("flash_attn", "lmdb", "omegaconf", "diffusers")
+for package in PLANTED:
     (BROKEN / f"{package}.py").write_text(f'raise ImportError("{package} is broken")')
 sys.path.insert(0, str(BROKEN))
 
@@ -132,6 +133,17 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 # ------------------------------------------------------------------ checks --
+def broken_packages() -> list[str]:
+    """Those of the planted packages that raise at import, while the pack is loaded."""
+    found = []
+    for package in PLANTED:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            found += [package] * (f"{package} is broken" in str(error))
+    return found
+
+
 def the_hosts_model_gives_the_cores_video() -> dict[str, float]:
     """With one prompt; with two in one batch; with two that the host cannot batch; with a window."""
     made = network()
@@ -378,6 +390,7 @@ def the_hosts_own_causal_sampler() -> float | None:
 
 
 CHECKS: tuple[Callable[[], Any], ...] = (
+    broken_packages,
     the_hosts_model_gives_the_cores_video,
     condition_channels_are_sliced_per_chunk,
     a_model_of_the_hosts_loader_is_patched,

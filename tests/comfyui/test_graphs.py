@@ -174,6 +174,14 @@ def test_guidance_changes_the_video_and_needs_a_negative_prompt(stocked: Server)
     prompt = causal_prompt(cfg=3.0)
     add(prompt, "save", "SaveLatent", samples=[SAMPLER, 0], filename_prefix="x")
     assert "needs a negative prompt" in failure(stocked.result(stocked.submit(prompt)))
+    prompt = causal_prompt(cfg=3.0, negative=["start", 1])  # an output that is empty without a negative prompt
+    add(
+        prompt, "start", "SelfForcingImageToVideo", model=["1", 0], positive=["3", 0], width=SIDE, height=SIDE,
+        length=33, batch_size=1, latent=["given", 0],
+    )  # fmt: skip
+    add(prompt, "given", "EmptyHunyuanLatentVideo", width=SIDE, height=SIDE, length=9, batch_size=1)
+    add(prompt, "save", "SaveLatent", samples=[SAMPLER, 0], filename_prefix="x")
+    assert "needs a negative prompt" in failure(stocked.result(stocked.submit(prompt)))
     prompt = causal_prompt(cfg=3.0, negative=["none", 0])
     add(prompt, "none", "SelfForcingTextEncode", text_encoder="wide", text="blurry")
     assert (latents_of(stocked, prompt) - plain).abs().max() > 0.01

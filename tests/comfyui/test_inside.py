@@ -55,9 +55,9 @@ def test_a_model_of_the_hosts_loader_is_patched(found: dict[str, Any]) -> None:
     assert "Patch Model (Self Forcing)" in found["refusal"]
 
 
-def test_broken_optional_packages_do_not_keep_the_pack_from_loading(measured: dict[str, Any]) -> None:
-    """All that was measured was measured with flash-attn, lmdb, omegaconf and diffusers raising at import."""
-    assert measured
+def test_broken_packages(found: list[str]) -> None:
+    """Everything here was measured while these raised at import, as flash-attn often does."""
+    assert found == ["flash_attn", "lmdb", "omegaconf", "diffusers"]
 
 
 def test_number_types(found: dict[str, float]) -> None:
