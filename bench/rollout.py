@@ -35,9 +35,9 @@ from selfforcing_core.geometry import tokens_per_frame
 from selfforcing_core.kv_cache import KVCache
 from selfforcing_core.model import CausalWan
 from selfforcing_core.rollout import SeededNoise, rollout
+from selfforcing_core.roofline import MATMUL_SIZE, pass_flops
 
 ROOT = Path(__file__).resolve().parent.parent
-MATMUL_SIZE = 2048
 CAUSAL, STEPS = CausalConfig(chunk=3), StepConfig()
 
 
@@ -64,21 +64,6 @@ CASES = {
 
 
 # ----------------------------------------------------------------- counting --
-def pass_flops(config: WanConfig, num_tokens: int, num_visible: int) -> int:
-    """FLOPs of one pass over `num_tokens` tokens that see `num_visible` cached tokens, themselves included.
-
-    A multiply-add is 2. Counted: the linear layers (self-attention q k v o, cross-attention q o, feed-forward, patch
-    embedding, head) and both attentions' products. Not counted: norms, softmax, activations, rotary embedding, the time
-    embedding, and the text's keys and values, which are computed once per prompt.
-    """
-    D, layers = config.dim, config.num_layers
-    patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
-    block = 6 * D * D + 2 * D * config.ffn_dim
-    ends = patch * D * (config.in_dim + config.out_dim)
-    attention = 2 * D * (num_visible + config.text_len) * layers
-    return 2 * num_tokens * (layers * block + ends + attention)
-
-
 def chunk_flops(case: Case, index: int, *, is_last: bool) -> int:
     """FLOPs of one chunk: its denoising passes, and the clean pass into the cache unless it is the last."""
     per_chunk = CAUSAL.chunk * case.tokens_per_frame

@@ -30,6 +30,28 @@ class CacheState:
     sink: int
 
 
+@dataclass(frozen=True)
+class Past:
+    """Views of one layer's buffers, and where in them the staged chunk has its place: (offset in it, slot, length)."""
+
+    k_BSNK: Tensor
+    v_BSNK: Tensor
+    staged: tuple[tuple[int, int, int], ...]
+    visible: int
+
+    def __call__(self, k_BLNK: Tensor, v_BLNK: Tensor) -> tuple[Tensor, Tensor]:
+        """Visible keys and values without the staged chunk's own slots and without gradient, then the new ones."""
+        return self._joined(self.k_BSNK, k_BLNK), self._joined(self.v_BSNK, v_BLNK)
+
+    def _joined(self, buffer: Tensor, new_BLNK: Tensor) -> Tensor:
+        edges, parts = 0, []
+        for _, slot, length in sorted(self.staged, key=lambda piece: piece[1]):
+            parts.append(buffer[:, edges:slot])
+            edges = slot + length
+        parts.append(buffer[:, edges : self.visible])
+        return torch.cat([part.detach().to(new_BLNK) for part in parts if part.shape[1]] + [new_BLNK], 1)
+
+
 class KVCache:
     """Keys (already turned by their absolute position) and values of the frames a chunk may see.
 
@@ -50,6 +72,7 @@ class KVCache:
     ) -> None:
         assert 0 <= sink < capacity, f"sink {sink} leaves no room in a cache of {capacity} frames"
         self.tokens_per_frame, self.capacity, self.sink = tokens_per_frame, capacity, sink
+        self.keeps_all = False  # set by who knows that the video is no longer than the capacity
         # each head's tokens lie together, the order in which attention reads them
         shape = (config.num_layers, batch, config.num_heads, capacity * tokens_per_frame, config.head_dim)
         self.k = torch.empty(shape, device=device, dtype=dtype).transpose(2, 3)
@@ -117,12 +140,19 @@ class KVCache:
         gradient stays inside the chunk. The clean pass that follows writes.
         """
         if torch.is_grad_enabled():
-            return self._joined(self.k[layer], k_BLNK), self._joined(self.v[layer], v_BLNK)
+            return self.past(layer)(k_BLNK, v_BLNK)
         for source, slot, length in self._current:
             self.k[layer][:, slot : slot + length] = k_BLNK[:, source : source + length]
             self.v[layer][:, slot : slot + length] = v_BLNK[:, source : source + length]
         visible = self._visible()
         return self.k[layer][:, :visible].to(k_BLNK), self.v[layer][:, :visible].to(v_BLNK)
+
+    def past(self, layer: int) -> Past:
+        """What the staged chunk sees besides itself, to be joined with its own keys and values.
+
+        Nothing is copied before that: it may be joined again later, as long as no frame has been evicted.
+        """
+        return Past(self.k[layer], self.v[layer], tuple(self._current), self._visible())
 
     def cross_kv(self, layer: int, compute: Callable[[], Any]) -> Any:
         """Cross-attention keys and values of a layer: computed at first use, afresh whenever gradients are enabled."""
@@ -167,13 +197,3 @@ class KVCache:
                 runs.append((offset, slot, 1))
         p = self.tokens_per_frame
         return [(source * p, slot * p, length * p) for source, slot, length in runs]
-
-    def _joined(self, buffer: Tensor, new_BLNK: Tensor) -> Tensor:
-        """Visible tokens without the staged chunk's own slots, then the new tensor."""
-        visible = self._visible()
-        edges, parts = 0, []
-        for _, slot, length in sorted(self._current, key=lambda piece: piece[1]):
-            parts.append(buffer[:, edges:slot])
-            edges = slot + length
-        parts.append(buffer[:, edges:visible])
-        return torch.cat([part.detach().to(new_BLNK) for part in parts if part.shape[1]] + [new_BLNK], 1)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import attend, expand_frames
 from .config import CLIP_DIM, WanConfig
 from .geometry import tokens_per_frame
-from .kv_cache import KVCache
+from .kv_cache import KVCache, Past
 from .rope import apply_rotary, rotary_table
 
 
@@ -95,7 +95,13 @@ class _CrossAttention(_SelfAttention):
 _Context = tuple[Tensor, Tensor | None]  # embedded text [B, X, D], embedded image [B, I, D]
 
 
+def _attend_past(past: Past, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(q, *past(k, v))
+
+
 class _Block(nn.Module):
+    recompute: Any = None  # torch's checkpoint function, when activations are not kept
+
     def __init__(self, config: WanConfig, operations: Any, **factory: Any) -> None:
         super().__init__()
         norm = {"eps": config.eps, **factory}
@@ -122,9 +128,12 @@ class _Block(nn.Module):
         mask_LS: Tensor | None,
     ) -> Tensor:
         q, k, v = self.before_attention(x_BFPD, e_BF6D, rotary)
-        if cache is not None:
-            k, v = cache.update(layer, k, v)
-        attended_BLNK = attend(q, k, v, mask_LS)
+        if cache is None:
+            attended_BLNK = attend(q, k, v, mask_LS)
+        elif self.recompute is not None and cache.keeps_all and torch.is_grad_enabled():
+            attended_BLNK = self.recompute(_attend_past, cache.past(layer), q, k, v)
+        else:
+            attended_BLNK = attend(q, *cache.update(layer, k, v))
         return self.after_attention(x_BFPD, e_BF6D, attended_BLNK, self._keys_values(context, cache, layer))
 
     def before_attention(self, x_BFPD: Tensor, e_BF6D: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,15 +231,18 @@ class CausalWan(nn.Module):
             block.after_attention = torch.compile(block.after_attention, **options)
         return self
 
-    def checkpoint_blocks(self) -> CausalWan:
+    def checkpoint_blocks(self, **options: Any) -> CausalWan:
         """Compute every block's activations again in the backward pass instead of keeping them; returns self.
 
-        Attention to the cache is not part of it: by then the cache holds later frames. What it needs is kept.
+        Attention to a cache that evicts frames is not part of it: what it needs is kept, joined. options: of
+        torch.utils.checkpoint, such as context_fn.
         """
+        options = {**options, "use_reentrant": False}
         for block in self.blocks:
             assert isinstance(block, _Block)
-            block.before_attention = functools.partial(checkpoint, block.before_attention, use_reentrant=False)
-            block.after_attention = functools.partial(checkpoint, block.after_attention, use_reentrant=False)
+            block.before_attention = functools.partial(checkpoint, block.before_attention, **options)
+            block.after_attention = functools.partial(checkpoint, block.after_attention, **options)
+            block.recompute = functools.partial(checkpoint, **options)
         return self
 
     def new_cache(

@@ -173,12 +173,15 @@ def new_caches(
     embeds, (num_frames, _, height, width) = conditioning.prompt_embeds_BPE, latent_shape
     evicts = -1 < causal.window < num_frames
     capacity, sink = (causal.window, causal.sink) if evicts else (num_frames, 0)
-    return [
+    caches = [
         model.new_cache(
             batch=embeds.shape[0], latent_height=height, latent_width=width, capacity=capacity, sink=sink, like=embeds
         )
         for _ in range(count)
     ]
+    for cache in caches:
+        cache.keeps_all = not evicts
+    return caches
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ def rotary_table(head_dim: int, start_frame: int, num_frames: int, height: int, 
 
 
 def apply_rotary(x_BLNK: Tensor, table_LK: Tensor) -> Tensor:
-    """Turn each channel pair of x by its position's angle; computed in float32, returned in x's dtype."""
-    pairs = torch.view_as_complex(x_BLNK.float().unflatten(-1, (-1, 2)))
+    """Turn each channel pair of x by its position's angle; computed in float32 at least, returned in x's dtype."""
+    wide_BLNK = x_BLNK.to(torch.promote_types(x_BLNK.dtype, torch.float32))
+    pairs = torch.view_as_complex(wide_BLNK.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * table_LK[:, None]).flatten(-2).to(x_BLNK.dtype)

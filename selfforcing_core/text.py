@@ -102,6 +102,11 @@ class TextEncoder:
         """Width E of the embeddings."""
         return int(self.model.config.d_model)
 
+    def to(self, device: torch.device | str) -> TextEncoder:
+        """Move the network; returns self."""
+        self.model.to(device)  # type: ignore[arg-type]
+        return self
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Embed prompts: [B, P, E] in the model's dtype on its device; rows past a prompt's end token are zero.

@@ -19,31 +19,40 @@ from omegaconf.errors import OmegaConfBaseException
 
 CONFIGS = Path(__file__).parent / "configs"
 ALIASES = {"--config_path": "config", "--logdir": "logdir"}
-# Flags without a value; None: what it asks for is how ours always is.
-SWITCHES = {"--no_visualize": None, "--no_save": "save_every=0", "--disable-wandb": None}
+# Flags without a value.
+SWITCHES = {"--no_visualize": "sample_every=0", "--no_save": "save_every=0", "--disable-wandb": "wandb=false"}
 
 
 @dataclass
-class RunArgs:
-    """What every action has."""
+class NetworkArgs:
+    """What everything has that loads networks."""
+
+    seed: int = 0
+    text_encoder: str = ""  # a bundle's name, a folder of transformers or a UMT5 file
+    text_encoder_offload: bool = True  # in main memory; on the device only while it encodes
+    embeddings: str = ""  # folder of prompts' embeddings: written when first needed, then read; empty: kept in memory
+    device: str = "auto"  # auto: cuda if there is one
+    dtype: str = "bfloat16"  # of the computation; what is trained and sums are float32 (float64 for float64)
+    shard_group: int = 0  # processes that share one copy of the weights (hybrid sharding); 0: all
+
+
+@dataclass
+class TrainArgs(NetworkArgs):
+    """What every stage of training has."""
 
     logdir: str = ""  # folder of everything the run writes
     max_steps: int = 600
-    seed: int = 0
     resume: bool = True  # go on from the newest checkpoint in logdir; false starts anew and refuses an old one
     save_every: int = 50  # steps; 0: never
     keep_last: int = 2  # checkpoints
+    tensorboard: bool = True  # curves in logdir, where the package tensorboard is installed
+    wandb: bool = False  # curves to Weights & Biases as well; the key comes from the environment (WANDB_API_KEY)
     dry_run: bool = False
 
-
-@dataclass
-class TrainArgs(RunArgs):
-    """What every stage of training has."""
-
     size: str = "t2v-1.3b"  # of what is trained, for the plan: t2v-1.3b, t2v-14b, i2v-14b, tiny
-    text_encoder: str = ""  # a bundle's name, a folder of transformers or a UMT5 file
     chunk: int = 3  # latent frames; 0: all, for bidirectional networks
     window: int = -1
+    activation_checkpointing: bool = True
 
     # optimisation
     batch_size: int = 64  # clips per step over all processes
@@ -56,10 +65,15 @@ class TrainArgs(RunArgs):
     ema_decay: float = 0.99
     ema_start: int = 200  # step from which the average is kept
 
-    # where and how
-    device: str = "auto"  # auto: cuda if there is one
-    dtype: str = "bfloat16"  # of the computation; weights and sums are float32 (float64 for float64)
-    activation_checkpointing: bool = True
+    # low-rank adapters in place of whole networks; roles that start from the same file share it, frozen
+    lora_rank: int = 0  # 0: train whole networks
+    lora_alpha: float = 0.0  # adapters count alpha / rank times; 0: as the rank
+
+    # videos of fixed prompts, and a contact sheet of each, below logdir/samples
+    sample_every: int = 0  # steps; 0: never
+    sample_prompts: str = ""  # text file; empty: the first four training prompts
+    sample_frames: int = 0  # latent frames; 0: as in training
+    decoder: str = ""  # TAEHV (a bundle's name or a file) for these videos
 
 
 @dataclass
@@ -71,16 +85,23 @@ class DmdArgs(TrainArgs):
     teacher: str = ""
     teacher_size: str = ""  # for the plan; empty: as the student
     critic: str = ""  # empty: starts as the teacher
+    critic_size: str = ""  # for the plan; empty: as the teacher, or as the student where critic is set
     weights: str = "auto"  # of a student file with both: auto, ema, raw
 
     # data
-    prompts: str = ""  # text file, one prompt per line
+    prompts: str = ""  # text file, one prompt per line, or a folder of text files, one prompt each
+    data: str = ""  # database of clips: real ones for score=gan, pictures for image-to-video; its prompts are used
+    image_height: int = 0  # of a database's pictures where it does not record it
+    image_width: int = 0
     negative_prompt: str = ""
+    vae: str = ""  # Wan VAE: for image-to-video, and to make a long clip's window start like a video
+    clip: str = ""  # image encoder, for image-to-video
 
     # rollout
     width: int = 832  # pixels
     height: int = 480
-    latent_frames: int = 21  # of a clip
+    latent_frames: int = 21  # of the clip that teacher and critic see
+    max_latent_frames: int = 0  # longest rollout; longer ones than latent_frames are judged by their end; 0: as it
     sink: int = 0
     steps: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])
     shift: float = 5.0
@@ -88,13 +109,24 @@ class DmdArgs(TrainArgs):
     exit_per_chunk: bool = False  # false: one exit step for all chunks of a step
 
     # matching
-    score: str = "dmd"  # dmd or sid
+    score: str = "dmd"  # dmd, sid or gan
     guidance: float = 4.0  # on the teacher, usual meaning: 1 is none. The reference's w = 3 is 4 here
     sid_alpha: float = 1.0
     score_shift: float = 5.0  # of the timesteps at which clips are compared
     score_levels: str = "exact"  # exact: sigma = t / 1000; table: nearest entry, as in the reference
     critic_per_student: int = 5  # updates
+    critic_warmup: int = 0  # steps in which the critic alone is trained; with gan: its heads alone
     lr_critic: float = 4e-7
+
+    # score=gan
+    gan_weight: float = 1e-2  # of the student's loss
+    gan_critic_weight: float = 1e-2
+    gan_relativistic: bool = False
+    gan_r1: float = 0.0  # weights of the gradient penalties on real and on generated clips
+    gan_r2: float = 0.0
+    gan_sigma: float = 0.01  # noise of their finite differences
+    gan_time: bool = False  # the heads also see the timestep
+    lr_heads: float = 1.0  # times lr_critic, for the heads
 
 
 @dataclass
@@ -154,6 +186,13 @@ def config_path(name: str) -> Path:
     raise ValueError(f"config {name!r} is no file and not in train/configs; use one of {known}")
 
 
+def to_dict(args: Any) -> dict[str, Any]:
+    """Plain Python types."""
+    made = OmegaConf.to_container(OmegaConf.structured(args))
+    assert isinstance(made, dict)
+    return {str(key): value for key, value in made.items()}
+
+
 def to_yaml(args: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(args))
 
@@ -167,8 +206,7 @@ def _pairs(argv: list[str]) -> list[tuple[str, str]]:
         if name in ALIASES:
             found.append((ALIASES[name], value if equals else next(rest, "")))
         elif word in SWITCHES:
-            meant = SWITCHES[word]
-            found += [] if meant is None else _pairs([meant])
+            found += _pairs([SWITCHES[word]])
         elif word == "--dry-run":
             found.append(("dry_run", "true"))
         elif equals and not name.startswith("-"):

@@ -10,19 +10,20 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from selfforcing_core.conditioning import Conditioning
-from selfforcing_core.config import CausalConfig
+from selfforcing_core.config import CausalConfig, StepConfig
 from train import distributed, engine
 from train.args import DiffusionArgs
 from train.data import Row
 from train.draws import Draws
 from train.engine import ClipTrainer
 from train.forcing import Forcing
+from train.samples import Sampling
 
 ENTRIES = 1000  # noise levels to draw from
+SAMPLE_STEPS = 30
 
 
 def check(args: DiffusionArgs, processes: int) -> None:
@@ -43,11 +44,17 @@ class FlowMatching(ClipTrainer):
 
     def loss_of(self, network: Any, rows: list[Row], condition: Conditioning, draws: Draws, first: int) -> Tensor:
         args = self.settings
-        clean = torch.stack([row.latents_STCHW[-1] for row in rows]).to(self.world.device)
+        clean = self.clean(rows)
         frames = clean.shape[1]
         index = (draws.uniforms(first, len(rows), frames) * ENTRIES).long().to(clean.device)
         part = Forcing(network, CausalConfig(args.chunk or frames, args.window), args.shift, args.forcing == "teacher")
         return part.loss(clean, draws.normal(first, tuple(clean.shape)).to(clean), index, condition)[0]
+
+    def sampling(self) -> Sampling:
+        """In many steps along the probability-flow equation."""
+        args, (frames, channels, height, width) = self.settings, self.shape
+        steps = StepConfig.even(SAMPLE_STEPS, shift=args.shift)
+        return Sampling(CausalConfig(args.chunk or frames, args.window), steps, (frames, channels, height, width))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,53 +9,75 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
+
+LOST = "lost processes"  # in the store: how many noticed that one is gone
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of the run."""
+    """This process among all of the run. mesh: one axis to shard over, or two: copies, and shards of each."""
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh
+    store: Any
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
+    def is_first_to_notice(self) -> bool:
+        """Whether no other process has said yet that one is lost."""
+        try:
+            return self.store.add(LOST, 1) == 1
+        except RuntimeError:  # the store is gone as well
+            return self.is_first
 
-def join(device: str = "auto") -> World:
-    """Join the others that torchrun started, or be the only one. Raises ValueError for a device that is not there."""
+
+def join(device: str = "auto", shard_group: int = 0) -> World:
+    """Join the others that torchrun started, or be the only one.
+
+    shard_group: processes that share one copy of the weights; 0: all. Raises ValueError for a device that is not
+    there, and for groups that do not divide the processes.
+    """
     wants_cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
     if wants_cuda and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} is not here; use device=cpu")
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if shard_group < 0 or size % (shard_group or size):
+        raise ValueError(f"shard_group {shard_group} does not divide {size} processes; use 0 or a divisor")
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        alone = {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        os.environ.update(alone)
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone | {"MASTER_PORT": str(port)})
     kind = "cuda" if wants_cuda else "cpu"
     own = torch.device(kind, int(os.environ["LOCAL_RANK"])) if wants_cuda else torch.device("cpu")
     if wants_cuda:
         torch.cuda.set_device(own)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if wants_cuda else "gloo")
-    return World(dist.get_rank(), dist.get_world_size(), own, init_device_mesh(kind, (dist.get_world_size(),)))
+    store, rank, size = next(rendezvous("env://"))
+    backend = "cpu:gloo,cuda:nccl" if wants_cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    return World(rank, size, own, new_mesh(kind, size, shard_group), store)
 
 
-def leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def new_mesh(kind: str, size: int, shard_group: int) -> DeviceMesh:
+    """All processes in one row, or copies of rows of `shard_group`."""
+    if shard_group in (0, size):
+        return init_device_mesh(kind, (size,))
+    return init_device_mesh(kind, (size // shard_group, shard_group), mesh_dim_names=("copy", "shard"))
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error of torch means that another process is gone."""
+    words = str(error).lower()
+    marks = ("connection closed", "connection reset", "broken pipe", "timed out", "remote process exited", "nccl")
+    return isinstance(error, RuntimeError) and any(mark in words for mark in marks)
 
 
 def shard(network: Any, world: World, dtype: torch.dtype) -> Any:
@@ -65,7 +87,7 @@ def shard(network: Any, world: World, dtype: torch.dtype) -> Any:
     reduced = torch.promote_types(dtype, torch.float32)
     # inputs are not cast: timesteps stay float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
-    for block in network.blocks:
+    for block in getattr(network, "blocks", ()):
         fully_shard(block, mesh=world.mesh, mp_policy=policy)
     fully_shard(network, mesh=world.mesh, mp_policy=policy)
     for module in network.modules():
@@ -79,8 +101,3 @@ def mean(world: World, value: torch.Tensor) -> float:
     value = value.detach().to(world.device, torch.float64)
     dist.all_reduce(value)
     return float(value) / world.size
-
-
-def set_sync(network: nn.Module, is_on: bool) -> None:
-    """Whether the next backward pass exchanges gradients; off for all but the last part of a batch."""
-    network.set_requires_gradient_sync(is_on)  # type: ignore[operator]

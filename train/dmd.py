@@ -9,35 +9,57 @@ Letters: B batch, T latent frames, C channels, H W latent size, P text tokens, E
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from selfforcing_core.config import CausalConfig, StepConfig, WanConfig
+from selfforcing_core.conditioning import Conditioning
+from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.geometry import SPATIAL_FACTOR, VideoGeometry, chunk_lengths, pixel_frames
-from selfforcing_core.prompts import read_prompts
 from selfforcing_core.schedule import sigma_table
+from selfforcing_core.wan_vae import WanVAE, load_wan_vae
 from train import distributed, engine
 from train.args import DmdArgs
-from train.draws import Draws, item
-from train.engine import STUDENT, Prompts, Trainer, new_network, read_network
+from train.conditions import Pictures, read_texts
+from train.data import ClipDatabase, Row
+from train.draws import Draws, item, key_of
+from train.engine import SAMPLED, STUDENT, Trainer
+from train.gan import Adversarial, Discriminator, Heads
 from train.losses import score_timesteps
-from train.roles import Levels, Matching, Score, ScoreDraw, Student
+from train.networks import Source, build, wide
+from train.roles import Levels, Matching, Score, ScoreDraw, Student, loss_window
+from train.samples import Sampling
 
-CRITIC = "critic"
+CRITIC, TEACHER = "critic", "teacher"
+WARM_MOMENTUM = 0.9  # beta1 of the adversarial heads while they learn alone
 
 
 def check(args: DmdArgs, processes: int) -> None:
     """Raise ValueError for settings that cannot work, before anything is read or allocated."""
-    engine.check(args, processes, ("student", "teacher", "text_encoder", "prompts"))
-    if args.score not in ("dmd", "sid"):
-        raise ValueError(f"score {args.score!r} is unknown; use dmd or sid")
+    engine.check(args, processes, ("student", "teacher", "text_encoder", *(["data"] if args.score == "gan" else [])))
+    if not args.prompts and not args.data:
+        raise ValueError("neither prompts nor data is set; give prompts=FILE, or data=DATABASE")
+    if args.score not in ("dmd", "sid", "gan"):
+        raise ValueError(f"score {args.score!r} is unknown; use dmd, sid or gan")
     if args.score_levels not in ("exact", "table"):
         raise ValueError(f"score_levels {args.score_levels!r} is unknown; use exact or table")
     if args.train_context_sigma not in ("exact", "last_table"):
         raise ValueError(f"train_context_sigma {args.train_context_sigma!r} is unknown; use exact or last_table")
     VideoGeometry(args.width, args.height, pixel_frames(args.latent_frames), chunk=args.chunk or args.latent_frames)
+    if args.max_latent_frames:
+        _check_long(args)
+
+
+def _check_long(args: DmdArgs) -> None:
+    if args.max_latent_frames < args.latent_frames:
+        raise ValueError(
+            f"max_latent_frames {args.max_latent_frames} is less than the {args.latent_frames} latent_frames that are "
+            "judged; leave it out, or use more"
+        )
+    VideoGeometry(args.width, args.height, pixel_frames(args.max_latent_frames), chunk=args.chunk or 1)
+    if not args.chunk or not args.vae:
+        raise ValueError("rollouts longer than latent_frames need chunks (chunk=3) and vae=... to re-encode with")
 
 
 def causal_of(args: DmdArgs) -> CausalConfig:
@@ -49,60 +71,162 @@ def steps_of(args: DmdArgs) -> StepConfig:
 
 
 class Distillation(Trainer):
-    """Student, teacher and critic."""
+    """Student, critic and, except for adversarial training, teacher."""
 
     def __init__(self, args: DmdArgs, world: distributed.World) -> None:
         super().__init__(args, world)
-        self.settings = args
-        found = read_network(args.student, args.weights)
-        teacher = read_network(args.teacher)
-        critic = read_network(args.critic) if args.critic else teacher
-        assert isinstance(found.config, WanConfig)
-        self.channels, self.causal = found.config.out_dim, causal_of(args)
-        student = new_network(found, args, world, is_trained=True)
+        self.settings, self.causal = args, causal_of(args)
+        self.built = built = build(self.sources(), [STUDENT, CRITIC], args, world)
+        config = built[STUDENT].config
+        self.latent_shape = (
+            args.latent_frames, config.out_dim, args.height // SPATIAL_FACTOR, args.width // SPATIAL_FACTOR
+        )  # fmt: skip
         self.student = Student(
-            student, self.causal, steps_of(args), loss_frames=args.latent_frames,
+            built[STUDENT].network, self.causal, steps_of(args), loss_frames=args.latent_frames,
             context_sigma=float(sigma_table(args.shift)[-1]) if args.train_context_sigma == "last_table" else 0.0,
         )  # fmt: skip
-        self.matching = Matching(
-            Score(new_network(teacher, args, world, is_trained=False), Levels(rule=args.score_levels)),
-            Score(new_network(critic, args, world, is_trained=True), Levels(rule=args.score_levels)),
-            guidance=args.guidance, levels=Levels(args.score_shift, args.score_levels), score=args.score,
-            sid_alpha=args.sid_alpha,
-        )  # fmt: skip
-        self.add_role(STUDENT, student, args.lr)
-        self.add_role(CRITIC, self.matching.critic.network, args.lr_critic)
-        self.texts, self.prompts = read_prompts(Path(args.prompts)), Prompts(args, world)
+        self.add_role(STUDENT, built[STUDENT], args.lr)
+        if args.score == "gan":
+            self._add_discriminator(built[CRITIC])
+        else:
+            self._add_matching(built)
+        self.open_data(config.model_type == "i2v")
 
+    def sources(self) -> dict[str, Source]:
+        """Where each role's network comes from."""
+        args = self.settings
+        found = {
+            STUDENT: Source(args.student, args.weights), CRITIC: Source(args.critic or args.teacher),
+            TEACHER: Source(args.teacher),
+        }  # fmt: skip
+        if args.score == "gan":
+            del found[TEACHER]
+        return found
+
+    def _add_matching(self, built: dict[str, Any]) -> None:
+        args, levels = self.settings, Levels(rule=self.settings.score_levels)
+        self.matching = Matching(
+            Score(built[TEACHER].network, levels), Score(built[CRITIC].network, levels), guidance=args.guidance,
+            levels=Levels(args.score_shift, args.score_levels), score=args.score, sid_alpha=args.sid_alpha,
+        )  # fmt: skip
+        self.add_role(CRITIC, built[CRITIC], args.lr_critic)
+
+    def _add_discriminator(self, critic: Any) -> None:
+        args = self.settings
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key_of(args.seed, "heads"))
+            heads: Any = Heads(critic.config, sees_time=args.gan_time)
+        heads = distributed.shard(heads.to(self.world.device, wide(args)), self.world, getattr(torch, args.dtype))
+        self.adversarial = Adversarial(
+            Discriminator(critic.network, critic.module, heads, sees_time=args.gan_time),
+            Levels(args.score_shift, args.score_levels), args.gan_weight, args.gan_critic_weight,
+            args.gan_relativistic, args.gan_r1, args.gan_r2, args.gan_sigma,
+        )  # fmt: skip
+        self.add_role(CRITIC, critic, args.lr_critic, heads, args.lr_heads)
+
+    def open_data(self, takes_pictures: bool) -> None:
+        args = self.settings
+        size = (args.image_height, args.image_width) if args.image_height and args.image_width else None
+        self.data = ClipDatabase(args.data, size) if args.data else None
+        self.texts = [] if self.data is not None else read_texts(args.prompts)
+        self.vae: WanVAE | None = None
+        if args.vae:
+            narrow = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
+            self.vae = load_wan_vae(args.vae, dtype=narrow, device=self.world.device)
+        self.pictures: Pictures | None = None
+        if takes_pictures:
+            if self.vae is None or not args.clip or self.data is None:
+                raise ValueError("an image-to-video student needs vae=..., clip=... and data=... with pictures")
+            self.pictures = Pictures(self.vae, args.clip, (args.width, args.height, args.latent_frames), args,
+                                     self.world)  # fmt: skip
+
+    # ---------------------------------------------------------------- step --
     def run_step(self) -> dict[str, float]:
-        """The critic always, the student every `critic_per_student` steps."""
+        """The critic always, the student every `critic_per_student` steps once the critic is warm."""
         told: dict[str, float] = {}
-        if self.step % self.settings.critic_per_student == 0:
+        is_warm = self.step >= self.settings.critic_warmup
+        if is_warm and self.step % self.settings.critic_per_student == 0:
             told |= self.update(STUDENT)
+        if self.settings.score == "gan":
+            self._warm_heads(is_warm)
         told |= self.update(CRITIC)
         self.step += 1
         return told
 
+    def _warm_heads(self, is_warm: bool) -> None:
+        """At first the heads alone learn, with momentum."""
+        network, heads = self.roles[CRITIC].optimiser.param_groups
+        network["full_lr"] = self.settings.lr_critic if is_warm else 0.0
+        heads["betas"] = (self.settings.betas[0] if is_warm else WARM_MOMENTUM, self.settings.betas[1])
+
     def loss(self, role: str, first: int, count: int) -> Tensor:
         """On clips that the student makes for this: with gradient through them, or without for the critic."""
-        args, draws = self.settings, Draws(self.args.seed, self.step, role)
+        args, draws = self.settings, self.draws(role)
         number = (self.step * 2 + (role == CRITIC)) * args.batch_size + first
-        texts = [self.texts[item(args.seed, n, len(self.texts))] for n in range(number, number + count)]
-        condition = self.prompts.condition(texts)
-        negative = self.prompts.condition([args.negative_prompt] * count)
-        shape = (args.latent_frames, self.channels, args.height // SPATIAL_FACTOR, args.width // SPATIAL_FACTOR)
-        chunks = len(chunk_lengths(args.latent_frames, self.causal.chunk))
-        exits = draws.exit_steps(chunks, len(args.steps), per_chunk=args.exit_per_chunk)
+        texts, rows = self.rows(range(number, number + count))
+        condition, negative = self.conditions(texts, rows)
         is_student = role == STUDENT
+        frames = self._rollout_frames(draws)
+        exits = draws.exit_steps(len(chunk_lengths(frames, self.causal.chunk)), len(args.steps),
+                                 per_chunk=args.exit_per_chunk)  # fmt: skip
         with torch.set_grad_enabled(is_student):
-            x = self.student.sample(
-                condition, noise=draws.noise(first), latent_shape=shape, exit_steps=exits, with_gradient=is_student
+            clip = self.student.sample(
+                condition, noise=draws.noise(first), latent_shape=(frames, *self.latent_shape[1:]), exit_steps=exits,
+                with_gradient=is_student,
             )  # fmt: skip
+            x = loss_window(clip, args.latent_frames, self.reencode)
         timesteps = score_timesteps(draws.uniform(first, count), args.score_shift).to(x.device, torch.float32)
         draw = ScoreDraw(timesteps, draws.normal(first, tuple(x.shape)).to(x))
+        if args.score == "gan":
+            real = torch.stack([row.latents_STCHW[-1] for row in rows]).to(x)
+            if is_student:
+                return self.adversarial.student_loss(x, real, draw, condition)
+            near = self.draws("penalty").normal(first, tuple(x.shape))
+            return self.adversarial.critic_loss(x, real, draw, condition, near)
         if is_student:
-            return self.matching.student_loss(x, draw, condition, negative)[0]
+            counted = torch.arange(x.shape[1]) >= self.causal.chunk if frames > args.latent_frames else None
+            return self.matching.student_loss(x, draw, condition, negative, counted)[0]
         return self.matching.critic_loss(x, draw, condition)
+
+    def _rollout_frames(self, draws: Draws) -> int:
+        """Latent frames of this step's clips: those of the teacher's, or any number of chunks up to the longest."""
+        args = self.settings
+        more = (args.max_latent_frames - args.latent_frames) // self.causal.chunk if args.max_latent_frames else 0
+        return args.latent_frames + draws.whole("frames", more + 1) * self.causal.chunk
+
+    def reencode(self, latents_BTCHW: Tensor) -> Tensor:
+        """The latent that the last picture of a clip has as the first of a video."""
+        assert self.vae is not None
+        return self.vae.encode(self.vae.decode(latents_BTCHW)[:, -1:])
+
+    # ---------------------------------------------------------------- data --
+    def rows(self, numbers: range) -> tuple[list[str], list[Row]]:
+        """Prompts, and rows where they come from a database."""
+        if self.data is None:
+            return [self.texts[item(self.args.seed, n, len(self.texts))] for n in numbers], []
+        rows = [self.data[item(self.args.seed, n, len(self.data))] for n in numbers]
+        return [row.prompt for row in rows], rows
+
+    def conditions(self, texts: list[str], rows: list[Row]) -> tuple[Conditioning, Conditioning]:
+        """What the clips are conditioned on, and the same with the negative prompt."""
+        pair = self.prompts.condition(texts), self.prompts.condition([self.settings.negative_prompt] * len(texts))
+        if self.pictures is None:
+            return pair
+        images = [row.image_RHW for row in rows if row.image_RHW is not None]
+        if len(images) != len(texts):
+            raise ValueError(f"{self.settings.data}: holds rows without pictures; make it with --video_path")
+        seen = self.pictures.condition(pair[0], images)
+        return seen, Conditioning(pair[1].prompt_embeds_BPE, seen.image_BTCHW, seen.clip_BIX)
+
+    def sampling(self) -> Sampling:
+        return Sampling(self.causal, steps_of(self.settings), self.latent_shape)
+
+    def examples(self, texts: list[str] | None) -> tuple[list[str], list[Conditioning]]:
+        if self.pictures is not None or texts is None:
+            found, rows = self.rows(range(SAMPLED))
+        else:
+            found, rows = texts, []
+        return found, [self.conditions([text], rows[n : n + 1])[0] for n, text in enumerate(found)]
 
 
 def main(argv: list[str] | None = None) -> int:

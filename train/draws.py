@@ -36,6 +36,10 @@ class Draws:
         drawn = torch.randint(num_steps, (count,), generator=self._generator("exit")).tolist()
         return drawn if per_chunk else drawn[:1] * count
 
+    def whole(self, name: str, count: int) -> int:
+        """A number below `count`, the same for all clips of the step."""
+        return int(torch.randint(count, (1,), generator=self._generator(name)))
+
     def noise(self, first: int) -> SeededNoise:
         """Noise of a rollout whose rows are the clips `first`, `first` + 1, ... of the step."""
         return SeededNoise(key_of(self.seed, self.step, self.purpose, "rollout"), first_row=first)

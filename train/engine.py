@@ -1,12 +1,10 @@
-"""What every stage of training shares: networks, batches in parts, the average, checkpoints, and the loop around them.
+"""What every stage of training shares: roles and their updates in parts, the average, and the loop around them.
 
 A stage is a `Trainer` that says what its networks are (`roles`), what one step does and what the loss of some clips is.
-Letters: B batch, P text tokens, E text width.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import math
@@ -19,28 +17,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
-from selfforcing_core.checkpoint import Checkpoint, read_checkpoint
 from selfforcing_core.conditioning import Conditioning
-from selfforcing_core.config import WanConfig
-from selfforcing_core.hub import load_text_encoder, resolve_model
-from selfforcing_core.model import CausalWan
-from train import distributed, state
+from train import distributed, logs, state
 from train.args import ClipArgs, TrainArgs, parse, to_yaml
+from train.conditions import Prompts, read_texts
 from train.data import ClipDatabase, Row
 from train.draws import Draws, item
+from train.networks import Built, Source, build, wide
 from train.plan import plan
+from train.samples import Samples, Sampling
+from train.state import Role
 
 log = logging.getLogger(__name__)
 DTYPES = ("float64", "float32", "bfloat16")
 STUDENT = "student"  # the role whose average is kept and exported
-KNOWN_PROMPTS = 64  # embeddings that are kept; one of UMT5-XXL takes 4 MB in bfloat16
+SAMPLED = 4  # training prompts that are sampled where no others are given
+STOPPED = 3  # exit status after another process was lost
 
 
 # ------------------------------------------------------------------ set-up --
@@ -58,40 +56,11 @@ def check(args: TrainArgs, processes: int, needed: Sequence[str]) -> None:
         )
     if args.keep_last < 1:
         raise ValueError(f"keep_last {args.keep_last} would leave no checkpoint to go on from; use 1 or more")
-
-
-def read_network(name: str, weights: str = "auto") -> Checkpoint:
-    found = read_checkpoint(resolve_model(name), weights=weights)
-    if not isinstance(found.config, WanConfig):
-        raise ValueError(f"{name} is a {found.kind}, not a video model")
-    return found
-
-
-def new_network(found: Checkpoint, args: TrainArgs, world: distributed.World, *, is_trained: bool) -> Any:
-    """A network of the run, sharded: weights in full precision, computed in the run's type."""
-    assert isinstance(found.config, WanConfig)
-    wide = torch.float64 if args.dtype == "float64" else torch.float32
-    network = CausalWan(found.config)
-    network.load_state_dict(found.state_dict)
-    network.to(world.device, wide).requires_grad_(is_trained)
-    if args.activation_checkpointing:
-        network.checkpoint_blocks()
-    return distributed.shard(network, world, getattr(torch, args.dtype))
-
-
-class Prompts:
-    """Texts as embeddings, encoded when they are needed; the latest are kept."""
-
-    def __init__(self, args: TrainArgs, world: distributed.World) -> None:
-        self.args, self.world = args, world
-        narrow = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
-        encoder = load_text_encoder(args.text_encoder, dtype=narrow)
-        self.encode = functools.lru_cache(KNOWN_PROMPTS)(lambda text: encoder.encode([text])[0].cpu())
-
-    def condition(self, texts: list[str]) -> Conditioning:
-        """Embeddings [B, P, E] of these texts, where and as the networks compute."""
-        embeds = torch.stack([self.encode(text) for text in texts])
-        return Conditioning(embeds.to(self.world.device, getattr(torch, self.args.dtype)))
+    if args.lora_rank < 0:
+        raise ValueError(f"lora_rank {args.lora_rank} is no size of adapters; use 0 (whole networks), or 16 to 256")
+    if args.sample_every and not args.decoder:
+        raise ValueError("sample_every needs decoder=... (a TAEHV: a bundle's name or a file) to make videos with")
+    logs.check(args)
 
 
 # ---------------------------------------------------------------- training --
@@ -100,9 +69,11 @@ class Trainer(ABC):
 
     def __init__(self, args: TrainArgs, world: distributed.World) -> None:
         self.args, self.world = args, world
-        self.roles: dict[str, tuple[Any, torch.optim.Optimizer]] = {}
+        self.roles: dict[str, Role] = {}
         self.ema: dict[str, Any] = {}
         self.step = 0
+        self.prompts = Prompts(args, world)
+        self._samples: Samples | None = None
 
     @abstractmethod
     def run_step(self) -> dict[str, float]:
@@ -112,67 +83,117 @@ class Trainer(ABC):
     def loss(self, role: str, first: int, count: int) -> Tensor:
         """Mean loss of the step's clips `first`, ... for a role."""
 
-    def add_role(self, role: str, network: Any, lr: float) -> None:
+    @abstractmethod
+    def sampling(self) -> Sampling:
+        """How the student makes videos."""
+
+    @abstractmethod
+    def examples(self, texts: list[str] | None) -> tuple[list[str], list[Conditioning]]:
+        """Prompts to sample and their conditions; None: some of the training's own."""
+
+    def add_role(self, role: str, built: Built, lr: float, heads: Any = None, lr_heads: float = 1.0) -> None:
+        """What an optimiser trains. heads: more of it, with `lr_heads` times the learning rate."""
+        groups: list[dict[str, Any]] = [{"params": list(built.parameters.values()), "full_lr": lr}]
+        parameters, modules = dict(built.parameters), (built.module,)
+        if heads is not None:
+            parameters |= {f"heads.{name}": value for name, value in heads.named_parameters()}
+            groups.append({"params": list(heads.parameters()), "full_lr": lr * lr_heads})
+            modules = (*modules, heads)
         betas = (self.args.betas[0], self.args.betas[1])
-        optimiser = torch.optim.AdamW(network.parameters(), lr, betas, weight_decay=self.args.weight_decay)
-        for group in optimiser.param_groups:
-            group["full_lr"] = lr
-        self.roles[role] = network, optimiser
+        optimiser = torch.optim.AdamW(groups, lr, betas, weight_decay=self.args.weight_decay)
+        self.roles[role] = Role(built.network, modules, parameters, optimiser)
 
     def resume(self, checkpoint: Path) -> None:
         self.step = state.step_of(checkpoint)
         if state.has_average(checkpoint):
-            self._start_average()
+            self.start_average()
         state.load(checkpoint, self.roles, self.ema)
 
-    def save(self) -> Path:
-        return state.save(Path(self.args.logdir), self.step, self.roles, self.ema, keep=self.args.keep_last)
+    def draws(self, purpose: str) -> Draws:
+        """The random numbers of this step for a purpose."""
+        return Draws(self.args.seed, self.step, purpose)
 
     def update(self, role: str) -> dict[str, float]:
-        """One update of a role on a batch, part by part; loss and gradient norm."""
-        network, optimiser = self.roles[role]
+        """One update of a role on a batch; loss and gradient norm."""
+        trained = self.roles[role]
         warm = min(1.0, (self.step + 1) / self.args.warmup_steps) if self.args.warmup_steps else 1.0
-        for group in optimiser.param_groups:
+        for group in trained.optimiser.param_groups:
             group["lr"] = group["full_lr"] * warm
-        total = torch.zeros((), dtype=torch.float64)
-        parts = list(self._parts())
-        for index, (first, count) in enumerate(parts):
-            distributed.set_sync(network, index == len(parts) - 1)
-            loss = self.loss(role, first, count) * (count / self.args.batch_size)
-            loss.backward()
-            total += loss.detach().double().cpu()
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), self.args.max_grad_norm)
+        total = self.accumulate(role)
+        norm = torch.nn.utils.clip_grad_norm_(trained.parameters.values(), self.args.max_grad_norm)
         size = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # type: ignore[operator]
         value = distributed.mean(self.world, total) * self.world.size
         if not math.isfinite(value) or not math.isfinite(size):
             last = [str(path) for path in state.complete(Path(self.args.logdir))[-1:]] or ["none"]
             raise ValueError(f"{role} loss {value} with gradient norm {size} in step {self.step}; last good: {last[0]}")
-        optimiser.step()
-        for trained, _ in self.roles.values():  # sid leaves gradients in the critic
-            trained.zero_grad()
-        if role == STUDENT:
-            self._average()
+        self.apply(role)
         return {f"{role}_loss": value, f"{role}_grad_norm": size}
 
-    def _parts(self) -> Iterator[tuple[int, int]]:
+    def accumulate(self, role: str) -> Tensor:
+        """Gradients of a role on a batch, part by part; this process's share of the loss."""
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        parts = list(self.parts())
+        for index, (first, count) in enumerate(parts):
+            for module in self.roles[role].modules:  # gradients are exchanged once, after the last part
+                module.set_requires_gradient_sync(index == len(parts) - 1)
+            loss = self.loss(role, first, count) * (count / self.args.batch_size)
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def apply(self, role: str) -> None:
+        """The optimiser's step, and the average's."""
+        self.roles[role].optimiser.step()
+        for held in self.roles.values():  # sid and gan leave gradients in the critic
+            held.optimiser.zero_grad()
+        if role == STUDENT:
+            self._average()
+
+    def parts(self) -> Iterator[tuple[int, int]]:
         """(first clip of the step, number) of every part of this process's share."""
         share = self.args.batch_size // self.world.size
         start = self.world.rank * share
         for first in range(start, start + share, self.args.micro_batch):
             yield first, self.args.micro_batch
 
-    def _start_average(self) -> None:
-        self.ema = {name: value.detach().clone() for name, value in self.roles[STUDENT][0].named_parameters()}
+    # ------------------------------------------------------------- average --
+    def start_average(self) -> None:
+        self.ema = {name: value.detach().clone() for name, value in self.roles[STUDENT].parameters.items()}
 
     @torch.no_grad()
     def _average(self) -> None:
         if self.step < self.args.ema_start:
             return
         if not self.ema:
-            self._start_average()
+            self.start_average()
             return
-        for name, value in self.roles[STUDENT][0].named_parameters():
+        for name, value in self.roles[STUDENT].parameters.items():
             self.ema[name].lerp_(value, 1 - self.args.ema_decay)
+
+    @torch.no_grad()
+    def _swap_average(self) -> None:
+        for name, value in self.roles[STUDENT].parameters.items():
+            if name in self.ema:
+                kept = value.detach().clone()
+                value.copy_(self.ema[name])
+                self.ema[name].copy_(kept)
+
+    # ------------------------------------------------------------- samples --
+    def sample(self) -> None:
+        """Videos of the fixed prompts by the average, where there is one."""
+        if self._samples is None:
+            texts = read_texts(self.args.sample_prompts) if self.args.sample_prompts else None
+            self._samples = Samples(*self.examples(texts), self.args.decoder, self.world, self.args.seed)
+        how = self.sampling()
+        if self.args.sample_frames:
+            how = replace(how, latent_shape=(self.args.sample_frames, *how.latent_shape[1:]))
+        self._swap_average()
+        try:
+            self._samples.write(
+                self.roles[STUDENT].network, how, Path(self.args.logdir) / "samples" / f"step_{self.step:06d}"
+            )
+        finally:
+            self._swap_average()
 
 
 class ClipTrainer(Trainer):
@@ -180,9 +201,10 @@ class ClipTrainer(Trainer):
 
     def __init__(self, args: ClipArgs, world: distributed.World) -> None:
         super().__init__(args, world)
-        self.data, self.prompts = ClipDatabase(args.data), Prompts(args, world)
-        network = new_network(read_network(args.network, args.weights), args, world, is_trained=True)
-        self.add_role(STUDENT, network, args.lr)
+        self.data = ClipDatabase(args.data)
+        self.shape = tuple(self.data[0].latents_STCHW.shape[1:])
+        self.add_role(STUDENT, build({STUDENT: Source(args.network, args.weights)}, [STUDENT], args, world)[STUDENT],
+                      args.lr)  # fmt: skip
 
     def run_step(self) -> dict[str, float]:
         told = self.update(STUDENT)
@@ -193,11 +215,20 @@ class ClipTrainer(Trainer):
         number = self.step * self.args.batch_size + first
         rows = [self.data[item(self.args.seed, n, len(self.data))] for n in range(number, number + count)]
         condition = self.prompts.condition([row.prompt for row in rows])
-        return self.loss_of(self.roles[role][0], rows, condition, Draws(self.args.seed, self.step, role), first)
+        return self.loss_of(self.roles[role].network, rows, condition, self.draws(role), first)
 
     @abstractmethod
     def loss_of(self, network: Any, rows: list[Row], condition: Conditioning, draws: Draws, first: int) -> Tensor:
         """Mean loss of these rows, the clips `first`, ... of the step."""
+
+    def clean(self, rows: list[Row]) -> Tensor:
+        """The last state of each row, [B, T, C, H, W], where and as sums are computed."""
+        return torch.stack([row.latents_STCHW[-1] for row in rows]).to(self.world.device, wide(self.args))
+
+    def examples(self, texts: list[str] | None) -> tuple[list[str], list[Conditioning]]:
+        if texts is None:
+            texts = [self.data[index].prompt for index in range(min(SAMPLED, len(self.data)))]
+        return texts, [self.prompts.condition([text]) for text in texts]
 
 
 # --------------------------------------------------------------------- run --
@@ -227,23 +258,27 @@ def train(args: TrainArgs, world: distributed.World, make: Callable[[], Trainer]
     if world.is_first:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(args), encoding="utf-8")
-    with stopping() as asked, tqdm(total=args.max_steps, initial=trainer.step, disable=not world.is_first) as bar:
+        state.clean(folder)
+    dist.barrier()
+    saver, told_to = state.Saver(folder, args.keep_last), logs.Log(args, world, trainer.step)
+    with stopping() as asked:
         while trainer.step < args.max_steps:
             began = time.perf_counter()
             told = trainer.run_step()
-            told["seconds"] = time.perf_counter() - began
-            if world.is_first:
-                with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"step": trainer.step, **told}) + "\n")
-                bar.set_postfix({name: f"{value:.3g}" for name, value in told.items()})
-                bar.update()
-            is_due = bool(args.save_every) and trainer.step % args.save_every == 0
+            told_to.step(trainer.step, {**told, "seconds": time.perf_counter() - began})
+            saver.poll()
             is_asked = distributed.mean(world, torch.tensor(float(bool(asked)))) > 0
-            if is_due or is_asked or (bool(args.save_every) and trainer.step == args.max_steps):
-                trainer.save()
+            is_last = trainer.step == args.max_steps or is_asked
+            if args.sample_every and (trainer.step % args.sample_every == 0 or is_last):
+                trainer.sample()
+            if (args.save_every and (trainer.step % args.save_every == 0 or is_last)) or is_asked:
+                saver.save(trainer.step, trainer.roles, trainer.ema)
             if is_asked:
                 log.warning("stopped after step %d; the same command goes on from there", trainer.step)
-                return
+                break
+        saver.wait()
+    told_to.close()
+    dist.barrier()
 
 
 Args = TypeVar("Args", bound=TrainArgs)
@@ -265,12 +300,30 @@ def command(
             print(to_yaml(replace(args, dry_run=False)) + json.dumps(plan(args, processes), indent=2))
             return 0
         check_args(args, processes)
-        world = distributed.join(args.device)
-        try:
-            train(args, world, lambda: make(args, world))
-        finally:
-            dist.destroy_process_group()
+        world = distributed.join(args.device, args.shard_group)
     except ValueError as error:
-        print(f"{name}: " + " ".join(str(error).split()), file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{name}: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
+    try:
+        train(args, world, lambda: make(args, world))
+    except ValueError as error:
+        if world.is_first_to_notice():
+            print(f"{name}: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+        return 2
+    except RuntimeError as error:
+        if world.size == 1 or not distributed.is_lost(error):
+            raise
+        _say_lost(name, args, world)
+    finally:
+        dist.destroy_process_group()
     return 0
+
+
+def _say_lost(name: str, args: TrainArgs, world: distributed.World) -> NoReturn:
+    """End at once, since nothing can be exchanged any more; the first process to notice says so."""
+    if world.is_first_to_notice():
+        last = [str(path) for path in state.complete(Path(args.logdir))[-1:]] or ["none"]
+        words = f"{name}: a process of the run is lost; the same command goes on from the last checkpoint ({last[0]})"
+        print("\n" + words, file=sys.stderr, flush=True)  # below the progress bar
+    os._exit(STOPPED)

@@ -1,6 +1,8 @@
 """A checkpoint of a run to one safetensors file for our nodes, the command line and ComfyUI's own causal nodes.
 
-python -m train.export logdir=runs/dmd out=student.safetensors
+    python -m train.export logdir=runs/dmd out=student.safetensors
+
+A run of adapters gives the whole student, adapters merged in, or with form=lora a LoRA in ComfyUI's naming.
 """
 
 from __future__ import annotations
@@ -10,15 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
+from torch import Tensor
 
+from selfforcing_core.atomic import replacing
 from selfforcing_core.checkpoint import DTYPES, save_checkpoint
 from selfforcing_core.config import CausalConfig, WanConfig
-from train import state
+from train import lora, state
 from train.args import DiffusionArgs, DmdArgs, OdeArgs, parse
 from train.dmd import steps_of
-from train.engine import read_network
+from train.networks import alpha_of, read_network
 
 STAGES = {"student": DmdArgs, "forcing": DiffusionArgs, "timesteps": OdeArgs}  # by a setting that only this one has
+AnyArgs = DmdArgs | DiffusionArgs | OdeArgs
 
 
 @dataclass
@@ -29,11 +35,12 @@ class ExportArgs:
     out: str = ""
     step: int = 0  # 0: the newest checkpoint
     weights: str = "auto"  # ema, raw, or auto: the average where there is one
+    form: str = "whole"  # whole network, or lora: the adapters alone
     dtype: str = "bfloat16"
     overwrite: bool = False
 
 
-def read_run(folder: Path) -> DmdArgs | DiffusionArgs | OdeArgs:
+def read_run(folder: Path) -> AnyArgs:
     """The settings of the run in a folder. Raises ValueError if it holds none."""
     file = folder / "config.yaml"
     if not file.is_file():
@@ -43,37 +50,63 @@ def read_run(folder: Path) -> DmdArgs | DiffusionArgs | OdeArgs:
     return parse(kind, [f"config={file}"])
 
 
-def export(args: ExportArgs) -> Path:
-    """Write what the run trained; returns the file. Raises ValueError if there is nothing to write."""
-    folder = Path(args.logdir)
+def _check(args: ExportArgs) -> None:
     if not args.logdir or not args.out:
         raise ValueError("give logdir=FOLDER of the run and out=FILE.safetensors")
-    if args.dtype not in DTYPES:
-        raise ValueError(f"dtype {args.dtype!r} cannot be written; use one of {', '.join(DTYPES)}")
-    if args.weights not in ("auto", "ema", "raw"):
-        raise ValueError(f"weights {args.weights!r} is unknown; use auto, ema or raw")
+    for name, known in (("dtype", tuple(DTYPES)), ("weights", ("auto", "ema", "raw")), ("form", ("whole", "lora"))):
+        if getattr(args, name) not in known:
+            raise ValueError(f"{name} {getattr(args, name)!r} cannot be written; use one of {', '.join(known)}")
+
+
+def export(args: ExportArgs) -> Path:
+    """Write what the run trained; returns the file. Raises ValueError if there is nothing to write."""
+    _check(args)
+    folder = Path(args.logdir)
     run = read_run(folder)
+    if args.form == "lora" and not run.lora_rank:
+        raise ValueError(f"{folder}: trained whole networks, there are no adapters; leave form=lora out")
     found = [path for path in state.complete(folder) if not args.step or state.step_of(path) == args.step]
     if not found:
         raise ValueError(f"{folder}: holds no complete checkpoint" + (f" of step {args.step}" if args.step else ""))
-    source = read_network(run.student if isinstance(run, DmdArgs) else run.network, run.weights)
-    assert isinstance(source.config, WanConfig)
     is_average = args.weights == "ema" or (args.weights == "auto" and state.has_average(found[-1]))
-    tensors = state.read(found[-1], "ema." if is_average else "roles.student.network.")
+    tensors = state.read(found[-1], "ema." if is_average else "roles.student.weights.")
+    about = {"trained": f"step {state.step_of(found[-1])}, {'ema' if is_average else 'raw'}"}
+    if args.form == "lora":
+        _write_lora(args, run, tensors, about)
+    else:
+        _write_whole(args, run, tensors, about)
+    return Path(args.out)
+
+
+def _start(run: AnyArgs) -> str:
+    return run.student if isinstance(run, DmdArgs) else run.network
+
+
+def _write_lora(args: ExportArgs, run: AnyArgs, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    named = lora.comfyui_names(tensors, alpha_of(run))
+    with replacing(Path(args.out), overwrite=args.overwrite) as temporary:
+        held = {name: value.to(DTYPES[args.dtype]).contiguous() for name, value in named.items()}
+        save_file(held, temporary, {**about, "base": _start(run)})
+
+
+def _write_whole(args: ExportArgs, run: AnyArgs, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    source = read_network(_start(run), run.weights)
+    assert isinstance(source.config, WanConfig)
+    if run.lora_rank:
+        tensors = lora.merged(source.state_dict, tensors, alpha_of(run) / run.lora_rank)
     sink = run.sink if isinstance(run, DmdArgs) else 0
     save_checkpoint(
-        args.out, {name: value.to(DTYPES[args.dtype]) for name, value in tensors.items()}, source.config,
-        {"trained": f"step {state.step_of(found[-1])}, {'ema' if is_average else 'raw'}"},
+        args.out, {name: value.to(DTYPES[args.dtype]) for name, value in tensors.items()}, source.config, about,
         causal=CausalConfig(run.chunk, run.window, sink) if run.chunk else None,
         steps=steps_of(run) if isinstance(run, DmdArgs) else source.steps, latent_space=source.latent_space,
         overwrite=args.overwrite,
     )  # fmt: skip
-    return Path(args.out)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
     try:
-        print(export(parse(ExportArgs)))
+        print(export(parse(ExportArgs, argv)))
     except ValueError as error:
         print("train.export: " + " ".join(str(error).split()), file=sys.stderr)
         return 2

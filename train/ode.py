@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from selfforcing_core.conditioning import Conditioning
-from selfforcing_core.config import CausalConfig
+from selfforcing_core.config import CausalConfig, StepConfig
 from train import distributed, engine
 from train.args import OdeArgs
 from train.data import Row
 from train.draws import Draws
 from train.engine import ClipTrainer
 from train.forcing import Trajectories
+from train.networks import wide
 from train.roles import Levels
+from train.samples import Sampling
 
 
 def check(args: OdeArgs, processes: int) -> None:
@@ -45,7 +47,7 @@ class Regression(ClipTrainer):
 
     def loss_of(self, network: Any, rows: list[Row], condition: Conditioning, draws: Draws, first: int) -> Tensor:
         args = self.settings
-        states = torch.stack([row.latents_STCHW for row in rows]).to(self.world.device)
+        states = torch.stack([row.latents_STCHW for row in rows]).to(self.world.device, wide(args))
         frames = states.shape[2]
         index = (draws.uniforms(first, len(rows), frames) * len(args.timesteps)).long().to(states.device)
         part = Trajectories(
@@ -53,6 +55,12 @@ class Regression(ClipTrainer):
             Levels(args.shift, args.levels), args.first_frame_clean,
         )  # fmt: skip
         return part.loss(states, index, condition)[0]
+
+    def sampling(self) -> Sampling:
+        """In the steps it was trained on."""
+        args, (frames, channels, height, width) = self.settings, self.shape
+        steps = StepConfig(tuple(step for step in args.timesteps if step), shift=args.shift, warp=False)
+        return Sampling(CausalConfig(args.chunk or frames, args.window), steps, (frames, channels, height, width))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,23 +1,36 @@
-"""Checkpoints of a run: sharded, written aside and then renamed, and found again by the same command.
+"""Checkpoints of a run: sharded, written beside the training and aside, then renamed, and found by the same command.
 
-A folder `step_000100` is complete; one that ends in `.partial` was being written when the run died and is ignored.
+A folder `step_000100` is complete; one that ends in `.partial` was being written or removed when the run died.
 """
 
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 PARTIAL = ".partial"
 
 
+@dataclass(frozen=True)
+class Role:
+    """What one optimiser trains: the network as it is called, the sharded modules behind it, and the numbers."""
+
+    network: Any
+    modules: tuple[Any, ...]
+    parameters: dict[str, nn.Parameter]
+    optimiser: torch.optim.Optimizer
+
+
+# --------------------------------------------------------------- on disk --
 def complete(folder: Path) -> list[Path]:
     """Complete checkpoints below a run's folder, oldest first."""
     found = folder.glob("checkpoints/step_*")
@@ -28,31 +41,16 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def _gather(roles: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, (network, optimiser) in roles.items():
-        weights, moments = get_state_dict(network, optimiser)
-        found[name] = {"network": weights, "optimiser": moments}
-    return found
+def clean(folder: Path) -> None:
+    """Remove what a run that died was writing or removing."""
+    for path in folder.glob(f"checkpoints/*{PARTIAL}"):
+        shutil.rmtree(path)
 
 
-def save(folder: Path, step: int, roles: dict[str, tuple[Any, Any]], ema: dict[str, Any], *, keep: int) -> Path:
-    """Write networks and optimisers by role, and the average; then drop all but the newest `keep` checkpoints."""
-    target = folder / "checkpoints" / f"step_{step:06d}"
-    partial = target.with_name(target.name + PARTIAL)
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    state_dict_saver.save({"roles": _gather(roles), "ema": ema}, checkpoint_id=str(partial))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        for old in complete(folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return target
+def _remove(checkpoint: Path) -> None:
+    leaving = checkpoint.with_name(checkpoint.name + PARTIAL)  # half a checkpoint must not look like one
+    checkpoint.rename(leaving)
+    shutil.rmtree(leaving)
 
 
 def names(checkpoint: Path) -> dict[str, Any]:
@@ -64,7 +62,7 @@ def has_average(checkpoint: Path) -> bool:
     return any(name.startswith("ema.") for name in names(checkpoint))
 
 
-def read(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
+def read(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
     """The whole tensors below a dotted prefix, by one process alone. Raises ValueError if there are none."""
     wanted = {name: about for name, about in names(checkpoint).items() if name.startswith(prefix)}
     if not wanted:
@@ -74,10 +72,68 @@ def read(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def load(checkpoint: Path, roles: dict[str, tuple[Any, Any]], ema: dict[str, Any]) -> None:
-    """Put back what `save` wrote, into networks, optimisers and average."""
-    state = {"roles": _gather(roles), "ema": ema}
-    state_dict_loader.load(state, checkpoint_id=str(checkpoint))
-    for name, (network, optimiser) in roles.items():
-        held = state["roles"][name]
-        set_state_dict(network, optimiser, model_state_dict=held["network"], optim_state_dict=held["optimiser"])
+# -------------------------------------------------------------- in a run --
+def _content(roles: dict[str, Role], ema: dict[str, Tensor]) -> dict[str, Any]:
+    """The tensors themselves, by name: loading writes into them."""
+    return {
+        "roles": {name: {"weights": dict(role.parameters), "moments": moments(role)} for name, role in roles.items()},
+        "ema": ema,
+    }
+
+
+def moments(role: Role) -> dict[str, dict[str, Tensor]]:
+    """AdamW's numbers by parameter; those that no step has made yet are as its first step makes them."""
+    made = {}
+    for name, parameter in role.parameters.items():
+        held = role.optimiser.state[parameter]
+        if not held:
+            held["step"] = torch.tensor(0.0)
+            held["exp_avg"], held["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        made[name] = held
+    return made
+
+
+def load(checkpoint: Path, roles: dict[str, Role], ema: dict[str, Tensor]) -> None:
+    """Put back what was saved, into weights, optimisers and average."""
+    with torch.no_grad():
+        state_dict_loader.load(_content(roles, ema), checkpoint_id=str(checkpoint))
+
+
+class Saver:
+    """Writes checkpoints beside the training: a save copies everything to main memory and returns."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self.group: Any = dist.new_group(backend="gloo")  # its messages must not mix with those of training
+        self.pending: tuple[Future[Any], Path] | None = None
+
+    def save(self, step: int, roles: dict[str, Role], ema: dict[str, Tensor]) -> None:
+        """Begin a checkpoint; an earlier one is completed first. All processes call this together."""
+        self.wait()
+        target = self.folder / "checkpoints" / f"step_{step:06d}"
+        partial = target.with_name(target.name + PARTIAL)
+        if dist.get_rank() == 0:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+        dist.barrier()
+        future = state_dict_saver.async_save(_content(roles, ema), checkpoint_id=str(partial), process_group=self.group)
+        assert isinstance(future, Future)
+        self.pending = future, target
+
+    def poll(self) -> None:
+        """Let a checkpoint that is all written appear."""
+        if self.pending is not None and self.pending[0].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Let the checkpoint that is being written appear. Raises what went wrong with it."""
+        if self.pending is None:
+            return
+        (future, target), self.pending = self.pending, None
+        future.result()  # on the first process: all have written, and the index is there
+        if dist.get_rank() == 0:
+            if target.exists():
+                _remove(target)
+            target.with_name(target.name + PARTIAL).rename(target)
+            for old in complete(self.folder)[: -self.keep]:
+                _remove(old)

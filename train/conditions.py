@@ -1,0 +1,101 @@
+"""What clips are conditioned on, as the networks of a run take it: prompts, and for image-to-video pictures.
+
+Letters: B batch, P text tokens, E text width, R RGB, H W height and width, T latent frames.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from selfforcing_core.atomic import replacing
+from selfforcing_core.clip import load_clip
+from selfforcing_core.conditioning import Conditioning
+from selfforcing_core.hub import load_text_encoder
+from selfforcing_core.image import first_frame_condition, fit_image
+from selfforcing_core.prompts import read_prompts
+from selfforcing_core.wan_vae import WanVAE
+from train.args import NetworkArgs
+from train.distributed import World
+
+KNOWN = 64  # embeddings and pictures that are kept; a prompt of UMT5-XXL takes 4 MB in bfloat16
+KEY = "prompt_embeds"  # the one tensor of a file of embeddings, [P, E]
+
+
+def read_texts(path: str) -> list[str]:
+    """The prompts of a file, one per line, or of a folder of .txt files, one each, in the order of their names.
+
+    Raises ValueError if there are none.
+    """
+    if not Path(path).is_dir():
+        return read_prompts(Path(path))
+    files = sorted(Path(path).glob("*.txt"))
+    texts = [" ".join(read_prompts(file)) for file in files if file.read_text(encoding="utf-8-sig").strip()]
+    if not texts:
+        raise ValueError(f"{path}: holds no prompt; give a folder of .txt files with one prompt each")
+    return texts
+
+
+class Prompts:
+    """Texts as embeddings, encoded when they are first needed, kept in memory or in a folder."""
+
+    def __init__(self, args: NetworkArgs, world: World) -> None:
+        self.args, self.world = args, world
+        self.dtype: torch.dtype = getattr(torch, args.dtype)
+        self.embeds = functools.lru_cache(KNOWN)(self._embeds)
+
+    def condition(self, texts: Sequence[str]) -> Conditioning:
+        """Embeddings [B, P, E] of these texts, where and as the networks compute."""
+        embeds = torch.stack([self.embeds(text) for text in texts])
+        return Conditioning(embeds.to(self.world.device, self.dtype))
+
+    def _embeds(self, text: str) -> Tensor:
+        if not self.args.embeddings:
+            return self._encode(text)
+        digest = hashlib.sha256(f"{self.args.text_encoder}\n{text}".encode()).hexdigest()
+        path = Path(self.args.embeddings) / f"{digest}.safetensors"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path, overwrite=True) as temporary:
+                save_file({KEY: self._encode(text).contiguous()}, temporary)
+        return load_file(path)[KEY]
+
+    def _encode(self, text: str) -> Tensor:
+        encoder = self._encoder
+        if self.args.text_encoder_offload:
+            encoder.to(self.world.device)
+        embeds = encoder.encode([text])[0].cpu()
+        if self.args.text_encoder_offload:
+            encoder.to("cpu")
+        return embeds
+
+    @functools.cached_property
+    def _encoder(self) -> Any:
+        narrow = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+        device = "cpu" if self.args.text_encoder_offload else self.world.device
+        return load_text_encoder(self.args.text_encoder, dtype=narrow, device=device)
+
+
+class Pictures:
+    """First frames as Wan's image-to-video networks read them: condition channels and CLIP features."""
+
+    def __init__(self, vae: WanVAE, clip: str, size: tuple[int, int, int], args: NetworkArgs, world: World) -> None:
+        self.vae, self.world, self.dtype = vae, world, getattr(torch, args.dtype)
+        self.width, self.height, self.latent_frames = size
+        narrow = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+        self.clip = load_clip(clip, dtype=narrow, device=world.device)
+
+    def condition(self, text: Conditioning, images_RHW: Sequence[Tensor]) -> Conditioning:
+        """The texts with their pictures, in [-1, 1] and of any size."""
+        fitted = [fit_image((image + 1) / 2, self.width, self.height) for image in images_RHW]
+        images = torch.stack(fitted).to(self.world.device)
+        channels = first_frame_condition(self.vae, images, self.latent_frames)
+        like = {"device": self.world.device, "dtype": self.dtype}
+        return Conditioning(text.prompt_embeds_BPE, channels.to(**like), self.clip.encode(images).to(**like))

@@ -1,0 +1,142 @@
+"""Adversarial training (score=gan): heads on the critic's blocks say whether a noised clip is real.
+
+After the discriminator of CausVid's and Self Forcing's adversarial stage, on the losses of `train.losses`.
+Letters: B batch, T latent frames, C channels, H W latent size, F frames, P tokens per frame, S = F*P tokens of a clip,
+D width of the network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from selfforcing_core.conditioning import Conditioning
+from selfforcing_core.config import WanConfig
+from selfforcing_core.schedule import add_noise
+from train.losses import gan_critic_loss, gan_generator_loss, gradient_penalty
+from train.roles import Levels, ScoreDraw
+
+TAPS = (14 / 30, 22 / 30, 1.0)  # depth of the blocks that are read: the 14th, 22nd and 30th of the 1.3B
+WIDENING = 8192 / 1536  # of the heads' feed-forward layers
+TIME_SCALE = 10.0  # of the timestep's embedding beside the features
+
+
+def tapped(num_layers: int) -> list[int]:
+    """Indices of the blocks that are read."""
+    return [max(round(depth * num_layers) - 1, 0) for depth in TAPS]
+
+
+class _Reader(nn.Module):
+    """One register asks one block's features; a feed-forward layer follows."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.register = nn.Parameter(torch.randn(1, 1, dim))
+        self.norm_register, self.norm_features, self.norm = nn.RMSNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        wide = round(dim * WIDENING)
+        self.ffn = nn.Sequential(nn.Linear(dim, wide), nn.GELU(approximate="tanh"), nn.Linear(wide, dim))
+
+    def forward(self, features_BSD: Tensor) -> Tensor:
+        """What the register found, [B, D]."""
+        asked = self.norm_register(self.register).expand(len(features_BSD), -1, -1)
+        features_BSD = self.norm_features(features_BSD)
+        q, k, v = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part in (self.q(asked), self.k(features_BSD), self.v(features_BSD))
+        )
+        found = asked + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return (found + self.ffn(self.norm(found)))[:, 0]
+
+
+class Heads(nn.Module):
+    """One number per clip from the features of three blocks: large for real ones."""
+
+    def __init__(self, config: WanConfig, *, sees_time: bool) -> None:
+        super().__init__()
+        dim = config.dim
+        self.readers = nn.ModuleList(_Reader(dim, config.num_heads) for _ in TAPS)
+        width = dim * (len(TAPS) + int(sees_time))
+        self.classify = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, 1))
+
+    def forward(self, features: list[Tensor], time_BD: Tensor | None) -> Tensor:
+        """Logits [B, 1]."""
+        found = [reader(block_BSD) for reader, block_BSD in zip(self.readers, features)]
+        if time_BD is not None:
+            found.append(TIME_SCALE * time_BD)
+        return self.classify(torch.cat(found, -1))
+
+
+class Discriminator:
+    """A critic's network with its heads. module: the network behind `network`, whose blocks are read."""
+
+    def __init__(self, network: Any, module: Any, heads: Any, *, sees_time: bool) -> None:
+        self.network, self.heads, self.sees_time = network, heads, sees_time
+        self.features: list[Tensor] | None = None
+        self.time_BD: Tensor | None = None
+        for index in tapped(len(module.blocks)):
+            module.blocks[index].register_forward_hook(self._keep)
+        module.time_embedding.register_forward_hook(self._keep_time)
+
+    def _keep(self, _module: Any, _inputs: Any, x_BFPD: Tensor) -> None:
+        if self.features is not None:
+            self.features.append(x_BFPD.flatten(1, 2))
+
+    def _keep_time(self, _module: Any, _inputs: Any, e_BFD: Tensor) -> None:
+        self.time_BD = e_BFD[:, 0] if self.features is not None and self.sees_time else None
+
+    def logits(self, noisy_BTCHW: Tensor, timesteps_B: Tensor, condition: Conditioning) -> Tensor:
+        """One number per noised clip, [B], float64; large for real ones."""
+        frames = timesteps_B[:, None].expand(-1, noisy_BTCHW.shape[1])
+        image = {} if condition.image_BTCHW is None else {
+            "image_BTCHW": condition.image_BTCHW, "clip_BIX": condition.clip_BIX
+        }  # fmt: skip
+        self.features = []
+        self.network(noisy_BTCHW, frames, condition.prompt_embeds_BPE, **image)
+        features, self.features = self.features, None
+        return self.heads(features, self.time_BD)[:, 0].double()
+
+
+@dataclass(frozen=True)
+class Adversarial:
+    """Student and discriminator against each other, on clips noised to the same level with the same noise."""
+
+    discriminator: Discriminator
+    levels: Levels
+    weight: float = 1e-2
+    critic_weight: float = 1e-2
+    is_relativistic: bool = False
+    r1: float = 0.0
+    r2: float = 0.0
+    sigma: float = 0.01
+
+    def _noisy(self, x_BTCHW: Tensor, draw: ScoreDraw) -> Tensor:
+        return add_noise(x_BTCHW, draw.noise_BTCHW.to(x_BTCHW), self.levels.sigma(draw.timesteps_B))
+
+    def student_loss(self, x_BTCHW: Tensor, real_BTCHW: Tensor, draw: ScoreDraw, condition: Conditioning) -> Tensor:
+        """Small where the student's clips pass for real; relativistic: for more real than the real ones."""
+        fake = self.discriminator.logits(self._noisy(x_BTCHW, draw), draw.timesteps_B, condition)
+        real = None
+        if self.is_relativistic:
+            with torch.no_grad():
+                real = self.discriminator.logits(self._noisy(real_BTCHW, draw), draw.timesteps_B, condition)
+        return self.weight * gan_generator_loss(fake, real)
+
+    def critic_loss(
+        self, x_BTCHW: Tensor, real_BTCHW: Tensor, draw: ScoreDraw, condition: Conditioning, nearby_BTCHW: Tensor
+    ) -> Tensor:
+        """Small where real and generated clips are told apart. nearby_BTCHW: noise of the penalties' differences."""
+        clips = {"fake": self._noisy(x_BTCHW, draw), "real": self._noisy(real_BTCHW, draw)}
+        found = {name: self.discriminator.logits(x, draw.timesteps_B, condition) for name, x in clips.items()}
+        loss = self.critic_weight * gan_critic_loss(found["fake"], found["real"], is_relativistic=self.is_relativistic)
+        for name, weight in (("real", self.r1), ("fake", self.r2)):
+            if weight:
+                near = clips[name] + self.sigma * nearby_BTCHW.to(clips[name])
+                beside = self.discriminator.logits(near, draw.timesteps_B, condition)
+                loss = loss + 0.5 * weight * gradient_penalty(found[name], beside)
+        return loss

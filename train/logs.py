@@ -1,0 +1,94 @@
+"""What a run tells while it goes on: a progress bar, log.jsonl, and curves in TensorBoard and Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from selfforcing_core.atomic import replacing
+from train.args import TrainArgs, to_dict
+from train.distributed import World
+
+log = logging.getLogger(__name__)
+SHOWN = 5  # values beside the bar
+
+
+def check(args: TrainArgs) -> None:
+    """Raise ValueError if what is asked for is not here, before anything is computed."""
+    if args.wandb:
+        try:
+            import wandb  # noqa: F401  # type: ignore[import-not-found]
+        except ImportError as error:
+            raise ValueError("wandb=true needs the package wandb; install it, or leave it out") from error
+        if not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") != "offline":
+            raise ValueError("wandb=true needs the key in the environment; set WANDB_API_KEY, or WANDB_MODE=offline")
+
+
+class Log:
+    """The first process's; the others' is silent."""
+
+    def __init__(self, args: TrainArgs, world: World, step: int) -> None:
+        self.is_on, self.folder = world.is_first, Path(args.logdir)
+        self.bar: Any = tqdm(total=args.max_steps, initial=step, disable=not world.is_first, ascii=True)
+        self.boards: list[Any] = []
+        if not self.is_on:
+            return
+        self._rewind(step)
+        if args.tensorboard and (board := _tensorboard(self.folder, step)) is not None:
+            self.boards.append(lambda told, at: [board.add_scalar(name, value, at) for name, value in told.items()])
+        if args.wandb:
+            import wandb  # type: ignore[import-not-found]
+
+            run = wandb.init(project="self-forcing", dir=str(self.folder), id=self._run_id(), resume="allow",
+                             config=to_dict(args))  # fmt: skip
+            self.boards.append(lambda told, at: run.log(told, step=at))
+
+    def _rewind(self, step: int) -> None:
+        """Drop what was told after the checkpoint that the run goes on from."""
+        path = self.folder / "log.jsonl"
+        if not path.is_file():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except ValueError:  # the run died while it wrote this line
+                break
+        with replacing(path, overwrite=True) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+    def _run_id(self) -> str:
+        """The name under which the curves of this folder go on."""
+        path = self.folder / "wandb-run-id.txt"
+        if not path.is_file():
+            path.write_text(os.urandom(4).hex(), encoding="utf-8")
+        return path.read_text(encoding="utf-8")
+
+    def step(self, step: int, told: dict[str, float]) -> None:
+        """One line about a finished step."""
+        if not self.is_on:
+            return
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **told}) + "\n")
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in list(told.items())[-SHOWN:]})
+        self.bar.update()
+        for tell in self.boards:
+            tell(told, step)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        log.info("no TensorBoard curves: the package tensorboard is not installed")
+        return None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=10)

@@ -1,0 +1,119 @@
+"""Videos to latents of Wan's VAE: a folder of videos to .pt files {prompt: latents}, for `train.make_lmdb`.
+
+    torchrun --nproc-per-node 8 -m train.make_latents --input_video_folder videos --output_latent_folder latents \\
+        --prompt_folder prompts --vae Wan2.1_VAE.pth
+
+The prompt of videos/x.mp4 is that of prompts/x.txt; its latents become latents/x.pt. The first frames of a video are
+scaled to cover the size and cut evenly. What is there already is not made again, so the same command goes on after a
+stop. Everything left out is named and counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import av
+import torch
+from av.error import FFmpegError
+from torch import Tensor
+from tqdm import tqdm
+
+from selfforcing_core.atomic import replacing
+from selfforcing_core.geometry import VideoGeometry
+from selfforcing_core.image import fit_image
+from selfforcing_core.wan_vae import WanVAE, load_wan_vae
+
+log = logging.getLogger(__name__)
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+DTYPES = ("bfloat16", "float32")
+
+
+def first_frames(path: Path, geometry: VideoGeometry) -> Tensor:
+    """The first frames of a video in the clips' size, [V, R, H, W] in [0, 1]. Raises ValueError if it is too short."""
+    frames = []
+    try:
+        with av.open(str(path)) as container:
+            for frame in container.decode(video=0):
+                picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).float() / 255
+                frames.append(fit_image(picture, geometry.width, geometry.height))
+                if len(frames) == geometry.frames:
+                    break
+    except (FFmpegError, OSError, IndexError) as error:
+        raise ValueError(f"cannot be read as a video ({error})") from error
+    if len(frames) < geometry.frames:
+        raise ValueError(f"has {len(frames)} frames, clips take {geometry.frames}")
+    return torch.stack(frames)
+
+
+def prompt_of(video: Path, prompts: Path) -> str:
+    """The prompt beside a video. Raises ValueError if there is none."""
+    path = prompts / f"{video.stem}.txt"
+    if not path.is_file():
+        raise ValueError(f"has no prompt; {path} is missing")
+    text = " ".join(path.read_text(encoding="utf-8-sig").split())
+    if not text:
+        raise ValueError(f"has no prompt; {path} is empty")
+    return text
+
+
+def encode(videos: list[Path], prompts: Path, out: Path, vae: WanVAE, geometry: VideoGeometry) -> dict[str, int]:
+    """Write the latents of these videos; returns how many were written, there already, and left out."""
+    told = {"written": 0, "there": 0, "left_out": 0}
+    for video in tqdm(videos, ascii=True):
+        target = out / f"{video.stem}.pt"
+        if target.is_file():
+            told["there"] += 1
+            continue
+        try:
+            prompt = prompt_of(video, prompts)
+            latents = vae.encode(first_frames(video, geometry)[None])
+            if not latents.isfinite().all():
+                raise ValueError("has latents that are not numbers")
+        except ValueError as error:
+            log.warning("%s %s; left out", video, error)
+            told["left_out"] += 1
+            continue
+        out.mkdir(parents=True, exist_ok=True)
+        with replacing(target, overwrite=True) as temporary:
+            torch.save({prompt: latents.float().cpu()}, temporary)
+        told["written"] += 1
+    return told
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m train.make_latents", description=str(__doc__).splitlines()[0])
+    parser.add_argument("--input_video_folder", type=Path, required=True)
+    parser.add_argument("--output_latent_folder", type=Path, required=True)
+    parser.add_argument("--prompt_folder", type=Path, required=True, help="one .txt per video, of the same name")
+    parser.add_argument("--vae", type=Path, required=True, help="Wan2.1_VAE.pth, its safetensors, or diffusers' folder")
+    parser.add_argument("--width", type=int, default=832, help="pixels (default: %(default)s)")
+    parser.add_argument("--height", type=int, default=480, help="pixels (default: %(default)s)")
+    parser.add_argument("--frames", type=int, default=81, help="of a clip (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if torch.cuda.is_available() else "float32")
+    options = parser.parse_args(argv)
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    try:
+        geometry = VideoGeometry(options.width, options.height, options.frames, chunk=1)
+        found = sorted(path for path in options.input_video_folder.glob("*") if path.suffix.lower() in VIDEOS)
+        if not found:
+            raise ValueError(f"{options.input_video_folder}: holds no video ({', '.join(VIDEOS)})")
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if options.device == "cuda" else options.device
+        vae = load_wan_vae(options.vae, dtype=getattr(torch, options.dtype), device=device)
+        told = encode(found[rank::size], options.prompt_folder, options.output_latent_folder, vae, geometry)
+    except (ValueError, OSError) as error:
+        print("train.make_latents: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    print(json.dumps({**({"process": rank} if size > 1 else {}), **told}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Videos of fixed prompts while a run goes on: the core's rollout on the run's own sharded network.
+
+Letters: B batch, T latent frames, C channels, H W latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selfforcing_core.conditioning import Conditioning
+from selfforcing_core.config import CausalConfig, StepConfig
+from selfforcing_core.hub import load_taehv
+from selfforcing_core.rollout import SeededNoise, rollout
+from selfforcing_core.taehv import StreamingDecoder
+from selfforcing_core.video import write_contact_sheet, write_video
+from train.distributed import World
+
+SHEET_FRAMES = 16
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a stage's network is sampled. latent_shape: (T, C, H, W)."""
+
+    causal: CausalConfig
+    steps: StepConfig
+    latent_shape: tuple[int, int, int, int]
+
+
+class Samples:
+    """The prompts, what they are conditioned on, and the decoder."""
+
+    def __init__(
+        self, texts: Sequence[str], conditions: Sequence[Conditioning], decoder: str, world: World, seed: int
+    ) -> None:
+        self.texts, self.conditions, self.world, self.seed = list(texts), list(conditions), world, seed
+        self.taehv = load_taehv(decoder, dtype=torch.float32, device=world.device)[0]
+
+    @torch.no_grad()
+    def write(self, network: Any, how: Sampling, folder: Path) -> list[Path]:
+        """One video and contact sheet per prompt; returns this process's videos.
+
+        The processes share the prompts. All of them evaluate the sharded network equally often, so the last round may
+        repeat prompts, which are then not written.
+        """
+        made = []
+        for first in range(0, len(self.texts), self.world.size):
+            number = first + self.world.rank
+            condition = self.conditions[number % len(self.texts)]
+            decoder, frames = StreamingDecoder(self.taehv), []
+            noise = SeededNoise(self.seed, number)
+            for chunk in rollout(
+                network, condition, noise=noise, latent_shape=how.latent_shape, causal=how.causal, steps=how.steps
+            ):
+                frames.append(decoder.decode(chunk.latents_BTCHW.float())[0].cpu())
+            if number < len(self.texts):
+                folder.mkdir(parents=True, exist_ok=True)
+                video, out = torch.cat(frames), folder / f"{number:03d}.mp4"
+                write_video(out, video, metadata={"comment": self.texts[number]}, overwrite=True)
+                shown = torch.linspace(0, len(video) - 1, min(SHEET_FRAMES, len(video))).round().long()
+                write_contact_sheet(out.with_suffix(".png"), video[shown], overwrite=True)
+                made.append(out)
+        return made

@@ -1,0 +1,145 @@
+"""A teacher's trajectories: what `train.ode` learns from, as .pt files {prompt: states}, one per prompt.
+
+    torchrun --nproc-per-node 8 -m train.trajectories teacher=FILE text_encoder=FILE prompts=prompts.txt out=pairs
+    python -m train.make_lmdb --data_path pairs --lmdb_path trajectories
+
+The teacher samples each prompt in many Euler steps with guidance; the states at the student's own timesteps are kept,
+noisiest first, the clean clip last. What is there already is not made again, so the same command goes on.
+Letters: B batch, S states, T latent frames, C channels, H W latent size.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from selfforcing_core.atomic import replacing
+from selfforcing_core.config import CausalConfig, StepConfig
+from selfforcing_core.geometry import SPATIAL_FACTOR, VideoGeometry, pixel_frames
+from selfforcing_core.rollout import SeededNoise, rollout
+from selfforcing_core.schedule import FlowSchedule
+from train import distributed
+from train.args import NetworkArgs, parse
+from train.conditions import Prompts, read_texts
+from train.draws import key_of
+from train.networks import Source, frozen
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrajectoryArgs(NetworkArgs):
+    """Which teacher, of what, and what is kept."""
+
+    teacher: str = ""
+    prompts: str = ""  # text file, one prompt per line, or a folder of text files
+    negative_prompt: str = ""
+    out: str = ""  # folder of .pt files
+    width: int = 832  # pixels
+    height: int = 480
+    latent_frames: int = 21
+    sampling_steps: int = 48
+    shift: float = 5.0
+    guidance: float = 6.0  # usual meaning: 1 is none
+    timesteps: list[float] = field(default_factory=lambda: [1000.0, 937.5, 2500 / 3, 625.0])  # kept, besides the end
+
+
+class Recorder:
+    """A network that remembers what it was asked at some timesteps: the states of a trajectory."""
+
+    def __init__(self, network: Any, timesteps: list[float]) -> None:
+        self.network, self.wanted = network, timesteps
+        self.states: dict[float, Tensor] = {}
+
+    @property
+    def config(self) -> Any:
+        return self.network.config
+
+    def __call__(self, noisy_BTCHW: Tensor, timesteps_BT: Tensor, *args: Any, **options: Any) -> Tensor:
+        timestep = float(timesteps_BT.flatten()[0])
+        for wanted in self.wanted:
+            if abs(timestep - wanted) < 1e-2:
+                self.states[wanted] = noisy_BTCHW.clone()
+        return self.network(noisy_BTCHW, timesteps_BT, *args, **options)
+
+
+def check(args: TrajectoryArgs) -> None:
+    """Raise ValueError for settings that cannot work."""
+    for name in ("teacher", "text_encoder", "prompts", "out"):
+        if not getattr(args, name):
+            raise ValueError(f"{name} is not set; give {name}=...")
+    VideoGeometry(args.width, args.height, pixel_frames(args.latent_frames), chunk=args.latent_frames)
+    passed = FlowSchedule(StepConfig.even(args.sampling_steps, shift=args.shift)).timesteps
+    for timestep in args.timesteps:
+        if min(abs(timestep - at) for at in passed) >= 1e-2:
+            near = sorted(passed, key=lambda at: abs(at - timestep))[:2]
+            raise ValueError(
+                f"timestep {timestep:g} is not passed in {args.sampling_steps} steps with shift {args.shift:g}; "
+                f"nearest are {near[0]:.4f} and {near[1]:.4f}"
+            )
+
+
+@torch.no_grad()
+def make(args: TrajectoryArgs, world: distributed.World) -> dict[str, int]:
+    """Write this process's share of the prompts' trajectories; returns the counts over all processes."""
+    texts = list(dict.fromkeys(read_texts(args.prompts)))
+    prompts, teacher = Prompts(args, world), frozen(Source(args.teacher), args, world)
+    shape = (args.latent_frames, teacher.config.out_dim, args.height // SPATIAL_FACTOR, args.width // SPATIAL_FACTOR)
+    told = {"written": 0, "there": 0, "not_numbers": 0}
+    for first in tqdm(range(0, len(texts), world.size), disable=not world.is_first, ascii=True):
+        number = min(first + world.rank, len(texts) - 1)  # all evaluate the sharded teacher equally often
+        out = Path(args.out) / f"{number:05d}.pt"
+        is_needed = torch.tensor(float(first + world.rank < len(texts) and not out.is_file()))
+        if distributed.mean(world, is_needed) == 0:
+            told["there"] += first + world.rank < len(texts)
+            continue
+        recorder = Recorder(teacher.network, args.timesteps)
+        chunks = rollout(
+            recorder, prompts.condition([texts[number]]), noise=SeededNoise(key_of(args.seed, texts[number])),
+            latent_shape=shape, causal=CausalConfig(args.latent_frames),
+            steps=StepConfig.even(args.sampling_steps, shift=args.shift),
+            negative=prompts.condition([args.negative_prompt]), guidance=args.guidance,
+        )  # fmt: skip
+        clean = torch.cat([chunk.latents_BTCHW for chunk in chunks], 1)
+        states = torch.stack([*(recorder.states[at] for at in args.timesteps), clean], 1).half().cpu()
+        if not states.isfinite().all():
+            log.warning("the trajectory of %r is not all numbers and is left out", texts[number][:60])
+            told["not_numbers"] += 1
+        elif is_needed:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(out, overwrite=True) as temporary:
+                torch.save({texts[number]: states}, temporary)
+            told["written"] += 1
+    return {name: round(distributed.mean(world, torch.tensor(float(n))) * world.size) for name, n in told.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    try:
+        args = parse(TrajectoryArgs, argv)
+        check(args)
+        world = distributed.join(args.device, args.shard_group)
+        try:
+            told = make(args, world)
+        finally:
+            dist.destroy_process_group()
+    except ValueError as error:
+        print("train.trajectories: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    if world.is_first:
+        print(json.dumps(told))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
