@@ -1,6 +1,7 @@
 """Clips of the tiny world as latents, with the text embeddings of their captions.
 
     python -m train.tiny.data --basis out/tiny/basis.safetensors --out out/tiny/clips.safetensors
+    python -m train.tiny.data --out train/configs/tiny_prompts.txt      # captions alone, for train.dmd
 
 The world wraps around, so rolling a latent frame by whole latent positions is again a scene of the same caption.
 Letters: N clips, B batch, T latent frames, C channels, H W latent size, P text tokens, E text width.
@@ -96,15 +97,27 @@ class CaptionTable:
         return self.embeds[0, labels]
 
 
+def training_captions(seed: int) -> list[str]:
+    """One caption for every combination that is not held out, some without the speed or the background."""
+    rng, held = np.random.default_rng(seed), set(heldout())
+    return [
+        named_scene(words).caption(speed=bool(rng.random() >= UNSAID), background=bool(rng.random() >= UNSAID))
+        for words in combinations() if words not in held
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--basis", type=Path, required=True)
+    parser.add_argument("--basis", type=Path, help="of the latents; without it captions are written in place of clips")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--clips", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     assert len(combinations()) == np.prod([len(values) for values in ATTRIBUTES.values()])
+    if args.basis is None:
+        args.out.write_text("".join(f"{caption}\n" for caption in training_captions(args.seed)), encoding="utf-8")
+        return
     save_file(make_clips(args.clips, PatchBasis.load(args.basis), args.seed), args.out)
 
 
