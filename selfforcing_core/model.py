@@ -10,6 +10,7 @@ P tokens per frame, L = F*P tokens, D model width, N heads, K head width, X text
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,8 +96,8 @@ class _CrossAttention(_SelfAttention):
 _Context = tuple[Tensor, Tensor | None]  # embedded text [B, X, D], embedded image [B, I, D]
 
 
-def _attend_past(past: Past, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return attend(q, *past(k, v))
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
 
 
 class _Block(nn.Module):
@@ -127,14 +128,30 @@ class _Block(nn.Module):
         layer: int,
         mask_LS: Tensor | None,
     ) -> Tensor:
+        recompute = self.recompute if torch.is_grad_enabled() else None
+        if recompute is not None and (cache is None or cache.keeps_all):
+            past = None if cache is None else cache.past(layer)
+            return recompute(self._whole, x_BFPD, e_BF6D, context, rotary, past, mask_LS)
+        call = recompute or _call
+        q, k, v = call(self.before_attention, x_BFPD, e_BF6D, rotary)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)
+        attended_BLNK = attend(q, k, v, mask_LS)
+        return call(self.after_attention, x_BFPD, e_BF6D, attended_BLNK, self._keys_values(context, cache, layer))
+
+    def _whole(
+        self,
+        x_BFPD: Tensor,
+        e_BF6D: Tensor,
+        context: _Context,
+        rotary: Tensor,
+        past: Past | None,
+        mask_LS: Tensor | None,
+    ) -> Tensor:
+        """All of the block from tensors that are kept anyway, so that it can be computed again."""
         q, k, v = self.before_attention(x_BFPD, e_BF6D, rotary)
-        if cache is None:
-            attended_BLNK = attend(q, k, v, mask_LS)
-        elif self.recompute is not None and cache.keeps_all and torch.is_grad_enabled():
-            attended_BLNK = self.recompute(_attend_past, cache.past(layer), q, k, v)
-        else:
-            attended_BLNK = attend(q, *cache.update(layer, k, v))
-        return self.after_attention(x_BFPD, e_BF6D, attended_BLNK, self._keys_values(context, cache, layer))
+        attended_BLNK = attend(q, *((k, v) if past is None else past(k, v)), mask_LS)
+        return self.after_attention(x_BFPD, e_BF6D, attended_BLNK, self.cross_attn.keys_values(*context))
 
     def before_attention(self, x_BFPD: Tensor, e_BF6D: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the frames' own tokens. Tensors in, tensors out: what can be compiled."""
@@ -234,15 +251,12 @@ class CausalWan(nn.Module):
     def checkpoint_blocks(self, **options: Any) -> CausalWan:
         """Compute every block's activations again in the backward pass instead of keeping them; returns self.
 
-        Attention to a cache that evicts frames is not part of it: what it needs is kept, joined. options: of
+        With a cache that evicts frames, attention is not part of it: what it needs is kept. options: of
         torch.utils.checkpoint, such as context_fn.
         """
-        options = {**options, "use_reentrant": False}
         for block in self.blocks:
             assert isinstance(block, _Block)
-            block.before_attention = functools.partial(checkpoint, block.before_attention, **options)
-            block.after_attention = functools.partial(checkpoint, block.after_attention, **options)
-            block.recompute = functools.partial(checkpoint, **options)
+            block.recompute = functools.partial(checkpoint, **{**options, "use_reentrant": False})
         return self
 
     def new_cache(

@@ -103,6 +103,24 @@ def test_gradient_stays_inside_the_chunks_own_exit_step() -> None:
     assert model.text_embedding[0].weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("window", [-1, 4])
+def test_recomputed_activations_give_the_same_gradients(window: int) -> None:
+    """With a cache that keeps all frames, and with one that evicts some before the backward pass."""
+    found = []
+    for is_recomputed in (False, True):
+        model = random_wan().requires_grad_(True)
+        if is_recomputed:
+            model.checkpoint_blocks()
+        chunks = rollout(
+            model, random_text(), noise=SeededNoise(0), latent_shape=(8, *FRAME), causal=CausalConfig(2, window),
+            steps=StepConfig((1000.0, 500.0)), gradient=GradientPlan([1, 1, 1, 1]),
+        )  # fmt: skip
+        torch.cat([chunk.latents_BTCHW for chunk in chunks], 1).square().mean().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    for plain, recomputed in zip(*found):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-9, atol=1e-12)
+
+
 def test_rollout_with_gradients_gives_the_same_video() -> None:
     model = random_wan().requires_grad_(True)
     plan = GradientPlan([len(STEPS.steps) - 1] * 4)
