@@ -18,25 +18,24 @@ ATTAINABLE = 0.8
 MATMUL_SIZE = 2048
 
 
-def pass_flops(config: WanConfig, num_tokens: int, num_visible: int, *, text_tokens: int | None = None) -> int:
+def pass_flops(config: WanConfig, num_tokens: int, num_visible: int) -> int:
     """FLOPs of one pass over `num_tokens` tokens that see `num_visible` tokens, themselves included.
 
     Counted: the linear layers (self-attention q k v o, cross-attention q o, feed-forward, patch embedding, head) and
     the attentions' products. Not counted: the time embedding, and what depends on the prompt alone (`prompt_flops`).
-    text_tokens: rows of the text embeddings; all by default.
+    Texts count with all their rows: shorter ones are padded, and attended as such.
     """
     D, layers = config.dim, config.num_layers
     patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
     block = 6 * D * D + 2 * D * config.ffn_dim
     ends = patch * D * (config.in_dim + config.out_dim)
-    context = (config.text_len if text_tokens is None else text_tokens) + _image_tokens(config)
+    context = config.text_len + _image_tokens(config)
     return 2 * num_tokens * (layers * (block + 2 * D * (num_visible + context)) + ends)
 
 
-def prompt_flops(config: WanConfig, *, text_tokens: int | None = None) -> int:
+def prompt_flops(config: WanConfig) -> int:
     """FLOPs of a prompt's embedding, keys and values: once per video with a cache, else in every pass."""
-    D, image = config.dim, _image_tokens(config)
-    text = config.text_len if text_tokens is None else text_tokens
+    D, text, image = config.dim, config.text_len, _image_tokens(config)
     embedding = text * (config.text_dim * D + D * D) + image * (CLIP_DIM * CLIP_DIM + CLIP_DIM * D)
     return 2 * (embedding + (text + image) * 2 * D * D * config.num_layers)
 

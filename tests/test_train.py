@@ -13,63 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from selfforcing_core.checkpoint import read_checkpoint, save_checkpoint
-from selfforcing_core.config import WanConfig
-from selfforcing_core.layout import wan_shapes
-from train import diffusion, import_config, ode
+from selfforcing_core.checkpoint import read_checkpoint
+from tests.training import ROOT, launch, numbers, run, run_settings, student, write_database
+from train import diffusion, import_config, ode, plan
 from train.args import CONFIGS, DmdArgs, config_path, parse
 from train.data import DatabaseWriter
 from train.dmd import main
 from train.draws import Draws, item
 from train.export import ExportArgs, export
-from train.plan import parameters, plan
 
-ROOT = Path(__file__).resolve().parent.parent
-SIZES = {"dim": 32, "ffn_dim": 48, "num_heads": 2, "num_layers": 2, "text_dim": 128, "text_len": 16, "freq_dim": 32}
 CONFIG_NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A run on small random networks, in float64."""
-    folder = tmp_path_factory.mktemp("networks")
-    generator = torch.Generator().manual_seed(0)
-    for name in ("student", "teacher"):
-        shapes = wan_shapes(WanConfig(**SIZES))
-        weights = {key: torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for key, shape in shapes.items()}
-        save_checkpoint(folder / f"{name}.safetensors", weights, WanConfig(**SIZES))
-    (folder / "prompts.txt").write_text("a red square\n\na green circle\na blue triangle\n", encoding="utf-8")
-    return [
-        f"student={folder}/student.safetensors", f"teacher={folder}/teacher.safetensors", "text_encoder=tiny",
-        f"prompts={folder}/prompts.txt", "width=32", "height=32", "latent_frames=4", "chunk=2",
-        "batch_size=6", "micro_batch=1", "critic_per_student=2", "lr=1e-3", "lr_critic=1e-3", "ema_start=2",
-        "ema_decay=0.5", "dtype=float64", "device=cpu", "max_steps=4", "save_every=2", "keep_last=5",
-    ]  # fmt: skip
-
-
-def launch(arguments: list[str], processes: int = 1, stage: str = "train.dmd") -> subprocess.Popen[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(torchrun if processes > 1 else []), "-m", stage, *arguments]
-    environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
-
-
-def run(arguments: list[str], processes: int = 1, stage: str = "train.dmd") -> None:
-    process = launch(arguments, processes, stage)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-3000:]
-
-
-def numbers(folder: Path) -> list[dict[str, float]]:
-    """What each step told, without its seconds."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-
-
-def student(folder: Path, tmp_path: Path, weights: str = "raw") -> dict[str, torch.Tensor]:
-    out = tmp_path / f"{folder.name}-{weights}.safetensors"
-    export(ExportArgs(logdir=str(folder), out=str(out), weights=weights, dtype="float32"))
-    return read_checkpoint(out).state_dict
+    return run_settings(tmp_path_factory.mktemp("networks"))
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +38,16 @@ def whole(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.mark.parametrize(("processes", "micro"), [(1, 6), (2, 3), (3, 1)])
+@pytest.mark.parametrize(
+    ("processes", "more"),
+    [(1, ["micro_batch=6"]), (2, ["micro_batch=3"]), (3, ["micro_batch=1"]), (2, ["micro_batch=3", "shard_group=1"])],
+)
 def test_numbers_do_not_depend_on_processes_or_parts(
-    settings: list[str], whole: Path, tmp_path: Path, processes: int, micro: int
+    settings: list[str], whole: Path, tmp_path: Path, processes: int, more: list[str]
 ) -> None:
+    """Nor on whether the weights are sharded over all processes or copied to each (shard_group=1)."""
     folder = tmp_path / "other"
-    run([*settings, f"micro_batch={micro}", f"logdir={folder}"], processes)
+    run([*settings, *more, f"logdir={folder}"], processes)
     assert len(numbers(folder)) == 4
     for found, expected in zip(numbers(folder), numbers(whole)):
         assert found == pytest.approx(expected, rel=1e-10, abs=1e-10)
@@ -124,7 +86,24 @@ def test_a_run_that_is_asked_to_stop_saves_first(settings: list[str], tmp_path: 
     assert int(saved.name.removeprefix("step_")) == len(numbers(folder))
 
 
-@pytest.mark.parametrize("more", [["score=sid"], ["chunk=0"], ["activation_checkpointing=true", "exit_per_chunk=true"]])
+def test_a_lost_process_ends_all_with_one_message(settings: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "lost"
+    process = launch([*settings, "max_steps=1000", f"logdir={folder}"], 2)
+    deadline = time.monotonic() + 200
+    while not (folder / "checkpoints/step_000002").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    ours = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(ours[-1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert errors.count("a process of the run is lost") == 1
+    assert "step_0000" in errors
+    assert "gloo" not in errors, "no traceback of the others"
+
+
+@pytest.mark.parametrize(
+    "more", [["score=sid"], ["chunk=0"], ["activation_checkpointing=false", "exit_per_chunk=true"], ["dtype=bfloat16"]]
+)
 def test_every_way_of_matching_takes_a_step(settings: list[str], tmp_path: Path, more: list[str]) -> None:
     assert main([*settings, *more, "max_steps=1", "save_every=0", f"logdir={tmp_path / 'run'}"]) == 0
     (row,) = numbers(tmp_path / "run")
@@ -135,12 +114,8 @@ def test_every_way_of_matching_takes_a_step(settings: list[str], tmp_path: Path,
 @pytest.fixture(scope="module")
 def clips(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A run of flow matching on a small database."""
-    folder = tmp_path_factory.mktemp("clips") / "database"
-    writer, generator = DatabaseWriter(folder), torch.Generator().manual_seed(0)
-    for name in "abcdefg":
-        writer.add(f"clip {name}", torch.randn(4, 16, 4, 4, generator=generator))
-    writer.close()
-    shared = ("text_encoder", "chunk", "batch_size", "micro_batch", "ema", "dtype")
+    folder = write_database(tmp_path_factory.mktemp("clips") / "database")
+    shared = ("text_encoder", "chunk", "batch_size", "micro_batch", "ema", "dtype", "tensorboard")
     kept = [entry for entry in settings if entry.startswith(shared)]
     network = settings[0].replace("student=", "network=")
     return [*kept, network, f"data={folder}", "lr=1e-3", "device=cpu", "max_steps=2", "save_every=2"]
@@ -192,13 +167,22 @@ def test_activation_checkpointing_changes_no_number(settings: list[str], whole: 
 
 # ---------------------------------------------------------------- settings --
 @pytest.mark.parametrize("name", CONFIG_NAMES)
-def test_every_shipped_configuration_is_understood(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    stage = diffusion.main if name.startswith("diffusion") else main
+def test_every_shipped_configuration_is_understood(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory, which takes a minute to find, is what tests/test_plan.py is about."""
+    monkeypatch.setattr(plan, "peak_bytes", lambda args, processes: {"student": processes})
+    stage = {"diffusion": diffusion.main, "ode": ode.main}.get(name, main)
     assert stage([f"config={name}", "--dry-run"]) == 0
-    assert "bytes_per_process" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "clips_per_process_and_step" in told
+    assert ("peak_bytes_per_process" in told) == (stage is main)
 
 
-def test_launch_lines_of_the_reference_work(capsys: pytest.CaptureFixture[str]) -> None:
+def test_launch_lines_of_the_reference_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "peak_bytes", lambda args, processes: {"student": processes})
     words = "--config_path configs/self_forcing_dmd.yaml --logdir logs/x --no_visualize --disable-wandb --dry-run"
     assert main(words.split()) == 0
     told = capsys.readouterr().out
@@ -235,9 +219,14 @@ def test_a_configuration_of_the_reference_is_translated(tmp_path: Path, capsys: 
         (["--fast"], "is no setting"),
         (["config=absent"], "use one of debug_cpu"),
         (["config=debug_cpu", "logdir=x", "batch_size=3", "micro_batch=2"], "use a multiple of 2"),
-        (["config=debug_cpu", "logdir=x", "score=gun"], "use dmd or sid"),
+        (["config=debug_cpu", "logdir=x", "score=gun"], "use dmd, sid or gan"),
         (["config=debug_cpu", "logdir=x", "keep_last=0"], "use 1 or more"),
-        (["config=debug_cpu", "logdir=x", "wandb=true"], "is no setting"),
+        (["config=debug_cpu", "logdir=x", "wandb=true"], "needs the package wandb"),
+        (["config=debug_cpu", "logdir=x", "sample_every=1"], "needs decoder="),
+        (["config=debug_cpu", "logdir=x", "lora_rank=-1"], "no size of adapters"),
+        (["config=debug_cpu", "logdir=x", "max_latent_frames=3"], "less than the 6"),
+        (["config=debug_cpu", "logdir=x", "max_latent_frames=9"], "need chunks"),
+        (["config=debug_cpu", "logdir=x", "shard_group=2"], "does not divide 1"),
         (["config=debug_cpu", "logdir=x", "width=33"], "use 32 or 48"),
         (["config=debug_cpu"], "logdir is not set"),
     ],
@@ -271,10 +260,9 @@ def test_draws_depend_on_all_that_they_are_for() -> None:
     assert sorted(item(0, number, 5) for number in range(5, 10)) == list(range(5))
 
 
-def test_the_plan_counts_the_published_networks() -> None:
-    assert parameters("t2v-1.3b") == 1_418_996_800
-    assert parameters("t2v-14b") == 14_288_491_584
-    args = parse(DmdArgs, ["config=self_forcing_dmd"])
-    alone, many = plan(args, 1), plan(args, 64)
-    assert alone["bytes_per_process"]["teacher"] == 4 * 14_288_491_584
-    assert many["bytes_per_process"]["teacher"] == alone["bytes_per_process"]["teacher"] // 64
+def test_runs_that_are_killed_at_any_moment_become_what_they_would_have_been(tmp_path: Path) -> None:
+    """Two of the hundred kills of `python -m tests.kills`."""
+    command = [sys.executable, "-m", "tests.kills", "--count", "2", "--steps", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["kills"] == 2

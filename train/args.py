@@ -62,6 +62,7 @@ class TrainArgs(NetworkArgs):
     weight_decay: float = 0.01
     warmup_steps: int = 0
     max_grad_norm: float = 10.0
+    max_loss: float = 1e4  # a loss beyond it, of either sign, stops the run
     ema_decay: float = 0.99
     ema_start: int = 200  # step from which the average is kept
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
@@ -50,17 +50,12 @@ def join(device: str = "auto", shard_group: int = 0) -> World:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if shard_group < 0 or size % (shard_group or size):
         raise ValueError(f"shard_group {shard_group} does not divide {size} processes; use 0 or a divisor")
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone | {"MASTER_PORT": str(port)})
     kind = "cuda" if wants_cuda else "cpu"
-    own = torch.device(kind, int(os.environ["LOCAL_RANK"])) if wants_cuda else torch.device("cpu")
+    own = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if wants_cuda else torch.device("cpu")
     if wants_cuda:
         torch.cuda.set_device(own)
-    store, rank, size = next(rendezvous("env://"))
+    alone = (HashStore(), 0, 1)
+    store, rank, size = next(rendezvous("env://")) if "RANK" in os.environ else alone
     backend = "cpu:gloo,cuda:nccl" if wants_cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return World(rank, size, own, new_mesh(kind, size, shard_group), store)

@@ -28,6 +28,7 @@ from train.engine import SAMPLED, STUDENT, Trainer
 from train.gan import Adversarial, Discriminator, Heads
 from train.losses import score_timesteps
 from train.networks import Source, build, wide
+from train.plan import update_flops
 from train.roles import Levels, Matching, Score, ScoreDraw, Student, loss_window
 from train.samples import Sampling
 
@@ -78,6 +79,7 @@ class Distillation(Trainer):
         self.settings, self.causal = args, causal_of(args)
         self.built = built = build(self.sources(), [STUDENT, CRITIC], args, world)
         config = built[STUDENT].config
+        self.update_flops = update_flops(args, config, built.get(TEACHER, built[CRITIC]).config, built[CRITIC].config)
         self.latent_shape = (
             args.latent_frames, config.out_dim, args.height // SPATIAL_FACTOR, args.width // SPATIAL_FACTOR
         )  # fmt: skip
@@ -217,6 +219,9 @@ class Distillation(Trainer):
             raise ValueError(f"{self.settings.data}: holds rows without pictures; make it with --video_path")
         seen = self.pictures.condition(pair[0], images)
         return seen, Conditioning(pair[1].prompt_embeds_BPE, seen.image_BTCHW, seen.clip_BIX)
+
+    def flops(self, role: str) -> float:
+        return self.update_flops[role]
 
     def sampling(self) -> Sampling:
         return Sampling(self.causal, steps_of(self.settings), self.latent_shape)

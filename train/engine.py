@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from selfforcing_core.conditioning import Conditioning
+from selfforcing_core.roofline import matmul_rate
 from train import distributed, logs, state
 from train.args import ClipArgs, TrainArgs, parse, to_yaml
 from train.conditions import Prompts, read_texts
@@ -63,6 +64,12 @@ def check(args: TrainArgs, processes: int, needed: Sequence[str]) -> None:
     logs.check(args)
 
 
+def newest(logdir: str) -> str:
+    """The last good checkpoint in words."""
+    found = state.complete(Path(logdir))
+    return str(found[-1]) if found else "the start, no checkpoint is there yet"
+
+
 # ---------------------------------------------------------------- training --
 class Trainer(ABC):
     """Networks with their optimisers by role, and the student's average."""
@@ -82,6 +89,10 @@ class Trainer(ABC):
     @abstractmethod
     def loss(self, role: str, first: int, count: int) -> Tensor:
         """Mean loss of the step's clips `first`, ... for a role."""
+
+    def flops(self, role: str) -> float:
+        """Of one update of a role by all processes; 0 where they are not counted."""
+        return 0.0
 
     @abstractmethod
     def sampling(self) -> Sampling:
@@ -123,9 +134,11 @@ class Trainer(ABC):
         norm = torch.nn.utils.clip_grad_norm_(trained.parameters.values(), self.args.max_grad_norm)
         size = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # type: ignore[operator]
         value = distributed.mean(self.world, total) * self.world.size
-        if not math.isfinite(value) or not math.isfinite(size):
-            last = [str(path) for path in state.complete(Path(self.args.logdir))[-1:]] or ["none"]
-            raise ValueError(f"{role} loss {value} with gradient norm {size} in step {self.step}; last good: {last[0]}")
+        if not abs(value) <= self.args.max_loss or not math.isfinite(size):
+            raise ValueError(
+                f"{role} loss {value:g} with gradient norm {size:g} in step {self.step + 1} (max_loss "
+                f"{self.args.max_loss:g}); the last good checkpoint is {newest(self.args.logdir)}"
+            )
         self.apply(role)
         return {f"{role}_loss": value, f"{role}_grad_norm": size}
 
@@ -261,11 +274,15 @@ def train(args: TrainArgs, world: distributed.World, make: Callable[[], Trainer]
         state.clean(folder)
     dist.barrier()
     saver, told_to = state.Saver(folder, args.keep_last), logs.Log(args, world, trainer.step)
+    limit = world.size * matmul_rate(world.device, getattr(torch, args.dtype))
     with stopping() as asked:
         while trainer.step < args.max_steps:
             began = time.perf_counter()
             told = trainer.run_step()
-            told_to.step(trainer.step, {**told, "seconds": time.perf_counter() - began})
+            seconds = time.perf_counter() - began
+            flops = sum(trainer.flops(role) for role in trainer.roles if f"{role}_loss" in told)
+            share = {"share_of_limit": flops / (seconds * limit)} if flops else {}
+            told_to.step(trainer.step, {**told, "seconds": seconds, **share})
             saver.poll()
             is_asked = distributed.mean(world, torch.tensor(float(bool(asked)))) > 0
             is_last = trainer.step == args.max_steps or is_asked
@@ -323,7 +340,6 @@ def command(
 def _say_lost(name: str, args: TrainArgs, world: distributed.World) -> NoReturn:
     """End at once, since nothing can be exchanged any more; the first process to notice says so."""
     if world.is_first_to_notice():
-        last = [str(path) for path in state.complete(Path(args.logdir))[-1:]] or ["none"]
-        words = f"{name}: a process of the run is lost; the same command goes on from the last checkpoint ({last[0]})"
+        words = f"{name}: a process of the run is lost; the same command goes on from {newest(args.logdir)}"
         print("\n" + words, file=sys.stderr, flush=True)  # below the progress bar
     os._exit(STOPPED)
