@@ -6,6 +6,7 @@ A folder `step_000100` is complete; one that ends in `.partial` was being writte
 from __future__ import annotations
 
 import shutil
+import warnings
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,9 @@ def read(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
     if not wanted:
         raise ValueError(f"{checkpoint}: holds nothing below {prefix!r}; its average starts at step ema_start")
     tensors = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in wanted.items()}
-    state_dict_loader.load(tensors, checkpoint_id=str(checkpoint), no_dist=True)
+    with warnings.catch_warnings():  # that one process reads is meant
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        state_dict_loader.load(tensors, checkpoint_id=str(checkpoint), no_dist=True)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 

@@ -389,8 +389,27 @@ def the_hosts_own_causal_sampler() -> float | None:
     return apart(ours, patcher.model.process_latent_in(theirs).transpose(1, 2))
 
 
+def a_trained_lora_is_the_merged_network() -> dict[str, float]:
+    """Adapters under the names of train.export, through the host's LoRA loader."""
+    made, rank, alpha = network(), 2, 3.0
+    plain = sampled(loaded(saved("plain", made)))
+    generator, held = torch.Generator().manual_seed(7), {}
+    for name, weight in made.named_parameters():
+        if name.startswith("blocks.") and weight.ndim == 2:
+            layer = name.removesuffix(".weight")
+            down = torch.randn(rank, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
+            up = torch.randn(weight.shape[0], rank, generator=generator) / 4
+            held |= {f"diffusion_model.{layer}.lora_down.weight": down, f"diffusion_model.{layer}.lora_up.weight": up,
+                     f"diffusion_model.{layer}.alpha": torch.tensor(alpha)}  # fmt: skip
+            weight.data += alpha / rank * up @ down
+    patched, _ = comfy.sd.load_lora_for_models(loaded(FOLDER / "plain.safetensors"), None, held, 1.0, 0.0)
+    merged = core_rollout(made)
+    return {"difference": apart(sampled(patched), merged), "matters": apart(plain, merged)}
+
+
 CHECKS: tuple[Callable[[], Any], ...] = (
     broken_packages,
+    a_trained_lora_is_the_merged_network,
     the_hosts_model_gives_the_cores_video,
     condition_channels_are_sliced_per_chunk,
     a_model_of_the_hosts_loader_is_patched,

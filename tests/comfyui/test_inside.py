@@ -55,6 +55,10 @@ def test_a_model_of_the_hosts_loader_is_patched(found: dict[str, Any]) -> None:
     assert "Patch Model (Self Forcing)" in found["refusal"]
 
 
+def test_a_trained_lora_is_the_merged_network(found: dict[str, float]) -> None:
+    assert found["difference"] < ROUNDING < found["matters"] / 100
+
+
 def test_broken_packages(found: list[str]) -> None:
     """Everything here was measured while these raised at import, as flash-attn often does."""
     assert found == ["flash_attn", "lmdb", "omegaconf", "diffusers"]

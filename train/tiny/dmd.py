@@ -25,9 +25,9 @@ from selfforcing_core.checkpoint import read_checkpoint
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import WanConfig
 from selfforcing_core.model import CausalWan
-from selfforcing_core.rollout import GradientPlan, SeededNoise, rollout
-from selfforcing_core.schedule import TIMESTEPS, add_noise, x0_from_flow
-from train.losses import critic_loss, dmd_gradient, dmd_loss, guided, score_timesteps
+from selfforcing_core.rollout import SeededNoise
+from train.losses import score_timesteps
+from train.roles import Matching, Score, ScoreDraw, Student
 from train.tiny.data import LATENT_FRAMES, Clips
 from train.tiny.diffusion import CAUSAL, SHIFT, STEPS, average_gradients, save
 
@@ -57,62 +57,52 @@ class Trainer:
         betas = (0.0, 0.99)
         self.generator_tool = torch.optim.AdamW(self.generator.parameters(), args.lr, betas, weight_decay=0.01)
         self.critic_tool = torch.optim.AdamW(self.critic.parameters(), args.lr_critic, betas, weight_decay=0.01)
+        self.student = Student(self.generator, CAUSAL, STEPS, loss_frames=LATENT_FRAMES)
+        self.matching = Matching(Score(self.teacher), Score(self.critic), guidance=args.guidance)
         self.rollouts = 0
 
-    def sample(self, prompt_embeds: Tensor, *, with_gradient: bool) -> Tensor:
+    def sample(self, condition: Conditioning, *, with_gradient: bool) -> Tensor:
         """Clips [B, T, C, H, W] of the generator, stopped at one random step that all chunks and processes share."""
         self.rollouts += 1
-        chunks = LATENT_FRAMES // CAUSAL.chunk
         exit_step = int(torch.randint(len(STEPS.steps), (1,), generator=self.shared))
-        plan = GradientPlan([exit_step] * chunks, first_frame=0 if with_gradient else LATENT_FRAMES)
-        noise = SeededNoise(self.args.seed * 1_000_003 + self.rollouts, first_row=self.rank * len(prompt_embeds))
+        rows = len(condition.prompt_embeds_BPE)
         channels, height, width = self.clips.latents.shape[2:]
-        made = rollout(
-            self.generator,
-            Conditioning(prompt_embeds),
-            noise=noise,
-            latent_shape=(LATENT_FRAMES, channels, height, width),
-            causal=CAUSAL,
-            steps=STEPS,
-            gradient=plan,
-        )
-        return torch.cat([chunk.latents_BTCHW for chunk in made], 1)
+        with torch.set_grad_enabled(with_gradient):
+            return self.student.sample(
+                condition, noise=SeededNoise(self.args.seed * 1_000_003 + self.rollouts, first_row=self.rank * rows),
+                latent_shape=(LATENT_FRAMES, channels, height, width),
+                exit_steps=[exit_step] * (LATENT_FRAMES // CAUSAL.chunk), with_gradient=with_gradient,
+            )  # fmt: skip
 
-    def noised(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(x_t, timesteps [B, T], sigma [B], noise) at random score timesteps."""
+    def condition(self) -> Conditioning:
+        return Conditioning(self.clips.batch(self.args.batch, CAUSAL.chunk).prompt_embeds_BPE)
+
+    def draw(self, x: Tensor) -> ScoreDraw:
+        """Random score timesteps and noise."""
         uniform = torch.rand(len(x), generator=self.clips.generator)
-        timesteps = score_timesteps(uniform, SHIFT)
-        noise = torch.randn(x.shape, generator=self.clips.generator)
-        sigma = timesteps / TIMESTEPS
-        return add_noise(x, noise, sigma), timesteps[:, None].expand(-1, x.shape[1]), sigma, noise
+        return ScoreDraw(score_timesteps(uniform, SHIFT), torch.randn(x.shape, generator=self.clips.generator))
 
-    def generator_step(self) -> tuple[Tensor, float]:
-        """One update of the generator; returns its clips (detached) and the size of the matching gradient."""
-        embeds = self.clips.batch(self.args.batch, CAUSAL.chunk).prompt_embeds_BPE
-        x = self.sample(embeds, with_gradient=True)
-        with torch.no_grad():
-            noisy, timesteps, sigma, _ = self.noised(x)
-            empty = self.clips.captions.empty.expand_as(embeds)
-            fake = x0_from_flow(noisy, self.critic(noisy, timesteps, embeds), sigma)
-            conditional = x0_from_flow(noisy, self.teacher(noisy, timesteps, embeds), sigma)
-            unconditional = x0_from_flow(noisy, self.teacher(noisy, timesteps, empty), sigma)
-            gradient = dmd_gradient(x, fake, guided(conditional, unconditional, self.args.guidance))
-        dmd_loss(x, gradient).backward()
+    def generator_step(self) -> float:
+        """One update of the generator; returns the size of the matching gradient."""
+        condition = self.condition()
+        x = self.sample(condition, with_gradient=True)
+        empty = Conditioning(self.clips.captions.empty.expand_as(condition.prompt_embeds_BPE))
+        loss, gradient = self.matching.student_loss(x, self.draw(x), condition, empty)
+        loss.backward()
         self.step(self.generator, self.generator_tool)
         for name, value in self.generator.state_dict().items():
             self.ema[name].lerp_(value, 1 - self.args.ema)
-        self.last = (x.detach(), embeds)
-        return x.detach(), float(gradient.abs().mean())
+        self.last = (x.detach(), condition)
+        return float(gradient.abs().mean())
 
     def critic_step(self, *, reuse: bool = False) -> float:
         """One update of the critic on fresh clips of the generator, or on those of its last update."""
         if reuse:
-            x, embeds = self.last
+            x, condition = self.last
         else:
-            embeds = self.clips.batch(self.args.batch, CAUSAL.chunk).prompt_embeds_BPE
-            x = self.sample(embeds, with_gradient=False)
-        noisy, timesteps, _, noise = self.noised(x)
-        loss = critic_loss(self.critic(noisy, timesteps, embeds), x, noise)
+            condition = self.condition()
+            x = self.sample(condition, with_gradient=False)
+        loss = self.matching.critic_loss(x, self.draw(x), condition)
         loss.backward()
         self.step(self.critic, self.critic_tool)
         return loss.item()
@@ -129,7 +119,7 @@ class Trainer:
         for _ in range(self.args.warmup):
             loss = self.critic_step()
         for iteration in range(1, self.args.iterations + 1):
-            _, size = self.generator_step()
+            size = self.generator_step()
             for turn in range(self.args.critic_steps):
                 loss = self.critic_step(reuse=turn == 0)
             if self.rank == 0 and iteration % 5 == 0:
