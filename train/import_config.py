@@ -18,6 +18,7 @@ from selfforcing_core.geometry import SPATIAL_FACTOR
 from train.args import DmdArgs
 
 Found = dict[str, Any]
+WINDOW = 21  # latent frames that the reference judges
 
 
 def _network(key: str) -> Callable[[Any], Found]:
@@ -32,6 +33,16 @@ def _shape(shape: Any) -> Found:
 
 def _as(key: str) -> Callable[[Any], Found]:
     return lambda value: {key: value}
+
+
+def _model(options: Found) -> Found:
+    """What the reference gives to its model's constructor."""
+    names = {"timestep_shift": "shift", "local_attn_size": "window", "sink_size": "sink"}
+    unknown = sorted(set(options) - set(names) - {"model_name"})
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)} inside is unknown")
+    network = _network("student")(options["model_name"]) if "model_name" in options else {}
+    return {**network, **{names[key]: value for key, value in options.items() if key in names}}
 
 
 KEYS: dict[str, Callable[[Any], Found]] = {
@@ -62,6 +73,21 @@ KEYS: dict[str, Callable[[Any], Found]] = {
     "gradient_checkpointing": _as("activation_checkpointing"),
     "mixed_precision": lambda on: {"dtype": "bfloat16" if on else "float32"},
     "seed": _as("seed"),
+    "text_encoder_cpu_offload": _as("text_encoder_offload"),
+    "num_training_frames": lambda frames: {"max_latent_frames": int(frames)} if int(frames) > WINDOW else {},
+    "model_kwargs": lambda options: _model(dict(options)),
+    "trainer": lambda kind: {"score": "gan"} if kind == "gan" else {},
+    "gan_g_weight": _as("gan_weight"),
+    "gan_d_weight": _as("gan_critic_weight"),
+    "r1_weight": _as("gan_r1"),
+    "r2_weight": _as("gan_r2"),
+    "r1_sigma": _as("gan_sigma"),
+    "relativistic_discriminator": _as("gan_relativistic"),
+    "concat_time_embeddings": _as("gan_time"),
+    "discriminator_warmup_steps": _as("critic_warmup"),
+    "discriminator_lr_multiplier": _as("lr_heads"),
+    "gen_lr": _as("lr"),
+    "critic_lr": _as("lr_critic"),
 }
 
 
