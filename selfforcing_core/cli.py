@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 USER_ERROR = 2
+HISTORIES = ("recode", "keep")  # as in prompt_schedule, which is not imported before it is needed
 INTERRUPTED = 130
 
 
@@ -68,7 +69,14 @@ def _add_generate(make: argparse.ArgumentParser) -> None:
     say = "(default: what the checkpoint says)"
 
     what = make.add_argument_group("what to show")
-    what.add_argument("--prompt", help="what the video shows")
+    what.add_argument(
+        "--prompt", help="what the video shows; '0s: a red square; 3s: a blue circle' changes it on the way"
+    )
+    what.add_argument(
+        "--history", choices=HISTORIES, default="recode",
+        help="where the prompt changes: write the frames so far into the cache again under the new one, or keep them "
+        "(default: %(default)s)",
+    )  # fmt: skip
     what.add_argument("--prompt-file", type=Path, help="one prompt per line; split over the processes of torchrun")
     what.add_argument("--extended-prompt-file", type=Path, help="longer prompts, line by line, for the model to read")
     what.add_argument(

@@ -24,6 +24,7 @@ from .float8 import store_in_float8
 from .hub import load_model, load_taehv, load_text_encoder
 from .image import first_frame_condition, fit_image
 from .plan import Plan, Request, Take, check_channels, memory_in_words, plan_request
+from .prompt_schedule import Entry, parse_schedule, start_frames
 from .rollout import SeededNoise, rollout
 from .start import Start, frames_of, start_from_image, start_from_latents, start_from_video, write_latents
 from .taehv import TAEHV, StreamingDecoder
@@ -65,6 +66,8 @@ def generate_all(
     """
     plan = plan_request(request, takes)
     if rewrite is not None:
+        if any(len(parse_schedule(take.text)) > 1 for take in takes):
+            raise ValueError("--extend-prompt makes one prompt of a schedule; write its prompts out instead")
         takes = [replace(take, text=text) for take, text in zip(takes, rewrite([take.text for take in takes]))]
     if show_progress and plan.device.type != "cpu":
         log.warning("%s", memory_in_words(plan, request, max(len(take.outs) for take in takes)))
@@ -90,21 +93,27 @@ def _compiler_named() -> Iterator[None]:
 def _generate_all(request: Request, takes: Sequence[Take], plan: Plan, show_progress: bool) -> list[dict[str, Any]]:
     started = time.perf_counter()
     negatives = [] if request.cfg == 1 else [request.negative]
-    encoded, seconds_encoding = _encode_texts(request, plan, [*(take.text for take in takes), *negatives])
+    schedules = [parse_schedule(take.text) for take in takes]
+    texts = [entry.prompt for entries in schedules for entry in entries]
+    encoded, seconds_encoding = _encode_texts(request, plan, [*texts, *negatives])
     autoencoder = _load_autoencoder(request, plan)
     start, image, clip = _start(request, plan, autoencoder)
     model = _load_model(request, plan)
     seconds_loading = time.perf_counter() - started - seconds_encoding
 
     results = []
-    for take, text in zip(takes, encoded):
+    known = dict(zip([*texts, *negatives], encoded))
+    for take, entries in zip(takes, schedules):
         began, clock = time.perf_counter(), _Clock()
-        conditions = [
-            Conditioning(*(_rows(tensor, len(take.outs), plan) for tensor in (embeds, image, clip)))  # type: ignore[arg-type]
-            for embeds in (text, *encoded[len(takes) :])
-        ]
-        chunks = _frames(request, plan, take, model, autoencoder, start, conditions, clock, show_progress)
+        conditions = {
+            text: Conditioning(*(_rows(tensor, len(take.outs), plan) for tensor in (known[text], image, clip)))  # type: ignore[arg-type]
+            for text in [*(entry.prompt for entry in entries), *negatives]
+        }
+        prompts = _Prompts(entries, conditions, plan.geometry.chunk_lengths, request)
+        chunks = _frames(request, plan, take, model, autoencoder, start, prompts, clock, show_progress)
         settings = {**_described(request, plan), "prompt": take.prompt}
+        if len(entries) > 1:
+            settings["history"] = request.history
         if take.text != take.prompt:
             settings["extended_prompt"] = take.text
         _write(request, take, chunks, settings, plan)
@@ -196,6 +205,19 @@ def _rows(tensor: Tensor | None, count: int, plan: Plan) -> Tensor | None:
 
 
 # --------------------------------------------------------------- generating --
+class _Prompts:
+    """The prompts of one video and the frames from which they hold."""
+
+    def __init__(
+        self, entries: Sequence[Entry], conditions: dict[str, Conditioning], lengths: Sequence[int], request: Request
+    ) -> None:
+        starts = start_frames(entries, lengths, request.fps)
+        self.first = conditions[entries[0].prompt]
+        self.later = {start: conditions[entry.prompt] for start, entry in zip(starts[1:], entries[1:])}
+        self.negative = None if request.cfg == 1 else conditions[request.negative]
+        self.at = self.later.get if self.later else None
+
+
 @torch.no_grad()
 def _frames(
     request: Request,
@@ -204,7 +226,7 @@ def _frames(
     model: Any,
     autoencoder: TAEHV | WanVAE,
     start: Start,
-    conditions: list[Conditioning],
+    prompts: _Prompts,
     clock: _Clock,
     show_progress: bool,
 ) -> Iterator[Tensor]:
@@ -222,10 +244,10 @@ def _frames(
                 yield chunk
 
         chunks = rollout(
-            model, conditions[0], noise=SeededNoise(request.seed, take.first_row),
+            model, prompts.first, noise=SeededNoise(request.seed, take.first_row),
             latent_shape=(size.latent_frames, plan.config.out_dim, size.latent_height, size.latent_width),
             causal=plan.causal, steps=plan.steps, prefix_BTCHW=start.prefix_BTCHW,
-            negative=conditions[1] if len(conditions) > 1 else None, guidance=request.cfg,
+            negative=prompts.negative, guidance=request.cfg, prompt_at=prompts.at, history=request.history,
         )  # fmt: skip
         for frames in frames_of(counted(chunks), _Cast(stream, plan), start):
             frames = frames.float().cpu()

@@ -28,6 +28,7 @@ class CacheState:
     end_frame: int
     capacity: int
     sink: int
+    base: int
 
 
 @dataclass(frozen=True)
@@ -91,26 +92,33 @@ class KVCache:
     def reset(self) -> None:
         """Empty the cache; the next staged frame is frame 0. Nothing is freed or cleared."""
         self.start_frame = self.end_frame = 0
+        self.base = self.sink  # the first frame behind the sink; later than that after `restart`
         self.cross: dict[int, Any] = {}
         self._current: list[tuple[int, int, int]] = []
+
+    def restart(self, base: int) -> None:
+        """Empty the cache; behind the frames of the sink, the next one staged is frame `base`."""
+        self.reset()
+        self.base = max(base, self.sink)
 
     def snapshot(self) -> CacheState:
         """Copy what the cache holds, in the memory where it lies. The text's keys and values are not part of it."""
         used = self._visible()
         return CacheState(
             self.k[:, :, :used].clone(), self.v[:, :, :used].clone(),
-            self.start_frame, self.end_frame, self.capacity, self.sink,
+            self.start_frame, self.end_frame, self.capacity, self.sink, self.base,
         )  # fmt: skip
 
     def restore(self, state: CacheState) -> None:
         """Hold again what was copied. Raises ValueError if the state is of another network, size, window or sink."""
-        has_evicted = state.end_frame > min(state.capacity, self.capacity)  # before that, every frame is in its slot
-        if has_evicted and (state.capacity, state.sink) != (self.capacity, self.sink):
+        # before the first eviction, every frame is in its slot
+        is_moved = state.base != state.sink or state.end_frame > min(state.capacity, self.capacity)
+        if is_moved and (state.capacity, state.sink) != (self.capacity, self.sink):
             raise ValueError(
                 f"the saved cache has window {state.capacity} and sink {state.sink}, this one {self.capacity} and "
                 f"{self.sink}; resume with the window and sink it was saved with"
             )
-        used = min(state.end_frame, self.capacity) * self.tokens_per_frame
+        used = state.k.shape[2] if is_moved else min(state.end_frame, self.capacity) * self.tokens_per_frame
         target = self.k[:, :, :used]
         if target.shape != state.k.shape:
             raise ValueError(
@@ -121,13 +129,15 @@ class KVCache:
         self.k[:, :, :used] = state.k
         self.v[:, :, :used] = state.v
         self.start_frame, self.end_frame = state.start_frame, state.end_frame
+        self.base = state.base if is_moved else self.sink
         self._current = self._pieces(state.start_frame, state.end_frame - state.start_frame)
 
     def stage(self, start_frame: int, num_frames: int) -> None:
         """Declare the frames that the next forward pass evaluates: the staged ones again, or those that follow."""
         assert num_frames <= self.capacity - self.sink, f"{num_frames} frames do not fit a ring of {self.capacity}"
         again = (start_frame, start_frame + num_frames) == (self.start_frame, self.end_frame)
-        assert again or start_frame == self.end_frame, f"frame {start_frame} does not follow {self.end_frame}"
+        follows = start_frame == (self.base if self.end_frame == self.sink else self.end_frame)
+        assert again or follows, f"frame {start_frame} does not follow {self.end_frame}"
         self.start_frame, self.end_frame = start_frame, start_frame + num_frames
         self._current = self._pieces(start_frame, num_frames)
 
@@ -168,9 +178,10 @@ class KVCache:
 
     def frames(self) -> tuple[int, ...]:
         """Absolute numbers of the visible frames, oldest first."""
-        if self.end_frame <= self.capacity:
+        if self.end_frame <= self.sink:
             return tuple(range(self.end_frame))
-        return tuple(range(self.sink)) + tuple(range(self.end_frame - (self.capacity - self.sink), self.end_frame))
+        oldest = max(self.base, self.end_frame - (self.capacity - self.sink))
+        return tuple(range(self.sink)) + tuple(range(oldest, self.end_frame))
 
     def ordered(self, layer: int) -> tuple[Tensor, Tensor]:
         """Copies of one layer's visible keys and values in the order of `frames`, for inspection."""
@@ -181,10 +192,11 @@ class KVCache:
 
     def _visible(self) -> int:
         """Tokens that are in use."""
-        return min(self.end_frame, self.capacity) * self.tokens_per_frame
+        frames = self.end_frame if self.end_frame <= self.sink else self.sink + self.end_frame - self.base
+        return min(frames, self.capacity) * self.tokens_per_frame
 
     def _slot(self, frame: int) -> int:
-        return frame if frame < self.sink else self.sink + (frame - self.sink) % (self.capacity - self.sink)
+        return frame if frame < self.sink else self.sink + (frame - self.base) % (self.capacity - self.sink)
 
     def _pieces(self, start_frame: int, num_frames: int) -> list[tuple[int, int, int]]:
         """(offset in the chunk, offset in the buffer, length) in tokens; contiguous runs of slots."""

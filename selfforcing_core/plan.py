@@ -29,6 +29,7 @@ from .hub import list_bundles, resolve_model, resolve_taehv
 from .image import read_image
 from .kv_cache import KVCache
 from .layout import wan_shapes
+from .prompt_schedule import parse_schedule, start_frames
 from .start import context_frames, read_latents
 from .taehv_releases import expect_latent_space
 from .video import check_video_path, read_video
@@ -46,7 +47,8 @@ class Request:
     frames; chunk, window, sink in latent frames (see CausalConfig); steps as in StepConfig, or their number. image:
     the first frame. extend: a video, or latents kept by `latents`, that goes on for `frames` more frames. cfg: scale
     of the guidance away from `negative`. decoder: "taehv" or "vae". taehv_latents: whose latents the TAEHV decodes,
-    where its file does not say.
+    where its file does not say. A prompt may be a schedule (see `prompt_schedule`); history: what becomes of
+    the frames so far where it changes, "recode" or "keep".
     """
 
     prompt: str
@@ -82,6 +84,7 @@ class Request:
     attention: str = "auto"
     compile: bool = False
     fp8: bool = False
+    history: str = "recode"
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,8 @@ def plan_request(request: Request, takes: Sequence[Take]) -> Plan:
     causal, steps = _settings(request, checkpoint)
     source, is_latent = _source(request, config)
     geometry, given = _geometry(request, config, causal, source, is_latent)
+    for take in takes:
+        _check_schedule(take, geometry, request)
     device = _device(request.device)
     dtype = _dtype(request.dtype, checkpoint, device)
     if decoder == "taehv":
@@ -170,6 +175,14 @@ def _check_files(request: Request, takes: Sequence[Take]) -> None:
         check_video_path(out)
     for path in [*outs, *more]:
         check_writable(path, overwrite=request.overwrite)
+
+
+def _check_schedule(take: Take, geometry: VideoGeometry, request: Request) -> None:
+    """Whether the prompts of a take that is a schedule begin inside the video, each in a chunk of its own."""
+    entries = parse_schedule(take.text)
+    start_frames(entries, geometry.chunk_lengths, request.fps)
+    if len(entries) > 1 and request.extend is not None:
+        raise ValueError("a schedule counts from the beginning of a video; extend with one prompt at a time instead")
 
 
 def _check_companions(request: Request, config: WanConfig, decoder: str) -> None:

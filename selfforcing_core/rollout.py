@@ -90,6 +90,7 @@ class GradientPlan:
 
 
 OnStep = Callable[[int, int], None]
+PromptAt = Callable[[int], "Conditioning | None"]
 
 
 def rollout(
@@ -108,6 +109,8 @@ def rollout(
     on_step: OnStep | None = None,
     gradient: GradientPlan | None = None,
     resume: Snapshot | None = None,
+    prompt_at: PromptAt | None = None,
+    history: str = "recode",
 ) -> Iterator[Chunk]:
     """Generate a video chunk by chunk; yields the prefix's chunks first, then each generated one.
 
@@ -119,6 +122,9 @@ def rollout(
     caches: from `new_caches`, to reuse; they are reset. commit_last: also write the last chunk into the cache.
     on_step(chunk, step) is called before every evaluation (step CONTEXT for cache passes) and may raise to stop.
     resume: go on after the chunk where it was taken; only later chunks are yielded.
+    prompt_at(start_frame) is asked before every generated chunk and may return another prompt, which holds from there.
+    history: what becomes of the frames so far then: "recode" writes those in the window into the cache again under the
+    new prompt (LongLive, arXiv 2509.22622, section 3.1), "keep" leaves them as they are.
 
     Raises ValueError before the first network call if lengths, prefix, conditioning or snapshot do not fit.
     """
@@ -134,7 +140,11 @@ def rollout(
         caches = new_caches(model, conditioning, len(conditions), latent_shape, causal)
     call = _Calls(model, conditions, guidance, [None] * len(conditions) if caches is None else list(caches))
     call.reset()
+    past = _History(call, causal, lengths) if prompt_at is not None and history == "recode" else None
     first = 0 if resume is None else _resume(call, resume, lengths, prefix_frames)
+
+    if resume is not None and past is not None:
+        past.add_video(resume, lengths[:first])
 
     start = sum(lengths[:first])
     for index, length in list(enumerate(lengths))[first:]:
@@ -144,6 +154,9 @@ def rollout(
             x0 = prefix_BTCHW[:, start : start + length].to(call.device, torch.float32).expand(batch, *[-1] * 4)
             context, timestep = x0, 0.0
         else:
+            if prompt_at is not None and (prompt := prompt_at(start)) is not None:
+                prompt.check(model.config, latent_shape)
+                call.change_prompt(prompt, past, start)
             shape = (batch, length, *frame_shape)
             generated = index - sum(1 for end in _ends(lengths) if end <= prefix_frames)
             x0 = _denoise_chunk(call, schedule, steps, noise, shape, index, start, on_step, gradient, generated)
@@ -156,6 +169,8 @@ def rollout(
             if on_step is not None:
                 on_step(index, CONTEXT)
             call.commit(context, timestep, start)
+        if past is not None:
+            past.add(start, context, timestep)
         pending = None if is_committed else (context, timestep)
         take = functools.partial(call.snapshot, start, start + length, pending)
         yield Chunk(index, start, x0, is_given=start < prefix_frames, take=take)
@@ -189,7 +204,7 @@ class _Calls:
     """The network with everything that stays the same during a rollout: conditions, guidance, a cache for each."""
 
     model: Any
-    conditions: Sequence[Conditioning]
+    conditions: list[Conditioning]
     guidance: float
     caches: Sequence[KVCache | None]
 
@@ -214,6 +229,15 @@ class _Calls:
             for index in range(len(self.conditions)):
                 self._call(x_BTCHW, timestep, start_frame, index)
 
+    def change_prompt(self, prompt: Conditioning, past: _History | None, start_frame: int) -> None:
+        """From now on another prompt, under which the frames in the window are written again if `past` has them."""
+        self.conditions[0] = prompt
+        for cache in self.caches:
+            if cache is not None:
+                cache.cross = {}
+        if past is not None and start_frame > 0:
+            past.write_again(start_frame)
+
     def _call(self, x_BTCHW: Tensor, timestep: float, start_frame: int, index: int) -> Tensor:
         condition, cache = self.conditions[index], self.caches[index]
         timesteps = torch.full(x_BTCHW.shape[:2], timestep, dtype=torch.float32, device=x_BTCHW.device)
@@ -229,6 +253,44 @@ class _Calls:
         assert all(cache.start_frame == start_frame for cache in held), "too late, the next chunk was already asked for"
         states = tuple(cache.snapshot() for cache in held)
         return Snapshot(start_frame, end_frame, states, *(pending or (None, 0.0)))
+
+
+class _History:
+    """The clean frames that a cache shows, as they were written into it."""
+
+    def __init__(self, call: _Calls, causal: CausalConfig, lengths: tuple[int, ...]) -> None:
+        self.call, self.sink, self.timestep = call, causal.sink, causal.context_noise
+        evicts = -1 < causal.window < sum(lengths)
+        self.ring = causal.window - causal.sink if evicts else sum(lengths)
+        self.chunks: list[tuple[int, Tensor, float]] = []
+
+    def add(self, start_frame: int, x_BTCHW: Tensor, timestep: float) -> None:
+        """Remember a finished chunk; forget those that have left the window."""
+        self.chunks.append((start_frame, x_BTCHW, timestep))
+        end = start_frame + x_BTCHW.shape[1]
+        self.chunks = [
+            (start, x, t) for start, x, t in self.chunks if start < self.sink or start + x.shape[1] > end - self.ring
+        ]
+
+    def add_video(self, snapshot: Snapshot, lengths: tuple[int, ...]) -> None:
+        """Remember the chunks before a snapshot. Raises ValueError if it does not hold them."""
+        if snapshot.video_BTCHW is None:
+            raise ValueError("the snapshot holds no latents to write again under another prompt; use history 'keep'")
+        starts = [sum(lengths[:index]) for index in range(len(lengths))]
+        for start, chunk in zip(starts, snapshot.video_BTCHW.to(self.call.device).split(lengths, 1)):
+            self.add(start, chunk, self.timestep)
+
+    def write_again(self, end_frame: int) -> None:
+        """Empty the caches and write the frames before `end_frame` that they showed, oldest first."""
+        base = max(self.sink, end_frame - self.ring)
+        for cache in self.call.caches:
+            if cache is not None:
+                cache.restart(base)
+        for start, x_BTCHW, timestep in self.chunks:
+            end = start + x_BTCHW.shape[1]
+            for first, last in ((start, min(end, self.sink)), (max(start, base), end)):
+                if first < last:
+                    self.call.commit(x_BTCHW[:, first - start : last - start], timestep, first)
 
 
 def _resume(call: _Calls, snapshot: Snapshot, lengths: tuple[int, ...], prefix_frames: int) -> int:

@@ -81,7 +81,7 @@ class Snapshot:
         if header["format"] != HEADER_FORMAT:
             raise ValueError(f"format {header['format']!r}, this version reads {HEADER_FORMAT}")
         caches = tuple(
-            CacheState(tensors[f"cache{index}.k"], tensors[f"cache{index}.v"], **cursors)
+            CacheState(tensors[f"cache{index}.k"], tensors[f"cache{index}.v"], **{"base": cursors["sink"], **cursors})
             for index, cursors in enumerate(header["caches"])
         )
         return cls(
@@ -98,5 +98,5 @@ class Snapshot:
 
 
 def _cursors(state: CacheState) -> dict[str, int]:
-    names = ("start_frame", "end_frame", "capacity", "sink")
+    names = ("start_frame", "end_frame", "capacity", "sink", "base")
     return {name: getattr(state, name) for name in names}

@@ -1,0 +1,203 @@
+"""Prompts that change on the way: the text, the cache, and what a video shows."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from selfforcing_core.cli import main
+from selfforcing_core.conditioning import Conditioning
+from selfforcing_core.config import CausalConfig, StepConfig
+from selfforcing_core.kv_cache import KVCache
+from selfforcing_core.prompt_schedule import Entry, parse_schedule, start_frames
+from selfforcing_core.rollout import Chunk, SeededNoise, new_caches, rollout
+from selfforcing_core.video import read_metadata, read_video
+from tests.test_kv_cache import chunk, make_cache
+from tests.tiny_wan import FRAME, random_text, random_wan
+from train.tiny.world import detect
+
+STEPS = StepConfig((1000.0, 500.0))
+
+
+# -------------------------------------------------------------------- text --
+def test_a_text_with_times_is_a_schedule_and_any_other_a_prompt() -> None:
+    expected = (Entry(0, "a red square"), Entry(3.5, "a blue circle: round"))
+    assert parse_schedule("0s: a red square\n 3.5s: a blue circle: round\n") == expected
+    assert parse_schedule("0 s : a red square ;3.5s:a blue circle: round") == expected
+    for plain in ("a clock says 3s: late", "0: zero", "a; b", "", "10 seconds: long"):
+        assert parse_schedule(plain) == (Entry(0, plain),)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("1s: a", "begins at 1s"), ("0s: a; 2s: b; 2s: c", "times must rise"), ("0s: a; 3s:  ", "no prompt at 3s")],
+)
+def test_what_is_wrong_with_a_schedule_is_said(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        parse_schedule(text)
+
+
+@given(st.text())
+def test_any_text_is_a_schedule_or_a_prompt_or_refused(text: str) -> None:
+    with contextlib.suppress(ValueError):
+        assert parse_schedule(text)[0].seconds == 0
+
+
+def test_a_moment_belongs_to_the_chunk_in_which_it_lies() -> None:
+    lengths = (3, 3, 3)  # of 9, 12 and 12 frames
+    moments = [(0, 0), (8 / 16, 0), (9 / 16, 3), (20 / 16, 3), (21 / 16, 6), (32 / 16, 6)]
+    for seconds, start in moments:
+        assert start_frames([Entry(seconds, "a")], lengths, 16) == [start]
+    with pytest.raises(ValueError, match=r"the video ends at 2\.0625s"):
+        start_frames([Entry(0, "a"), Entry(33 / 16, "b")], lengths, 16)
+    with pytest.raises(ValueError, match=r"leave 0\.75s between"):
+        start_frames([Entry(0, "a"), Entry(0.6, "b"), Entry(1, "c")], lengths, 16)
+
+
+# ------------------------------------------------------------------- cache --
+def made(
+    prompts: dict[int, Conditioning], causal: CausalConfig, frames: int = 8, history: str = "recode"
+) -> tuple[Tensor, list[KVCache], list[Chunk]]:
+    network, first = random_wan(), prompts[0]
+    caches = new_caches(network, first, 1, (frames, *FRAME), causal)
+    with torch.no_grad():
+        chunks = list(
+            rollout(
+                network, first, noise=SeededNoise(0), latent_shape=(frames, *FRAME), causal=causal, steps=STEPS,
+                caches=caches, commit_last=True, history=history,
+                prompt_at=lambda start: prompts.get(start) if start else None,
+            )
+        )  # fmt: skip
+    return torch.cat([chunk.latents_BTCHW for chunk in chunks], 1), caches, chunks
+
+
+def test_a_schedule_of_one_prompt_is_the_plain_run_bitwise() -> None:
+    causal, text = CausalConfig(2, window=4, sink=1), random_text()
+    plain = rollout(
+        random_wan(), text, noise=SeededNoise(0), latent_shape=(8, *FRAME), causal=causal, steps=STEPS
+    )  # fmt: skip
+    with torch.no_grad():
+        expected = torch.cat([chunk.latents_BTCHW for chunk in plain], 1)
+    assert torch.equal(made({0: text}, causal)[0], expected)
+    assert torch.equal(made({0: text, 4: text}, CausalConfig(2))[0], made({0: text}, CausalConfig(2))[0])
+
+
+def test_frames_before_the_change_stay_and_later_ones_follow_the_new_prompt() -> None:
+    one, other = random_text(), random_text(seed=1)
+    plain, changed, kept = (
+        made(prompts, CausalConfig(2), history=history)[0]
+        for prompts, history in (({0: one}, "recode"), ({0: one, 4: other}, "recode"), ({0: one, 4: other}, "keep"))
+    )
+    assert torch.equal(changed[:, :4], plain[:, :4])
+    assert not torch.allclose(changed[:, 4:], plain[:, 4:], atol=1e-3)
+    assert not torch.allclose(changed[:, 4:], kept[:, 4:], atol=1e-3)
+
+
+@pytest.mark.parametrize(("window", "sink"), [(-1, 0), (4, 0), (5, 1), (6, 3)])
+def test_recoded_history_is_that_of_a_run_under_the_new_prompt(window: int, sink: int) -> None:
+    """The cache after the change holds what writing its frames, and no others, under the new prompt gives."""
+    causal, one, other = CausalConfig(2, window, sink), random_text(), random_text(seed=1)
+    video, caches, _ = made({0: one, 8: other}, causal, frames=10)
+    network, (cache,) = random_wan(), caches
+    naive = network.new_cache(
+        batch=1, latent_height=FRAME[1], latent_width=FRAME[2], capacity=10, like=other.prompt_embeds_BPE
+    )  # fmt: skip
+    ring = 10 if window == -1 else window - sink
+    shown = [*range(sink), *range(max(sink, 8 - ring), 8)]  # when the prompt changes
+    expected_k: list[Tensor] = []
+    # frame by frame groups as the rollout had them: the sink's parts, then whole or cut chunks
+    groups: list[list[int]] = []
+    for frame in shown:
+        is_same = groups and groups[-1][-1] == frame - 1 and frame // 2 == groups[-1][-1] // 2
+        crosses = groups and frame == sink
+        groups[-1].append(frame) if is_same and not crosses else groups.append([frame])
+    with torch.no_grad():
+        for place, group in zip([sum(map(len, groups[:i])) for i in range(len(groups))], groups):
+            frames = video[:, group[0] : group[-1] + 1]
+            expected_k.append(_write(network, naive, frames, other, place, group[0]))
+    still = [frame for frame in cache.frames() if frame < 8]
+    found, _ = cache.ordered(0)
+    found = found.unflatten(1, (-1, 6))[:, [cache.frames().index(frame) for frame in still]]
+    expected = torch.cat(expected_k, 1).unflatten(1, (-1, 6))[:, [shown.index(frame) for frame in still]]
+    torch.testing.assert_close(found, expected)
+
+
+def _write(network, cache, frames, prompt, place, start) -> Tensor:  # type: ignore[no-untyped-def]
+    """Keys of layer 0 for frames whose place in the cache is not their place in the video."""
+
+    class Placed:
+        def __getattr__(self, name: str) -> object:
+            return getattr(cache, name)
+
+        def stage(self, start_frame: int, num_frames: int) -> None:
+            cache.stage(place, num_frames)
+
+    network(frames, torch.zeros(1, frames.shape[1]), prompt.prompt_embeds_BPE, cache=Placed(), start_frame=start)
+    return cache.k[0][:, place * 6 : (place + frames.shape[1]) * 6].clone()
+
+
+@settings(deadline=None)
+@given(st.integers(0, 3), st.integers(2, 5), st.integers(0, 9), st.lists(st.integers(1, 2), min_size=1, max_size=5))
+def test_a_restarted_ring_shows_the_sink_and_the_latest_frames(
+    sink: int, ring: int, base: int, more: list[int]
+) -> None:
+
+    cache, numbers = make_cache(sink + ring, sink), list(range(sink))
+    cache.restart(base)
+    start = max(base, sink)
+    with torch.no_grad():
+        for frame in range(sink):
+            cache.stage(frame, 1)
+            cache.update(0, chunk(0, 1), chunk(0, 1))
+        for length in more:
+            cache.stage(start, length)
+            k = torch.full_like(chunk(0, length), float(start))
+            visible, _ = cache.update(0, k, k)
+            numbers += range(start, start + length)
+            start += length
+            expected = numbers[:sink] + numbers[sink:][-ring:]
+            assert cache.frames() == tuple(expected)
+            assert visible.shape[1] == len(expected) * 6
+    state = cache.snapshot()
+    other = make_cache(sink + ring, sink)
+    other.restore(state)
+    assert other.frames() == cache.frames()
+    assert torch.equal(other.ordered(0)[0], cache.ordered(0)[0])
+
+
+# ------------------------------------------------------------------- video --
+@pytest.mark.parametrize("history", ["recode", "keep"])
+def test_the_video_changes_its_colour_where_the_prompt_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], history: str
+) -> None:
+    out = tmp_path / "video.mp4"
+    rest = "square moving left slowly on a black background"
+    prompt = f"0s: a red {rest}; 2.1s: a blue {rest}"
+    options = ["generate", "--prompt", prompt, "--frames", "69", "--seed", "2", "--out", str(out), "--json"]
+    assert main([*options, "--history", history]) == 0
+    assert json.loads(capsys.readouterr().out)["history"] == history
+    colours = detect(read_video(out)).colours_V
+    assert set(colours[:33]) == {"red"}
+    assert set(colours[-4:]) == {"blue"}, "by way of magenta, since the history is red"
+    assert json.loads(read_metadata(out)["selfforcing"])["history"] == history
+
+
+def test_schedules_that_do_not_fit_are_refused_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["generate", "--out", str(tmp_path / "x.mp4"), "--prompt"]
+    for prompt, words in (
+        ("0s: a; 9s: b", "the video ends"),
+        ("2s: a", "begins at 2s"),
+        ("0s: a; 0.1s: b", "same chunk"),
+    ):
+        assert main([*options, prompt]) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "x.mp4").exists()
