@@ -8,6 +8,7 @@ from .custom_sampling import SelfForcingFewStepSampler, SelfForcingGuider, SelfF
 from .decode import SelfForcingTAEHVDecode, SelfForcingTAEHVEncode
 from .image_to_video import SelfForcingImageToVideo
 from .loader import SelfForcingCacheOptions, SelfForcingModelLoader, SelfForcingPatchModel, SelfForcingTAEHVLoader
+from .prompt_schedule import SelfForcingPromptSchedule
 from .sampler import SelfForcingStreamSampler
 from .state import SelfForcingResume, SelfForcingSnapshot
 from .text import SelfForcingTextEncode
@@ -33,4 +34,5 @@ class SelfForcingExtension(ComfyExtension):
             SelfForcingTAEHVEncode,
             SelfForcingSnapshot,
             SelfForcingResume,
+            SelfForcingPromptSchedule,
         ]

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import comfy.samplers
 import torch
@@ -23,6 +23,7 @@ from ..selfforcing_core.conditioning import Conditioning
 from ..selfforcing_core.config import CausalConfig, StepConfig, WanConfig
 from ..selfforcing_core.geometry import chunk_lengths, tokens_per_frame
 from ..selfforcing_core.kv_cache import KVCache
+from ..selfforcing_core.prompt_schedule import Entry, start_frames
 from ..selfforcing_core.rollout import Chunk, SeededNoise, new_caches, rollout
 from ..selfforcing_core.schedule import TIMESTEPS
 from ..selfforcing_core.snapshot import Snapshot
@@ -97,6 +98,16 @@ class Run:
     working_bytes: float = 0
 
 
+@dataclass(frozen=True)
+class Moment:
+    """From when a prompt holds, and what becomes of the frames before it: an entry of a CONDITIONING's options."""
+
+    KEY: ClassVar[str] = "selfforcing_moment"
+    seconds: float
+    fps: float
+    history: str
+
+
 class ChunkSampler(comfy.samplers.KSAMPLER):
     """SAMPLER: chunk by chunk with a KV cache; with `is_whole` all frames at once and without."""
 
@@ -159,9 +170,10 @@ def sample_chunks(
     """
     guider = model_k.inner_model
     patcher = guider.model_patcher
-    settings = settings_of(patcher)
+    settings, native = settings_of(patcher), patcher.model.diffusion_model
     _check_kind(settings.kind, run.is_whole)
-    _check_prompts(guider, config_of(patcher.model.diffusion_model))
+    later = _later_prompts(guider)
+    _check_prompts([*_conditions(guider), *(cond for _, conds in later for cond in conds)], config_of(native))
     x_BTCHW = rearrange(noise_BCTHW, "b c t h w -> b t c h w")
     batch, frames = x_BTCHW.shape[:2]
     shape: LatentShape = tuple(x_BTCHW.shape[1:])  # type: ignore[assignment]
@@ -192,9 +204,11 @@ def sample_chunks(
 
     with _memory_explained(network, causal, shape, batch):
         caches = None if run.is_whole else network.allocate(shape, causal)
+        prompts = _Schedule(network, later, lengths) if later else None
         chunks = rollout(
             network, network.conditioning, noise=noise, latent_shape=shape, causal=causal, steps=steps,
             prefix_BTCHW=prefix if resumed is None else None, caches=caches, on_step=on_step, resume=resumed,
+            prompt_at=prompts and prompts.at, history=later[0][0].history if later else "recode",
         )  # fmt: skip
         try:
             for chunk in chunks:
@@ -269,9 +283,9 @@ def _check_kind(kind: str, is_whole: bool) -> None:
         )
 
 
-def _check_prompts(guider: Any, config: WanConfig) -> None:
+def _check_prompts(conds: list[dict[str, Any]], config: WanConfig) -> None:
     """Raise ValueError for prompts that a cached rollout would get wrong."""
-    for cond in _conditions(guider):
+    for cond in conds:
         found = next((name for name in REFUSED if cond.get(name) is not None), None)
         if found is not None:
             raise ValueError(
@@ -288,12 +302,51 @@ def _check_prompts(guider: Any, config: WanConfig) -> None:
             raise ValueError(f"the prompt has {rows} rows of text, but this model reads {config.text_len}; shorten it")
 
 
+def _later_prompts(guider: Any) -> list[tuple[Moment, list[dict[str, Any]]]]:
+    """Takes the positive prompts that hold only from a moment on out of the guider's; returns them by moment."""
+    later: dict[Moment, list[dict[str, Any]]] = {}
+    for cond in guider.conds.get("positive", []):
+        if Moment.KEY in cond:
+            later.setdefault(cond[Moment.KEY], []).append(cond)
+    if later:
+        guider.conds["positive"] = [cond for cond in guider.conds["positive"] if Moment.KEY not in cond]
+    return sorted(later.items(), key=lambda item: item[0].seconds)
+
+
+class _Schedule:
+    """Prompts that hold from some chunk on, put into the guider when their time has come."""
+
+    def __init__(
+        self, network: _GuidedNetwork, later: list[tuple[Moment, list[dict[str, Any]]]], lengths: tuple[int, ...]
+    ) -> None:
+        entries = [Entry(0, ""), *(Entry(moment.seconds, "") for moment, _ in later)]
+        starts = start_frames(entries, lengths, later[0][0].fps)
+        self.network, self.at_frame = network, dict(zip(starts[1:], (conds for _, conds in later)))
+
+    def at(self, start_frame: int) -> Conditioning | None:
+        """To the rollout all prompts look alike: they are the guider's."""
+        if start_frame not in self.at_frame:
+            return None
+        network = self.network
+        network.guider.conds["positive"] = self.at_frame[start_frame]
+        assert network.state is not None
+        network.state.index_of = {cond["uuid"]: index for index, cond in enumerate(_conditions(network.guider))}
+        return network.conditioning
+
+
 def _conditions(guider: Any) -> list[dict[str, Any]]:
-    """The prompts that the guider evaluates, positive ones first; at cfg 1 the host leaves negative ones out."""
-    conds = {name: found for name, found in guider.conds.items() if found}
+    """The prompts that the guider evaluates at first, positive ones before others; at cfg 1 negative ones are left out.
+
+    Once a later prompt's time has come it is the only positive one, whatever it carries.
+    """
+    conds = {name: _at_first(found) for name, found in guider.conds.items() if found}
     if getattr(guider, "cfg", None) == 1 and "positive" in conds:
         conds.pop("negative", None)
     return [cond for name in sorted(conds, key=lambda name: name != "positive") for cond in conds[name]]
+
+
+def _at_first(conds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [cond for cond in conds if Moment.KEY not in cond] or conds
 
 
 def _num_conditions(guider: Any) -> int:

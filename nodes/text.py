@@ -30,6 +30,14 @@ def _load(folder: Path, fingerprint: str) -> _Loaded:
     return _Loaded(encoder, host.patcher_of(torch.nn.Sequential(encoder.model), device, offload, dynamic=False))
 
 
+def encode(text_encoder: str, text: str) -> list[Any]:
+    """CONDITIONING of one prompt by a choice of `host.text_encoder_choices`."""
+    folder = host.text_encoder_folder(text_encoder)
+    loaded = _load(folder, host.fingerprint(folder))
+    host.load([loaded.patcher], whole=True)
+    return [[host.to_graph(loaded.encoder.encode([text])), {}]]
+
+
 class SelfForcingTextEncode(io.ComfyNode):
     """Prompt to CONDITIONING with a UMT5 encoder."""
 
@@ -61,11 +69,7 @@ class SelfForcingTextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, text_encoder: str, text: str) -> io.NodeOutput:
-        folder = host.text_encoder_folder(text_encoder)
-        loaded = _load(folder, host.fingerprint(folder))
-        host.load([loaded.patcher], whole=True)
-        embeds_BPE = loaded.encoder.encode([text])
-        return io.NodeOutput([[host.to_graph(embeds_BPE), {}]])
+        return io.NodeOutput(encode(text_encoder, text))
 
     @classmethod
     def fingerprint_inputs(cls, text_encoder: str = "", **_: object) -> str:

@@ -17,6 +17,7 @@ from tests.comfyui.graphs import (
     SAMPLER,
     SAVE,
     TAEHV,
+    TEXT,
     add,
     fresh_seed,
     latents_of,
@@ -49,6 +50,40 @@ def test_video_is_that_of_the_command_line(server: Server, tmp_path: Path) -> No
     generate(Request(prompt=text, out=tmp_path / "same.mp4", frames=NUM_FRAMES, seed=seed))
     # The two encode H.264 with different settings, and the hosts' torch may round differently from ours.
     assert (read_video(tmp_path / "same.mp4") - frames).abs().mean() < 0.02
+
+
+REST = "square moving left slowly on a black background"
+
+
+@pytest.mark.parametrize("history", ["recode", "keep"])
+def test_a_schedule_is_that_of_the_command_line(server: Server, tmp_path: Path, history: str) -> None:
+    text, seed = f"0s: a red {REST}\n2.1s: a blue {REST}", 2
+    prompt = tiny_prompt(seed=seed, length=57, positive=["schedule", 0])
+    add(
+        prompt, "schedule", "SelfForcingPromptSchedule", text=text, history=history, fps=16.0,
+        text_encoder=prompt[TEXT]["inputs"]["text_encoder"],
+    )  # fmt: skip
+    frames, _ = read_mp4(server.run(prompt)[SAVE][0])
+    generate(Request(prompt=text, out=tmp_path / "same.mp4", frames=57, seed=seed, history=history))
+    assert (read_video(tmp_path / "same.mp4") - frames).abs().mean() < 0.02
+    colours = detect(frames).colours_V
+    assert set(colours[:33]) == {"red"}
+    assert "red" not in colours[-8:]
+
+
+def test_a_schedule_of_one_prompt_is_the_prompt_bitwise(server: Server) -> None:
+    seed, text = fresh_seed(), f"a red {REST}"
+    plain = latents_of(server, tiny_prompt(text, seed=seed))
+    prompt = tiny_prompt(seed=seed, positive=["schedule", 0])
+    options = {"history": "recode", "fps": 16.0, "text_encoder": prompt[TEXT]["inputs"]["text_encoder"]}
+    add(prompt, "schedule", "SelfForcingPromptSchedule", text=text, **options)
+    assert torch.equal(latents_of(server, prompt), plain)
+    prompt["schedule"]["inputs"]["text"] = f"0s: {text}\n9s: a blue {REST}"
+    prompt_id = server.submit(prompt)
+    assert "the video ends at 2.0625s" in failure(server.result(prompt_id))
+    prompt["schedule"]["inputs"]["text"] = "2s: late"
+    with pytest.raises(Refused, match="begins at 2s"):
+        server.submit(prompt)
 
 
 def test_progress_counts_network_calls_and_every_chunk_is_previewed(server: Server) -> None:

@@ -1,0 +1,89 @@
+"""Prompts that change while a video is made: text with times in it to CONDITIONING."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..selfforcing_core.prompt_schedule import HISTORIES, parse_schedule
+from . import host
+from .sampling import Moment
+from .text import encode
+
+
+class SelfForcingPromptSchedule(io.ComfyNode):
+    """One text to several prompts, each with the moment from which it holds."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="SelfForcingPromptSchedule",
+            display_name="Prompt Schedule (Self Forcing)",
+            category="SelfForcing",
+            search_aliases=["prompt travel", "prompt switch", "multi prompt", "timeline"],
+            description="Changes the prompt while a video is made. Goes where CLIP Text Encode goes, into the positive "
+            "input of Stream Sampler, Guider or BasicGuider.",
+            inputs=[
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    default="0s: a red square moving left slowly\n1.5s: a blue square moving left slowly",
+                    tooltip="One prompt per line, each behind the second from which it holds: '0s: ...', '3s: ...'. "
+                    "The chunk in which the moment lies is the first that follows the new prompt.",
+                ),
+                io.Combo.Input(
+                    "history",
+                    options=list(HISTORIES),
+                    tooltip="What becomes of the frames so far where the prompt changes. recode: those in the window "
+                    "are written into the KV cache again under the new prompt, which takes one pass per chunk; keep: "
+                    "they stay as they are, and the change is slower.",
+                ),
+                io.Float.Input(
+                    "fps",
+                    default=16.0,
+                    min=1.0,
+                    max=240.0,
+                    step=0.5,
+                    tooltip="Frames per second of the video that the times refer to; Wan models are trained at 16.",
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="From Load CLIP (type wan), for full-size models."),
+                io.Combo.Input(
+                    "text_encoder",
+                    options=host.text_encoder_choices(),
+                    optional=True,
+                    tooltip="Where clip is not connected: as in Text Encode (Self Forcing).",
+                ),
+            ],
+            outputs=[io.Conditioning.Output(tooltip="The prompts with their moments, for one sampler.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, text: str | None = None) -> bool | str:
+        try:
+            parse_schedule(text or "")
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(
+        cls, text: str, history: str, fps: float, clip: Any = None, text_encoder: str | None = None
+    ) -> io.NodeOutput:
+        if clip is None and not text_encoder:
+            raise ValueError("there is nothing to read the prompts with; connect clip, or choose a text_encoder")
+        entries = parse_schedule(text)
+        made = []
+        for entry in entries:
+            if clip is None:
+                assert text_encoder is not None
+                found = encode(text_encoder, entry.prompt)
+            else:
+                found = clip.encode_from_tokens_scheduled(clip.tokenize(entry.prompt))
+            moment = {Moment.KEY: Moment(entry.seconds, fps, history)} if entry is not entries[0] else {}
+            made += [[embeds, {**options, **moment}] for embeds, options in found]
+        return io.NodeOutput(made)
+
+    @classmethod
+    def fingerprint_inputs(cls, text_encoder: str | None = None, **_: object) -> str:
+        return host.fingerprint(host.text_encoder_folder(text_encoder)) if text_encoder else ""
