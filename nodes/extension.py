@@ -11,6 +11,7 @@ from .loader import SelfForcingCacheOptions, SelfForcingModelLoader, SelfForcing
 from .prompt_schedule import SelfForcingPromptSchedule
 from .sampler import SelfForcingStreamSampler
 from .state import SelfForcingResume, SelfForcingSnapshot
+from .stream_to_file import SelfForcingStreamToFile
 from .text import SelfForcingTextEncode
 
 
@@ -35,4 +36,5 @@ class SelfForcingExtension(ComfyExtension):
             SelfForcingSnapshot,
             SelfForcingResume,
             SelfForcingPromptSchedule,
+            SelfForcingStreamToFile,
         ]

@@ -17,6 +17,7 @@ import comfy.model_sampling
 import comfy.utils
 import folder_paths
 import torch
+from comfy.cli_args import args as cli_args
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image
@@ -91,6 +92,22 @@ def schema(*, search_aliases: Sequence[str] = (), **options: Any) -> io.Schema:
     """A node's schema, with search aliases where the host knows them."""
     has_aliases = any(item.name == "search_aliases" for item in fields(io.Schema))
     return io.Schema(**options, **({"search_aliases": list(search_aliases)} if has_aliases else {}))
+
+
+def output_file(prefix: str, ending: str, width: int, height: int) -> tuple[Path, str]:
+    """A new file below the output folder, numbered as the host numbers its own, and its subfolder there."""
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+        prefix, folder_paths.get_output_directory(), width, height
+    )
+    return Path(folder) / f"{name}_{counter:05}_{ending}", subfolder
+
+
+def graph_metadata(hidden: Any) -> dict[str, Any]:
+    """Prompt and workflow as the host embeds them into what it saves; none where the user switched that off."""
+    if cli_args.disable_metadata or hidden is None:
+        return {}
+    found = dict(hidden.extra_pnginfo or {})
+    return {**found, **({"prompt": hidden.prompt} if hidden.prompt is not None else {})}
 
 
 # ------------------------------------------------------ devices and memory --

@@ -5,6 +5,7 @@ Letters: B batch, T latent frames, C channels, H W latent size, V video frames, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,20 +48,23 @@ def _empty_latent(
     return {"samples": empty}, size.chunk_lengths
 
 
+Take = Callable[[Tensor], object]  # what becomes of a chunk's frames [B, V, R, H, W] in [0, 1]
+
+
 class _StreamProgress(host.Progress):
     """Counts network calls, decodes each chunk as soon as it is there, and shows its newest frame."""
 
-    def __init__(self, total: int, stream: FrameStream | None, latent_format: Any) -> None:
+    def __init__(self, total: int, stream: FrameStream | None, latent_format: Any, take: Take) -> None:
         super().__init__(total)
-        self.stream, self.latent_format = stream, latent_format
-        self.frames: list[Tensor] = []
+        self.stream, self.latent_format, self.take = stream, latent_format, take
 
     def chunk(self, chunk: Chunk) -> None:
         if self.stream is None:
             self.show_rough(chunk.latents_BTCHW[0, -1], self.latent_format)
             return
-        self.frames.append(self.stream.decode(chunk.latents_BTCHW))
-        self.show(self.frames[-1][0, -1])
+        frames_BVRHW = self.stream.decode(chunk.latents_BTCHW)
+        self.take(frames_BVRHW)
+        self.show(frames_BVRHW[0, -1])
 
 
 class SelfForcingStreamSampler(io.ComfyNode):
@@ -243,43 +247,69 @@ class SelfForcingStreamSampler(io.ComfyNode):
         state: StateHolder | None = None,
         keep_state: bool = False,
     ) -> io.NodeOutput:
-        causal = causal_settings(settings_of(model).causal, chunk, window, sink)
-        channels = config_of(model.model.diffusion_model).out_dim
-        latent, lengths = _empty_latent(latent_image, width, height, length, causal, channels)
-        autoencoder = taehv_autoencoder(taehv) if taehv is not None else None
-        working = autoencoder.working_bytes(*latent["samples"].shape[-2:]) if autoencoder else 0
-        guider = ChunkGuider(host.with_companions(model, [autoencoder.patcher] if autoencoder else []))
-        guider.set_prompts(positive, negative, cfg)
         frames: list[Tensor] = []
-        run = Run(
-            causal=causal,
-            progress=lambda total: _progress(total, autoencoder, model, state, frames),
-            resume=state,
-            keep=StateHolder() if keep_state else None,
-            working_bytes=working,
-        )
-        samples = guider.sample(
-            SeededHostNoise(seed, lengths).generate_noise(latent),
-            latent["samples"],
-            ChunkSampler(run),
-            sigmas_of(model, steps, shift),
-            denoise_mask=latent.get("noise_mask"),
-            disable_pbar=True,
-            seed=seed,
-        )
+        samples, kept = sample(
+            model, positive, width, height, length, seed, steps, shift, chunk, window, sink, latent_image, taehv,
+            negative, cfg, state, keep_state, frames.append,
+        )  # fmt: skip
         images = graph_images(torch.cat(frames, 1)) if frames else host.blocked(NO_FRAMES)
-        kept = run.keep if run.keep is not None else host.blocked(NO_STATE)
-        return io.NodeOutput({"samples": host.to_graph(samples)}, images, kept)
+        return io.NodeOutput({"samples": samples}, images, kept)
+
+
+def sample(
+    model: Any,
+    positive: list[Any],
+    width: int,
+    height: int,
+    length: int,
+    seed: int,
+    steps: int,
+    shift: float,
+    chunk: int,
+    window: int,
+    sink: int,
+    latent_image: dict[str, Any] | None,
+    taehv: Any,
+    negative: list[Any] | None,
+    cfg: float,
+    state: StateHolder | None,
+    keep_state: bool,
+    take: Take,
+) -> tuple[Tensor, Any]:
+    """LATENT samples and where the run ended; `take` gets every chunk's frames as soon as they are decoded."""
+    causal = causal_settings(settings_of(model).causal, chunk, window, sink)
+    channels = config_of(model.model.diffusion_model).out_dim
+    latent, lengths = _empty_latent(latent_image, width, height, length, causal, channels)
+    autoencoder = taehv_autoencoder(taehv) if taehv is not None else None
+    working = autoencoder.working_bytes(*latent["samples"].shape[-2:]) if autoencoder else 0
+    guider = ChunkGuider(host.with_companions(model, [autoencoder.patcher] if autoencoder else []))
+    guider.set_prompts(positive, negative, cfg)
+    run = Run(
+        causal=causal,
+        progress=lambda total: _progress(total, autoencoder, model, state, take),
+        resume=state,
+        keep=StateHolder() if keep_state else None,
+        working_bytes=working,
+    )
+    samples = guider.sample(
+        SeededHostNoise(seed, lengths).generate_noise(latent),
+        latent["samples"],
+        ChunkSampler(run),
+        sigmas_of(model, steps, shift),
+        denoise_mask=latent.get("noise_mask"),
+        disable_pbar=True,
+        seed=seed,
+    )
+    return host.to_graph(samples), run.keep if run.keep is not None else host.blocked(NO_STATE)
 
 
 def _progress(
-    total: int, autoencoder: TAEHVAutoencoder | None, model: Any, state: StateHolder | None, frames: list[Tensor]
+    total: int, autoencoder: TAEHVAutoencoder | None, model: Any, state: StateHolder | None, take: Take
 ) -> _StreamProgress:
-    """What follows a run; `frames` is filled with its decoded chunks, those before a resumed state first."""
-    progress = _StreamProgress(total, autoencoder.stream() if autoencoder else None, model.model.latent_format)
-    progress.frames = frames
-    if state is not None and progress.stream is not None:
+    """What follows a run; the frames before a resumed state are taken first."""
+    stream = autoencoder.stream() if autoencoder else None
+    if state is not None and stream is not None:
         video = state.filled().video_BTCHW
         assert video is not None
-        frames.append(progress.stream.decode(video))
-    return progress
+        take(stream.decode(video))
+    return _StreamProgress(total, stream, model.model.latent_format, take)

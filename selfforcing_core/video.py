@@ -18,7 +18,7 @@ from av.error import FFmpegError
 from PIL import Image
 from torch import Tensor
 
-from .atomic import replacing
+from .atomic import check_writable, replacing
 
 CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 # x264: crf 18 is visually lossless (0 is exact, 51 is worst). Its assembly was seen to encode equal frames into files
@@ -68,25 +68,91 @@ def _chunks(frames: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
 def _encode(path: Path, container: str, chunks: Iterator[Tensor], fps: float, metadata: Mapping[str, Any]) -> int:
     # Without use_metadata_tags the mp4 muxer keeps only the few names it knows.
     with av.open(str(path), "w", format=container, options={"movflags": "use_metadata_tags+faststart"}) as file:
+        writer = _Writer(file, fps, metadata, "libx264", "yuv420p", ENCODER)
+        for chunk_VRHW in chunks:
+            writer.add(chunk_VRHW)
+        writer.finish()
+    if writer.count == 0:
+        raise ValueError("a video needs at least one frame")
+    return writer.count
+
+
+class _Writer:
+    """Frames into an open container; the first chunk says their size."""
+
+    def __init__(
+        self, file: Any, fps: float, metadata: Mapping[str, Any], codec: str, pixels: str, options: dict[str, str]
+    ) -> None:
         for name, value in metadata.items():
             file.metadata[name] = value if isinstance(value, str) else json.dumps(value)
-        stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=ENCODER)
-        stream.pix_fmt = "yuv420p"
-        count = 0
-        for chunk_VRHW in chunks:
-            height, width = chunk_VRHW.shape[-2:]
-            if count == 0:
-                _check_even(width, height)
-                stream.width, stream.height = width, height
-            elif (width, height) != (stream.width, stream.height):
-                raise ValueError(f"a chunk of {width}x{height} follows frames of {stream.width}x{stream.height}")
-            for picture in _to_bytes(chunk_VRHW):
-                file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-                count += 1
-        if count == 0:
-            raise ValueError("a video needs at least one frame")
-        file.mux(stream.encode(None))
-    return count
+        self.file, self.count = file, 0
+        self.stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
+        self.stream.pix_fmt = pixels
+
+    def add(self, frames_VRHW: Tensor) -> None:
+        """Encode a chunk. Raises ValueError if its size is odd or not that of the ones before."""
+        height, width = frames_VRHW.shape[-2:]
+        if self.count == 0:
+            _check_even(width, height)
+            self.stream.width, self.stream.height = width, height
+        elif (width, height) != (self.stream.width, self.stream.height):
+            raise ValueError(f"a chunk of {width}x{height} follows frames of {self.stream.width}x{self.stream.height}")
+        for picture in _to_bytes(frames_VRHW):
+            self.file.mux(self.stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            self.count += 1
+
+    def finish(self) -> None:
+        if self.count:
+            self.file.mux(self.stream.encode(None))
+
+
+# codec, pixels, options of the encoder and container; a key frame, and with it a fragment, at least every 12 frames
+_STREAMS = {
+    ".mp4": (
+        "libx264", "yuv420p", {**ENCODER, "tune": "zerolatency", "g": "12"},
+        {"movflags": "use_metadata_tags+frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"},
+    ),
+    ".mkv": ("ffv1", "bgr0", {"level": "3", "g": "1"}, {"cluster_time_limit": "500", "flush_packets": "1"}),
+}  # fmt: skip
+
+
+class VideoStream:
+    """A video file that grows while it is made: what it holds at any moment can be played, whatever happens next.
+
+    .mp4 is H.264 in fragments, .mkv is lossless (FFV1). Memory does not grow with the length. The file is written where
+    it is to be, not aside. Raises ValueError for another ending, and for a path that exists or cannot be written.
+    """
+
+    def __init__(self, path: str | Path, fps: float = 16, metadata: Mapping[str, Any] | None = None) -> None:
+        self.path = Path(path)
+        if self.path.suffix.lower() not in _STREAMS:
+            raise ValueError(f"{path}: cannot be streamed to; use an ending of {', '.join(_STREAMS)}")
+        check_writable(self.path, overwrite=False)
+        codec, pixels, options, muxer = _STREAMS[self.path.suffix.lower()]
+        container = CONTAINERS[self.path.suffix.lower()]
+        self._file = av.open(str(self.path), "w", format=container, options=muxer)
+        self._writer = _Writer(self._file, fps, metadata or {}, codec, pixels, options)
+
+    @property
+    def num_frames(self) -> int:
+        return self._writer.count
+
+    def write(self, frames_VRHW: Tensor) -> None:
+        """Append frames in [0, 1]. Raises ValueError if their size is odd or not that of the ones before."""
+        self._writer.add(frames_VRHW)
+
+    def close(self) -> None:
+        """Finish the file; without any frame it is removed."""
+        self._writer.finish()
+        self._file.close()
+        if self._writer.count == 0:
+            self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> VideoStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _check_even(width: int, height: int) -> None:

@@ -36,7 +36,12 @@ INPUT_ORDER = {
     "SelfForcingTAEHVEncode": {"required": ["pixels", "taehv"]},
     "SelfForcingSnapshot": {"required": ["state", "filename_prefix"], "optional": ["after"]},
     "SelfForcingResume": {"required": ["state_name"]},
+    "SelfForcingPromptSchedule": {"required": ["text", "history", "fps"], "optional": ["clip", "text_encoder"]},
 }  # fmt: skip
+INPUT_ORDER["SelfForcingStreamToFile"] = {
+    "required": [*INPUT_ORDER["SelfForcingStreamSampler"]["required"], "filename_prefix", "format", "fps"],
+    "optional": INPUT_ORDER["SelfForcingStreamSampler"]["optional"][:-1],
+}
 OUTPUTS = {
     "SelfForcingModelLoader": ["MODEL"],
     "SelfForcingTextEncode": ["CONDITIONING"],
@@ -53,6 +58,8 @@ OUTPUTS = {
     "SelfForcingTAEHVEncode": ["LATENT"],
     "SelfForcingSnapshot": ["SELFFORCING_STATE"],
     "SelfForcingResume": ["SELFFORCING_STATE"],
+    "SelfForcingPromptSchedule": ["CONDITIONING"],
+    "SelfForcingStreamToFile": ["LATENT", "STRING"],
 }
 LISTS = {
     "SelfForcingModelLoader": "unet_name",

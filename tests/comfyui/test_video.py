@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ import torch
 from PIL import Image
 
 from selfforcing_core.generate import Request, generate
-from selfforcing_core.video import read_video
+from selfforcing_core.video import read_metadata, read_video
 from tests.comfyui.graphs import (
+    CREATE,
     EXPLICIT_CHUNK,
     SAMPLER,
     SAVE,
@@ -132,6 +134,48 @@ def test_streamed_frames_are_those_that_decoding_the_latents_gives(server: Serve
     assert stream.shape == (21, 64, 64, 3)
     for decoded in (ours, native):
         assert (decoded - stream).abs().max() <= 1
+
+
+def to_file(prompt: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The workflow with Stream to File in place of its sampler and what follows."""
+    inputs = {**prompt[SAMPLER]["inputs"], "filename_prefix": "streamed/clip", "format": "mkv (lossless)", "fps": 16.0}
+    kept = {name: node for name, node in prompt.items() if name not in (SAMPLER, CREATE, SAVE)}
+    return {**kept, "file": {"class_type": "SelfForcingStreamToFile", "inputs": {**inputs, **more}}}
+
+
+def test_a_file_written_while_it_is_made_holds_the_same_frames(server: Server) -> None:
+    prompt = tiny_prompt(seed=fresh_seed(), length=21)
+    (path,) = server.run(to_file(prompt))["file"]
+    add(prompt, "png", "SaveImage", images=[SAMPLER, 1], filename_prefix="frames/whole")
+    whole = torch.stack([pil_to_tensor(path) for path in server.run(prompt)["png"]])
+    streamed = (read_video(path) * 255).round().short().permute(0, 2, 3, 1)
+    assert streamed.shape == (21, 64, 64, 3)
+    # SaveImage cuts what we round
+    assert (streamed - whole).abs().max() <= 1
+    metadata = {name.lower(): value for name, value in read_metadata(path).items()}
+    assert json.loads(metadata["prompt"])["file"]["class_type"] == "SelfForcingStreamToFile"
+    again = server.run(to_file(prompt, format="mp4 (H.264)"))["file"][0]
+    assert (again.name, again.parent.name) == ("clip_00002_.mp4", "streamed")
+    assert (read_video(again) - read_video(path)).abs().mean() < 0.03
+
+
+def test_a_stopped_file_plays_as_far_as_it_was_made(server: Server) -> None:
+    with server.events() as events:
+        server.submit(
+            to_file(tiny_prompt(seed=fresh_seed(), length=417), filename_prefix="stopped/a"), events.client_id
+        )
+        while not list((server.folder / "output/stopped").glob("*.mkv")):
+            events.until("progress")
+        server.post("/interrupt")
+        events.until("execution_interrupted")
+    (path,) = (server.folder / "output/stopped").glob("*.mkv")
+    assert 9 <= len(read_video(path)) < 417
+
+
+def test_streaming_to_a_file_needs_a_decoder(server: Server) -> None:
+    prompt = to_file(tiny_prompt(seed=fresh_seed()))
+    del prompt["file"]["inputs"]["taehv"]
+    assert "connect taehv" in failure(server.result(server.submit(prompt)))
 
 
 def pil_to_tensor(path: Path) -> torch.Tensor:
