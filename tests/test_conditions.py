@@ -30,12 +30,13 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [f"vae={vae}", f"clip={clip}"]
 
 
-def test_prompts_come_from_a_file_or_a_folder(tmp_path: Path) -> None:
+def test_prompts_come_from_a_file_or_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "b.txt").write_text("second\n", encoding="utf-8")
     (tmp_path / "a.txt").write_text("first\nline two\n", encoding="utf-8")
     (tmp_path / "c.txt").write_text("  \n", encoding="utf-8")
     assert read_texts(str(tmp_path)) == ["first line two", "second"]
     assert read_texts(str(tmp_path / "a.txt")) == ["first", "line two"]
+    assert "1 empty prompts are left out, 2 remain" in caplog.text
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="holds no prompt"):
         read_texts(str(tmp_path / "none"))

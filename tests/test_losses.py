@@ -109,7 +109,11 @@ def test_a_logit_depends_on_clip_time_and_prompt() -> None:
 
 @pytest.mark.parametrize(
     "more",
-    [[], ["gan_relativistic=true", "gan_r1=1", "gan_r2=1", "gan_time=true", "critic_warmup=1", "critic_per_student=1"]],
+    [
+        [],
+        ["lora_rank=2"],
+        ["gan_relativistic=true", "gan_r1=1", "gan_r2=1", "gan_time=true", "critic_warmup=1", "critic_per_student=1"],
+    ],
 )
 def test_adversarial_training_takes_steps_and_goes_on(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, more: list[str]

@@ -20,6 +20,7 @@ from train.args import CONFIGS, DmdArgs, config_path, parse
 from train.data import DatabaseWriter
 from train.dmd import main
 from train.draws import Draws, item
+from train.engine import lr_scale
 from train.export import ExportArgs, export
 
 CONFIG_NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -71,6 +72,14 @@ def test_a_run_that_was_killed_goes_on_bit_by_bit(settings: list[str], whole: Pa
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     start = read_checkpoint(Path(settings[0].removeprefix("student="))).state_dict
     assert not torch.equal(expected["head.head.weight"], start["head.head.weight"])
+
+
+def test_a_run_may_go_on_with_another_number_of_processes(settings: list[str], whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "grown"
+    assert main([*settings, "micro_batch=6", "max_steps=2", f"logdir={folder}"]) == 0
+    run([*settings, "micro_batch=3", f"logdir={folder}"], 2)
+    for found, expected in zip(numbers(folder), numbers(whole), strict=True):
+        assert found == pytest.approx(expected, rel=1e-10, abs=1e-10)
 
 
 def test_a_run_that_is_asked_to_stop_saves_first(settings: list[str], tmp_path: Path) -> None:
@@ -246,6 +255,17 @@ def test_a_new_run_is_not_mixed_with_an_old_one(
 ) -> None:
     assert main([*settings, "resume=false", f"logdir={whole}"]) == 2
     assert "choose another logdir" in capsys.readouterr().err
+
+
+def test_learning_rates_rise_and_fall() -> None:
+    plain = parse(DmdArgs, ["max_steps=100"])
+    assert {lr_scale(plain, step) for step in range(100)} == {1.0}
+    args = parse(DmdArgs, ["max_steps=100", "warmup_steps=10", "lr_end=0.1"])
+    scales = [lr_scale(args, step) for step in range(101)]
+    assert scales[0] == pytest.approx(0.1)
+    assert scales[50] == pytest.approx(0.55)
+    assert scales[100] == pytest.approx(0.1)
+    assert max(scales) == scales[9]
 
 
 def test_draws_depend_on_all_that_they_are_for() -> None:

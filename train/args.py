@@ -60,7 +60,8 @@ class TrainArgs(NetworkArgs):
     lr: float = 2e-6
     betas: list[float] = field(default_factory=lambda: [0.0, 0.999])
     weight_decay: float = 0.01
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # over which learning rates rise from 0
+    lr_end: float = 1.0  # share of the learning rates that is left at max_steps, on half a cosine; 1: constant
     max_grad_norm: float = 10.0
     max_loss: float = 1e4  # a loss beyond it, of either sign, stops the run
     ema_decay: float = 0.99

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from selfforcing_core.wan_vae import WanVAE
 from train.args import NetworkArgs
 from train.distributed import World
 
+log = logging.getLogger(__name__)
 KNOWN = 64  # embeddings and pictures that are kept; a prompt of UMT5-XXL takes 4 MB in bfloat16
 KEY = "prompt_embeds"  # the one tensor of a file of embeddings, [P, E]
 
@@ -35,11 +37,16 @@ def read_texts(path: str) -> list[str]:
     Raises ValueError if there are none.
     """
     if not Path(path).is_dir():
-        return read_prompts(Path(path))
-    files = sorted(Path(path).glob("*.txt"))
-    texts = [" ".join(read_prompts(file)) for file in files if file.read_text(encoding="utf-8-sig").strip()]
+        texts = read_prompts(Path(path))
+        empty = len(Path(path).read_text(encoding="utf-8-sig").splitlines()) - len(texts)
+    else:
+        files = sorted(Path(path).glob("*.txt"))
+        texts = [" ".join(read_prompts(file)) for file in files if file.read_text(encoding="utf-8-sig").strip()]
+        empty = len(files) - len(texts)
     if not texts:
         raise ValueError(f"{path}: holds no prompt; give a folder of .txt files with one prompt each")
+    if empty:
+        log.warning("%s: %d empty prompts are left out, %d remain", path, empty, len(texts))
     return texts
 
 

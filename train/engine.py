@@ -64,6 +64,13 @@ def check(args: TrainArgs, processes: int, needed: Sequence[str]) -> None:
     logs.check(args)
 
 
+def lr_scale(args: TrainArgs, step: int) -> float:
+    """Share of the learning rates that the step numbered `step` from 0 has."""
+    warm = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
+    cosine = (1 + math.cos(math.pi * min(step / max(args.max_steps, 1), 1))) / 2
+    return warm * (args.lr_end + (1 - args.lr_end) * cosine)
+
+
 def newest(logdir: str) -> str:
     """The last good checkpoint in words."""
     found = state.complete(Path(logdir))
@@ -127,9 +134,8 @@ class Trainer(ABC):
     def update(self, role: str) -> dict[str, float]:
         """One update of a role on a batch; loss and gradient norm."""
         trained = self.roles[role]
-        warm = min(1.0, (self.step + 1) / self.args.warmup_steps) if self.args.warmup_steps else 1.0
         for group in trained.optimiser.param_groups:
-            group["lr"] = group["full_lr"] * warm
+            group["lr"] = group["full_lr"] * lr_scale(self.args, self.step)
         total = self.accumulate(role)
         norm = torch.nn.utils.clip_grad_norm_(trained.parameters.values(), self.args.max_grad_norm)
         size = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # type: ignore[operator]
