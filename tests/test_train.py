@@ -188,16 +188,17 @@ def test_every_shipped_configuration_is_understood(
     assert ("peak_bytes_per_process" in told) == (stage is main)
 
 
+@pytest.mark.parametrize("name", [f"self_forcing_{kind}" for kind in ("dmd", "sid", "14b_dmd", "14b_i2v_dmd")])
 def test_launch_lines_of_the_reference_work(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "peak_bytes", lambda args, processes: {"student": processes})
-    words = "--config_path configs/self_forcing_dmd.yaml --logdir logs/x --no_visualize --disable-wandb --dry-run"
+    words = f"--config_path configs/{name}.yaml --logdir logs/x --no_visualize --no_save --disable-wandb --dry-run"
     assert main(words.split()) == 0
     told = capsys.readouterr().out
     assert "logdir: logs/x" in told
-    assert "max_steps: 600" in told
-    assert config_path("configs/self_forcing_dmd.yaml") == CONFIGS / "self_forcing_dmd.yaml"
+    assert "save_every: 0" in told
+    assert config_path(f"configs/{name}.yaml") == CONFIGS / f"{name}.yaml"
 
 
 def test_a_configuration_of_the_reference_is_translated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
