@@ -68,7 +68,7 @@ def discriminator(*, sees_time: bool = False) -> Discriminator:
     network = random_wan()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        heads = Heads(CONFIG, sees_time=sees_time).double()
+        heads = Heads(CONFIG, sees_time=sees_time, dtype=torch.float64)
     return Discriminator(network, network, heads, sees_time=sees_time)
 
 

@@ -49,6 +49,12 @@ def test_predicted_peak_bytes_are_the_tracked_ones(network: Path, more: list[str
         assert predicted[name] - kept == pytest.approx(used[name] - kept, rel=0.2)
 
 
+@pytest.mark.parametrize("score", ["sid", "gan"])
+def test_every_score_can_be_watched(score: str) -> None:
+    args = parse(DmdArgs, [*SETTINGS, f"score={score}"])
+    assert peak_bytes(args, 1)["student"] > kept_bytes(args, 1, dict.fromkeys(TINY, 4))
+
+
 def test_what_is_kept_is_divided_among_the_processes() -> None:
     args = parse(DmdArgs, ["config=self_forcing_dmd"])
     layers = {"student": 30, "teacher": 40, "critic": 30}

@@ -117,8 +117,10 @@ class Distillation(Trainer):
         args = self.settings
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key_of(args.seed, "heads"))
-            heads: Any = Heads(critic.config, sees_time=args.gan_time)
-        heads = distributed.shard(heads.to(self.world.device, wide(args)), self.world, getattr(torch, args.dtype))
+            heads: Any = Heads(critic.config, sees_time=args.gan_time, dtype=wide(args))
+        if self.world.device.type != "cpu":  # drawn on the CPU, so that every device starts from the same heads
+            heads = heads.to(self.world.device)
+        heads = distributed.shard(heads, self.world, getattr(torch, args.dtype))
         self.adversarial = Adversarial(
             Discriminator(critic.network, critic.module, heads, sees_time=args.gan_time),
             Levels(args.score_shift, args.score_levels), args.gan_weight, args.gan_critic_weight,

@@ -33,14 +33,17 @@ def tapped(num_layers: int) -> list[int]:
 class _Reader(nn.Module):
     """One register asks one block's features; a feed-forward layer follows."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.register = nn.Parameter(torch.randn(1, 1, dim))
-        self.norm_register, self.norm_features, self.norm = nn.RMSNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.register = nn.Parameter(torch.randn(1, 1, dim, dtype=dtype))
+        self.norm_register = nn.RMSNorm(dim, dtype=dtype)
+        self.norm_features, self.norm = nn.LayerNorm(dim, dtype=dtype), nn.LayerNorm(dim, dtype=dtype)
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim, dtype=dtype) for _ in range(4))
         wide = round(dim * WIDENING)
-        self.ffn = nn.Sequential(nn.Linear(dim, wide), nn.GELU(approximate="tanh"), nn.Linear(wide, dim))
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, wide, dtype=dtype), nn.GELU(approximate="tanh"), nn.Linear(wide, dim, dtype=dtype)
+        )
 
     def forward(self, features_BSD: Tensor) -> Tensor:
         """What the register found, [B, D]."""
@@ -57,12 +60,15 @@ class _Reader(nn.Module):
 class Heads(nn.Module):
     """One number per clip from the features of three blocks: large for real ones."""
 
-    def __init__(self, config: WanConfig, *, sees_time: bool) -> None:
+    def __init__(self, config: WanConfig, *, sees_time: bool, dtype: torch.dtype) -> None:
         super().__init__()
         dim = config.dim
-        self.readers = nn.ModuleList(_Reader(dim, config.num_heads) for _ in TAPS)
+        self.readers = nn.ModuleList(_Reader(dim, config.num_heads, dtype) for _ in TAPS)
         width = dim * (len(TAPS) + int(sees_time))
-        self.classify = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, 1))
+        self.classify = nn.Sequential(
+            nn.LayerNorm(width, dtype=dtype), nn.Linear(width, dim, dtype=dtype), nn.SiLU(),
+            nn.Linear(dim, 1, dtype=dtype),
+        )  # fmt: skip
 
     def forward(self, features: list[Tensor], time_BD: Tensor | None) -> Tensor:
         """Logits [B, 1]."""

@@ -84,7 +84,9 @@ def build(
     """
     if not args.lora_rank:
         return {
-            role: _trained(source, args, world) if role in trained else frozen(source, args, world)
+            role: _trained(source, args, world)
+            if role in trained
+            else frozen(source, args, world, is_recomputed=args.activation_checkpointing)
             for role, source in sources.items()
         }
     made: dict[str, Built] = {}
@@ -94,11 +96,16 @@ def build(
     return made
 
 
-def frozen(source: Source, args: NetworkArgs, world: distributed.World) -> Built:
-    """A whole network that is not trained. Raises ValueError for a file that cannot be read."""
+def frozen(source: Source, args: NetworkArgs, world: distributed.World, *, is_recomputed: bool = False) -> Built:
+    """A whole network that is not trained. Raises ValueError for a file that cannot be read.
+
+    is_recomputed: compute activations again where gradient passes through it (score=sid).
+    """
     found = read_on_first(source, world)
     assert isinstance(found.config, WanConfig)
     network = CausalWan(found.config, device=META, dtype=getattr(torch, args.dtype)).requires_grad_(False)
+    if is_recomputed:
+        network.checkpoint_blocks()
     _place(network, None if source.planned else found.state_dict, args, world)
     return Built(network, network, {}, found.config)
 
