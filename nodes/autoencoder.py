@@ -89,21 +89,17 @@ class TAEHVAutoencoder:
         pixels = 64 * latent_height * latent_width * self.first_stage_model.frames_per_latent
         return 3.0 * pixels * widest * self.vae_dtype.itemsize
 
-    def stream(self) -> FrameStream:
-        """A new stream of frames; the network must have been loaded (host.load)."""
-        return FrameStream(self)
-
     def decode(self, samples_BCTHW: Tensor, **_: Any) -> Tensor:
         """LATENT samples to frames [B, V, H, W, R]; checks for interruption before every latent frame."""
         latents_BTCHW = network_latents(samples_BCTHW)
         host.load([self.patcher], working_bytes=self.working_bytes(*samples_BCTHW.shape[-2:]))
-        stream = self.stream()
+        decoder = StreamingDecoder(self.first_stage_model)
         progress = host.Progress(latents_BTCHW.shape[1])
         frames = []
         for latent_BCHW in latents_BTCHW.unbind(1):
             host.check_interrupted()
             progress.step()
-            frames.append(stream.decode(latent_BCHW[:, None]))
+            frames.append(host.to_graph(decoder.decode(latent_BCHW[:, None].to(self.device, self.vae_dtype))))
         progress.finish()
         return rearrange(torch.cat(frames, 1), "b v r h w -> b v h w r")
 
@@ -135,19 +131,6 @@ class TAEHVAutoencoder:
 
     def get_sd(self) -> dict[str, Tensor]:
         return self.first_stage_model.state_dict()
-
-
-class FrameStream:
-    """Latents in, frames out, piece by piece; owns the decoder's memory of one video."""
-
-    def __init__(self, autoencoder: TAEHVAutoencoder) -> None:
-        self.autoencoder = autoencoder
-        self.decoder = StreamingDecoder(autoencoder.first_stage_model)
-
-    def decode(self, latents_BTCHW: Tensor) -> Tensor:
-        """The next normalised latents to frames [B, V, R, H, W] in [0, 1], float32, where the graph keeps tensors."""
-        latents = latents_BTCHW.to(self.autoencoder.device, self.autoencoder.vae_dtype)
-        return host.to_graph(self.decoder.decode(latents))
 
 
 def taehv_autoencoder(vae: Any) -> TAEHVAutoencoder:

@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .custom_sampling import SelfForcingFewStepSampler, SelfForcingGuider, SelfForcingSampler, SelfForcingSigmas
 from .decode import SelfForcingTAEHVDecode, SelfForcingTAEHVEncode
 from .image_to_video import SelfForcingImageToVideo
+from .live import add_route
 from .loader import SelfForcingCacheOptions, SelfForcingModelLoader, SelfForcingPatchModel, SelfForcingTAEHVLoader
 from .prompt_schedule import SelfForcingPromptSchedule
 from .sampler import SelfForcingStreamSampler
@@ -17,6 +18,9 @@ from .text import SelfForcingTextEncode
 
 class SelfForcingExtension(ComfyExtension):
     """What ComfyUI receives from the pack. Ids are for ever; new nodes are appended."""
+
+    async def on_load(self) -> None:
+        add_route()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

@@ -6,8 +6,10 @@ Features are tested for, never versions. Letters: V video frames, R RGB, H W pix
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,14 @@ import torch
 from comfy.cli_args import args as cli_args
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
+from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
 from ..selfforcing_core.hub import list_bundles, resolve_text_encoder
 
 BUNDLE_MARK = " (bundled)"
+COMPANIONS = "selfforcing"  # under which a MODEL keeps the networks that are loaded together with it
 PREVIEW_SIZE = 512  # pixels of a preview's longer side; the host may shrink it further
 
 
@@ -126,6 +130,16 @@ def load(patchers: Sequence[Any], *, working_bytes: float = 0, whole: bool = Fal
     memory.load_models_gpu(list(patchers), memory_required=working_bytes, force_full_load=whole)
 
 
+@contextmanager
+def kept_loaded(patcher: Any, noise_shape: Sequence[int]) -> Iterator[None]:
+    """What is done inside may bring in other networks; if this MODEL had to leave for them, it comes back after."""
+    before = patcher.loaded_size()
+    yield
+    if patcher.loaded_size() < before:
+        companions = patcher.get_additional_models_with_key(COMPANIONS)
+        load([patcher, *companions], working_bytes=patcher.memory_required(noise_shape))
+
+
 def to_graph(tensor: Tensor) -> Tensor:
     """float32 on the device where the host keeps what travels between nodes."""
     return tensor.to(device=memory.intermediate_device(), dtype=torch.float32)
@@ -139,7 +153,7 @@ def check_interrupted() -> None:
 def with_companions(patcher: Any, companions: Sequence[Any]) -> Any:
     """A clone of the MODEL with which other networks are brought to their devices, and stay while it is sampled."""
     clone = patcher.clone()
-    clone.set_additional_models("selfforcing", list(companions))
+    clone.set_additional_models(COMPANIONS, list(companions))
     return clone
 
 
@@ -168,6 +182,10 @@ class Progress:
         self.bar = comfy.utils.ProgressBar(total)
         self.done = 0
 
+    def back_to(self, count: int) -> None:
+        """What came after this many calls is made again."""
+        self.done = count
+
     def step(self) -> None:
         """One more network call is about to start; its predecessor is done."""
         self.bar.update_absolute(self.done)
@@ -181,11 +199,45 @@ class Progress:
         pixels = (frame_RHW.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
         self.bar.update_absolute(self.done, preview=("JPEG", Image.fromarray(pixels), PREVIEW_SIZE))
 
-    def show_rough(self, latents_CHW: Tensor, latent_format: Any) -> None:
-        """Show one normalised latent frame by the host's linear guess at its colours, if the host has one."""
-        factors = getattr(latent_format, "latent_rgb_factors", None)
-        if factors is None or len(factors) != latents_CHW.shape[0]:
-            return
-        bias_R = torch.tensor(latent_format.latent_rgb_factors_bias or [0.0, 0.0, 0.0])
-        rgb_RHW = torch.einsum("chw,cr->rhw", latents_CHW.float().cpu(), torch.tensor(factors))
-        self.show((rgb_RHW + bias_R[:, None, None] + 1) / 2)
+
+def rough_frames(latents_BTCHW: Tensor, latent_format: Any) -> Tensor:
+    """Normalised latents in the host's linear guess at their colours, [B, T, R, H, W]; T is 0 if it has none."""
+    factors = getattr(latent_format, "latent_rgb_factors", None)
+    batch, _, channels, height, width = latents_BTCHW.shape
+    if factors is None or len(factors) != channels:
+        return torch.zeros(batch, 0, 3, height, width)
+    bias_R = torch.tensor(latent_format.latent_rgb_factors_bias or [0.0, 0.0, 0.0])
+    rgb = torch.einsum("btchw,cr->btrhw", latents_BTCHW.float().cpu(), torch.tensor(factors))
+    return ((rgb + bias_R[:, None, None] + 1) / 2).clamp(0, 1)
+
+
+# -------------------------------------------------------------- the page --
+def server() -> Any:
+    """The host's web server; None where the host runs without one."""
+    module = sys.modules.get("server")
+    return getattr(getattr(module, "PromptServer", None), "instance", None)
+
+
+@dataclass(frozen=True)
+class Audience:
+    """Whose page queued the running graph, its prompt, and the node that runs."""
+
+    client: str
+    prompt: str
+    node: str
+
+
+def audience() -> Audience | None:
+    """Of the node that runs now; None where no page queued it."""
+    context, client = get_executing_context(), getattr(server(), "client_id", None)
+    return Audience(client, context.prompt_id, context.node_id) if client and context is not None else None
+
+
+def is_listening(client: str) -> bool:
+    """Whether a page of this client is connected."""
+    return client in getattr(server(), "sockets", {})
+
+
+def send(event: str, data: dict[str, Any], client: str) -> None:
+    """To the pages of this client alone; callable from any thread."""
+    server().send_sync(event, data, client)

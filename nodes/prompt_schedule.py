@@ -8,8 +8,8 @@ from comfy_api.latest import io
 
 from ..selfforcing_core.prompt_schedule import HISTORIES, parse_schedule
 from . import host
-from .sampling import Moment
-from .text import encode
+from .prompts import READER, ClipReader, Moment, Reader
+from .text import TextReader
 
 
 class SelfForcingPromptSchedule(io.ComfyNode):
@@ -72,16 +72,14 @@ class SelfForcingPromptSchedule(io.ComfyNode):
     ) -> io.NodeOutput:
         if clip is None and not text_encoder:
             raise ValueError("there is nothing to read the prompts with; connect clip, or choose a text_encoder")
+        read: Reader = TextReader(text_encoder) if clip is None else ClipReader(clip)  # type: ignore[arg-type]
         entries = parse_schedule(text)
         made = []
         for entry in entries:
-            if clip is None:
-                assert text_encoder is not None
-                found = encode(text_encoder, entry.prompt)
-            else:
-                found = clip.encode_from_tokens_scheduled(clip.tokenize(entry.prompt))
-            moment = {Moment.KEY: Moment(entry.seconds, fps, history)} if entry is not entries[0] else {}
-            made += [[embeds, {**options, **moment}] for embeds, options in found]
+            carried: dict[str, Any] = {READER: read}
+            if entry is not entries[0]:
+                carried[Moment.KEY] = Moment(entry.seconds, fps, history)
+            made += [[embeds, {**options, **carried}] for embeds, options in read(entry.prompt)]
         return io.NodeOutput(made)
 
     @classmethod

@@ -16,8 +16,11 @@ from ..selfforcing_core.config import CausalConfig
 from ..selfforcing_core.geometry import PIXEL_STEP, SPATIAL_FACTOR, VideoGeometry, pixel_frames
 from ..selfforcing_core.rollout import Chunk
 from . import host
-from .autoencoder import FrameStream, TAEHVAutoencoder, graph_images, taehv_autoencoder
+from .autoencoder import graph_images
 from .causal_model import AUTO, SINK_AUTO, causal_settings, config_of, settings_of, sigmas_of
+from .frame_stream import FrameStream, frame_stream
+from .live import Live, open_live
+from .prompts import reader_of
 from .sampling import ChunkGuider, ChunkSampler, Run, SeededHostNoise, StateHolder, known_frames, layout
 
 State = io.Custom("SELFFORCING_STATE")
@@ -52,19 +55,51 @@ Take = Callable[[Tensor], object]  # what becomes of a chunk's frames [B, V, R, 
 
 
 class _StreamProgress(host.Progress):
-    """Counts network calls, decodes each chunk as soon as it is there, and shows its newest frame."""
+    """Counts network calls, decodes each chunk as soon as it is there, shows it, and waits while it is held."""
 
-    def __init__(self, total: int, stream: FrameStream | None, latent_format: Any, take: Take) -> None:
+    def __init__(
+        self, total: int, num_frames: int, stream: FrameStream | None, latent_format: Any, live: Live | None, take: Take
+    ) -> None:
         super().__init__(total)
-        self.stream, self.latent_format, self.take = stream, latent_format, take
+        self.num_frames, self.stream, self.latent_format = num_frames, stream, latent_format
+        self.live, self.take = live, take
+        self.taken = self.calls = 0
 
-    def chunk(self, chunk: Chunk) -> None:
+    def resumed(self, video_BTCHW: Tensor) -> None:
+        """What a run that goes on from a state has already."""
+        if self.stream is not None:
+            self._accept(self.stream.decode(video_BTCHW, is_last=False))
+
+    def chunk(self, chunk: Chunk) -> bool:
+        is_last = chunk.start_frame + chunk.latents_BTCHW.shape[1] == self.num_frames
+        before = None if self.stream is None else self.stream.state()
         if self.stream is None:
-            self.show_rough(chunk.latents_BTCHW[0, -1], self.latent_format)
+            frames_BVRHW = host.rough_frames(chunk.latents_BTCHW[:1, -1:], self.latent_format)
+        else:
+            frames_BVRHW = self.stream.decode(chunk.latents_BTCHW, is_last=is_last)
+        self._show(frames_BVRHW, chunk)
+        if self.live is not None and not chunk.is_given and self.live.wants_again():
+            if self.stream is not None:
+                self.stream.restore(before)
+            self.back_to(self.calls)
+            return True
+        self.calls = self.done
+        self._accept(frames_BVRHW)
+        return False
+
+    def _show(self, frames_BVRHW: Tensor, chunk: Chunk) -> None:
+        if not frames_BVRHW.shape[1]:
             return
-        frames_BVRHW = self.stream.decode(chunk.latents_BTCHW)
-        self.take(frames_BVRHW)
-        self.show(frames_BVRHW[0, -1])
+        if self.live is not None:
+            rough = pixel_frames(chunk.start_frame + chunk.latents_BTCHW.shape[1]) - 1
+            self.live.show(frames_BVRHW[0], self.taken if self.stream else rough, chunk.index + 1)
+        if self.live is None or not self.live.has_page:
+            self.show(frames_BVRHW[0, -1])
+
+    def _accept(self, frames_BVRHW: Tensor) -> None:
+        self.taken += frames_BVRHW.shape[1]
+        if frames_BVRHW.shape[1] and self.stream is not None:
+            self.take(frames_BVRHW)
 
 
 class SelfForcingStreamSampler(io.ComfyNode):
@@ -169,8 +204,8 @@ class SelfForcingStreamSampler(io.ComfyNode):
                 io.Vae.Input(
                     "taehv",
                     optional=True,
-                    tooltip="From the node Load TAEHV (Self Forcing): decodes each chunk as soon as it is done, for "
-                    "the preview and the IMAGE output.",
+                    tooltip="Decodes each chunk as soon as it is done, for the player and the IMAGE output. From Load "
+                    "TAEHV (Self Forcing), fast, or Load VAE with Wan's own VAE; other VAEs decode at the end.",
                 ),
                 io.Conditioning.Input(
                     "negative",
@@ -198,6 +233,19 @@ class SelfForcingStreamSampler(io.ComfyNode):
                     default=False,
                     optional=True,
                     tooltip="Keep the final state for the state output; it takes as much memory as the KV cache.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="From Load CLIP: reads the prompts typed into the player. Not needed where the prompt "
+                    "comes from Text Encode or Prompt Schedule (Self Forcing), which bring their own reader.",
+                ),
+                io.Boolean.Input(
+                    "player",
+                    default=True,
+                    optional=True,
+                    tooltip="Show the chunks in the node's player while they are made, at most 512 pixels wide or "
+                    "high. Off: the host's usual preview.",
                 ),
             ],
             outputs=[
@@ -227,36 +275,15 @@ class SelfForcingStreamSampler(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(
-        cls,
-        model: Any,
-        positive: list[Any],
-        width: int,
-        height: int,
-        length: int,
-        seed: int,
-        steps: int,
-        shift: float,
-        chunk: int,
-        window: int,
-        sink: int,
-        latent_image: dict[str, Any] | None = None,
-        taehv: Any = None,
-        negative: list[Any] | None = None,
-        cfg: float = 1.0,
-        state: StateHolder | None = None,
-        keep_state: bool = False,
-    ) -> io.NodeOutput:
+    def execute(cls, **inputs: Any) -> io.NodeOutput:
         frames: list[Tensor] = []
-        samples, kept = sample(
-            model, positive, width, height, length, seed, steps, shift, chunk, window, sink, latent_image, taehv,
-            negative, cfg, state, keep_state, frames.append,
-        )  # fmt: skip
+        samples, kept = sample(take=frames.append, **inputs)
         images = graph_images(torch.cat(frames, 1)) if frames else host.blocked(NO_FRAMES)
         return io.NodeOutput({"samples": samples}, images, kept)
 
 
 def sample(
+    *,
     model: Any,
     positive: list[Any],
     width: int,
@@ -268,48 +295,62 @@ def sample(
     chunk: int,
     window: int,
     sink: int,
-    latent_image: dict[str, Any] | None,
-    taehv: Any,
-    negative: list[Any] | None,
-    cfg: float,
-    state: StateHolder | None,
-    keep_state: bool,
     take: Take,
+    latent_image: dict[str, Any] | None = None,
+    taehv: Any = None,
+    negative: list[Any] | None = None,
+    cfg: float = 1.0,
+    state: StateHolder | None = None,
+    keep_state: bool = False,
+    clip: Any = None,
+    player: bool = True,
+    fps: float = 16.0,
 ) -> tuple[Tensor, Any]:
-    """LATENT samples and where the run ended; `take` gets every chunk's frames as soon as they are decoded."""
+    """LATENT samples and where the run ended; `take` gets every chunk's frames as soon as they are decoded.
+
+    The arguments are the inputs of the nodes; fps is the clock of the player.
+    """
     causal = causal_settings(settings_of(model).causal, chunk, window, sink)
     channels = config_of(model.model.diffusion_model).out_dim
     latent, lengths = _empty_latent(latent_image, width, height, length, causal, channels)
-    autoencoder = taehv_autoencoder(taehv) if taehv is not None else None
-    working = autoencoder.working_bytes(*latent["samples"].shape[-2:]) if autoencoder else 0
-    guider = ChunkGuider(host.with_companions(model, [autoencoder.patcher] if autoencoder else []))
+    stream = None if taehv is None else frame_stream(taehv)
+    guider = ChunkGuider(host.with_companions(model, stream.patchers if stream else []))
     guider.set_prompts(positive, negative, cfg)
+    live = None
+    if player:
+        live = open_live(
+            fps=fps, num_chunks=len(lengths), num_frames=pixel_frames(sum(lengths)), read=reader_of(positive, clip)
+        )
+
+    def progress(total: int) -> _StreamProgress:
+        made = _StreamProgress(total, sum(lengths), stream, model.model.latent_format, live, take)
+        if state is not None:
+            made.resumed(state.filled().video_BTCHW)
+        return made
+
     run = Run(
         causal=causal,
-        progress=lambda total: _progress(total, autoencoder, model, state, take),
+        progress=progress,
         resume=state,
         keep=StateHolder() if keep_state else None,
-        working_bytes=working,
+        steering=live,
+        working_bytes=stream.working_bytes(*latent["samples"].shape[-2:]) if stream else 0,
     )
-    samples = guider.sample(
-        SeededHostNoise(seed, lengths).generate_noise(latent),
-        latent["samples"],
-        ChunkSampler(run),
-        sigmas_of(model, steps, shift),
-        denoise_mask=latent.get("noise_mask"),
-        disable_pbar=True,
-        seed=seed,
-    )
+    if live is not None and stream is not None and stream.note:
+        live.say(stream.note)
+    ended = "stopped"
+    try:
+        samples = guider.sample(
+            SeededHostNoise(seed, lengths).generate_noise(latent),
+            latent["samples"],
+            ChunkSampler(run),
+            sigmas_of(model, steps, shift),
+            denoise_mask=latent.get("noise_mask"),
+            disable_pbar=True,
+            seed=seed,
+        )
+        ended = ""
+    finally:
+        if live is not None:
+            live.close(ended)
     return host.to_graph(samples), run.keep if run.keep is not None else host.blocked(NO_STATE)
-
-
-def _progress(
-    total: int, autoencoder: TAEHVAutoencoder | None, model: Any, state: StateHolder | None, take: Take
-) -> _StreamProgress:
-    """What follows a run; the frames before a resumed state are taken first."""
-    stream = autoencoder.stream() if autoencoder else None
-    if state is not None and stream is not None:
-        video = state.filled().video_BTCHW
-        assert video is not None
-        take(stream.decode(video))
-    return _StreamProgress(total, stream, model.model.latent_format, take)

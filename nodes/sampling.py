@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import comfy.samplers
 import torch
@@ -20,10 +20,9 @@ from einops import rearrange
 from torch import Tensor
 
 from ..selfforcing_core.conditioning import Conditioning
-from ..selfforcing_core.config import CausalConfig, StepConfig, WanConfig
+from ..selfforcing_core.config import CausalConfig, StepConfig
 from ..selfforcing_core.geometry import chunk_lengths, tokens_per_frame
 from ..selfforcing_core.kv_cache import KVCache
-from ..selfforcing_core.prompt_schedule import Entry, start_frames
 from ..selfforcing_core.rollout import Chunk, SeededNoise, new_caches, rollout
 from ..selfforcing_core.schedule import TIMESTEPS
 from ..selfforcing_core.snapshot import Snapshot
@@ -41,27 +40,28 @@ from .causal_model import (
     forget_extra_bytes,
     settings_of,
 )
+from .prompts import PromptPlan, Typed, check_prompts, conditions, later_prompts
 
 log = logging.getLogger(__name__)
 LatentShape = tuple[int, int, int, int]  # T, C, H, W
-REFUSED = {  # what a prompt may carry for other samplers, and where it comes from
-    "area": "Conditioning (Set Area)",
-    "mask": "Conditioning (Set Mask)",
-    "control": "a ControlNet",
-    "gligen": "GLIGEN",
-    "timestep_start": "Conditioning Set Timestep Range",
-    "timestep_end": "Conditioning Set Timestep Range",
-}
 
 
 class Progress(Protocol):
-    """Told of every evaluation before it starts, and of every finished chunk."""
+    """Told of every evaluation before it starts, and of every finished chunk, which it may want made once more."""
 
     def step(self) -> None: ...
 
-    def chunk(self, chunk: Chunk) -> None: ...
+    def chunk(self, chunk: Chunk) -> bool: ...
 
     def finish(self) -> None: ...
+
+
+class Steering(Typed, Protocol):
+    """A person's hand on a rollout."""
+
+    def seed_at(self, start_frame: int) -> int | None:
+        """The seed of this chunk's noise; None is the run's own."""
+        ...
 
 
 @dataclass
@@ -86,7 +86,8 @@ class Run:
 
     is_whole: one bidirectional chunk of all frames. causal: in place of the settings'. noise: for the draws after the
     first of each chunk; None is by the host's seed. progress: made for a number of evaluations. resume: go on from
-    there. keep: put the final state here. working_bytes: what whoever follows the progress needs on the device.
+    there. keep: put the final state here. steering: new prompts and seeds on the way.
+    working_bytes: what whoever follows the progress needs on the device.
     """
 
     is_whole: bool = False
@@ -95,17 +96,8 @@ class Run:
     progress: Callable[[int], Progress] | None = None
     resume: StateHolder | None = None
     keep: StateHolder | None = None
+    steering: Steering | None = None
     working_bytes: float = 0
-
-
-@dataclass(frozen=True)
-class Moment:
-    """From when a prompt holds, and what becomes of the frames before it: an entry of a CONDITIONING's options."""
-
-    KEY: ClassVar[str] = "selfforcing_moment"
-    seconds: float
-    fps: float
-    history: str
 
 
 class ChunkSampler(comfy.samplers.KSAMPLER):
@@ -125,7 +117,7 @@ class ChunkSampler(comfy.samplers.KSAMPLER):
             return 0
         batch, _, frames, height, width = noise_shape
         causal = self.run.causal or settings.causal
-        return _num_conditions(guider) * KVCache.num_bytes(
+        return max(1, len(conditions(guider))) * KVCache.num_bytes(
             config_of(guider.model_patcher.model.diffusion_model),
             batch=batch,
             tokens_per_frame=tokens_per_frame(height, width),
@@ -172,8 +164,8 @@ def sample_chunks(
     patcher = guider.model_patcher
     settings, native = settings_of(patcher), patcher.model.diffusion_model
     _check_kind(settings.kind, run.is_whole)
-    later = _later_prompts(guider)
-    _check_prompts([*_conditions(guider), *(cond for _, conds in later for cond in conds)], config_of(native))
+    later = later_prompts(guider)
+    check_prompts([*conditions(guider), *(cond for _, conds in later for cond in conds)], config_of(native))
     x_BTCHW = rearrange(noise_BCTHW, "b c t h w -> b t c h w")
     batch, frames = x_BTCHW.shape[:2]
     shape: LatentShape = tuple(x_BTCHW.shape[1:])  # type: ignore[assignment]
@@ -183,9 +175,9 @@ def sample_chunks(
     if run.is_whole:
         causal = CausalConfig(chunk=frames)
     steps = steps_of(sigmas)
-    network = _GuidedNetwork(guider, extra_args, settings, batch)
+    network = _GuidedNetwork(guider, extra_args, settings, tuple(noise_BCTHW.shape))
     seed = extra_args.get("seed") or 0
-    noise = _HostNoise(x_BTCHW, run.noise or SeededNoise(seed))
+    noise = _HostNoise(x_BTCHW, run.noise or SeededNoise(seed), run.steering)
     lengths = chunk_lengths(frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
     num_calls = len(lengths) * (len(steps.steps) + 1) - 1
     resumed = None if run.resume is None else run.resume.filled().to(noise_BCTHW.device)
@@ -204,16 +196,19 @@ def sample_chunks(
 
     with _memory_explained(network, causal, shape, batch):
         caches = None if run.is_whole else network.allocate(shape, causal)
-        prompts = _Schedule(network, later, lengths) if later else None
+        prompts = None
+        if later or run.steering is not None:
+            prompts = PromptPlan(network, later, lengths, run.steering)
         chunks = rollout(
             network, network.conditioning, noise=noise, latent_shape=shape, causal=causal, steps=steps,
             prefix_BTCHW=prefix if resumed is None else None, caches=caches, on_step=on_step, resume=resumed,
-            prompt_at=prompts and prompts.at, history=later[0][0].history if later else "recode",
+            prompt_at=prompts and prompts.at,
         )  # fmt: skip
         try:
             for chunk in chunks:
+                while progress.chunk(chunk):
+                    chunk = chunks.send(True)
                 done.append(chunk.latents_BTCHW)
-                progress.chunk(chunk)
                 if run.keep is not None and chunk.start_frame + chunk.latents_BTCHW.shape[1] == frames:
                     run.keep.snapshot = replace(chunk.snapshot(), video_BTCHW=torch.cat(done, 1)).to("cpu")
             host.check_interrupted()
@@ -283,76 +278,6 @@ def _check_kind(kind: str, is_whole: bool) -> None:
         )
 
 
-def _check_prompts(conds: list[dict[str, Any]], config: WanConfig) -> None:
-    """Raise ValueError for prompts that a cached rollout would get wrong."""
-    for cond in conds:
-        found = next((name for name in REFUSED if cond.get(name) is not None), None)
-        if found is not None:
-            raise ValueError(
-                f"the prompt comes from {REFUSED[found]}, which does not go with generating chunk by chunk"
-            )
-        text = cond["model_conds"]["c_crossattn"].cond
-        rows, width = text.shape[1:]
-        if width != config.text_dim:
-            raise ValueError(
-                f"the prompt's embeddings are {width} wide, but this model reads {config.text_dim}; "
-                "encode the prompt with the text encoder that belongs to the model"
-            )
-        if rows > config.text_len and bool(text[:, config.text_len :].any()):
-            raise ValueError(f"the prompt has {rows} rows of text, but this model reads {config.text_len}; shorten it")
-
-
-def _later_prompts(guider: Any) -> list[tuple[Moment, list[dict[str, Any]]]]:
-    """Takes the positive prompts that hold only from a moment on out of the guider's; returns them by moment."""
-    later: dict[Moment, list[dict[str, Any]]] = {}
-    for cond in guider.conds.get("positive", []):
-        if Moment.KEY in cond:
-            later.setdefault(cond[Moment.KEY], []).append(cond)
-    if later:
-        guider.conds["positive"] = [cond for cond in guider.conds["positive"] if Moment.KEY not in cond]
-    return sorted(later.items(), key=lambda item: item[0].seconds)
-
-
-class _Schedule:
-    """Prompts that hold from some chunk on, put into the guider when their time has come."""
-
-    def __init__(
-        self, network: _GuidedNetwork, later: list[tuple[Moment, list[dict[str, Any]]]], lengths: tuple[int, ...]
-    ) -> None:
-        entries = [Entry(0, ""), *(Entry(moment.seconds, "") for moment, _ in later)]
-        starts = start_frames(entries, lengths, later[0][0].fps)
-        self.network, self.at_frame = network, dict(zip(starts[1:], (conds for _, conds in later)))
-
-    def at(self, start_frame: int) -> Conditioning | None:
-        """To the rollout all prompts look alike: they are the guider's."""
-        if start_frame not in self.at_frame:
-            return None
-        network = self.network
-        network.guider.conds["positive"] = self.at_frame[start_frame]
-        assert network.state is not None
-        network.state.index_of = {cond["uuid"]: index for index, cond in enumerate(_conditions(network.guider))}
-        return network.conditioning
-
-
-def _conditions(guider: Any) -> list[dict[str, Any]]:
-    """The prompts that the guider evaluates at first, positive ones before others; at cfg 1 negative ones are left out.
-
-    Once a later prompt's time has come it is the only positive one, whatever it carries.
-    """
-    conds = {name: _at_first(found) for name, found in guider.conds.items() if found}
-    if getattr(guider, "cfg", None) == 1 and "positive" in conds:
-        conds.pop("negative", None)
-    return [cond for name in sorted(conds, key=lambda name: name != "positive") for cond in conds[name]]
-
-
-def _at_first(conds: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [cond for cond in conds if Moment.KEY not in cond] or conds
-
-
-def _num_conditions(guider: Any) -> int:
-    return max(1, len(_conditions(guider)))
-
-
 @contextmanager
 def _memory_explained(network: _GuidedNetwork, causal: CausalConfig, shape: LatentShape, batch: int) -> Iterator[None]:
     """Out of memory: say what would help and by how much; whoever holds the caches lets go of them."""
@@ -389,7 +314,7 @@ class _GuidedNetwork:
     guider: Any
     extra_args: dict[str, Any]
     settings: Settings
-    batch: int
+    noise_shape: tuple[int, ...]
     state: RolloutState | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -399,23 +324,37 @@ class _GuidedNetwork:
         self.config = replace(native, model_type="t2v", in_dim=native.out_dim)
         self.device, self.dtype = patcher.load_device, compute_dtype(patcher.model)
         self.cache_dtype = self.settings.cache_dtype or self.dtype
-        self.num_caches = _num_conditions(self.guider)
+        self.num_caches = max(1, len(conditions(self.guider)))
         self.model_options = self.extra_args.get("model_options", {})
 
     @property
     def conditioning(self) -> Conditioning:
         """Rows, type and place of what is computed; the prompts themselves are the guider's."""
-        return Conditioning(torch.zeros(self.batch, 1, self.config.text_dim, device=self.device, dtype=self.dtype))
+        return Conditioning(
+            torch.zeros(self.noise_shape[0], 1, self.config.text_dim, device=self.device, dtype=self.dtype)
+        )
 
     def allocate(self, shape: LatentShape, causal: CausalConfig) -> list[KVCache]:
         """A cache for every prompt that the guider evaluates."""
         caches = new_caches(self, self.conditioning, self.num_caches, shape, causal)
         forget_extra_bytes(self.guider.model_patcher.model)
-        index_of = {cond["uuid"]: index for index, cond in enumerate(_conditions(self.guider))}
-        self.state = RolloutState(caches, index_of, self.model_options.get(HOST_COMPILE))
+        self.state = RolloutState(caches, self._index_of(), self.model_options.get(HOST_COMPILE))
         inner = {**self.model_options.get("transformer_options", {}), KEY: self.state}
         self.model_options = {**self.model_options, "transformer_options": inner}
         return caches
+
+    def renew(self) -> Conditioning:
+        """The guider's prompts have changed: their caches are those of the ones before."""
+        assert self.state is not None
+        self.state.index_of = self._index_of()
+        return self.conditioning
+
+    def kept_loaded(self) -> AbstractContextManager[None]:
+        """For work that may bring in other networks of the host."""
+        return host.kept_loaded(self.guider.model_patcher, self.noise_shape)
+
+    def _index_of(self) -> dict[Any, int]:
+        return {cond["uuid"]: index for index, cond in enumerate(conditions(self.guider))}
 
     def new_cache(
         self, *, batch: int, latent_height: int, latent_width: int, capacity: int, sink: int, like: Tensor
@@ -448,12 +387,18 @@ class _GuidedNetwork:
 
 
 class _HostNoise:
-    """The first draw of a chunk is its part of the host's noise; later ones come from another source."""
+    """The first draw of a chunk is its part of the host's noise; later ones come from another source.
 
-    def __init__(self, x_BTCHW: Tensor, later: NoiseSource) -> None:
-        self.x_BTCHW, self.later = x_BTCHW, later
+    A chunk whose seed is steered has all its noise from that.
+    """
+
+    def __init__(self, x_BTCHW: Tensor, later: NoiseSource, steering: Steering | None) -> None:
+        self.x_BTCHW, self.later, self.steering = x_BTCHW, later, steering
 
     def draw(self, start_frame: int, step: int, shape: tuple[int, ...]) -> Tensor:
+        seed = None if self.steering is None else self.steering.seed_at(start_frame)
+        if seed is not None:
+            return SeededNoise(seed).draw(start_frame, step, shape).to(self.x_BTCHW)
         if step == 0:
             return self.x_BTCHW[:, start_frame : start_frame + shape[1]]
         return self.later.draw(start_frame, step, shape)
@@ -491,9 +436,9 @@ class _CallbackProgress:
     def step(self) -> None:
         self.calls += 1
 
-    def chunk(self, chunk: Chunk) -> None:
+    def chunk(self, chunk: Chunk) -> bool:
         if self.callback is None:
-            return
+            return False
         new = self._put(chunk.latents_BTCHW, chunk.start_frame)
         is_last = chunk.start_frame + new.shape[2] == self.latest_BCTHW.shape[2]
         steps = len(self.sigmas) - 1
@@ -501,6 +446,7 @@ class _CallbackProgress:
         # the host shows the first frame of what it is given: the newest one
         shown = self.latest_BCTHW if is_last else new[:, :, -1:]
         self.callback({"i": index, "denoised": shown, "x": shown, "sigma": self.sigmas[0], "sigma_hat": self.sigmas[0]})
+        return False
 
     def finish(self) -> None:
         """Nothing is left to tell."""

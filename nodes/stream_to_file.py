@@ -12,7 +12,7 @@ from ..selfforcing_core.video import VideoStream
 from . import host
 from .sampler import SelfForcingStreamSampler, sample
 
-NEEDS_TAEHV = "Stream to File decodes while it samples; connect taehv (Load TAEHV), or save the output of VAE Decode"
+NEEDS_TAEHV = "Stream to File decodes while it samples; connect taehv (Load TAEHV, or Load VAE with Wan's own VAE)"
 FORMATS = {"mp4 (H.264)": ".mp4", "mkv (lossless)": ".mkv"}
 
 
@@ -60,7 +60,7 @@ class SelfForcingStreamToFile(io.ComfyNode):
             io.Combo.Input(
                 "format",
                 options=list(FORMATS),
-                tooltip="mp4: H.264, plays everywhere, about a hundredth of the size. mkv: lossless (FFV1).",
+                tooltip="mp4: H.264, small, plays everywhere. mkv: lossless (FFV1), large.",
             ),
             io.Float.Input(
                 "fps", default=16.0, min=1.0, max=240.0, step=0.5, tooltip="Frames per second; Wan is trained at 16."
@@ -82,9 +82,6 @@ class SelfForcingStreamToFile(io.ComfyNode):
         fps: float,
         taehv: Any = None,
         latent_image: dict[str, Any] | None = None,
-        negative: list[Any] | None = None,
-        cfg: float = 1.0,
-        state: Any = None,
         **inputs: Any,
     ) -> io.NodeOutput:
         if taehv is None:
@@ -94,10 +91,7 @@ class SelfForcingStreamToFile(io.ComfyNode):
             size = tuple(side * SPATIAL_FACTOR for side in latent_image["samples"].shape[:2:-1])  # type: ignore[assignment]
         files = _Files(filename_prefix, FORMATS[format], fps, host.graph_metadata(cls.hidden), size)
         try:
-            samples, _ = sample(
-                **inputs, latent_image=latent_image, taehv=taehv, negative=negative, cfg=cfg, state=state,
-                keep_state=False, take=files.take,
-            )  # fmt: skip
+            samples, _ = sample(take=files.take, taehv=taehv, latent_image=latent_image, fps=fps, **inputs)
         finally:
             files.close()
         shown = [ui.SavedResult(s.path.name, files.subfolder, io.FolderType.output) for s in files.streams]

@@ -13,6 +13,7 @@ from comfy_api.latest import io
 
 from ..selfforcing_core.text import TextEncoder
 from . import host
+from .prompts import READER
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,17 @@ def _load(folder: Path, fingerprint: str) -> _Loaded:
     return _Loaded(encoder, host.patcher_of(torch.nn.Sequential(encoder.model), device, offload, dynamic=False))
 
 
-def encode(text_encoder: str, text: str) -> list[Any]:
-    """CONDITIONING of one prompt by a choice of `host.text_encoder_choices`."""
-    folder = host.text_encoder_folder(text_encoder)
-    loaded = _load(folder, host.fingerprint(folder))
-    host.load([loaded.patcher], whole=True)
-    return [[host.to_graph(loaded.encoder.encode([text])), {}]]
+@dataclass(frozen=True)
+class TextReader:
+    """Text to CONDITIONING by a choice of `host.text_encoder_choices`; what it makes carries it along."""
+
+    text_encoder: str
+
+    def __call__(self, text: str) -> list[Any]:
+        folder = host.text_encoder_folder(self.text_encoder)
+        loaded = _load(folder, host.fingerprint(folder))
+        host.load([loaded.patcher], whole=True)
+        return [[host.to_graph(loaded.encoder.encode([text])), {READER: self}]]
 
 
 class SelfForcingTextEncode(io.ComfyNode):
@@ -69,7 +75,7 @@ class SelfForcingTextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, text_encoder: str, text: str) -> io.NodeOutput:
-        return io.NodeOutput(encode(text_encoder, text))
+        return io.NodeOutput(TextReader(text_encoder)(text))
 
     @classmethod
     def fingerprint_inputs(cls, text_encoder: str = "", **_: object) -> str:

@@ -17,8 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .prompt_schedule import HISTORIES
+
 USER_ERROR = 2
-HISTORIES = ("recode", "keep")  # as in prompt_schedule, which is not imported before it is needed
 INTERRUPTED = 130
 
 

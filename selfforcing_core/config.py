@@ -29,6 +29,7 @@ class _JsonConfig:
 
 
 CLIP_DIM = 1280  # width of the CLIP ViT-H/14 features that image-to-video networks read
+CLIP_TOKENS = 257  # how many of them one picture has
 
 
 @dataclass(frozen=True)

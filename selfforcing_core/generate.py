@@ -25,7 +25,7 @@ from .hub import load_model, load_taehv, load_text_encoder
 from .image import first_frame_condition, fit_image
 from .plan import Plan, Request, Take, check_channels, memory_in_words, plan_request
 from .prompt_schedule import Entry, parse_schedule, start_frames
-from .rollout import SeededNoise, rollout
+from .rollout import PromptChange, SeededNoise, rollout
 from .start import Start, frames_of, start_from_image, start_from_latents, start_from_video, write_latents
 from .taehv import TAEHV, StreamingDecoder
 from .video import write_contact_sheet, write_video
@@ -213,7 +213,10 @@ class _Prompts:
     ) -> None:
         starts = start_frames(entries, lengths, request.fps)
         self.first = conditions[entries[0].prompt]
-        self.later = {start: conditions[entry.prompt] for start, entry in zip(starts[1:], entries[1:])}
+        self.later = {
+            start: PromptChange(conditions[entry.prompt], request.history)
+            for start, entry in zip(starts[1:], entries[1:])
+        }
         self.negative = None if request.cfg == 1 else conditions[request.negative]
         self.at = self.later.get if self.later else None
 
@@ -247,7 +250,7 @@ def _frames(
             model, prompts.first, noise=SeededNoise(request.seed, take.first_row),
             latent_shape=(size.latent_frames, plan.config.out_dim, size.latent_height, size.latent_width),
             causal=plan.causal, steps=plan.steps, prefix_BTCHW=start.prefix_BTCHW,
-            negative=prompts.negative, guidance=request.cfg, prompt_at=prompts.at, history=request.history,
+            negative=prompts.negative, guidance=request.cfg, prompt_at=prompts.at,
         )  # fmt: skip
         for frames in frames_of(counted(chunks), _Cast(stream, plan), start):
             frames = frames.float().cpu()

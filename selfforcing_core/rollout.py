@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from .conditioning import Conditioning
 from .config import CausalConfig, StepConfig
 from .geometry import chunk_lengths
 from .kv_cache import KVCache
+from .prompt_schedule import HISTORIES
 from .schedule import FlowSchedule, add_noise, x0_from_flow
 from .snapshot import Snapshot
 from .solver import NoiseSource, new_solver
@@ -89,8 +90,24 @@ class GradientPlan:
     context_sigma: float = 0.0
 
 
+@dataclass(frozen=True)
+class PromptChange:
+    """Another prompt from here on, and what becomes of the frames so far.
+
+    history: "recode" writes those in the window into the cache again under the new prompt (LongLive, arXiv
+    2509.22622), "keep" leaves them as they are. Raises ValueError for any other word.
+    """
+
+    conditioning: Conditioning
+    history: str = "recode"
+
+    def __post_init__(self) -> None:
+        if self.history not in HISTORIES:
+            raise ValueError(f"history {self.history!r} is unknown; use {' or '.join(HISTORIES)}")
+
+
 OnStep = Callable[[int, int], None]
-PromptAt = Callable[[int], "Conditioning | None"]
+PromptAt = Callable[[int], "PromptChange | None"]
 
 
 def rollout(
@@ -110,9 +127,11 @@ def rollout(
     gradient: GradientPlan | None = None,
     resume: Snapshot | None = None,
     prompt_at: PromptAt | None = None,
-    history: str = "recode",
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, bool | None, None]:
     """Generate a video chunk by chunk; yields the prefix's chunks first, then each generated one.
+
+    `send(True)` in place of `next` generates the last chunk once more and returns that: with what `noise` and
+    `prompt_at` then give, in the place of the one before.
 
     A chunk that holds all frames is the bidirectional sampler: one pass per step, nothing is cached.
 
@@ -123,8 +142,6 @@ def rollout(
     on_step(chunk, step) is called before every evaluation (step CONTEXT for cache passes) and may raise to stop.
     resume: go on after the chunk where it was taken; only later chunks are yielded.
     prompt_at(start_frame) is asked before every generated chunk and may return another prompt, which holds from there.
-    history: what becomes of the frames so far then: "recode" writes those in the window into the cache again under the
-    new prompt (LongLive, arXiv 2509.22622, section 3.1), "keep" leaves them as they are.
 
     Raises ValueError before the first network call if lengths, prefix, conditioning or snapshot do not fit.
     """
@@ -140,40 +157,42 @@ def rollout(
         caches = new_caches(model, conditioning, len(conditions), latent_shape, causal)
     call = _Calls(model, conditions, guidance, [None] * len(conditions) if caches is None else list(caches))
     call.reset()
-    past = _History(call, causal, lengths) if prompt_at is not None and history == "recode" else None
+    past = None if prompt_at is None else _History(call, causal, lengths)
     first = 0 if resume is None else _resume(call, resume, lengths, prefix_frames)
-
     if resume is not None and past is not None:
         past.add_video(resume, lengths[:first])
 
     start = sum(lengths[:first])
     for index, length in list(enumerate(lengths))[first:]:
         is_last = start + length == num_frames
-        if start < prefix_frames:
-            assert prefix_BTCHW is not None
-            x0 = prefix_BTCHW[:, start : start + length].to(call.device, torch.float32).expand(batch, *[-1] * 4)
-            context, timestep = x0, 0.0
-        else:
-            if prompt_at is not None and (prompt := prompt_at(start)) is not None:
-                prompt.check(model.config, latent_shape)
-                call.change_prompt(prompt, past, start)
-            shape = (batch, length, *frame_shape)
-            generated = index - sum(1 for end in _ends(lengths) if end <= prefix_frames)
-            x0 = _denoise_chunk(call, schedule, steps, noise, shape, index, start, on_step, gradient, generated)
-            context, timestep = x0.detach(), causal.context_noise
-            if gradient is not None and gradient.context_sigma and not is_last:
-                drawn = noise.draw(start, CONTEXT, shape).to(context)
-                context = add_noise(context, drawn, gradient.context_sigma)
-        is_committed = commit_last or not is_last
-        if is_committed:
-            if on_step is not None:
-                on_step(index, CONTEXT)
-            call.commit(context, timestep, start)
-        if past is not None:
-            past.add(start, context, timestep)
-        pending = None if is_committed else (context, timestep)
-        take = functools.partial(call.snapshot, start, start + length, pending)
-        yield Chunk(index, start, x0, is_given=start < prefix_frames, take=take)
+        is_given = start < prefix_frames
+        again: bool | None = True
+        while again:
+            if is_given:
+                assert prefix_BTCHW is not None
+                x0 = prefix_BTCHW[:, start : start + length].to(call.device, torch.float32).expand(batch, *[-1] * 4)
+                context, timestep = x0, 0.0
+            else:
+                if prompt_at is not None and (change := prompt_at(start)) is not None:
+                    change.conditioning.check(model.config, latent_shape)
+                    call.change_prompt(change, past, start)
+                shape = (batch, length, *frame_shape)
+                generated = index - sum(1 for end in _ends(lengths) if end <= prefix_frames)
+                x0 = _denoise_chunk(call, schedule, steps, noise, shape, index, start, on_step, gradient, generated)
+                context, timestep = x0.detach(), causal.context_noise
+                if gradient is not None and gradient.context_sigma and not is_last:
+                    drawn = noise.draw(start, CONTEXT, shape).to(context)
+                    context = add_noise(context, drawn, gradient.context_sigma)
+            is_committed = commit_last or not is_last
+            if is_committed:
+                if on_step is not None:
+                    on_step(index, CONTEXT)
+                call.commit(context, timestep, start)
+            if past is not None:
+                past.add(start, context, timestep)
+            pending = None if is_committed else (context, timestep)
+            take = functools.partial(call.snapshot, start, start + length, pending)
+            again = yield Chunk(index, start, x0, is_given=is_given, take=take)
         start += length
 
 
@@ -229,13 +248,13 @@ class _Calls:
             for index in range(len(self.conditions)):
                 self._call(x_BTCHW, timestep, start_frame, index)
 
-    def change_prompt(self, prompt: Conditioning, past: _History | None, start_frame: int) -> None:
-        """From now on another prompt, under which the frames in the window are written again if `past` has them."""
-        self.conditions[0] = prompt
+    def change_prompt(self, change: PromptChange, past: _History | None, start_frame: int) -> None:
+        """From now on another prompt, under which the frames of `past` are written again if the change says so."""
+        self.conditions[0] = change.conditioning
         for cache in self.caches:
             if cache is not None:
                 cache.cross = {}
-        if past is not None and start_frame > 0:
+        if past is not None and start_frame > 0 and change.history == "recode":
             past.write_again(start_frame)
 
     def _call(self, x_BTCHW: Tensor, timestep: float, start_frame: int, index: int) -> Tensor:
@@ -256,38 +275,46 @@ class _Calls:
 
 
 class _History:
-    """The clean frames that a cache shows, as they were written into it."""
+    """The clean frames that the chunk being made sees, as they were written into the cache."""
 
     def __init__(self, call: _Calls, causal: CausalConfig, lengths: tuple[int, ...]) -> None:
         self.call, self.sink, self.timestep = call, causal.sink, causal.context_noise
         evicts = -1 < causal.window < sum(lengths)
         self.ring = causal.window - causal.sink if evicts else sum(lengths)
         self.chunks: list[tuple[int, Tensor, float]] = []
+        self.is_known = True
 
     def add(self, start_frame: int, x_BTCHW: Tensor, timestep: float) -> None:
-        """Remember a finished chunk; forget those that have left the window."""
-        self.chunks.append((start_frame, x_BTCHW, timestep))
-        end = start_frame + x_BTCHW.shape[1]
+        """Remember a finished chunk, in place of an earlier one there; forget those that it did not see."""
         self.chunks = [
-            (start, x, t) for start, x, t in self.chunks if start < self.sink or start + x.shape[1] > end - self.ring
+            (start, x, t)
+            for start, x, t in self.chunks
+            if start < start_frame and (start < self.sink or start + x.shape[1] > start_frame - self.ring)
         ]
+        self.chunks.append((start_frame, x_BTCHW, timestep))
 
     def add_video(self, snapshot: Snapshot, lengths: tuple[int, ...]) -> None:
-        """Remember the chunks before a snapshot. Raises ValueError if it does not hold them."""
+        """Remember the chunks before a snapshot, if it holds them."""
         if snapshot.video_BTCHW is None:
-            raise ValueError("the snapshot holds no latents to write again under another prompt; use history 'keep'")
+            self.is_known = False
+            return
         starts = [sum(lengths[:index]) for index in range(len(lengths))]
         for start, chunk in zip(starts, snapshot.video_BTCHW.to(self.call.device).split(lengths, 1)):
             self.add(start, chunk, self.timestep)
 
     def write_again(self, end_frame: int) -> None:
-        """Empty the caches and write the frames before `end_frame` that they showed, oldest first."""
+        """Empty the caches and write the frames before `end_frame` that they showed, oldest first.
+
+        Raises ValueError if the rollout goes on from a snapshot without them.
+        """
+        if not self.is_known:
+            raise ValueError("the snapshot holds no latents to write again under another prompt; use history 'keep'")
         base = max(self.sink, end_frame - self.ring)
         for cache in self.call.caches:
             if cache is not None:
                 cache.restart(base)
         for start, x_BTCHW, timestep in self.chunks:
-            end = start + x_BTCHW.shape[1]
+            end = min(start + x_BTCHW.shape[1], end_frame)
             for first, last in ((start, min(end, self.sink)), (max(start, base), end)):
                 if first < last:
                     self.call.commit(x_BTCHW[:, first - start : last - start], timestep, first)

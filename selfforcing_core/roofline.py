@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from .config import CLIP_DIM, WanConfig
+from .config import CLIP_DIM, CLIP_TOKENS, WanConfig
 
 # Dense bfloat16 FLOP/s in the makers' data sheets; large products attain about 0.8 of them.
 CARDS = {"h200": 989e12, "h100": 989e12, "a100": 312e12, "rtx-5090": 209.5e12, "rtx-4090": 165.2e12}
@@ -41,7 +41,7 @@ def prompt_flops(config: WanConfig) -> int:
 
 
 def _image_tokens(config: WanConfig) -> int:
-    return 257 if config.model_type == "i2v" else 0
+    return CLIP_TOKENS if config.model_type == "i2v" else 0
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.3) -> float:

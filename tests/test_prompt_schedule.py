@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.kv_cache import KVCache
 from selfforcing_core.prompt_schedule import Entry, parse_schedule, start_frames
-from selfforcing_core.rollout import Chunk, SeededNoise, new_caches, rollout
+from selfforcing_core.rollout import Chunk, PromptChange, SeededNoise, new_caches, rollout
 from selfforcing_core.video import read_metadata, read_video
 from tests.test_kv_cache import chunk, make_cache
 from tests.tiny_wan import FRAME, random_text, random_wan
@@ -71,8 +72,8 @@ def made(
         chunks = list(
             rollout(
                 network, first, noise=SeededNoise(0), latent_shape=(frames, *FRAME), causal=causal, steps=STEPS,
-                caches=caches, commit_last=True, history=history,
-                prompt_at=lambda start: prompts.get(start) if start else None,
+                caches=caches, commit_last=True,
+                prompt_at=lambda start: PromptChange(prompts[start], history) if start and start in prompts else None,
             )
         )  # fmt: skip
     return torch.cat([chunk.latents_BTCHW for chunk in chunks], 1), caches, chunks
@@ -201,3 +202,58 @@ def test_schedules_that_do_not_fit_are_refused_before_anything_is_loaded(
         assert main([*options, prompt]) == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "x.mp4").exists()
+
+
+# -------------------------------------------------------------- once more --
+class Reseeded:
+    """Noise whose seed depends on the chunk, as a person changes it."""
+
+    def __init__(self, seeds: dict[int, int]) -> None:
+        self.seeds = seeds
+
+    def draw(self, start_frame: int, step: int, shape: tuple[int, ...]) -> Tensor:
+        return SeededNoise(self.seeds.get(start_frame, 0)).draw(start_frame, step, shape)
+
+
+@pytest.mark.parametrize("length", [2, 3])
+@pytest.mark.parametrize(("window", "sink"), [(-1, 0), (6, 1)])
+@pytest.mark.parametrize("history", [None, "recode", "keep"])
+def test_a_chunk_made_once_more_is_as_if_made_so_at_first(
+    length: int, window: int, sink: int, history: str | None
+) -> None:
+    """Other noise, or also another prompt, in the second attempt: later chunks and the cache are the same bitwise."""
+    causal, frames, target = CausalConfig(length, window, sink), 12, 6
+    one, other = random_text(), random_text(seed=1)
+
+    def run(seeds: dict[int, int], *, is_changed: bool) -> tuple[Any, list[KVCache]]:
+        wanted = {target: PromptChange(other, history)} if history and is_changed else {}
+        network = random_wan()
+        caches = new_caches(network, one, 1, (frames, *FRAME), causal)
+        chunks = rollout(
+            network, one, noise=Reseeded(seeds), latent_shape=(frames, *FRAME), causal=causal, steps=STEPS,
+            caches=caches, commit_last=True, prompt_at=wanted.get,
+        )  # fmt: skip
+        return (chunks, wanted), caches
+
+    with torch.no_grad():
+        (chunks, _), expected_caches = run({target: 7}, is_changed=True)
+        expected = torch.cat([made.latents_BTCHW for made in chunks], 1)
+        seeds = {target: 3}
+        (chunks, wanted), caches = run(seeds, is_changed=False)
+        found = []
+        for made in chunks:
+            while made.start_frame == target and seeds[target] == 3:
+                seeds[target] = 7
+                if history:
+                    wanted[target] = PromptChange(other, history)
+                first, made = made, chunks.send(True)
+                assert made.start_frame == target
+                assert not torch.equal(made.latents_BTCHW, first.latents_BTCHW)
+            found.append(made.latents_BTCHW)
+    assert torch.equal(torch.cat(found, 1), expected)
+    assert torch.equal(caches[0].ordered(1)[0], expected_caches[0].ordered(1)[0])
+
+
+def test_a_history_that_is_no_history_is_refused() -> None:
+    with pytest.raises(ValueError, match="use recode or keep"):
+        PromptChange(random_text(), "forget")

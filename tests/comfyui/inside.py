@@ -11,6 +11,7 @@ import json
 import logging
 import random
 import sys
+import types
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +61,9 @@ def load_pack() -> Any:
 PACKAGE = load_pack()
 causal_model = importlib.import_module(PACKAGE + ".causal_model")
 sampling = importlib.import_module(PACKAGE + ".sampling")
+autoencoder, frame_stream, host = (
+    importlib.import_module(f"{PACKAGE}.{name}") for name in ("autoencoder", "frame_stream", "host")
+)
 CORE = PACKAGE.rpartition(".")[0] + ".selfforcing_core."
 core = {
     name: importlib.import_module(CORE + name)
@@ -407,9 +411,49 @@ def a_trained_lora_is_the_merged_network() -> dict[str, float]:
     return {"difference": apart(sampled(patched), merged), "matters": apart(plain, merged)}
 
 
+def vaes_of_the_host_stream() -> dict[str, Any]:
+    """A small random Wan VAE, chunk by chunk and with a chunk taken back, against its decode of the whole video."""
+    torch.manual_seed(0)
+    config = {"dim": 16, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [],
+              "temperal_downsample": [False, True, True], "dropout": 0.0}  # fmt: skip
+    weights = comfy.ldm.wan.vae.WanVAE(**config).state_dict()
+    vae = comfy.sd.VAE(
+        sd={name: torch.randn_like(tensor) * 0.1 for name, tensor in weights.items()}, dtype=torch.float32
+    )
+    found: dict[str, Any] = {"kinds": []}
+    for length in (1, 3):
+        latents = torch.randn(1, 7 if length == 1 else 9, 16, 4, 4, generator=torch.Generator().manual_seed(1))
+        whole = vae.decode(autoencoder.graph_latents(latents)).permute(0, 1, 4, 2, 3)
+        without_parts = types.SimpleNamespace(latent_channels=16, first_stage_model=None, decode=vae.decode)
+        for made in (vae, without_parts):
+            stream, frames = frame_stream.frame_stream(made), []
+            for start in range(0, latents.shape[1], length):
+                chunk, is_last = latents[:, start : start + length], start + length == latents.shape[1]
+                before = stream.state()
+                stream.decode(-chunk, is_last=is_last)
+                stream.restore(before)
+                frames.append(stream.decode(chunk, is_last=is_last))
+            found["kinds"].append([bool(stream.note), [part.shape[1] for part in frames]])
+            found[f"difference_{length}_{bool(stream.note)}"] = apart(torch.cat(frames, 1), whole)
+    found["spread"] = float(whole.std())
+    return found
+
+
+def a_network_that_had_to_leave_comes_back() -> list[bool]:
+    patcher = loaded(saved("plain", network()))
+    comfy.model_management.load_models_gpu([patcher])
+    whole = patcher.loaded_size()
+    with host.kept_loaded(patcher, (1, CHANNELS, FRAMES, HEIGHT, WIDTH)):
+        comfy.model_management.unload_all_models()
+        gone = patcher.loaded_size()
+    return [gone < whole, patcher.loaded_size() == whole]
+
+
 CHECKS: tuple[Callable[[], Any], ...] = (
     broken_packages,
     a_trained_lora_is_the_merged_network,
+    vaes_of_the_host_stream,
+    a_network_that_had_to_leave_comes_back,
     the_hosts_model_gives_the_cores_video,
     condition_channels_are_sliced_per_chunk,
     a_model_of_the_hosts_loader_is_patched,

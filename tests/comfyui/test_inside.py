@@ -105,3 +105,21 @@ def test_the_hosts_own_causal_sampler(found: float | None) -> None:
     if found is None:
         pytest.skip("this version of ComfyUI has no causal sampler of its own")
     assert found < ROUNDING
+
+
+def test_vaes_of_the_host_stream(found: dict[str, Any]) -> None:
+    """Bitwise the decode of the whole, also after a chunk was taken back; others say that they come at the end."""
+    kinds, spread = found.pop("kinds"), found.pop("spread")
+    assert set(found.values()) == {0.0}
+    assert spread > 0
+    assert [note for note, _ in kinds] == [False, True, False, True]
+    by_one, at_the_end, by_three, _ = (counts for _, counts in kinds)
+    assert by_one[0] == 1
+    assert sum(by_one) == 25
+    assert at_the_end == [0] * 6 + [25]
+    assert by_three[0] > 0
+    assert sum(by_three) == 33
+
+
+def test_a_network_that_had_to_leave_comes_back(found: list[bool]) -> None:
+    assert found == [True, True]

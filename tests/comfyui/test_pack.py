@@ -17,7 +17,7 @@ INPUT_ORDER = {
         "required": [
             "model", "positive", "width", "height", "length", "seed", "steps", "shift", "chunk", "window", "sink",
         ],
-        "optional": ["latent_image", "taehv", "negative", "cfg", "state", "keep_state"],
+        "optional": ["latent_image", "taehv", "negative", "cfg", "state", "keep_state", "clip", "player"],
     },
     "SelfForcingTAEHVLoader": {"required": ["vae_name"], "optional": ["latents"]},
     "SelfForcingTAEHVDecode": {"required": ["samples", "taehv"]},
@@ -40,7 +40,7 @@ INPUT_ORDER = {
 }  # fmt: skip
 INPUT_ORDER["SelfForcingStreamToFile"] = {
     "required": [*INPUT_ORDER["SelfForcingStreamSampler"]["required"], "filename_prefix", "format", "fps"],
-    "optional": INPUT_ORDER["SelfForcingStreamSampler"]["optional"][:-1],
+    "optional": [name for name in INPUT_ORDER["SelfForcingStreamSampler"]["optional"] if name != "keep_state"],
 }
 OUTPUTS = {
     "SelfForcingModelLoader": ["MODEL"],

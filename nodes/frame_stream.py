@@ -1,0 +1,164 @@
+"""Latents in, frames out, chunk by chunk, by whatever VAE is connected.
+
+Each stream has the same face. `decode` takes normalised latents [B, T, C, H, W] and returns the frames that they
+complete, [B, V, R, H, W] in [0, 1], where the graph keeps tensors; V may be 0. Joined they are those of VAE
+Decode. `state` and `restore` undo a chunk.
+
+Letters: B batch, T latent frames, C channels, V video frames, R RGB, H W size.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any, Protocol
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ..selfforcing_core.geometry import SPATIAL_FACTOR
+from ..selfforcing_core.taehv import StreamingDecoder
+from . import host
+from .autoencoder import TAEHVAutoencoder, check_channels, graph_latents
+
+log = logging.getLogger(__name__)
+AT_THE_END = (
+    "this VAE cannot decode a stream: the frames come at the end (Load TAEHV, or Wan's own VAE, show them at once)"
+)
+
+
+class FrameStream(Protocol):
+    """One video's decoder. patchers: what must be on its device; note: what the user should know."""
+
+    patchers: list[Any]
+    note: str
+
+    def working_bytes(self, latent_height: int, latent_width: int) -> float: ...
+
+    def decode(self, latents_BTCHW: Tensor, *, is_last: bool) -> Tensor: ...
+
+    def state(self) -> Any: ...
+
+    def restore(self, state: Any) -> None: ...
+
+
+def frame_stream(vae: Any) -> FrameStream:
+    """A new stream by a VAE of any loader. Raises ValueError for a VAE of other latents."""
+    if isinstance(vae, TAEHVAutoencoder):
+        return _TAEHVStream(vae)
+    check_channels(vae.latent_channels, "VAE")
+    group = _group(vae.first_stage_model)
+    return _WholeStream(vae) if group is None else _WanStream(vae, *group)
+
+
+class _TAEHVStream:
+    """Every latent frame at once; exact."""
+
+    note = ""
+
+    def __init__(self, autoencoder: TAEHVAutoencoder) -> None:
+        self.autoencoder, self.patchers = autoencoder, [autoencoder.patcher]
+        self.decoder = StreamingDecoder(autoencoder.first_stage_model)
+
+    def working_bytes(self, latent_height: int, latent_width: int) -> float:
+        return self.autoencoder.working_bytes(latent_height, latent_width)
+
+    def decode(self, latents_BTCHW: Tensor, *, is_last: bool) -> Tensor:
+        latents = latents_BTCHW.to(self.autoencoder.device, self.autoencoder.vae_dtype)
+        return host.to_graph(self.decoder.decode(latents))
+
+    def state(self) -> Any:
+        return list(self.decoder.memory), self.decoder.is_first
+
+    def restore(self, state: Any) -> None:
+        memory, self.decoder.is_first = state
+        self.decoder.memory = list(memory)
+
+
+def _group(network: Any) -> tuple[int, int] | None:
+    """Latent frames that the host's Wan VAE decodes together, and the places of its cache; None for other networks.
+
+    The host decodes the first latent frame alone and then, later versions, two at a time.
+    """
+    home = sys.modules.get(type(network).__module__)
+    if type(network).__name__ != "WanVAE" or not hasattr(network, "conv2") or not hasattr(network, "decoder"):
+        return None
+    for name, group in (("count_cache_layers", 2), ("count_conv3d", 1)):
+        if hasattr(home, name):
+            return group, getattr(home, name)(network.decoder)
+    return None
+
+
+class _WanStream:
+    """The host's own Wan VAE, driven group by group as its `decode` drives it."""
+
+    note = ""
+
+    def __init__(self, vae: Any, group: int, places: int) -> None:
+        self.vae, self.group, self.patchers = vae, group, [vae.patcher]
+        self.memory: list[Any] = [None] * places
+        self.waiting: Tensor | None = None
+        self.is_first = True
+
+    def working_bytes(self, latent_height: int, latent_width: int) -> float:
+        long = 100  # latent frames: the host's estimate of a video's decode does not grow with its length
+        shape = (1, self.vae.latent_channels, long, latent_height, latent_width)
+        return self.vae.memory_used_decode(shape, self.vae.vae_dtype)
+
+    def decode(self, latents_BTCHW: Tensor, *, is_last: bool) -> Tensor:
+        new = graph_latents(latents_BTCHW).to(self.vae.device, self.vae.vae_dtype)
+        waiting = new if self.waiting is None else torch.cat([self.waiting, new], 2)
+        frames = []
+        while waiting.shape[2]:
+            count = 1 if self.is_first else self.group
+            if waiting.shape[2] < count and not is_last:
+                break
+            frames.append(self._decode_group(waiting[:, :, :count]))
+            waiting, self.is_first = waiting[:, :, count:], False
+        self.waiting = waiting
+        if frames:
+            return rearrange(torch.cat(frames, 2), "b r v h w -> b v r h w")
+        batch, _, _, height, width = new.shape
+        return host.to_graph(torch.zeros(batch, 0, 3, height * SPATIAL_FACTOR, width * SPATIAL_FACTOR))
+
+    def _decode_group(self, latents_BCTHW: Tensor) -> Tensor:
+        network = self.vae.first_stage_model
+        with torch.no_grad():
+            made = network.decoder(network.conv2(latents_BCTHW), feat_cache=self.memory, feat_idx=[0])
+        made = torch.cat(made, 2) if isinstance(made, list) else made
+        return self.vae.process_output(host.to_graph(made))
+
+    def state(self) -> Any:
+        return list(self.memory), self.waiting, self.is_first
+
+    def restore(self, state: Any) -> None:
+        memory, self.waiting, self.is_first = state
+        self.memory = list(memory)
+
+
+class _WholeStream:
+    """A VAE that decodes whole videos only."""
+
+    note = AT_THE_END
+
+    def __init__(self, vae: Any) -> None:
+        log.warning(AT_THE_END)
+        self.vae, self.patchers, self.chunks = vae, [], ()
+
+    def working_bytes(self, latent_height: int, latent_width: int) -> float:
+        return 0.0
+
+    def decode(self, latents_BTCHW: Tensor, *, is_last: bool) -> Tensor:
+        self.chunks = (*self.chunks, latents_BTCHW)
+        if not is_last:
+            batch, _, _, height, width = latents_BTCHW.shape
+            return host.to_graph(torch.zeros(batch, 0, 3, height * SPATIAL_FACTOR, width * SPATIAL_FACTOR))
+        images = self.vae.decode(graph_latents(torch.cat(self.chunks, 1)))
+        return rearrange(images, "b v h w r -> b v r h w")
+
+    def state(self) -> Any:
+        return self.chunks
+
+    def restore(self, state: Any) -> None:
+        self.chunks = state

@@ -1,0 +1,325 @@
+"""The live player's side of the server: frames to the page that queued the prompt, and its commands back.
+
+Out: the event "selfforcing.live" with JPEGs and figures. Back: POST /selfforcing/live, a JSON object with the run's
+secret name and an action. A page acknowledges every message; where nothing is acknowledged nothing more is sent, so
+neither a slow page nor one that has no player takes memory or time.
+
+Letters: V video frames, R RGB, H W pixels.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import math
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from aiohttp import web
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from ..selfforcing_core.prompt_schedule import HISTORIES
+from . import host
+from .prompts import Reader
+
+EVENT, ROUTE = "selfforcing.live", "/selfforcing/live"
+FRAME_SIZE = 512  # pixels of a frame's longer side
+FRAME_RATE = 24  # at most so many frames for every second that generating took
+JPEG_QUALITY = 80
+FRAMES_WAITING = 96  # the oldest are dropped
+FRAMES_PER_MESSAGE = 24
+UNANSWERED = 2  # messages
+PATIENCE = 10  # seconds: how long the last frames and a held chunk wait for a page that is gone
+COMMAND_BYTES = 65536
+PROMPT_LETTERS = 10000
+
+log = logging.getLogger(__name__)
+_runs: dict[str, Live] = {}
+
+
+class Outbox:
+    """Frames and figures on their way to a page, encoded and sent by a thread of its own as the page keeps up."""
+
+    def __init__(
+        self, send: Callable[[dict[str, Any]], None], fixed: dict[str, Any], ended: Callable[[], object]
+    ) -> None:
+        self.send, self.fixed, self.ended = send, fixed, ended
+        self.status: dict[str, Any] = {"message": ""}
+        self.frames: deque[tuple[int, Tensor]] = deque(maxlen=FRAMES_WAITING)
+        self.sent, self.answered = 0, 0
+        self.is_again = self.is_new = self.is_closed = False
+        self.changed = threading.Condition()
+        self.thread = threading.Thread(target=self._work, name=EVENT, daemon=True)
+        self.thread.start()
+
+    def put(self, frames: list[tuple[int, Tensor]] | None = None, *, is_again: bool = False, **status: Any) -> None:
+        """Frames [H, W, R] in bytes with their numbers, and figures. is_again: they replace those from there on."""
+        with self.changed:
+            if is_again and frames:
+                self.is_again = True
+                while self.frames and self.frames[-1][0] >= frames[0][0]:
+                    self.frames.pop()
+            self.frames.extend(frames or [])
+            self.status |= status
+            self.is_new = True
+            self.changed.notify_all()
+
+    def acknowledge(self, number: int) -> None:
+        """The page has taken message `number`. Raises ValueError for one that was not sent."""
+        with self.changed:
+            if not 0 <= number < self.sent:
+                raise ValueError(f"message {number} was never sent; there are {self.sent}")
+            self.answered = max(self.answered, number + 1)
+            self.changed.notify_all()
+
+    def close(self) -> None:
+        """Nothing more comes; what waits is sent if the page takes it within a few seconds. Does not wait for that."""
+        with self.changed:
+            self.is_closed = True
+            self.changed.notify_all()
+
+    def _work(self) -> None:
+        try:
+            while (taken := self._next()) is not None:
+                message, frames = taken
+                found = {"indices": [number for number, _ in frames], "jpegs": [_jpeg(frame) for _, frame in frames]}
+                self.send({**message, **found})
+        finally:
+            self.ended()
+
+    def _next(self) -> tuple[dict[str, Any], list[tuple[int, Tensor]]] | None:
+        """What to send next, as soon as there is anything and the page is ready for it; None at the end."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.is_closed or self._is_due())
+            if self.is_closed and not self.changed.wait_for(
+                lambda: self._is_due() or not self._has_more(), timeout=PATIENCE
+            ):
+                return None
+            if not self._has_more():
+                return None
+            frames = [self.frames.popleft() for _ in range(min(len(self.frames), FRAMES_PER_MESSAGE))]
+            message = {**self.fixed, **self.status, "number": self.sent, "again": self.is_again and bool(frames)}
+            self.sent += 1
+            self.is_new, self.is_again = False, self.is_again and not frames
+            self.status["message"] = ""
+            return message, frames
+
+    def _has_more(self) -> bool:
+        return bool(self.is_new or self.frames)
+
+    def _is_due(self) -> bool:
+        return self._has_more() and self.sent - self.answered < UNANSWERED
+
+
+class Live:
+    """One run of a sampler as its page sees and steers it. Made by `open_live`; `close` ends it."""
+
+    def __init__(
+        self, audience: host.Audience, *, fps: float, num_chunks: int, num_frames: int, read: Reader | None
+    ) -> None:
+        self.client, self.fps, self.read, self.name = audience.client, fps, read, uuid.uuid4().hex
+        fixed = {
+            "run": self.name, "prompt_id": audience.prompt, "node": audience.node, "num_chunks": num_chunks,
+            "num_frames": num_frames, "fps": fps, "can_prompt": read is not None,
+        }  # fmt: skip
+        self.began, self.paused, self.first_seconds, self.first_frames = time.perf_counter(), 0.0, 0.0, 0
+        self.seed: int | None = None  # of chunks that have not begun
+        self.chunk_seed: int | None = None
+        self.chunk_start = -1
+        self.next_seed: int | None = None  # of the held chunk, to be made once more
+        self.typed: tuple[str, str] | None = None
+        self.is_held, self.is_again = False, False
+        self.changed = threading.Condition()
+        _runs[self.name] = self
+        self.outbox = Outbox(
+            lambda message: host.send(EVENT, message, audience.client), fixed, lambda: _runs.pop(self.name, None)
+        )
+        self._tell(state="sampling", chunk=0, stats={"fps": None, "first_frame_seconds": None, "real_time": None})
+
+    @property
+    def has_page(self) -> bool:
+        """Whether a player has answered."""
+        return self.outbox.answered > 0
+
+    # ---------------------------------------------------- the sampling thread --
+    def show(self, frames_VRHW: Tensor, first_frame: int, chunk: int) -> None:
+        """Finished frames in [0, 1] of a chunk, numbered from `first_frame`; chunk counts the finished ones."""
+        seconds = time.perf_counter() - self.began - self.paused
+        if not self.first_frames:
+            self.first_seconds, self.first_frames = seconds, first_frame + len(frames_VRHW)
+        made, taken = first_frame + len(frames_VRHW) - self.first_frames, seconds - self.first_seconds
+        rate = made / taken if made and taken else None
+        every = max(1, math.ceil((rate or 0) / FRAME_RATE))
+        frames = list(zip(range(first_frame, first_frame + len(frames_VRHW), every), _small(frames_VRHW[::every])))
+        stats = {
+            "fps": rate, "first_frame_seconds": self.first_seconds, "real_time": rate and rate / self.fps,
+        }  # fmt: skip
+        self._tell(frames, is_again=self.is_again, chunk=chunk, stats=stats)
+        self.is_again = False
+
+    def wants_again(self) -> bool:
+        """Waits while the chunk that was just shown is held; whether it is to be made once more."""
+        began = time.perf_counter()
+        with self.changed:
+            self.next_seed = None
+            if self.is_held:
+                self._tell(state="held")
+            lost_at = time.monotonic() + PATIENCE
+            while self.is_held and self.next_seed is None:
+                self.changed.wait(0.1)
+                host.check_interrupted()
+                if host.is_listening(self.client):
+                    lost_at = time.monotonic() + PATIENCE
+                elif time.monotonic() > lost_at:
+                    log.warning("the page that held a chunk is gone; the run goes on")
+                    self.is_held = False
+            self.is_again = self.next_seed is not None
+            if self.is_again:
+                self.chunk_seed = self.next_seed
+            self.paused += time.perf_counter() - began
+            self._tell(state="sampling")
+            return self.is_again
+
+    def seed_at(self, start_frame: int) -> int | None:
+        with self.changed:
+            if start_frame != self.chunk_start:
+                self.chunk_start, self.chunk_seed = start_frame, self.seed
+            return self.chunk_seed
+
+    def read_prompt(self, check: Callable[[list[Any]], None]) -> tuple[list[Any], str] | None:
+        with self.changed:
+            typed, self.typed = self.typed, None
+        if typed is None or self.read is None:
+            return None
+        text, history = typed
+        try:
+            made = self.read(text)
+            check(made)
+        except Exception as error:  # a long run does not end because of a sentence typed into it
+            log.exception("the prompt typed into the player could not be read")
+            self._tell(message=f"the prompt was not taken: {error}")
+            return None
+        return made, history
+
+    def say(self, message: str) -> None:
+        """A line for the user below the player."""
+        self._tell(message=message)
+
+    def close(self, message: str = "") -> None:
+        """The run is over, for whatever reason; returns at once."""
+        self._tell(state="done", **({"message": message} if message else {}))
+        self.outbox.close()
+
+    def _tell(self, frames: list[tuple[int, Tensor]] | None = None, *, is_again: bool = False, **status: Any) -> None:
+        self.outbox.put(frames, is_again=is_again, **status)
+
+    # ------------------------------------------------------ the server's loop --
+    def command(self, message: dict[str, Any]) -> None:
+        """What the page asks for. Raises ValueError with value, rule and remedy."""
+        action = message.get("action")
+        if action == "ack":
+            self.outbox.acknowledge(_whole(message, "number"))
+            return
+        if self.outbox.is_closed:
+            raise ValueError("the run is over; queue it again")
+        with self.changed:
+            if action == "prompt":
+                self.typed = self._typed(message)
+            elif action == "seed":
+                self.seed = _whole(message, "seed")
+            elif action == "hold":
+                self.is_held = True
+            elif action == "go_on":
+                self.is_held = False
+            elif action == "reroll":
+                if not self.is_held:
+                    raise ValueError("no chunk is held; press Hold first")
+                self.next_seed = _whole(message, "seed")
+            else:
+                raise ValueError(f"action {str(action)[:40]!r} is unknown; use prompt, seed, hold, go_on or reroll")
+            self.changed.notify_all()
+
+    def _typed(self, message: dict[str, Any]) -> tuple[str, str]:
+        text, history = message.get("text"), message.get("history", HISTORIES[0])
+        if self.read is None:
+            raise ValueError("nothing here can read a new prompt; connect clip to the sampler")
+        if not isinstance(text, str) or not text.strip() or len(text) > PROMPT_LETTERS:
+            raise ValueError(f"a prompt is 1 to {PROMPT_LETTERS} letters")
+        if history not in HISTORIES:
+            raise ValueError(f"history {str(history)[:40]!r} is unknown; use {' or '.join(HISTORIES)}")
+        return text.strip(), history
+
+
+def open_live(*, fps: float, num_chunks: int, num_frames: int, read: Reader | None) -> Live | None:
+    """A player for the node that runs now; None where no page queued it."""
+    audience = host.audience()
+    if audience is None:
+        return None
+    return Live(audience, fps=fps, num_chunks=num_chunks, num_frames=num_frames, read=read)
+
+
+def add_route() -> None:
+    """Once, while the host loads the pack."""
+    server = host.server()
+    if server is not None:
+        server.routes.post(ROUTE)(_answer)
+
+
+async def _answer(request: web.Request) -> web.Response:
+    try:
+        body = b""
+        async for part in request.content.iter_chunked(COMMAND_BYTES):
+            body += part
+            if len(body) > COMMAND_BYTES:
+                raise ValueError(f"a command is at most {COMMAND_BYTES} bytes")
+        message = _parsed(body)
+        live = _runs.get(str(message.get("run")))
+        if live is None and message.get("action") == "ack":  # of the last message: the run is gone by then
+            return web.json_response({})
+        if live is None:
+            return web.json_response({"error": "this run is over; queue it again"}, status=404)
+        live.command(message)
+    except ValueError as error:
+        return web.json_response({"error": str(error)}, status=400)
+    return web.json_response({})
+
+
+def _parsed(body: bytes) -> dict[str, Any]:
+    try:
+        message = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("a command is a JSON object") from error
+    if not isinstance(message, dict):
+        raise ValueError("a command is a JSON object")
+    return message
+
+
+def _whole(message: dict[str, Any], name: str) -> int:
+    value = message.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
+        raise ValueError(f"{name} {str(value)[:40]!r} is no whole number from 0 to 2**64 - 1")
+    return value
+
+
+def _small(frames_VRHW: Tensor) -> list[Tensor]:
+    """Frames in bytes [H, W, R] in main memory, no side longer than FRAME_SIZE."""
+    longest = max(frames_VRHW.shape[-2:])
+    if longest > FRAME_SIZE:
+        height, width = (max(1, round(side * FRAME_SIZE / longest)) for side in frames_VRHW.shape[-2:])
+        frames_VRHW = interpolate(frames_VRHW.float(), (height, width), mode="area")
+    return list((frames_VRHW.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu())
+
+
+def _jpeg(frame_HWR: Tensor) -> str:
+    file = io.BytesIO()
+    Image.fromarray(frame_HWR.numpy()).save(file, "JPEG", quality=JPEG_QUALITY)
+    return base64.b64encode(file.getvalue()).decode()
