@@ -12,7 +12,7 @@ import pytest
 
 from selfforcing_core.video import read_video
 from tests.training import numbers, run_settings, write_database, write_encoders, write_network
-from train import logs
+from train import dmd, logs
 from train.args import DmdArgs, parse
 from train.conditions import read_texts
 from train.dmd import main
@@ -76,6 +76,24 @@ def test_image_to_video_needs_pictures(
     options = [*settings, f"student={network}", f"teacher={network}", f"logdir={tmp_path / 'run'}"]
     assert main(options) == 2
     assert "an image-to-video student needs vae=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", ["max_latent_frames=8", "sample_frames=6"])
+def test_image_to_video_students_make_clips_of_one_length(
+    settings: list[str], encoders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, more: str,
+) -> None:  # fmt: skip
+    """Said before any network is loaded, for a run by the student's file and for a plan by its size."""
+    monkeypatch.setattr(dmd, "build", lambda *_: pytest.fail("networks are loaded"))
+    network = write_network(tmp_path / "i2v.safetensors", 0, in_dim=36, model_type="i2v")
+    options = [*settings, *encoders, f"student={network}", f"teacher={network}", f"logdir={tmp_path / 'run'}", more]
+    name, value = more.split("=")
+    for arguments in (options, [*settings, *encoders, more, "size=i2v-14b", "logdir=x", "--dry-run"]):
+        assert main(arguments) == 2
+        told = capsys.readouterr().err
+        assert f"{name} {value} is another length than the 4 latent_frames" in told
+        assert f"leave {name} out" in told
+        assert told.count("\n") == 1
 
 
 def test_long_clips_are_judged_by_their_end(settings: list[str], encoders: list[str], tmp_path: Path) -> None:

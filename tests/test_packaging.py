@@ -47,6 +47,22 @@ def test_registry_metadata_is_complete() -> None:
     assert {"PublisherId", "DisplayName"} <= set(comfy)
 
 
+def test_the_changelog_ends_at_this_version() -> None:
+    told = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = [found.split(".") for found in re.findall(r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$", told, re.M)]
+    assert len(versions) == told.count("\n## "), "every heading is a version with its day"
+    assert ".".join(versions[0]) == PROJECT["version"]
+    assert versions == sorted(versions, key=lambda parts: tuple(map(int, parts)), reverse=True)
+
+
+def test_a_release_leaves_out_nothing_that_runs() -> None:
+    lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
+    left_out = {line.rstrip("/") for line in lines if not line.startswith("#")}
+    assert all((ROOT / name).exists() for name in left_out), "what is left out exists"
+    needed = {"__init__.py", "LICENSE", "README.md", "pyproject.toml", "requirements.txt"}
+    assert not left_out & (needed | {"assets", "nodes", "selfforcing_core", "train", "web", "workflows"})
+
+
 def test_the_map_names_every_file() -> None:
     told = (ROOT / "docs" / "map.md").read_text(encoding="utf-8")
     files = [

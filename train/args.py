@@ -199,6 +199,13 @@ def to_yaml(args: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(args))
 
 
+def mistake(name: str, error: Exception, *, is_told: bool = True) -> int:
+    """Say a user's mistake as one line on stderr, unless another process does; the exit status of a command line."""
+    if is_told:
+        print(f"{name}: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+    return 2
+
+
 def _pairs(argv: list[str]) -> list[tuple[str, str]]:
     """(key, value) of every argument, flags of the reference included."""
     found: list[tuple[str, str]] = []

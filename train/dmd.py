@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from selfforcing_core.conditioning import Conditioning
-from selfforcing_core.config import CausalConfig, StepConfig
+from selfforcing_core.config import CausalConfig, StepConfig, WanConfig
 from selfforcing_core.geometry import SPATIAL_FACTOR, VideoGeometry, chunk_lengths, pixel_frames
 from selfforcing_core.schedule import sigma_table
 from selfforcing_core.wan_vae import WanVAE, load_wan_vae
@@ -27,7 +27,7 @@ from train.draws import Draws, item, key_of
 from train.engine import SAMPLED, STUDENT, Trainer
 from train.gan import Adversarial, Discriminator, Heads
 from train.losses import score_timesteps
-from train.networks import Source, build, wide
+from train.networks import Source, build, read_on_first, wide
 from train.plan import update_flops
 from train.roles import Levels, Matching, Score, ScoreDraw, Student, loss_window
 from train.samples import Sampling
@@ -63,6 +63,16 @@ def _check_long(args: DmdArgs) -> None:
         raise ValueError("rollouts longer than latent_frames need chunks (chunk=3) and vae=... to re-encode with")
 
 
+def check_pictures(args: DmdArgs) -> None:
+    """Raise ValueError for settings that cannot work with an image-to-video student, whose file says that it is one."""
+    for name in ("max_latent_frames", "sample_frames"):
+        if getattr(args, name) not in (0, args.latent_frames):
+            raise ValueError(
+                f"{name} {getattr(args, name)} is another length than the {args.latent_frames} latent_frames for which "
+                f"an image-to-video student's pictures are encoded; leave {name} out"
+            )
+
+
 def causal_of(args: DmdArgs) -> CausalConfig:
     return CausalConfig(args.chunk or args.latent_frames, args.window, args.sink)
 
@@ -77,7 +87,11 @@ class Distillation(Trainer):
     def __init__(self, args: DmdArgs, world: distributed.World) -> None:
         super().__init__(args, world)
         self.settings, self.causal = args, causal_of(args)
-        self.built = built = build(self.sources(), [STUDENT, CRITIC], args, world)
+        sources = self.sources()
+        found = read_on_first(sources[STUDENT], world).config  # its weights are mapped, not read
+        if isinstance(found, WanConfig) and found.model_type == "i2v":
+            check_pictures(args)
+        self.built = built = build(sources, [STUDENT, CRITIC], args, world)
         config = built[STUDENT].config
         self.update_flops = update_flops(args, config, built.get(TEACHER, built[CRITIC]).config, built[CRITIC].config)
         self.latent_shape = (

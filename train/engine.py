@@ -26,7 +26,7 @@ from torch import Tensor
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.roofline import matmul_rate
 from train import distributed, logs, state
-from train.args import ClipArgs, TrainArgs, parse, to_yaml
+from train.args import ClipArgs, TrainArgs, mistake, parse, to_yaml
 from train.conditions import Prompts, read_texts
 from train.data import ClipDatabase, Row
 from train.draws import Draws, item
@@ -325,15 +325,11 @@ def command(
         check_args(args, processes)
         world = distributed.join(args.device, args.shard_group)
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{name}: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return mistake(name, error, is_told=os.environ.get("RANK", "0") == "0")
     try:
         train(args, world, lambda: make(args, world))
     except ValueError as error:
-        if world.is_first_to_notice():
-            print(f"{name}: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-        return 2
+        return mistake(name, error, is_told=world.is_first_to_notice())
     except RuntimeError as error:
         if world.size == 1 or not distributed.is_lost(error):
             raise

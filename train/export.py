@@ -19,7 +19,7 @@ from selfforcing_core.atomic import replacing
 from selfforcing_core.checkpoint import DTYPES, save_checkpoint
 from selfforcing_core.config import CausalConfig, WanConfig
 from train import lora, state
-from train.args import DiffusionArgs, DmdArgs, OdeArgs, parse
+from train.args import DiffusionArgs, DmdArgs, OdeArgs, mistake, parse
 from train.dmd import steps_of
 from train.networks import alpha_of, read_network
 
@@ -108,8 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(export(parse(ExportArgs, argv)))
     except ValueError as error:
-        print("train.export: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return mistake("train.export", error)
     return 0
 
 

@@ -27,6 +27,7 @@ from selfforcing_core.atomic import replacing
 from selfforcing_core.geometry import VideoGeometry
 from selfforcing_core.image import fit_image
 from selfforcing_core.wan_vae import WanVAE, load_wan_vae
+from train.args import mistake
 
 log = logging.getLogger(__name__)
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
@@ -109,8 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         vae = load_wan_vae(options.vae, dtype=getattr(torch, options.dtype), device=device)
         told = encode(found[rank::size], options.prompt_folder, options.output_latent_folder, vae, geometry)
     except (ValueError, OSError) as error:
-        print("train.make_latents: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return mistake("train.make_latents", error)
     print(json.dumps({**({"process": rank} if size > 1 else {}), **told}))
     return 0
 

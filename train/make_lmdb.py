@@ -19,6 +19,7 @@ import av
 import torch
 from torch import Tensor
 
+from train.args import mistake
 from train.data import read_pairs, write_shards
 
 
@@ -73,8 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = rows_of(files_of(options.data_path), options.video_path, options.prompt_path, options.min_prompt, told)
         told |= write_shards(rows, options.lmdb_path, options.num_shards)
     except (ValueError, OSError) as error:
-        print("train.make_lmdb: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return mistake("train.make_lmdb", error)
     print(json.dumps(told))
     return 0
 

@@ -23,7 +23,7 @@ from selfforcing_core.config import PRESETS, WanConfig
 from selfforcing_core.geometry import SPATIAL_FACTOR, chunk_lengths, tokens_per_frame
 from selfforcing_core.layout import wan_shapes
 from selfforcing_core.roofline import ATTAINABLE, CARDS, pass_flops, prompt_flops
-from train.args import DmdArgs, TrainArgs, parse
+from train.args import DmdArgs, TrainArgs, mistake, parse
 
 CARD_BYTES = {"24 GB": 24e9, "48 GB": 48e9, "80 GB": 80e9, "141 GB": 141e9}
 WATCHED = (2, 3)  # layers of the networks whose step is watched
@@ -47,8 +47,7 @@ def update_flops(args: DmdArgs, student: WanConfig, teacher: WanConfig, critic: 
     """FLOPs of one update of student and critic on a whole batch; exits are taken at their mean."""
     tokens = tokens_per_frame(args.height // SPATIAL_FACTOR, args.width // SPATIAL_FACTOR)
     lengths = chunk_lengths(args.latent_frames, args.chunk or args.latent_frames)
-    text = {name: prompt_flops(config) for name, config in (("student", student), ("critic", critic))}
-    rollout, graded, seen = float(text["student"]), 0.0, 0
+    rollout, graded, seen = float(prompt_flops(student)), 0.0, 0
     for index, length in enumerate(lengths):
         seen += length
         one = pass_flops(student, length * tokens, min(seen, args.window if args.window > 0 else seen) * tokens)
@@ -153,7 +152,7 @@ def sizes_of(args: TrainArgs) -> dict[str, str]:
     }
 
 
-def plan(args: TrainArgs, processes: int, *, with_memory: bool = True) -> dict[str, Any]:
+def plan(args: TrainArgs, processes: int) -> dict[str, Any]:
     """Counts, bytes and hours of a run on this many processes."""
     if args.batch_size % processes:
         raise ValueError(f"batch_size {args.batch_size} cannot be divided among {processes} processes; use a multiple")
@@ -170,12 +169,11 @@ def plan(args: TrainArgs, processes: int, *, with_memory: bool = True) -> dict[s
     told["flops_per_update"] = flops
     told["least_gpu_hours"] = {card: round(total / (ATTAINABLE * rate) / 3600, 2) for card, rate in CARDS.items()}
     told["least_gpu_hours_are"] = f"FLOPs over {ATTAINABLE} of the data sheet's dense bfloat16 rate, nothing else"
-    if with_memory:
-        told["peak_bytes_per_process"] = peaks = peak_bytes(args, processes)
-        told["fits"] = {card: max(peaks.values()) < size for card, size in CARD_BYTES.items()}
-        told["not_counted"] = (
-            "the text encoder while it encodes, the VAE and CLIP, the samples' decoder, the allocator's gaps"
-        )
+    told["peak_bytes_per_process"] = peaks = peak_bytes(args, processes)
+    told["fits"] = {card: max(peaks.values()) < size for card, size in CARD_BYTES.items()}
+    told["not_counted"] = (
+        "the text encoder while it encodes, the VAE and CLIP, the samples' decoder, the allocator's gaps"
+    )
     return told
 
 
@@ -188,8 +186,7 @@ def main(argv: list[str] | None = None) -> int:
         processes = int(counts[-1]) if counts else int(os.environ.get("WORLD_SIZE", "1"))
         print(json.dumps(plan(args, processes), indent=2))
     except ValueError as error:
-        print("train.plan: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return mistake("train.plan", error)
     return 0
 
 

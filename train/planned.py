@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from selfforcing_core.conditioning import Conditioning
-from selfforcing_core.config import CLIP_DIM, PRESETS
+from selfforcing_core.config import CLIP_DIM, CLIP_TOKENS, PRESETS
 from selfforcing_core.image import MASK_CHANNELS
 from train import state
 from train.args import DmdArgs
@@ -22,8 +22,6 @@ from train.dmd import CRITIC, Distillation
 from train.engine import STUDENT
 from train.networks import Source
 from train.plan import config_of, sizes_of
-
-CLIP_TOKENS = 257
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from selfforcing_core.generate import generate_all
 from selfforcing_core.geometry import SPATIAL_FACTOR, latent_frames, pixel_frames
 from selfforcing_core.plan import Request, Take
 from selfforcing_core.prompts import output_name
-from train.args import DmdArgs, parse
+from train.args import DmdArgs, mistake, parse
 from train.conditions import read_texts
 from train.data import ClipDatabase
 from train.export import AnyArgs, ExportArgs, export, read_run
@@ -89,8 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         for made in sample(parse(SampleArgs, argv)):
             print(made["out"])
     except ValueError as error:
-        print("train.sample: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return mistake("train.sample", error)
     return 0
 
 

@@ -28,7 +28,7 @@ from selfforcing_core.geometry import SPATIAL_FACTOR, VideoGeometry, pixel_frame
 from selfforcing_core.rollout import SeededNoise, rollout
 from selfforcing_core.schedule import FlowSchedule
 from train import distributed
-from train.args import NetworkArgs, parse
+from train.args import NetworkArgs, mistake, parse
 from train.conditions import Prompts, read_texts
 from train.draws import key_of
 from train.networks import Source, frozen
@@ -134,8 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             dist.destroy_process_group()
     except ValueError as error:
-        print("train.trajectories: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return mistake("train.trajectories", error)
     if world.is_first:
         print(json.dumps(told))
     return 0

@@ -1,22 +1,39 @@
 """Queue a workflow of workflows/api on a running ComfyUI, wait for it, and fetch what it saved.
 
     python workflows/client.py workflows/api/tiny_t2v.json --set 2.text="a green circle moving up slowly" --set 4.seed=7
+    python workflows/client.py workflows/api/tiny_t2v.json --frames seen
 
 Needs nothing but Python. --set NODE.INPUT=VALUE changes one input; values are JSON where they parse, else text.
+
+--frames FOLDER saves the pictures that ComfyUI shows while it works, as they arrive: 00001.jpg, 00002.jpg, ... Each is
+whole when it appears. The streaming samplers show the newest frame of every chunk. They come over ComfyUI's websocket,
+of which `Messages` below reads as much as that takes (RFC 6455).
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import hashlib
 import json
+import os
+import socket
 import sys
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10  # opcodes of a frame; 0: more of the message before
+LARGEST = 64 * 2**20  # bytes of a message
+PATIENCE = 30  # seconds of silence after which the server is asked whether it is still there
+PREVIEW = 1  # ComfyUI's binary message of a picture: this number, one of SUFFIXES, the file; both numbers of 4 bytes
+SUFFIXES = {1: ".jpg", 2: ".png"}
+ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
 
 def ask(server: str, path: str, body: Any = None) -> Any:
@@ -47,9 +64,128 @@ def changed(prompt: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     return prompt
 
 
-def run(server: str, prompt: dict[str, Any]) -> dict[str, Any]:
-    """Queue a prompt and wait until it has ended; what each node put out. Raises ValueError if it failed."""
-    queued = ask(server, "/prompt", {"prompt": prompt, "client_id": uuid.uuid4().hex})["prompt_id"]
+class Messages:
+    """What a server tells one client over a websocket: text as str, the rest as bytes. Raises ValueError if it ends."""
+
+    def __init__(self, server: str, connection: socket.socket) -> None:
+        self.server, self.connection = server, connection
+
+    @classmethod
+    def open(cls, server: str, client_id: str) -> Messages:
+        address = urllib.parse.urlsplit(f"//{server}")
+        try:
+            connection = socket.create_connection((address.hostname, address.port or 80), PATIENCE)
+        except OSError as error:
+            raise ValueError(f"{server} does not answer ({error}); start ComfyUI, or name another --server") from error
+        found = cls(server, connection)
+        found.shake_hands(f"/ws?clientId={client_id}")
+        return found
+
+    def __iter__(self) -> Iterator[str | bytes]:
+        kind, whole = 0, b""
+        while True:
+            is_last, opcode, data = self.frame()
+            if opcode == CLOSE:
+                words = [str(int.from_bytes(data[:2], "big") or 1005), *data[2:].decode(errors="replace").split()]
+                raise ValueError(f"{self.server} closed the websocket ({' '.join(words)}); the prompt may still run")
+            if opcode == PING:
+                self.send(PONG, data)
+            if opcode in (PING, PONG):
+                continue
+            if opcode not in ((TEXT, BINARY) if not kind else (0,)):
+                raise ValueError(f"{self.server} sent a frame of opcode {opcode} out of order; is it ComfyUI?")
+            kind, whole = kind or opcode, whole + data
+            if len(whole) > LARGEST:
+                raise ValueError(f"{self.server} sent a message of more than {LARGEST} bytes; is it ComfyUI?")
+            if is_last:
+                yield whole.decode(errors="replace") if kind == TEXT else whole
+                kind, whole = 0, b""
+
+    def shake_hands(self, path: str) -> None:
+        key = base64.b64encode(os.urandom(16)).decode()
+        self.connection.sendall(
+            f"GET {path} HTTP/1.1\r\nHost: {self.server}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+        )
+        answer = b""
+        while not answer.endswith(b"\r\n\r\n") and len(answer) < 2**14:
+            answer += self.read(1)
+        accept = base64.b64encode(hashlib.sha1(f"{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode()).digest())
+        first = answer.partition(b"\r\n")[0][:80]
+        if b" 101 " not in first or accept not in answer:
+            raise ValueError(f"{self.server} opens no websocket ({first.decode(errors='replace')}); is it ComfyUI?")
+
+    def frame(self) -> tuple[bool, int, bytes]:
+        """Whether a message ends with this frame, its opcode, its data."""
+        first, second = self.read(2)
+        length = second & 0x7F
+        if first & 0x70 or second & 0x80 or (first & 0x08 and length > 125):
+            raise ValueError(f"{self.server} sent a masked, compressed or overlong frame; is it ComfyUI?")
+        if length > 125:
+            length = int.from_bytes(self.read(2 if length == 126 else 8), "big")
+        if length > LARGEST:
+            raise ValueError(f"{self.server} sent a frame of {length} bytes, more than {LARGEST}; is it ComfyUI?")
+        return bool(first & 0x80), first & 0x0F, self.read(length)
+
+    def read(self, count: int) -> bytes:
+        """Exactly this many bytes, however long they take, as long as the server answers."""
+        found = b""
+        while len(found) < count:
+            try:
+                part = self.connection.recv(min(count - len(found), 2**16))
+            except TimeoutError:
+                ask(self.server, "/queue")
+                continue
+            except OSError as error:
+                raise ValueError(f"{self.server} was lost ({error}); the prompt may still run") from error
+            if not part:
+                raise ValueError(f"{self.server} ended the websocket within a message; the prompt may still run")
+            found += part
+        return found
+
+    def send(self, opcode: int, data: bytes) -> None:
+        """One short frame, masked as a client's must be."""
+        mask = os.urandom(4)
+        masked = bytes(byte ^ mask[index % 4] for index, byte in enumerate(data))
+        self.connection.sendall(bytes((0x80 | opcode, 0x80 | len(data))) + mask + masked)
+
+
+def save_frames(messages: Messages, queued: str, folder: Path) -> None:
+    """Save every picture that is shown until a prompt has ended."""
+    count, progress = 0, ""
+    for message in messages:
+        if isinstance(message, str):
+            event = json.loads(message)
+            data = event.get("data") or {}
+            if event["type"] == "progress":
+                progress = f" (node {data.get('node')}: {data['value']} of {data['max']})"
+            if event["type"] in ENDS and data.get("prompt_id") == queued:
+                break
+        elif int.from_bytes(message[:4], "big") == PREVIEW:
+            count += 1
+            path = folder / f"{count:05d}{SUFFIXES.get(int.from_bytes(message[4:8], 'big'), '.bin')}"
+            part = path.with_suffix(".part")
+            folder.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(message[8:])
+            part.replace(path)
+            print(f"{path}{progress}", file=sys.stderr)
+    if not count:
+        print("nothing was shown: the server had the answer already, or no node shows what it makes", file=sys.stderr)
+
+
+def run(server: str, prompt: dict[str, Any], frames: Path | None = None) -> dict[str, Any]:
+    """Queue a prompt and wait until it has ended; what each node put out. Raises ValueError if it failed.
+
+    frames: folder for the pictures that are shown meanwhile; those of two runs are not mixed.
+    """
+    if frames is not None and frames.exists() and any(frames.iterdir()):
+        raise ValueError(f"{frames} holds files already; give --frames an empty folder, or a new one")
+    client_id = uuid.uuid4().hex
+    messages = None if frames is None else Messages.open(server, client_id)
+    queued = ask(server, "/prompt", {"prompt": prompt, "client_id": client_id})["prompt_id"]
+    if messages is not None and frames is not None:
+        with messages.connection:
+            save_frames(messages, queued, frames)
     while True:
         entry = ask(server, f"/history/{queued}").get(queued)
         if entry is not None:
@@ -84,10 +220,11 @@ def main() -> int:
     parser.add_argument("--server", default="127.0.0.1:8188", help="address of ComfyUI (default: 127.0.0.1:8188)")
     parser.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="change one input")
     parser.add_argument("--to", type=Path, default=Path("out"), help="folder for the results (default: out)")
+    parser.add_argument("--frames", type=Path, metavar="FOLDER", help="save what is shown meanwhile, as it arrives")
     options = parser.parse_args()
     try:
         prompt = changed(json.loads(options.workflow.read_text(encoding="utf-8")), options.set)
-        for path in fetch(options.server, run(options.server, prompt), options.to):
+        for path in fetch(options.server, run(options.server, prompt, options.frames), options.to):
             print(path)
     except (ValueError, OSError) as error:
         print(f"client: {error}", file=sys.stderr)

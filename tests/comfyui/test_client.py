@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import socket
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
 
 from tests.comfyui.graphs import fresh_seed, read_mp4
 from tests.comfyui.host_server import PACK_NAME, ROOT, Server
 from train.tiny.world import detect
 
 CLIENT, WORKFLOW = ROOT / "workflows/client.py", ROOT / "workflows/api/tiny_t2v.json"
+
+
+def load_client() -> Any:
+    """The script as a module: it lies in no package, so that it can be copied."""
+    spec = importlib.util.spec_from_file_location("workflows_client", CLIENT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+client = load_client()
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """[R, H, W] in [0, 1]."""
+    return (
+        torch.tensor(list(image.convert("RGB").tobytes())).unflatten(0, (*image.size[::-1], 3)).permute(2, 0, 1) / 255
+    )
 
 
 def call(server: Server, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -27,9 +55,36 @@ def test_it_queues_a_workflow_with_other_inputs_and_fetches_the_video(server: Se
     assert (detect(read_mp4(video)[0]).colour, len(read_mp4(video)[0])) == ("green", 33)
 
 
+def test_what_is_shown_is_saved_while_it_is_made(server: Server, tmp_path: Path) -> None:
+    """The newest frame of every chunk, each of them whole."""
+    frames, rest = tmp_path / "frames", ["--set", f"4.seed={fresh_seed()}", "--to", str(tmp_path)]
+    done = call(server, "--frames", str(frames), *rest)
+    assert done.returncode == 0, done.stderr
+    (video,) = map(Path, done.stdout.split())
+    found = sorted(frames.iterdir())
+    assert [path.name for path in found] == ["00001.jpg", "00002.jpg", "00003.jpg"]
+    saved = read_mp4(video)[0]
+    assert len(saved) == 33
+    for path, number in zip(found, (8, 20, 32)):
+        shown = to_tensor(Image.open(path).resize((64, 64)))
+        errors = (saved - shown).abs().mean((1, 2, 3))
+        assert errors[number] < 0.05, "lossy twice, and scaled by the host"
+        assert abs(int(errors.argmin()) - number) <= 1
+    lines = done.stderr.splitlines()
+    assert [line.split(" ")[0] for line in lines] == [str(path) for path in found]
+    assert "(node 4: " in lines[-1]
+    again = call(server, "--frames", str(frames), *rest)
+    assert again.returncode == 2
+    assert "holds files already" in again.stderr
+    cached = call(server, "--frames", str(tmp_path / "none"), *rest)
+    assert cached.returncode == 0, cached.stderr
+    assert "nothing was shown" in cached.stderr
+    assert not (tmp_path / "none").exists()
+
+
 def test_mistakes_are_one_line(server: Server, tmp_path: Path) -> None:
     for setting, words in (("9.text=a", "sets no input"), ("4.length=34", "use 33 or 37")):
-        done = call(server, "--set", setting, "--to", str(tmp_path))
+        done = call(server, "--set", setting, "--to", str(tmp_path), "--frames", str(tmp_path / "frames"))
         assert done.returncode == 2
         assert words in done.stderr
         assert done.stderr.count("\n") == 1
@@ -45,3 +100,118 @@ def test_help_pages_are_served_for_nodes_that_exist(server: Server) -> None:
         address = f"http://{server.address}/extensions/{PACK_NAME}/docs/{page.name}"
         with urllib.request.urlopen(address, timeout=30) as answer:
             assert answer.read().decode() == page.read_text()
+
+
+# ------------------------------------------------------------ websocket reader --
+class FakeConnection:
+    """Gives what a server would have sent in pieces of a few bytes, and keeps what it is told."""
+
+    def __init__(self, content: bytes, piece: int = 3) -> None:
+        self.content, self.piece, self.sent = content, piece, b""
+
+    def recv(self, count: int) -> bytes:
+        count = min(count, self.piece)
+        part, self.content = self.content[:count], self.content[count:]
+        return part
+
+    def sendall(self, data: bytes) -> None:
+        self.sent += data
+
+
+def frame(opcode: int, data: bytes, *, is_last: bool = True) -> bytes:
+    size = len(data)
+    if size < 126:
+        length = bytes([size])
+    else:
+        length = b"\x7e" + size.to_bytes(2, "big") if size < 2**16 else b"\x7f" + size.to_bytes(8, "big")
+    return bytes([is_last << 7 | opcode]) + length + data
+
+
+TEXT, BINARY, CLOSE, PING = client.TEXT, client.BINARY, client.CLOSE, client.PING
+
+
+@pytest.mark.parametrize("piece", [1, 3, 10**6])
+def test_messages_come_whole_however_they_are_cut(piece: int) -> None:
+    """Frames of every form of length, messages of several frames, and a ping between two of them, which is answered."""
+    long, longer = bytes(range(256)) * 4, b"x" * 70000
+    content = (
+        frame(TEXT, "gr\u00fcn".encode()) + frame(BINARY, long[:500], is_last=False) + frame(PING, b"there?")
+        + frame(0, long[500:700], is_last=False) + frame(0, long[700:]) + frame(BINARY, b"") + frame(BINARY, longer)
+    )  # fmt: skip
+    connection = FakeConnection(content, piece)
+    messages = iter(client.Messages("here", connection))
+    assert [next(messages) for _ in range(4)] == ["gr\u00fcn", long, b"", longer]
+    head, mask, masked = connection.sent[:2], connection.sent[2:6], connection.sent[6:]
+    assert head == bytes([0x80 | client.PONG, 0x80 | 6]), "a client's frames are masked"
+    assert bytes(byte ^ mask[n % 4] for n, byte in enumerate(masked)) == b"there?"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (frame(CLOSE, (1001).to_bytes(2, "big") + b"going away"), "closed the websocket (1001 going away)"),
+        (frame(CLOSE, b""), "closed the websocket (1005)"),
+        (bytes([0x80 | TEXT, 0x80 | 1]) + b"maskx", "masked, compressed or overlong"),
+        (bytes([0x80 | 0x40 | TEXT, 1]) + b"x", "masked, compressed or overlong"),
+        (frame(PING, b"x" * 126), "masked, compressed or overlong"),
+        (bytes([0x80 | BINARY, 127]) + (2**40).to_bytes(8, "big"), "sent a frame of 1099511627776 bytes, more than"),
+        (frame(BINARY, b"x" * 9, is_last=False) + frame(0, b"x" * 9), "a message of more than 16 bytes"),
+        (frame(0, b"x"), "opcode 0 out of order"),
+        (frame(TEXT, b"x", is_last=False) + frame(TEXT, b"x"), "opcode 1 out of order"),
+        (frame(3, b"x"), "opcode 3 out of order"),
+        (frame(TEXT, b"whole")[:4], "ended the websocket within a message"),
+        (b"", "ended the websocket"),
+    ],
+)
+def test_what_is_no_message_is_one_clear_line(content: bytes, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "more than 16" in words:
+        monkeypatch.setattr(client, "LARGEST", 16)
+    with pytest.raises(ValueError) as raised:
+        next(iter(client.Messages("here", FakeConnection(content))))
+    told = str(raised.value)
+    assert told.startswith("here ")
+    assert words in told
+    assert "\n" not in told
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 101 Switching\r\nSec-WebSocket-Accept: other\r\n\r\n", b"x" * 2**14],
+)
+def test_a_server_without_websocket_is_named(answer: bytes) -> None:
+    with pytest.raises(ValueError, match="here opens no websocket"):
+        client.Messages("here", FakeConnection(answer, 10**6)).shake_hands("/ws")
+
+
+def test_silence_is_borne_while_the_server_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(0.05)
+        messages = client.Messages("here", ours)
+        monkeypatch.setattr(client, "ask", lambda server, path: (asked.append(path), theirs.sendall(frame(TEXT, b"a"))))
+        assert next(iter(messages)) == "a"
+        assert asked == ["/queue"]
+
+
+def test_only_pictures_of_the_prompt_are_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Until it has ended; another prompt's end, texts and pictures with metadata are passed over."""
+
+    def event(kind: str, **data: Any) -> bytes:
+        return frame(TEXT, json.dumps({"type": kind, "data": data}).encode())
+
+    def number(value: int) -> bytes:
+        return value.to_bytes(4, "big")
+
+    content = (
+        event("status") + event("execution_success", prompt_id="other") + event("progress", node="4", value=2, max=8)
+        + frame(BINARY, number(1) + number(1) + b"first") + frame(BINARY, number(3) + b"text")
+        + frame(BINARY, number(1) + number(2) + b"second") + event("execution_error", prompt_id="ours")
+        + frame(BINARY, number(1) + number(1) + b"late")
+    )  # fmt: skip
+    client.save_frames(client.Messages("here", FakeConnection(content)), "ours", tmp_path / "a/b")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "a/b").iterdir()} == {
+        "00001.jpg": b"first",
+        "00002.png": b"second",
+    }
+    assert "00001.jpg (node 4: 2 of 8)" in capsys.readouterr().err
