@@ -19,8 +19,8 @@ from .text import SelfForcingTextEncode
 class SelfForcingExtension(ComfyExtension):
     """What ComfyUI receives from the pack. Ids are for ever; new nodes are appended."""
 
-    async def on_load(self) -> None:
-        add_route()
+    def __init__(self) -> None:
+        add_route()  # here, since not every host calls on_load
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

@@ -278,8 +278,9 @@ class _History:
     """The clean frames that the chunk being made sees, as they were written into the cache."""
 
     def __init__(self, call: _Calls, causal: CausalConfig, lengths: tuple[int, ...]) -> None:
-        self.call, self.sink, self.timestep = call, causal.sink, causal.context_noise
+        self.call, self.timestep = call, causal.context_noise
         evicts = -1 < causal.window < sum(lengths)
+        self.sink = causal.sink if evicts else 0
         self.ring = causal.window - causal.sink if evicts else sum(lengths)
         self.chunks: list[tuple[int, Tensor, float]] = []
         self.is_known = True

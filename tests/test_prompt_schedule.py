@@ -101,7 +101,7 @@ def test_frames_before_the_change_stay_and_later_ones_follow_the_new_prompt() ->
     assert not torch.allclose(changed[:, 4:], kept[:, 4:], atol=1e-3)
 
 
-@pytest.mark.parametrize(("window", "sink"), [(-1, 0), (4, 0), (5, 1), (6, 3)])
+@pytest.mark.parametrize(("window", "sink"), [(-1, 0), (4, 0), (5, 1), (6, 3), (12, 3)])
 def test_recoded_history_is_that_of_a_run_under_the_new_prompt(window: int, sink: int) -> None:
     """The cache after the change holds what writing its frames, and no others, under the new prompt gives."""
     causal, one, other = CausalConfig(2, window, sink), random_text(), random_text(seed=1)
@@ -110,7 +110,10 @@ def test_recoded_history_is_that_of_a_run_under_the_new_prompt(window: int, sink
     naive = network.new_cache(
         batch=1, latent_height=FRAME[1], latent_width=FRAME[2], capacity=10, like=other.prompt_embeds_BPE
     )  # fmt: skip
-    ring = 10 if window == -1 else window - sink
+    if not -1 < window < 10:  # nothing is evicted
+        sink, ring = 0, 10
+    else:
+        ring = window - sink
     shown = [*range(sink), *range(max(sink, 8 - ring), 8)]  # when the prompt changes
     expected_k: list[Tensor] = []
     # frame by frame groups as the rollout had them: the sink's parts, then whole or cut chunks

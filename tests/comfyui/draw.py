@@ -15,6 +15,7 @@ from typing import Any
 from tests.comfyui.host_server import ROOT, Server, find_checkouts
 
 COLUMN, ROW, LEFT, TOP = 400, 40, 40, 60  # pixels
+PLAYER_ROWS = 4  # as high as so many texts
 HUB = "https://huggingface.co/"
 COMFY = HUB + "Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/"
 DISTILLED = HUB + "lightx2v/Wan2.1-Distill-Models/resolve/main/"
@@ -62,6 +63,29 @@ The picture fills the KV cache as frame 0, then the model goes on in chunks. Len
 
 The first sampler makes 81 frames; **Image to Video** hands their latents to the second, which goes on to 129. Repeat as
 often as you like. The window keeps time and memory per chunk constant.""",
+    "tiny_prompt_schedule": """## The prompt changes while the video is made
+
+A red square becomes a blue one at 2.1 seconds. The chunk in which the moment lies is the first that follows the new
+prompt; with history *recode* the frames so far are written into the KV cache again under it.""",
+    "tiny_endless": """## As long as you like, written to disk while it is made
+
+The window keeps time and memory per chunk constant, the sink keeps the first frames in it. Press stop whenever you have
+enough: the file plays as far as it was made. Meanwhile type another prompt below the player.""",
+    "live_t2v_1.3b": """## Live: watch it being made and steer it
+
+Type a new prompt below the player and the next chunk follows it; hold a chunk and roll it again; change the seed.
+`clip` is connected to the sampler because it reads what you type.""",
+    "prompt_schedule_1.3b": """## The prompt changes while the video is made
+
+Each line holds from its second on. The chunk in which the moment lies is the first that follows the new prompt.""",
+    "endless_1.3b": """## As long as you like, written to disk while it is made
+
+Window 12 keeps time and memory per chunk constant, sink 3 keeps the first frames in it. Press stop whenever you have
+enough: the file plays as far as it was made.""",
+    "lora_fp8_1.3b": """## A LoRA on weights in 8 bits
+
+Any LoRA for Wan 2.1 1.3B goes behind the loader; the one named here is what `train.export form=lora` makes of your own
+training. fp8 weights take half the memory of 16-bit ones.""",
     "few_step_t2v_14b": """## 14B in four steps, all frames at once
 
 **Not causal**: the distilled 14B models of Self-Forcing-Plus and lightx2v see the whole video in every step. Nothing
@@ -129,6 +153,7 @@ def height(description: dict[str, Any]) -> int:
     widgets = sum(
         is_widget(kind) + bool(options.get("control_after_generate")) for _, kind, options in slots(description)
     )
+    tall += PLAYER_ROWS if any(slot == "player" for slot, _, _ in slots(description)) else 0
     return 40 + 20 * max(rows, len(description["output"])) + 26 * widgets + 90 * tall
 
 

@@ -258,3 +258,17 @@ def test_batch_rows_are_different_videos_and_the_first_is_that_of_a_single_run(s
     assert (both[:1] - alone).abs().max() < 1e-3  # matrix products round differently by batch size
     assert (both[1:] - alone).abs().max() > 0.1
     assert len(read_mp4(server.run(prompt)[SAVE][0])[0]) == 2 * 21
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "colours"), [("tiny_prompt_schedule", 69, "red blue"), ("tiny_endless", 321, "red red")]
+)
+def test_shipped_tiny_workflows_show_what_they_say(server: Server, name: str, length: int, colours: str) -> None:
+    prompt = json.loads((Path(__file__).parents[2] / f"workflows/api/{name}.json").read_text())
+    (saved,) = (files for files in server.run(prompt).values() if files)
+    frames, fps = read_mp4(saved[0])
+    assert (len(frames), fps) == (length, 16)
+    found = detect(frames)
+    first, last = colours.split()
+    assert (found.colours_V[0], found.colours_V[-1]) == (first, last)
+    assert sum(shape == "square" for shape in found.shapes_V) > length / 2
