@@ -10,7 +10,7 @@ from typing import Any
 
 __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
 
-WEB_DIRECTORY = "web"  # the nodes' help pages
+WEB_DIRECTORY = "web"  # the live player and the nodes' help pages
 
 
 async def comfy_entrypoint() -> Any:

@@ -38,6 +38,7 @@ JPEG_QUALITY = 80
 FRAMES_WAITING = 96  # the oldest are dropped
 FRAMES_PER_MESSAGE = 24
 UNANSWERED = 2  # messages
+AGAIN_AFTER = 5  # seconds: a page that answered once and then did not may have been reloaded in between
 PATIENCE = 10  # seconds: how long the last frames and a held chunk wait for a page that is gone
 COMMAND_BYTES = 65536
 PROMPT_LETTERS = 10000
@@ -57,6 +58,7 @@ class Outbox:
         self.frames: deque[tuple[int, Tensor]] = deque(maxlen=FRAMES_WAITING)
         self.sent, self.answered = 0, 0
         self.is_again = self.is_new = self.is_closed = False
+        self.sent_at = 0.0
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._work, name=EVENT, daemon=True)
         self.thread.start()
@@ -99,7 +101,8 @@ class Outbox:
     def _next(self) -> tuple[dict[str, Any], list[tuple[int, Tensor]]] | None:
         """What to send next, as soon as there is anything and the page is ready for it; None at the end."""
         with self.changed:
-            self.changed.wait_for(lambda: self.is_closed or self._is_due())
+            while not self.changed.wait_for(lambda: self.is_closed or self._is_due(), timeout=AGAIN_AFTER):
+                pass
             if self.is_closed and not self.changed.wait_for(
                 lambda: self._is_due() or not self._has_more(), timeout=PATIENCE
             ):
@@ -108,7 +111,7 @@ class Outbox:
                 return None
             frames = [self.frames.popleft() for _ in range(min(len(self.frames), FRAMES_PER_MESSAGE))]
             message = {**self.fixed, **self.status, "number": self.sent, "again": self.is_again and bool(frames)}
-            self.sent += 1
+            self.sent, self.sent_at = self.sent + 1, time.monotonic()
             self.is_new, self.is_again = False, self.is_again and not frames
             self.status["message"] = ""
             return message, frames
@@ -117,7 +120,8 @@ class Outbox:
         return bool(self.is_new or self.frames)
 
     def _is_due(self) -> bool:
-        return self._has_more() and self.sent - self.answered < UNANSWERED
+        is_patient = not self.answered or time.monotonic() < self.sent_at + AGAIN_AFTER
+        return self._has_more() and (self.sent - self.answered < UNANSWERED or not is_patient)
 
 
 class Live:
@@ -214,9 +218,9 @@ class Live:
         """A line for the user below the player."""
         self._tell(message=message)
 
-    def close(self, message: str = "") -> None:
+    def close(self) -> None:
         """The run is over, for whatever reason; returns at once."""
-        self._tell(state="done", **({"message": message} if message else {}))
+        self._tell(state="done")
         self.outbox.close()
 
     def _tell(self, frames: list[tuple[int, Tensor]] | None = None, *, is_again: bool = False, **status: Any) -> None:

@@ -338,7 +338,6 @@ def sample(
     )
     if live is not None and stream is not None and stream.note:
         live.say(stream.note)
-    ended = "stopped"
     try:
         samples = guider.sample(
             SeededHostNoise(seed, lengths).generate_noise(latent),
@@ -349,8 +348,7 @@ def sample(
             disable_pbar=True,
             seed=seed,
         )
-        ended = ""
     finally:
         if live is not None:
-            live.close(ended)
+            live.close()
     return host.to_graph(samples), run.keep if run.keep is not None else host.blocked(NO_STATE)

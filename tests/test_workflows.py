@@ -26,6 +26,11 @@ def test_there_is_a_workflow_and_each_has_a_twin_for_scripts() -> None:
     assert ids(WORKFLOWS) == ids(sorted((ROOT / "workflows" / "api").glob("*.json")))
 
 
+def test_what_the_tiny_model_can_show_has_a_picture() -> None:
+    pictures = ids(sorted((ROOT / "workflows").glob("*.jpg")))
+    assert pictures == [name for name in ids(WORKFLOWS) if "14b" not in name]
+
+
 def test_links_agree_with_the_slots_at_both_ends(graph: dict[str, Any]) -> None:
     nodes = {node["id"]: node for node in graph["nodes"]}
     for link, source, slot, target, target_slot, kind in graph["links"]:

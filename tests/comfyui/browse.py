@@ -2,8 +2,9 @@
 
 python browse.py CHROMIUM ADDRESS PACK FOLDER NAME...
 
-Drops each named workflow of the pack on the canvas as a user's mouse would, reports what the page made of it, and runs
-`tiny_t2v` with the button. Prints one JSON object; screenshots go to FOLDER.
+Drops each named workflow of the pack on the canvas as a user's mouse would, reports what the page made of it, runs
+`tiny_t2v` with the button, and steers `tiny_endless` with the live player in both renderers. Prints one JSON object;
+screenshots go to FOLDER.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import random
 import re
 import sys
 import tempfile
@@ -57,6 +59,36 @@ HOST_LOADER = """
 })()
 """
 
+PLAYER = """
+window.player = () => document.querySelector('.selfforcing-player')
+window.control = action => window.player().querySelector(`[data-action="${action}"]`)
+window.told = () => window.player().querySelector('[data-role="status"]').textContent
+window.seen = () => {  // what the newest picture shows: the middle square of the canvas as 64 by 64 RGB
+  const canvas = document.querySelector('.selfforcing-canvas'), small = new OffscreenCanvas(64, 64).getContext('2d')
+  const size = Math.min(canvas.width, canvas.height), left = (canvas.width - size) / 2, top = (canvas.height - size) / 2
+  small.drawImage(canvas, left, top, size, size, 0, 0, 64, 64)
+  return [...small.getImageData(0, 0, 64, 64).data].filter((_, place) => place % 4 < 3)
+}
+window.to_the_end = async () => {
+  const bar = window.control('scrub')
+  bar.value = bar.max
+  bar.dispatchEvent(new Event('input', {bubbles: true}))
+  bar.dispatchEvent(new Event('change', {bubbles: true}))
+  await new Promise(done => setTimeout(done, 500))
+}
+window.prepare = (length, seed) => {
+  const node = window.app.graph._nodes.find(node => node.comfyClass === 'SelfForcingStreamToFile')
+  const set = (name, value) => { node.widgets.find(widget => widget.name === name).value = value }
+  set('length', length), set('seed', seed)
+  const {ds} = window.app.canvas
+  ds.scale = 0.85
+  ds.offset[0] = 480 - node.pos[0]
+  ds.offset[1] = 930 - node.pos[1] - node.size[1]
+  window.app.canvas.setDirty(true, true)
+}
+window.run = () => [...document.querySelectorAll('button')].find(b => /^Run$/.test(b.textContent.trim())).click()
+"""
+
 
 class Page:
     """One tab. Requests to anything but the server are refused by the browser's own host rules."""
@@ -70,6 +102,9 @@ class Page:
         async with asyncio.timeout(PATIENCE):
             while True:
                 answer = await self.socket.receive_json()
+                if answer.get("method") == "Page.javascriptDialogOpening":  # leaving a changed workflow
+                    accept = {"id": 0, "method": "Page.handleJavaScriptDialog", "params": {"accept": True}}
+                    await self.socket.send_json(accept)
                 if answer.get("id") == self.count:
                     assert "error" not in answer, answer
                     return answer["result"]
@@ -92,24 +127,19 @@ class Page:
 
 
 async def browse(page: Page, session: aiohttp.ClientSession) -> dict[str, Any]:
+    await page.call("Page.enable")
     settings = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False}
     await session.post(f"http://{ADDRESS}/settings", json=settings)
-    await page.call("Page.navigate", url=f"http://{ADDRESS}/")
-    await page.until(
-        "!!(window.app && window.app.graph && window.LiteGraph && document.querySelector('#graph-canvas'))"
-    )
-    async with session.get(f"http://{ADDRESS}/object_info") as answer:
-        known = json.dumps(list(await answer.json()))
-    await page.until(f"{known}.every(name => name in window.LiteGraph.registered_node_types)")
+    await visit(page, session)
     broken = await page.evaluate(HOST_LOADER)
     if broken:
         return {"broken": broken}
     found: dict[str, Any] = {}
     for name in NAMES:
-        found[name] = await page.evaluate(f"({DROP.replace('PACK', PACK)})({json.dumps(name)})")
+        found[name] = await drop(page, name)
         await asyncio.sleep(0.5)
         await page.screenshot(name)
-    await page.evaluate(f"({DROP.replace('PACK', PACK)})('tiny_t2v')")
+    await drop(page, "tiny_t2v")
     before = await history(session)
     await page.evaluate(
         "[...document.querySelectorAll('button')].find(b => /^Run$/.test(b.textContent.trim())).click()"
@@ -123,7 +153,67 @@ async def browse(page: Page, session: aiohttp.ClientSession) -> dict[str, Any]:
     (ran,) = set(after) - set(before)
     await asyncio.sleep(1.5)
     await page.screenshot("ran")
-    return {"workflows": found, "run": after[ran]}
+    classic = await steer(page, session, "classic", 2)
+    await session.post(f"http://{ADDRESS}/settings", json={"Comfy.VueNodes.Enabled": True})
+    await visit(page, session)
+    return {"workflows": found, "run": after[ran], "classic": classic, "vue": await steer(page, session, "vue", 5)}
+
+
+async def visit(page: Page, session: aiohttp.ClientSession) -> None:
+    await page.call("Page.navigate", url=f"http://{ADDRESS}/")
+    await asyncio.sleep(1)
+    await page.until(
+        "!!(window.app && window.app.graph && window.LiteGraph && document.querySelector('#graph-canvas'))"
+    )
+    async with session.get(f"http://{ADDRESS}/object_info") as answer:
+        known = json.dumps(list(await answer.json()))
+    await page.until(f"{known}.every(name => name in window.LiteGraph.registered_node_types)")
+
+
+async def drop(page: Page, name: str) -> Any:
+    return await page.evaluate(f"({DROP.replace('PACK', PACK)})({json.dumps(name)})")
+
+
+async def steer(page: Page, session: aiohttp.ClientSession, renderer: str, seed: int) -> dict[str, Any]:
+    """Hold a chunk, type another prompt, go on to the end; then stop a second run. Pictures are the canvas' own."""
+    await drop(page, "tiny_endless")
+    await page.evaluate(PLAYER)
+    await asyncio.sleep(1)
+    found: dict[str, Any] = {"is_shown": await page.evaluate("!!window.player()?.isConnected")}
+    if not found["is_shown"]:
+        return found
+    await page.evaluate(f"window.prepare(165, {seed}); window.run()")
+    await page.until("/chunk [1-9]/.test(window.told())")
+    await page.evaluate("window.control('hold').click()")
+    await page.until("/held/.test(window.told())")
+    found["told"] = await page.evaluate("window.told()")
+    await page.evaluate("window.to_the_end()")
+    found["before"] = await page.evaluate("window.seen()")
+    await page.evaluate("window.control('prompt-text').focus()")
+    await page.call("Input.insertText", text="a blue square moving left slowly on a black background")
+    await page.screenshot(f"held_{renderer}")
+    await page.evaluate("window.control('prompt').click()")
+    await asyncio.sleep(0.5)
+    await page.evaluate("window.control('go_on').click()")
+    await page.until("/chunk 14 of 14/.test(window.told())")
+    await asyncio.sleep(1)
+    await page.evaluate("window.to_the_end()")
+    found["after"] = await page.evaluate("window.seen()")
+    found["error"] = await page.evaluate("window.player().querySelector('[data-role=\"error\"]').textContent")
+    await page.screenshot(f"steered_{renderer}")
+    before = await history(session)
+    await page.evaluate(f"window.prepare(2001, {random.randrange(2**32)}); window.run()")
+    await page.until("/chunk [1-9][0-9]* of 167/.test(window.told())")
+    await page.evaluate("window.control('stop').click()")
+    for _ in range(PATIENCE * 5):
+        stopped = set(await history(session)) - set(before)
+        if stopped:
+            found["stopped"] = (await history(session))[stopped.pop()]["status"]
+            break
+        await asyncio.sleep(0.2)
+    await asyncio.sleep(1)
+    found["told_when_stopped"] = await page.evaluate("window.told()")
+    return found
 
 
 async def history(session: aiohttp.ClientSession) -> dict[str, Any]:

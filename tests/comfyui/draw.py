@@ -1,7 +1,9 @@
 """Draw workflows/*.json from their twins in workflows/api: python -m tests.comfyui.draw
 
 The twins say what runs. This adds what a person sees: places, sizes, links with both ends, a note and where to get the
-models. Slots and widgets come from a running host, so a drawing cannot disagree with the nodes.
+models. Slots and widgets come from a running host, so a drawing cannot disagree with the nodes. Beside each lies a
+picture for the list of templates: four moments of a video that the bundled tiny model made in that way. The 14B models
+work in a way that the tiny one cannot, and have none.
 """
 
 from __future__ import annotations
@@ -9,9 +11,14 @@ from __future__ import annotations
 import json
 import tempfile
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from selfforcing_core.generate import Request, generate
+from selfforcing_core.video import read_video, write_contact_sheet
 from tests.comfyui.host_server import ROOT, Server, find_checkouts
 
 COLUMN, ROW, LEFT, TOP = 400, 40, 40, 60  # pixels
@@ -35,6 +42,25 @@ MODELS = {  # file: (address, folder below ComfyUI/models)
     "wan2.1_i2v_480p_lightx2v_4step.safetensors": (
         DISTILLED + "wan2.1_i2v_480p_lightx2v_4step.safetensors", "diffusion_models",
     ),
+}  # fmt: skip
+SCENE = "moving left slowly on a black background"
+PICTURES: dict[str, dict[str, Any]] = {  # what the tiny model is asked for
+    "tiny_t2v": {"prompt": "a red square moving left slowly on a navy background"},
+    "tiny_prompt_schedule": {"prompt": f"0s: a red square {SCENE}; 2.1s: a blue square {SCENE}", "frames": 69},
+    "tiny_endless": {"prompt": f"a red square {SCENE}", "frames": 321, "window": 9, "sink": 0},
+    "t2v_1.3b_stream": {"prompt": "a green circle moving up slowly on a gray background"},
+    "t2v_1.3b_native": {"prompt": "a yellow triangle moving right slowly on a purple background"},
+    "live_t2v_1.3b": {"prompt": f"0s: a yellow circle {SCENE}; 2.1s: a green circle {SCENE}", "frames": 69},
+    "prompt_schedule_1.3b": {
+        "prompt": "0s: a white square moving up slowly on a navy background; "
+        "2.1s: a white square moving up slowly on a brown background", "frames": 69,
+    },
+    "endless_1.3b": {"prompt": f"a magenta square {SCENE}", "frames": 321, "window": 9, "sink": 3},
+    "lora_fp8_1.3b": {"prompt": f"a blue circle {SCENE}", "fp8": True},
+    "extend_1.3b": {"prompt": "a red circle moving down slowly on a teal background", "frames": 129, "window": 9},
+    "i2v_1.3b_prefill": {
+        "prompt": "a green square moving right slowly on a navy background", "frames": 37, "image": Path("first.png"),
+    },
 }  # fmt: skip
 NOTES = {
     "tiny_t2v": """## Prompt in, video out
@@ -69,8 +95,8 @@ A red square becomes a blue one at 2.1 seconds. The chunk in which the moment li
 prompt; with history *recode* the frames so far are written into the KV cache again under it.""",
     "tiny_endless": """## As long as you like, written to disk while it is made
 
-The window keeps time and memory per chunk constant, the sink keeps the first frames in it. Press stop whenever you have
-enough: the file plays as far as it was made. Meanwhile type another prompt below the player.""",
+The window keeps time and memory per chunk constant. Press stop whenever you have enough: the file plays as far as it
+was made. Meanwhile type another prompt below the player: without a sink, nothing keeps the old scene.""",
     "live_t2v_1.3b": """## Live: watch it being made and steer it
 
 Type a new prompt below the player and the next chunk follows it; hold a chunk and roll it again; change the seed.
@@ -212,6 +238,21 @@ def draw(name: str, twin: dict[str, Any], known: dict[str, Any]) -> dict[str, An
     }  # fmt: skip
 
 
+def picture(name: str, folder: Path) -> None:
+    """workflows/NAME.jpg from a run of the tiny model; a start picture is the first frame of another run."""
+    request = Request(out=folder / "video.mp4", overwrite=True, seed=2, **PICTURES[name])
+    if request.image is not None:
+        generate(replace(request, image=None, frames=None))
+        write_contact_sheet(folder / request.image.name, read_video(request.out)[:1])
+        request = replace(request, image=folder / request.image.name)
+    generate(request)
+    frames = read_video(request.out)
+    places = [round(place * (len(frames) - 1) / 3) for place in range(4)]
+    write_contact_sheet(folder / "sheet.png", frames[places], columns=2, overwrite=True)
+    with Image.open(folder / "sheet.png") as sheet:
+        sheet.resize((256, 256), Image.Resampling.BICUBIC).save(ROOT / "workflows" / f"{name}.jpg", quality=85)
+
+
 def main() -> None:
     checkout = find_checkouts()[0]
     with tempfile.TemporaryDirectory() as folder:
@@ -224,6 +265,9 @@ def main() -> None:
     for path in sorted((ROOT / "workflows" / "api").glob("*.json")):
         drawn = draw(path.stem, json.loads(path.read_text()), known)
         (ROOT / "workflows" / path.name).write_text(json.dumps(drawn, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in PICTURES:
+            picture(name, Path(folder))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every workflow dropped on the host's own canvas in a real browser; the tiny one is run by the button."""
+"""Every workflow dropped on the host's own canvas in a real browser; tiny ones are run by the button and steered."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.comfyui.graphs import SAVE, read_mp4
 from tests.comfyui.host_server import PACK_NAME, ROOT, Server
@@ -28,7 +29,7 @@ def seen(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     folder = os.environ.get("SELFFORCING_SCREENSHOTS") or str(tmp_path_factory.mktemp("screenshots"))
     command = [server.checkout.python, Path(__file__).with_name("browse.py"), browser, server.address, PACK_NAME]
     done = subprocess.run(
-        [*map(str, command), folder, *NAMES], capture_output=True, text=True, timeout=600, check=False
+        [*map(str, command), folder, *NAMES], capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -58,3 +59,22 @@ def test_the_run_button_makes_the_video_of_the_prompt(seen: dict[str, Any], serv
     (file,) = server._files(seen["run"]["outputs"][SAVE])
     found = detect(read_mp4(file)[0])
     assert (found.colour, found.shape) == ("red", "square")
+
+
+@pytest.mark.parametrize("renderer", ["classic", "vue"])
+def test_the_player_shows_steers_and_stops_what_is_made(seen: dict[str, Any], renderer: str) -> None:
+    """By the page's own pixels: a red square until another prompt is typed, then a blue one."""
+    found = seen[renderer]
+    if renderer == "vue" and not found["is_shown"]:
+        pytest.skip("this host's front end draws no DOM widgets in its Vue nodes")
+    assert found["is_shown"]
+    before, after = (
+        detect(torch.tensor(found[name]).reshape(1, 64, 64, 3).permute(0, 3, 1, 2) / 255)
+        for name in ("before", "after")
+    )
+    assert (before.colour, before.shape) == ("red", "square")
+    assert after.colour == "blue"
+    assert found["error"] == ""
+    assert "first frame" in found["told"]
+    assert found["stopped"]["messages"][-1][0] == "execution_interrupted"
+    assert "stopped" in found["told_when_stopped"]

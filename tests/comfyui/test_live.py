@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import queue
 import random
 import string
-import subprocess
-import threading
 import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,52 +17,12 @@ from safetensors.torch import load_file
 
 from tests.comfyui.graphs import SAMPLER, SAVE, fresh_seed, latents_of, read_mp4, tiny_prompt
 from tests.comfyui.host_server import RUN_SECONDS, Server
+from tests.comfyui.page import Page, page
 from train.tiny.world import detect
 
 REST = "square moving left slowly on a black background"
 LENGTH, CHUNKS = 69, 6
 SILENT = [{"when": {"number": -1}, "do": [], "acknowledge": False}]
-
-
-class Page:
-    """A client that plays along, or does not."""
-
-    def __init__(self, server: Server, reactions: list[dict[str, Any]]) -> None:
-        self.client_id = uuid.uuid4().hex
-        command = [server.checkout.python, Path(__file__).with_name("play.py"), server.address, self.client_id]
-        self.process = subprocess.Popen([*map(str, command), json.dumps(reactions)], stdout=subprocess.PIPE)
-        self.arrived: queue.Queue[dict[str, Any]] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-        assert self.arrived.get(timeout=RUN_SECONDS)["type"] == "listening"
-        self.seen: list[dict[str, Any]] = []
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.arrived.put(json.loads(line))
-
-    def until(self, kind: str) -> None:
-        while not self.seen or self.seen[-1].get("type") != kind:
-            self.seen.append(self.arrived.get(timeout=RUN_SECONDS))
-
-    def until_done(self) -> list[dict[str, Any]]:
-        """All messages of the player up to that which ends the run."""
-        while not any(message["state"] == "done" for message in self.live()):
-            self.seen.append(self.arrived.get(timeout=30))
-        return self.live()
-
-    def live(self) -> list[dict[str, Any]]:
-        return [event["data"] for event in self.seen if event.get("type") == "live"]
-
-
-@contextmanager
-def page(server: Server, reactions: list[dict[str, Any]] | None = None) -> Iterator[Page]:
-    made = Page(server, reactions or [])
-    try:
-        yield made
-    finally:
-        made.process.kill()
-        made.process.wait()
 
 
 def play(server: Server, reactions: list[dict[str, Any]], **inputs: Any) -> tuple[Page, dict[str, Any]]:

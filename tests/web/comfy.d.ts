@@ -1,0 +1,46 @@
+/** What the player uses of ComfyUI's front end. Members that some version or a later one lacks are optional. */
+
+interface ComfyWidget {
+  name?: string;
+  value?: unknown;
+  serialize?: boolean;
+}
+
+interface ComfyGraph {
+  getNodeById?(id: string | number): ComfyNode | null | undefined;
+}
+
+interface ComfyNode {
+  id: string | number;
+  comfyClass?: string;
+  widgets?: ComfyWidget[];
+  subgraph?: ComfyGraph;
+  onRemoved?: (this: ComfyNode) => void;
+  addDOMWidget?(
+    name: string,
+    type: string,
+    element: HTMLElement,
+    options: { serialize?: boolean; hideOnZoom?: boolean; getMinHeight?: () => number },
+  ): ComfyWidget;
+}
+
+declare module "*/scripts/app.js" {
+  export const app: {
+    graph?: ComfyGraph;
+    rootGraph?: ComfyGraph;
+    registerExtension?(extension: {
+      name: string;
+      setup?(): void;
+      nodeCreated?(node: ComfyNode): void;
+      afterConfigureGraph?(): void;
+    }): void;
+  };
+}
+
+declare module "*/scripts/api.js" {
+  export const api: {
+    addEventListener?(type: string, listener: (event: CustomEvent<unknown>) => void): void;
+    fetchApi?(route: string, options?: RequestInit): Promise<Response>;
+    interrupt?(promptId: string | null): Promise<void>;
+  };
+}
