@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..selfforcing_core.geometry import SPATIAL_FACTOR
+from ..selfforcing_core.roofline import Recipe
 from ..selfforcing_core.taehv import StreamingDecoder
 from . import host
 from .autoencoder import TAEHVAutoencoder, check_channels, graph_latents
@@ -37,6 +39,10 @@ class FrameStream(Protocol):
     def working_bytes(self, latent_height: int, latent_width: int) -> float: ...
 
     def decode(self, latents_BTCHW: Tensor, *, is_last: bool) -> Tensor: ...
+
+    def counted(self, recipe: Recipe) -> Recipe:
+        """The same with this decoder's work in it, where that is known."""
+        ...
 
     def state(self) -> Any: ...
 
@@ -67,6 +73,9 @@ class _TAEHVStream:
     def decode(self, latents_BTCHW: Tensor, *, is_last: bool) -> Tensor:
         latents = latents_BTCHW.to(self.autoencoder.device, self.autoencoder.vae_dtype)
         return host.to_graph(self.decoder.decode(latents))
+
+    def counted(self, recipe: Recipe) -> Recipe:
+        return replace(recipe, decoder="taehv", taehv=self.autoencoder.first_stage_model.config)
 
     def state(self) -> Any:
         return list(self.decoder.memory), self.decoder.is_first
@@ -129,6 +138,9 @@ class _WanStream:
         made = torch.cat(made, 2) if isinstance(made, list) else made
         return self.vae.process_output(host.to_graph(made))
 
+    def counted(self, recipe: Recipe) -> Recipe:
+        return replace(recipe, decoder="vae")
+
     def state(self) -> Any:
         return list(self.memory), self.waiting, self.is_first
 
@@ -156,6 +168,9 @@ class _WholeStream:
             return host.to_graph(torch.zeros(batch, 0, 3, height * SPATIAL_FACTOR, width * SPATIAL_FACTOR))
         images = self.vae.decode(graph_latents(torch.cat(self.chunks, 1)))
         return rearrange(images, "b v h w r -> b v r h w")
+
+    def counted(self, recipe: Recipe) -> Recipe:
+        return recipe
 
     def state(self) -> Any:
         return self.chunks

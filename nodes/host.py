@@ -5,6 +5,7 @@ Features are tested for, never versions. Letters: V video frames, R RGB, H W pix
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..selfforcing_core.hub import list_bundles, resolve_text_encoder
+from ..selfforcing_core.roofline import Card, measured_card
 
 BUNDLE_MARK = " (bundled)"
 COMPANIONS = "selfforcing"  # under which a MODEL keeps the networks that are loaded together with it
@@ -138,6 +140,12 @@ def kept_loaded(patcher: Any, noise_shape: Sequence[int]) -> Iterator[None]:
     if patcher.loaded_size() < before:
         companions = patcher.get_additional_models_with_key(COMPANIONS)
         load([patcher, *companions], working_bytes=patcher.memory_required(noise_shape))
+
+
+@functools.lru_cache(maxsize=4)
+def card(device: torch.device, dtype: torch.dtype) -> Card:
+    """What this device can do, measured for half a second when it is first asked for."""
+    return measured_card(device, dtype, seconds=0.5)
 
 
 def to_graph(tensor: Tensor) -> Tensor:

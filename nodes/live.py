@@ -136,6 +136,7 @@ class Live:
             "num_frames": num_frames, "fps": fps, "can_prompt": read is not None,
         }  # fmt: skip
         self.began, self.paused, self.first_seconds, self.first_frames = time.perf_counter(), 0.0, 0.0, 0
+        self.limit_fps: float | None = None  # what this device can reach at most
         self.seed: int | None = None  # of chunks that have not begun
         self.chunk_seed: int | None = None
         self.chunk_start = -1
@@ -147,7 +148,11 @@ class Live:
         self.outbox = Outbox(
             lambda message: host.send(EVENT, message, audience.client), fixed, lambda: _runs.pop(self.name, None)
         )
-        self._tell(state="sampling", chunk=0, stats={"fps": None, "first_frame_seconds": None, "real_time": None})
+        self._tell(
+            state="sampling",
+            chunk=0,
+            stats={"fps": None, "first_frame_seconds": None, "real_time": None, "share_of_limit": None},
+        )
 
     @property
     def has_page(self) -> bool:
@@ -166,6 +171,7 @@ class Live:
         frames = list(zip(range(first_frame, first_frame + len(frames_VRHW), every), _small(frames_VRHW[::every])))
         stats = {
             "fps": rate, "first_frame_seconds": self.first_seconds, "real_time": rate and rate / self.fps,
+            "share_of_limit": rate / self.limit_fps if rate and self.limit_fps else None,
         }  # fmt: skip
         self._tell(frames, is_again=self.is_again, chunk=chunk, stats=stats)
         self.is_again = False

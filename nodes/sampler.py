@@ -5,7 +5,8 @@ Letters: B batch, T latent frames, C channels, H W latent size, V video frames, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +16,23 @@ from torch import Tensor
 from ..selfforcing_core.config import CausalConfig
 from ..selfforcing_core.geometry import PIXEL_STEP, SPATIAL_FACTOR, VideoGeometry, pixel_frames
 from ..selfforcing_core.rollout import Chunk
+from ..selfforcing_core.roofline import Meter, Recipe
 from . import host
 from .autoencoder import graph_images
 from .causal_model import AUTO, SINK_AUTO, causal_settings, config_of, settings_of, sigmas_of
 from .frame_stream import FrameStream, frame_stream
 from .live import Live, open_live
 from .prompts import reader_of
-from .sampling import ChunkGuider, ChunkSampler, Run, SeededHostNoise, StateHolder, known_frames, layout
+from .sampling import (
+    ChunkGuider,
+    ChunkSampler,
+    Run,
+    SeededHostNoise,
+    StateHolder,
+    compute_dtype,
+    known_frames,
+    layout,
+)
 
 State = io.Custom("SELFFORCING_STATE")
 NO_FRAMES = "the sampler's IMAGE output needs an autoencoder; connect taehv, or decode the LATENT output instead"
@@ -51,6 +62,7 @@ def _empty_latent(
     return {"samples": empty}, size.chunk_lengths
 
 
+log = logging.getLogger(__name__)
 Take = Callable[[Tensor], object]  # what becomes of a chunk's frames [B, V, R, H, W] in [0, 1]
 
 
@@ -314,6 +326,7 @@ def sample(
     channels = config_of(model.model.diffusion_model).out_dim
     latent, lengths = _empty_latent(latent_image, width, height, length, causal, channels)
     stream = None if taehv is None else frame_stream(taehv)
+    sigmas = sigmas_of(model, steps, shift)
     guider = ChunkGuider(host.with_companions(model, stream.patchers if stream else []))
     guider.set_prompts(positive, negative, cfg)
     live = None
@@ -321,6 +334,12 @@ def sample(
         live = open_live(
             fps=fps, num_chunks=len(lengths), num_frames=pixel_frames(sum(lengths)), read=reader_of(positive, clip)
         )
+
+    meter = _meter(model, stream, lengths, latent["samples"], sigmas, causal.window, cfg)
+    log.info("%s", meter.in_words())
+    if live is not None:
+        live.limit_fps = meter.predicted()["fps"]
+        live.say(stream.note if stream is not None and stream.note else meter.in_words())
 
     def progress(total: int) -> _StreamProgress:
         made = _StreamProgress(total, sum(lengths), stream, model.model.latent_format, live, take)
@@ -336,14 +355,12 @@ def sample(
         steering=live,
         working_bytes=stream.working_bytes(*latent["samples"].shape[-2:]) if stream else 0,
     )
-    if live is not None and stream is not None and stream.note:
-        live.say(stream.note)
     try:
         samples = guider.sample(
             SeededHostNoise(seed, lengths).generate_noise(latent),
             latent["samples"],
             ChunkSampler(run),
-            sigmas_of(model, steps, shift),
+            sigmas,
             denoise_mask=latent.get("noise_mask"),
             disable_pbar=True,
             seed=seed,
@@ -352,3 +369,23 @@ def sample(
         if live is not None:
             live.close()
     return host.to_graph(samples), run.keep if run.keep is not None else host.blocked(NO_STATE)
+
+
+def _meter(
+    model: Any,
+    stream: FrameStream | None,
+    lengths: Sequence[int],
+    samples: Tensor,
+    sigmas: Tensor,
+    window: int,
+    cfg: float,
+) -> Meter:
+    """What this run should take on the MODEL's device."""
+    dtype = compute_dtype(model.model)
+    kept = settings_of(model).cache_dtype or dtype
+    recipe = Recipe(
+        config_of(model.model.diffusion_model), lengths, *samples.shape[-2:], steps=len(sigmas) - 1, window=window,
+        decoder="none", guided=cfg != 1, batch=samples.shape[0], weight_bytes=model.model.get_dtype().itemsize,
+        cache_bytes=kept.itemsize, activation_bytes=dtype.itemsize,
+    )  # fmt: skip
+    return Meter(recipe if stream is None else stream.counted(recipe), host.card(model.load_device, dtype))

@@ -179,7 +179,8 @@ def sample_chunks(
     seed = extra_args.get("seed") or 0
     noise = _HostNoise(x_BTCHW, run.noise or SeededNoise(seed), run.steering)
     lengths = chunk_lengths(frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
-    num_calls = len(lengths) * (len(steps.steps) + 1) - 1
+    writes = causal.cache_source == "clean"
+    num_calls = len(lengths) * (len(steps.steps) + writes) - writes
     resumed = None if run.resume is None else run.resume.filled().to(noise_BCTHW.device)
     done: list[Tensor] = []
     if resumed is not None:

@@ -119,6 +119,10 @@ def _add_generate(make: argparse.ArgumentParser) -> None:
     how.add_argument("--chunk", type=int, help=f"latent frames denoised together {say}")
     how.add_argument("--window", type=int, help=f"latent frames a chunk sees, itself included; -1: all {say}")
     how.add_argument("--sink", type=int, help=f"first latent frames that stay visible for ever {say}")
+    how.add_argument(
+        "--cache-source",
+        help=f"clean: a pass writes each finished chunk into the cache; last_step: its last step's is kept {say}",
+    )
     how.add_argument("--steps", type=_steps, help=f"timesteps, for instance 1000,750,500,250, or their number {say}")
     how.add_argument("--shift", type=float, help=f"flow-matching shift of the steps {say}")
     how.add_argument("--solver", help=f"renoise (few steps), euler or unipc (many) {say}")
@@ -133,6 +137,16 @@ def _add_generate(make: argparse.ArgumentParser) -> None:
     )
     where.add_argument("--fp8", action="store_true", help="keep the model's weights in 8 bits")
     where.add_argument("--threads", type=int, help="CPU threads to compute with (default: torch's choice)")
+    where.add_argument(
+        "--embeddings",
+        type=Path,
+        metavar="FOLDER",
+        help="keep the prompts' embeddings there; known ones are read again",
+    )
+    where.add_argument(
+        "--roofline", action="store_true",
+        help="measure the device for two seconds; say what it can reach and what share of that the run did reach",
+    )  # fmt: skip
     where.add_argument("--json", action="store_true", help="print the measurements as one JSON object per video")
 
 
@@ -245,12 +259,18 @@ def _new_folder(folder: Path) -> Iterator[None]:
 
 
 def _in_words(measured: dict[str, Any]) -> str:
+    limit = ""
+    if "roofline" in measured:
+        reached = measured["roofline"]
+        limit = f"\n{reached['share_of_limit']:.0%} of this device's limit of {reached['fps']:.3g} FPS: " + ", ".join(
+            f"{name.replace('_', ' ')} {share:.0%}" for name, share in reached["time_by_group"].items()
+        )
     return (
         f"{measured['out']}: {measured['frames']} frames of {measured['width']}x{measured['height']}\n"
         f"first frame after {measured['seconds_to_first_frame']:.2f} s, "
         f"{measured['seconds_per_chunk']:.2f} s per chunk, "
         f"{measured['generated_fps']:.1f} FPS ({measured['generated_fps_includes']}: "
-        f"{measured['seconds_loading']:.2f} s and {measured['seconds_writing']:.2f} s)"
+        f"{measured['seconds_loading']:.2f} s and {measured['seconds_writing']:.2f} s){limit}"
     )
 
 

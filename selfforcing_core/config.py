@@ -68,6 +68,9 @@ class WanConfig(_JsonConfig):
         return self.dim // self.num_heads
 
 
+CACHE_SOURCES = ("clean", "last_step")
+
+
 @dataclass(frozen=True)
 class CausalConfig(_JsonConfig):
     """How a video is cut into chunks and what a chunk may see. All lengths in latent frames.
@@ -75,7 +78,8 @@ class CausalConfig(_JsonConfig):
     chunk: frames denoised together. window: frames kept in the cache, the current chunk included (-1: the whole
     video). sink: first frames of the video that never leave the window (counted inside it).
     independent_first_frame: frame 0 is a chunk of its own. context_noise: timestep in [0, 1000) of the pass that
-    writes a finished chunk into the cache.
+    writes a finished chunk into the cache. cache_source: "clean" takes that pass; "last_step" keeps what the last
+    denoising step wrote, one pass fewer per chunk, for models that were trained so.
     """
 
     chunk: int = 3
@@ -83,8 +87,13 @@ class CausalConfig(_JsonConfig):
     sink: int = 0
     independent_first_frame: bool = False
     context_noise: float = 0.0
+    cache_source: str = "clean"
 
     def __post_init__(self) -> None:
+        if self.cache_source not in CACHE_SOURCES:
+            raise ValueError(f"cache_source {self.cache_source!r} is unknown; use {' or '.join(CACHE_SOURCES)}")
+        if self.cache_source == "last_step" and self.context_noise:
+            raise ValueError("cache_source last_step takes no pass of its own, so context_noise has to be 0")
         if self.chunk < 1:
             raise ValueError(f"chunk {self.chunk} is not a number of latent frames; use 1 or more")
         if self.sink < 0:

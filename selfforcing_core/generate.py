@@ -7,6 +7,7 @@ Letters: B batch, V video frames, R RGB, H W height and width in pixels.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +21,14 @@ from tqdm import tqdm
 
 from .attention import attention_kernel
 from .conditioning import Conditioning
+from .embeddings import EmbeddingFolder
 from .float8 import store_in_float8
-from .hub import load_model, load_taehv, load_text_encoder
+from .hub import load_model, load_taehv, load_text_encoder, resolve_text_encoder
 from .image import first_frame_condition, fit_image
-from .plan import Plan, Request, Take, check_channels, memory_in_words, plan_request
+from .plan import Plan, Request, Take, check_channels, memory_in_words, plan_request, recipe_of
 from .prompt_schedule import Entry, parse_schedule, start_frames
 from .rollout import PromptChange, SeededNoise, rollout
+from .roofline import Card, Meter, measured_card
 from .start import Start, frames_of, start_from_image, start_from_latents, start_from_video, write_latents
 from .taehv import TAEHV, StreamingDecoder
 from .video import write_contact_sheet, write_video
@@ -100,10 +103,14 @@ def _generate_all(request: Request, takes: Sequence[Take], plan: Plan, show_prog
     start, image, clip = _start(request, plan, autoencoder)
     model = _load_model(request, plan)
     seconds_loading = time.perf_counter() - started - seconds_encoding
+    card = measured_card(plan.device, plan.dtype) if request.roofline else None
 
     results = []
     known = dict(zip([*texts, *negatives], encoded))
     for take, entries in zip(takes, schedules):
+        meter = None if card is None else _meter(request, plan, len(take.outs), autoencoder, card)
+        if meter is not None and show_progress:
+            log.warning("%s", _prediction_in_words(meter))
         began, clock = time.perf_counter(), _Clock()
         conditions = {
             text: Conditioning(*(_rows(tensor, len(take.outs), plan) for tensor in (known[text], image, clip)))  # type: ignore[arg-type]
@@ -117,13 +124,15 @@ def _generate_all(request: Request, takes: Sequence[Take], plan: Plan, show_prog
         if take.text != take.prompt:
             settings["extended_prompt"] = take.text
         _write(request, take, chunks, settings, plan)
+        told = {} if meter is None else {"roofline": {**meter.predicted(), **meter.reached(clock.chunks)}}
         clock.chunks[0] += seconds_encoding / len(takes)
         written = time.perf_counter() - began - sum(clock.chunks) + seconds_encoding / len(takes)
         generated = plan.generated_frames * len(take.outs)
         for out in take.outs:
             results.append(
                 {"out": str(out), "sheet": str(request.sheet) if request.sheet else None, **settings,
-                 **_measured(clock.chunks, generated), "seconds_loading": seconds_loading, "seconds_writing": written}
+                 **_measured(clock.chunks, generated), "seconds_loading": seconds_loading, "seconds_writing": written,
+                 **told}
             )  # fmt: skip
     return results
 
@@ -133,9 +142,20 @@ def _encode_texts(request: Request, plan: Plan, texts: list[str]) -> tuple[list[
     """Embeddings [1, P, E] of each text on the CPU without their zero rows, and the seconds that took."""
     # float16 overflows inside UMT5
     dtype = torch.bfloat16 if plan.dtype == torch.float16 else plan.dtype
-    encoder = load_text_encoder(request.text_encoder or request.model, dtype=dtype, device=plan.device)
+    name = request.text_encoder or request.model
+    load = functools.cache(lambda: load_text_encoder(name, dtype=dtype, device=plan.device))
+
+    def encode(text: str) -> Tensor:
+        return _trimmed(load().encode([text])).cpu()[0]
+
+    if request.embeddings is None:
+        load()
+        embeds = encode
+    else:  # nothing is loaded where all are known
+        folder = EmbeddingFolder(request.embeddings, resolve_text_encoder(name), dtype)
+        embeds = functools.partial(folder.get, encode=encode)
     began = time.perf_counter()
-    known = {text: _trimmed(encoder.encode([text])).cpu() for text in dict.fromkeys(texts)}
+    known = {text: embeds(text)[None] for text in dict.fromkeys(texts)}
     return [known[text] for text in texts], time.perf_counter() - began
 
 
@@ -161,6 +181,19 @@ def _load_model(request: Request, plan: Plan) -> Any:
     if request.fp8:
         model = store_in_float8(model).to(plan.device)
     return model.compile_blocks() if request.compile else model
+
+
+def _meter(request: Request, plan: Plan, batch: int, autoencoder: TAEHV | WanVAE, card: Card) -> Meter:
+    recipe = recipe_of(plan, request, batch)
+    return Meter(replace(recipe, taehv=autoencoder.config) if isinstance(autoencoder, TAEHV) else recipe, card)
+
+
+def _prediction_in_words(meter: Meter) -> str:
+    told = meter.predicted()
+    return (
+        f"the device multiplies at {told['device_tflops']:.3g} TFLOP/s and moves "
+        f"{told['device_gbytes_per_second']:.3g} GB/s: {meter.in_words()}"
+    )
 
 
 def _start(request: Request, plan: Plan, autoencoder: TAEHV | WanVAE) -> tuple[Start, Tensor | None, Tensor | None]:

@@ -27,9 +27,8 @@ from .geometry import (
 )
 from .hub import list_bundles, resolve_model, resolve_taehv
 from .image import read_image
-from .kv_cache import KVCache
-from .layout import wan_shapes
 from .prompt_schedule import parse_schedule, start_frames
+from .roofline import Recipe
 from .start import context_frames, read_latents
 from .taehv_releases import expect_latent_space
 from .video import check_video_path, read_video
@@ -48,7 +47,8 @@ class Request:
     the first frame. extend: a video, or latents kept by `latents`, that goes on for `frames` more frames. cfg: scale
     of the guidance away from `negative`. decoder: "taehv" or "vae". taehv_latents: whose latents the TAEHV decodes,
     where its file does not say. A prompt may be a schedule (see `prompt_schedule`); history: what becomes of
-    the frames so far where it changes, "recode" or "keep".
+    the frames so far where it changes, "recode" or "keep". roofline: measure the device first and say what share of
+    its limit the run reached. embeddings: folder where the prompts' embeddings are kept and looked up.
     """
 
     prompt: str
@@ -69,6 +69,7 @@ class Request:
     chunk: int | None = None
     window: int | None = None
     sink: int | None = None
+    cache_source: str | None = None
     steps: tuple[float, ...] | int | None = None
     shift: float | None = None
     solver: str | None = None
@@ -85,6 +86,8 @@ class Request:
     compile: bool = False
     fp8: bool = False
     history: str = "recode"
+    roofline: bool = False
+    embeddings: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,8 @@ def plan_request(request: Request, takes: Sequence[Take]) -> Plan:
         raise ValueError(f"fps {request.fps} is not a positive number; Wan models are trained at 16")
     if request.attention not in ATTENTIONS:
         raise ValueError(f"attention {request.attention!r} is unknown; use {', '.join(ATTENTIONS)}")
+    if request.roofline and (request.image or request.extend):
+        raise ValueError("--roofline measures videos that begin with noise; leave out --image and --extend")
     checkpoint = read_checkpoint(resolve_model(request.model), weights=request.weights)
     if not isinstance(checkpoint.config, WanConfig):
         raise ValueError(f"{request.model} is a {checkpoint.kind}, not a video model; give it as --taehv")
@@ -215,7 +220,7 @@ def _is_prefix(request: Request, config: WanConfig) -> bool:
 def _settings(request: Request, checkpoint: Checkpoint) -> tuple[CausalConfig, StepConfig]:
     """The checkpoint's way of being run, with what the request changes."""
     assert isinstance(checkpoint.config, WanConfig)
-    causal = {name: getattr(request, name) for name in ("chunk", "window", "sink")}
+    causal = {name: getattr(request, name) for name in ("chunk", "window", "sink", "cache_source")}
     chosen = replace(checkpoint.causal or CausalConfig(), **{k: v for k, v in causal.items() if v is not None})
     if _is_prefix(request, checkpoint.config) and chosen.chunk > 1:
         chosen = replace(chosen, independent_first_frame=True)
@@ -318,18 +323,22 @@ def _dtype(name: str | None, checkpoint: Checkpoint, device: torch.device) -> to
     return DTYPES[name]
 
 
+def recipe_of(plan: Plan, request: Request, batch: int) -> Recipe:
+    """What is computed for `batch` videos of this plan."""
+    size, number = plan.geometry, plan.dtype.itemsize
+    return Recipe(
+        plan.config, size.chunk_lengths, size.latent_height, size.latent_width, steps=len(plan.steps.steps),
+        window=plan.causal.window, decoder=plan.decoder, guided=request.cfg != 1, batch=batch,
+        weight_bytes=1 if request.fp8 else number, cache_bytes=number, activation_bytes=number,
+        writes=plan.causal.cache_source == "clean",
+    )  # fmt: skip
+
+
 def memory_in_words(plan: Plan, request: Request, batch: int) -> str:
     """What the device will have to hold at once while chunks are made, counted before anything is loaded."""
-    numbers = sum(torch.Size(shape).numel() for shape in wan_shapes(plan.config).values())
-    weights = numbers * (1 if request.fp8 else plan.dtype.itemsize)
-    window = plan.causal.window if plan.causal.window != -1 else plan.geometry.latent_frames
-    frames = min(window, plan.geometry.latent_frames)
-    cache = KVCache.num_bytes(
-        plan.config, batch=batch, tokens_per_frame=plan.geometry.tokens_per_frame, capacity=frames, dtype=plan.dtype
-    )
-    caches = cache * (2 if request.cfg != 1 else 1)
-    total = (weights + caches) / 1e9
+    held = recipe_of(plan, request, batch).peak_bytes()
+    weights, caches, working = (held[name] / 1e9 for name in ("weights", "caches", "working"))
     return (
-        f"on {plan.device}: video model {weights / 1e9:.1f} GB, caches {caches / 1e9:.1f} GB, together {total:.1f} GB "
-        "plus activations and the decoder; the text encoder is gone before they come"
+        f"on {plan.device}: video model {weights:.1f} GB, caches {caches:.1f} GB, work {working:.1f} GB, together "
+        f"{weights + caches + working:.1f} GB; the text encoder is gone before they come"
     )

@@ -82,7 +82,7 @@ class GradientPlan:
 
     exit_steps: per generated chunk, the evaluation whose prediction is the chunk; only that one carries gradient.
     first_frame: chunks that start earlier carry none. context_sigma: noise mixed into a chunk before it enters the
-    cache.
+    cache. With cache_source last_step a chunk enters as its last step would have seen it: with that step's noise.
     """
 
     exit_steps: Sequence[int]
@@ -171,20 +171,25 @@ def rollout(
             if is_given:
                 assert prefix_BTCHW is not None
                 x0 = prefix_BTCHW[:, start : start + length].to(call.device, torch.float32).expand(batch, *[-1] * 4)
-                context, timestep = x0, 0.0
+                context, timestep, is_written = x0, 0.0, False
             else:
                 if prompt_at is not None and (change := prompt_at(start)) is not None:
                     change.conditioning.check(model.config, latent_shape)
                     call.change_prompt(change, past, start)
                 shape = (batch, length, *frame_shape)
                 generated = index - sum(1 for end in _ends(lengths) if end <= prefix_frames)
-                x0 = _denoise_chunk(call, schedule, steps, noise, shape, index, start, on_step, gradient, generated)
-                context, timestep = x0.detach(), causal.context_noise
-                if gradient is not None and gradient.context_sigma and not is_last:
-                    drawn = noise.draw(start, CONTEXT, shape).to(context)
-                    context = add_noise(context, drawn, gradient.context_sigma)
-            is_committed = commit_last or not is_last
-            if is_committed:
+                exit_step = len(schedule.timesteps) - 1 if gradient is None else gradient.exit_steps[generated]
+                x0, last_x = _denoise_chunk(
+                    call, schedule, steps, noise, shape, index, start, on_step, gradient, exit_step
+                )
+                context, timestep, is_written = x0.detach(), causal.context_noise, False
+                if causal.cache_source == "last_step":
+                    context, timestep, is_written = last_x, schedule.timesteps[-1], gradient is None
+                sigma = _context_sigma(causal, schedule, gradient, exit_step)
+                if sigma and not is_last:
+                    context = add_noise(x0.detach(), noise.draw(start, CONTEXT, shape).to(x0), sigma)
+            is_committed = commit_last or not is_last or is_written
+            if is_committed and not is_written:
                 if on_step is not None:
                     on_step(index, CONTEXT)
                 call.commit(context, timestep, start)
@@ -354,10 +359,9 @@ def _denoise_chunk(
     start: int,
     on_step: OnStep | None,
     gradient: GradientPlan | None,
-    generated: int,
-) -> Tensor:
-    """Denoise one chunk from pure noise; returns the clean latents that the last evaluation predicts."""
-    last = len(schedule.timesteps) - 1 if gradient is None else gradient.exit_steps[generated]
+    last: int,
+) -> tuple[Tensor, Tensor]:
+    """Denoise one chunk from pure noise; the clean latents that evaluation `last` predicts, and what that one saw."""
     solver = new_solver(steps.solver, schedule, noise, start)
     x = noise.draw(start, 0, shape).to(call.device, torch.float32)
     for step, timestep in enumerate(schedule.timesteps):
@@ -366,9 +370,20 @@ def _denoise_chunk(
         with_gradient = gradient is not None and step == last and start >= gradient.first_frame
         flow = call.flow(x, timestep, start, with_gradient=with_gradient)
         if step == last:
-            return x0_from_flow(x, flow, schedule.sigmas[step])
+            return x0_from_flow(x, flow, schedule.sigmas[step]), x
         x = solver.advance(x, flow, step)
     raise AssertionError(f"exit step {last} is not in a schedule of {len(schedule.timesteps)}")
+
+
+def _context_sigma(
+    causal: CausalConfig, schedule: FlowSchedule, gradient: GradientPlan | None, exit_step: int
+) -> float:
+    """The noise that training mixes into a chunk before it enters the cache."""
+    if gradient is None:
+        return 0.0
+    if causal.cache_source == "clean":
+        return gradient.context_sigma
+    return 0.0 if exit_step == len(schedule.timesteps) - 1 else schedule.sigmas[-1]
 
 
 def _ends(lengths: tuple[int, ...]) -> list[int]:

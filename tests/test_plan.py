@@ -117,7 +117,7 @@ def test_the_published_run_takes_the_published_order_of_hours(
     assert 128 / 5 < told["least_gpu_hours"]["h100"] < 128
     assert told["fits"] == {"24 GB": False, "48 GB": True, "80 GB": True, "141 GB": True}
     assert told["least_gpu_hours"]["a100"] == pytest.approx(
-        told["least_gpu_hours"]["h100"] * CARDS["h100"] / CARDS["a100"], rel=0.01
+        told["least_gpu_hours"]["h100"] * CARDS["h100"].flops / CARDS["a100"].flops, rel=0.01
     )
     assert plan.main(["config=self_forcing_dmd", "processes=7"]) == 2
     assert "cannot be divided among 7" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.geometry import chunk_lengths
 from selfforcing_core.model import CausalWan
-from selfforcing_core.rollout import CONTEXT, Chunk, GivenNoise, GradientPlan, SeededNoise, rollout
+from selfforcing_core.rollout import CONTEXT, Chunk, GivenNoise, GradientPlan, SeededNoise, new_caches, rollout
+from selfforcing_core.schedule import FlowSchedule, add_noise, x0_from_flow
 from tests.tiny_wan import FRAME, random_text, random_wan
 
 STEPS = StepConfig((1000.0, 500.0))
@@ -283,3 +285,75 @@ def test_unmasked_forward_of_one_chunk_is_the_bidirectional_network() -> None:
     with torch.no_grad():
         cached = model(noisy, timesteps, text.prompt_embeds_BPE, cache=cache)
         torch.testing.assert_close(cached, model(noisy, timesteps, text.prompt_embeds_BPE))
+
+
+# ------------------------------------------------------------ last step kept --
+LAST = CausalConfig(2, window=4, sink=1, cache_source="last_step")
+
+
+def test_last_step_keeps_what_the_last_evaluation_wrote() -> None:
+    """One pass fewer per chunk; the cache holds the keys of the noisy chunk at the last timestep."""
+    network, text, calls = random_wan(), random_text(), []
+    (cache,) = caches = new_caches(network, text, 1, (6, *FRAME), LAST)
+    chunks = rollout(
+        network, text, noise=SeededNoise(0), latent_shape=(6, *FRAME), causal=LAST, steps=STEPS, caches=caches,
+        on_step=lambda chunk, step: calls.append((chunk, step)),
+    )  # fmt: skip
+    with torch.no_grad():
+        first = next(chunks)
+        kept = cache.ordered(1)[0]
+        assert calls == [(0, 0), (0, 1)]
+        schedule = FlowSchedule(STEPS)
+        (again,) = new_caches(network, text, 1, (6, *FRAME), LAST)
+        noise = SeededNoise(0)
+        x = noise.draw(0, 0, (1, 2, *FRAME)).double()
+        at = torch.full((1, 2), schedule.timesteps[0])
+        x0 = x0_from_flow(x, network(x, at, text.prompt_embeds_BPE, cache=again), schedule.sigmas[0])
+        x = add_noise(x0, noise.draw(0, 1, (1, 2, *FRAME)).double(), schedule.sigmas[1])
+        network(x, torch.full((1, 2), schedule.timesteps[1]), text.prompt_embeds_BPE, cache=again)
+        torch.testing.assert_close(kept, again.ordered(1)[0], rtol=1e-5, atol=1e-5)
+        list(chunks)
+    assert len(calls) == 3 * len(STEPS.steps)
+    assert first.start_frame == 0
+
+
+def test_last_step_resumes_and_differs_from_clean() -> None:
+    network, text = random_wan(), random_text()
+    with torch.no_grad():
+        whole = video(network, 8, LAST, text=text)
+        chunks = rollout(
+            network, text, noise=SeededNoise(0), latent_shape=(4, *FRAME), causal=LAST, steps=STEPS,
+        )  # fmt: skip
+        *_, last = chunks
+        rest = video(network, 8, LAST, text=text, resume=last.snapshot())
+        clean = video(network, 8, replace(LAST, cache_source="clean"), text=text)
+    assert torch.equal(rest, whole[:, 4:])
+    assert torch.equal(clean[:, :2], whole[:, :2])
+    assert not torch.allclose(clean[:, 2:], whole[:, 2:], atol=1e-3)
+
+
+def test_training_with_last_step_is_inference_where_every_chunk_exits_last() -> None:
+    """An earlier exit enters the cache with the last step's noise, as the last step would have seen it."""
+    network, text = random_wan(), random_text()
+
+    def trained(*exits: int) -> Tensor:
+        return video(network, 6, LAST, text=text, gradient=GradientPlan(exits, first_frame=2)).detach()
+
+    with torch.no_grad():
+        plain = video(network, 6, LAST, text=text)
+    torch.testing.assert_close(trained(1, 1, 1), plain, rtol=1e-6, atol=1e-6)
+    early = trained(0, 1, 1)
+    assert not torch.allclose(early[:, 2:], plain[:, 2:], atol=1e-3)
+    assert torch.equal(early, trained(0, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"cache_source": "x"}, "use clean or last_step"),
+        ({"cache_source": "last_step", "context_noise": 5.0}, "has to be 0"),
+    ],
+)
+def test_cache_sources_that_make_no_sense_are_refused(more: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        CausalConfig(**more)

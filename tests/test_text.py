@@ -16,8 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from selfforcing_core import generate
+from selfforcing_core.cli import main
+from selfforcing_core.embeddings import EmbeddingFolder
 from selfforcing_core.hub import load_text_encoder
 from selfforcing_core.text import (
     TextEncoder,
@@ -196,3 +200,45 @@ def test_the_training_command_writes_a_folder_that_loads_and_is_reproducible(tmp
     assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files[0])
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["one", "two"]
     assert TextEncoder.from_folder(tmp_path / "one").encode(["a red square"]).isfinite().all()
+
+
+# -------------------------------------------------------- embeddings on disk --
+def test_kept_embeddings_make_the_same_video_without_the_encoder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A known prompt loads no encoder; a damaged file is made anew."""
+    folder, loads, load = tmp_path / "kept", [], generate.load_text_encoder
+    monkeypatch.setattr(generate, "load_text_encoder", lambda *a, **k: loads.append(a) or load(*a, **k))
+
+    def latents(name: str, *more: str) -> Tensor:
+        out, kept = tmp_path / f"{name}.mp4", tmp_path / f"{name}.safetensors"
+        command = ["generate", "--prompt", "a red square", "--frames", "9", "--out", str(out), "--latents", str(kept)]
+        assert main([*command, *more]) == 0
+        return next(iter(load_file(kept).values()))
+
+    plain = latents("plain")
+    assert torch.equal(latents("first", "--embeddings", str(folder)), plain)
+    (file,) = folder.iterdir()
+    assert len(loads) == 2
+    assert torch.equal(latents("second", "--embeddings", str(folder)), plain)
+    assert len(loads) == 2, "the embeddings were read"
+    file.write_bytes(file.read_bytes()[:-7])
+    assert torch.equal(latents("third", "--embeddings", str(folder)), plain)
+    assert len(loads) == 3
+    assert torch.equal(latents("fourth", "--embeddings", str(folder)), plain)
+    assert len(loads) == 3
+    capsys.readouterr()
+
+
+def test_another_encoder_under_the_same_name_finds_nothing_of_the_first(tmp_path: Path) -> None:
+    encoder = tmp_path / "encoder"
+    shutil.copytree(BUNDLE, encoder)
+    before = EmbeddingFolder(tmp_path / "kept", encoder, torch.float32)
+    assert before.path("a") == EmbeddingFolder(tmp_path / "kept", encoder, torch.float32).path("a")
+    assert before.path("a") != before.path("b")
+    assert before.path("a") != EmbeddingFolder(tmp_path / "kept", encoder, torch.bfloat16).path("a")
+    weights = encoder / "model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    assert before.path("a") != EmbeddingFolder(tmp_path / "kept", encoder, torch.float32).path("a")

@@ -6,20 +6,18 @@ Letters: B batch, P text tokens, E text width, R RGB, H W height and width, T la
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from selfforcing_core.atomic import replacing
 from selfforcing_core.clip import load_clip
 from selfforcing_core.conditioning import Conditioning
-from selfforcing_core.hub import load_text_encoder
+from selfforcing_core.embeddings import EmbeddingFolder
+from selfforcing_core.hub import load_text_encoder, resolve_text_encoder
 from selfforcing_core.image import first_frame_condition, fit_image
 from selfforcing_core.prompts import read_prompts
 from selfforcing_core.wan_vae import WanVAE
@@ -28,7 +26,6 @@ from train.distributed import World
 
 log = logging.getLogger(__name__)
 KNOWN = 64  # embeddings and pictures that are kept; a prompt of UMT5-XXL takes 4 MB in bfloat16
-KEY = "prompt_embeds"  # the one tensor of a file of embeddings, [P, E]
 
 
 def read_texts(path: str) -> list[str]:
@@ -64,15 +61,17 @@ class Prompts:
         return Conditioning(embeds.to(self.world.device, self.dtype))
 
     def _embeds(self, text: str) -> Tensor:
+        return self._encode(text) if self._kept is None else self._kept.get(text, self._encode)
+
+    @functools.cached_property
+    def _kept(self) -> EmbeddingFolder | None:
         if not self.args.embeddings:
-            return self._encode(text)
-        digest = hashlib.sha256(f"{self.args.text_encoder}\n{text}".encode()).hexdigest()
-        path = Path(self.args.embeddings) / f"{digest}.safetensors"
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path, overwrite=True) as temporary:
-                save_file({KEY: self._encode(text).contiguous()}, temporary)
-        return load_file(path)[KEY]
+            return None
+        return EmbeddingFolder(self.args.embeddings, resolve_text_encoder(self.args.text_encoder), self._narrow)
+
+    @property
+    def _narrow(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
 
     def _encode(self, text: str) -> Tensor:
         encoder = self._encoder
@@ -85,9 +84,8 @@ class Prompts:
 
     @functools.cached_property
     def _encoder(self) -> Any:
-        narrow = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
         device = "cpu" if self.args.text_encoder_offload else self.world.device
-        return load_text_encoder(self.args.text_encoder, dtype=narrow, device=device)
+        return load_text_encoder(self.args.text_encoder, dtype=self._narrow, device=device)
 
 
 class Pictures:

@@ -47,6 +47,7 @@ def check(args: DmdArgs, processes: int) -> None:
         raise ValueError(f"score_levels {args.score_levels!r} is unknown; use exact or table")
     if args.train_context_sigma not in ("exact", "last_table"):
         raise ValueError(f"train_context_sigma {args.train_context_sigma!r} is unknown; use exact or last_table")
+    causal_of(args)
     VideoGeometry(args.width, args.height, pixel_frames(args.latent_frames), chunk=args.chunk or args.latent_frames)
     if args.max_latent_frames:
         _check_long(args)
@@ -74,7 +75,7 @@ def check_pictures(args: DmdArgs) -> None:
 
 
 def causal_of(args: DmdArgs) -> CausalConfig:
-    return CausalConfig(args.chunk or args.latent_frames, args.window, args.sink)
+    return CausalConfig(args.chunk or args.latent_frames, args.window, args.sink, cache_source=args.cache_source)
 
 
 def steps_of(args: DmdArgs) -> StepConfig:

@@ -20,7 +20,7 @@ from selfforcing_core.checkpoint import DTYPES, save_checkpoint
 from selfforcing_core.config import CausalConfig, WanConfig
 from train import lora, state
 from train.args import DiffusionArgs, DmdArgs, OdeArgs, mistake, parse
-from train.dmd import steps_of
+from train.dmd import causal_of, steps_of
 from train.networks import alpha_of, read_network
 
 STAGES = {"student": DmdArgs, "forcing": DiffusionArgs, "timesteps": OdeArgs}  # by a setting that only this one has
@@ -94,10 +94,10 @@ def _write_whole(args: ExportArgs, run: AnyArgs, tensors: dict[str, Tensor], abo
     assert isinstance(source.config, WanConfig)
     if run.lora_rank:
         tensors = lora.merged(source.state_dict, tensors, alpha_of(run) / run.lora_rank)
-    sink = run.sink if isinstance(run, DmdArgs) else 0
+    causal = causal_of(run) if isinstance(run, DmdArgs) else CausalConfig(run.chunk or 1, run.window)
     save_checkpoint(
         args.out, {name: value.to(DTYPES[args.dtype]) for name, value in tensors.items()}, source.config, about,
-        causal=CausalConfig(run.chunk, run.window, sink) if run.chunk else None,
+        causal=causal if run.chunk else None,
         steps=steps_of(run) if isinstance(run, DmdArgs) else source.steps, latent_space=source.latent_space,
         overwrite=args.overwrite,
     )  # fmt: skip

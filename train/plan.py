@@ -22,7 +22,7 @@ import torch
 from selfforcing_core.config import PRESETS, WanConfig
 from selfforcing_core.geometry import SPATIAL_FACTOR, chunk_lengths, tokens_per_frame
 from selfforcing_core.layout import wan_shapes
-from selfforcing_core.roofline import ATTAINABLE, CARDS, pass_flops, prompt_flops
+from selfforcing_core.roofline import CARDS, Card, pass_flops, prompt_flops
 from train.args import DmdArgs, TrainArgs, mistake, parse
 
 CARD_BYTES = {"24 GB": 24e9, "48 GB": 48e9, "80 GB": 80e9, "141 GB": 141e9}
@@ -167,8 +167,8 @@ def plan(args: TrainArgs, processes: int) -> dict[str, Any]:
     flops = update_flops(args, *(config_of(sizes[role]) for role in ("student", "teacher", "critic")))
     total = args.max_steps * (flops["critic"] + flops["student"] / args.critic_per_student)
     told["flops_per_update"] = flops
-    told["least_gpu_hours"] = {card: round(total / (ATTAINABLE * rate) / 3600, 2) for card, rate in CARDS.items()}
-    told["least_gpu_hours_are"] = f"FLOPs over {ATTAINABLE} of the data sheet's dense bfloat16 rate, nothing else"
+    told["least_gpu_hours"] = {name: round(total / card.attainable.flops / 3600, 2) for name, card in CARDS.items()}
+    told["least_gpu_hours_are"] = f"FLOPs over {Card.flops_share} of the data sheet's dense bfloat16 rate, nothing else"
     told["peak_bytes_per_process"] = peaks = peak_bytes(args, processes)
     told["fits"] = {card: max(peaks.values()) < size for card, size in CARD_BYTES.items()}
     told["not_counted"] = (

@@ -363,7 +363,7 @@ export class Panel {
     const { playback } = this;
     const { message } = playback;
     if (!message) return [];
-    const { fps, firstFrameSeconds, realTime } = message.stats;
+    const { fps, firstFrameSeconds, realTime, shareOfLimit } = message.stats;
     /** @type {[string, string][]} */
     const told = [];
     if (playback.over && (message.state !== "done" || message.chunk < message.numChunks)) told.push(["stopped", "The run ended before the video was whole."]);
@@ -381,6 +381,11 @@ export class Panel {
       told.push([
         `${Math.round(realTime * 100)} % of real time`,
         `Speed of making over speed of playing (${message.fps} frames per second); from 100 % on it never waits.`,
+      ]);
+    if (shareOfLimit !== null)
+      told.push([
+        `${Math.round(shareOfLimit * 100)} % of the limit`,
+        "Of the frames per second that this device can reach at most: its own speed of products and copies, measured once.",
       ]);
     return told;
   }

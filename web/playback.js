@@ -18,7 +18,8 @@
  * @property {number} fps the content's clock
  * @property {Frame[]} frames in the order of the message
  * @property {number | null} again forget what was received from this frame on
- * @property {{fps: number | null, firstFrameSeconds: number | null, realTime: number | null}} stats
+ * @property {{fps: number | null, firstFrameSeconds: number | null, realTime: number | null,
+ *   shareOfLimit: number | null}} stats
  * @property {boolean} canPrompt
  * @property {string} text a line for the user
  */
@@ -95,6 +96,7 @@ export function readMessage(detail) {
       fps: measure(stats.fps),
       firstFrameSeconds: measure(stats.first_frame_seconds),
       realTime: measure(stats.real_time),
+      shareOfLimit: measure(stats.share_of_limit),
     },
     canPrompt: given.can_prompt === true,
     text: line(given.message),

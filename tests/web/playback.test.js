@@ -13,7 +13,7 @@ function sent(first, end, more = {}) {
   return {
     run: "a1", prompt_id: "p", node: "5", number: 0, state: "sampling", chunk: 1, num_chunks: 3, num_frames: 33,
     fps: 16, indices, jpegs: indices.map(() => JPEG), again: false, can_prompt: true, message: "",
-    stats: { fps: 12.3, first_frame_seconds: 0.81, real_time: 0.77 }, ...more,
+    stats: { fps: 12.3, first_frame_seconds: 0.81, real_time: 0.77, share_of_limit: 0.3 }, ...more,
   };
 }
 
@@ -175,7 +175,8 @@ test("every field of a message is read", () => {
   const { frames, ...rest } = message;
   assert.deepEqual(rest, {
     run: "a1", promptId: "p", node: "7", number: 4, state: "sampling", chunk: 1, numChunks: 3, numFrames: 33, fps: 16,
-    again: 0, stats: { fps: 12.3, firstFrameSeconds: 0.81, realTime: 0.77 }, canPrompt: true, text: "hello",
+    again: 0, stats: { fps: 12.3, firstFrameSeconds: 0.81, realTime: 0.77, shareOfLimit: 0.3 },
+    canPrompt: true, text: "hello",
   });
   assert.deepEqual(frames.map((frame) => [frame.index, frame.picture.size, frame.picture.type]), [
     [0, 7, "image/jpeg"], [1, 7, "image/jpeg"],
@@ -196,7 +197,7 @@ test("wrong fields become defaults and only whole frames with a valid number are
   assert.deepEqual(message.frames.map((frame) => frame.index), [0]);
   const { number, chunk, numChunks, fps, again } = message;
   assert.deepEqual([number, chunk, numChunks, fps, again], [null, 0, 0, 16, null]);
-  assert.deepEqual(message.stats, { fps: null, firstFrameSeconds: null, realTime: null });
+  assert.deepEqual(message.stats, { fps: null, firstFrameSeconds: null, realTime: null, shareOfLimit: null });
 });
 
 test("ten thousand random messages neither throw nor outgrow the bound", () => {

@@ -1,0 +1,110 @@
+"""What a video takes at least on known cards: closed form, nothing is run.
+
+    python -m bench.roofline --json --model t2v-1.3b
+
+Every chunk is counted with its clean pass, the last one too, as in the middle of a stream. With --measure the machine
+itself is calibrated for two seconds and stands among the cards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.rollout import hardware
+from selfforcing_core.atomic import replacing
+from selfforcing_core.config import PRESETS
+from selfforcing_core.geometry import VideoGeometry
+from selfforcing_core.roofline import CARDS, Card, Recipe, measured_card
+
+DECODERS = ("taehv", "vae", "none")
+
+
+def recipe(args: argparse.Namespace, decoder: str) -> Recipe:
+    """Raises ValueError naming the nearest sizes for those that do not fit."""
+    size = VideoGeometry(args.width, args.height, args.frames, chunk=args.chunk)
+    return Recipe(
+        PRESETS[args.model], size.chunk_lengths, size.latent_height, size.latent_width, steps=args.steps,
+        window=args.window, decoder=decoder, commit_last=True,
+    )  # fmt: skip
+
+
+def report(args: argparse.Namespace) -> dict[str, Any]:
+    one = recipe(args, "none")
+    passes = [one.a_pass(index) for index in range(len(one.lengths))]
+    tflop = [work.flops / 1e12 for work in passes]
+    cards: dict[str, Any] = {name: limits(args, card) for name, card in CARDS.items()}
+    if args.measure:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        cards["this machine"] = limits(args, measured_card(device, dtype)) | {"hardware": hardware()}
+    last = len(one.lengths) - 1
+    return {
+        "model": args.model, "width": args.width, "height": args.height, "frames": args.frames, "chunk": args.chunk,
+        "window": args.window, "steps": args.steps,
+        "tflop_per_pass": [round(value, 2) for value in tflop],
+        "mean_tflop_per_pass": round(statistics.mean(tflop), 2),
+        "tflop_of_decode": {
+            decoder: round(recipe(args, decoder).decode(last).flops / 1e12, 2) for decoder in DECODERS[:2]
+        },
+        "cards": cards,
+        "attainable_is": "0.8 of the data sheet's FLOP/s and 0.88 of its bytes/s; of this machine, measured",
+    }  # fmt: skip
+
+
+def limits(args: argparse.Namespace, card: Card) -> dict[str, Any]:
+    """Per decoder, at the card's data sheet and at what it attains."""
+    found: dict[str, Any] = {}
+    for decoder in DECODERS:
+        made = recipe(args, decoder)
+        found[decoder] = {"attainable": made.limits(card.attainable), "data_sheet": made.limits(card)}
+    return found
+
+
+def table(told: dict[str, Any]) -> str:
+    """Frames per second and seconds to the first frame that no run can beat."""
+    lines = [
+        f"{told['model']}, {told['width']}x{told['height']}, {told['frames']} frames",
+        "TFLOP per pass: " + " ".join(f"{value:.2f}" for value in told["tflop_per_pass"])
+        + f", mean {told['mean_tflop_per_pass']:.2f}",
+        f"{'card':14}{'FPS, TAEHV':>12}{'FPS, VAE':>12}{'first frame, TAEHV':>20}",
+    ]  # fmt: skip
+    for name, card in told["cards"].items():
+        tiny, whole = card["taehv"]["attainable"], card["vae"]["attainable"]
+        lines.append(f"{name:14}{tiny['fps']:12.1f}{whole['fps']:12.1f}{tiny['first_frame_seconds']:18.3f} s")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=str(__doc__).splitlines()[0])
+    parser.add_argument("--model", choices=sorted(PRESETS), default="t2v-1.3b")
+    parser.add_argument("--width", type=int, default=832, help="pixels (default: %(default)s)")
+    parser.add_argument("--height", type=int, default=480, help="pixels (default: %(default)s)")
+    parser.add_argument("--frames", type=int, default=81, help="(default: %(default)s)")
+    parser.add_argument("--chunk", type=int, default=3, help="latent frames (default: %(default)s)")
+    parser.add_argument("--window", type=int, default=-1, help="latent frames in the cache, -1: all")
+    parser.add_argument("--steps", type=int, default=4, help="denoising passes per chunk (default: %(default)s)")
+    parser.add_argument("--measure", action="store_true", help="calibrate this machine as well, for two seconds")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--out", type=Path, help="also write it to this file")
+    args = parser.parse_args(argv)
+    try:
+        told = report(args)
+    except ValueError as error:
+        print(f"bench.roofline: {error}", file=sys.stderr)
+        return 2
+    if args.out:
+        with replacing(args.out) as temporary:
+            Path(temporary).write_text(json.dumps(told, indent=1) + "\n")
+    print(json.dumps(told, indent=1) if args.json else table(told))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

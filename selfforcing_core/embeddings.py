@@ -1,0 +1,62 @@
+"""Text embeddings kept on disk, found again by what was encoded and with what.
+
+A file is named by a hash of the text, the number type and the encoder's own bytes, so another encoder under the same
+name finds nothing of the one before. Letters: P text tokens, E text width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .atomic import replacing
+
+log = logging.getLogger(__name__)
+KEY = "prompt_embeds"  # the one tensor of a file, [P, E]
+SAMPLE = 2**20  # bytes at each end of an encoder's files that are looked at, beside their names and sizes
+
+
+class EmbeddingFolder:
+    """Embeddings of one encoder in one number type. Several processes may share a folder."""
+
+    def __init__(self, folder: str | Path, encoder: Path, dtype: torch.dtype) -> None:
+        self.folder, self.encoder = Path(folder), f"{_identity(encoder)} {dtype}"
+
+    def path(self, text: str) -> Path:
+        content = f"{self.encoder}\n{text}"
+        return self.folder / f"{hashlib.sha256(content.encode()).hexdigest()}.safetensors"
+
+    def get(self, text: str, encode: Callable[[str], Tensor]) -> Tensor:
+        """Embeddings [P, E] on the CPU: read, or encoded and kept. A file that cannot be read is made anew."""
+        path = self.path(text)
+        if path.is_file():
+            try:
+                return load_file(path)[KEY]
+            except (SafetensorError, KeyError, OSError) as error:
+                log.warning("%s cannot be read (%s); the prompt is encoded again", path, error)
+        embeds = encode(text).contiguous()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, overwrite=True) as temporary:
+            save_file({KEY: embeds}, temporary)
+        return embeds
+
+
+def _identity(encoder: Path) -> str:
+    """A hash of a file, or of a folder's files: names, sizes, and the bytes at both ends."""
+    digest = hashlib.sha256()
+    files = [encoder] if encoder.is_file() else sorted(path for path in encoder.rglob("*") if path.is_file())
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as content:
+            digest.update(content.read(SAMPLE))
+            content.seek(max(size - SAMPLE, 0))
+            digest.update(content.read(SAMPLE))
+    return digest.hexdigest()
