@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from ..selfforcing_core.checkpoint import Checkpoint, read_checkpoint
-from ..selfforcing_core.config import CausalConfig, StepConfig
+from ..selfforcing_core.config import CACHE_SOURCES, CausalConfig, StepConfig
 from ..selfforcing_core.hub import resolve_model, resolve_taehv
 from ..selfforcing_core.taehv_releases import LATENT_SPACES, WAN, expect_latent_space
 from . import host
@@ -45,6 +45,7 @@ CACHE_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float8_e4m3fn": torch.float8_e4m3fn,
+    "int8": torch.int8,
 }
 
 
@@ -185,12 +186,17 @@ class SelfForcingCacheOptions(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "cache_dtype", options=list(CACHE_DTYPES), default="default",
-                    tooltip="Number type of the KV cache. default: that of the computation; float8 takes half of "
-                    "16 bits and is less exact.",
+                    tooltip="Number type of the KV cache. default: that of the computation; float8 and int8 take half "
+                    "of 16 bits and are less exact; int8 is the more exact of the two.",
                 ),
                 io.Combo.Input(
                     "cache_device", options=["default", "cpu"], default="default",
                     tooltip="Where the KV cache lies. cpu: in main memory, which frees the card and is much slower.",
+                ),
+                io.Combo.Input(
+                    "cache_source", options=["auto", *CACHE_SOURCES], default="auto", optional=True,
+                    tooltip="What of a finished chunk stays in the cache. clean: one more pass over it; last_step: "
+                    "what its last denoising step wrote, one pass fewer, for models trained so. auto: as trained.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model with these settings.")],
@@ -198,12 +204,15 @@ class SelfForcingCacheOptions(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, chunk: int, window: int, sink: int, context_noise: float, cache_dtype: str, cache_device: str
-    ) -> io.NodeOutput:
+        cls, model: Any, chunk: int, window: int, sink: int, context_noise: float, cache_dtype: str, cache_device: str,
+        cache_source: str = "auto",
+    ) -> io.NodeOutput:  # fmt: skip
         settings = settings_of(model)
         causal = causal_settings(settings.causal, chunk, window, sink)
         if context_noise != NOISE_AUTO:
             causal = replace(causal, context_noise=context_noise)
+        if cache_source != "auto":
+            causal = replace(causal, cache_source=cache_source)
         chosen = replace(
             settings, causal=causal, cache_dtype=CACHE_DTYPES[cache_dtype],
             cache_device=None if cache_device == "default" else cache_device,

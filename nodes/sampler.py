@@ -329,16 +329,15 @@ def sample(
     sigmas = sigmas_of(model, steps, shift)
     guider = ChunkGuider(host.with_companions(model, stream.patchers if stream else []))
     guider.set_prompts(positive, negative, cfg)
+    meter = _meter(model, stream, lengths, latent["samples"], sigmas, causal.window, cfg)
+    log.info("%s", meter.in_words())
     live = None
     if player:
         live = open_live(
             fps=fps, num_chunks=len(lengths), num_frames=pixel_frames(sum(lengths)), read=reader_of(positive, clip)
         )
-
-    meter = _meter(model, stream, lengths, latent["samples"], sigmas, causal.window, cfg)
-    log.info("%s", meter.in_words())
     if live is not None:
-        live.limit_fps = meter.predicted()["fps"]
+        live.limit_fps = meter.predicted()["fps"] / latent["samples"].shape[0]  # of one video
         live.say(stream.note if stream is not None and stream.note else meter.in_words())
 
     def progress(total: int) -> _StreamProgress:

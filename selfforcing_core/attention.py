@@ -5,47 +5,182 @@ Letters: B batch, L query tokens, S key tokens, N heads, K head width, F frames.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+log = logging.getLogger(__name__)
 KERNELS = {
     "math": SDPBackend.MATH,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-ATTENTIONS = ("auto", *KERNELS)
+ATTENTIONS = ("auto", *KERNELS, "measured")
+REPEATS = 2  # timed calls of each kernel, after one to warm up; the fastest one counts
+MATH_LIMIT = 2**28  # bytes; "math" holds all scores at once and is only tried where they are few
 
 
 def attend(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask_LS: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(K)) v, [B, L, N, K]. `mask_LS` is True where a query may look."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_LS).transpose(1, 2)
+    # compiled code cannot stop to measure, and a pass with gradient spends most of its time elsewhere
+    choice = None if torch.compiler.is_compiling() or torch.is_grad_enabled() else _measured.get()
+    attended = F.scaled_dot_product_attention(q, k, v, mask_LS) if choice is None else choice.attend(q, k, v, mask_LS)
+    return attended.transpose(1, 2)
+
+
+# ----------------------------------------------------------------- segments --
+def attend_segments(q_BLNK: Tensor, segments: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """`attend` to keys and values [B, s, N, K] that come in segments, of which one is held at a time. No gradient.
+
+    Results are merged by the log-sum-exp of their scores (online softmax, arXiv 1805.02867), in float32 or wider.
+    """
+    remaining = iter(segments)
+    k, v = next(remaining)
+    segment = next(remaining, None)
+    if segment is None:
+        return attend(q_BLNK, k, v)
+    merged_BLNK, merged_lse = _attend_with_lse(q_BLNK, k, v)
+    merged_BLNK = merged_BLNK.to(torch.promote_types(q_BLNK.dtype, torch.float32))
+    while segment is not None:
+        attended_BLNK, lse = _attend_with_lse(q_BLNK, *segment)
+        segment = None  # gone before the next one is made
+        merged_BLNK.lerp_(attended_BLNK.to(merged_BLNK.dtype), torch.sigmoid(lse - merged_lse).to(merged_BLNK.dtype))
+        merged_lse = torch.logaddexp(merged_lse, lse)
+        del attended_BLNK
+        segment = next(remaining, None)
+    return merged_BLNK.to(q_BLNK.dtype)
+
+
+def _attend_with_lse(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor) -> tuple[Tensor, Tensor]:
+    """As `attend`, and the log-sum-exp of the scores [B, L, N, 1]."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
+    # the public function keeps the log-sum-exp to itself; the switch is that of sdpa_kernel, on every device
+    if q.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled():
+        attended, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        lse = lse.unsqueeze(-1)
+    else:
+        attended, lse = _products_with_lse(q, k, v)
+    return attended.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _products_with_lse(q_BNLK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor) -> tuple[Tensor, Tensor]:
+    """Plain matrix products in float32 or wider, of so few queries that scores are no more than keys and values."""
+    wide = torch.promote_types(q_BNLK.dtype, torch.float32)
+    k, v, width = k_BNSK.to(wide), v_BNSK.to(wide), q_BNLK.shape[-1]
+    parts, sums = [], []
+    for q in q_BNLK.split(2 * width, 2):
+        scores = (q.to(wide) * width**-0.5) @ k.mT
+        largest = scores.amax(-1, keepdim=True)
+        total = scores.sub_(largest).exp_().sum(-1, keepdim=True)
+        parts.append((scores @ v) / total)
+        sums.append(largest + total.log())
+        del scores
+    return torch.cat(parts, 2), torch.cat(sums, 2)
+
+
+# ------------------------------------------------------------------ kernels --
+class MeasuredKernels:
+    """Which of torch's kernels is the fastest for each shape, measured when the shape first comes up.
+
+    Lengths of keys and values share a measurement up to the next power of two: a growing cache has a new length in
+    every chunk, and what is fastest changes slowly with it.
+    """
+
+    def __init__(self) -> None:
+        self.fastest: dict[tuple[Any, ...], str] = {}
+
+    def attend(self, q_BNLK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask_LS: Tensor | None) -> Tensor:
+        length = k_BNSK.shape[2]
+        kind = (q_BNLK.device, q_BNLK.dtype, tuple(q_BNLK.shape), mask_LS is not None)
+        exact, rounded = (*kind, length), (*kind, f"to {1 << (length - 1).bit_length()}")
+        name = self.fastest.get(exact) or self.fastest.get(rounded)
+        if name is None:
+            name = self.fastest[rounded] = _measure(q_BNLK, k_BNSK, v_BNSK, mask_LS)
+        try:
+            return _by_kernel(name, q_BNLK, k_BNSK, v_BNSK, mask_LS)
+        except RuntimeError as error:
+            if name == "auto" or not _is_refusal(error):
+                raise
+        self.fastest[exact] = "auto"  # its neighbours' kernel does not serve this length
+        return _by_kernel("auto", q_BNLK, k_BNSK, v_BNSK, mask_LS)
+
+
+_measured: ContextVar[MeasuredKernels | None] = ContextVar("measured", default=None)
+
+
+def _measure(q_BNLK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask_LS: Tensor | None) -> str:
+    """The fastest of torch's own choice ("auto", which need not be switched to) and the kernels that serve this."""
+    (batch, heads, queries, width), length = q_BNLK.shape, k_BNSK.shape[2]
+    seconds: dict[str, float] = {}
+    scores = batch * heads * queries * length * max(q_BNLK.element_size(), 4)
+    for name in ("auto", *KERNELS):
+        if name == "math" and scores > MATH_LIMIT:
+            continue
+        try:
+            seconds[name] = min(_seconds(name, q_BNLK, k_BNSK, v_BNSK, mask_LS) for _ in range(REPEATS + 1))
+        except RuntimeError as error:
+            if name == "auto":
+                raise
+            log.debug("attention kernel %s is left out: %s", name, error)
+    name = min(seconds, key=lambda name: seconds[name])
+    log.info(
+        "attention of %d queries to %d keys, %d heads of %d, batch %d, %s%s: %s (%s)", queries, length, heads, width,
+        batch, str(q_BNLK.dtype).removeprefix("torch."), "" if mask_LS is None else ", masked", name,
+        ", ".join(f"{name} {1000 * taken:.2f} ms" for name, taken in seconds.items()),
+    )  # fmt: skip
+    return name
+
+
+def _seconds(name: str, *tensors: Tensor | None) -> float:
+    started = time.perf_counter()
+    with warnings.catch_warnings():  # a kernel that refuses says at length why
+        warnings.simplefilter("ignore")
+        _by_kernel(name, *tensors)[0, 0, 0, 0].item()  # reading one number waits for the device, whichever it is
+    return time.perf_counter() - started
+
+
+def _by_kernel(name: str, *tensors: Tensor | None) -> Tensor:
+    if name == "auto":
+        return F.scaled_dot_product_attention(*tensors)  # type: ignore[arg-type]
+    with sdpa_kernel(KERNELS[name]):
+        return F.scaled_dot_product_attention(*tensors)  # type: ignore[arg-type]
+
+
+def _is_refusal(error: RuntimeError) -> bool:
+    return "No available kernel" in str(error) or "No viable backend" in str(error)
 
 
 @contextmanager
 def attention_kernel(name: str) -> Iterator[None]:
     """Choose torch's kernel behind `attend` while the block runs; "auto" leaves the choice to torch.
 
-    Raises ValueError for an unknown name, or from the first call that the chosen kernel cannot serve.
+    "measured" times the kernels that serve a shape when it first comes up and takes the fastest from then on, outside
+    compiled code and without gradient. Raises ValueError for an unknown name, or from the first call that the chosen
+    kernel cannot serve.
     """
     if name not in ATTENTIONS:
         raise ValueError(f"attention {name!r} is unknown; use {', '.join(ATTENTIONS)}")
-    if name == "auto":
-        yield
-        return
+    token = _measured.set(MeasuredKernels() if name == "measured" else None)
     try:
-        with sdpa_kernel(KERNELS[name]):
+        with nullcontext() if name not in KERNELS else sdpa_kernel(KERNELS[name]):
             yield
     except RuntimeError as error:
-        if "No available kernel" not in str(error) and "No viable backend" not in str(error):
+        if not _is_refusal(error):
             raise
         raise ValueError(f"attention {name!r} does not run on this device in this type; use auto") from error
+    finally:
+        _measured.reset(token)
 
 
 def block_causal_frames(lengths: tuple[int, ...], *, window: int = -1, sink: int = 0) -> Tensor:

@@ -131,7 +131,14 @@ def _add_generate(make: argparse.ArgumentParser) -> None:
     where = make.add_argument_group("where to compute")
     where.add_argument("--device", default="cpu", help="for instance cuda or mps (default: cpu)")
     where.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else the stored one)")
-    where.add_argument("--attention", default="auto", help="auto, math, flash, efficient or cudnn (default: auto)")
+    where.add_argument(
+        "--attention", default="auto",
+        help="auto, math, flash, efficient, cudnn, or measured: the fastest of them here (default: auto)",
+    )  # fmt: skip
+    where.add_argument(
+        "--cache-dtype",
+        help="number type of the KV cache: float32, bfloat16, float16, float8_e4m3fn, int8 (default: the model's)",
+    )
     where.add_argument(
         "--compile", action="store_true", help="compile the model's blocks; the first chunk waits for it"
     )

@@ -180,6 +180,7 @@ def _load_model(request: Request, plan: Plan) -> Any:
     model: Any = load_model(request.model, dtype=plan.dtype, device=device, weights=request.weights)[0]
     if request.fp8:
         model = store_in_float8(model).to(plan.device)
+    model.cache_dtype = plan.cache_dtype
     return model.compile_blocks() if request.compile else model
 
 

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .attention import attend, expand_frames
+from .attention import attend, attend_segments, expand_frames
 from .config import CLIP_DIM, WanConfig
 from .geometry import tokens_per_frame
 from .kv_cache import KVCache, Past
@@ -134,9 +134,14 @@ class _Block(nn.Module):
             return recompute(self._whole, x_BFPD, e_BF6D, context, rotary, past, mask_LS)
         call = recompute or _call
         q, k, v = call(self.before_attention, x_BFPD, e_BF6D, rotary)
-        if cache is not None:
-            k, v = cache.update(layer, k, v)
-        attended_BLNK = attend(q, k, v, mask_LS)
+        # only where torch's kernel says what merging segments needs; elsewhere `update` widens one layer at a time
+        if cache is not None and cache.converts(k) and k.device.type == "cpu" and not torch.is_grad_enabled():
+            cache.write(layer, k, v)
+            attended_BLNK = attend_segments(q, cache.past(layer).segments(k, v))
+        else:
+            if cache is not None:
+                k, v = cache.update(layer, k, v)
+            attended_BLNK = attend(q, k, v, mask_LS)
         return call(self.after_attention, x_BFPD, e_BF6D, attended_BLNK, self._keys_values(context, cache, layer))
 
     def _whole(
@@ -218,6 +223,7 @@ class CausalWan(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.cache_dtype: torch.dtype | None = None  # of new caches; None: the type that the model computes in
         factory = {"device": device, "dtype": dtype}
         dim, patch = config.dim, config.patch_size
         self.patch_embedding = operations.Conv3d(config.in_dim, dim, kernel_size=patch, stride=patch, **factory)
@@ -262,11 +268,11 @@ class CausalWan(nn.Module):
     def new_cache(
         self, *, batch: int, latent_height: int, latent_width: int, capacity: int, sink: int = 0, like: Tensor
     ) -> KVCache:
-        """An empty cache for latents of this size, with the dtype and device of `like`."""
+        """An empty cache for latents of this size on the device of `like`; its type too unless `cache_dtype` is set."""
         per_frame = tokens_per_frame(latent_height, latent_width)
         return KVCache(
             self.config, batch=batch, tokens_per_frame=per_frame, capacity=capacity, sink=sink,
-            device=like.device, dtype=like.dtype,
+            device=like.device, dtype=self.cache_dtype or like.dtype,
         )  # fmt: skip
 
     def forward(
@@ -307,6 +313,7 @@ class CausalWan(nn.Module):
             cache.stage(start_frame, num_frames)
 
         x = rearrange(self.patch_embedding(noisy_BTCHW.to(dtype).transpose(1, 2)), "b d f h w -> b f (h w) d")
+        x = x.contiguous()  # else every block computes on the convolution's strides
         e_BFD = self.time_embedding(timestep_embedding(timesteps_BT, self.config.freq_dim).to(dtype))
         e_BF6D = self.time_projection(e_BFD).unflatten(-1, (6, -1))
         is_known = cache is not None and cache.has_cross()

@@ -36,6 +36,7 @@ from .video import check_video_path, read_video
 # Width, height and frames that a bundle was trained on; anything else is taken for a Wan 2.1 model.
 BUNDLE_SIZES = {"tiny": (64, 64, 33)}
 WAN_SIZE = (832, 480, 81)
+CACHE_DTYPES = {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Request:
     where its file does not say. A prompt may be a schedule (see `prompt_schedule`); history: what becomes of
     the frames so far where it changes, "recode" or "keep". roofline: measure the device first and say what share of
     its limit the run reached. embeddings: folder where the prompts' embeddings are kept and looked up.
+    cache_dtype: of CACHE_DTYPES; None is the type that the model computes in.
     """
 
     prompt: str
@@ -88,6 +90,7 @@ class Request:
     history: str = "recode"
     roofline: bool = False
     embeddings: Path | None = None
+    cache_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ class Plan:
     image_RHW: Tensor | None  # the first frame, in its own size
     source: Tensor | None  # what is extended: frames [V, R, H, W], or latents [T, C, H, W] if is_latent
     is_latent: bool
+    cache_dtype: torch.dtype
 
     @property
     def is_prefixed_by_image(self) -> bool:
@@ -159,10 +163,13 @@ def plan_request(request: Request, takes: Sequence[Take]) -> Plan:
         _check_schedule(take, geometry, request)
     device = _device(request.device)
     dtype = _dtype(request.dtype, checkpoint, device)
+    if request.cache_dtype not in (None, *CACHE_DTYPES):
+        raise ValueError(f"cache-dtype {request.cache_dtype!r} is unknown; use {', '.join(CACHE_DTYPES)}")
+    cache = dtype if request.cache_dtype is None else CACHE_DTYPES[request.cache_dtype]
     if decoder == "taehv":
         _check_taehv(request, checkpoint)
     image = None if request.image is None else read_image(request.image)
-    return Plan(geometry, config, causal, steps, device, dtype, decoder, given, image, source, is_latent)
+    return Plan(geometry, config, causal, steps, device, dtype, decoder, given, image, source, is_latent, cache)
 
 
 def _check_files(request: Request, takes: Sequence[Take]) -> None:
@@ -329,7 +336,7 @@ def recipe_of(plan: Plan, request: Request, batch: int) -> Recipe:
     return Recipe(
         plan.config, size.chunk_lengths, size.latent_height, size.latent_width, steps=len(plan.steps.steps),
         window=plan.causal.window, decoder=plan.decoder, guided=request.cfg != 1, batch=batch,
-        weight_bytes=1 if request.fp8 else number, cache_bytes=number, activation_bytes=number,
+        weight_bytes=1 if request.fp8 else number, cache_bytes=plan.cache_dtype.itemsize, activation_bytes=number,
         writes=plan.causal.cache_source == "clean",
     )  # fmt: skip
 

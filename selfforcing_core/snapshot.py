@@ -19,7 +19,7 @@ from .atomic import replacing
 from .kv_cache import CacheState
 
 HEADER_KEY = "selfforcing.snapshot"
-HEADER_FORMAT = 1
+HEADER_FORMAT, SCALED_FORMAT = 1, 2  # 2: the numbers of the caches have scales, which readers of 1 would not see
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Snapshot:
     def to(self, device: torch.device | str) -> Snapshot:
         """The same state on another device, for instance in main memory."""
         caches = tuple(
-            CacheState(state.k.to(device), state.v.to(device), *_cursors(state).values()) for state in self.caches
+            replace(state, **{name: tensor.to(device) for name, tensor in _tensors_of(state).items()})
+            for state in self.caches
         )
         pending, video = (None if x is None else x.to(device) for x in (self.pending_BTCHW, self.video_BTCHW))
         return replace(self, caches=caches, pending_BTCHW=pending, video_BTCHW=video)
@@ -54,7 +55,7 @@ class Snapshot:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, complete or not at all. Raises ValueError if the path cannot be written."""
         header = {
-            "format": HEADER_FORMAT,
+            "format": HEADER_FORMAT if all(state.k_scale is None for state in self.caches) else SCALED_FORMAT,
             "start_frame": self.start_frame,
             "end_frame": self.end_frame,
             "pending_timestep": self.pending_timestep,
@@ -78,12 +79,15 @@ class Snapshot:
 
     @classmethod
     def _from_parts(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Snapshot:
-        if header["format"] != HEADER_FORMAT:
-            raise ValueError(f"format {header['format']!r}, this version reads {HEADER_FORMAT}")
+        if header["format"] not in (HEADER_FORMAT, SCALED_FORMAT):
+            raise ValueError(f"format {header['format']!r}, this version reads {HEADER_FORMAT} and {SCALED_FORMAT}")
         caches = tuple(
-            CacheState(tensors[f"cache{index}.k"], tensors[f"cache{index}.v"], **{"base": cursors["sink"], **cursors})
+            CacheState(
+                tensors[f"cache{index}.k"], tensors[f"cache{index}.v"], **{"base": cursors["sink"], **cursors},
+                k_scale=tensors.get(f"cache{index}.k_scale"), v_scale=tensors.get(f"cache{index}.v_scale"),
+            )
             for index, cursors in enumerate(header["caches"])
-        )
+        )  # fmt: skip
         return cls(
             header["start_frame"], header["end_frame"], caches, tensors.get("pending"), header["pending_timestep"],
             tensors.get("video"),
@@ -93,8 +97,14 @@ class Snapshot:
         found = {"pending": self.pending_BTCHW, "video": self.video_BTCHW}
         tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
         for index, state in enumerate(self.caches):
-            tensors |= {f"cache{index}.k": state.k, f"cache{index}.v": state.v}
+            tensors |= {f"cache{index}.{name}": tensor for name, tensor in _tensors_of(state).items()}
         return tensors
+
+
+def _tensors_of(state: CacheState) -> dict[str, Tensor]:
+    """Keys, values and, of 8 bits, their scales."""
+    found = {name: getattr(state, name) for name in ("k", "v", "k_scale", "v_scale")}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def _cursors(state: CacheState) -> dict[str, int]:

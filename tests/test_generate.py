@@ -24,6 +24,7 @@ from selfforcing_core.video import read_metadata, read_video
 from tests.golden_media import clip_shapes
 from tests.test_cli import refusal
 from tests.test_media import vae_weights
+from train.tiny.world import detect
 
 SIZES = {"dim": 32, "ffn_dim": 32, "num_heads": 1, "num_layers": 1, "text_dim": 128, "text_len": 16, "freq_dim": 16}
 STEPS = StepConfig(steps=(1000.0, 500.0))
@@ -293,3 +294,28 @@ def test_a_foreign_taehv_is_refused_and_an_unknown_one_asked_about(
     unknown = [*options, *out, "--taehv", str(models / "taehv.safetensors")]
     assert "does not say which latents" in refusal(unknown, capsys)
     assert main([*unknown, "--taehv-latents", "wan2.1"]) == 0
+
+
+@pytest.mark.parametrize(
+    "more", [["--cache-dtype", "int8"], ["--attention", "measured"], ["--cache-source", "last_step"]]
+)
+def test_other_ways_to_compute_make_a_video_of_the_same_scene(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    """Measured kernels change rounding alone; the others change the video a little, and say so in no other place."""
+    options = ["generate", "--prompt", "a red square moving left slowly on a black background", "--frames", "33"]
+    for name, extra in (("plain", []), ("other", more)):
+        assert main([*options, "--seed", "2", "--out", str(tmp_path / f"{name}.mp4"), "--json", *extra]) == 0
+    plain, other = (read_video(tmp_path / f"{name}.mp4") for name in ("plain", "other"))
+    assert (detect(other).colour, detect(other).shape) == ("red", "square")
+    difference = float((plain - other).abs().mean())
+    if "measured" in more:
+        assert difference < 1e-3
+    else:
+        assert 1e-4 < difference < 0.1
+    capsys.readouterr()
+
+
+def test_a_cache_type_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["generate", "--prompt", "a", "--out", str(tmp_path / "a.mp4"), "--cache-dtype", "int4"]
+    assert "use float32, bfloat16, float16, float8_e4m3fn, int8" in refusal(options, capsys)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from selfforcing_core.kv_cache import KVCache
+from selfforcing_core.attention import attend, attend_segments, attention_kernel
+from selfforcing_core.kv_cache import KVCache, dequantise, quantise
 from tests.tiny_wan import CONFIG, TOKENS
+
+EIGHT_BITS = [torch.int8, torch.float8_e4m3fn]
 
 
 class NaiveCache:
@@ -26,8 +31,8 @@ class NaiveCache:
             del self.frames[self.sink], self.numbers[self.sink]
 
 
-def make_cache(capacity: int, sink: int, batch: int = 1) -> KVCache:
-    return KVCache(CONFIG, batch=batch, tokens_per_frame=TOKENS, capacity=capacity, sink=sink, dtype=torch.float32)
+def make_cache(capacity: int, sink: int, batch: int = 1, dtype: torch.dtype = torch.float32) -> KVCache:
+    return KVCache(CONFIG, batch=batch, tokens_per_frame=TOKENS, capacity=capacity, sink=sink, dtype=dtype)
 
 
 def chunk(seed: int, frames: int, batch: int = 1) -> Tensor:
@@ -89,11 +94,119 @@ def test_nothing_is_allocated_or_moved_after_construction() -> None:
     assert (cache.k.data_ptr(), cache.v.data_ptr()) == addresses
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, *EIGHT_BITS])
 def test_bytes_are_known_beforehand(dtype: torch.dtype) -> None:
-    cache = KVCache(CONFIG, batch=2, tokens_per_frame=TOKENS, capacity=7, sink=2, dtype=dtype)
+    cache = make_cache(7, 2, 2, dtype)
     told = KVCache.num_bytes(CONFIG, batch=2, tokens_per_frame=TOKENS, capacity=7, dtype=dtype)
-    assert told == cache.k.nbytes + cache.v.nbytes
+    assert told == sum(value.nbytes for value in vars(cache).values() if isinstance(value, Tensor))
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.int8, 0.5 / 127), (torch.float8_e4m3fn, 0.5 / 8)])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_eight_bits_are_off_by_at_most_half_a_step(dtype: torch.dtype, limit: float, kind: torch.dtype) -> None:
+    """int8: of the largest number of the token and head; float8: of the number itself, down to its smallest ones."""
+    x = (chunk(0, 3, 2) * torch.logspace(-6, 6, 3 * TOKENS)[:, None, None]).to(kind)
+    largest = x.float().abs().amax(-1, keepdim=True)
+    error = (dequantise(*quantise(x, dtype), torch.empty(0)) - x.float()).abs()
+    step = largest if dtype == torch.int8 else x.float().abs().maximum(largest * 2**-6 / 448)
+    assert (error <= 1.01 * limit * step).all()
+    assert error.max() > 0
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+def test_eight_bits_keep_zeros_and_huge_numbers_and_show_what_is_not_a_number(dtype: torch.dtype) -> None:
+    x = torch.tensor([[0.0, 0.0], [1e30, -1e30], [1.0, float("nan")]])[None, :, None]
+    found = dequantise(*quantise(x, dtype), x)[0, :, 0]
+    assert torch.equal(found[0], torch.zeros(2))
+    torch.testing.assert_close(found[1], x[0, 1, 0], rtol=1e-2, atol=0)
+    assert found[2].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+@given(rings())
+def test_an_eight_bit_ring_holds_what_was_written(dtype: torch.dtype, ring: tuple[int, int, list[int]]) -> None:
+    capacity, sink, lengths = ring
+    cache, naive, start = make_cache(capacity, sink, dtype=dtype), NaiveCache(capacity, sink), 0
+    with torch.no_grad():
+        for index, length in enumerate(lengths):
+            k = chunk(index, length)
+            cache.stage(start, length)
+            cache.write(0, k, -k)
+            naive.append(list(dequantise(*quantise(k, dtype), k).split(TOKENS, 1)))
+            found_k, found_v = cache.ordered(0)
+            assert torch.equal(found_k, torch.cat(naive.frames, 1))
+            assert torch.equal(found_v, -torch.cat(naive.frames, 1))
+            start += length
+
+
+@pytest.mark.parametrize("kernel", ["auto", "math"])
+@given(rings(), st.integers(1, 20))
+def test_attention_by_segments_is_attention(kernel: str, ring: tuple[int, int, list[int]], num_tokens: int) -> None:
+    """Wherever the ring stands, also with scores so large that only their differences can be exponentiated."""
+    capacity, sink, lengths = ring
+    cache, start = make_cache(capacity, sink, 2, torch.float64), 0
+    with torch.no_grad(), attention_kernel(kernel):
+        for index, length in enumerate(lengths):
+            q, k, v = (chunk(seed + index, length, 2).double() for seed in (1000, 2000, 3000))
+            cache.stage(start, length)
+            expected = attend(q * 40, *cache.update(0, k, v))
+            segments = cache.past(0).segments(k, v, num_tokens=num_tokens)
+            torch.testing.assert_close(attend_segments(q * 40, segments), expected, rtol=1e-12, atol=1e-12)
+            start += length
+
+
+@pytest.mark.parametrize("dtype", [*EIGHT_BITS, torch.bfloat16])
+@given(rings())
+def test_a_chunk_sees_the_same_by_segments_whole_and_with_gradient(
+    dtype: torch.dtype, ring: tuple[int, int, list[int]]
+) -> None:
+    capacity, sink, lengths = ring
+    cache, start = make_cache(capacity, sink, dtype=dtype), 0
+    for index, length in enumerate(lengths):
+        q, k, v = chunk(1000 + index, length), chunk(index, length).requires_grad_(), chunk(500 + index, length)
+        cache.stage(start, length)
+        joined_k, joined_v = cache.update(0, k, v)
+        joined_k.sum().backward()
+        assert torch.equal(k.grad, torch.ones_like(k))
+        assert torch.equal(joined_k[:, -k.shape[1] :], k), "its own keys are not rounded"
+        with torch.no_grad():
+            whole_k, whole_v = cache.update(0, k, v)
+            assert torch.equal(whole_k, joined_k)
+            assert torch.equal(whole_v, joined_v)
+            by_segments = attend_segments(q, cache.past(0).segments(k, v))
+            torch.testing.assert_close(by_segments, attend(q, whole_k, whole_v))
+        start += length
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, *EIGHT_BITS])
+@pytest.mark.parametrize("held", [torch.float32, *EIGHT_BITS])
+def test_a_state_goes_into_a_cache_of_another_type(saved: torch.dtype, held: torch.dtype) -> None:
+    cache, other = make_cache(5, 1, dtype=saved), make_cache(5, 1, dtype=held)
+    with torch.no_grad():
+        for start in (0, 2, 4, 6):  # past an eviction
+            cache.stage(start, 2)
+            for layer in range(CONFIG.num_layers):
+                cache.write(layer, chunk(start, 2), chunk(start + 1, 2))
+        other.restore(cache.snapshot())
+    assert other.frames() == cache.frames()
+    for found, expected in zip(other.ordered(1), cache.ordered(1)):
+        if saved == held:
+            assert torch.equal(found, expected)
+        else:
+            assert (found.float() - expected.float()).norm() < 0.04 * expected.float().norm()
+
+
+def test_a_float8_state_from_before_there_were_scales_is_read() -> None:
+    cache, state = make_cache(4, 0, dtype=torch.float8_e4m3fn), make_cache(4, 0)
+    with torch.no_grad():
+        state.stage(0, 2)
+        for layer in range(CONFIG.num_layers):
+            state.write(layer, chunk(0, 2), chunk(1, 2))
+        held = state.snapshot()
+        old = replace(held, k=held.k.to(torch.float8_e4m3fn), v=held.v.to(torch.float8_e4m3fn))
+        cache.restore(old)
+    for found, expected in zip(cache.ordered(0), (old.k[0].float(), old.v[0].float())):
+        assert (found - expected).norm() < 0.04 * expected.norm()
 
 
 def test_reset_forgets_frames_and_text() -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from safetensors import safe_open
 
 from selfforcing_core.attention import attend, attention_kernel
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.float8 import FLOAT8, store_in_float8
 from selfforcing_core.model import CausalWan
-from selfforcing_core.rollout import SeededNoise, rollout
+from selfforcing_core.rollout import GradientPlan, SeededNoise, rollout
+from selfforcing_core.snapshot import HEADER_KEY, Snapshot
 from tests.tiny_wan import CONFIG, FRAME, random_text, random_wan
 
 
@@ -76,3 +81,70 @@ def test_half_precision_follows_float32_with_timesteps_in_float32(dtype: torch.d
     assert all(timesteps.dtype == torch.float32 for timesteps in seen)
     assert 937.5 in {float(timesteps[0, 0]) for timesteps in seen}
     assert (videos[1] - videos[0]).norm() / videos[0].norm() < limit
+
+
+NARROW_CACHES = [(torch.bfloat16, 0.005), (torch.int8, 0.005), (torch.float8_e4m3fn, 0.03)]
+WINDOWS = [CausalConfig(2), CausalConfig(1, window=3), CausalConfig(2, window=5, sink=1)]
+
+
+def latents(model: CausalWan, causal: CausalConfig, frames: int = 8, **options: Any) -> list[torch.Tensor]:
+    chunks = rollout(model, random_text(dtype=torch.float32), noise=SeededNoise(0), latent_shape=(frames, *FRAME),
+                     causal=causal, steps=StepConfig((1000.0, 500.0)), **options)  # fmt: skip
+    return [chunk.latents_BTCHW for chunk in chunks]
+
+
+@pytest.mark.parametrize("causal", WINDOWS)
+@pytest.mark.parametrize(("dtype", "limit"), NARROW_CACHES)
+def test_a_narrow_cache_changes_later_chunks_a_little_and_the_first_not_at_all(
+    dtype: torch.dtype, limit: float, causal: CausalConfig
+) -> None:
+    model = random_wan(dtype=torch.float32)
+    exact = latents(model, causal)
+    model.cache_dtype = dtype
+    narrow = latents(model, causal)
+    assert torch.equal(narrow[0], exact[0])
+    error = (torch.cat(narrow, 1) - torch.cat(exact, 1)).norm() / torch.cat(exact, 1).norm()
+    assert 1e-6 < error < limit
+
+
+@pytest.mark.parametrize("causal", WINDOWS)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_resuming_with_an_eight_bit_cache_is_bitwise_not_having_stopped(
+    dtype: torch.dtype, causal: CausalConfig, tmp_path: Path
+) -> None:
+    model = random_wan(dtype=torch.float32)
+    model.cache_dtype = dtype
+    whole = latents(model, causal)
+    chunks = rollout(model, random_text(dtype=torch.float32), noise=SeededNoise(0), latent_shape=(8, *FRAME),
+                     causal=causal, steps=StepConfig((1000.0, 500.0)))  # fmt: skip
+    for index, chunk in enumerate(chunks):
+        if index == len(whole) - 1:
+            break
+        snapshot, path = chunk.snapshot(), tmp_path / f"{index}.safetensors"
+        snapshot.save(path)
+        with safe_open(path, "pt") as file:
+            assert '"format": 2' in file.metadata()[HEADER_KEY], "a reader that knows no scales must refuse it"
+        for state in (snapshot, Snapshot.load(path), snapshot.to("cpu")):
+            for found, expected in zip(latents(model, causal, resume=state), whole[index + 1 :], strict=True):
+                assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("is_recomputed", [False, True])
+def test_an_eight_bit_cache_shows_the_same_with_gradients(is_recomputed: bool) -> None:
+    model, causal = random_wan(dtype=torch.float32).requires_grad_(True), CausalConfig(2)
+    model.cache_dtype = torch.int8
+    if is_recomputed:
+        model.checkpoint_blocks()
+    made = torch.cat(latents(model, causal, gradient=GradientPlan([1, 1, 1, 1])), 1)
+    made.square().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.blocks.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(made.detach(), torch.cat(latents(model, causal), 1))
+
+
+def test_compiled_blocks_and_an_eight_bit_cache() -> None:
+    model = random_wan(dtype=torch.float32)
+    model.cache_dtype = torch.int8
+    plain = latents(model, CausalConfig(2))
+    for found, expected in zip(latents(model.compile_blocks(backend="eager", fullgraph=True), CausalConfig(2)), plain):
+        assert torch.equal(found, expected)

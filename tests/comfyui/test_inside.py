@@ -65,9 +65,11 @@ def test_broken_packages(found: list[str]) -> None:
 
 
 def test_number_types(found: dict[str, float]) -> None:
+    same = [found.pop(f"cache_{name}_as_in_the_core") for name in ("bfloat16", "float8", "int8")]
     assert all(value > 0 for value in found.values())
-    assert max(found["bfloat16"], found["cache_bfloat16"], found["cache_float8"]) < 0.005
+    assert max(found["bfloat16"], found["cache_bfloat16"], found["cache_float8"], found["cache_int8"]) < 0.005
     assert found["float8"] < 0.05
+    assert max(same) < 100 * ROUNDING, "a number at the edge of a step may be rounded to its other side"
 
 
 def test_layers_without_casting_compute_in_bfloat16(found: float) -> None:
@@ -88,7 +90,7 @@ def test_out_of_memory(found: dict[str, Any]) -> None:
     assert found["caches_seen"] > 0
     assert found["caches_alive"] == 0
     assert found["is_same_afterwards"]
-    for setting in ("window", "cache_dtype float8_e4m3fn 73728", "cache_device cpu 98304"):
+    for setting in ("window", "cache_dtype float8_e4m3fn 73344", "cache_device cpu 98304"):
         assert setting in found["message"]
 
 

@@ -24,6 +24,7 @@ INPUT_ORDER = {
     "SelfForcingPatchModel": {"required": ["model", "kind", "chunk", "shift"]},
     "SelfForcingCacheOptions": {
         "required": ["model", "chunk", "window", "sink", "context_noise", "cache_dtype", "cache_device"],
+        "optional": ["cache_source"],
     },
     "SelfForcingSampler": {"optional": ["state", "keep_state"]},
     "SelfForcingFewStepSampler": {},
