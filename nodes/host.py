@@ -32,6 +32,7 @@ from ..selfforcing_core.roofline import Card, measured_card
 
 BUNDLE_MARK = " (bundled)"
 COMPANIONS = "selfforcing"  # under which a MODEL keeps the networks that are loaded together with it
+Interrupted = memory.InterruptProcessingException  # what the stop button raises
 PREVIEW_SIZE = 512  # pixels of a preview's longer side; the host may shrink it further
 
 
@@ -134,12 +135,14 @@ def load(patchers: Sequence[Any], *, working_bytes: float = 0, whole: bool = Fal
 
 @contextmanager
 def kept_loaded(patcher: Any, noise_shape: Sequence[int]) -> Iterator[None]:
-    """What is done inside may bring in other networks; if this MODEL had to leave for them, it comes back after."""
-    before = patcher.loaded_size()
-    yield
-    if patcher.loaded_size() < before:
-        companions = patcher.get_additional_models_with_key(COMPANIONS)
-        load([patcher, *companions], working_bytes=patcher.memory_required(noise_shape))
+    """What is done inside may bring in other networks; what of this MODEL had to leave for them comes back after."""
+    networks = [patcher, *patcher.get_additional_models_with_key(COMPANIONS)]
+    before = [network.loaded_size() for network in networks]
+    try:
+        yield
+    finally:
+        if any(network.loaded_size() < size for network, size in zip(networks, before)):
+            load(networks, working_bytes=patcher.memory_required(noise_shape))
 
 
 @functools.lru_cache(maxsize=4)

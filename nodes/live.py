@@ -1,8 +1,8 @@
 """The live player's side of the server: frames to the page that queued the prompt, and its commands back.
 
 Out: the event "selfforcing.live" with JPEGs and figures. Back: POST /selfforcing/live, a JSON object with the run's
-secret name and an action. A page acknowledges every message; where nothing is acknowledged nothing more is sent, so
-neither a slow page nor one that has no player takes memory or time.
+secret name and an action. A page acknowledges every message, and at most two with pictures are unanswered: neither a
+slow page nor one that has no player piles anything up. Where answers stop, a line without pictures asks again.
 
 Letters: V video frames, R RGB, H W pixels.
 """
@@ -109,7 +109,9 @@ class Outbox:
                 return None
             if not self._has_more():
                 return None
-            frames = [self.frames.popleft() for _ in range(min(len(self.frames), FRAMES_PER_MESSAGE))]
+            is_late = self.sent - self.answered >= UNANSWERED  # a page that may be gone gets no pictures
+            count = 0 if is_late else min(len(self.frames), FRAMES_PER_MESSAGE)
+            frames = [self.frames.popleft() for _ in range(count)]
             message = {**self.fixed, **self.status, "number": self.sent, "again": self.is_again and bool(frames)}
             self.sent, self.sent_at = self.sent + 1, time.monotonic()
             self.is_new, self.is_again = False, self.is_again and not frames
@@ -136,13 +138,14 @@ class Live:
             "num_frames": num_frames, "fps": fps, "can_prompt": read is not None,
         }  # fmt: skip
         self.began, self.paused, self.first_seconds, self.first_frames = time.perf_counter(), 0.0, 0.0, 0
+        self.chunk_began = self.began
         self.limit_fps: float | None = None  # what this device can reach at most
         self.seed: int | None = None  # of chunks that have not begun
         self.chunk_seed: int | None = None
         self.chunk_start = -1
         self.next_seed: int | None = None  # of the held chunk, to be made once more
         self.typed: tuple[str, str] | None = None
-        self.is_held, self.is_again = False, False
+        self.is_held, self.is_waiting, self.is_again = False, False, False
         self.changed = threading.Condition()
         _runs[self.name] = self
         self.outbox = Outbox(
@@ -162,6 +165,9 @@ class Live:
     # ---------------------------------------------------- the sampling thread --
     def show(self, frames_VRHW: Tensor, first_frame: int, chunk: int) -> None:
         """Finished frames in [0, 1] of a chunk, numbered from `first_frame`; chunk counts the finished ones."""
+        if not len(frames_VRHW):
+            self._tell(chunk=chunk)
+            return
         seconds = time.perf_counter() - self.began - self.paused
         if not self.first_frames:
             self.first_seconds, self.first_frames = seconds, first_frame + len(frames_VRHW)
@@ -180,22 +186,27 @@ class Live:
         """Waits while the chunk that was just shown is held; whether it is to be made once more."""
         began = time.perf_counter()
         with self.changed:
-            self.next_seed = None
+            self.next_seed, self.is_waiting = None, self.is_held
             if self.is_held:
                 self._tell(state="held")
-            lost_at = time.monotonic() + PATIENCE
+            lost_at, told_at = time.monotonic() + PATIENCE, time.monotonic()
             while self.is_held and self.next_seed is None:
                 self.changed.wait(0.1)
                 host.check_interrupted()
+                if time.monotonic() > told_at + AGAIN_AFTER:  # for a page that was loaded anew meanwhile
+                    told_at = time.monotonic()
+                    self._tell(state="held")
                 if host.is_listening(self.client):
                     lost_at = time.monotonic() + PATIENCE
                 elif time.monotonic() > lost_at:
                     log.warning("the page that held a chunk is gone; the run goes on")
                     self.is_held = False
-            self.is_again = self.next_seed is not None
+            self.is_again, self.is_waiting = self.next_seed is not None, False
             if self.is_again:
                 self.chunk_seed = self.next_seed
+                self.paused += began - self.chunk_began  # the attempt that is thrown away counts as little as the wait
             self.paused += time.perf_counter() - began
+            self.chunk_began = time.perf_counter()
             self._tell(state="sampling")
             return self.is_again
 
@@ -214,6 +225,8 @@ class Live:
         try:
             made = self.read(text)
             check(made)
+        except host.Interrupted:
+            raise
         except Exception as error:  # a long run does not end because of a sentence typed into it
             log.exception("the prompt typed into the player could not be read")
             self._tell(message=f"the prompt was not taken: {error}")
@@ -251,8 +264,8 @@ class Live:
             elif action == "go_on":
                 self.is_held = False
             elif action == "reroll":
-                if not self.is_held:
-                    raise ValueError("no chunk is held; press Hold first")
+                if not self.is_waiting:
+                    raise ValueError("no chunk is held; press Hold first and wait until it is")
                 self.next_seed = _whole(message, "seed")
             else:
                 raise ValueError(f"action {str(action)[:40]!r} is unknown; use prompt, seed, hold, go_on or reroll")

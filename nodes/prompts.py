@@ -141,6 +141,7 @@ class PromptPlan:
 
     def at(self, start_frame: int) -> PromptChange | None:
         """Puts the prompts that hold from this frame on into the guider; to the rollout all of them look alike."""
+        scheduled = self.at_frame.pop(start_frame, None)
         if self.typed is not None:
             with self.network.kept_loaded():
                 found = self.typed.read_prompt(lambda made: _check_text(made[0][0], self.network.config))
@@ -148,8 +149,8 @@ class PromptPlan:
                 made, history = found
                 shown = self.network.guider.conds["positive"]
                 return self._change([_with_text(cond, made[0][0]) for cond in shown], history)
-        if start_frame in self.at_frame:
-            moment, conds = self.at_frame.pop(start_frame)
+        if scheduled is not None:
+            moment, conds = scheduled
             return self._change(conds, moment.history)
         return None
 

@@ -84,13 +84,14 @@ class _StreamProgress(host.Progress):
 
     def chunk(self, chunk: Chunk) -> bool:
         is_last = chunk.start_frame + chunk.latents_BTCHW.shape[1] == self.num_frames
-        before = None if self.stream is None else self.stream.state()
+        may_repeat = self.live is not None and not chunk.is_given
+        before = self.stream.state() if self.stream is not None and may_repeat else None
         if self.stream is None:
-            frames_BVRHW = host.rough_frames(chunk.latents_BTCHW[:1, -1:], self.latent_format)
+            frames_BVRHW = chunk.latents_BTCHW[:, :0]
         else:
             frames_BVRHW = self.stream.decode(chunk.latents_BTCHW, is_last=is_last)
         self._show(frames_BVRHW, chunk)
-        if self.live is not None and not chunk.is_given and self.live.wants_again():
+        if self.live is not None and may_repeat and self.live.wants_again():
             if self.stream is not None:
                 self.stream.restore(before)
             self.back_to(self.calls)
@@ -100,12 +101,13 @@ class _StreamProgress(host.Progress):
         return False
 
     def _show(self, frames_BVRHW: Tensor, chunk: Chunk) -> None:
-        if not frames_BVRHW.shape[1]:
-            return
+        first = self.taken
+        if not frames_BVRHW.shape[1] and (self.stream is None or self.stream.note):  # no pictures before the end
+            frames_BVRHW = host.rough_frames(chunk.latents_BTCHW[:1, -1:], self.latent_format)
+            first = pixel_frames(chunk.start_frame + chunk.latents_BTCHW.shape[1]) - 1
         if self.live is not None:
-            rough = pixel_frames(chunk.start_frame + chunk.latents_BTCHW.shape[1]) - 1
-            self.live.show(frames_BVRHW[0], self.taken if self.stream else rough, chunk.index + 1)
-        if self.live is None or not self.live.has_page:
+            self.live.show(frames_BVRHW[0], first, chunk.index + 1)
+        if frames_BVRHW.shape[1] and (self.live is None or not self.live.has_page):
             self.show(frames_BVRHW[0, -1])
 
     def _accept(self, frames_BVRHW: Tensor) -> None:
@@ -329,16 +331,15 @@ def sample(
     sigmas = sigmas_of(model, steps, shift)
     guider = ChunkGuider(host.with_companions(model, stream.patchers if stream else []))
     guider.set_prompts(positive, negative, cfg)
-    meter = _meter(model, stream, lengths, latent["samples"], sigmas, causal.window, cfg)
+    meter = _meter(model, stream, lengths, latent["samples"], sigmas, causal, cfg)
+    predicted = meter.predicted()
     log.info("%s", meter.in_words())
+    working = stream.working_bytes(*latent["samples"].shape[-2:]) if stream else 0
     live = None
     if player:
         live = open_live(
             fps=fps, num_chunks=len(lengths), num_frames=pixel_frames(sum(lengths)), read=reader_of(positive, clip)
         )
-    if live is not None:
-        live.limit_fps = meter.predicted()["fps"] / latent["samples"].shape[0]  # of one video
-        live.say(stream.note if stream is not None and stream.note else meter.in_words())
 
     def progress(total: int) -> _StreamProgress:
         made = _StreamProgress(total, sum(lengths), stream, model.model.latent_format, live, take)
@@ -346,15 +347,12 @@ def sample(
             made.resumed(state.filled().video_BTCHW)
         return made
 
-    run = Run(
-        causal=causal,
-        progress=progress,
-        resume=state,
-        keep=StateHolder() if keep_state else None,
-        steering=live,
-        working_bytes=stream.working_bytes(*latent["samples"].shape[-2:]) if stream else 0,
-    )
+    kept = StateHolder() if keep_state else None
+    run = Run(causal=causal, progress=progress, resume=state, keep=kept, steering=live, working_bytes=working)
     try:
+        if live is not None:
+            live.limit_fps = predicted["fps"] / latent["samples"].shape[0]  # of one video
+            live.say(stream.note if stream is not None and stream.note else meter.in_words())
         samples = guider.sample(
             SeededHostNoise(seed, lengths).generate_noise(latent),
             latent["samples"],
@@ -367,7 +365,7 @@ def sample(
     finally:
         if live is not None:
             live.close()
-    return host.to_graph(samples), run.keep if run.keep is not None else host.blocked(NO_STATE)
+    return host.to_graph(samples), host.blocked(NO_STATE) if kept is None else kept
 
 
 def _meter(
@@ -376,14 +374,15 @@ def _meter(
     lengths: Sequence[int],
     samples: Tensor,
     sigmas: Tensor,
-    window: int,
+    causal: CausalConfig,
     cfg: float,
 ) -> Meter:
     """What this run should take on the MODEL's device."""
     dtype = compute_dtype(model.model)
     kept = settings_of(model).cache_dtype or dtype
     recipe = Recipe(
-        config_of(model.model.diffusion_model), lengths, *samples.shape[-2:], steps=len(sigmas) - 1, window=window,
+        config_of(model.model.diffusion_model), lengths, *samples.shape[-2:], steps=len(sigmas) - 1,
+        window=causal.window, writes=causal.cache_source == "clean",
         decoder="none", guided=cfg != 1, batch=samples.shape[0], weight_bytes=model.model.get_dtype().itemsize,
         cache_bytes=kept.itemsize, activation_bytes=dtype.itemsize,
     )  # fmt: skip

@@ -1,7 +1,9 @@
 """Text embeddings kept on disk, found again by what was encoded and with what.
 
-A file is named by a hash of the text, the number type and the encoder's own bytes, so another encoder under the same
-name finds nothing of the one before. Letters: P text tokens, E text width.
+A file is named by a hash of the text, the number type and what the encoder's files hold (names, sizes and samples of
+their bytes), so another encoder under the same name finds nothing of the one before.
+
+Letters: P text tokens, E text width.
 """
 
 from __future__ import annotations
@@ -20,14 +22,17 @@ from .atomic import replacing
 
 log = logging.getLogger(__name__)
 KEY = "prompt_embeds"  # the one tensor of a file, [P, E]
-SAMPLE = 2**20  # bytes at each end of an encoder's files that are looked at, beside their names and sizes
+SAMPLES, SAMPLE = 16, 2**16  # places in each of an encoder's files, and bytes there, that are looked at
 
 
 class EmbeddingFolder:
-    """Embeddings of one encoder in one number type. Several processes may share a folder."""
+    """Embeddings of one encoder in one number type. Several processes may share a folder.
 
-    def __init__(self, folder: str | Path, encoder: Path, dtype: torch.dtype) -> None:
-        self.folder, self.encoder = Path(folder), f"{_identity(encoder)} {dtype}"
+    rows: how many there are of a text, "used" or "all" with the padding; part of a file's name.
+    """
+
+    def __init__(self, folder: str | Path, encoder: Path, dtype: torch.dtype, rows: str) -> None:
+        self.folder, self.encoder = Path(folder), f"{_identity(encoder)} {dtype} {rows}"
 
     def path(self, text: str) -> Path:
         content = f"{self.encoder}\n{text}"
@@ -49,14 +54,14 @@ class EmbeddingFolder:
 
 
 def _identity(encoder: Path) -> str:
-    """A hash of a file, or of a folder's files: names, sizes, and the bytes at both ends."""
+    """A hash of a file, or of a folder's files: names, sizes, and bytes at even distances from end to end."""
     digest = hashlib.sha256()
     files = [encoder] if encoder.is_file() else sorted(path for path in encoder.rglob("*") if path.is_file())
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as content:
-            digest.update(content.read(SAMPLE))
-            content.seek(max(size - SAMPLE, 0))
-            digest.update(content.read(SAMPLE))
+            for place in range(SAMPLES):
+                content.seek(max(size - SAMPLE, 0) * place // (SAMPLES - 1))
+                digest.update(content.read(SAMPLE))
     return digest.hexdigest()

@@ -152,7 +152,9 @@ def _encode_texts(request: Request, plan: Plan, texts: list[str]) -> tuple[list[
         load()
         embeds = encode
     else:  # nothing is loaded where all are known
-        folder = EmbeddingFolder(request.embeddings, resolve_text_encoder(name), dtype)
+        folder = EmbeddingFolder(request.embeddings, resolve_text_encoder(name), dtype, "used")
+        if not all(folder.path(text).is_file() for text in texts):
+            load()
         embeds = functools.partial(folder.get, encode=encode)
     began = time.perf_counter()
     known = {text: embeds(text)[None] for text in dict.fromkeys(texts)}

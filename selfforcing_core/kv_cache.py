@@ -4,8 +4,8 @@ One preallocated buffer per rollout holds `capacity` latent frames: the first `s
 behind them a ring that new frames overwrite, so that nothing is copied at eviction. All cursors are host integers.
 
 In 8 bits (int8 or float8_e4m3fn) each token's keys and values have one scale per head. Where the type of the buffers is
-not that of the computation, attention reads the past segment by segment, so that only one segment at a time exists in
-the wider type, and what a chunk sees of itself is exact.
+not that of the computation, what a chunk sees of itself is exact; and on CPUs, without gradient, attention reads the
+past segment by segment, so that only one segment at a time exists in the wider type (elsewhere one layer).
 
 Letters: B batch, L tokens of the staged chunk, S visible tokens, P tokens per frame, N heads, K head width.
 """

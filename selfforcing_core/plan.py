@@ -343,9 +343,10 @@ def recipe_of(plan: Plan, request: Request, batch: int) -> Recipe:
 
 def memory_in_words(plan: Plan, request: Request, batch: int) -> str:
     """What the device will have to hold at once while chunks are made, counted before anything is loaded."""
-    held = recipe_of(plan, request, batch).peak_bytes()
+    recipe = recipe_of(plan, request, batch)
+    held = recipe.peak_bytes()
     weights, caches, working = (held[name] / 1e9 for name in ("weights", "caches", "working"))
     return (
         f"on {plan.device}: video model {weights:.1f} GB, caches {caches:.1f} GB, work {working:.1f} GB, together "
-        f"{weights + caches + working:.1f} GB; the text encoder is gone before they come"
+        f"{weights + caches + working:.1f} GB{recipe.without}; the text encoder is gone before they come"
     )

@@ -284,6 +284,7 @@ class _History:
 
     def __init__(self, call: _Calls, causal: CausalConfig, lengths: tuple[int, ...]) -> None:
         self.call, self.timestep = call, causal.context_noise
+        self.is_last_step = causal.cache_source == "last_step"
         evicts = -1 < causal.window < sum(lengths)
         self.sink = causal.sink if evicts else 0
         self.ring = causal.window - causal.sink if evicts else sum(lengths)
@@ -300,8 +301,8 @@ class _History:
         self.chunks.append((start_frame, x_BTCHW, timestep))
 
     def add_video(self, snapshot: Snapshot, lengths: tuple[int, ...]) -> None:
-        """Remember the chunks before a snapshot, if it holds them."""
-        if snapshot.video_BTCHW is None:
+        """Remember the chunks before a snapshot, if it holds them as they were written."""
+        if snapshot.video_BTCHW is None or self.is_last_step:
             self.is_known = False
             return
         starts = [sum(lengths[:index]) for index in range(len(lengths))]
@@ -314,7 +315,10 @@ class _History:
         Raises ValueError if the rollout goes on from a snapshot without them.
         """
         if not self.is_known:
-            raise ValueError("the snapshot holds no latents to write again under another prompt; use history 'keep'")
+            raise ValueError(
+                "the snapshot does not hold what was written into the cache, to write it again under another prompt; "
+                "use history 'keep'"
+            )
         base = max(self.sink, end_frame - self.ring)
         for cache in self.call.caches:
             if cache is not None:

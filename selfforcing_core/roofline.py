@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .config import CLIP_DIM, CLIP_TOKENS, TAEHVConfig, WanConfig
 from .geometry import TEMPORAL_FACTOR, pixel_frames, tokens_per_frame
@@ -22,6 +23,7 @@ from .layout import wan_shapes
 
 MATMUL_SIZE = 2048
 COPY_BYTES = 2**26
+TOGETHER = 0.02  # seconds of calls between two looks at the clock
 # Reads and writes of a [tokens, dim] tensor per block that no fusion saves: norm and modulation 2, norms and rotary
 # embedding of queries and keys 4, gate and residual 3, norm 2, norm of the cross queries 2, residual 3, norm and
 # modulation 2, gate and residual 3.
@@ -61,14 +63,14 @@ CARDS = {  # the makers' data sheets
 def matmul_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.3) -> float:
     """FLOP per second of a square product on this device, the median over about `seconds` after a warm-up."""
     a = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device).to(dtype)
-    return 2 * MATMUL_SIZE**3 / _median_seconds(lambda: torch.mm(a, a), device, seconds)
+    return 2 * MATMUL_SIZE**3 / _median_seconds(lambda: torch.mm(a, a), seconds)
 
 
 def copy_rate(device: torch.device, *, seconds: float = 0.3) -> float:
     """Bytes read and written per second by a long copy on this device, measured likewise."""
     a = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
-    return 2 * COPY_BYTES / _median_seconds(lambda: b.copy_(a), device, seconds)
+    return 2 * COPY_BYTES / _median_seconds(lambda: b.copy_(a), seconds)
 
 
 def measured_card(device: torch.device, dtype: torch.dtype, *, seconds: float = 2.0) -> Card:
@@ -76,16 +78,21 @@ def measured_card(device: torch.device, dtype: torch.dtype, *, seconds: float = 
     return Card(matmul_rate(device, dtype, seconds=seconds / 2), copy_rate(device, seconds=seconds / 2), 1.0, 1.0)
 
 
-def _median_seconds(work: Callable[[], object], device: torch.device, seconds: float) -> float:
+def _median_seconds(work: Callable[[], Tensor], seconds: float) -> float:
+    def several(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            made = work()
+        made.flatten()[0].item()  # reading a number waits for the device, whichever it is
+        return (time.perf_counter() - start) / count
+
+    several(1)
+    count = max(1, int(TOGETHER / several(1)))  # so many that launching and waiting do not count
     taken: list[float] = []
     began = time.perf_counter()
-    while len(taken) < 2 or time.perf_counter() - began < seconds:
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[1:])
+    while not taken or time.perf_counter() - began < seconds:
+        taken.append(several(count))
+    return statistics.median(taken)
 
 
 # --------------------------------------------------------------------- work --
@@ -150,19 +157,19 @@ def pass_work(
     activation_bytes: int = 2,
 ) -> Work:
     """`pass_flops` by group, for `batch` rows, and the least traffic: weights once, inputs and outputs of every layer
-    (one read for queries, keys and values together), the visible cache read, the chunk's own part written and read.
+    (one read for queries, keys and values together), the visible cache read, the chunk's own part written.
 
     weight_bytes, cache_bytes, activation_bytes: of one number.
     """
     D, layers, rows = config.dim, config.num_layers, batch * num_tokens
     attention = batch * _attention_flops(config, num_tokens, num_visible)
-    weights = layers * (8 * D * D + 2 * D * config.ffn_dim + 6 * D)
+    weights = layers * (6 * D * D + 2 * D * config.ffn_dim + 6 * D)
     kept = 2 * D * layers * cache_bytes * batch
     return Work(
         linear_flops=batch * pass_flops(config, num_tokens, num_visible) - attention,
         linear_bytes=weights * weight_bytes + rows * (12 * D + 2 * config.ffn_dim) * layers * activation_bytes,
         attention_flops=attention,
-        attention_bytes=kept * (num_visible + 2 * num_tokens),
+        attention_bytes=kept * (num_visible + num_tokens),
         elementwise_bytes=MOVES * rows * D * layers * activation_bytes,
     )
 
@@ -275,6 +282,11 @@ class Recipe:
         more = self.writes and (self.commit_last or chunk + 1 < len(self.lengths))
         return self.until_shown(chunk) + self.a_pass(chunk) * (more * (1 + self.guided))
 
+    @property
+    def without(self) -> str:
+        """What `peak_bytes` leaves out, as the end of a sentence."""
+        return "" if self.decoder == "taehv" else ", without the decoder"
+
     def peak_bytes(self) -> dict[str, int]:
         """What the device holds at once while chunks are made: weights, caches, and the larger of what the network's
         widest place (a block's feed-forward, with what is alive beside it) and the decoder's last stage take."""
@@ -326,8 +338,8 @@ class Meter:
         """The prediction as the end of a sentence."""
         told = self.predicted()
         return (
-            f"at most {told['fps']:.3g} FPS, first frame in at least {told['first_frame_seconds']:.3g} s, memory about "
-            f"{told['peak_bytes'] / 1e9:.3g} GB"
+            f"by estimate at most {told['fps']:.3g} FPS, first frame in at least {told['first_frame_seconds']:.3g} s, "
+            f"memory about {told['peak_bytes'] / 1e9:.3g} GB{self.recipe.without}"
         )
 
     def reached(self, chunk_seconds: Sequence[float]) -> dict[str, Any]:

@@ -18,7 +18,16 @@ from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.geometry import chunk_lengths
 from selfforcing_core.model import CausalWan
-from selfforcing_core.rollout import CONTEXT, Chunk, GivenNoise, GradientPlan, SeededNoise, new_caches, rollout
+from selfforcing_core.rollout import (
+    CONTEXT,
+    Chunk,
+    GivenNoise,
+    GradientPlan,
+    PromptChange,
+    SeededNoise,
+    new_caches,
+    rollout,
+)
 from selfforcing_core.schedule import FlowSchedule, add_noise, x0_from_flow
 from tests.tiny_wan import FRAME, random_text, random_wan
 
@@ -357,3 +366,31 @@ def test_training_with_last_step_is_inference_where_every_chunk_exits_last() -> 
 def test_cache_sources_that_make_no_sense_are_refused(more: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         CausalConfig(**more)
+
+
+def test_last_step_cannot_write_a_resumed_history_again() -> None:
+    """What was written is the noisy chunk, which a snapshot does not hold; kept as it is, nothing is missing."""
+    network, text = random_wan(), random_text()
+    with torch.no_grad():
+        chunks = rollout(network, text, noise=SeededNoise(0), latent_shape=(4, *FRAME), causal=LAST, steps=STEPS)
+        first, last = chunks
+        held = replace(last.snapshot(), video_BTCHW=torch.cat([first.latents_BTCHW, last.latents_BTCHW], 1))
+
+        def resumed(history: str) -> Tensor:
+            change = {6: PromptChange(random_text(seed=1), history)}
+            return video(network, 8, LAST, text=text, resume=held, prompt_at=change.get)
+
+        assert resumed("keep").shape[1] == 4
+        with pytest.raises(ValueError, match="use history 'keep'"):
+            resumed("recode")
+
+
+def test_every_block_gets_tokens_without_strides() -> None:
+    """A convolution's strides would make every layer norm copy."""
+    network, text, seen = random_wan(), random_text(), []
+    for block in network.blocks:
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
+    with torch.no_grad():
+        video(network, 4, CausalConfig(2), text=text)
+    assert seen
+    assert all(seen)

@@ -233,12 +233,13 @@ def test_kept_embeddings_make_the_same_video_without_the_encoder(
 def test_another_encoder_under_the_same_name_finds_nothing_of_the_first(tmp_path: Path) -> None:
     encoder = tmp_path / "encoder"
     shutil.copytree(BUNDLE, encoder)
-    before = EmbeddingFolder(tmp_path / "kept", encoder, torch.float32)
-    assert before.path("a") == EmbeddingFolder(tmp_path / "kept", encoder, torch.float32).path("a")
+    before = EmbeddingFolder(tmp_path / "kept", encoder, torch.float32, "used")
+    assert before.path("a") == EmbeddingFolder(tmp_path / "kept", encoder, torch.float32, "used").path("a")
     assert before.path("a") != before.path("b")
-    assert before.path("a") != EmbeddingFolder(tmp_path / "kept", encoder, torch.bfloat16).path("a")
+    assert before.path("a") != EmbeddingFolder(tmp_path / "kept", encoder, torch.bfloat16, "used").path("a")
+    assert before.path("a") != EmbeddingFolder(tmp_path / "kept", encoder, torch.float32, "all").path("a")
     weights = encoder / "model.safetensors"
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1
     weights.write_bytes(changed)
-    assert before.path("a") != EmbeddingFolder(tmp_path / "kept", encoder, torch.float32).path("a")
+    assert before.path("a") != EmbeddingFolder(tmp_path / "kept", encoder, torch.float32, "used").path("a")

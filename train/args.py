@@ -107,7 +107,7 @@ class DmdArgs(TrainArgs):
     sink: int = 0
     steps: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])
     shift: float = 5.0
-    cache_source: str = "clean"  # clean, or last_step: no pass of its own for the cache, one fewer per chunk
+    cache_source: str = "clean"  # clean, or last_step: students that sample without the clean pass
     train_context_sigma: str = "exact"  # exact: clean context; last_table: 0.005 of noise, as in the reference
     exit_per_chunk: bool = False  # false: one exit step for all chunks of a step
 

@@ -67,7 +67,7 @@ class Prompts:
     def _kept(self) -> EmbeddingFolder | None:
         if not self.args.embeddings:
             return None
-        return EmbeddingFolder(self.args.embeddings, resolve_text_encoder(self.args.text_encoder), self._narrow)
+        return EmbeddingFolder(self.args.embeddings, resolve_text_encoder(self.args.text_encoder), self._narrow, "all")
 
     @property
     def _narrow(self) -> torch.dtype:

@@ -66,6 +66,7 @@ function onMessage(event) {
 /** @param {CustomEvent<unknown>} event */
 function onEnd(event) {
   const detail = /** @type {{prompt_id?: unknown} | null} */ (event.detail);
+  if (missed && missed.promptId === detail?.prompt_id) missed = null;
   for (const panel of panels.values()) panel.finish(detail?.prompt_id);
 }
 

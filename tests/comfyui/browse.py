@@ -3,7 +3,7 @@
 python browse.py CHROMIUM ADDRESS PACK FOLDER NAME...
 
 Drops each named workflow of the pack on the canvas as a user's mouse would, reports what the page made of it, runs
-`tiny_t2v` with the button, and steers `tiny_endless` with the live player in both renderers. Prints one JSON object;
+the tiny ones with the button, and steers `tiny_endless` with the live player in both renderers. Prints one JSON object;
 screenshots go to FOLDER.
 """
 
@@ -139,24 +139,28 @@ async def browse(page: Page, session: aiohttp.ClientSession) -> dict[str, Any]:
         found[name] = await drop(page, name)
         await asyncio.sleep(0.5)
         await page.screenshot(name)
-    await drop(page, "tiny_t2v")
-    before = await history(session)
-    await page.evaluate(
-        "[...document.querySelectorAll('button')].find(b => /^Run$/.test(b.textContent.trim())).click()"
-    )
-    for _ in range(PATIENCE * 5):
-        after = await history(session)
-        if set(after) - set(before):
-            break
-        await asyncio.sleep(0.2)
-    await page.screenshot("ran")
-    (ran,) = set(after) - set(before)
-    await asyncio.sleep(1.5)
-    await page.screenshot("ran")
+    runs = {name: await run_by_the_button(page, session, name) for name in NAMES if name.startswith("tiny")}
     classic = await steer(page, session, "classic", 2)
     await session.post(f"http://{ADDRESS}/settings", json={"Comfy.VueNodes.Enabled": True})
     await visit(page, session)
-    return {"workflows": found, "run": after[ran], "classic": classic, "vue": await steer(page, session, "vue", 5)}
+    return {"workflows": found, "runs": runs, "classic": classic, "vue": await steer(page, session, "vue", 5)}
+
+
+async def run_by_the_button(page: Page, session: aiohttp.ClientSession, name: str) -> Any:
+    """What the history says of a dropped workflow."""
+    await drop(page, name)
+    await page.evaluate(PLAYER)
+    before = set(await history(session))
+    await page.evaluate("window.run()")
+    for _ in range(PATIENCE * 5):
+        after = await history(session)
+        if set(after) - before:
+            break
+        await asyncio.sleep(0.2)
+    (ran,) = set(after) - before
+    await asyncio.sleep(1.5)
+    await page.screenshot(f"ran_{name}")
+    return after[ran]
 
 
 async def visit(page: Page, session: aiohttp.ClientSession) -> None:

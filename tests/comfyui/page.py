@@ -18,8 +18,8 @@ from tests.comfyui.host_server import RUN_SECONDS, Server
 class Page:
     """A client that plays along, or does not."""
 
-    def __init__(self, server: Server, reactions: list[dict[str, Any]]) -> None:
-        self.client_id = uuid.uuid4().hex
+    def __init__(self, server: Server, reactions: list[dict[str, Any]], client_id: str | None = None) -> None:
+        self.client_id = client_id or uuid.uuid4().hex
         command = [server.checkout.python, Path(__file__).with_name("play.py"), server.address, self.client_id]
         self.process = subprocess.Popen([*map(str, command), json.dumps(reactions)], stdout=subprocess.PIPE)
         self.arrived: queue.Queue[dict[str, Any]] = queue.Queue()
@@ -47,8 +47,8 @@ class Page:
 
 
 @contextmanager
-def page(server: Server, reactions: list[dict[str, Any]] | None = None) -> Iterator[Page]:
-    made = Page(server, reactions or [])
+def page(server: Server, reactions: list[dict[str, Any]] | None = None, client_id: str | None = None) -> Iterator[Page]:
+    made = Page(server, reactions or [], client_id)
     try:
         yield made
     finally:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.comfyui.graphs import SAVE, read_mp4
+from tests.comfyui.graphs import read_mp4
 from tests.comfyui.host_server import PACK_NAME, ROOT, Server
 from train.tiny.world import detect
 
@@ -54,11 +54,19 @@ def test_dropped_workflow_has_every_node_and_every_value(seen: dict[str, Any], n
         assert made == node["inputs"], node["class_type"]
 
 
-def test_the_run_button_makes_the_video_of_the_prompt(seen: dict[str, Any], server: Server) -> None:
-    assert seen["run"]["status"]["status_str"] == "success"
-    (file,) = server._files(seen["run"]["outputs"][SAVE])
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [("tiny_t2v", "red", "red"), ("tiny_prompt_schedule", "red", "blue"), ("tiny_endless", "red", "red")],
+)
+def test_the_run_button_makes_the_video_of_the_prompt(
+    seen: dict[str, Any], server: Server, name: str, first: str, last: str
+) -> None:
+    ran = seen["runs"][name]
+    assert ran["status"]["status_str"] == "success"
+    (file,) = (file for output in ran["outputs"].values() for file in server._files(output))
     found = detect(read_mp4(file)[0])
-    assert (found.colour, found.shape) == ("red", "square")
+    assert (found.colours_V[0], found.colours_V[-1]) == (first, last)
+    assert max(set(found.shapes_V), key=found.shapes_V.count) == "square"
 
 
 @pytest.mark.parametrize("renderer", ["classic", "vue"])

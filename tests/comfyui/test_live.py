@@ -98,6 +98,18 @@ def test_a_typed_prompt_changes_the_later_chunks(server: Server) -> None:
     assert not [event for event in seen.seen if "refused" in event]
 
 
+def test_a_page_that_comes_back_learns_that_a_chunk_is_held(server: Server) -> None:
+    """Loaded anew by the same client, it hears of the run again without anything having happened."""
+    prompt = tiny_prompt(seed=fresh_seed(), length=LENGTH)
+    with page(server, [{"when": {"chunk": 0}, "do": [{"action": "hold"}]}]) as first:
+        prompt_id = server.submit(prompt, first.client_id)
+        while not any(message["state"] == "held" for message in first.live()):
+            first.seen.append(first.arrived.get(timeout=RUN_SECONDS))
+    with page(server, [{"when": {"state": "held"}, "do": [{"action": "go_on"}]}], first.client_id) as again:
+        assert server.result(prompt_id)["status"]["status_str"] == "success"
+        assert again.until_done()[0]["state"] == "held"
+
+
 def test_a_chunk_rolled_again_is_what_its_seed_gives(server: Server) -> None:
     """Rolled twice with other seeds and then with its own, the video is the undisturbed one; with another it is not."""
     seed = fresh_seed() % 2**53
