@@ -8,18 +8,16 @@ The bundled tiny model with its decoder, one thread. Seconds are of the CPU; byt
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.report import now, write
 from bench.rollout import hardware
-from selfforcing_core.atomic import replacing
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.hub import load_model, load_taehv, load_text_encoder
@@ -58,7 +56,7 @@ def run(chunks: int) -> dict[str, Any]:
         "median_cpu_seconds_of_each_hundred": blocks, "last_hundred_over_first": blocks[-1] / blocks[0],
         "resident_bytes": resident[:: max(1, chunks // 20)], "memory_grows": full[-1] / full[0] - 1,
         "threads": 1, "hardware": hardware(), "command": " ".join(["python", "-m", "bench.endless", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
     }  # fmt: skip
 
 
@@ -69,11 +67,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file to write")
     args = parser.parse_args()
     told = run(args.chunks)
-    if args.out:
-        with replacing(args.out) as temporary:
-            Path(temporary).write_text(json.dumps(told, indent=1) + "\n")
+    text = write(told, args.out)
     ratio, grows = told["last_hundred_over_first"], told["memory_grows"]
-    print(json.dumps(told, indent=1) if args.json else f"last hundred over first {ratio:.3f}, memory grows {grows:.2%}")
+    print(text if args.json else f"last hundred over first {ratio:.3f}, memory grows {grows:.2%}")
 
 
 if __name__ == "__main__":

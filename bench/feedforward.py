@@ -10,12 +10,10 @@ products alone. Best of many runs, milliseconds of the CPU; sizes of the cases o
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.report import now, write
 from bench.rollout import CASES, CAUSAL, hardware
-from selfforcing_core.atomic import replacing
 
 SLOPE = 2 * math.sqrt(2 / math.pi)
 ROWS = 128
@@ -74,12 +72,10 @@ def main() -> None:
     told: dict[str, Any] = {
         "milliseconds": {name: measure(name, args.repeats) for name in CASES}, "threads": 1, "hardware": hardware(),
         "command": " ".join(["python", "-m", "bench.feedforward", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
     }  # fmt: skip
-    if args.out:
-        with replacing(args.out) as temporary:
-            Path(temporary).write_text(json.dumps(told, indent=1) + "\n")
-    print(json.dumps(told, indent=1))
+    text = write(told, args.out)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.report import now, write
 from bench.rollout import hardware
-from selfforcing_core.atomic import replacing
 from selfforcing_core.checkpoint import save_checkpoint
 from selfforcing_core.config import CausalConfig, StepConfig, WanConfig
 from selfforcing_core.layout import wan_shapes
@@ -132,7 +131,7 @@ def run(repeats: int) -> dict[str, Any]:
     return {
         **found, "comfyui": checkout.version, "threads": 1, "hardware": hardware(),
         "command": " ".join(["python", "-m", "bench.host", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
     }  # fmt: skip
 
 
@@ -143,10 +142,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file to write")
     args = parser.parse_args()
     result = run(args.repeats)
-    if args.out:
-        with replacing(args.out) as temporary:
-            temporary.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2) if args.json else {k: v["fps_lost"] for k, v in result["speed"].items()})
+    text = write(result, args.out)
+    print(text if args.json else {k: v["fps_lost"] for k, v in result["speed"].items()})
 
 
 if __name__ == "__main__":

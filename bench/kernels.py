@@ -10,13 +10,11 @@ colder processor caches. One thread, CPU seconds, the cases of bench.rollout.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from bench.report import now, write
 from bench.rollout import CASES, CAUSAL, STEPS, Case, hardware
-from selfforcing_core.atomic import replacing
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.model import CausalWan
 from selfforcing_core.rollout import SeededNoise, rollout
@@ -113,13 +111,11 @@ def main() -> None:
     told = {
         "cases": cases, "threads": 1, "hardware": hardware(),
         "command": " ".join(["python", "-m", "bench.kernels", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
     }  # fmt: skip
-    if args.out:
-        with replacing(args.out) as temporary:
-            Path(temporary).write_text(json.dumps(told, indent=1) + "\n")
+    text = write(told, args.out)
     words = "; ".join(f"{name}: {case['over_kernels']:+.1%} over its kernels" for name, case in cases.items())
-    print(json.dumps(told, indent=1) if args.json else words)
+    print(text if args.json else words)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,12 @@ included. "at once" converts all keys and values before it multiplies, "by segme
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from bench.report import now, write
 from bench.rollout import hardware
-from selfforcing_core.atomic import replacing
 from selfforcing_core.attention import attend, attend_segments
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import PRESETS, CausalConfig, StepConfig
@@ -195,7 +193,7 @@ def run(captions: int, seeds: int, num_frames: int, repeats: int) -> dict[str, A
     return {
         "rollout": measure_rollouts(captions, seeds, num_frames), "layer": measure_layer(repeats), "threads": 1,
         "hardware": hardware(), "command": " ".join(["python", "-m", "bench.kv_cache", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
     }  # fmt: skip
 
 
@@ -209,11 +207,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file to write")
     args = parser.parse_args()
     result = run(args.captions, args.seeds, args.frames, args.repeats)
-    if args.out:
-        with replacing(args.out) as temporary:
-            temporary.write_text(json.dumps(result, indent=2) + "\n")
+    text = write(result, args.out)
     if args.json:
-        print(json.dumps(result, indent=2))
+        print(text)
         return
     for row in result["rollout"]["caches"]:
         print(

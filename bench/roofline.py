@@ -9,7 +9,6 @@ itself is calibrated for two seconds and stands among the cards.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -17,8 +16,8 @@ from typing import Any
 
 import torch
 
+from bench.report import write
 from bench.rollout import hardware
-from selfforcing_core.atomic import replacing
 from selfforcing_core.config import PRESETS
 from selfforcing_core.geometry import VideoGeometry
 from selfforcing_core.roofline import CARDS, Card, Recipe, measured_card
@@ -99,10 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"bench.roofline: {error}", file=sys.stderr)
         return 2
-    if args.out:
-        with replacing(args.out) as temporary:
-            Path(temporary).write_text(json.dumps(told, indent=1) + "\n")
-    print(json.dumps(told, indent=1) if args.json else table(told))
+    text = write(told, args.out)
+    print(text if args.json else table(told))
     return 0
 
 

@@ -151,7 +151,7 @@ class Live:
         self.outbox = Outbox(
             lambda message: host.send(EVENT, message, audience.client), fixed, lambda: _runs.pop(self.name, None)
         )
-        self._tell(
+        self.outbox.put(
             state="sampling",
             chunk=0,
             stats={"fps": None, "first_frame_seconds": None, "real_time": None, "share_of_limit": None},
@@ -166,7 +166,7 @@ class Live:
     def show(self, frames_VRHW: Tensor, first_frame: int, chunk: int) -> None:
         """Finished frames in [0, 1] of a chunk, numbered from `first_frame`; chunk counts the finished ones."""
         if not len(frames_VRHW):
-            self._tell(chunk=chunk)
+            self.outbox.put(chunk=chunk)
             return
         seconds = time.perf_counter() - self.began - self.paused
         if not self.first_frames:
@@ -179,7 +179,7 @@ class Live:
             "fps": rate, "first_frame_seconds": self.first_seconds, "real_time": rate and rate / self.fps,
             "share_of_limit": rate / self.limit_fps if rate and self.limit_fps else None,
         }  # fmt: skip
-        self._tell(frames, is_again=self.is_again, chunk=chunk, stats=stats)
+        self.outbox.put(frames, is_again=self.is_again, chunk=chunk, stats=stats)
         self.is_again = False
 
     def wants_again(self) -> bool:
@@ -188,14 +188,14 @@ class Live:
         with self.changed:
             self.next_seed, self.is_waiting = None, self.is_held
             if self.is_held:
-                self._tell(state="held")
+                self.outbox.put(state="held")
             lost_at, told_at = time.monotonic() + PATIENCE, time.monotonic()
             while self.is_held and self.next_seed is None:
                 self.changed.wait(0.1)
                 host.check_interrupted()
                 if time.monotonic() > told_at + AGAIN_AFTER:  # for a page that was loaded anew meanwhile
                     told_at = time.monotonic()
-                    self._tell(state="held")
+                    self.outbox.put(state="held")
                 if host.is_listening(self.client):
                     lost_at = time.monotonic() + PATIENCE
                 elif time.monotonic() > lost_at:
@@ -207,7 +207,7 @@ class Live:
                 self.paused += began - self.chunk_began  # the attempt that is thrown away counts as little as the wait
             self.paused += time.perf_counter() - began
             self.chunk_began = time.perf_counter()
-            self._tell(state="sampling")
+            self.outbox.put(state="sampling")
             return self.is_again
 
     def seed_at(self, start_frame: int) -> int | None:
@@ -229,21 +229,18 @@ class Live:
             raise
         except Exception as error:  # a long run does not end because of a sentence typed into it
             log.exception("the prompt typed into the player could not be read")
-            self._tell(message=f"the prompt was not taken: {error}")
+            self.outbox.put(message=f"the prompt was not taken: {error}")
             return None
         return made, history
 
     def say(self, message: str) -> None:
         """A line for the user below the player."""
-        self._tell(message=message)
+        self.outbox.put(message=message)
 
     def close(self) -> None:
         """The run is over, for whatever reason; returns at once."""
-        self._tell(state="done")
+        self.outbox.put(state="done")
         self.outbox.close()
-
-    def _tell(self, frames: list[tuple[int, Tensor]] | None = None, *, is_again: bool = False, **status: Any) -> None:
-        self.outbox.put(frames, is_again=is_again, **status)
 
     # ------------------------------------------------------ the server's loop --
     def command(self, message: dict[str, Any]) -> None:

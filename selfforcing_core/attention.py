@@ -112,6 +112,7 @@ class MeasuredKernels:
         except RuntimeError as error:
             if name == "auto" or not _is_refusal(error):
                 raise
+        log.info("attention kernel %s refuses %d keys; torch chooses for them", name, length)
         self.fastest[exact] = "auto"  # its neighbours' kernel does not serve this length
         return _by_kernel("auto", q_BNLK, k_BNSK, v_BNSK, mask_LS)
 
