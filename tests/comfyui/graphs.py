@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ MODEL, TEXT, TAEHV, SAMPLER, CREATE, SAVE = "123456"
 # What auto means for the bundle. Saying it outright asks for the same video in other words, so that the server computes
 # it instead of answering from its cache.
 EXPLICIT_CHUNK = 3
+SEEDS = itertools.count(10**18)
 Prompt = dict[str, Any]
 
 
@@ -31,8 +32,8 @@ def tiny_prompt(text: str | None = None, **sampler_inputs: Any) -> Prompt:
 
 
 def fresh_seed() -> int:
-    """A seed the server has not seen: it answers a prompt that it has seen from its cache."""
-    return random.SystemRandom().randrange(2**64)
+    """A seed the server has not seen (it answers what it has seen from its cache); the same ones in every session."""
+    return next(SEEDS)
 
 
 def add(prompt: Prompt, name: str, class_type: str, **inputs: Any) -> None:

@@ -57,7 +57,7 @@ def test_it_queues_a_workflow_with_other_inputs_and_fetches_the_video(server: Se
 
 def test_what_is_shown_is_saved_while_it_is_made(server: Server, tmp_path: Path) -> None:
     """The newest frame of every chunk, each of them whole."""
-    frames, rest = tmp_path / "frames", ["--set", f"4.seed={fresh_seed()}", "--to", str(tmp_path)]
+    frames, rest = tmp_path / "frames", ["--set", "4.seed=22", "--to", str(tmp_path)]  # one that moves far
     done = call(server, "--frames", str(frames), *rest)
     assert done.returncode == 0, done.stderr
     (video,) = map(Path, done.stdout.split())
@@ -69,7 +69,8 @@ def test_what_is_shown_is_saved_while_it_is_made(server: Server, tmp_path: Path)
         shown = to_tensor(Image.open(path).resize((64, 64)))
         errors = (saved - shown).abs().mean((1, 2, 3))
         assert errors[number] < 0.05, "lossy twice, and scaled by the host"
-        assert abs(int(errors.argmin()) - number) <= 1
+        assert errors[number] < errors.min() + 0.01, "no other frame of the video is clearly nearer"
+        assert errors[number] == min(errors[[8, 20, 32]]), "and it is this chunk's"
     lines = done.stderr.splitlines()
     assert [line.split(" ")[0] for line in lines] == [str(path) for path in found]
     assert "(node 4: " in lines[-1]
