@@ -41,6 +41,10 @@ def dequantise(stored_BSNK: Tensor, scale_BSN1: Tensor | None, like: Tensor) -> 
     return stored_BSNK.to(like.device).to(like.dtype).mul_(scale_BSN1.to(like))
 
 
+# per contiguous run of the staged chunk: offset in it, length, and every layer's view of the slots
+Slots = list[tuple[int, int, tuple[Tensor, ...]]]
+
+
 @dataclass(frozen=True)
 class CacheState:
     """A copy of what a cache holds after a chunk: k, v [layers, B, S, N, K] of its used slots, in slot order.
@@ -163,21 +167,23 @@ class KVCache:
         self.start_frame = self.end_frame = 0
         self.base = self.sink  # the first frame behind the sink; later than that after `restart`
         self.cross: dict[int, Any] = {}
-        self._current: list[tuple[int, int, int]] = []
+        self._aim([])
 
     def restart(self, base: int) -> None:
         """Empty the cache; behind the frames of the sink, the next one staged is frame `base`."""
         self.reset()
         self.base = max(base, self.sink)
 
-    def snapshot(self) -> CacheState:
-        """Copy what the cache holds, in the memory where it lies. The text's keys and values are not part of it."""
+    def snapshot(self, device: torch.device | None = None) -> CacheState:
+        """Copy what the cache holds, to this device or where it lies. The text's keys and values are not part of it."""
         used = self._visible()
+
+        def copy(buffer: Tensor) -> Tensor:
+            return buffer[:, :, :used].to(device or buffer.device, copy=True)
+
         return CacheState(
-            self.k[:, :, :used].clone(), self.v[:, :, :used].clone(),
-            self.start_frame, self.end_frame, self.capacity, self.sink, self.base,
-            None if self.k_scale is None else self.k_scale[:, :, :used].clone(),
-            None if self.v_scale is None else self.v_scale[:, :, :used].clone(),
+            copy(self.k), copy(self.v), self.start_frame, self.end_frame, self.capacity, self.sink, self.base,
+            None if self.k_scale is None else copy(self.k_scale), None if self.v_scale is None else copy(self.v_scale),
         )  # fmt: skip
 
     def restore(self, state: CacheState) -> None:
@@ -204,7 +210,7 @@ class KVCache:
         self._put_back(self.v, self.v_scale, state.v, state.v_scale)
         self.start_frame, self.end_frame = state.start_frame, state.end_frame
         self.base = state.base if is_moved else self.sink
-        self._current = self._pieces(state.start_frame, state.end_frame - state.start_frame)
+        self._aim(self._pieces(state.start_frame, state.end_frame - state.start_frame))
 
     def stage(self, start_frame: int, num_frames: int) -> None:
         """Declare the frames that the next forward pass evaluates: the staged ones again, or those that follow."""
@@ -213,7 +219,19 @@ class KVCache:
         follows = start_frame == (self.base if self.end_frame == self.sink else self.end_frame)
         assert again or follows, f"frame {start_frame} does not follow {self.end_frame}"
         self.start_frame, self.end_frame = start_frame, start_frame + num_frames
-        self._current = self._pieces(start_frame, num_frames)
+        self._aim(self._pieces(start_frame, num_frames))
+
+    def _aim(self, pieces: list[tuple[int, int, int]]) -> None:
+        """Views of every layer's slots for the staged chunk and of all that is visible, made here for a whole pass."""
+        self._current = pieces
+        buffers = (self.k, self.v, self.k_scale, self.v_scale)
+        self._slots = tuple(
+            [] if buffer is None else [
+                (source, length, buffer[:, :, slot : slot + length].unbind()) for source, slot, length in pieces
+            ] for buffer in buffers
+        )  # fmt: skip
+        visible = self._visible()
+        self._seen = self.k[:, :, :visible].unbind(), self.v[:, :, :visible].unbind()
 
     def update(self, layer: int, k_BLNK: Tensor, v_BLNK: Tensor) -> tuple[Tensor, Tensor]:
         """Add the staged chunk's keys and values; return all visible ones [B, S, N, K] in slot order.
@@ -229,22 +247,19 @@ class KVCache:
         self.write(layer, k_BLNK, v_BLNK)
         if self.converts(k_BLNK):
             return self.past(layer)(k_BLNK, v_BLNK)
-        visible = self._visible()
-        return self.k[layer][:, :visible].to(k_BLNK), self.v[layer][:, :visible].to(v_BLNK)
+        return self._seen[0][layer].to(k_BLNK), self._seen[1][layer].to(v_BLNK)
 
     def write(self, layer: int, k_BLNK: Tensor, v_BLNK: Tensor) -> None:
         """Put the staged chunk's keys and values in their slots."""
-        self._put(self.k[layer], None if self.k_scale is None else self.k_scale[layer], k_BLNK)
-        self._put(self.v[layer], None if self.v_scale is None else self.v_scale[layer], v_BLNK)
+        k_slots, v_slots, k_scales, v_scales = self._slots
+        self._put(layer, k_slots, k_scales, k_BLNK)
+        self._put(layer, v_slots, v_scales, v_BLNK)
 
-    def _put(self, buffer: Tensor, scales: Tensor | None, new_BLNK: Tensor) -> None:
-        scale = None
-        if scales is not None:
-            new_BLNK, scale = quantise(new_BLNK, buffer.dtype)
-        for source, slot, length in self._current:
-            buffer[:, slot : slot + length] = new_BLNK[:, source : source + length]
-            if scales is not None and scale is not None:
-                scales[:, slot : slot + length] = scale[:, source : source + length]
+    def _put(self, layer: int, slots: Slots, scales: Slots, new_BLNK: Tensor) -> None:
+        if scales:
+            new_BLNK, scale = quantise(new_BLNK, self.k.dtype)
+            _fill(layer, scales, scale)
+        _fill(layer, slots, new_BLNK)
 
     @staticmethod
     def _put_back(buffer: Tensor, scales: Tensor | None, saved: Tensor, saved_scales: Tensor | None) -> None:
@@ -320,6 +335,11 @@ class KVCache:
                 runs.append((offset, slot, 1))
         p = self.tokens_per_frame
         return [(source * p, slot * p, length * p) for source, slot, length in runs]
+
+
+def _fill(layer: int, slots: Slots, new_BLNK: Tensor) -> None:
+    for source, length, layers in slots:
+        layers[layer].copy_(new_BLNK if len(slots) == 1 else new_BLNK[:, source : source + length])
 
 
 def _ordered(stored_BSNK: Tensor, scale: Tensor | None, tokens: Tensor) -> Tensor:

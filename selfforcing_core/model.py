@@ -52,7 +52,7 @@ class _SelfAttention(nn.Module):
         self.norm_k = operations.RMSNorm(config.dim, eps=config.eps, **factory)
 
     def heads(self, x_BLD: Tensor) -> Tensor:
-        return x_BLD.unflatten(-1, (self.num_heads, -1))
+        return x_BLD.view(*x_BLD.shape[:-1], self.num_heads, -1)
 
     def forward(self, x_BLD: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (both turned by their position) and values [B, L, N, K]; `o` takes what attention makes."""
@@ -85,12 +85,12 @@ class _CrossAttention(_SelfAttention):
         """[B, X, N, K] with each head's tokens together in memory, as in the cache."""
         return self.heads(x_BXD).transpose(1, 2).contiguous().transpose(1, 2)
 
-    def forward(self, x_BLD: Tensor, keys_values: KeysValues) -> Tensor:  # type: ignore[override]
-        q_BLNK = self.heads(self.norm_q(self.q(x_BLD)))
+    def forward(self, x_BFPD: Tensor, keys_values: KeysValues) -> Tensor:  # type: ignore[override]
+        q_BLNK = self.heads(self.norm_q(self.q(x_BFPD))).flatten(1, 2)
         attended = attend(q_BLNK, *keys_values[0])
         for keys, values in keys_values[1:]:
             attended = attended + attend(q_BLNK, keys, values)
-        return self.o(attended.flatten(2))
+        return self.o(attended.reshape(x_BFPD.shape))
 
 
 _Context = tuple[Tensor, Tensor | None]  # embedded text [B, X, D], embedded image [B, I, D]
@@ -133,7 +133,7 @@ class _Block(nn.Module):
             past = None if cache is None else cache.past(layer)
             return recompute(self._whole, x_BFPD, e_BF6D, context, rotary, past, mask_LS)
         call = recompute or _call
-        q, k, v = call(self.before_attention, x_BFPD, e_BF6D, rotary)
+        q, k, v, later_BF4D = call(self.before_attention, x_BFPD, e_BF6D, rotary)
         # only where torch's kernel says what merging segments needs; elsewhere `update` widens one layer at a time
         if cache is not None and cache.converts(k) and k.device.type == "cpu" and not torch.is_grad_enabled():
             cache.write(layer, k, v)
@@ -142,7 +142,7 @@ class _Block(nn.Module):
             if cache is not None:
                 k, v = cache.update(layer, k, v)
             attended_BLNK = attend(q, k, v, mask_LS)
-        return call(self.after_attention, x_BFPD, e_BF6D, attended_BLNK, self._keys_values(context, cache, layer))
+        return call(self.after_attention, x_BFPD, later_BF4D, attended_BLNK, self._keys_values(context, cache, layer))
 
     def _whole(
         self,
@@ -154,28 +154,29 @@ class _Block(nn.Module):
         mask_LS: Tensor | None,
     ) -> Tensor:
         """All of the block from tensors that are kept anyway, so that it can be computed again."""
-        q, k, v = self.before_attention(x_BFPD, e_BF6D, rotary)
+        q, k, v, later_BF4D = self.before_attention(x_BFPD, e_BF6D, rotary)
         attended_BLNK = attend(q, *((k, v) if past is None else past(k, v)), mask_LS)
-        return self.after_attention(x_BFPD, e_BF6D, attended_BLNK, self.cross_attn.keys_values(*context))
+        return self.after_attention(x_BFPD, later_BF4D, attended_BLNK, self.cross_attn.keys_values(*context))
 
-    def before_attention(self, x_BFPD: Tensor, e_BF6D: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the frames' own tokens. Tensors in, tensors out: what can be compiled."""
-        shift, scale, *_ = self.modulation_at(e_BF6D)
-        return self.self_attn(torch.addcmul(shift, self.norm1(x_BFPD), 1 + scale).flatten(1, 2), rotary)
+    def before_attention(self, x_BFPD: Tensor, e_BF6D: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the frames' own tokens, and the modulation that `after_attention` needs.
 
-    def after_attention(self, x_BFPD: Tensor, e_BF6D: Tensor, attended_BLNK: Tensor, keys_values: KeysValues) -> Tensor:
+        Tensors in, tensors out: what can be compiled.
+        """
+        e_BF6D = e_BF6D + self.modulation.to(e_BF6D)
+        shift, scale, *_ = e_BF6D.unsqueeze(3).unbind(2)
+        q, k, v = self.self_attn(torch.addcmul(shift, self.norm1(x_BFPD), 1 + scale).flatten(1, 2), rotary)
+        return q, k, v, e_BF6D[:, :, 2:]
+
+    def after_attention(
+        self, x_BFPD: Tensor, later_BF4D: Tensor, attended_BLNK: Tensor, keys_values: KeysValues
+    ) -> Tensor:
         """The rest of the block, from what self-attention made. Tensors in, tensors out: what can be compiled."""
-        _, _, gate1, shift, scale, gate2 = self.modulation_at(e_BF6D)
-        grid = x_BFPD.shape[1:3]
-        attended = self.self_attn.o(attended_BLNK.flatten(2)).unflatten(1, grid)
-        x_BFPD = torch.addcmul(x_BFPD, attended, gate1)
-        x_BFPD = x_BFPD + self.cross_attn(self.norm3(x_BFPD).flatten(1, 2), keys_values).unflatten(1, grid)
+        gate1, shift, scale, gate2 = later_BF4D.unsqueeze(3).unbind(2)
+        x_BFPD = torch.addcmul(x_BFPD, self.self_attn.o(attended_BLNK.reshape(x_BFPD.shape)), gate1)
+        x_BFPD = x_BFPD + self.cross_attn(self.norm3(x_BFPD), keys_values)
         fed = self.ffn(torch.addcmul(shift, self.norm2(x_BFPD), 1 + scale))
         return torch.addcmul(x_BFPD, fed, gate2)
-
-    def modulation_at(self, e_BF6D: Tensor) -> tuple[Tensor, ...]:
-        """Shift, scale and gate [B, F, 1, D] of self-attention, then of the feed-forward layer."""
-        return (e_BF6D + self.modulation.to(e_BF6D)).unsqueeze(3).unbind(2)
 
     def _keys_values(self, context: _Context | None, cache: KVCache | None, layer: int) -> KeysValues:
         def compute() -> KeysValues:
@@ -300,7 +301,7 @@ class CausalWan(nn.Module):
         dtype = prompt_embeds_BXE.dtype
         num_frames, (height, width) = noisy_BTCHW.shape[1], noisy_BTCHW.shape[-2:]
         rows, columns = height // self.config.patch_size[1], width // self.config.patch_size[2]
-        rotary = rotary_table(self.config.head_dim, start_frame, num_frames, rows, columns).to(noisy_BTCHW.device)
+        rotary = rotary_table(self.config.head_dim, start_frame, num_frames, rows, columns, noisy_BTCHW.device)
         if image_BTCHW is not None:
             noisy_BTCHW = torch.cat([noisy_BTCHW, image_BTCHW.to(noisy_BTCHW)], 2)
             clean_BTCHW = None if clean_BTCHW is None else torch.cat([clean_BTCHW, image_BTCHW.to(clean_BTCHW)], 2)

@@ -68,12 +68,15 @@ class Chunk:
     start_frame: int
     latents_BTCHW: Tensor
     is_given: bool = False
-    take: Callable[[], Snapshot] | None = field(default=None, repr=False, compare=False)
+    take: Callable[[torch.device | None], Snapshot] | None = field(default=None, repr=False, compare=False)
 
-    def snapshot(self) -> Snapshot:
-        """The state right after this chunk, to go on from later; take it before asking for the next chunk."""
+    def snapshot(self, device: torch.device | None = None) -> Snapshot:
+        """The state right after this chunk, to go on from later; take it before asking for the next chunk.
+
+        device: where its caches are copied to; the default is where they lie.
+        """
         assert self.take is not None
-        return self.take()
+        return self.take(device)
 
 
 @dataclass(frozen=True)
@@ -272,10 +275,12 @@ class _Calls:
         )
         return flow.to(x_BTCHW.dtype)
 
-    def snapshot(self, start_frame: int, end_frame: int, pending: tuple[Tensor, float] | None) -> Snapshot:
+    def snapshot(
+        self, start_frame: int, end_frame: int, pending: tuple[Tensor, float] | None, device: torch.device | None
+    ) -> Snapshot:
         held = [cache for cache in self.caches if cache is not None]
         assert all(cache.start_frame == start_frame for cache in held), "too late, the next chunk was already asked for"
-        states = tuple(cache.snapshot() for cache in held)
+        states = tuple(cache.snapshot(device) for cache in held)
         return Snapshot(start_frame, end_frame, states, *(pending or (None, 0.0)))
 
 

@@ -28,26 +28,35 @@ def _turns(position_start: int, num_positions: int, pairs: int) -> Tensor:
     return torch.polar(torch.ones_like(angles), angles)
 
 
-def rotary_table(head_dim: int, start_frame: int, num_frames: int, height: int, width: int) -> Tensor:
-    """exp(i angle) [L, K/2], complex64, for frames [start_frame, start_frame + num_frames) of height x width tokens.
+def rotary_table(
+    head_dim: int, start_frame: int, num_frames: int, height: int, width: int, device: torch.device | None = None
+) -> Tensor:
+    """exp(i angle) [L, 1, K/2], complex64, for frames [start_frame, start_frame + num_frames) of height x width tokens.
 
-    Computed on the CPU in double precision; frame numbers have no upper limit.
+    Computed on the CPU in double precision; frame numbers have no upper limit. The last few tables are kept, so that
+    the passes of a chunk share one and only the first of them waits for a copy to the device.
     """
+    return _table(head_dim, start_frame, (num_frames, height, width), device or torch.device("cpu"))
+
+
+@functools.lru_cache(maxsize=4)
+def _table(head_dim: int, start_frame: int, grid: tuple[int, int, int], device: torch.device) -> Tensor:
     time, rows, columns = axis_pairs(head_dim)
-    grid = (num_frames, height, width)
-    table = torch.cat(
-        [
-            _turns(start_frame, num_frames, time)[:, None, None].expand(*grid, time),
-            _turns(0, height, rows)[None, :, None].expand(*grid, rows),
-            _turns(0, width, columns)[None, None].expand(*grid, columns),
-        ],
-        dim=-1,
-    )
-    return table.flatten(0, 2).to(torch.complex64)
+    num_frames, height, width = grid
+    with torch.inference_mode(False):  # a later pass may need gradients
+        table = torch.cat(
+            [
+                _turns(start_frame, num_frames, time)[:, None, None].expand(*grid, time),
+                _turns(0, height, rows)[None, :, None].expand(*grid, rows),
+                _turns(0, width, columns)[None, None].expand(*grid, columns),
+            ],
+            dim=-1,
+        )
+        return table.flatten(0, 2).unsqueeze(1).to(torch.complex64).to(device)
 
 
-def apply_rotary(x_BLNK: Tensor, table_LK: Tensor) -> Tensor:
+def apply_rotary(x_BLNK: Tensor, table_L1K: Tensor) -> Tensor:
     """Turn each channel pair of x by its position's angle; computed in float32 at least, returned in x's dtype."""
     wide_BLNK = x_BLNK.to(torch.promote_types(x_BLNK.dtype, torch.float32))
-    pairs = torch.view_as_complex(wide_BLNK.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table_LK[:, None]).flatten(-2).to(x_BLNK.dtype)
+    pairs = torch.view_as_complex(wide_BLNK.view(*x_BLNK.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * table_L1K).flatten(-2).to(x_BLNK.dtype)
