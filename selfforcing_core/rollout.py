@@ -330,7 +330,9 @@ class _History:
                 cache.restart(base)
         for start, x_BTCHW, timestep in self.chunks:
             end = min(start + x_BTCHW.shape[1], end_frame)
-            for first, last in ((start, min(end, self.sink)), (max(start, base), end)):
+            # what lay between the sink and the base is gone; where nothing did, a chunk is written whole, as it was
+            parts = ((start, min(end, self.sink)), (max(start, base), end)) if base > self.sink else ((start, end),)
+            for first, last in parts:
                 if first < last:
                     self.call.commit(x_BTCHW[:, first - start : last - start], timestep, first)
 

@@ -7,6 +7,8 @@ in the roofline model (Williams et al., 2009). Nothing else is in it: no launch,
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import statistics
 import time
@@ -257,9 +259,13 @@ class Recipe:
     def tokens_per_frame(self) -> int:
         return tokens_per_frame(self.latent_height, self.latent_width)
 
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        return list(itertools.accumulate(self.lengths))
+
     def a_pass(self, chunk: int) -> Work:
         """One pass of a chunk, at the cache's length there."""
-        seen = sum(self.lengths[: chunk + 1])
+        seen = self._ends[chunk]
         visible = seen if self.window == -1 else min(seen, self.window)
         return pass_work(
             self.config, self.lengths[chunk] * self.tokens_per_frame, visible * self.tokens_per_frame, batch=self.batch,

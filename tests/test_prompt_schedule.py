@@ -90,6 +90,14 @@ def test_a_schedule_of_one_prompt_is_the_plain_run_bitwise() -> None:
     assert torch.equal(made({0: text, 4: text}, CausalConfig(2))[0], made({0: text}, CausalConfig(2))[0])
 
 
+@pytest.mark.parametrize(("window", "sink"), [(6, 1), (6, 2), (7, 3), (8, 0)])
+def test_the_same_prompt_again_before_anything_is_evicted_changes_nothing(window: int, sink: int) -> None:
+    """Also where the sink ends inside a chunk."""
+    causal, text = CausalConfig(2, window=window, sink=sink), random_text()
+    expected, *_ = made({0: text}, causal, frames=10)
+    assert torch.equal(made({0: text, 4: text}, causal, frames=10)[0], expected)
+
+
 def test_frames_before_the_change_stay_and_later_ones_follow_the_new_prompt() -> None:
     one, other = random_text(), random_text(seed=1)
     plain, changed, kept = (
