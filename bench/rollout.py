@@ -35,10 +35,11 @@ from selfforcing_core.geometry import tokens_per_frame
 from selfforcing_core.kv_cache import KVCache
 from selfforcing_core.model import CausalWan
 from selfforcing_core.rollout import SeededNoise, rollout
-from selfforcing_core.roofline import MATMUL_SIZE, pass_flops
+from selfforcing_core.roofline import pass_flops
 
 ROOT = Path(__file__).resolve().parent.parent
 CAUSAL, STEPS = CausalConfig(chunk=3), StepConfig()
+MATMUL_SIZE = 2048
 
 
 @dataclass(frozen=True)

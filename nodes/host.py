@@ -147,8 +147,8 @@ def kept_loaded(patcher: Any, noise_shape: Sequence[int]) -> Iterator[None]:
 
 @functools.lru_cache(maxsize=4)
 def card(device: torch.device, dtype: torch.dtype) -> Card:
-    """What this device can do, measured for half a second when it is first asked for."""
-    return measured_card(device, dtype, seconds=0.5)
+    """What this device can do, measured for two seconds when it is first asked for."""
+    return measured_card(device, dtype)
 
 
 def to_graph(tensor: Tensor) -> Tensor:

@@ -23,8 +23,9 @@ from .config import CLIP_DIM, CLIP_TOKENS, TAEHVConfig, WanConfig
 from .geometry import TEMPORAL_FACTOR, pixel_frames, tokens_per_frame
 from .layout import wan_shapes
 
-MATMUL_SIZE = 2048
-COPY_BYTES = 2**26
+MATMUL_SIZES = (2048, 8192)  # rows of the square product that measures a device: at first, and at most
+COPY_BYTES = (2**26, 2**28)
+LONG = 1e-3  # seconds of work in which its start does not count
 TOGETHER = 0.02  # seconds of calls between two looks at the clock
 # Reads and writes of a [tokens, dim] tensor per block that no fusion saves: norm and modulation 2, norms and rotary
 # embedding of queries and keys 4, gate and residual 3, norm 2, norm of the cross queries 2, residual 3, norm and
@@ -64,15 +65,36 @@ CARDS = {  # the makers' data sheets
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.3) -> float:
     """FLOP per second of a square product on this device, the median over about `seconds` after a warm-up."""
-    a = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device).to(dtype)
-    return 2 * MATMUL_SIZE**3 / _median_seconds(lambda: torch.mm(a, a), seconds)
+
+    def product(size: int) -> Callable[[], Tensor]:
+        a = torch.randn(size, size, device=device).to(dtype)
+        return lambda: torch.mm(a, a)
+
+    size, taken = _grown(product, MATMUL_SIZES, seconds)
+    return 2 * size**3 / taken
 
 
 def copy_rate(device: torch.device, *, seconds: float = 0.3) -> float:
     """Bytes read and written per second by a long copy on this device, measured likewise."""
-    a = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
-    b = torch.empty_like(a)
-    return 2 * COPY_BYTES / _median_seconds(lambda: b.copy_(a), seconds)
+
+    def copy(size: int) -> Callable[[], Tensor]:
+        a = torch.zeros(size, dtype=torch.uint8, device=device)
+        b = torch.empty_like(a)
+        return lambda: b.copy_(a)
+
+    size, taken = _grown(copy, COPY_BYTES, seconds)
+    return 2 * size / taken
+
+
+def _grown(make: Callable[[int], Callable[[], Tensor]], sizes: tuple[int, int], seconds: float) -> tuple[int, float]:
+    """Work of the first size that keeps the device busy for LONG, or of the largest, and the seconds that it takes.
+
+    Smaller work is dominated by its start, or lies in a cache.
+    """
+    size, largest = sizes
+    while size < largest and _median_seconds(make(size), 0) < LONG:
+        size *= 2
+    return size, _median_seconds(make(size), seconds)
 
 
 def measured_card(device: torch.device, dtype: torch.dtype, *, seconds: float = 2.0) -> Card:
