@@ -251,19 +251,21 @@ def _run_causally(
 def _count_extra_bytes(
     executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """While the host decides how much of the model fits, its estimate includes what the coming rollout needs."""
+    """While the host decides how much of the model fits, its estimate is that of the coming rollout.
+
+    One chunk is evaluated at a time, not the whole video; caches and decoder come on top.
+    """
     guider = executor.class_obj
-    count = getattr(sampler, "extra_bytes", None)
-    extra = count(guider, tuple(noise.shape)) if count else 0
-    if not extra:
+    if not hasattr(sampler, "extra_bytes"):
         return executor(noise, latent_image, sampler, *args, **kwargs)
-    model = guider.model_patcher.model
+    shape, model = tuple(noise.shape), guider.model_patcher.model
+    frames, extra = sampler.frames_at_once(guider, shape), sampler.extra_bytes(guider, shape)
     estimate = type(model).memory_required
 
-    def with_caches(*shapes: Any, **options: Any) -> float:
-        return estimate(model, *shapes, **options) + extra
+    def of_a_chunk(input_shape: Sequence[int], **options: Any) -> float:
+        return estimate(model, [*input_shape[:2], frames, *input_shape[3:]], **options) + extra
 
-    model.memory_required = with_caches
+    model.memory_required = of_a_chunk
     try:
         return executor(noise, latent_image, sampler, *args, **kwargs)
     finally:

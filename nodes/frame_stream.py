@@ -59,7 +59,7 @@ def frame_stream(vae: Any) -> FrameStream:
 
 
 class _TAEHVStream:
-    """Every latent frame at once; exact."""
+    """One latent frame after the other; bitwise the decode of the whole."""
 
     note = ""
 
@@ -71,8 +71,11 @@ class _TAEHVStream:
         return self.autoencoder.working_bytes(latent_height, latent_width)
 
     def decode(self, latents_BTCHW: Tensor, *, is_last: bool) -> Tensor:
-        latents = latents_BTCHW.to(self.autoencoder.device, self.autoencoder.vae_dtype)
-        return host.to_graph(self.decoder.decode(latents))
+        return torch.cat([self._decode_one(latent_BCHW) for latent_BCHW in latents_BTCHW.unbind(1)], 1)
+
+    def _decode_one(self, latent_BCHW: Tensor) -> Tensor:
+        latent_BTCHW = latent_BCHW[:, None].to(self.autoencoder.device, self.autoencoder.vae_dtype)
+        return host.to_graph(self.decoder.decode(latent_BTCHW))
 
     def counted(self, recipe: Recipe) -> Recipe:
         return replace(recipe, decoder="taehv", taehv=self.autoencoder.first_stage_model.config)

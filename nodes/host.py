@@ -134,15 +134,18 @@ def load(patchers: Sequence[Any], *, working_bytes: float = 0, whole: bool = Fal
 
 
 @contextmanager
-def kept_loaded(patcher: Any, noise_shape: Sequence[int]) -> Iterator[None]:
-    """What is done inside may bring in other networks; what of this MODEL had to leave for them comes back after."""
+def kept_loaded(patcher: Any, *, working_bytes: float) -> Iterator[None]:
+    """What is done inside may bring in other networks; what of this MODEL had to leave for them comes back after.
+
+    working_bytes: what an evaluation of it, and whoever follows, need besides.
+    """
     networks = [patcher, *patcher.get_additional_models_with_key(COMPANIONS)]
     before = [network.loaded_size() for network in networks]
     try:
         yield
     finally:
         if any(network.loaded_size() < size for network, size in zip(networks, before)):
-            load(networks, working_bytes=patcher.memory_required(noise_shape))
+            load(networks, working_bytes=working_bytes)
 
 
 @functools.lru_cache(maxsize=4)

@@ -17,7 +17,7 @@ import math
 import threading
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -38,13 +38,15 @@ JPEG_QUALITY = 80
 FRAMES_WAITING = 96  # the oldest are dropped
 FRAMES_PER_MESSAGE = 24
 UNANSWERED = 2  # messages
-AGAIN_AFTER = 5  # seconds: a page that answered once and then did not may have been reloaded in between
+AGAIN_AFTER = 5  # seconds: a page that does not answer may be loading, or show another workflow
 PATIENCE = 10  # seconds: how long the last frames and a held chunk wait for a page that is gone
+TAB = "selfforcing_tab"  # under which the page tells which of its open workflows queued the prompt
 COMMAND_BYTES = 65536
 PROMPT_LETTERS = 10000
 
 log = logging.getLogger(__name__)
 _runs: dict[str, Live] = {}
+_steered: Counter[int] = Counter()  # by the seed of their node: runs whose result is not that of its inputs alone
 
 
 class Outbox:
@@ -122,7 +124,7 @@ class Outbox:
         return bool(self.is_new or self.frames)
 
     def _is_due(self) -> bool:
-        is_patient = not self.answered or time.monotonic() < self.sent_at + AGAIN_AFTER
+        is_patient = time.monotonic() < self.sent_at + AGAIN_AFTER
         return self._has_more() and (self.sent - self.answered < UNANSWERED or not is_patient)
 
 
@@ -130,12 +132,14 @@ class Live:
     """One run of a sampler as its page sees and steers it. Made by `open_live`; `close` ends it."""
 
     def __init__(
-        self, audience: host.Audience, *, fps: float, num_chunks: int, num_frames: int, read: Reader | None
-    ) -> None:
+        self, audience: host.Audience, *, fps: float, num_chunks: int, num_frames: int, read: Reader | None,
+        seed: int, hidden: Any,
+    ) -> None:  # fmt: skip
         self.client, self.fps, self.read, self.name = audience.client, fps, read, uuid.uuid4().hex
+        self.own_seed, self.is_steered = seed, False
         fixed = {
             "run": self.name, "prompt_id": audience.prompt, "node": audience.node, "num_chunks": num_chunks,
-            "num_frames": num_frames, "fps": fps, "can_prompt": read is not None,
+            "num_frames": num_frames, "fps": fps, "can_prompt": read is not None, **_queued_from(hidden),
         }  # fmt: skip
         self.began, self.paused, self.first_seconds, self.first_frames = time.perf_counter(), 0.0, 0.0, 0
         self.chunk_began = self.began
@@ -214,6 +218,8 @@ class Live:
         with self.changed:
             if start_frame != self.chunk_start:
                 self.chunk_start, self.chunk_seed = start_frame, self.seed
+            if self.chunk_seed is not None:
+                self._count()
             return self.chunk_seed
 
     def read_prompt(self, check: Callable[[list[Any]], None]) -> tuple[list[Any], str] | None:
@@ -231,7 +237,14 @@ class Live:
             log.exception("the prompt typed into the player could not be read")
             self.outbox.put(message=f"the prompt was not taken: {error}")
             return None
+        self._count()
         return made, history
+
+    def _count(self) -> None:
+        """From here on the result is another than that of the node's inputs."""
+        if not self.is_steered:
+            self.is_steered = True
+            _steered[self.own_seed] += 1
 
     def say(self, message: str) -> None:
         """A line for the user below the player."""
@@ -279,12 +292,25 @@ class Live:
         return text.strip(), history
 
 
-def open_live(*, fps: float, num_chunks: int, num_frames: int, read: Reader | None) -> Live | None:
-    """A player for the node that runs now; None where no page queued it."""
+def open_live(
+    *, fps: float, num_chunks: int, num_frames: int, read: Reader | None, seed: int, hidden: Any
+) -> Live | None:
+    """A player for the node that runs now, with this seed and these hidden inputs; None where no page queued it."""
     audience = host.audience()
     if audience is None:
         return None
-    return Live(audience, fps=fps, num_chunks=num_chunks, num_frames=num_frames, read=read)
+    return Live(
+        audience, fps=fps, num_chunks=num_chunks, num_frames=num_frames, read=read, seed=seed, hidden=hidden
+    )  # fmt: skip
+
+
+def times_steered(seed: int | None) -> int:
+    """How many runs with this seed became something else by what was done in their players; None: with any.
+
+    The host files a result under its node's inputs. With this count among them a steered one is never found again. By
+    the seed and not by the node, since the host finds results of equal inputs for every node.
+    """
+    return _steered.total() if seed is None else _steered[seed]
 
 
 def add_route() -> None:
@@ -311,6 +337,17 @@ async def _answer(request: web.Request) -> web.Response:
     except ValueError as error:
         return web.json_response({"error": str(error)}, status=400)
     return web.json_response({})
+
+
+def _queued_from(hidden: Any) -> dict[str, str]:
+    """Which of a page's open workflows queued the run: the workflow's id and the page's own mark; {} from scripts."""
+    pnginfo = getattr(hidden, "extra_pnginfo", None)
+    workflow = pnginfo.get("workflow") if isinstance(pnginfo, dict) else None
+    if not isinstance(workflow, dict):
+        return {}
+    extra = workflow.get("extra")
+    found = {"workflow": workflow.get("id"), "tab": extra.get(TAB) if isinstance(extra, dict) else None}
+    return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
 def _parsed(body: bytes) -> dict[str, Any]:

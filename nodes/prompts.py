@@ -18,6 +18,7 @@ from ..selfforcing_core.config import WanConfig
 from ..selfforcing_core.prompt_schedule import Entry, start_frames
 from ..selfforcing_core.rollout import PromptChange
 
+UNKNOWN_PAST = "the state that this run goes on from does not hold what was written into the cache"
 READER = "selfforcing_reader"  # entry of a CONDITIONING's options: text to CONDITIONING, as this one was made
 REFUSED = {  # what a prompt may carry for other samplers, and where it comes from
     "area": "Conditioning (Set Area)",
@@ -61,6 +62,10 @@ class Typed(Protocol):
 
     def read_prompt(self, check: Callable[[list[Any]], None]) -> tuple[list[Any], str] | None:
         """CONDITIONING of a new prompt and what becomes of the history; None if there is none that passes `check`."""
+        ...
+
+    def say(self, message: str) -> None:
+        """A line for whoever types."""
         ...
 
 
@@ -125,7 +130,11 @@ def _check_text(text: Any, config: WanConfig) -> None:
 
 
 class PromptPlan:
-    """When which prompts hold: those with moments, and what is typed meanwhile, which comes first."""
+    """When which prompts hold: those with moments, and what is typed meanwhile, which comes first.
+
+    fixed_frames: how many at the beginning cannot be written again under another prompt. If there are any, a typed one
+    leaves the history as it is; raises ValueError for one with a moment behind them that is to recode it.
+    """
 
     def __init__(
         self,
@@ -133,11 +142,18 @@ class PromptPlan:
         later: Sequence[tuple[Moment, list[Cond]]],
         lengths: tuple[int, ...],
         typed: Typed | None,
+        *,
+        fixed_frames: int = 0,
     ) -> None:
         entries = [Entry(0, ""), *(Entry(moment.seconds, "") for moment, _ in later)]
         starts = start_frames(entries, lengths, later[0][0].fps) if later else [0]
-        self.network, self.typed = network, typed
+        self.network, self.typed, self.can_recode = network, typed, not fixed_frames
         self.at_frame = dict(zip(starts[1:], later))
+        for start, (moment, _) in self.at_frame.items():
+            if start >= fixed_frames > 0 and moment.history == "recode":
+                raise ValueError(
+                    f"the prompt at {moment.seconds:g}s is to recode history, but {UNKNOWN_PAST}; use history 'keep'"
+                )
 
     def at(self, start_frame: int) -> PromptChange | None:
         """Puts the prompts that hold from this frame on into the guider; to the rollout all of them look alike."""
@@ -147,6 +163,9 @@ class PromptPlan:
                 found = self.typed.read_prompt(lambda made: _check_text(made[0][0], self.network.config))
             if found is not None:
                 made, history = found
+                if history == "recode" and not self.can_recode:
+                    self.typed.say(f"the new prompt holds from here on, with history 'keep': {UNKNOWN_PAST}")
+                    history = "keep"
                 shown = self.network.guider.conds["positive"]
                 return self._change([_with_text(cond, made[0][0]) for cond in shown], history)
         if scheduled is not None:

@@ -21,7 +21,7 @@ from . import host
 from .autoencoder import graph_images
 from .causal_model import AUTO, SINK_AUTO, causal_settings, config_of, settings_of, sigmas_of
 from .frame_stream import FrameStream, frame_stream
-from .live import Live, open_live
+from .live import Live, open_live, times_steered
 from .prompts import reader_of
 from .sampling import (
     ChunkGuider,
@@ -80,7 +80,9 @@ class _StreamProgress(host.Progress):
     def resumed(self, video_BTCHW: Tensor) -> None:
         """What a run that goes on from a state has already."""
         if self.stream is not None:
-            self._accept(self.stream.decode(video_BTCHW, is_last=False))
+            for latent_BTCHW in video_BTCHW.split(1, 1):  # a file takes them one by one, however many there are
+                host.check_interrupted()
+                self._accept(self.stream.decode(latent_BTCHW, is_last=False))
 
     def chunk(self, chunk: Chunk) -> bool:
         is_last = chunk.start_frame + chunk.latents_BTCHW.shape[1] == self.num_frames
@@ -267,6 +269,7 @@ class SelfForcingStreamSampler(io.ComfyNode):
                 io.Image.Output(tooltip="The video's frames. Needs taehv."),
                 State.Output(display_name="state", tooltip="Where the run ended. Needs keep_state."),
             ],
+            hidden=[io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -289,9 +292,14 @@ class SelfForcingStreamSampler(io.ComfyNode):
         return True
 
     @classmethod
+    def fingerprint_inputs(cls, seed: int | None = None, **_: Any) -> int:
+        """A result that was steered is not what these inputs give; the seed is None where it comes over a link."""
+        return times_steered(seed)
+
+    @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:
         frames: list[Tensor] = []
-        samples, kept = sample(take=frames.append, **inputs)
+        samples, kept = sample(take=frames.append, hidden=cls.hidden, **inputs)
         images = graph_images(torch.cat(frames, 1)) if frames else host.blocked(NO_FRAMES)
         return io.NodeOutput({"samples": samples}, images, kept)
 
@@ -319,10 +327,11 @@ def sample(
     clip: Any = None,
     player: bool = True,
     fps: float = 16.0,
+    hidden: Any = None,
 ) -> tuple[Tensor, Any]:
     """LATENT samples and where the run ended; `take` gets every chunk's frames as soon as they are decoded.
 
-    The arguments are the inputs of the nodes; fps is the clock of the player.
+    The arguments are the inputs of the nodes; fps is the clock of the player, hidden what the host adds to them.
     """
     causal = causal_settings(settings_of(model).causal, chunk, window, sink)
     channels = config_of(model.model.diffusion_model).out_dim
@@ -338,8 +347,9 @@ def sample(
     live = None
     if player:
         live = open_live(
-            fps=fps, num_chunks=len(lengths), num_frames=pixel_frames(sum(lengths)), read=reader_of(positive, clip)
-        )
+            fps=fps, num_chunks=len(lengths), num_frames=pixel_frames(sum(lengths)), read=reader_of(positive, clip),
+            seed=seed, hidden=hidden,
+        )  # fmt: skip
 
     def progress(total: int) -> _StreamProgress:
         made = _StreamProgress(total, sum(lengths), stream, model.model.latent_format, live, take)

@@ -20,13 +20,12 @@ from einops import rearrange
 from torch import Tensor
 
 from ..selfforcing_core.conditioning import Conditioning
-from ..selfforcing_core.config import CausalConfig, StepConfig
+from ..selfforcing_core.config import CausalConfig, StepConfig, WanConfig
 from ..selfforcing_core.geometry import chunk_lengths, tokens_per_frame
 from ..selfforcing_core.kv_cache import KVCache
-from ..selfforcing_core.rollout import Chunk, SeededNoise, new_caches, rollout
+from ..selfforcing_core.rollout import Chunk, NoiseSource, SeededNoise, is_past_known, new_caches, rollout
 from ..selfforcing_core.schedule import TIMESTEPS
 from ..selfforcing_core.snapshot import Snapshot
-from ..selfforcing_core.solver import NoiseSource
 from . import host
 from .causal_model import (
     BASE,
@@ -107,23 +106,38 @@ class ChunkSampler(comfy.samplers.KSAMPLER):
         super().__init__(sample_chunks, {"run": run})
         self.run = run
 
+    def frames_at_once(self, guider: Any, noise_shape: tuple[int, ...]) -> int:
+        """Latent frames of the largest evaluation, for which the host's memory estimate is to be made."""
+        frames = noise_shape[2]
+        return frames if self.run.is_whole else min(frames, self._causal(guider).chunk)
+
     def extra_bytes(self, guider: Any, noise_shape: tuple[int, ...]) -> float:
         """What the host's memory estimate does not know of such a run: above all its caches."""
         return self.run.working_bytes + (0 if self.run.is_whole else self._cache_bytes(guider, noise_shape))
 
+    def _causal(self, guider: Any) -> CausalConfig:
+        return self.run.causal or settings_of(guider.model_patcher).causal
+
     def _cache_bytes(self, guider: Any, noise_shape: tuple[int, ...]) -> int:
-        settings = settings_of(guider.model_patcher)
-        if settings.cache_device is not None:
-            return 0
+        """Of the caches, where they lie on the MODEL's device; of what is copied there for one layer, where not all is.
+
+        The past of a layer is joined with the new keys and values where the two are of different types.
+        """
+        settings, model = settings_of(guider.model_patcher), guider.model_patcher.model
+        config, window, computed = config_of(model.diffusion_model), self._causal(guider).window, compute_dtype(model)
         batch, _, frames, height, width = noise_shape
-        causal = self.run.causal or settings.causal
-        return max(1, len(conditions(guider))) * KVCache.num_bytes(
-            config_of(guider.model_patcher.model.diffusion_model),
-            batch=batch,
-            tokens_per_frame=tokens_per_frame(height, width),
-            capacity=frames if causal.window == -1 else min(frames, causal.window),
-            dtype=settings.cache_dtype or compute_dtype(guider.model_patcher.model),
-        )
+        stored = settings.cache_dtype or computed
+
+        def size(config: WanConfig, dtype: torch.dtype) -> int:
+            return KVCache.num_bytes(
+                config, batch=batch, tokens_per_frame=tokens_per_frame(height, width),
+                capacity=frames if window == -1 else min(frames, window), dtype=dtype,
+            )  # fmt: skip
+
+        held = size(config, stored) if settings.cache_device is None else 0
+        is_copied = settings.cache_device is not None or stored != computed
+        copied = 2 * size(replace(config, num_layers=1), computed) if is_copied else 0
+        return max(1, len(conditions(guider))) * held + copied
 
 
 class ChunkGuider(comfy.samplers.CFGGuider):
@@ -175,17 +189,18 @@ def sample_chunks(
     if run.is_whole:
         causal = CausalConfig(chunk=frames)
     steps = steps_of(sigmas)
-    network = _GuidedNetwork(guider, extra_args, settings, tuple(noise_BCTHW.shape))
+    lengths = chunk_lengths(frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
+    chunk_shape = (*noise_BCTHW.shape[:2], max(lengths), *noise_BCTHW.shape[3:])
+    network = _GuidedNetwork(guider, extra_args, settings, chunk_shape, run.working_bytes)
     seed = extra_args.get("seed") or 0
     noise = _HostNoise(x_BTCHW, run.noise or SeededNoise(seed), run.steering)
-    lengths = chunk_lengths(frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
     writes = causal.cache_source == "clean"
     num_calls = len(lengths) * (len(steps.steps) + writes) - writes
-    resumed = None if run.resume is None else run.resume.filled().to(noise_BCTHW.device)
-    done: list[Tensor] = []
+    resumed = None if run.resume is None else run.resume.filled()
+    done: list[Tensor] = []  # where the graph keeps it: on the device, memory would grow with the length
     if resumed is not None:
         assert resumed.video_BTCHW is not None
-        done.append(resumed.video_BTCHW)
+        done.append(host.to_graph(resumed.video_BTCHW))
     if run.progress is None:
         progress: Progress = _CallbackProgress(callback, sigmas, x_BTCHW, done, num_calls)
     else:
@@ -195,11 +210,12 @@ def sample_chunks(
         host.check_interrupted()
         progress.step()
 
+    prompts = None
+    if later or run.steering is not None:
+        fixed = 0 if resumed is None or is_past_known(resumed, causal) else resumed.end_frame
+        prompts = PromptPlan(network, later, lengths, run.steering, fixed_frames=fixed)
     with _memory_explained(network, causal, shape, batch):
         caches = None if run.is_whole else network.allocate(shape, causal)
-        prompts = None
-        if later or run.steering is not None:
-            prompts = PromptPlan(network, later, lengths, run.steering)
         chunks = rollout(
             network, network.conditioning, noise=noise, latent_shape=shape, causal=causal, steps=steps,
             prefix_BTCHW=prefix if resumed is None else None, caches=caches, on_step=on_step, resume=resumed,
@@ -209,15 +225,16 @@ def sample_chunks(
             for chunk in chunks:
                 while progress.chunk(chunk):
                     chunk = chunks.send(True)
-                done.append(chunk.latents_BTCHW)
+                done.append(host.to_graph(chunk.latents_BTCHW))
                 if run.keep is not None and chunk.start_frame + chunk.latents_BTCHW.shape[1] == frames:
-                    run.keep.snapshot = replace(chunk.snapshot(), video_BTCHW=torch.cat(done, 1)).to("cpu")
+                    state = chunk.snapshot(torch.device("cpu"))
+                    run.keep.snapshot = replace(state, video_BTCHW=torch.cat(done, 1)).to("cpu")
             host.check_interrupted()
             progress.finish()
         finally:
             chunks.close()
             network.release()
-    return rearrange(torch.cat(done, 1), "b t c h w -> b c t h w")
+    return rearrange(torch.cat(done, 1).to(noise_BCTHW.device), "b t c h w -> b c t h w")
 
 
 def steps_of(sigmas: Tensor) -> StepConfig:
@@ -310,12 +327,16 @@ def _remedies(network: _GuidedNetwork, causal: CausalConfig, shape: LatentShape,
 # ---------------------------------------------------------------- network --
 @dataclass
 class _GuidedNetwork:
-    """The host's guider in the shape that `rollout` calls a network in: flow from latents and timesteps."""
+    """The host's guider in the shape that `rollout` calls a network in: flow from latents and timesteps.
+
+    chunk_shape: [B, C, T, H, W] of the largest evaluation. working_bytes: of whoever follows the progress.
+    """
 
     guider: Any
     extra_args: dict[str, Any]
     settings: Settings
-    noise_shape: tuple[int, ...]
+    chunk_shape: tuple[int, ...]
+    working_bytes: float = 0
     state: RolloutState | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -332,7 +353,7 @@ class _GuidedNetwork:
     def conditioning(self) -> Conditioning:
         """Rows, type and place of what is computed; the prompts themselves are the guider's."""
         return Conditioning(
-            torch.zeros(self.noise_shape[0], 1, self.config.text_dim, device=self.device, dtype=self.dtype)
+            torch.zeros(self.chunk_shape[0], 1, self.config.text_dim, device=self.device, dtype=self.dtype)
         )
 
     def allocate(self, shape: LatentShape, causal: CausalConfig) -> list[KVCache]:
@@ -352,7 +373,9 @@ class _GuidedNetwork:
 
     def kept_loaded(self) -> AbstractContextManager[None]:
         """For work that may bring in other networks of the host."""
-        return host.kept_loaded(self.guider.model_patcher, self.noise_shape)
+        patcher = self.guider.model_patcher
+        shape = (self.num_caches * self.chunk_shape[0], *self.chunk_shape[1:])
+        return host.kept_loaded(patcher, working_bytes=patcher.memory_required(shape) + self.working_bytes)
 
     def _index_of(self) -> dict[Any, int]:
         return {cond["uuid"]: index for index, cond in enumerate(conditions(self.guider))}
@@ -425,7 +448,7 @@ class _CallbackProgress:
 
     def __init__(self, callback: Any, sigmas: Tensor, like_BTCHW: Tensor, begun: list[Tensor], num_calls: int) -> None:
         self.callback, self.sigmas, self.num_calls, self.calls = callback, sigmas, num_calls, 0
-        self.latest_BCTHW = torch.zeros_like(rearrange(like_BTCHW, "b t c h w -> b c t h w"))
+        self.latest_BCTHW = host.to_graph(torch.zeros(like_BTCHW.transpose(1, 2).shape))
         for latents_BTCHW in begun:  # what a resumed state brings along
             self._put(latents_BTCHW, 0)
 

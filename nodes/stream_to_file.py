@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -22,24 +23,26 @@ class _Files:
     def __init__(self, prefix: str, ending: str, fps: float, metadata: dict[str, Any], size: tuple[int, int]) -> None:
         self.prefix, self.ending, self.fps, self.metadata, self.size = prefix, ending, fps, metadata, size
         self.streams: list[VideoStream] = []
+        self.open = ExitStack()
         self.subfolder = ""
 
     def take(self, frames_BVRHW: Tensor) -> None:
         while len(self.streams) < len(frames_BVRHW):
             path, self.subfolder = host.output_file(self.prefix, self.ending, *self.size)
-            self.streams.append(VideoStream(path, self.fps, self.metadata))
+            self.streams.append(self.open.enter_context(VideoStream(path, self.fps, self.metadata)))
         for stream, frames_VRHW in zip(self.streams, frames_BVRHW):
             stream.write(frames_VRHW)
 
     def close(self) -> None:
-        for stream in self.streams:
-            stream.close()
+        """All of them, whatever one of them says to that."""
+        self.open.close()
 
 
 class SelfForcingStreamToFile(io.ComfyNode):
     """Noise to a video file with the Self Forcing rollout. No child of the sampler: the host keeps schemas by class."""
 
     validate_inputs = classmethod(SelfForcingStreamSampler.validate_inputs.__func__)  # type: ignore[attr-defined]
+    fingerprint_inputs = classmethod(SelfForcingStreamSampler.fingerprint_inputs.__func__)  # type: ignore[attr-defined]
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -91,7 +94,9 @@ class SelfForcingStreamToFile(io.ComfyNode):
             size = tuple(side * SPATIAL_FACTOR for side in latent_image["samples"].shape[:2:-1])  # type: ignore[assignment]
         files = _Files(filename_prefix, FORMATS[format], fps, host.graph_metadata(cls.hidden), size)
         try:
-            samples, _ = sample(take=files.take, taehv=taehv, latent_image=latent_image, fps=fps, **inputs)
+            samples, _ = sample(
+                take=files.take, taehv=taehv, latent_image=latent_image, fps=fps, hidden=cls.hidden, **inputs
+            )
         finally:
             files.close()
         shown = [ui.SavedResult(s.path.name, files.subfolder, io.FolderType.output) for s in files.streams]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from ..selfforcing_core.text import TextEncoder
 from . import host
 from .prompts import READER
 
+log = logging.getLogger(__name__)
+SMALL = 2**30  # bytes of a folder's weights: up to here, as the bundled encoder, they are kept in float32
+
 
 @dataclass(frozen=True)
 class _Loaded:
@@ -25,10 +29,21 @@ class _Loaded:
 @functools.lru_cache(maxsize=1)
 def _load(folder: Path, fingerprint: str) -> _Loaded:
     """The encoder last used stays in memory, under the host's management: a new prompt does not read the file again."""
-    encoder = TextEncoder.from_folder(folder)
     device, offload = memory.text_encoder_device(), memory.text_encoder_offload_device()
+    encoder = TextEncoder.from_folder(folder, dtype=_dtype(folder, device))
     # The host writes `device` on what it manages, which transformers forbids on its models: hence the wrapping.
     return _Loaded(encoder, host.patcher_of(torch.nn.Sequential(encoder.model), device, offload, dynamic=False))
+
+
+def _dtype(folder: Path, device: torch.device) -> torch.dtype:
+    """What the host takes for text encoders on this device; float32 for small ones, which lose nothing by it."""
+    if sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= SMALL:
+        return torch.float32
+    chosen = memory.text_encoder_dtype(device)
+    if chosen.itemsize > 1:
+        return chosen
+    log.warning("%s is asked for, but this encoder computes in the type of its weights; it takes float16", chosen)
+    return torch.float16
 
 
 @dataclass(frozen=True)

@@ -163,16 +163,16 @@ def _is_refusal(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def attention_kernel(name: str) -> Iterator[None]:
+def attention_kernel(name: str, measured: MeasuredKernels | None = None) -> Iterator[None]:
     """Choose torch's kernel behind `attend` while the block runs; "auto" leaves the choice to torch.
 
     "measured" times the kernels that serve a shape when it first comes up and takes the fastest from then on, outside
-    compiled code and without gradient. Raises ValueError for an unknown name, or from the first call that the chosen
-    kernel cannot serve.
+    compiled code and without gradient; `measured` keeps what was found from one block to the next. Raises ValueError
+    for an unknown name, or from the first call that the chosen kernel cannot serve.
     """
     if name not in ATTENTIONS:
         raise ValueError(f"attention {name!r} is unknown; use {', '.join(ATTENTIONS)}")
-    token = _measured.set(MeasuredKernels() if name == "measured" else None)
+    token = _measured.set((measured or MeasuredKernels()) if name == "measured" else None)
     try:
         with nullcontext() if name not in KERNELS else sdpa_kernel(KERNELS[name]):
             yield
@@ -191,7 +191,8 @@ def block_causal_frames(lengths: tuple[int, ...], *, window: int = -1, sink: int
     of which the first `sink` frames of the video take their share.
     """
     num_frames = sum(lengths)
-    ends = torch.repeat_interleave(torch.tensor(lengths).cumsum(0), torch.tensor(lengths))[:, None]
+    counts = torch.tensor(lengths)
+    ends = torch.repeat_interleave(counts.cumsum(0), counts, output_size=num_frames)[:, None]
     keys = torch.arange(num_frames)[None]
     visible = keys < ends
     if window != -1:

@@ -1,6 +1,7 @@
 """Command line: `generate` makes videos, `inspect` and `convert` understand checkpoints, `download` fetches them.
 
-A mistake of the user's is one line on stderr and exit status 2, and nothing is written.
+A mistake of the user's is one line on stderr and exit status 2, and nothing is written. So is a lack of memory; by
+then earlier videos of a prompt file are there. No file is ever there by half.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from .prompt_schedule import HISTORIES
 
 USER_ERROR = 2
 INTERRUPTED = 130
+# what torch says where memory ends, on CUDA and MPS, and on CPUs under Linux and Windows
+MEMORY_ENDED = ("out of memory", "can't allocate memory", "not enough memory", "storage size calculation overflowed")
+FEWER_PROGRAMS = "end other programs, or use a machine with more of it"
+SMALLER = "try --fp8, --cache-dtype int8, a smaller --window, --width and --height, or --batch 1"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,10 +44,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print("selfforcing: " + " ".join(str(error).split()), file=sys.stderr)
         return USER_ERROR
+    except (RuntimeError, MemoryError) as error:
+        if not _is_memory_ended(error):
+            raise
+        print(f"selfforcing: there is not enough memory; {options.to_save_memory}", file=sys.stderr)
+        return USER_ERROR
     except KeyboardInterrupt:
-        print("selfforcing: stopped, nothing was written", file=sys.stderr)
+        print("selfforcing: stopped; what was not complete was not written", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _is_memory_ended(error: RuntimeError | MemoryError) -> bool:
+    import torch
+
+    is_torchs = any(words in str(error).lower() for words in MEMORY_ENDED)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or is_torchs
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,12 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands.add_parser("generate", help="make videos from prompts"))
 
     look = commands.add_parser("inspect", help="say as JSON what a checkpoint is")
-    look.set_defaults(run=_inspect)
+    look.set_defaults(run=_inspect, to_save_memory=FEWER_PROGRAMS)
     look.add_argument("file", type=Path, help="checkpoint, index of shards, or folder")
     _add_convert(commands.add_parser("convert", help="write a checkpoint in another layout"))
 
     fetch = commands.add_parser("download", help="fetch released weights by name")
-    fetch.set_defaults(run=_download)
+    fetch.set_defaults(run=_download, to_save_memory=FEWER_PROGRAMS)
     fetch.add_argument("name", nargs="?", help="one of those that --list names")
     fetch.add_argument("--list", action="store_true", help="name what can be fetched, with licence and source")
     fetch.add_argument("--sizes", action="store_true", help="with --list: ask the hub for sizes")
@@ -66,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_generate(make: argparse.ArgumentParser) -> None:
-    make.set_defaults(run=_generate)
+    make.set_defaults(run=_generate, to_save_memory=SMALLER)
     say = "(default: what the checkpoint says)"
 
     what = make.add_argument_group("what to show")
@@ -130,7 +147,10 @@ def _add_generate(make: argparse.ArgumentParser) -> None:
 
     where = make.add_argument_group("where to compute")
     where.add_argument("--device", default="cpu", help="for instance cuda or mps (default: cpu)")
-    where.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else the stored one)")
+    where.add_argument(
+        "--dtype",
+        help="float32, bfloat16 or float16 (default: float32 on a CPU, else the stored one of 16 bits, else bfloat16)",
+    )
     where.add_argument(
         "--attention", default="auto",
         help="auto, math, flash, efficient, cudnn, or measured: the fastest of them here (default: auto)",
@@ -158,7 +178,7 @@ def _add_generate(make: argparse.ArgumentParser) -> None:
 
 
 def _add_convert(turn: argparse.ArgumentParser) -> None:
-    turn.set_defaults(run=_convert)
+    turn.set_defaults(run=_convert, to_save_memory=FEWER_PROGRAMS)
     turn.add_argument("source", type=Path, help="checkpoint, index of shards, or folder")
     turn.add_argument("out", type=Path, help=".safetensors, .pt, or a new folder of shards")
     turn.add_argument(

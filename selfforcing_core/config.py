@@ -142,8 +142,8 @@ class StepConfig(_JsonConfig):
             raise ValueError(f"steps {list(self.steps)} leave (0, 1000]; timesteps are on the 0-1000 scale")
         if any(later >= earlier for earlier, later in zip(self.steps, self.steps[1:])):
             raise ValueError(f"steps {list(self.steps)} must fall from noisy to clean; sort them in descending order")
-        if self.shift <= 0:
-            raise ValueError(f"shift {self.shift} must be positive; released Self Forcing checkpoints use 5")
+        if not 0.01 <= self.shift <= 100:  # beyond, all steps come to lie at one end
+            raise ValueError(f"shift {self.shift} is not between 0.01 and 100; released Self Forcing checkpoints use 5")
         if self.sigma not in ("exact", "table"):
             raise ValueError(f"sigma {self.sigma!r} is unknown; use 'exact' or 'table'")
         if self.solver not in SOLVERS:

@@ -8,10 +8,12 @@ Letters: B batch, V video frames, R RGB, H W height and width in pixels.
 from __future__ import annotations
 
 import functools
+import gc
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -19,18 +21,28 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .attention import attention_kernel
+from .attention import MeasuredKernels, attention_kernel
 from .conditioning import Conditioning
 from .embeddings import EmbeddingFolder
 from .float8 import store_in_float8
+from .geometry import TEMPORAL_FACTOR
 from .hub import load_model, load_taehv, load_text_encoder, resolve_text_encoder
 from .image import first_frame_condition, fit_image
 from .plan import Plan, Request, Take, check_channels, memory_in_words, plan_request, recipe_of
 from .prompt_schedule import Entry, parse_schedule, start_frames
-from .rollout import PromptChange, SeededNoise, rollout
+from .rollout import Chunk, PromptChange, SeededNoise, rollout
 from .roofline import Card, Meter, measured_card
-from .start import Start, frames_of, start_from_image, start_from_latents, start_from_video, write_latents
-from .taehv import TAEHV, StreamingDecoder
+from .start import (
+    Start,
+    frames_of,
+    shown_frames,
+    start_from_image,
+    start_from_latents,
+    start_from_video,
+    write_latents,
+)
+from .taehv import TAEHV, StreamingDecoder, StreamingEncoder
+from .text import encoder_bytes
 from .video import write_contact_sheet, write_video
 from .wan_vae import StreamingWanDecoder, WanVAE, load_wan_vae
 
@@ -73,8 +85,9 @@ def generate_all(
             raise ValueError("--extend-prompt makes one prompt of a schedule; write its prompts out instead")
         takes = [replace(take, text=text) for take, text in zip(takes, rewrite([take.text for take in takes]))]
     if show_progress and plan.device.type != "cpu":
-        log.warning("%s", memory_in_words(plan, request, max(len(take.outs) for take in takes)))
-    with attention_kernel(request.attention), _compiler_named() if request.compile else nullcontext():
+        batch, text_bytes = max(len(take.outs) for take in takes), _text_encoder_bytes(request, plan, takes)
+        log.warning("%s", memory_in_words(plan, request, batch, text_bytes))
+    with _compiler_named() if request.compile else nullcontext():
         return _generate_all(request, takes, plan, show_progress)
 
 
@@ -95,10 +108,8 @@ def _compiler_named() -> Iterator[None]:
 @torch.no_grad()
 def _generate_all(request: Request, takes: Sequence[Take], plan: Plan, show_progress: bool) -> list[dict[str, Any]]:
     started = time.perf_counter()
-    negatives = [] if request.cfg == 1 else [request.negative]
-    schedules = [parse_schedule(take.text) for take in takes]
-    texts = [entry.prompt for entries in schedules for entry in entries]
-    encoded, seconds_encoding = _encode_texts(request, plan, [*texts, *negatives])
+    known, seconds_encoding = _encode_texts(request, plan, _texts(request, takes))
+    gc.collect()  # the text encoder may sit in a cycle of references, and has to go before the model comes
     autoencoder = _load_autoencoder(request, plan)
     start, image, clip = _start(request, plan, autoencoder)
     model = _load_model(request, plan)
@@ -106,18 +117,19 @@ def _generate_all(request: Request, takes: Sequence[Take], plan: Plan, show_prog
     card = measured_card(plan.device, plan.dtype) if request.roofline else None
 
     results = []
-    known = dict(zip([*texts, *negatives], encoded))
-    for take, entries in zip(takes, schedules):
+    kernel = functools.partial(attention_kernel, request.attention, MeasuredKernels())
+    for take in takes:
+        entries = parse_schedule(take.text)
         meter = None if card is None else _meter(request, plan, len(take.outs), autoencoder, card)
         if meter is not None and show_progress:
             log.warning("%s", _prediction_in_words(meter))
         began, clock = time.perf_counter(), _Clock()
         conditions = {
             text: Conditioning(*(_rows(tensor, len(take.outs), plan) for tensor in (known[text], image, clip)))  # type: ignore[arg-type]
-            for text in [*(entry.prompt for entry in entries), *negatives]
+            for text in _texts(request, [take])
         }
         prompts = _Prompts(entries, conditions, plan.geometry.chunk_lengths, request)
-        chunks = _frames(request, plan, take, model, autoencoder, start, prompts, clock, show_progress)
+        chunks = _frames(request, plan, take, model, autoencoder, start, prompts, kernel, clock, show_progress)
         settings = {**_described(request, plan), "prompt": take.prompt}
         if len(entries) > 1:
             settings["history"] = request.history
@@ -138,27 +150,49 @@ def _generate_all(request: Request, takes: Sequence[Take], plan: Plan, show_prog
 
 
 # ------------------------------------------------------------------ loading --
-def _encode_texts(request: Request, plan: Plan, texts: list[str]) -> tuple[list[Tensor], float]:
+def _texts(request: Request, takes: Sequence[Take]) -> list[str]:
+    """Every text that is encoded for these takes: their prompts and, with guidance, what to keep away from."""
+    prompts = [entry.prompt for take in takes for entry in parse_schedule(take.text)]
+    return list(dict.fromkeys(prompts if request.cfg == 1 else [*prompts, request.negative]))
+
+
+def _text_dtype(plan: Plan) -> torch.dtype:
+    return torch.bfloat16 if plan.dtype == torch.float16 else plan.dtype  # float16 overflows inside UMT5
+
+
+def _embedding_folder(request: Request, plan: Plan) -> EmbeddingFolder | None:
+    if request.embeddings is None:
+        return None
+    encoder = resolve_text_encoder(request.text_encoder or request.model)
+    return EmbeddingFolder(request.embeddings, encoder, _text_dtype(plan), "used")
+
+
+def _is_known(folder: EmbeddingFolder | None, texts: list[str]) -> bool:
+    """Whether the embeddings of all texts are kept, so that no text encoder is loaded."""
+    return folder is not None and all(folder.path(text).is_file() for text in texts)
+
+
+def _text_encoder_bytes(request: Request, plan: Plan, takes: Sequence[Take]) -> int:
+    """Of the weights as they will be loaded; 0 where they are not."""
+    if _is_known(_embedding_folder(request, plan), _texts(request, takes)):
+        return 0
+    return encoder_bytes(resolve_text_encoder(request.text_encoder or request.model), _text_dtype(plan))
+
+
+def _encode_texts(request: Request, plan: Plan, texts: list[str]) -> tuple[dict[str, Tensor], float]:
     """Embeddings [1, P, E] of each text on the CPU without their zero rows, and the seconds that took."""
-    # float16 overflows inside UMT5
-    dtype = torch.bfloat16 if plan.dtype == torch.float16 else plan.dtype
     name = request.text_encoder or request.model
-    load = functools.cache(lambda: load_text_encoder(name, dtype=dtype, device=plan.device))
+    load = functools.cache(lambda: load_text_encoder(name, dtype=_text_dtype(plan), device=plan.device))
 
     def encode(text: str) -> Tensor:
         return _trimmed(load().encode([text])).cpu()[0]
 
-    if request.embeddings is None:
+    folder = _embedding_folder(request, plan)
+    embeds = encode if folder is None else functools.partial(folder.get, encode=encode)
+    if not _is_known(folder, texts):
         load()
-        embeds = encode
-    else:  # nothing is loaded where all are known
-        folder = EmbeddingFolder(request.embeddings, resolve_text_encoder(name), dtype, "used")
-        if not all(folder.path(text).is_file() for text in texts):
-            load()
-        embeds = functools.partial(folder.get, encode=encode)
     began = time.perf_counter()
-    known = {text: embeds(text)[None] for text in dict.fromkeys(texts)}
-    return [known[text] for text in texts], time.perf_counter() - began
+    return {text: embeds(text)[None] for text in texts}, time.perf_counter() - began
 
 
 def _trimmed(embeds_1PE: Tensor) -> Tensor:
@@ -226,13 +260,18 @@ def _start(request: Request, plan: Plan, autoencoder: TAEHV | WanVAE) -> tuple[S
 
 @dataclass(frozen=True)
 class _OnDevice:
-    """An encoder that takes frames from anywhere."""
+    """An encoder that takes frames from anywhere and holds the work for one chunk of them at a time."""
 
     autoencoder: TAEHV | WanVAE
     plan: Plan
 
     def encode(self, frames_BVRHW: Tensor) -> Tensor:
-        return self.autoencoder.encode(frames_BVRHW.to(self.plan.device, self.plan.dtype))
+        device, dtype = self.plan.device, self.plan.dtype
+        if isinstance(self.autoencoder, WanVAE):  # walks through a video in groups of 4 frames by itself
+            return self.autoencoder.encode(frames_BVRHW.to(device, dtype))
+        stream = StreamingEncoder(self.autoencoder)
+        pieces = frames_BVRHW.split(TEMPORAL_FACTOR * self.plan.causal.chunk, 1)
+        return torch.cat([*(stream.encode(piece.to(device, dtype)) for piece in pieces), stream.flush()], 1)
 
 
 def _rows(tensor: Tensor | None, count: int, plan: Plan) -> Tensor | None:
@@ -241,6 +280,9 @@ def _rows(tensor: Tensor | None, count: int, plan: Plan) -> Tensor | None:
 
 
 # --------------------------------------------------------------- generating --
+Kernel = Callable[[], AbstractContextManager[None]]
+
+
 class _Prompts:
     """The prompts of one video and the frames from which they hold."""
 
@@ -257,6 +299,16 @@ class _Prompts:
         self.at = self.later.get if self.later else None
 
 
+def _switched(chunks: Iterator[Any], kernel: Kernel) -> Iterator[Any]:
+    """The chunks, with the kernel switched to only while one is made: other networks' attention it may refuse."""
+    while True:
+        with kernel():
+            chunk = next(chunks, None)
+        if chunk is None:
+            return
+        yield chunk
+
+
 @torch.no_grad()
 def _frames(
     request: Request,
@@ -266,36 +318,57 @@ def _frames(
     autoencoder: TAEHV | WanVAE,
     start: Start,
     prompts: _Prompts,
+    kernel: Kernel,
     clock: _Clock,
     show_progress: bool,
 ) -> Iterator[Tensor]:
-    """Frames [B, V, R, H, W] of each chunk on the CPU, as soon as they are there."""
-    size, began = plan.geometry, time.perf_counter()
+    """Frames [B, V, R, H, W] on the CPU, as soon as they are there: what the start shows, then chunk by chunk.
+
+    Raises ValueError for a chunk with numbers that are none.
+    """
+    size = plan.geometry
     stream = StreamingWanDecoder(autoencoder) if isinstance(autoencoder, WanVAE) else StreamingDecoder(autoencoder)
     kept: list[Tensor] = []
     with tqdm(total=len(size.chunk_lengths), unit="chunk", disable=not show_progress, ascii=True) as bar:
 
         def counted(chunks: Iterator[Any]) -> Iterator[Any]:
             for chunk in chunks:
+                _check_finite(chunk, request, plan)
                 bar.update()
                 if request.latents is not None and not (chunk.is_given and start.shown_BTCHW is not None):
                     kept.append(chunk.latents_BTCHW[0].cpu())
                 yield chunk
 
         chunks = rollout(
-            model, prompts.first, noise=SeededNoise(request.seed, take.first_row),
+            model, prompts.first, noise=SeededNoise(request.seed, take.first_row, plan.first_frame),
             latent_shape=(size.latent_frames, plan.config.out_dim, size.latent_height, size.latent_width),
             causal=plan.causal, steps=plan.steps, prefix_BTCHW=start.prefix_BTCHW,
             negative=prompts.negative, guidance=request.cfg, prompt_at=prompts.at,
         )  # fmt: skip
-        for frames in frames_of(counted(chunks), _Cast(stream, plan), start):
-            frames = frames.float().cpu()
-            clock.chunks.append(time.perf_counter() - began)
+        decoder = _Cast(stream, plan)
+        shown = ((frames, False) for frames in shown_frames(start, decoder, size.chunk))
+        made = ((frames, True) for frames in frames_of(counted(_switched(chunks, kernel)), decoder, start))
+        seconds, began = 0.0, time.perf_counter()
+        for frames, is_chunk in itertools.chain(shown, made):
+            frames = frames.float().cpu().expand(len(take.outs), *[-1] * 4)
+            seconds += time.perf_counter() - began
+            if is_chunk:
+                clock.chunks.append(seconds)
+                seconds = 0.0
             yield frames
             began = time.perf_counter()
     if request.latents is not None:
-        shown = [] if start.shown_BTCHW is None else [start.shown_BTCHW[0]]
-        write_latents(request.latents, torch.cat([*shown, *kept]), overwrite=request.overwrite)
+        before = [] if start.shown_BTCHW is None else [start.shown_BTCHW[0]]
+        write_latents(request.latents, torch.cat([*before, *kept]), overwrite=request.overwrite)
+
+
+def _check_finite(chunk: Chunk, request: Request, plan: Plan) -> None:
+    """Raise ValueError for what would be a black video."""
+    if not chunk.latents_BTCHW.isfinite().all():
+        raise ValueError(
+            f"chunk {chunk.index} holds numbers beyond {str(plan.dtype).removeprefix('torch.')}; "
+            f"use a smaller --cfg than {request.cfg}, or another --dtype"
+        )
 
 
 @dataclass(frozen=True)

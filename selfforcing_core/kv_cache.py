@@ -179,7 +179,9 @@ class KVCache:
         used = self._visible()
 
         def copy(buffer: Tensor) -> Tensor:
-            return buffer[:, :, :used].to(device or buffer.device, copy=True)
+            made = torch.empty_like(buffer[:, :, :used], device=device)
+            _copy_layers(buffer[:, :, :used], made)
+            return made
 
         return CacheState(
             copy(self.k), copy(self.v), self.start_frame, self.end_frame, self.capacity, self.sink, self.base,
@@ -266,9 +268,9 @@ class KVCache:
         """Saved numbers [layers, B, S, N, K] into the first slots: as they are if the types agree, else converted."""
         used = saved.shape[2]
         if buffer.dtype == saved.dtype and (scales is None) == (saved_scales is None):
-            buffer[:, :, :used] = saved
+            _copy_layers(saved, buffer[:, :, :used])
             if scales is not None and saved_scales is not None:
-                scales[:, :, :used] = saved_scales
+                _copy_layers(saved_scales, scales[:, :, :used])
             return
         like = torch.empty(0, device=buffer.device, dtype=torch.float32)
         for layer in range(saved.shape[0]):
@@ -335,6 +337,12 @@ class KVCache:
                 runs.append((offset, slot, 1))
         p = self.tokens_per_frame
         return [(source * p, slot * p, length * p) for source, slot, length in runs]
+
+
+def _copy_layers(source: Tensor, target: Tensor) -> None:
+    """One by one: between devices, what is not contiguous is copied on its own device first."""
+    for one, other in zip(source, target):
+        other.copy_(one)
 
 
 def _fill(layer: int, slots: Slots, new_BLNK: Tensor) -> None:

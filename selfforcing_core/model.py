@@ -26,12 +26,15 @@ from .geometry import tokens_per_frame
 from .kv_cache import KVCache, Past
 from .rope import apply_rotary, rotary_table
 
+WITHOUT_FLOAT64 = ("mps",)  # types of device
+
 
 def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
-    """Sinusoids [..., width] of timesteps on the 0-1000 scale, [cos | sin], float64."""
+    """Sinusoids [..., width] of timesteps on the 0-1000 scale, [cos | sin], float64; float32 where there is none."""
     half = width // 2
-    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timesteps.device) / half)
-    angles = timesteps.double()[..., None] * frequencies
+    wide = torch.float32 if timesteps.device.type in WITHOUT_FLOAT64 else torch.float64
+    frequencies = 10000.0 ** (-torch.arange(half, dtype=wide, device=timesteps.device) / half)
+    angles = timesteps.to(wide)[..., None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 

@@ -37,6 +37,7 @@ from .video import check_video_path, read_video
 BUNDLE_SIZES = {"tiny": (64, 64, 33)}
 WAN_SIZE = (832, 480, 81)
 CACHE_DTYPES = {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
+LEAST_FPS, MOST_FPS = 0.001, 1000  # beyond, files store no rate or another one
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,13 @@ class Plan:
         return shown + self.generated_frames
 
     @property
+    def first_frame(self) -> int:
+        """Latent frames of the extended video before those that the rollout is given."""
+        if self.source is None:
+            return 0
+        return (len(self.source) if self.is_latent else covered_latents(len(self.source))) - self.given_frames
+
+    @property
     def generated_frames(self) -> int:
         """Frames that the model makes: not those of a picture or of the video that is extended."""
         return self.geometry.frames - pixel_frames(self.given_frames)
@@ -145,8 +153,14 @@ class Plan:
 def plan_request(request: Request, takes: Sequence[Take]) -> Plan:
     """Every check that needs no computing, cheapest first. Raises ValueError for whatever cannot work."""
     _check_files(request, takes)
-    if not 0 < request.fps < float("inf"):
-        raise ValueError(f"fps {request.fps} is not a positive number; Wan models are trained at 16")
+    if not LEAST_FPS <= request.fps <= MOST_FPS:
+        raise ValueError(
+            f"fps {request.fps} is not a rate between {LEAST_FPS} and {MOST_FPS}; Wan models are trained at 16"
+        )
+    if not 0 < request.cfg < float("inf"):
+        raise ValueError(
+            f"cfg {request.cfg} is not a positive number; 1 is no guidance, undistilled models take about 5"
+        )
     if request.attention not in ATTENTIONS:
         raise ValueError(f"attention {request.attention!r} is unknown; use {', '.join(ATTENTIONS)}")
     if request.roofline and (request.image or request.extend):
@@ -159,6 +173,11 @@ def plan_request(request: Request, takes: Sequence[Take]) -> Plan:
     causal, steps = _settings(request, checkpoint)
     source, is_latent = _source(request, config)
     geometry, given = _geometry(request, config, causal, source, is_latent)
+    if request.latents is not None and source is not None and not is_latent and pixel_frames(given) < len(source):
+        raise ValueError(
+            f"--latents would begin only with the last {pixel_frames(given)} of the {len(source)} frames of "
+            f"{request.extend}; extend latents that were kept with it, or leave --latents out"
+        )
     for take in takes:
         _check_schedule(take, geometry, request)
     device = _device(request.device)
@@ -166,6 +185,9 @@ def plan_request(request: Request, takes: Sequence[Take]) -> Plan:
     if request.cache_dtype not in (None, *CACHE_DTYPES):
         raise ValueError(f"cache-dtype {request.cache_dtype!r} is unknown; use {', '.join(CACHE_DTYPES)}")
     cache = dtype if request.cache_dtype is None else CACHE_DTYPES[request.cache_dtype]
+    if device.type == "mps" and (request.fp8 or cache == torch.float8_e4m3fn):
+        name = "--fp8" if request.fp8 else "cache-dtype float8_e4m3fn"
+        raise ValueError(f"{name} needs numbers that mps does not have; use --cache-dtype int8 to save memory there")
     if decoder == "taehv":
         _check_taehv(request, checkpoint)
     image = None if request.image is None else read_image(request.image)
@@ -314,17 +336,18 @@ def _or(chosen: Any, default: Any) -> Any:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=device).cpu()  # "meta" takes a number and cannot give it back
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise ValueError(f"device {name!r} cannot be used here; cpu always works") from error
     return device
 
 
 def _dtype(name: str | None, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """The asked one; else the stored one, except on a CPU, where float32 is both exact and fastest."""
-    if name is None:
-        stored = checkpoint.dtype if checkpoint.dtype in DTYPES else "bfloat16"
-        name = "float32" if device.type == "cpu" else stored
+    """The asked one; else float32 on a CPU, where it is exact and fastest, elsewhere the stored one of 16 bits."""
+    if name is None and device.type == "cpu":
+        name = "float32"
+    elif name is None:  # float32 files are what training left, not what a video needs
+        name = checkpoint.dtype if checkpoint.dtype in ("bfloat16", "float16") else "bfloat16"
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is no type to compute in; use one of {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -341,12 +364,16 @@ def recipe_of(plan: Plan, request: Request, batch: int) -> Recipe:
     )  # fmt: skip
 
 
-def memory_in_words(plan: Plan, request: Request, batch: int) -> str:
-    """What the device will have to hold at once while chunks are made, counted before anything is loaded."""
+def memory_in_words(plan: Plan, request: Request, batch: int, text_bytes: int) -> str:
+    """What the device will have to hold, counted before anything is loaded.
+
+    text_bytes: weights of the text encoder; 0 where none is loaded.
+    """
     recipe = recipe_of(plan, request, batch)
     held = recipe.peak_bytes()
     weights, caches, working = (held[name] / 1e9 for name in ("weights", "caches", "working"))
+    text = f"text encoder {text_bytes / 1e9:.1f} GB, gone before the rest comes; " if text_bytes else ""
     return (
-        f"on {plan.device}: video model {weights:.1f} GB, caches {caches:.1f} GB, work {working:.1f} GB, together "
-        f"{weights + caches + working:.1f} GB{recipe.without}; the text encoder is gone before they come"
+        f"on {plan.device}: {text}video model {weights:.1f} GB, caches {caches:.1f} GB, work {working:.1f} GB, "
+        f"together {weights + caches + working:.1f} GB{recipe.without}"
     )

@@ -12,7 +12,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,23 +24,32 @@ from .kv_cache import KVCache
 from .prompt_schedule import HISTORIES
 from .schedule import FlowSchedule, add_noise, x0_from_flow
 from .snapshot import Snapshot
-from .solver import NoiseSource, new_solver
+from .solver import new_solver, num_noises
 
 CONTEXT = -1  # the `step` under which a noise source is asked for context noise
+
+
+class NoiseSource(Protocol):
+    """Where all Gaussian noise of a rollout comes from."""
+
+    def draw(self, start_frame: int, step: int, shape: tuple[int, ...]) -> Tensor:
+        """Noise [B, T, C, H, W] for the chunk at `start_frame`: before evaluation `step`, or CONTEXT."""
+        ...
 
 
 class SeededNoise:
     """Noise that depends on seed, batch row, chunk and step alone, drawn on the CPU in float32.
 
-    Neither the device nor the batch size nor what was generated before changes a row's video.
+    Neither the device nor the batch size nor what was generated before changes a row's video. first_frame: where in
+    the whole video frame 0 of the rollout lies, so that a rollout over its later part repeats no noise of the earlier.
     """
 
-    def __init__(self, seed: int, first_row: int = 0) -> None:
-        self.seed, self.first_row = seed, first_row
+    def __init__(self, seed: int, first_row: int = 0, first_frame: int = 0) -> None:
+        self.seed, self.first_row, self.first_frame = seed, first_row, first_frame
 
     def draw(self, start_frame: int, step: int, shape: tuple[int, ...]) -> Tensor:
         rows = range(self.first_row, self.first_row + shape[0])
-        return torch.stack([self._draw_row(row, start_frame, step, shape[1:]) for row in rows])
+        return torch.stack([self._draw_row(row, self.first_frame + start_frame, step, shape[1:]) for row in rows])
 
     def _draw_row(self, row: int, start_frame: int, step: int, shape: tuple[int, ...]) -> Tensor:
         key = f"{self.seed}/{row}/{start_frame}/{step}".encode()
@@ -163,7 +172,7 @@ def rollout(
     past = None if prompt_at is None else _History(call, causal, lengths)
     first = 0 if resume is None else _resume(call, resume, lengths, prefix_frames)
     if resume is not None and past is not None:
-        past.add_video(resume, lengths[:first])
+        past.add_video(resume, lengths[:first], causal)
 
     start = sum(lengths[:first])
     for index, length in list(enumerate(lengths))[first:]:
@@ -202,6 +211,11 @@ def rollout(
             take = functools.partial(call.snapshot, start, start + length, pending)
             again = yield Chunk(index, start, x0, is_given=is_given, take=take)
         start += length
+
+
+def is_past_known(resume: Snapshot, causal: CausalConfig) -> bool:
+    """Whether a rollout that goes on from there can write its history again, as history "recode" does."""
+    return resume.video_BTCHW is not None and causal.cache_source != "last_step"
 
 
 def new_caches(
@@ -289,7 +303,6 @@ class _History:
 
     def __init__(self, call: _Calls, causal: CausalConfig, lengths: tuple[int, ...]) -> None:
         self.call, self.timestep = call, causal.context_noise
-        self.is_last_step = causal.cache_source == "last_step"
         evicts = -1 < causal.window < sum(lengths)
         self.sink = causal.sink if evicts else 0
         self.ring = causal.window - causal.sink if evicts else sum(lengths)
@@ -305,14 +318,15 @@ class _History:
         ]
         self.chunks.append((start_frame, x_BTCHW, timestep))
 
-    def add_video(self, snapshot: Snapshot, lengths: tuple[int, ...]) -> None:
+    def add_video(self, snapshot: Snapshot, lengths: tuple[int, ...], causal: CausalConfig) -> None:
         """Remember the chunks before a snapshot, if it holds them as they were written."""
-        if snapshot.video_BTCHW is None or self.is_last_step:
-            self.is_known = False
+        self.is_known = is_past_known(snapshot, causal)
+        if not self.is_known:
             return
+        assert snapshot.video_BTCHW is not None
         starts = [sum(lengths[:index]) for index in range(len(lengths))]
-        for start, chunk in zip(starts, snapshot.video_BTCHW.to(self.call.device).split(lengths, 1)):
-            self.add(start, chunk, self.timestep)
+        for start, chunk in zip(starts, snapshot.video_BTCHW.split(lengths, 1)):
+            self.add(start, chunk.to(self.call.device), self.timestep)
 
     def write_again(self, end_frame: int) -> None:
         """Empty the caches and write the frames before `end_frame` that they showed, oldest first.
@@ -373,8 +387,10 @@ def _denoise_chunk(
     last: int,
 ) -> tuple[Tensor, Tensor]:
     """Denoise one chunk from pure noise; the clean latents that evaluation `last` predicts, and what that one saw."""
-    solver = new_solver(steps.solver, schedule, noise, start)
-    x = noise.draw(start, 0, shape).to(call.device, torch.float32)
+    # all of the chunk's noise before its first evaluation: copies to a device wait for what runs there
+    count = num_noises(steps.solver, last + 1)
+    noises = [noise.draw(start, step, shape).to(call.device, torch.float32) for step in range(count)]
+    solver, x = new_solver(steps.solver, schedule, noises), noises[0]
     for step, timestep in enumerate(schedule.timesteps):
         if on_step is not None:
             on_step(index, step)

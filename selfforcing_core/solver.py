@@ -8,21 +8,13 @@ Letters: B batch, T latent frames, C channels, H W latent size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .schedule import FlowSchedule, add_noise, euler_step, x0_from_flow
-
-
-class NoiseSource(Protocol):
-    """Where all Gaussian noise of a rollout comes from."""
-
-    def draw(self, start_frame: int, step: int, shape: tuple[int, ...]) -> Tensor:
-        """Noise [B, T, C, H, W] for the chunk at `start_frame`: before evaluation `step`, or CONTEXT."""
-        ...
 
 
 class Solver(Protocol):
@@ -34,13 +26,12 @@ class Solver(Protocol):
 class Renoise:
     """Predict clean latents, then noise them afresh to the next level (Self Forcing, algorithm 1)."""
 
-    def __init__(self, schedule: FlowSchedule, noise: NoiseSource, start_frame: int) -> None:
-        self.schedule, self.noise, self.start_frame = schedule, noise, start_frame
+    def __init__(self, schedule: FlowSchedule, noises: Sequence[Tensor]) -> None:
+        self.schedule, self.noises = schedule, noises
 
     def advance(self, noisy_BTCHW: Tensor, flow_BTCHW: Tensor, step: int) -> Tensor:
         x0 = x0_from_flow(noisy_BTCHW, flow_BTCHW, self.schedule.sigmas[step])
-        drawn = self.noise.draw(self.start_frame, step + 1, tuple(x0.shape)).to(x0)
-        return add_noise(x0, drawn, self.schedule.sigmas[step + 1])
+        return add_noise(x0, self.noises[step + 1].to(x0), self.schedule.sigmas[step + 1])
 
 
 class Euler:
@@ -58,6 +49,7 @@ class UniPC:
 
     def __init__(self, schedule: FlowSchedule) -> None:
         try:
+            import numpy as np
             from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
         except ImportError as error:
             raise ValueError("solver 'unipc' needs the package diffusers; install it, or use solver 'euler'") from error
@@ -73,8 +65,13 @@ class UniPC:
         return moved.to(torch.float32)
 
 
-def new_solver(name: str, schedule: FlowSchedule, noise: NoiseSource, start_frame: int) -> Solver:
-    """A solver for the chunk at `start_frame`. Raises ValueError if its library is missing."""
+def num_noises(name: str, evaluations: int) -> int:
+    """How many noises a solver takes for a chunk of this many evaluations, the one it starts from included."""
+    return evaluations if name == "renoise" else 1
+
+
+def new_solver(name: str, schedule: FlowSchedule, noises: Sequence[Tensor]) -> Solver:
+    """A solver for one chunk, from its noises (see `num_noises`). Raises ValueError if its library is missing."""
     if name == "renoise":
-        return Renoise(schedule, noise, start_frame)
+        return Renoise(schedule, noises)
     return UniPC(schedule) if name == "unipc" else Euler(schedule)

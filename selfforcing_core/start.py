@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic import replacing
 from .config import CausalConfig
-from .geometry import covered_latents, pixel_frames
+from .geometry import TEMPORAL_FACTOR, covered_latents, pixel_frames
 from .image import Encoder
 
 LATENTS_KEY = "latents"  # the one tensor of a latents file, [T, C, H, W], normalised
@@ -72,34 +71,33 @@ def start_from_latents(latents_TCHW: Tensor, causal: CausalConfig) -> Start:
 def context_frames(available: int, causal: CausalConfig) -> int:
     """Latent frames of a video of `available` that a continuation sees: whole chunks, one chunk short of the window."""
     room = available if causal.window == -1 else min(available, causal.window - causal.chunk)
-    count = room // causal.chunk * causal.chunk
-    if count < causal.chunk:
+    first = 1 if causal.independent_first_frame else causal.chunk  # latent frames of the first chunk
+    count = first + (room - first) // causal.chunk * causal.chunk
+    if count < first:
         raise ValueError(
             f"a video of {available} latent frames cannot be extended in chunks of {causal.chunk} with window "
-            f"{causal.window}; it needs {pixel_frames(causal.chunk)} frames and a window of {2 * causal.chunk}"
+            f"{causal.window}; it needs {pixel_frames(first)} frames and a window of {first + causal.chunk}"
         )
     return count
 
 
-def frames_of(chunks: Iterable[Any], decoder: Decoder, start: Start) -> Iterator[Tensor]:
-    """Frames [B, V, R, H, W] in [0, 1] of a rollout's chunks, behind those that the start brings along.
-
-    The pieces come one per chunk; what the start shows is part of the first.
-    """
-    pending: list[Tensor] = []
+def shown_frames(start: Start, decoder: Decoder, piece: int) -> Iterator[Tensor]:
+    """Frames [1, V, R, H, W] that the start brings along, `piece` latent frames at a time; `decoder` is a stream."""
     if start.shown_BTCHW is not None:
-        pending.append(decoder.decode(start.shown_BTCHW))
+        yield from (decoder.decode(latents_BTCHW) for latents_BTCHW in start.shown_BTCHW.split(piece, 1))
     elif start.frames_VRHW is not None:
-        pending.append(start.frames_VRHW[None])
+        yield from start.frames_VRHW[None].split(TEMPORAL_FACTOR * piece, 1)
+
+
+def frames_of(chunks: Iterable[Any], decoder: Decoder, start: Start) -> Iterator[Tensor]:
+    """Frames [B, V, R, H, W] in [0, 1] of a rollout's chunks, one by one, that stand behind those of `shown_frames`."""
     for chunk in chunks:
         if chunk.is_given and start.shown_BTCHW is not None:
             continue  # the decoder has already seen it
         frames = decoder.decode(chunk.latents_BTCHW)
         if chunk.is_given and not start.is_prefix_shown:
             continue  # decoded for the decoder's memory only
-        pending = [piece.to(frames).expand(len(frames), *[-1] * 4) for piece in pending]
-        yield torch.cat([*pending, frames], 1)
-        pending = []
+        yield frames
 
 
 # -------------------------------------------------------------------- files --

@@ -67,12 +67,9 @@ class TextEncoder:
         Raises ValueError where the folder does not hold a UMT5 encoder and its tokenizer.
         """
         folder = Path(path)
-        if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"{folder} is not a text encoder folder: it needs config.json, model.safetensors and tokenizer.json"
-            )
+        config = _read_config(folder)
         tokenizer = _load_tokenizer(folder)
-        model = _load_model(folder, dtype, device)
+        model = _load_model(folder, config, dtype, device)
         return cls(tokenizer, model, text_len=text_len or _own_text_len(tokenizer))
 
     @classmethod
@@ -163,13 +160,39 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"{folder} has no usable tokenizer: {_first_line(error)}") from error
 
 
-def _load_model(folder: Path, dtype: torch.dtype, device: torch.device | str | None) -> UMT5EncoderModel:
-    from transformers import UMT5Config, UMT5EncoderModel
-    from transformers.utils import logging as transformers_logging
+def _read_config(folder: Path) -> UMT5Config:
+    from transformers import UMT5Config
 
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} is not a text encoder folder: it needs config.json, model.safetensors and tokenizer.json"
+        )
     config = UMT5Config.from_pretrained(str(folder), local_files_only=True)
     if config.model_type != "umt5":
         raise ValueError(f"{folder} holds a {config.model_type!r} model; a text encoder must be of type 'umt5'")
+    return config
+
+
+def encoder_bytes(path: Path, dtype: torch.dtype) -> int:
+    """Bytes of the weights of a text encoder, folder or file, in this number type; nothing is loaded.
+
+    Raises ValueError where `path` holds none.
+    """
+    if path.is_file():
+        return dtype.itemsize * sum(tensor.numel() for tensor in read_tensors(path).values())
+    from transformers import UMT5EncoderModel
+
+    config = _read_config(path)
+    with torch.device("meta"):
+        return dtype.itemsize * sum(weight.numel() for weight in UMT5EncoderModel(config).parameters())
+
+
+def _load_model(
+    folder: Path, config: UMT5Config, dtype: torch.dtype, device: torch.device | str | None
+) -> UMT5EncoderModel:
+    from transformers import UMT5EncoderModel
+    from transformers.utils import logging as transformers_logging
+
     had_progress_bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -130,8 +130,13 @@ class VideoStream:
         check_writable(self.path, overwrite=False)
         codec, pixels, options, muxer = _STREAMS[self.path.suffix.lower()]
         container = CONTAINERS[self.path.suffix.lower()]
-        self._file = av.open(str(self.path), "w", format=container, options=muxer)
-        self._writer = _Writer(self._file, fps, metadata or {}, codec, pixels, options)
+        self.path.touch(exist_ok=False)  # the muxer would make it with the first frame: till then the name were free
+        try:
+            self._file = av.open(str(self.path), "w", format=container, options=muxer)
+            self._writer = _Writer(self._file, fps, metadata or {}, codec, pixels, options)
+        except BaseException:
+            self.path.unlink()
+            raise
 
     @property
     def num_frames(self) -> int:
@@ -142,11 +147,13 @@ class VideoStream:
         self._writer.add(frames_VRHW)
 
     def close(self) -> None:
-        """Finish the file; without any frame it is removed."""
-        self._writer.finish()
-        self._file.close()
-        if self._writer.count == 0:
-            self.path.unlink(missing_ok=True)
+        """Finish the file, also where its last frames cannot be encoded; without any frame it is removed."""
+        try:
+            self._writer.finish()
+        finally:
+            self._file.close()
+            if self._writer.count == 0:
+                self.path.unlink(missing_ok=True)
 
     def __enter__(self) -> VideoStream:
         return self

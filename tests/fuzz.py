@@ -1,5 +1,7 @@
 """Damaged checkpoints and argument lines by the thousand: each is one line and exit status 2, and leaves no file.
 
+Of numbers that may or may not do, the answer is that line or a video of finite latents that plays.
+
 python -m tests.fuzz --count 10000 --seed 0
 """
 
@@ -17,16 +19,21 @@ import tempfile
 import time
 from pathlib import Path
 
+import av
 import torch
+from safetensors.torch import load_file
 
 from selfforcing_core.checkpoint import save_checkpoint
 from selfforcing_core.cli import main as command_line
 from selfforcing_core.config import CausalConfig, StepConfig, WanConfig
 from selfforcing_core.hub import bundle_path
 from selfforcing_core.layout import wan_shapes
+from selfforcing_core.video import read_video
 
 WAN = WanConfig(dim=32, ffn_dim=32, num_heads=1, num_layers=1, text_dim=128, text_len=16, freq_dim=16)
 JUNK = ["", "-1", "0", "nan", "inf", "1e99", "\u2603", "a" * 300, "..", "/", "{}", "1,2", "x y", "-", "34"]
+FLOATS = ["--shift", "--cfg", "--fps", "--steps"]
+NUMBERS = ["nan", "-nan", "inf", "-inf", "-0.0", "1e-320", "1e-30", "1e-4", "0.5", "999.5", "1e9", "1e30", "1e99"]
 VALUED = [
     "--frames", "--width", "--height", "--seed", "--steps", "--shift", "--chunk", "--window", "--sink", "--fps",
     "--cfg", "--solver", "--attention", "--dtype", "--device", "--decoder", "--model", "--taehv", "--text-encoder",
@@ -106,10 +113,20 @@ class Fuzzer:
         wrong = pick.choice([["--frames", "34"], ["--nonsense"], ["--width", "7"], ["--steps", "0"], ["--chunk", "0"]])
         return [*line, *wrong]
 
+    def number_command(self) -> list[str]:
+        """A line in which everything is right but one number, which may be."""
+        pick, out = self.random, self.folder / "out"
+        line = ["generate", "--prompt", "a", "--frames", "9", "--steps", "1000,500", "--out", f"{out}.mp4"]
+        number = f"{pick.choice(FLOATS)}={pick.choice(NUMBERS)}"
+        return [*line, "--latents", f"{out}.safetensors", "--json", "--threads", "1", number]
+
     # ------------------------------------------------------------------- check --
     def try_one(self, index: int) -> str | None:
         """What was wrong with the answer to one damaged input; None if nothing was."""
+        may_do = index % 12 == 0
         arguments = self.checkpoint_command() if index % 2 else self.argument_command()
+        if may_do:
+            arguments = self.number_command()
         inputs = set(os.listdir(self.folder))
         out, err = io.StringIO(), io.StringIO()
         try:
@@ -120,12 +137,24 @@ class Fuzzer:
         except BaseException as error:  # whatever escapes would have been a traceback
             return f"{arguments}: {type(error).__name__}: {error}"
         left = set(os.listdir(self.folder)) - inputs
+        if may_do and status == 0:
+            return self._useless(arguments)
         for name in os.listdir(self.folder):
             (self.folder / name).unlink()
-        told = err.getvalue()
+        told = err.getvalue().rpartition("chunk/s]\n")[2]  # what stands behind the progress bar
         if status != 2 or told.count("\n") != 1 or "Traceback" in told or out.getvalue() or left:
             return f"{arguments}: status {status}, left {sorted(left)}, said {told!r} {out.getvalue()[:200]!r}"
         return None
+
+    def _useless(self, arguments: list[str]) -> str | None:
+        """What is wrong with a video that was made; it is removed."""
+        latents, frames = self.folder / "out.safetensors", self.folder / "out.mp4"
+        with av.open(str(frames)) as file:
+            rate = file.streams.video[0].average_rate
+        is_finite, count = bool(load_file(latents)["latents"].isfinite().all()), len(read_video(frames))
+        for path in (latents, frames):
+            path.unlink()
+        return None if is_finite and count == 9 and rate else f"{arguments}: {is_finite=}, {count=}, {rate=}"
 
 
 def fuzz(count: int, seed: int, folder: Path) -> list[str]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,7 +117,18 @@ def test_last_words_are_the_measurements(options: list[str], capsys: pytest.Capt
         (["--steps", "250,1000"], "descending"),
         (["--steps", "many"], "--steps"),
         (["--shift", "0"], "shift 0"),
+        (["--shift", "nan"], "shift nan"),
+        (["--shift", "inf", "--steps", "4"], "shift inf"),
+        (["--shift", "1e-17"], "shift 1e-17"),
+        (["--shift", "1e99"], "shift 1e+99"),
+        (["--steps", "1000,nan"], "nan"),
+        (["--cfg", "nan"], "cfg nan"),
+        (["--cfg=-inf"], "cfg -inf"),
+        (["--cfg", "0"], "cfg 0"),
         (["--fps", "0"], "fps 0"),
+        (["--fps", "nan"], "fps nan"),
+        (["--fps", "0.0001"], "fps 0.0001"),
+        (["--fps", "1e99"], "fps 1e+99"),
         (["--threads", "0"], "threads 0"),
         (["--prompt", "  "], "prompt is empty"),
         (["--model", "huge"], "'huge' is neither"),
@@ -129,6 +141,8 @@ def test_last_words_are_the_measurements(options: list[str], capsys: pytest.Capt
         (["--sheet", "FOLDER/absent/a.png"], "cannot be written"),
         (["--out", "FOLDER/a.mp4", "--sheet", "FOLDER/a.mp4"], "name two"),
         (["--device", "abacus"], "abacus"),
+        (["--device", "meta"], "cannot be used here"),
+        (["--device", "hpu"], "cannot be used here"),
         (["--dtype", "int4"], "int4"),
         (["--colour", "red"], "--colour"),
     ],
@@ -141,6 +155,71 @@ def test_bad_input_is_one_line_and_writes_nothing(
     change = [part.replace("JUNK", str(junk)).replace("FOLDER", str(tmp_path)) for part in change]
     assert word in refusal([*options, *change], capsys)
     assert os.listdir(tmp_path) == ["junk.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nTwo lines of advice"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+        MemoryError(),
+        KeyboardInterrupt(),
+    ],
+)
+def test_what_ends_in_the_middle_leaves_whole_files_and_one_line(
+    random_models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+) -> None:  # fmt: skip
+    """The second video of a file of prompts fails in its second chunk."""
+    (tmp_path / "p.txt").write_text("a\nb\n", encoding="utf-8")
+    forward, starts = CausalWan.forward, []
+
+    def fail(model: CausalWan, *args: Any, start_frame: int = 0, **kwargs: Any) -> torch.Tensor:
+        starts.append(start_frame)
+        if starts.count(0) == 6 and start_frame:  # two steps and a cache pass for each first chunk
+            raise error
+        return forward(model, *args, start_frame=start_frame, **kwargs)
+
+    monkeypatch.setattr(CausalWan, "forward", fail)
+    options = ["generate", *random_models, "--prompt-file", str(tmp_path / "p.txt"), "--frames", "21"]
+    status = main([*options, "--out", str(tmp_path / "out")])
+    told = capsys.readouterr()
+    assert os.listdir(tmp_path / "out") == ["0000-a-0.mp4"]
+    assert len(read_video(tmp_path / "out" / "0000-a-0.mp4")) == 21
+    assert told.out == ""
+    last = told.err.splitlines()[-1]  # behind the progress bars
+    if isinstance(error, KeyboardInterrupt):
+        assert (status, last) == (130, "selfforcing: stopped; what was not complete was not written")
+    else:
+        assert (status, last[:41]) == (2, "selfforcing: there is not enough memory; ")
+        assert all(name in last for name in ("--fp8", "--cache-dtype", "--window", "--width", "--batch"))
+
+
+def test_a_mistake_of_ours_is_not_taken_for_a_lack_of_memory(
+    options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(CausalWan, "forward", fail)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        main(options)
+
+
+def test_a_video_too_large_for_any_memory_is_one_line(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*options, "--width", "1600000000", "--height", "1600000"]) == 2
+    assert "there is not enough memory" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_numbers_that_overflow_on_the_way_make_no_black_video(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*options, "--cfg", "1e30"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]  # behind the progress bar
+    assert "beyond float32; use a smaller --cfg than 1e+30, or another --dtype" in said
+    assert os.listdir(tmp_path) == []
 
 
 def test_existing_file_is_not_replaced(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

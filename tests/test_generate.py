@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from selfforcing_core import generate as generate_module
+from selfforcing_core import plan as plan_module
 from selfforcing_core.checkpoint import read_checkpoint, save_checkpoint
 from selfforcing_core.cli import _own_device, main
 from selfforcing_core.config import CausalConfig, StepConfig, TAEHVConfig, WanConfig
 from selfforcing_core.hub import bundle_path, load_taehv
 from selfforcing_core.model import CausalWan
+from selfforcing_core.plan import Request, Take, _dtype, memory_in_words, plan_request
+from selfforcing_core.rollout import SeededNoise
 from selfforcing_core.start import context_frames, read_latents
-from selfforcing_core.taehv import TAEHV
+from selfforcing_core.taehv import TAEHV, StreamingDecoder, StreamingEncoder
+from selfforcing_core.text import TextEncoder
 from selfforcing_core.video import read_metadata, read_video
 from tests.golden_media import clip_shapes
 from tests.test_cli import refusal
@@ -129,6 +136,117 @@ def test_latents_go_on_without_a_seam(options: list[str], tmp_path: Path, capsys
 )
 def test_an_extension_sees_whole_chunks_and_leaves_room(available: int, window: int, expected: int) -> None:
     assert context_frames(available, CausalConfig(chunk=3, window=window)) == expected
+
+
+@pytest.mark.parametrize(
+    ("available", "chunk", "window", "expected"),
+    [(7, 3, -1, 7), (9, 3, -1, 7), (2, 3, -1, 1), (7, 3, 9, 4), (7, 3, 4, 1), (5, 1, -1, 5)],
+)
+def test_an_extension_begins_with_a_first_frame_that_stands_alone(
+    available: int, chunk: int, window: int, expected: int
+) -> None:
+    causal = CausalConfig(chunk=chunk, window=window, independent_first_frame=True)
+    assert context_frames(available, causal) == expected
+    if expected == 1:
+        with pytest.raises(ValueError, match="needs 1 frames and a window of 4"):
+            context_frames(available, replace(causal, window=3))
+
+
+def test_a_model_whose_first_frame_stands_alone_goes_on(
+    options: list[str], models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = read_checkpoint(models / "t2v.safetensors")
+    causal = CausalConfig(chunk=3, window=-1, independent_first_frame=True)
+    save_checkpoint(tmp_path / "own.safetensors", found.state_dict, found.config, causal=causal, steps=STEPS)
+    options = [*options, "--model", str(tmp_path / "own.safetensors"), "--prompt", "a"]
+    latents = {}
+    for name, frames, more in (
+        ("whole", "37", []),
+        ("part", "25", []),
+        ("joined", "12", ["--extend", str(tmp_path / "part.safetensors")]),
+    ):
+        kept = tmp_path / f"{name}.safetensors"
+        told = run([*options, "--frames", frames, *more, "--out", str(tmp_path / f"{name}.mp4"),
+                    "--latents", str(kept)], capsys)[0]  # fmt: skip
+        latents[name] = load_file(kept)["latents"]
+    assert told["frames"] == 37
+    torch.testing.assert_close(latents["joined"], latents["whole"])
+    more = ["--extend", str(tmp_path / "part.mp4"), "--window", "7", "--frames", "12"]
+    assert run([*options, *more, "--out", str(tmp_path / "b.mp4")], capsys)[0]["frames"] == 37
+
+
+@pytest.mark.parametrize("source", ["video", "latents"])
+def test_an_extension_repeats_no_noise(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """The window is shorter than the video, so that each extension is given no more than its end."""
+    draws: list[set[tuple[float, ...]]] = []
+    draw = SeededNoise.draw
+
+    def spy(noise: SeededNoise, start_frame: int, step: int, shape: tuple[int, ...]) -> torch.Tensor:
+        made = draw(noise, start_frame, step, shape)
+        assert tuple(made.flatten()[:8].tolist()) not in draws[-1]
+        draws[-1].add(tuple(made.flatten()[:8].tolist()))
+        return made
+
+    monkeypatch.setattr(SeededNoise, "draw", spy)
+    for turn in range(3):
+        draws.append(set())
+        before = tmp_path / f"{turn - 1}.{'mp4' if source == 'video' else 'safetensors'}"
+        more = ["--extend", str(before), "--frames", "12"] if turn else ["--frames", "33"]
+        more += ["--latents", str(tmp_path / f"{turn}.safetensors")] if source == "latents" else []
+        run([*options, "--prompt", "a", *more, "--out", str(tmp_path / f"{turn}.mp4")], capsys)
+    assert [len(made) for made in draws] == [6, 2, 2]
+    assert len(set.union(*draws)) == 10
+
+
+@pytest.mark.parametrize("source", ["video", "latents"])
+def test_an_earlier_video_passes_in_pieces_and_none_is_lost(
+    options: list[str], models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, source: str,
+) -> None:  # fmt: skip
+    """No call sees more than a chunk, and yet latents and frames are those of the whole video in one call."""
+    kept = {name: tmp_path / f"{name}.safetensors" for name in ("a", "b")}
+    options = [*options, "--prompt", "a", "--window", "-1"]
+    run([*options, "--frames", "45", "--out", str(tmp_path / "a.mp4"), "--latents", str(kept["a"])], capsys)
+    sizes: list[int] = []
+
+    def spy(kind: Any, name: str) -> None:
+        call = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda stream, piece: sizes.append(piece.shape[1]) or call(stream, piece))
+
+    spy(StreamingDecoder, "decode")
+    spy(StreamingEncoder, "encode")
+    pieces: list[torch.Tensor] = []
+    monkeypatch.setattr(generate_module, "write_video", lambda path, frames, **_: pieces.extend(frames))
+    extend = tmp_path / "a.mp4" if source == "video" else kept["a"]
+    told = run([*options, "--extend", str(extend), "--frames", "12", "--out", str(tmp_path / "b.mp4"),
+                "--latents", str(kept["b"])], capsys)[0]  # fmt: skip
+    assert max(sizes) == (12 if source == "video" else 3)
+    assert max(len(piece) for piece in pieces) == 12
+    assert min(told[name] for name in ("seconds_to_first_frame", "seconds_per_chunk")) > 0
+    monkeypatch.undo()
+    taehv, _ = load_taehv(models / "taehv.safetensors")
+    before, made = load_file(kept["a"])["latents"], load_file(kept["b"])["latents"]
+    frames = read_video(tmp_path / "a.mp4")
+    if source == "video":
+        before = taehv.encode(frames[None])[0]
+    torch.testing.assert_close(made[:12], before)
+    whole = taehv.decode(made[None])[0]
+    shown = torch.cat([frames, whole[45:]]) if source == "video" else whole
+    torch.testing.assert_close(torch.cat(pieces), shown)
+
+
+def test_latents_of_an_extension_never_lack_its_beginning(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run([*options, "--prompt", "a", "--frames", "33", "--out", str(tmp_path / "a.mp4")], capsys)
+    more = ["--prompt", "a", "--extend", str(tmp_path / "a.mp4"), "--frames", "12", "--out", str(tmp_path / "b.mp4")]
+    more += ["--latents", str(tmp_path / "b.safetensors")]
+    assert "only with the last 21 of the 33 frames" in refusal([*options, *more], capsys)
+    assert os.listdir(tmp_path) == ["a.mp4"]
+    run([*options, *more, "--window", "-1"], capsys)
+    assert len(load_file(tmp_path / "b.safetensors")["latents"]) == 12
 
 
 def test_what_cannot_be_extended_is_said(
@@ -319,3 +437,100 @@ def test_other_ways_to_compute_make_a_video_of_the_same_scene(
 def test_a_cache_type_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["generate", "--prompt", "a", "--out", str(tmp_path / "a.mp4"), "--cache-dtype", "int4"]
     assert "use float32, bfloat16, float16, float8_e4m3fn, int8" in refusal(options, capsys)
+
+
+def test_the_kernel_is_chosen_for_the_video_model_alone(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text encoders attend with masks, and VAEs with heads so wide, that most kernels refuse them."""
+    seen: dict[str, set[bool]] = {}
+
+    def spy(kind: Any, name: str) -> None:
+        run = getattr(kind, name)
+
+        def noticed(*args: Any, **kwargs: Any) -> Any:
+            seen.setdefault(kind.__name__, set()).add(torch.backends.cuda.flash_sdp_enabled())
+            return run(*args, **kwargs)
+
+        monkeypatch.setattr(kind, name, noticed)
+
+    for kind, name in ((TextEncoder, "encode"), (StreamingDecoder, "decode"), (CausalWan, "forward")):
+        spy(kind, name)
+    run([*options, "--prompt", "a", "--frames", "33", "--attention", "math", "--out", str(tmp_path / "a.mp4")], capsys)
+    assert seen == {"TextEncoder": {True}, "StreamingDecoder": {True}, "CausalWan": {False}}
+
+
+def test_kernels_are_measured_once_for_all_videos(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from selfforcing_core import attention
+
+    shapes: list[tuple[int, ...]] = []
+
+    def measure(q_BNLK: torch.Tensor, k_BNSK: torch.Tensor, *_: Any) -> str:
+        shapes.append((*q_BNLK.shape, *k_BNSK.shape))
+        return "auto"
+
+    monkeypatch.setattr(attention, "_measure", measure)
+    options = [*options, "--prompt", "a", "--samples", "2", "--frames", "33", "--attention", "measured"]
+    run([*options, "--out", str(tmp_path / "many")], capsys)
+    assert shapes
+    assert len(shapes) == len(set(shapes))
+
+
+# ---------------------------------------------------------- memory and types --
+def planned(**options: Any) -> tuple[Any, Request]:
+    request = Request("a", **{"out": Path("out.mp4"), **options})
+    return plan_request(request, [Take("a", "a", (request.out,))]), request
+
+
+@pytest.mark.parametrize(
+    ("device", "stored", "expected"),
+    [("cpu", "bfloat16", "float32"), ("cuda", "float32", "bfloat16"), ("cuda", "bfloat16", "bfloat16"),
+     ("mps", "float16", "float16"), ("cuda", "float8_e4m3fn", "bfloat16")],
+)  # fmt: skip
+def test_off_the_cpu_numbers_have_16_bits_unless_more_are_asked_for(device: str, stored: str, expected: str) -> None:
+    checkpoint = replace(read_checkpoint(bundle_path("tiny") / "model.safetensors"), dtype=stored)
+    assert _dtype(None, checkpoint, torch.device(device)) == getattr(torch, expected)
+    assert _dtype("float32", checkpoint, torch.device(device)) == torch.float32
+
+
+def test_the_text_encoder_is_counted_and_gone_before_the_model_comes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, request = planned(embeddings=tmp_path / "kept", out=tmp_path / "a.mp4")
+    takes = [Take("a", "a", (request.out,))]
+    alive: list[Any] = []
+    load_text, load_model = generate_module.load_text_encoder, generate_module.load_model
+
+    def load_cyclic(*args: Any, **kwargs: Any) -> Any:
+        encoder: Any = load_text(*args, **kwargs)
+        encoder.model.itself = [encoder]
+        alive.append(weakref.ref(encoder))
+        stored = sum(weight.nbytes for weight in encoder.model.parameters())
+        assert stored == generate_module._text_encoder_bytes(request, plan, takes) > 0
+        return encoder
+
+    def load_alone(*args: Any, **kwargs: Any) -> Any:
+        assert [encoder() for encoder in alive] == [None]
+        return load_model(*args, **kwargs)
+
+    monkeypatch.setattr(generate_module, "load_text_encoder", load_cyclic)
+    monkeypatch.setattr(generate_module, "load_model", load_alone)
+    gc.disable()
+    try:
+        generate_module.generate(replace(request, frames=33))
+    finally:
+        gc.enable()
+    assert "text encoder 11.4 GB, gone before" in memory_in_words(plan, request, 1, 11_400_000_000)
+    known = generate_module._text_encoder_bytes(request, plan, takes)
+    assert known == 0, "the prompt's embeddings are kept, no encoder is loaded"
+    assert "text encoder" not in memory_in_words(plan, request, 1, known)
+
+
+def test_8_bit_floats_are_refused_on_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "_device", torch.device)
+    for options in ({"fp8": True}, {"cache_dtype": "float8_e4m3fn"}):
+        with pytest.raises(ValueError, match="that mps does not have; use --cache-dtype int8"):
+            planned(device="mps", **options)
+    assert planned(device="mps", cache_dtype="int8")[0].cache_dtype == torch.int8

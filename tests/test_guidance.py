@@ -65,7 +65,7 @@ def test_unipc_equals_the_librarys_own_loop() -> None:
 def solve_gaussian(solver: str, count: int, spread: float) -> float:
     """Where noise 1 ends if the clean data are Gaussian with this spread, whose flow is known exactly."""
     schedule = FlowSchedule(StepConfig.even(count, shift=3.0, solver=solver))
-    stepper, x = new_solver(solver, schedule, SeededNoise(0), 0), torch.ones(1, 1, 1, 1, 1)
+    stepper, x = new_solver(solver, schedule, []), torch.ones(1, 1, 1, 1, 1)
     for step, sigma in enumerate(schedule.sigmas):
         clean = x * (1 - sigma) * spread**2 / ((1 - sigma) ** 2 * spread**2 + sigma**2)
         flow = (x - clean) / sigma

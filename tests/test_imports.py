@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,3 +118,33 @@ def test_permitted_import_passes(path: str, source: str) -> None:
 @pytest.mark.parametrize("path", sources())
 def test_source_is_ascii(path: str) -> None:
     assert (ROOT / path).read_bytes().isascii(), "hosts print source and logs on cp1252 consoles"
+
+
+BARE = """
+import importlib.abc, sys
+import torch, torch._dynamo, einops, safetensors.torch
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in ABSENT:
+            raise ImportError(f"{name} is not on a bare machine")
+
+ABSENT = set(sys.argv[1].split(","))
+for name in [name for name in sys.modules if name.partition(".")[0] in ABSENT]:
+    del sys.modules[name]
+sys.meta_path.insert(0, Absent())
+import bench.endless, bench.feedforward, bench.kernels, bench.loading, bench.rollout, bench.roofline, bench.rotary
+import selfforcing_core.taehv
+from bench.kernels import NARROW
+from bench.rollout import Case, time_chunks
+assert len(time_chunks(selfforcing_core.model.CausalWan(NARROW), Case(NARROW, 2, 2, 6, 1, 0), 6, 0)) == 2
+"""
+
+
+def test_the_rollout_and_its_benchmarks_run_on_torch_safetensors_and_einops_alone() -> None:
+    """So that they can be measured on a machine that has nothing else."""
+    absent = {"PIL", "av", "diffusers", "ftfy", "huggingface_hub", "lmdb", "numpy", "omegaconf", "regex", "rich",
+              "sentencepiece", "tokenizers", "tqdm", "transformers"}  # fmt: skip
+    command = [sys.executable, "-c", BARE, ",".join(absent)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]

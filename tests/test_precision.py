@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from selfforcing_core import model as model_module
 from selfforcing_core.attention import attend, attention_kernel
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.float8 import FLOAT8, store_in_float8
@@ -148,3 +152,41 @@ def test_compiled_blocks_and_an_eight_bit_cache() -> None:
     plain = latents(model, CausalConfig(2))
     for found, expected in zip(latents(model.compile_blocks(backend="eager", fullgraph=True), CausalConfig(2)), plain):
         assert torch.equal(found, expected)
+
+
+class _Float64Off(TorchDispatchMode):
+    """Notices operators that make float64 or complex128 numbers on a device."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device, self.made = device, list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype in (torch.float64, torch.complex128):
+                self.made += [str(func)] if tensor.device.type == self.device else []
+        return out
+
+
+@pytest.mark.parametrize("solver", ["renoise", "euler", "unipc"])
+def test_a_device_without_float64_is_asked_for_none(monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
+    """Seen on the device without memory, which takes every operator."""
+    monkeypatch.setattr(model_module, "WITHOUT_FLOAT64", ("meta",))
+    model, text = random_wan(dtype=torch.float32).to("meta"), random_text(dtype=torch.float32)
+    text = replace(text, prompt_embeds_BPE=text.prompt_embeds_BPE.to("meta"))
+    steps = StepConfig((1000.0, 750.0, 500.0, 250.0), sigma="table", solver=solver)
+    with torch.no_grad(), _Float64Off("meta") as watch:
+        chunks = rollout(model, text, noise=SeededNoise(0), latent_shape=(4, *FRAME), causal=CausalConfig(2),
+                         steps=steps, negative=text, guidance=3.0)  # fmt: skip
+        assert [chunk.latents_BTCHW.device.type for chunk in chunks] == ["meta", "meta"]
+    assert watch.made == []
+
+
+def test_narrow_sinusoids_are_close_to_wide_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    timesteps = torch.linspace(0, 1000, 50)
+    wide = model_module.timestep_embedding(timesteps, 256)
+    monkeypatch.setattr(model_module, "WITHOUT_FLOAT64", ("cpu",))
+    narrow = model_module.timestep_embedding(timesteps, 256)
+    assert (wide.dtype, narrow.dtype) == (torch.float64, torch.float32)
+    torch.testing.assert_close(narrow.double(), wide, atol=2e-4, rtol=0)

@@ -162,6 +162,20 @@ def test_no_tensor_is_read_back_inside_the_loop(sigma: str) -> None:
     assert len([first, *rest]) == 6
 
 
+def test_a_chunk_draws_its_noise_before_its_first_evaluation() -> None:
+    """A copy to a device in between would wait for the evaluation before it."""
+    told: list[str] = []
+
+    class Told(SeededNoise):
+        def draw(self, start_frame: int, step: int, shape: tuple[int, ...]) -> Tensor:
+            told.append("draw")
+            return super().draw(start_frame, step, shape)
+
+    video(random_wan(), 4, CausalConfig(2), noise=Told(0), on_step=lambda *_: told.append("evaluate"))
+    chunk = ["draw"] * len(STEPS.steps) + ["evaluate"] * len(STEPS.steps)
+    assert told == [*chunk, "evaluate", *chunk], "a clean pass between them"
+
+
 def test_the_guard_against_host_reads_can_fail() -> None:
     with pytest.raises(AssertionError, match="reads a tensor back"), NoHostReads():
         torch.ones(1).item()

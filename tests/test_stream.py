@@ -72,6 +72,40 @@ def test_what_cannot_be_streamed_to_is_refused_and_nothing_is_lost(tmp_path: Pat
     assert not (tmp_path / "odd.mp4").exists()
 
 
+def test_the_name_is_taken_at_once(tmp_path: Path) -> None:
+    with VideoStream(tmp_path / "a.mp4") as stream:
+        assert (tmp_path / "a.mp4").exists()
+        with pytest.raises(ValueError, match="exists already"):
+            VideoStream(tmp_path / "a.mp4")
+        stream.write(FRAMES[:9])
+    assert len(read_video(tmp_path / "a.mp4")) == 9
+
+
+def test_a_stream_that_cannot_begin_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError("planted")
+
+    monkeypatch.setattr("selfforcing_core.video.av.open", refused)
+    with pytest.raises(OSError, match="planted"):
+        VideoStream(tmp_path / "a.mp4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_is_closed_also_where_its_end_cannot_be_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = VideoStream(tmp_path / "a.mkv")
+    stream.write(FRAMES[:9])
+
+    def refused() -> None:
+        raise OSError("planted")
+
+    monkeypatch.setattr(stream._writer, "finish", refused)
+    with pytest.raises(OSError, match="planted"):
+        stream.close()
+    assert len(read_video(tmp_path / "a.mkv")) == 9
+
+
 def test_memory_and_time_do_not_grow_with_the_length(tmp_path: Path) -> None:
     """Two thousand frames; the last ones take no longer than the first ones did."""
     resource = pytest.importorskip("resource")

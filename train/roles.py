@@ -14,9 +14,8 @@ from torch import Tensor
 
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
-from selfforcing_core.rollout import GradientPlan, rollout
+from selfforcing_core.rollout import GradientPlan, NoiseSource, rollout
 from selfforcing_core.schedule import TIMESTEPS, add_noise, flow_from_x0, nearest_sigma, sigma_table, x0_from_flow
-from selfforcing_core.solver import NoiseSource
 from train.losses import critic_loss, dmd_gradient, dmd_loss, guided, sid_loss
 
 

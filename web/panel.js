@@ -222,6 +222,7 @@ export class Panel {
     cancelAnimationFrame(this.animation);
     for (const bitmap of this.bitmaps.values()) bitmap?.close();
     this.bitmaps.clear();
+    this.playback = new Playback(); // the host may keep the element
   }
 
   // ------------------------------------------------------------ to the server --

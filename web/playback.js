@@ -10,6 +10,8 @@
  * @property {string} run one execution of one node
  * @property {string} promptId
  * @property {string} node its id; inside subgraphs the path of ids, "29:12"
+ * @property {string} workflow the id of the workflow that queued the run; "": unknown
+ * @property {string} tab that workflow in the words of the page that queued it; "": unknown
  * @property {number | null} number of the message within the run; null: nothing to acknowledge
  * @property {"sampling" | "held" | "done"} state
  * @property {number} chunk finished chunks
@@ -84,6 +86,8 @@ export function readMessage(detail) {
     run: given.run,
     promptId: line(given.prompt_id),
     node,
+    workflow: line(given.workflow),
+    tab: line(given.tab),
     number: count(given.number, Number.MAX_SAFE_INTEGER),
     state: given.state === "held" || given.state === "done" ? given.state : "sampling",
     chunk: count(given.chunk, MAX_INDEX) ?? 0,

@@ -10,6 +10,10 @@ const EVENT = "selfforcing.live";
 const ROUTE = "/selfforcing/live";
 const ENDS = ["execution_success", "execution_error", "execution_interrupted"];
 const MIN_HEIGHT = 310; // that of player.css and the margins that the host puts around it
+const TAB = "selfforcing_tab"; // where the server finds which of the open workflows queued a run
+const NO_ID = "00000000-0000-0000-0000-000000000000"; // of a graph until it is loaded from a workflow
+const AGAIN_MS = 100;
+const AGAIN_AT_MOST = 100; // ten seconds
 
 /** @type {Map<ComfyNode, Panel>} */
 const panels = new Map();
@@ -20,6 +24,16 @@ const panels = new Map();
  * @type {import("./playback.js").Message | null}
  */
 let missed = null;
+/** @type {ReturnType<typeof setTimeout> | undefined} */
+let again;
+
+/**
+ * This page's own names of the workflows that it has open: copies of one may have its id.
+ * @type {WeakMap<object, string>}
+ */
+const tabs = new WeakMap();
+/** @type {Set<string>} */
+const names = new Set();
 
 /** @type {import("./panel.js").Host} */
 const host = {
@@ -31,6 +45,37 @@ const host = {
   interrupt: (promptId) => api.interrupt?.(promptId || null),
 };
 
+function rootGraph() {
+  return app.rootGraph ?? app.graph;
+}
+
+/** The name of the workflow on the page; "" where the front end does not tell. */
+function tab() {
+  const workflow = app.extensionManager?.workflow?.activeWorkflow;
+  if (!workflow) return "";
+  const name = tabs.get(workflow) ?? Math.random().toString(36).slice(2);
+  tabs.set(workflow, name);
+  names.add(name);
+  return name;
+}
+
+/** Let the graph say which workflow it is while the host writes it into the prompt, which it does at once. */
+function sign() {
+  const extra = rootGraph()?.extra;
+  const name = tab();
+  if (!extra || !name) return;
+  extra[TAB] = name;
+  queueMicrotask(() => delete extra[TAB]);
+}
+
+/** Whether the workflow on the page is the one that queued the run. @param {import("./playback.js").Message} message */
+function isHere(message) {
+  const id = rootGraph()?.id;
+  const known = [id, message.workflow].every((each) => each && each !== NO_ID);
+  if (known && id !== message.workflow) return false;
+  return !names.has(message.tab) || message.tab === tab(); // a name from before the page was loaded anew says nothing
+}
+
 /**
  * The node that a path of ids names: "5" in the workflow itself, "29:12" node 12 inside the subgraph node 29.
  * Two instances of one subgraph share its nodes, and so one player.
@@ -39,7 +84,7 @@ const host = {
 function find(path) {
   /** @type {ComfyNode | null | undefined} */
   let node;
-  let graph = app.rootGraph ?? app.graph;
+  let graph = rootGraph();
   for (const id of path.split(":")) {
     node = graph?.getNodeById?.(id);
     graph = node?.subgraph;
@@ -49,12 +94,22 @@ function find(path) {
 
 /** @param {import("./playback.js").Message} message */
 function deliver(message) {
-  const node = find(message.node);
+  const node = isHere(message) ? find(message.node) : null;
   let panel = node && panels.get(node);
   // A front end that draws nodes without our widget shows nothing: unanswered, the server keeps to its own preview.
   if (!panel?.element.isConnected) panel = undefined;
   missed = panel ? null : message;
   panel?.receive(message);
+}
+
+/**
+ * The host attaches widgets, and says which workflow is open, some time after it has built the graph.
+ * @param {number} times
+ */
+function deliverMissed(times) {
+  clearTimeout(again);
+  if (missed) deliver(missed);
+  if (missed && times) again = setTimeout(deliverMissed, AGAIN_MS, times - 1);
 }
 
 /** @param {CustomEvent<unknown>} event */
@@ -76,14 +131,30 @@ function addPlayer(node) {
   const panel = new Panel(host);
   // The first flag keeps the widget out of prompts, the second out of saved workflows.
   const options = { serialize: false, hideOnZoom: false, getMinHeight: () => MIN_HEIGHT };
-  node.addDOMWidget("live_player", "SELFFORCING_PLAYER", panel.element, options).serialize = false;
+  const widget = node.addDOMWidget("live_player", "SELFFORCING_PLAYER", panel.element, options);
+  Object.assign(widget, { serialize: false, beforeQueued: sign });
   panels.set(node, panel);
   const { onRemoved } = node;
   node.onRemoved = function () {
-    panels.delete(node);
-    panel.dispose();
+    removePlayer(node);
     return onRemoved?.apply(this);
   };
+}
+
+/** @param {ComfyNode} node */
+function removePlayer(node) {
+  panels.get(node)?.dispose();
+  panels.delete(node);
+}
+
+/** The host removes the nodes of a workflow without a word to those inside its subgraphs. */
+function removeLostPlayers() {
+  const root = rootGraph();
+  if (!root?.nodes) return;
+  const graphs = new Set([root]);
+  for (const graph of graphs) for (const { subgraph } of graph.nodes ?? []) if (subgraph) graphs.add(subgraph);
+  const nodes = new Set([...graphs].flatMap((graph) => graph.nodes ?? []));
+  for (const node of panels.keys()) if (!nodes.has(node)) removePlayer(node);
 }
 
 app.registerExtension?.({
@@ -98,6 +169,8 @@ app.registerExtension?.({
     if (NODES.includes(node.comfyClass ?? "")) addPlayer(node);
   },
   afterConfigureGraph() {
-    if (missed) deliver(missed);
+    delete rootGraph()?.extra?.[TAB]; // of a workflow that was read from a video
+    removeLostPlayers();
+    deliverMissed(AGAIN_AT_MOST);
   },
 });

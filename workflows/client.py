@@ -49,6 +49,17 @@ def ask(server: str, path: str, body: Any = None) -> Any:
         raise ValueError(f"{server} does not answer ({error}); start ComfyUI, or name another --server") from error
 
 
+def read_prompt(path: Path) -> dict[str, Any]:
+    """A workflow as the server takes it. Raises ValueError for any other file, such as one that the canvas saves."""
+    prompt = json.loads(path.read_text(encoding="utf-8"))
+    nodes = list(prompt.values()) if isinstance(prompt, dict) else []
+    if not nodes or not all(isinstance(node, dict) and {"class_type", "inputs"} <= node.keys() for node in nodes):
+        raise ValueError(
+            f"{path}: this is a canvas workflow; use the file of the same name in workflows/api, or Export (API)"
+        )
+    return prompt
+
+
 def changed(prompt: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     """The prompt with some inputs set. Raises ValueError for inputs that it does not have."""
     for setting in settings:
@@ -223,7 +234,7 @@ def main() -> int:
     parser.add_argument("--frames", type=Path, metavar="FOLDER", help="save what is shown meanwhile, as it arrives")
     options = parser.parse_args()
     try:
-        prompt = changed(json.loads(options.workflow.read_text(encoding="utf-8")), options.set)
+        prompt = changed(read_prompt(options.workflow), options.set)
         for path in fetch(options.server, run(options.server, prompt, options.frames), options.to):
             print(path)
     except (ValueError, OSError) as error:

@@ -3,8 +3,8 @@
 python browse.py CHROMIUM ADDRESS PACK FOLDER NAME...
 
 Drops each named workflow of the pack on the canvas as a user's mouse would, reports what the page made of it, runs
-the tiny ones with the button, and steers `tiny_endless` with the live player in both renderers. Prints one JSON object;
-screenshots go to FOLDER.
+the tiny ones with the button, steers `tiny_endless` with the live player in both renderers, and leaves it for a copy
+while it waits in the queue. Prints one JSON object; screenshots go to FOLDER.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ NAMES = sys.argv[5:]
 PATIENCE = 120  # seconds
 
 DROP = """
-async (name) => {
+async (name, file) => {
   const text = await (await fetch(`/api/workflow_templates/PACK/${name}.json`)).text()
   const wanted = JSON.parse(text)
   const data = new DataTransfer()
-  data.items.add(new File([text], `${name}.json`, {type: 'application/json'}))
+  data.items.add(new File([text], `${file}.json`, {type: 'application/json'}))
   const canvas = document.querySelector('#graph-canvas')
   for (const kind of ['dragenter', 'dragover', 'drop'])
     canvas.dispatchEvent(new DragEvent(kind, {dataTransfer: data, bubbles: true, cancelable: true}))
@@ -85,6 +85,19 @@ window.prepare = (length, seed) => {
   ds.offset[0] = 480 - node.pos[0]
   ds.offset[1] = 930 - node.pos[1] - node.size[1]
   window.app.canvas.setDirty(true, true)
+}
+window.active = () => window.app.extensionManager.workflow.activeWorkflow.path
+window.command = id => window.app.extensionManager.command.execute(id)
+window.convert = () => {  // the streaming node into a subgraph
+  const graph = window.app.graph
+  graph.convertToSubgraph(new Set(graph._nodes.filter(node => node.comfyClass === 'SelfForcingStreamToFile')))
+}
+window.load_again = async times => {
+  const data = JSON.stringify(window.app.graph.serialize())
+  for (let i = 0; i < times; i++) {
+    await window.app.loadGraphData(JSON.parse(data))
+    await new Promise(done => setTimeout(done, 500))
+  }
 }
 window.run = () => [...document.querySelectorAll('button')].find(b => /^Run$/.test(b.textContent.trim())).click()
 """
@@ -141,9 +154,11 @@ async def browse(page: Page, session: aiohttp.ClientSession) -> dict[str, Any]:
         await page.screenshot(name)
     runs = {name: await run_by_the_button(page, session, name) for name in NAMES if name.startswith("tiny")}
     classic = await steer(page, session, "classic", 2)
+    left = await leave(page, session)
     await session.post(f"http://{ADDRESS}/settings", json={"Comfy.VueNodes.Enabled": True})
     await visit(page, session)
-    return {"workflows": found, "runs": runs, "classic": classic, "vue": await steer(page, session, "vue", 5)}
+    vue = await steer(page, session, "vue", 5)
+    return {"workflows": found, "runs": runs, "classic": classic, "left": left, "vue": vue}
 
 
 async def run_by_the_button(page: Page, session: aiohttp.ClientSession, name: str) -> Any:
@@ -174,8 +189,8 @@ async def visit(page: Page, session: aiohttp.ClientSession) -> None:
     await page.until(f"{known}.every(name => name in window.LiteGraph.registered_node_types)")
 
 
-async def drop(page: Page, name: str) -> Any:
-    return await page.evaluate(f"({DROP.replace('PACK', PACK)})({json.dumps(name)})")
+async def drop(page: Page, name: str, file: str | None = None) -> Any:
+    return await page.evaluate(f"({DROP.replace('PACK', PACK)})({json.dumps(name)}, {json.dumps(file or name)})")
 
 
 async def steer(page: Page, session: aiohttp.ClientSession, renderer: str, seed: int) -> dict[str, Any]:
@@ -187,8 +202,8 @@ async def steer(page: Page, session: aiohttp.ClientSession, renderer: str, seed:
     if not found["is_shown"]:
         return found
     await page.evaluate(f"window.prepare(165, {seed}); window.run()")
-    await page.until("/chunk [1-9]/.test(window.told())")
-    await page.evaluate("window.control('hold').click()")
+    # In one step: between two, a fast host may end the run.
+    await page.until("/chunk/.test(window.told()) && (window.control('hold').click(), true)")
     await page.until("/held/.test(window.told())")
     found["told"] = await page.evaluate("window.told()")
     await page.evaluate("window.to_the_end()")
@@ -218,6 +233,68 @@ async def steer(page: Page, session: aiohttp.ClientSession, renderer: str, seed:
     await asyncio.sleep(1)
     found["told_when_stopped"] = await page.evaluate("window.told()")
     return found
+
+
+async def leave(page: Page, session: aiohttp.ClientSession) -> dict[str, Any]:
+    """Open a copy of a queued workflow, let the run begin meanwhile, and come back; then load a subgraph again."""
+    await drop(page, "tiny_endless")
+    await page.evaluate(PLAYER)
+    await asyncio.sleep(1)
+    prompt = json.loads((Path(__file__).parents[2] / "workflows/api/tiny_endless.json").read_text())
+    for node in prompt.values():
+        if node["class_type"] == "SelfForcingStreamToFile":
+            node["inputs"] |= {"length": 2001, "seed": random.randrange(2**32)}
+    await session.post(f"http://{ADDRESS}/prompt", json={"prompt": prompt})
+    await page.evaluate(f"window.prepare(2001, {random.randrange(2**32)}); window.run()")
+    (waiting,) = await queued(session, "queue_pending")
+    workflow = await page.evaluate("window.active()")
+    await drop(page, "tiny_endless", "a copy")  # with the same ids
+    await page.until(f"window.active() !== {json.dumps(workflow)} && !!window.player()?.isConnected")
+    await session.post(f"http://{ADDRESS}/interrupt")
+    while await queued(session, "queue_running") != [waiting]:
+        await asyncio.sleep(0.2)
+    await asyncio.sleep(4)
+    found: dict[str, Any] = {"told_in_the_copy": await page.evaluate("window.told()")}
+    for _ in range(30):
+        await page.evaluate("window.command('Workspace.PreviousOpenedWorkflow')")
+        await asyncio.sleep(0.5)
+        if await page.evaluate("window.active()") == workflow:
+            break
+    for _ in range(60):
+        await asyncio.sleep(0.5)
+        found["told_when_back"] = await page.evaluate("window.told()")
+        if re.search("first frame", found["told_when_back"]):
+            break
+    await page.screenshot("back")
+    found["is_running"] = await queued(session, "queue_running") == [waiting]
+    await session.post(f"http://{ADDRESS}/interrupt")
+    await page.evaluate("window.convert()")
+    await page.evaluate("window.load_again(5)")
+    found["players"] = await players(page)
+    return found
+
+
+async def queued(session: aiohttp.ClientSession, state: str) -> list[str]:
+    """The prompts that wait or run; those that wait as soon as there are any."""
+    for _ in range(PATIENCE * 5):
+        async with session.get(f"http://{ADDRESS}/queue") as answer:
+            found = [entry[1] for entry in (await answer.json())[state]]
+        if found or state == "queue_running":
+            break
+        await asyncio.sleep(0.2)
+    return found
+
+
+async def players(page: Page) -> int:
+    """How many players are alive, by the browser's own count of objects."""
+    script = f"import('/extensions/{PACK}/panel.js').then(module => module.Panel.prototype)"
+    prototype = await page.call("Runtime.evaluate", expression=script, awaitPromise=True)
+    found = await page.call("Runtime.queryObjects", prototypeObjectId=prototype["result"]["objectId"])
+    count = "function () { return this.filter(panel => !panel.disposed).length }"
+    answer = await page.call(
+        "Runtime.callFunctionOn", functionDeclaration=count, objectId=found["objects"]["objectId"], returnByValue=True
+    )
+    return answer["result"]["value"]
 
 
 async def history(session: aiohttp.ClientSession) -> dict[str, Any]:

@@ -61,13 +61,13 @@ def load_pack() -> Any:
 PACKAGE = load_pack()
 causal_model = importlib.import_module(PACKAGE + ".causal_model")
 sampling = importlib.import_module(PACKAGE + ".sampling")
-autoencoder, frame_stream, host = (
-    importlib.import_module(f"{PACKAGE}.{name}") for name in ("autoencoder", "frame_stream", "host")
+autoencoder, frame_stream, host, text_nodes = (
+    importlib.import_module(f"{PACKAGE}.{name}") for name in ("autoencoder", "frame_stream", "host", "text")
 )
 CORE = PACKAGE.rpartition(".")[0] + ".selfforcing_core."
 core = {
     name: importlib.import_module(CORE + name)
-    for name in ("checkpoint", "conditioning", "config", "model", "rollout", "kv_cache")
+    for name in ("checkpoint", "conditioning", "config", "hub", "model", "rollout", "kv_cache", "snapshot")
 }
 WanConfig, CausalConfig = core["config"].WanConfig, core["config"].CausalConfig
 SIZES = {"dim": 256, "ffn_dim": 256, "num_heads": 2, "num_layers": 2}
@@ -274,10 +274,15 @@ def compiled() -> dict[str, Any]:
     return {"difference": apart(video, plain), "backend": seen}
 
 
-def memory_estimate() -> dict[str, float]:
-    """What the host is told to keep free, with and without our sampler, in bytes."""
+def memory_estimate() -> dict[str, Any]:
+    """What the host is told to keep free, in bytes, and what it would say itself of one chunk and of all frames."""
     patcher = loaded(saved("t2v", network()))
+    long = {"samples": torch.zeros(1, CHANNELS, 12, HEIGHT, WIDTH)}
     told = []
+
+    def settings(**options: Any) -> Any:
+        return causal_model.with_settings(patcher, causal_model.Settings("causal", CHUNKS, STEPS, **options))
+
     original = comfy.model_management.load_models_gpu
 
     def noted(models: Any, memory_required: float = 0, **options: Any) -> Any:
@@ -288,15 +293,20 @@ def memory_estimate() -> dict[str, float]:
     try:
         sampled(patcher)
         sampled(patcher, cfg=3.0)
+        sampled(patcher, latent=long, causal=CausalConfig(chunk=3, window=6))
+        sampled(settings(cache_dtype=torch.bfloat16))
+        sampled(settings(cache_device="cpu"))
         sampled(causal_model.with_settings(patcher, causal_model.Settings("unknown", CHUNKS, STEPS)), is_whole=True)
     finally:
         comfy.model_management.load_models_gpu = original
-    tokens = FRAMES * (HEIGHT // 2) * (WIDTH // 2)
+    names = ("one", "two", "long", "narrow", "elsewhere", "whole")
     return {
-        "one": told[0] - told[2], "two": told[1] - told[2],
-        "cache": 2 * SIZES["num_layers"] * tokens * SIZES["dim"] * 4,
+        "told": dict(zip(names, told, strict=True)),
+        "chunk": patcher.memory_required([2, CHANNELS, 3, HEIGHT, WIDTH]),  # the host counts each prompt twice
+        "whole": patcher.memory_required([2, CHANNELS, FRAMES, HEIGHT, WIDTH]),
+        "cache": 2 * SIZES["num_layers"] * FRAMES * (HEIGHT // 2) * (WIDTH // 2) * SIZES["dim"] * 4,
         "is_left": "memory_required" in patcher.model.__dict__,
-    }  # fmt: skip
+    }
 
 
 def out_of_memory() -> dict[str, Any]:
@@ -356,18 +366,81 @@ def interrupts(count: int = 50) -> dict[str, int]:
 
 
 def states() -> dict[str, Any]:
-    """A state, also after a trip through a file, goes on as if it had never been taken."""
+    """A state, also from a file, goes on as if it had never been taken, and is never copied on the device."""
     patcher = loaded(saved("t2v", network()))
     long = {"samples": torch.zeros(1, CHANNELS, 9, HEIGHT, WIDTH)}
     whole = sampled(patcher, latent=long)
-    kept = sampling.StateHolder()
-    sampled(patcher, keep=kept)
-    assert kept.snapshot is not None
-    kept.snapshot.save(FOLDER / "state.safetensors")
-    read = sampling.StateHolder(type(kept.snapshot).load(FOLDER / "state.safetensors"))
+    kept, copied, moved = sampling.StateHolder(), [], []
+    cache, state = core["kv_cache"].KVCache, core["snapshot"].Snapshot
+    snapshot, to = cache.snapshot, state.to
+    cache.snapshot = lambda self, device=None: (copied.append(str(device)), snapshot(self, device))[1]
+    state.to = lambda self, device: (moved.append(str(device)), to(self, device))[1]
+    try:
+        sampled(patcher, keep=kept)
+        assert kept.snapshot is not None
+        kept.snapshot.save(FOLDER / "state.safetensors")
+        read = sampling.StateHolder(state.load(FOLDER / "state.safetensors"))
+        moved.clear()
+        found = {
+            "is_same": bool(torch.equal(sampled(patcher, latent=long, resume=kept), whole)),
+            "is_same_from_file": bool(torch.equal(sampled(patcher, latent=long, resume=read), whole)),
+        }
+    finally:
+        cache.snapshot, state.to = snapshot, to
+    return {**found, "copied_to": copied, "moved_to": moved}
+
+
+class Hand:
+    """Somebody who types a prompt before the chunk that begins at `at`."""
+
+    def __init__(self, at: int, history: str) -> None:
+        self.at, self.history, self.said, self.chunk = at, history, [], -1
+
+    def seed_at(self, start_frame: int) -> None:
+        return None
+
+    def read_prompt(self, check: Callable[[list[Any]], None]) -> tuple[list[Any], str] | None:
+        self.chunk += 1
+        if self.chunk != self.at:
+            return None
+        made = [[text(3), {}]]
+        check(made)
+        return made, self.history
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
+def a_prompt_typed_into_a_resumed_run() -> dict[str, Any]:
+    """Of a state whose history cannot be written again: it is left as it is, and said so; a schedule is refused."""
+    patcher = loaded(saved("t2v", network()))
+    last_step = CausalConfig(chunk=3, cache_source="last_step")
+    long, kept = {"samples": torch.zeros(1, CHANNELS, 12, HEIGHT, WIDTH)}, sampling.StateHolder()
+    sampled(patcher, keep=kept, causal=last_step)
+    hands = {history: Hand(1, history) for history in ("recode", "keep")}
+    videos = [sampled(patcher, latent=long, resume=kept, causal=last_step, steering=hand) for hand in hands.values()]
+    moment = importlib.import_module(PACKAGE + ".prompts").Moment
+
+    def refusal(seconds: float) -> str:
+        guider = comfy.samplers.CFGGuider(patcher)
+        later = moment(seconds, 16.0, "recode")
+        guider.inner_set_conds({"positive": [[text(1), {}], [text(3), {moment.KEY: later}]]})
+        guider.set_cfg(1.0)
+        run = sampling.Run(resume=kept, causal=last_step)
+        noise = sampling.SeededHostNoise(5, (3, 3, 3, 3)).generate_noise(long)
+        try:
+            guider.sample(
+                noise, long["samples"], sampling.ChunkSampler(run), causal_model.sigmas_of(patcher, 0, 0.0),
+                disable_pbar=True, seed=5,
+            )  # fmt: skip
+        except ValueError as error:
+            return str(error)
+        return ""
+
     return {
-        "is_same": bool(torch.equal(sampled(patcher, latent=long, resume=kept), whole)),
-        "is_same_from_file": bool(torch.equal(sampled(patcher, latent=long, resume=read), whole)),
+        "said": {history: hand.said for history, hand in hands.items()},
+        "is_kept": bool(torch.equal(*videos)),
+        "refused": [refusal(2.2), refusal(0.8)],
     }
 
 
@@ -455,20 +528,87 @@ def vaes_of_the_host_stream() -> dict[str, Any]:
     return found
 
 
-def a_network_that_had_to_leave_comes_back() -> list[bool]:
+def taehv_streams_latent_by_latent() -> dict[str, Any]:
+    """Bitwise the same however the latents are cut; what a resumed run has already comes in small pieces."""
+    checkpoint = core["checkpoint"].read_checkpoint(core["hub"].resolve_taehv("tiny"))
+    vae = autoencoder.TAEHVAutoencoder(checkpoint)
+    latents = torch.randn(1, 7, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(2))
+    one, found = frame_stream.frame_stream(vae), {}
+    whole = torch.cat([one.decode(latent, is_last=False) for latent in latents.split(1, 1)], 1)
+    for length in (2, 3, 7):
+        stream = frame_stream.frame_stream(vae)
+        frames = torch.cat([stream.decode(chunk, is_last=False) for chunk in latents.split(length, 1)], 1)
+        found[str(length)] = bool(torch.equal(frames, whole))
+    pieces: list[torch.Tensor] = []
+    progress = importlib.import_module(PACKAGE + ".sampler")._StreamProgress
+    progress(1, 9, frame_stream.frame_stream(vae), None, None, pieces.append).resumed(latents)
+    found["resumed"] = bool(torch.equal(torch.cat(pieces, 1), whole))
+    return {"is_same": found, "largest": max(piece.shape[1] for piece in pieces), "shape": list(whole.shape)}
+
+
+def text_encoders() -> dict[str, Any]:
+    """The bundled encoder, and the same as if it were large: in the host's number type, and near it."""
+    sys.path.remove(str(BROKEN))  # transformers does not load beside a flash_attn that raises
+    folder, calls = host.text_encoder_folder("tiny" + host.BUNDLE_MARK), {}
+    wanted, original = "a red square moving left slowly on a navy background", text_nodes.SMALL
+    chosen = comfy.model_management.text_encoder_dtype
+    exact = text_nodes.TextReader("tiny" + host.BUNDLE_MARK)(wanted)[0][0]
+    text_nodes.SMALL = 0
+    try:
+        for name in ("default", "float8_e4m3fn", "bfloat16"):
+            text_nodes._load.cache_clear()
+            if name != "default":
+                comfy.model_management.text_encoder_dtype = lambda device=None, name=name: getattr(torch, name)
+            encoder = text_nodes._load(folder, "").encoder
+            text_nodes._load.cache_clear()
+            embeds = text_nodes.TextReader("tiny" + host.BUNDLE_MARK)(wanted)[0][0]
+            calls[name] = [str(encoder.model.shared.weight.dtype), apart(embeds, exact), str(embeds.dtype)]
+    finally:
+        text_nodes.SMALL, comfy.model_management.text_encoder_dtype = original, chosen
+        text_nodes._load.cache_clear()
+    small = text_nodes._load(folder, "").encoder
+    sys.path.insert(0, str(BROKEN))
+    return {**calls, "small": str(small.model.shared.weight.dtype)}
+
+
+def a_network_that_had_to_leave_comes_back() -> dict[str, Any]:
+    """With room for the evaluation of a chunk, however long the video is."""
     patcher = loaded(saved("plain", network()))
+    told, kept_loaded, load = [], host.kept_loaded, host.load
+
+    def noted(patcher: Any, *, working_bytes: float) -> Any:
+        told.append(working_bytes)
+        return kept_loaded(patcher, working_bytes=working_bytes)
+
+    host.kept_loaded = noted
+    try:
+        for frames in (6, 12):
+            latent = {"samples": torch.zeros(1, CHANNELS, frames, HEIGHT, WIDTH)}
+            sampled(patcher, latent=latent, steering=Hand(1, "recode"), working_bytes=1000)
+    finally:
+        host.kept_loaded = kept_loaded
     comfy.model_management.load_models_gpu([patcher])
-    whole = patcher.loaded_size()
-    with host.kept_loaded(patcher, (1, CHANNELS, FRAMES, HEIGHT, WIDTH)):
-        comfy.model_management.unload_all_models()
-        gone = patcher.loaded_size()
-    return [gone < whole, patcher.loaded_size() == whole]
+    whole, given = patcher.loaded_size(), []
+    host.load = lambda networks, *, working_bytes=0: (given.append(working_bytes), load(networks))
+    try:
+        with host.kept_loaded(patcher, working_bytes=told[0]):
+            comfy.model_management.unload_all_models()
+            gone = patcher.loaded_size()
+    finally:
+        host.load = load
+    return {
+        "came_back": [gone < whole, patcher.loaded_size() == whole],
+        "told": [sorted(set(told)), given],
+        "needed": patcher.memory_required([1, CHANNELS, 3, HEIGHT, WIDTH]) + 1000,
+    }
 
 
 CHECKS: tuple[Callable[[], Any], ...] = (
     broken_packages,
     a_trained_lora_is_the_merged_network,
     vaes_of_the_host_stream,
+    taehv_streams_latent_by_latent,
+    text_encoders,
     a_network_that_had_to_leave_comes_back,
     the_hosts_model_gives_the_cores_video,
     condition_channels_are_sliced_per_chunk,
@@ -480,6 +620,7 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     out_of_memory,
     interrupts,
     states,
+    a_prompt_typed_into_a_resumed_run,
     the_hosts_own_causal_sampler,
 )
 

@@ -86,3 +86,16 @@ def test_the_player_shows_steers_and_stops_what_is_made(seen: dict[str, Any], re
     assert "first frame" in found["told"]
     assert found["stopped"]["messages"][-1][0] == "execution_interrupted"
     assert "stopped" in found["told_when_stopped"]
+
+
+def test_a_queued_run_is_shown_in_its_own_workflow_alone_and_a_page_that_comes_back_sees_it(
+    seen: dict[str, Any],
+) -> None:
+    found = seen["left"]
+    assert found["told_in_the_copy"] == ""
+    assert "first frame" in found["told_when_back"]
+    assert found["is_running"]
+
+
+def test_players_in_subgraphs_go_with_their_workflow(seen: dict[str, Any]) -> None:
+    assert seen["left"]["players"] == 1

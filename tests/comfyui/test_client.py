@@ -92,6 +92,17 @@ def test_mistakes_are_one_line(server: Server, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("content", [(ROOT / "workflows/tiny_t2v.json").read_text(), "[]", "{}", '{"1": {"id": 2}}'])
+def test_a_workflow_of_the_canvas_is_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "canvas.json").write_text(content)
+    with pytest.raises(ValueError, match=r"this is a canvas workflow; use .* workflows/api, or Export \(API\)"):
+        client.read_prompt(tmp_path / "canvas.json")
+    command = [sys.executable, str(CLIENT), str(tmp_path / "canvas.json"), "--set", "4.seed=1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "canvas workflow" in done.stderr
+
+
 def test_help_pages_are_served_for_nodes_that_exist(server: Server) -> None:
     known = server.get("/object_info")
     pages = sorted((ROOT / "web/docs").glob("*.md"))

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.comfyui.graphs import SAMPLER, SAVE, fresh_seed, latents_of, read_mp4, tiny_prompt
-from tests.comfyui.host_server import RUN_SECONDS, Server
+from tests.comfyui.host_server import ROOT, RUN_SECONDS, Server
 from tests.comfyui.page import Page, page
 from train.tiny.world import detect
 
@@ -59,7 +59,7 @@ def test_the_page_that_queued_gets_every_chunk_and_no_other_gets_any(server: Ser
     assert not any(event.get("type") == "binary" for event in seen.seen), "the host's preview is not needed then"
 
 
-def test_a_page_that_never_answers_gets_two_messages_and_the_hosts_preview(server: Server) -> None:
+def test_a_page_that_never_answers_gets_two_messages_with_pictures_and_the_hosts_preview(server: Server) -> None:
     prompt = tiny_prompt(seed=fresh_seed(), length=LENGTH)
     with page(server, SILENT) as seen:
         server.result(server.submit(prompt, seen.client_id))
@@ -67,7 +67,8 @@ def test_a_page_that_never_answers_gets_two_messages_and_the_hosts_preview(serve
         time.sleep(0.5)
         while not seen.arrived.empty():
             seen.seen.append(seen.arrived.get())
-        assert len(seen.live()) == 2
+        assert not any(message["indices"] for message in seen.live()[2:])
+        assert len(seen.live()) <= 2 + RUN_SECONDS / 5
         assert sum(event.get("type") == "binary" for event in seen.seen) >= CHUNKS
 
 
@@ -108,6 +109,74 @@ def test_a_page_that_comes_back_learns_that_a_chunk_is_held(server: Server) -> N
     with page(server, [{"when": {"state": "held"}, "do": [{"action": "go_on"}]}], first.client_id) as again:
         assert server.result(prompt_id)["status"]["status_str"] == "success"
         assert again.until_done()[0]["state"] == "held"
+
+
+def test_a_page_that_missed_the_first_messages_hears_of_the_run_when_it_is_back(server: Server) -> None:
+    """As while another workflow was open: nobody answered, and then somebody does."""
+    prompt = tiny_prompt(seed=fresh_seed(), length=LENGTH)
+    away = {"when": {"number": 0}, "do": [{"action": "hold"}], "acknowledge": False}
+    with page(server, [away]) as first:
+        prompt_id = server.submit(prompt, first.client_id)
+        while len(first.live()) < 4:
+            first.seen.append(first.arrived.get(timeout=30))
+        assert not any(message["indices"] for message in first.live()[2:])
+    with page(server, [{"when": {"state": "held"}, "do": [{"action": "go_on"}]}], first.client_id) as again:
+        assert server.result(prompt_id)["status"]["status_str"] == "success"
+        assert {index for message in again.until_done() for index in message["indices"]} >= {LENGTH - 16}
+
+
+def test_messages_say_which_workflow_queued_the_run_and_scripts_without_one_are_played_too(server: Server) -> None:
+    workflow = {"id": "5e1f", "extra": {"selfforcing_tab": "t7", "ds": {}}, "nodes": []}
+    odd: list[Any] = [None, [], {"workflow": None}, {"workflow": {"id": 7, "extra": "x"}}]
+    for pnginfo, told in [({"workflow": workflow}, ("5e1f", "t7")), *((each, (None, None)) for each in odd)]:
+        with page(server) as seen:
+            body = {"prompt": tiny_prompt(seed=fresh_seed(), length=9), "client_id": seen.client_id}
+            prompt_id = server.post("/prompt", {**body, "extra_data": {"extra_pnginfo": pnginfo}})["prompt_id"]
+            assert server.result(prompt_id)["status"]["status_str"] == "success"
+            assert {(message.get("workflow"), message.get("tab")) for message in seen.until_done()} == {told}
+
+
+def made_by(server: Server, prompt: dict[str, Any], node: str, client_id: str) -> tuple[torch.Tensor, bool]:
+    """The latents that a node's output has, and whether the host computed them this time."""
+    inputs = {"samples": [node, 0], "filename_prefix": f"latents/{uuid.uuid4().hex}"}
+    entry = server.result(
+        server.submit({**prompt, "latents": {"class_type": "SaveLatent", "inputs": inputs}}, client_id)
+    )
+    assert entry["status"]["status_str"] == "success", entry
+    cached = [data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached"]
+    return load_file(server._files(entry["outputs"]["latents"])[0])["latent_tensor"], node not in cached[0]
+
+
+@pytest.mark.parametrize("what", ["prompt", "seed", "reroll", "seed to file", "linked seed"])
+def test_a_steered_result_is_never_taken_for_that_of_its_inputs(server: Server, what: str) -> None:
+    """Steered, queued again, and queued once more: the host's cache has the plain result then, and only that one."""
+    seed, node, prompt = fresh_seed() % 2**53, SAMPLER, tiny_prompt(f"a red {REST}", length=33)
+    if what == "seed to file":
+        prompt = json.loads((ROOT / "workflows/api/tiny_endless.json").read_text())
+        (node,) = (key for key, each in prompt.items() if each["class_type"] == "SelfForcingStreamToFile")
+    inputs = prompt[node]["inputs"]
+    inputs |= {"seed": seed, "length": 33}
+    plain, _ = made_by(server, prompt, node, "")
+    inputs["shift"] = inputs["shift"] + 5.0 if inputs["shift"] == 0 else inputs["shift"]  # the same in other words
+    if what == "linked seed":
+        prompt["seed"] = {"class_type": "PrimitiveInt", "inputs": {"value": seed}}
+        inputs["seed"] = ["seed", 0]
+    steps: dict[str, list[dict[str, Any]]] = {
+        "prompt": [{"action": "prompt", "text": f"a blue {REST}", "history": "recode"}, {"action": "go_on"}],
+        "reroll": [{"action": "reroll", "seed": 7}],
+    }
+    held = {"when": {"state": "held"}, "do": steps.get(what, [{"action": "seed", "seed": 7}, {"action": "go_on"}])}
+    reactions = [{"when": {"chunk": 0}, "do": [{"action": "hold"}]}, held]
+    reactions += [{"when": {"state": "held"}, "do": [{"action": "go_on"}]}] * (what == "reroll")
+    with page(server, reactions) as seen:
+        steered, _ = made_by(server, prompt, node, seen.client_id)
+        assert not torch.equal(steered, plain)
+    again, was_computed = made_by(server, prompt, node, "")
+    assert torch.equal(again, plain)
+    assert was_computed
+    once_more, was_computed = made_by(server, prompt, node, "")
+    assert torch.equal(once_more, plain)
+    assert not was_computed
 
 
 def test_a_chunk_rolled_again_is_what_its_seed_gives(server: Server) -> None:

@@ -159,6 +159,17 @@ def test_a_file_written_while_it_is_made_holds_the_same_frames(server: Server) -
     assert (read_video(again) - read_video(path)).abs().mean() < 0.03
 
 
+def test_every_video_of_a_batch_has_a_file_of_its_own(server: Server) -> None:
+    prompt = tiny_prompt(seed=fresh_seed(), latent_image=["latent", 0])
+    add(prompt, "latent", "EmptyHunyuanLatentVideo", width=64, height=64, length=21, batch_size=2)
+    for kind, ending in (("mkv (lossless)", ".mkv"), ("mp4 (H.264)", ".mp4")):
+        paths = server.run(to_file(prompt, filename_prefix=f"batch{ending}/a", format=kind))["file"]
+        assert [path.name for path in paths] == [f"a_00001_{ending}", f"a_00002_{ending}"]
+        one, other = map(read_video, paths)
+        assert one.shape == other.shape == (21, 3, 64, 64)
+        assert (one - other).abs().max() > 0.1
+
+
 def test_a_stopped_file_plays_as_far_as_it_was_made(server: Server) -> None:
     with server.events() as events:
         server.submit(

@@ -4,9 +4,13 @@ interface ComfyWidget {
   name?: string;
   value?: unknown;
   serialize?: boolean;
+  beforeQueued?(): void;
 }
 
 interface ComfyGraph {
+  id?: string;
+  nodes?: ComfyNode[];
+  extra?: Record<string, unknown>;
   getNodeById?(id: string | number): ComfyNode | null | undefined;
 }
 
@@ -28,6 +32,7 @@ declare module "*/scripts/app.js" {
   export const app: {
     graph?: ComfyGraph;
     rootGraph?: ComfyGraph;
+    extensionManager?: { workflow?: { activeWorkflow?: object | null } };
     registerExtension?(extension: {
       name: string;
       setup?(): void;

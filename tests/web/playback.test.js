@@ -171,11 +171,12 @@ test("a run that ended without a last message can be watched and waits for nothi
 });
 
 test("every field of a message is read", () => {
-  const message = readMessage(sent(0, 2, { node: 7, again: true, number: 4, message: "hello" }));
+  const more = { node: 7, workflow: "w", tab: "t", again: true, number: 4, message: "hello" };
+  const message = readMessage(sent(0, 2, more));
   const { frames, ...rest } = message;
   assert.deepEqual(rest, {
-    run: "a1", promptId: "p", node: "7", number: 4, state: "sampling", chunk: 1, numChunks: 3, numFrames: 33, fps: 16,
-    again: 0, stats: { fps: 12.3, firstFrameSeconds: 0.81, realTime: 0.77, shareOfLimit: 0.3 },
+    run: "a1", promptId: "p", node: "7", workflow: "w", tab: "t", number: 4, state: "sampling", chunk: 1, numChunks: 3,
+    numFrames: 33, fps: 16, again: 0, stats: { fps: 12.3, firstFrameSeconds: 0.81, realTime: 0.77, shareOfLimit: 0.3 },
     canPrompt: true, text: "hello",
   });
   assert.deepEqual(frames.map((frame) => [frame.index, frame.picture.size, frame.picture.type]), [
