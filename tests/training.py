@@ -95,7 +95,8 @@ def run(arguments: list[str], processes: int = 1, stage: str = "train.dmd") -> N
 def numbers(folder: Path) -> list[dict[str, float]]:
     """What each step told, without what depends on the machine."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("seconds", "share_of_limit")} for row in rows]
+    timed = ("seconds", "share_of_limit", "time_by_group")
+    return [{key: value for key, value in row.items() if not key.startswith(timed)} for row in rows]
 
 
 def student(folder: Path, tmp_path: Path, weights: str = "raw") -> dict[str, torch.Tensor]:

@@ -139,6 +139,9 @@ class ClipArgs(TrainArgs):
     network: str = ""  # where to start: a bundle's name, or a checkpoint of any layout
     weights: str = "auto"  # of a file with both: auto, ema, raw
     data: str = ""  # database, or folder of shards
+    width: int = 832  # of its clips, for the plan: pixels
+    height: int = 480
+    latent_frames: int = 21
 
 
 @dataclass

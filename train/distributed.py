@@ -77,7 +77,7 @@ def is_lost(error: BaseException) -> bool:
 
 def shard(network: Any, world: World, dtype: torch.dtype) -> Any:
     """Spread a network over all processes, one unit per block; gradients are summed over them, in full precision."""
-    if not hasattr(FSDPModule, "set_gradient_divide_factor"):
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise ValueError(f"torch {torch.__version__} has an older FSDP2 than training needs; use 2.13, the tested one")
     reduced = torch.promote_types(dtype, torch.float32)
     # inputs are not cast: timesteps stay float32
@@ -88,6 +88,7 @@ def shard(network: Any, world: World, dtype: torch.dtype) -> Any:
     for module in network.modules():
         if hasattr(module, "set_gradient_divide_factor"):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # else it scales while it sums, which only NCCL can
     return network
 
 

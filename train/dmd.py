@@ -16,7 +16,8 @@ from torch import Tensor
 
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig, WanConfig
-from selfforcing_core.geometry import SPATIAL_FACTOR, VideoGeometry, chunk_lengths, pixel_frames
+from selfforcing_core.geometry import SPATIAL_FACTOR, VideoGeometry, pixel_frames
+from selfforcing_core.roofline import Work
 from selfforcing_core.schedule import sigma_table
 from selfforcing_core.wan_vae import WanVAE, load_wan_vae
 from train import distributed, engine
@@ -28,9 +29,9 @@ from train.engine import SAMPLED, STUDENT, Trainer
 from train.gan import Adversarial, Discriminator, Heads
 from train.losses import score_timesteps
 from train.networks import Source, build, read_on_first, wide
-from train.plan import update_flops
 from train.roles import Levels, Matching, Score, ScoreDraw, Student, loss_window
 from train.samples import Sampling
+from train.work import copies_of, distillation_work
 
 CRITIC, TEACHER = "critic", "teacher"
 WARM_MOMENTUM = 0.9  # beta1 of the adversarial heads while they learn alone
@@ -94,7 +95,6 @@ class Distillation(Trainer):
             check_pictures(args)
         self.built = built = build(sources, [STUDENT, CRITIC], args, world)
         config = built[STUDENT].config
-        self.update_flops = update_flops(args, config, built.get(TEACHER, built[CRITIC]).config, built[CRITIC].config)
         self.latent_shape = (
             args.latent_frames, config.out_dim, args.height // SPATIAL_FACTOR, args.width // SPATIAL_FACTOR
         )  # fmt: skip
@@ -110,7 +110,6 @@ class Distillation(Trainer):
         self.open_data(config.model_type == "i2v")
 
     def sources(self) -> dict[str, Source]:
-        """Where each role's network comes from."""
         args = self.settings
         found = {
             STUDENT: Source(args.student, args.weights), CRITIC: Source(args.critic or args.teacher),
@@ -185,9 +184,8 @@ class Distillation(Trainer):
         texts, rows = self.rows(range(number, number + count))
         condition, negative = self.conditions(texts, rows)
         is_student = role == STUDENT
-        frames = self._rollout_frames(draws)
-        exits = draws.exit_steps(len(chunk_lengths(frames, self.causal.chunk)), len(args.steps),
-                                 per_chunk=args.exit_per_chunk)  # fmt: skip
+        exits = self.exits(draws)
+        frames = len(exits) * self.causal.chunk
         with torch.set_grad_enabled(is_student):
             clip = self.student.sample(
                 condition, noise=draws.noise(first), latent_shape=(frames, *self.latent_shape[1:]), exit_steps=exits,
@@ -207,11 +205,19 @@ class Distillation(Trainer):
             return self.matching.student_loss(x, draw, condition, negative, counted)[0]
         return self.matching.critic_loss(x, draw, condition)
 
-    def _rollout_frames(self, draws: Draws) -> int:
-        """Latent frames of this step's clips: those of the teacher's, or any number of chunks up to the longest."""
-        args = self.settings
-        more = (args.max_latent_frames - args.latent_frames) // self.causal.chunk if args.max_latent_frames else 0
-        return args.latent_frames + draws.whole("frames", more + 1) * self.causal.chunk
+    def exits(self, draws: Draws) -> list[int]:
+        """The evaluation at which each chunk of this step's clips ends: as many chunks as the teacher sees, or any
+        number up to the longest."""
+        args, chunk = self.settings, self.causal.chunk
+        more = (args.max_latent_frames - args.latent_frames) // chunk if args.max_latent_frames else 0
+        count = args.latent_frames // chunk + draws.whole("frames", more + 1)
+        return draws.exit_steps(count, len(args.steps), per_chunk=args.exit_per_chunk)
+
+    def work(self, role: str) -> Work:
+        configs = {name: built.config for name, built in self.built.items()}
+        evaluations = [index + 1 for index in self.exits(self.draws(role))]
+        copies = copies_of(self.args, self.world.size)
+        return distillation_work(self.settings, role, configs, evaluations, copies=copies)
 
     def reencode(self, latents_BTCHW: Tensor) -> Tensor:
         """The latent that the last picture of a clip has as the first of a video."""
@@ -236,9 +242,6 @@ class Distillation(Trainer):
             raise ValueError(f"{self.settings.data}: holds rows without pictures; make it with --video_path")
         seen = self.pictures.condition(pair[0], images)
         return seen, Conditioning(pair[1].prompt_embeds_BPE, seen.image_BTCHW, seen.clip_BIX)
-
-    def flops(self, role: str) -> float:
-        return self.update_flops[role]
 
     def sampling(self) -> Sampling:
         return Sampling(self.causal, steps_of(self.settings), self.latent_shape)

@@ -24,16 +24,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from selfforcing_core.conditioning import Conditioning
-from selfforcing_core.roofline import matmul_rate
+from selfforcing_core.config import WanConfig
+from selfforcing_core.roofline import Card, Work, measured_card
 from train import distributed, logs, state
 from train.args import ClipArgs, TrainArgs, mistake, parse, to_yaml
 from train.conditions import Prompts, read_texts
 from train.data import ClipDatabase, Row
 from train.draws import Draws, item
-from train.networks import Built, Source, build, wide
+from train.networks import Built, Source, build, read_on_first, wide
 from train.plan import plan
 from train.samples import Samples, Sampling
 from train.state import Role
+from train.work import clip_work, copies_of, reached
 
 log = logging.getLogger(__name__)
 DTYPES = ("float64", "float32", "bfloat16")
@@ -86,6 +88,8 @@ class Trainer(ABC):
         self.roles: dict[str, Role] = {}
         self.ema: dict[str, Any] = {}
         self.step = 0
+        self.built: dict[str, Built] = {}
+        self.worked = Work()  # what this step's updates took at least
         self.prompts = Prompts(args, world)
         self._samples: Samples | None = None
 
@@ -97,9 +101,13 @@ class Trainer(ABC):
     def loss(self, role: str, first: int, count: int) -> Tensor:
         """Mean loss of the step's clips `first`, ... for a role."""
 
-    def flops(self, role: str) -> float:
-        """Of one update of a role by all processes; 0 where they are not counted."""
-        return 0.0
+    @abstractmethod
+    def sources(self) -> dict[str, Source]:
+        """Where each role's network comes from."""
+
+    @abstractmethod
+    def work(self, role: str) -> Work:
+        """What this step's update of a role takes all processes together at least."""
 
     @abstractmethod
     def sampling(self) -> Sampling:
@@ -146,6 +154,7 @@ class Trainer(ABC):
                 f"{self.args.max_loss:g}); the last good checkpoint is {newest(self.args.logdir)}"
             )
         self.apply(role)
+        self.worked += self.work(role)
         return {f"{role}_loss": value, f"{role}_grad_norm": size}
 
     def accumulate(self, role: str) -> Tensor:
@@ -220,10 +229,24 @@ class ClipTrainer(Trainer):
 
     def __init__(self, args: ClipArgs, world: distributed.World) -> None:
         super().__init__(args, world)
-        self.data = ClipDatabase(args.data)
+        self.clips = args
+        self.open_data()
+        found = read_on_first(self.sources()[STUDENT], world).config  # its weights are mapped, not read
+        if isinstance(found, WanConfig) and found.model_type == "i2v":
+            raise ValueError("an image-to-video network is trained by train.dmd alone; start from a text-to-video one")
+        self.built = build(self.sources(), [STUDENT], args, world)
+        self.add_role(STUDENT, self.built[STUDENT], args.lr)
+
+    def sources(self) -> dict[str, Source]:
+        return {STUDENT: Source(self.clips.network, self.clips.weights)}
+
+    def open_data(self) -> None:
+        self.data = ClipDatabase(self.clips.data)
         self.shape = tuple(self.data[0].latents_STCHW.shape[1:])
-        self.add_role(STUDENT, build({STUDENT: Source(args.network, args.weights)}, [STUDENT], args, world)[STUDENT],
-                      args.lr)  # fmt: skip
+
+    def work(self, role: str) -> Work:
+        config, copies = self.built[role].config, copies_of(self.args, self.world.size)
+        return clip_work(self.clips, config, self.shape, copies=copies)
 
     def run_step(self) -> dict[str, float]:
         told = self.update(STUDENT)
@@ -232,13 +255,16 @@ class ClipTrainer(Trainer):
 
     def loss(self, role: str, first: int, count: int) -> Tensor:
         number = self.step * self.args.batch_size + first
-        rows = [self.data[item(self.args.seed, n, len(self.data))] for n in range(number, number + count)]
+        rows = self.rows(range(number, number + count))
         condition = self.prompts.condition([row.prompt for row in rows])
         return self.loss_of(self.roles[role].network, rows, condition, self.draws(role), first)
 
     @abstractmethod
     def loss_of(self, network: Any, rows: list[Row], condition: Conditioning, draws: Draws, first: int) -> Tensor:
         """Mean loss of these rows, the clips `first`, ... of the step."""
+
+    def rows(self, numbers: range) -> list[Row]:
+        return [self.data[item(self.args.seed, n, len(self.data))] for n in numbers]
 
     def clean(self, rows: list[Row]) -> Tensor:
         """The last state of each row, [B, T, C, H, W], where and as sums are computed."""
@@ -280,15 +306,14 @@ def train(args: TrainArgs, world: distributed.World, make: Callable[[], Trainer]
         state.clean(folder)
     dist.barrier()
     saver, told_to = state.Saver(folder, args.keep_last), logs.Log(args, world, trainer.step)
-    limit = world.size * matmul_rate(world.device, getattr(torch, args.dtype))
+    card = _all_cards(world, getattr(torch, args.dtype))
     with stopping() as asked:
         while trainer.step < args.max_steps:
+            trainer.worked = Work()
             began = time.perf_counter()
             told = trainer.run_step()
             seconds = time.perf_counter() - began
-            flops = sum(trainer.flops(role) for role in trainer.roles if f"{role}_loss" in told)
-            share = {"share_of_limit": flops / (seconds * limit)} if flops else {}
-            told_to.step(trainer.step, {**told, "seconds": seconds, **share})
+            told_to.step(trainer.step, {**told, "seconds": seconds, **reached(trainer.worked, card, seconds)})
             saver.poll()
             is_asked = distributed.mean(world, torch.tensor(float(bool(asked)))) > 0
             is_last = trainer.step == args.max_steps or is_asked
@@ -302,6 +327,13 @@ def train(args: TrainArgs, world: distributed.World, make: Callable[[], Trainer]
         saver.wait()
     told_to.close()
     dist.barrier()
+
+
+def _all_cards(world: distributed.World, dtype: torch.dtype) -> Card:
+    """What all processes can do together, measured by all of them at the same time."""
+    card = measured_card(world.device, dtype)
+    flops, bandwidth = (distributed.mean(world, torch.tensor(rate)) for rate in (card.flops, card.bandwidth))
+    return Card(flops * world.size, bandwidth * world.size, 1.0, 1.0)
 
 
 Args = TypeVar("Args", bound=TrainArgs)

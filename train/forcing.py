@@ -26,7 +26,8 @@ def per_chunk(values_BT: Tensor, causal: CausalConfig) -> Tensor:
     """Every frame gets the value of its chunk's first frame."""
     lengths = _lengths(values_BT.shape[1], causal)
     starts = torch.tensor([sum(lengths[:index]) for index in range(len(lengths))])
-    return values_BT[:, torch.repeat_interleave(starts, torch.tensor(lengths)).to(values_BT.device)]
+    frames = torch.repeat_interleave(starts, torch.tensor(lengths), output_size=sum(lengths))
+    return values_BT[:, frames.to(values_BT.device)]
 
 
 def _lengths(frames: int, causal: CausalConfig) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from train.args import TrainArgs, to_dict
 from train.distributed import World
 
 log = logging.getLogger(__name__)
-SHOWN = 5  # values beside the bar
+SHOWN = 5  # values beside the bar: the last ones that are no part of a group
 
 
 def check(args: TrainArgs) -> None:
@@ -76,7 +76,8 @@ class Log:
             return
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **told}) + "\n")
-        self.bar.set_postfix({name: f"{value:.3g}" for name, value in list(told.items())[-SHOWN:]})
+        single = [(name, value) for name, value in told.items() if "/" not in name]
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in single[-SHOWN:]})
         self.bar.update()
         for tell in self.boards:
             tell(told, step)

@@ -39,9 +39,12 @@ class Regression(ClipTrainer):
     """On the trajectories of a database."""
 
     def __init__(self, args: OdeArgs, world: distributed.World) -> None:
-        super().__init__(args, world)
         self.settings = args
-        states = self.data[0].latents_STCHW.shape[0]
+        super().__init__(args, world)
+
+    def open_data(self) -> None:
+        super().open_data()
+        args, states = self.settings, self.data[0].latents_STCHW.shape[0]
         if states != len(args.timesteps):
             raise ValueError(f"{args.data}: trajectories of {states} states, not {len(args.timesteps)}; set timesteps")
 

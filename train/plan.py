@@ -1,15 +1,15 @@
-"""What a distillation will take, found before anything is allocated: python -m train.plan config=self_forcing_dmd
+"""What a run will take, found before anything is allocated: python -m train.plan config=self_forcing_dmd
 
 Bytes per process: the real training step runs on tensors without memory (torch's FakeTensorMode, a process group that
-sends nothing) under torch's MemTracker. Time: FLOPs in closed form over what a card attains. Networks are those of the
-presets `size`, `teacher_size` and `critic_size`, so no file is read. processes=64 says how many the run will have.
+sends nothing) under torch's MemTracker. Time: arithmetic and traffic in closed form over what a card attains. Networks
+are those of the presets `size`, `teacher_size` and `critic_size`, so no file is read. processes=64 says how many the
+run will have, stage=ode or stage=diffusion that it is one of the stages before the distillation.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Mapping
@@ -20,14 +20,14 @@ from typing import Any
 import torch
 
 from selfforcing_core.config import PRESETS, WanConfig
-from selfforcing_core.geometry import SPATIAL_FACTOR, chunk_lengths, tokens_per_frame
-from selfforcing_core.layout import wan_shapes
-from selfforcing_core.roofline import CARDS, Card, pass_flops, prompt_flops
-from train.args import DmdArgs, TrainArgs, mistake, parse
+from selfforcing_core.geometry import SPATIAL_FACTOR
+from selfforcing_core.roofline import CARDS, Card, Work
+from train.args import ClipArgs, DiffusionArgs, DmdArgs, OdeArgs, TrainArgs, mistake, parse
+from train.work import clip_work, copies_of, distillation_work, parameters, sizes_in_bytes, trained_parameters
 
 CARD_BYTES = {"24 GB": 24e9, "48 GB": 48e9, "80 GB": 80e9, "141 GB": 141e9}
 WATCHED = (2, 3)  # layers of the networks whose step is watched
-BACKWARD = 2  # passes' worth of arithmetic when weights and inputs get gradients; 1 when inputs alone do
+STAGES: dict[str, type[TrainArgs]] = {"dmd": DmdArgs, "diffusion": DiffusionArgs, "ode": OdeArgs}
 
 
 def config_of(size: str) -> WanConfig:
@@ -37,44 +37,9 @@ def config_of(size: str) -> WanConfig:
     return PRESETS[size]
 
 
-def parameters(size: str) -> int:
-    """Numbers in a network of this preset. Raises ValueError for an unknown one."""
-    return _numbers(wan_shapes(config_of(size)))
-
-
-# ------------------------------------------------------------------- time --
-def update_flops(args: DmdArgs, student: WanConfig, teacher: WanConfig, critic: WanConfig) -> dict[str, float]:
-    """FLOPs of one update of student and critic on a whole batch; exits are taken at their mean."""
-    tokens = tokens_per_frame(args.height // SPATIAL_FACTOR, args.width // SPATIAL_FACTOR)
-    lengths = chunk_lengths(args.latent_frames, args.chunk or args.latent_frames)
-    rollout, graded, seen = float(prompt_flops(student)), 0.0, 0
-    for index, length in enumerate(lengths):
-        seen += length
-        one = pass_flops(student, length * tokens, min(seen, args.window if args.window > 0 else seen) * tokens)
-        rollout += one * ((len(args.steps) + 1) / 2 + (index + 1 < len(lengths)))
-        graded += one
-    backward = (1 if args.lora_rank else BACKWARD) + int(args.activation_checkpointing)
-
-    def judged(config: WanConfig) -> float:
-        whole = args.latent_frames * tokens
-        return pass_flops(config, whole, whole) + prompt_flops(config)
-
-    scores = judged(critic)
-    if args.score != "gan":
-        scores += judged(teacher) * (1 + (args.guidance != 1))
-    if args.score != "dmd":  # the scores carry gradient to the clip
-        scores *= 2 + int(args.activation_checkpointing)
-    clips = args.batch_size
-    compared = 2 if args.score == "gan" else 1
-    return {
-        "student": clips * (rollout + backward * graded + scores),
-        "critic": clips * (rollout + compared * (1 + backward) * judged(critic)),
-    }
-
-
 # ----------------------------------------------------------------- memory --
-def peak_bytes(args: DmdArgs, processes: int) -> dict[str, int]:
-    """Peak bytes of one process in an update of the student and in one of the critic.
+def peak_bytes(args: TrainArgs, processes: int) -> dict[str, int]:
+    """Peak bytes of one process in an update of each role that is trained.
 
     What is kept (weights, gradients, moments, average) is counted; what a step adds is watched on networks of a few
     layers, and is a straight line in their number. Watching runs in processes of its own: tensors without memory must
@@ -86,7 +51,7 @@ def peak_bytes(args: DmdArgs, processes: int) -> dict[str, int]:
     with get_context("spawn").Pool(len(watched)) as pool:
         peaks = pool.starmap(_watch, [(args, processes, count) for count in watched])
     found = {}
-    for name in ("student", "critic"):
+    for name in peaks[0]:
         added = [peak[name] - kept_bytes(args, processes, dict.fromkeys(sizes, n)) for n, peak in zip(watched, peaks)]
         slope = (added[-1] - added[0]) / (watched[-1] - watched[0]) if len(watched) > 1 else 0
         more = added[-1] + slope * (layers[name] - watched[-1])
@@ -94,49 +59,39 @@ def peak_bytes(args: DmdArgs, processes: int) -> dict[str, int]:
     return found
 
 
-def kept_bytes(args: DmdArgs, processes: int, layers: dict[str, int]) -> int:
+def kept_bytes(args: TrainArgs, processes: int, layers: Mapping[str, int]) -> int:
     """Bytes per process of weights, moments, gradients and average, for networks of these numbers of layers."""
-    wide, narrow = (8, 8) if args.dtype == "float64" else (4, getattr(torch, args.dtype).itemsize)
-    counts = {
-        role: _numbers(wan_shapes(replace(config_of(size), num_layers=layers[role])))
-        for role, size in sizes_of(args).items()
-    }
-    if args.score == "gan":
-        del counts["teacher"]
-    per_shard = args.shard_group or processes
+    wide, narrow = sizes_in_bytes(args)
+    configs = {role: replace(config_of(size), num_layers=layers[role]) for role, size in sizes_of(args).items()}
+    trained = trained_parameters(args, configs["student"]) * 5  # weights, gradients, two moments; and the average
+    if "critic" in configs:
+        trained += trained_parameters(args, configs["critic"]) * 4
+    return (trained * wide + _frozen(args, configs) * narrow) // (args.shard_group or processes)
+
+
+def _frozen(args: TrainArgs, configs: Mapping[str, WanConfig]) -> int:
+    """Numbers that no optimiser changes: a teacher's, or with adapters those of every file, which its roles share."""
     if not args.lora_rank:
-        trained = counts["student"] * 5 + counts["critic"] * 4  # weights, gradients, two moments; and the average
-        return (trained * wide + counts.get("teacher", 0) * narrow) // per_shard
-    files = {"student": args.student, "critic": args.critic or args.teacher, "teacher": args.teacher}
-    bases = {files[role] or role: count for role, count in counts.items()}
-    adapters = {role: _adapters(args, config_of(size), layers[role]) for role, size in sizes_of(args).items()}
-    trained = adapters["student"] * 5 + adapters["critic"] * 4
-    return (trained * wide + sum(bases.values()) * narrow) // per_shard
+        return parameters(configs["teacher"]) if "teacher" in configs else 0
+    files: dict[str, str] = {}
+    if isinstance(args, DmdArgs):
+        files = {"student": args.student, "critic": args.critic or args.teacher, "teacher": args.teacher}
+    return sum(map(parameters, {files.get(role) or role: config for role, config in configs.items()}.values()))
 
 
-def _numbers(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return sum(math.prod(shape) for shape in shapes.values())
-
-
-def _adapters(args: DmdArgs, config: WanConfig, layers: int) -> int:
-    shapes = wan_shapes(replace(config, num_layers=layers))
-    return sum(args.lora_rank * sum(s) for name, s in shapes.items() if name.startswith("blocks.") and len(s) == 2
-               and name.endswith(".weight"))  # fmt: skip
-
-
-def _watch(args: DmdArgs, processes: int, num_layers: int) -> dict[str, int]:
+def _watch(args: TrainArgs, processes: int, num_layers: int) -> dict[str, int]:
     import torch.distributed as dist
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from train.distributed import World, new_mesh
-    from train.planned import PlannedDistillation, tracked
+    from train.planned import planned, tracked
 
     logging.disable(logging.WARNING)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
     world = World(0, processes, torch.device("cpu"), new_mesh("cpu", processes, args.shard_group), None)
     with FakeTensorMode():
-        return tracked(PlannedDistillation(args, world, num_layers))
+        return tracked(planned(args, world, num_layers))
 
 
 # ------------------------------------------------------------------- plan --
@@ -145,30 +100,50 @@ def sizes_of(args: TrainArgs) -> dict[str, str]:
     if not isinstance(args, DmdArgs):
         return {"student": args.size}
     teacher = args.teacher_size or args.size
-    return {
+    sizes = {
         "student": args.size,
         "teacher": teacher,
         "critic": args.critic_size or (args.size if args.critic else teacher),
     }
+    if args.score == "gan":
+        del sizes["teacher"]
+    return sizes
+
+
+def latent_shape(args: DmdArgs | ClipArgs, config: WanConfig) -> tuple[int, int, int, int]:
+    """Of the clips: frames, channels, height and width."""
+    return args.latent_frames, config.out_dim, args.height // SPATIAL_FACTOR, args.width // SPATIAL_FACTOR
+
+
+def updates(args: TrainArgs, processes: int) -> dict[str, Work]:
+    """What an update of each role that is trained takes all processes together at least."""
+    configs = {role: config_of(size) for role, size in sizes_of(args).items()}
+    copies = copies_of(args, processes)
+    if isinstance(args, DmdArgs):
+        return {role: distillation_work(args, role, configs, copies=copies) for role in ("student", "critic")}
+    assert isinstance(args, ClipArgs)
+    config = configs["student"]
+    return {"student": clip_work(args, config, latent_shape(args, config), copies=copies)}
 
 
 def plan(args: TrainArgs, processes: int) -> dict[str, Any]:
     """Counts, bytes and hours of a run on this many processes."""
     if args.batch_size % processes:
         raise ValueError(f"batch_size {args.batch_size} cannot be divided among {processes} processes; use a multiple")
-    sizes = sizes_of(args)
     told: dict[str, Any] = {
         "processes": processes,
-        "parameters": {role: parameters(size) for role, size in sizes.items()},
+        "parameters": {role: parameters(config_of(size)) for role, size in sizes_of(args).items()},
         "clips_per_process_and_step": args.batch_size // processes,
     }
-    if not isinstance(args, DmdArgs):
-        return told
-    flops = update_flops(args, *(config_of(sizes[role]) for role in ("student", "teacher", "critic")))
-    total = args.max_steps * (flops["critic"] + flops["student"] / args.critic_per_student)
-    told["flops_per_update"] = flops
-    told["least_gpu_hours"] = {name: round(total / card.attainable.flops / 3600, 2) for name, card in CARDS.items()}
-    told["least_gpu_hours_are"] = f"FLOPs over {Card.flops_share} of the data sheet's dense bfloat16 rate, nothing else"
+    work = updates(args, processes)
+    step = sum((each * (1 / _steps_per_update(args, role)) for role, each in work.items()), Work())
+    hours = {name: sum(step.seconds(card.attainable).values()) * args.max_steps / 3600 for name, card in CARDS.items()}
+    told["flops_per_update"] = {role: each.flops for role, each in work.items()}
+    told["least_gpu_hours"] = {name: round(taken, 2) for name, taken in hours.items()}
+    told["least_gpu_hours_are"] = (
+        f"arithmetic over {Card.flops_share} of the data sheet's dense bfloat16 rate, or traffic over "
+        f"{Card.bandwidth_share} of its bandwidth, whichever takes longer, for linears, attention and the rest in turn"
+    )
     told["peak_bytes_per_process"] = peaks = peak_bytes(args, processes)
     told["fits"] = {card: max(peaks.values()) < size for card, size in CARD_BYTES.items()}
     told["not_counted"] = (
@@ -177,14 +152,24 @@ def plan(args: TrainArgs, processes: int) -> dict[str, Any]:
     return told
 
 
+def _steps_per_update(args: TrainArgs, role: str) -> int:
+    return args.critic_per_student if isinstance(args, DmdArgs) and role == "student" else 1
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    counts = [word.removeprefix("processes=") for word in words if word.startswith("processes=")]
+    own = {"processes": os.environ.get("WORLD_SIZE", "1"), "stage": "dmd"}
+    rest = []
+    for word in sys.argv[1:] if argv is None else argv:
+        name, _, value = word.partition("=")
+        if name in own:
+            own[name] = value
+        else:
+            rest.append(word)
     try:
-        args = parse(DmdArgs, [word for word in words if not word.startswith("processes=")])
-        processes = int(counts[-1]) if counts else int(os.environ.get("WORLD_SIZE", "1"))
-        print(json.dumps(plan(args, processes), indent=2))
+        if own["stage"] not in STAGES:
+            raise ValueError(f"stage {own['stage']!r} is unknown; use one of {', '.join(STAGES)}")
+        print(json.dumps(plan(parse(STAGES[own["stage"]], rest), int(own["processes"])), indent=2))
     except ValueError as error:
         return mistake("train.plan", error)
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,16 +12,18 @@ from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from selfforcing_core.conditioning import Conditioning
-from selfforcing_core.config import CLIP_DIM, CLIP_TOKENS, PRESETS
+from selfforcing_core.config import CLIP_DIM, CLIP_TOKENS
 from selfforcing_core.image import MASK_CHANNELS
 from train import state
-from train.args import DmdArgs
+from train.args import DiffusionArgs, DmdArgs, OdeArgs, TrainArgs
 from train.data import Row
+from train.diffusion import FlowMatching
 from train.distributed import World
-from train.dmd import CRITIC, Distillation
-from train.engine import STUDENT
+from train.dmd import Distillation
+from train.engine import ClipTrainer, Trainer
 from train.networks import Source
-from train.plan import config_of, sizes_of
+from train.ode import Regression
+from train.plan import config_of, latent_shape, sizes_of
 
 
 @dataclass(frozen=True)
@@ -43,29 +45,43 @@ class _PlannedDraws:
     def uniform(self, first: int, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.float64)
 
+    def uniforms(self, first: int, count: int, frames: int) -> Tensor:
+        return torch.zeros(count, frames, dtype=torch.float64)
+
     def normal(self, first: int, shape: tuple[int, ...]) -> Tensor:
         return torch.zeros(shape)
 
 
-class PlannedDistillation(Distillation):
+class _Prompts:
+    """No text's embedding, as the networks take it."""
+
+    def __init__(self, args: TrainArgs, world: World) -> None:
+        self.config = config_of(args.size)
+        self.like: dict[str, Any] = {"dtype": getattr(torch, args.dtype), "device": world.device}
+
+    def condition(self, texts: Sequence[str]) -> Conditioning:
+        return Conditioning(torch.zeros(len(texts), self.config.text_len, self.config.text_dim, **self.like))
+
+
+class _Planned(Trainer):
     """As the real one, on networks of the presets."""
 
-    def __init__(self, args: DmdArgs, world: World, num_layers: int) -> None:
+    def __init__(self, args: Any, world: World, num_layers: int) -> None:
         self.num_layers = num_layers
         super().__init__(args, world)
 
     def sources(self) -> dict[str, Source]:
-        sizes = sizes_of(self.settings)
+        sizes = sizes_of(self.args)
         return {
             role: Source(
                 source.name or role, source.weights, replace(config_of(sizes[role]), num_layers=self.num_layers)
             )
-            for role, source in super().sources().items()
+            for role, source in super().sources().items()  # type: ignore[safe-super]
         }
 
-    def open_data(self, takes_pictures: bool) -> None:
-        self.data, self.texts, self.vae, self.pictures = None, [""], None, None
-        self.takes_pictures = takes_pictures
+    def open_data(self, takes_pictures: bool = False) -> None:
+        self.prompts: Any = _Prompts(self.args, self.world)
+        self.data, self.takes_pictures = None, takes_pictures
 
     def draws(self, purpose: str) -> Any:
         return _PlannedDraws()
@@ -73,23 +89,56 @@ class PlannedDistillation(Distillation):
     def parts(self) -> Iterator[tuple[int, int]]:
         return itertools.islice(super().parts(), 2)  # the second one adds to gradients that are there
 
+
+class PlannedDistillation(_Planned, Distillation):
+    """Of a student with teacher and critic."""
+
+    def open_data(self, takes_pictures: bool = False) -> None:
+        super().open_data(takes_pictures)
+        self.texts, self.vae, self.pictures = [""], None, None
+
     def rows(self, numbers: range) -> tuple[list[str], list[Row]]:
-        empty = Row("", torch.zeros(1, *self.latent_shape))
-        return [""] * len(numbers), [empty] * len(numbers)
+        return [""] * len(numbers), [Row("", torch.zeros(1, *self.latent_shape))] * len(numbers)
 
     def conditions(self, texts: list[str], rows: list[Row]) -> tuple[Conditioning, Conditioning]:
-        config = PRESETS[self.settings.size]
-        like: dict[str, Any] = {"dtype": getattr(torch, self.args.dtype), "device": self.world.device}
-        embeds = torch.zeros(len(texts), config.text_len, config.text_dim, **like)
+        pair = super().conditions(texts, rows)
         if not self.takes_pictures:
-            return Conditioning(embeds), Conditioning(embeds)
-        frames, channels, *size = self.latent_shape
-        image = torch.zeros(len(texts), frames, MASK_CHANNELS + channels, *size, **like)
-        seen = Conditioning(embeds, image, torch.zeros(len(texts), CLIP_TOKENS, CLIP_DIM, **like))
+            return pair
+        embeds, (frames, channels, *size) = pair[0].prompt_embeds_BPE, self.latent_shape
+        image = torch.zeros(len(texts), frames, MASK_CHANNELS + channels, *size).to(embeds)
+        seen = Conditioning(embeds, image, torch.zeros(len(texts), CLIP_TOKENS, CLIP_DIM).to(embeds))
         return seen, seen
 
     def reencode(self, latents_BTCHW: Tensor) -> Tensor:
         return latents_BTCHW[:, :1]
+
+
+class _PlannedClips(_Planned, ClipTrainer):
+    """Of one network."""
+
+    def open_data(self, takes_pictures: bool = False) -> None:
+        super().open_data(takes_pictures)
+        self.shape = latent_shape(self.clips, config_of(self.clips.size))
+
+    def rows(self, numbers: range) -> list[Row]:
+        states = len(self.clips.timesteps) if isinstance(self.clips, OdeArgs) else 1
+        return [Row("", torch.zeros(states, *self.shape)) for _ in numbers]
+
+
+class PlannedFlowMatching(_PlannedClips, FlowMatching):
+    """On clips."""
+
+
+class PlannedRegression(_PlannedClips, Regression):
+    """On trajectories."""
+
+
+PLANNED = {DmdArgs: PlannedDistillation, DiffusionArgs: PlannedFlowMatching, OdeArgs: PlannedRegression}
+
+
+def planned(args: TrainArgs, world: World, num_layers: int) -> Trainer:
+    """A stage on networks of this many layers."""
+    return PLANNED[type(args)](args, world, num_layers)
 
 
 class _Tracker(MemTracker):
@@ -108,8 +157,8 @@ class _Tracker(MemTracker):
         pass
 
 
-def tracked(trainer: Distillation) -> dict[str, int]:
-    """Peak bytes of this process in an update of the student and in one of the critic, everything included.
+def tracked(trainer: Trainer) -> dict[str, int]:
+    """Peak bytes of this process in an update of each role that is trained, everything included.
 
     Also for a real trainer: then it is what was really used.
     """
@@ -120,7 +169,7 @@ def tracked(trainer: Distillation) -> dict[str, int]:
     modules += [built.module for built in trainer.built.values()]
     optimisers = [role.optimiser for role in trainer.roles.values()]
     found = {}
-    for name in (STUDENT, CRITIC):
+    for name in trainer.roles:
         tracker = _Tracker()
         tracker.track_external(*dict.fromkeys(modules), *optimisers, *trainer.ema.values())
         with tracker:

@@ -1,0 +1,190 @@
+"""What an update of a role computes and moves at least, and what share of that limit it reached.
+
+Closed forms on those of `selfforcing_core.roofline`, whose groups and words these are. Counted are the operators that
+run: attention under a mask computes the whole square. Not counted: the time embedding, the discriminator's heads, text
+encoder and VAE, adapters' traffic, what sharding copies and sends, and the average.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from selfforcing_core.config import WanConfig
+from selfforcing_core.geometry import SPATIAL_FACTOR, chunk_lengths, tokens_per_frame
+from selfforcing_core.layout import wan_shapes
+from selfforcing_core.roofline import MOVES, Card, Work, pass_work, prompt_flops
+from train.args import ClipArgs, DiffusionArgs, DmdArgs, TrainArgs
+from train.networks import wide
+
+# As roofline.MOVES, of a block's backward pass: norm and modulation 4 (with the residual's gradient), norms and rotary
+# embedding of queries and keys 6, gate 2, norm 4, norm of the cross queries 3, norm and modulation 4, gate 2.
+BACKWARD_MOVES = 25
+# Reads and writes of each trained number in a step: the gradients' norm 1, AdamW 7 (weight, two moments, gradient).
+OPTIMISER_MOVES = 8
+
+
+def sizes_in_bytes(args: TrainArgs) -> tuple[int, int]:
+    """Bytes of a number that is trained, and of one that is computed with."""
+    return wide(args).itemsize, getattr(torch, args.dtype).itemsize
+
+
+def parameters(config: WanConfig) -> int:
+    """Numbers in a network."""
+    return sum(math.prod(shape) for shape in wan_shapes(config).values())
+
+
+def trained_parameters(args: TrainArgs, config: WanConfig) -> int:
+    """Numbers of a role that an optimiser changes: the network's, or those of its adapters."""
+    if not args.lora_rank:
+        return parameters(config)
+    matrices = (
+        shape
+        for name, shape in wan_shapes(config).items()
+        if name.startswith("blocks.") and name.endswith(".weight") and len(shape) == 2
+    )
+    return sum(args.lora_rank * sum(shape) for shape in matrices)
+
+
+# ------------------------------------------------------------------- passes --
+@dataclass(frozen=True)
+class Network:
+    """Passes of one network over the `micro_batch` clips of a part. is_trained: it has gradients, and adapters if any.
+
+    Both products of a linear layer's backward pass (with its weights and with its inputs) do the arithmetic of the
+    forward one and move as much; likewise attention, whose backward pass is twice its forward one in both.
+    """
+
+    args: TrainArgs
+    config: WanConfig
+    is_trained: bool = True
+
+    @property
+    def rank(self) -> int:
+        return self.args.lora_rank if self.is_trained else 0
+
+    def forward(self, num_tokens: int, num_visible: int, *, has_prompt: bool = True) -> Work:
+        """A pass. has_prompt: with the prompt's embedding, keys and values."""
+        return self._own(num_tokens, num_visible) + self._adapters(num_tokens) + self.prompt() * has_prompt
+
+    def backward(self, num_tokens: int, num_visible: int, *, evicts: bool = False) -> Work:
+        """To the pass's inputs and to what is trained; where activations are not kept, after a pass that makes them.
+
+        evicts: a cache forgot frames that the pass saw, so that what attention needs is kept all the same.
+        """
+        own, all_weights = self._own(num_tokens, num_visible), int(self.is_trained and not self.rank)
+        work = self._adapters(num_tokens) * 2 + self.prompt() * (2 * all_weights)
+        work += Work(
+            (1 + all_weights) * own.linear_flops, (1 + all_weights) * own.linear_bytes,
+            2 * own.attention_flops, 2 * own.attention_bytes, own.elementwise_bytes * BACKWARD_MOVES / MOVES,
+        )  # fmt: skip
+        again = self.forward(num_tokens, 0 if evicts else num_visible, has_prompt=not evicts)
+        return work + again * self.args.activation_checkpointing
+
+    def prompt(self) -> Work:
+        D, layers, text = self.config.dim, self.config.num_layers, self.config.text_dim
+        weights = (text + D) * D + 2 * D * D * layers
+        return Work(self.args.micro_batch * prompt_flops(self.config), weights * sizes_in_bytes(self.args)[1])
+
+    def _own(self, num_tokens: int, num_visible: int) -> Work:
+        narrow = sizes_in_bytes(self.args)[1]
+        return pass_work(
+            self.config, num_tokens, num_visible, batch=self.args.micro_batch, weight_bytes=narrow, cache_bytes=narrow,
+            activation_bytes=narrow,
+        )  # fmt: skip
+
+    def _adapters(self, num_tokens: int) -> Work:
+        D, rows = self.config.dim, self.args.micro_batch * num_tokens
+        return Work(2 * rows * self.config.num_layers * self.rank * (14 * D + 2 * self.config.ffn_dim))
+
+    def update(self, part: Work, copies: int) -> Work:
+        """An update of which this is the network: all parts of a batch, and the optimiser's step on every copy."""
+        moved = OPTIMISER_MOVES * copies * trained_parameters(self.args, self.config) * sizes_in_bytes(self.args)[0]
+        return part * (self.args.batch_size / self.args.micro_batch) + Work(elementwise_bytes=moved)
+
+
+def copies_of(args: TrainArgs, processes: int) -> int:
+    """How many copies of the weights there are, each sharded over processes of its own."""
+    return processes // (args.shard_group or processes)
+
+
+# ------------------------------------------------------------------ updates --
+def distillation_work(
+    args: DmdArgs,
+    role: str,
+    configs: Mapping[str, WanConfig],
+    evaluations: Sequence[float] | None = None,
+    *,
+    copies: int = 1,
+) -> Work:
+    """One update of student or critic on a whole batch, by all processes together.
+
+    evaluations: of each chunk of the rollout; None: their mean over what a run draws, lengths included. configs: of
+    student, critic and, except for score=gan, teacher.
+    """
+    if evaluations is None:
+        chunk = args.chunk or args.latent_frames
+        fewest = len(chunk_lengths(args.latent_frames, chunk))
+        counts = range(fewest, max(fewest, args.max_latent_frames // chunk) + 1)
+        drawn = ([(len(args.steps) + 1) / 2] * count for count in counts)
+        total = sum((distillation_work(args, role, configs, each, copies=copies) for each in drawn), Work())
+        return total * (1 / len(counts))
+    student, critic = Network(args, configs["student"]), Network(args, configs["critic"])
+    whole = args.latent_frames * _tokens(args.width, args.height)
+    judged, learnt = critic.forward(whole, whole), critic.backward(whole, whole)
+    work = _rollout(student, args, evaluations, with_gradient=role == "student")
+    if role == "critic":
+        compared = 2 + bool(args.gan_r1) + bool(args.gan_r2) if args.score == "gan" else 1
+        return critic.update(work + (judged + learnt) * compared, copies)
+    work += judged
+    if args.score != "dmd":  # the scores carry gradient to the clip, and leave some in the critic
+        work += learnt
+    if args.score == "gan":
+        work += judged * args.gan_relativistic
+    else:
+        teacher = Network(args, configs["teacher"], is_trained=False)
+        seen = teacher.forward(whole, whole)
+        if args.score == "sid":
+            seen += teacher.backward(whole, whole)
+        work += seen * (1 + (args.guidance != 1))
+    return student.update(work, copies)
+
+
+def _rollout(student: Network, args: DmdArgs, evaluations: Sequence[float], *, with_gradient: bool) -> Work:
+    """Chunk by chunk: its evaluations, of which the last one carries gradient in the frames that are judged, and a
+    clean pass where another chunk follows. Without gradient, a cache knows the prompt after its first pass."""
+    length, per_frame, chunks = args.chunk or args.latent_frames, _tokens(args.width, args.height), len(evaluations)
+    is_cached, evicts = chunks > 1, -1 < args.window < chunks * length
+    work = student.prompt() * is_cached
+    for index, count in enumerate(evaluations):
+        seen = (index + 1) * length
+        size = length * per_frame, (min(seen, args.window) if evicts else seen) * per_frame
+        work += student.forward(*size, has_prompt=not is_cached) * (count + (index + 1 < chunks))
+        if with_gradient and index * length >= chunks * length - args.latent_frames:
+            work += student.backward(*size, evicts=evicts) + student.prompt() * is_cached
+    return work
+
+
+def clip_work(args: ClipArgs, config: WanConfig, latent_shape: Sequence[int], *, copies: int = 1) -> Work:
+    """One update on a whole batch of clips [T, C, H, W], by all processes together: each clip is seen at once, with
+    its clean copy in front of it for teacher forcing."""
+    frames, _, height, width = latent_shape
+    is_doubled = isinstance(args, DiffusionArgs) and args.forcing == "teacher"
+    whole = frames * (1 + is_doubled) * tokens_per_frame(height, width)
+    network = Network(args, config)
+    return network.update(network.forward(whole, whole) + network.backward(whole, whole), copies)
+
+
+def _tokens(width: int, height: int) -> int:
+    return tokens_per_frame(height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
+
+
+# -------------------------------------------------------------------- meter --
+def reached(work: Work, card: Card, seconds: float) -> dict[str, float]:
+    """What share of the limit of `card` was reached by work that took `seconds`, and what they went into by group."""
+    shares = {f"time_by_group/{name}": floor / seconds for name, floor in work.seconds(card).items() if floor}
+    share = sum(shares.values())
+    return {**shares, "time_by_group/above_limit": 1 - share, "share_of_limit": share}
