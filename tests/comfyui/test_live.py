@@ -51,7 +51,7 @@ def test_the_page_that_queued_gets_every_chunk_and_no_other_gets_any(server: Ser
     indices = [index for message in messages for index in message["indices"]]
     assert indices == sorted(set(indices))
     assert indices[0] == 0
-    assert indices[-1] > LENGTH - 12
+    assert indices[-1] >= LENGTH - 12
     assert {tuple(size) for message in messages for size in message["sizes"]} == {(64, 64)}
     stats = last["stats"]
     assert stats["first_frame_seconds"] > 0
@@ -122,7 +122,8 @@ def test_a_page_that_missed_the_first_messages_hears_of_the_run_when_it_is_back(
         assert not any(message["indices"] for message in first.live()[2:])
     with page(server, [{"when": {"state": "held"}, "do": [{"action": "go_on"}]}], first.client_id) as again:
         assert server.result(prompt_id)["status"]["status_str"] == "success"
-        assert {index for message in again.until_done() for index in message["indices"]} >= {LENGTH - 16}
+        shown = {index for message in again.until_done() for index in message["indices"]}
+        assert LENGTH - 12 in shown, "the last chunk's first frame, which is shown at any rate"
 
 
 def test_messages_say_which_workflow_queued_the_run_and_scripts_without_one_are_played_too(server: Server) -> None:
