@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_flatten
 from bench.report import now, write
 from bench.rollout import CASES, CAUSAL, STEPS, Case, hardware
 from selfforcing_core.conditioning import Conditioning
-from selfforcing_core.config import WanConfig
+from selfforcing_core.config import PRESETS, WanConfig
+from selfforcing_core.geometry import SPATIAL_FACTOR
 from selfforcing_core.model import CausalWan
 from selfforcing_core.rollout import SeededNoise, rollout
 from selfforcing_core.rope import rotary_table
@@ -35,6 +36,8 @@ CHUNKS = {"small": 3, "large": 2}
 ROUNDS = {"small": 15, "large": 5}
 NARROW = WanConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=30, text_len=4, text_dim=8)
 GROUPS = {"addmm": "linears", "mm": "linears", "convolution": "linears", "slow_conv3d_forward": "linears"}
+WAN = PRESETS["t2v-1.3b"]
+GRID = tuple(side // SPATIAL_FACTOR // WAN.patch_size[1] for side in (480, 832))  # rows and columns of tokens
 SECONDS = 0.2  # of repetitions per operator
 
 
@@ -141,9 +144,9 @@ def measure_host() -> dict[str, float]:
     passes = chunks * (len(STEPS.steps) + 1) - 1
     seconds = [video(model, case, chunks) / passes for _ in range(case.repeats)][1:]
     tables = []
-    for start in range(0, 63, 3):
+    for start in range(0, 20 * CAUSAL.chunk, CAUSAL.chunk):
         began = time.thread_time()
-        rotary_table(128, start, 3, 30, 52)
+        rotary_table(WAN.head_dim, start, CAUSAL.chunk, *GRID)
         tables.append(time.thread_time() - began)
     return {"pass_of_30_layers": 1000 * statistics.median(seconds), "rotary_table": 1000 * statistics.median(tables)}
 

@@ -34,7 +34,8 @@ def in_real_numbers(x_BLNK: Tensor, table_L1K: Tensor) -> Tensor:
 @torch.no_grad()
 def measure(repeats: int) -> dict[str, float]:
     case = CASES["large"]
-    config, rows, columns = case.config, case.latent_height // 2, case.latent_width // 2
+    config = case.config
+    rows, columns = case.latent_height // config.patch_size[1], case.latent_width // config.patch_size[2]
     table = rotary_table(config.head_dim, 0, CAUSAL.chunk, rows, columns)
     x, weight = torch.randn(1, len(table), config.dim), torch.randn(config.dim)
 
