@@ -37,7 +37,7 @@ ROUNDS = {"small": 15, "large": 5}
 NARROW = WanConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=30, text_len=4, text_dim=8)
 GROUPS = {"addmm": "linears", "mm": "linears", "convolution": "linears", "slow_conv3d_forward": "linears"}
 WAN = PRESETS["t2v-1.3b"]
-GRID = tuple(side // SPATIAL_FACTOR // WAN.patch_size[1] for side in (480, 832))  # rows and columns of tokens
+ROWS, COLUMNS = (side // SPATIAL_FACTOR // WAN.patch_size[1] for side in (480, 832))  # of tokens
 SECONDS = 0.2  # of repetitions per operator
 
 
@@ -146,7 +146,7 @@ def measure_host() -> dict[str, float]:
     tables = []
     for start in range(0, 20 * CAUSAL.chunk, CAUSAL.chunk):
         began = time.thread_time()
-        rotary_table(WAN.head_dim, start, CAUSAL.chunk, *GRID)
+        rotary_table(WAN.head_dim, start, CAUSAL.chunk, ROWS, COLUMNS)
         tables.append(time.thread_time() - began)
     return {"pass_of_30_layers": 1000 * statistics.median(seconds), "rotary_table": 1000 * statistics.median(tables)}
 
