@@ -2,7 +2,8 @@
 
     python -m bench.kernels --json --out bench/results/kernels-cpu-1thread.json
 
-In its place: a video whose every operator is timed as it runs, between two videos that run plainly; what those take
+In its place: of two videos every other pass runs plainly, in the rest each operator is timed as it runs, and in the
+second video they change places, since a shared machine's speed changes within seconds; what the plain passes take
 beyond the operators' sum is the host (Python, views). By itself: each different operator is run alone, over and over,
 and counts as often as it occurred; beyond that sum are also colder processor caches. And the host alone: a pass of as
 many layers as 1.3B's, so narrow that nothing else takes time. One thread, CPU seconds, the cases of bench.rollout.
@@ -16,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,11 @@ from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import PRESETS, WanConfig
 from selfforcing_core.geometry import SPATIAL_FACTOR
 from selfforcing_core.model import CausalWan
-from selfforcing_core.rollout import SeededNoise, rollout
+from selfforcing_core.rollout import OnStep, SeededNoise, rollout
 from selfforcing_core.rope import rotary_table
 
 CHUNKS = {"small": 3, "large": 2}
-ROUNDS = {"small": 15, "large": 5}
+ROUNDS = {"small": 41, "large": 5}
 NARROW = WanConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=30, text_len=4, text_dim=8)
 GROUPS = {"addmm": "linears", "mm": "linears", "convolution": "linears", "slow_conv3d_forward": "linears"}
 WAN = PRESETS["t2v-1.3b"]
@@ -96,14 +98,40 @@ def alone(call: Callable[[], object]) -> float:
     return statistics.median(taken[1:])
 
 
-def video(model: CausalWan, case: Case, chunks: int) -> float:
+def video(model: CausalWan, case: Case, chunks: int, on_step: OnStep | None = None) -> float:
     """CPU seconds of a video."""
     text = Conditioning(torch.zeros(1, case.config.text_len, case.config.text_dim))
     shape = (chunks * CAUSAL.chunk, case.config.in_dim, case.latent_height, case.latent_width)
     began = time.thread_time()
-    for _ in rollout(model, text, noise=SeededNoise(0), latent_shape=shape, causal=CAUSAL, steps=STEPS):
+    for _ in rollout(
+        model, text, noise=SeededNoise(0), latent_shape=shape, causal=CAUSAL, steps=STEPS, on_step=on_step
+    ):
         pass
     return time.thread_time() - began
+
+
+def half_watched(model: CausalWan, case: Case, chunks: int, is_watched: bool) -> tuple[float, Counter[str]]:
+    """A video whose passes are watched and plain in turn, the first as told: CPU seconds of the plain ones, each with
+    what follows before the next one, and of the operators of the others by group."""
+    watch, watching, plain, began = Stopwatch(), ExitStack(), 0.0, 0.0
+
+    def change(chunk: int, step: int) -> None:
+        nonlocal is_watched, plain, began
+        if not is_watched:
+            plain += time.thread_time() - began
+        watching.close()
+        is_watched = not is_watched
+        if is_watched:
+            watching.enter_context(watch)
+        began = time.thread_time()
+
+    if is_watched:
+        watching.enter_context(watch)
+    with watching:
+        began = time.thread_time()
+        video(model, case, chunks, change)
+        change(0, 0)
+    return plain, watch.groups
 
 
 @torch.no_grad()
@@ -114,11 +142,9 @@ def measure(name: str) -> dict[str, Any]:
     video(model, case, chunks)
     rounds = []
     for _ in range(ROUNDS[name]):
-        before = video(model, case, chunks)
-        with Stopwatch() as watched:
-            video(model, case, chunks)
-        total = (before + video(model, case, chunks)) / 2
-        rounds.append((total / sum(watched.groups.values()), total, dict(watched.groups)))
+        (one, groups), (other, more) = (half_watched(model, case, chunks, first) for first in (True, False))
+        groups = groups + more
+        rounds.append(((one + other) / groups.total(), one + other, groups))
     over, total, groups = sorted(rounds, key=lambda one: one[0])[len(rounds) // 2]
     with Recorder() as recorder:
         video(model, case, chunks)

@@ -167,7 +167,7 @@ class SharedNetwork:
             del ours._parameters["modulation"]
             self._modulated.append((ours, theirs))
         for name, child in list(ours.named_children()):
-            if isinstance(child, nn.ModuleList) or type(child).__module__ == CausalWan.__module__:
+            if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or type(child).__module__ == CausalWan.__module__:
                 self._share(child, getattr(theirs, name))
             else:
                 setattr(ours, name, getattr(theirs, name))

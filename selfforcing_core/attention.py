@@ -32,7 +32,7 @@ MATH_LIMIT = 2**28  # bytes; "math" holds all scores at once and is only tried w
 
 def attend(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask_LS: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(K)) v, [B, L, N, K]. `mask_LS` is True where a query may look."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
+    q, k, v = q_BLNK.transpose(1, 2), k_BSNK.transpose(1, 2), v_BSNK.transpose(1, 2)
     # compiled code cannot stop to measure, and a pass with gradient spends most of its time elsewhere
     choice = None if torch.compiler.is_compiling() or torch.is_grad_enabled() else _measured.get()
     attended = F.scaled_dot_product_attention(q, k, v, mask_LS) if choice is None else choice.attend(q, k, v, mask_LS)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import layers
+
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .model import CausalWan
@@ -73,7 +75,7 @@ def _choices() -> str:
 def load_model(
     name_or_path: str | Path,
     *,
-    operations: Any = torch.nn,
+    operations: Any = layers,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     weights: str = "auto",

@@ -220,11 +220,12 @@ class KVCache:
         again = (start_frame, start_frame + num_frames) == (self.start_frame, self.end_frame)
         follows = start_frame == (self.base if self.end_frame == self.sink else self.end_frame)
         assert again or follows, f"frame {start_frame} does not follow {self.end_frame}"
-        self.start_frame, self.end_frame = start_frame, start_frame + num_frames
-        self._aim(self._pieces(start_frame, num_frames))
+        if not again:
+            self.start_frame, self.end_frame = start_frame, start_frame + num_frames
+            self._aim(self._pieces(start_frame, num_frames))
 
     def _aim(self, pieces: list[tuple[int, int, int]]) -> None:
-        """Views of every layer's slots for the staged chunk and of all that is visible, made here for a whole pass."""
+        """Views of every layer's slots for the staged chunk and of all that is visible, for all of its passes."""
         self._current = pieces
         buffers = (self.k, self.v, self.k_scale, self.v_scale)
         self._slots = tuple(

@@ -10,7 +10,6 @@ P tokens per frame, L = F*P tokens, D model width, N heads, K head width, X text
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from . import layers
 from .attention import attend, attend_segments, expand_frames
 from .config import CLIP_DIM, WanConfig
 from .geometry import tokens_per_frame
@@ -31,11 +31,15 @@ WITHOUT_FLOAT64 = ("mps",)  # types of device
 
 def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
     """Sinusoids [..., width] of timesteps on the 0-1000 scale, [cos | sin], float64; float32 where there is none."""
-    half = width // 2
     wide = torch.float32 if timesteps.device.type in WITHOUT_FLOAT64 else torch.float64
-    frequencies = 10000.0 ** (-torch.arange(half, dtype=wide, device=timesteps.device) / half)
-    angles = timesteps.to(wide)[..., None] * frequencies
+    angles = timesteps.to(wide)[..., None] * _frequencies(width // 2, timesteps.device, wide)
     return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+@functools.lru_cache(maxsize=4)
+def _frequencies(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # a later pass may need gradients
+        return 10000.0 ** (-torch.arange(count, dtype=dtype, device=device) / count)
 
 
 def _modulation(count: int, dim: int, *, device: torch.device | None, dtype: torch.dtype | None) -> nn.Parameter:
@@ -44,6 +48,8 @@ def _modulation(count: int, dim: int, *, device: torch.device | None, dtype: tor
 
 
 class _SelfAttention(nn.Module):
+    """Attention's parameters and what is computed before it, in plain methods: a module's own call costs more."""
+
     def __init__(self, config: WanConfig, operations: Any, **factory: Any) -> None:
         super().__init__()
         self.num_heads = config.num_heads
@@ -54,14 +60,15 @@ class _SelfAttention(nn.Module):
         self.norm_q = operations.RMSNorm(config.dim, eps=config.eps, **factory)
         self.norm_k = operations.RMSNorm(config.dim, eps=config.eps, **factory)
 
-    def heads(self, x_BLD: Tensor) -> Tensor:
-        return x_BLD.view(*x_BLD.shape[:-1], self.num_heads, -1)
+    def heads(self, x: Tensor) -> Tensor:
+        """[B, ..., D] to [B, L, N, K]."""
+        return x.view(x.shape[0], -1, self.num_heads, x.shape[-1] // self.num_heads)
 
-    def forward(self, x_BLD: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def queries_keys_values(self, x_BFPD: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (both turned by their position) and values [B, L, N, K]; `o` takes what attention makes."""
-        q = apply_rotary(self.heads(self.norm_q(self.q(x_BLD))), rotary)
-        k = apply_rotary(self.heads(self.norm_k(self.k(x_BLD))), rotary)
-        return q, k, self.heads(self.v(x_BLD))
+        q = apply_rotary(self.heads(self.norm_q(self.q(x_BFPD))), rotary)
+        k = apply_rotary(self.heads(self.norm_k(self.k(x_BFPD))), rotary)
+        return q, k, self.heads(self.v(x_BFPD))
 
 
 KeysValues = tuple[tuple[Tensor, Tensor], ...]
@@ -88,8 +95,8 @@ class _CrossAttention(_SelfAttention):
         """[B, X, N, K] with each head's tokens together in memory, as in the cache."""
         return self.heads(x_BXD).transpose(1, 2).contiguous().transpose(1, 2)
 
-    def forward(self, x_BFPD: Tensor, keys_values: KeysValues) -> Tensor:  # type: ignore[override]
-        q_BLNK = self.heads(self.norm_q(self.q(x_BFPD))).flatten(1, 2)
+    def attend_to(self, x_BFPD: Tensor, keys_values: KeysValues) -> Tensor:
+        q_BLNK = self.heads(self.norm_q(self.q(x_BFPD)))
         attended = attend(q_BLNK, *keys_values[0])
         for keys, values in keys_values[1:]:
             attended = attended + attend(q_BLNK, keys, values)
@@ -97,10 +104,12 @@ class _CrossAttention(_SelfAttention):
 
 
 _Context = tuple[Tensor, Tensor | None]  # embedded text [B, X, D], embedded image [B, I, D]
+_Modulation = tuple[Tensor, ...]  # each [B, F, 1, D]
 
 
-def _call(function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)
+def _modulated(x_BFPD: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Layer norm without parameters of its own, then each frame's scale and shift."""
+    return torch.addcmul(shift, F.layer_norm(x_BFPD, x_BFPD.shape[-1:], eps=eps), 1 + scale)
 
 
 class _Block(nn.Module):
@@ -108,23 +117,22 @@ class _Block(nn.Module):
 
     def __init__(self, config: WanConfig, operations: Any, **factory: Any) -> None:
         super().__init__()
-        norm = {"eps": config.eps, **factory}
-        self.norm1 = operations.LayerNorm(config.dim, elementwise_affine=False, **norm)
+        self.eps = config.eps
         self.self_attn = _SelfAttention(config, operations, **factory)
-        self.norm3 = operations.LayerNorm(config.dim, elementwise_affine=True, **norm)
+        self.norm3 = operations.LayerNorm(config.dim, eps=config.eps, **factory)
         self.cross_attn = _CrossAttention(config, operations, **factory)
-        self.norm2 = operations.LayerNorm(config.dim, elementwise_affine=False, **norm)
-        self.ffn = nn.Sequential(
-            operations.Linear(config.dim, config.ffn_dim, **factory),
-            nn.GELU(approximate="tanh"),
-            operations.Linear(config.ffn_dim, config.dim, **factory),
+        self.ffn = nn.ModuleDict(  # in the checkpoints' numbers, where the activation between them is 1
+            {
+                "0": operations.Linear(config.dim, config.ffn_dim, **factory),
+                "2": operations.Linear(config.ffn_dim, config.dim, **factory),
+            }
         )
         self.modulation = _modulation(6, config.dim, **factory)
 
     def forward(
         self,
         x_BFPD: Tensor,
-        e_BF6D: Tensor,
+        e_BF61D: Tensor,
         context: _Context | None,
         rotary: Tensor,
         cache: KVCache | None,
@@ -134,9 +142,11 @@ class _Block(nn.Module):
         recompute = self.recompute if torch.is_grad_enabled() else None
         if recompute is not None and (cache is None or cache.keeps_all):
             past = None if cache is None else cache.past(layer)
-            return recompute(self._whole, x_BFPD, e_BF6D, context, rotary, past, mask_LS)
-        call = recompute or _call
-        q, k, v, later_BF4D = call(self.before_attention, x_BFPD, e_BF6D, rotary)
+            return recompute(self._whole, x_BFPD, e_BF61D, context, rotary, past, mask_LS)
+        before, after = self.before_attention, self.after_attention
+        if recompute is not None:
+            before, after = functools.partial(recompute, before), functools.partial(recompute, after)
+        q, k, v, later = before(x_BFPD, e_BF61D, rotary)
         # only where torch's kernel says what merging segments needs; elsewhere `update` widens one layer at a time
         if cache is not None and cache.converts(k) and k.device.type == "cpu" and not torch.is_grad_enabled():
             cache.write(layer, k, v)
@@ -145,41 +155,42 @@ class _Block(nn.Module):
             if cache is not None:
                 k, v = cache.update(layer, k, v)
             attended_BLNK = attend(q, k, v, mask_LS)
-        return call(self.after_attention, x_BFPD, later_BF4D, attended_BLNK, self._keys_values(context, cache, layer))
+        return after(x_BFPD, later, attended_BLNK, self._keys_values(context, cache, layer))
 
     def _whole(
         self,
         x_BFPD: Tensor,
-        e_BF6D: Tensor,
+        e_BF61D: Tensor,
         context: _Context,
         rotary: Tensor,
         past: Past | None,
         mask_LS: Tensor | None,
     ) -> Tensor:
         """All of the block from tensors that are kept anyway, so that it can be computed again."""
-        q, k, v, later_BF4D = self.before_attention(x_BFPD, e_BF6D, rotary)
+        q, k, v, later = self.before_attention(x_BFPD, e_BF61D, rotary)
         attended_BLNK = attend(q, *((k, v) if past is None else past(k, v)), mask_LS)
-        return self.after_attention(x_BFPD, later_BF4D, attended_BLNK, self.cross_attn.keys_values(*context))
+        return self.after_attention(x_BFPD, later, attended_BLNK, self.cross_attn.keys_values(*context))
 
-    def before_attention(self, x_BFPD: Tensor, e_BF6D: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def before_attention(
+        self, x_BFPD: Tensor, e_BF61D: Tensor, rotary: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, _Modulation]:
         """Queries, keys and values of the frames' own tokens, and the modulation that `after_attention` needs.
 
         Tensors in, tensors out: what can be compiled.
         """
-        e_BF6D = e_BF6D + self.modulation.to(e_BF6D)
-        shift, scale, *_ = e_BF6D.unsqueeze(3).unbind(2)
-        q, k, v = self.self_attn(torch.addcmul(shift, self.norm1(x_BFPD), 1 + scale).flatten(1, 2), rotary)
-        return q, k, v, e_BF6D[:, :, 2:]
+        shift, scale, *later = (e_BF61D + self.modulation.unsqueeze(2).to(e_BF61D)).unbind(2)
+        q, k, v = self.self_attn.queries_keys_values(_modulated(x_BFPD, shift, scale, self.eps), rotary)
+        return q, k, v, tuple(later)
 
     def after_attention(
-        self, x_BFPD: Tensor, later_BF4D: Tensor, attended_BLNK: Tensor, keys_values: KeysValues
+        self, x_BFPD: Tensor, later: _Modulation, attended_BLNK: Tensor, keys_values: KeysValues
     ) -> Tensor:
         """The rest of the block, from what self-attention made. Tensors in, tensors out: what can be compiled."""
-        gate1, shift, scale, gate2 = later_BF4D.unsqueeze(3).unbind(2)
+        gate1, shift, scale, gate2 = later
         x_BFPD = torch.addcmul(x_BFPD, self.self_attn.o(attended_BLNK.reshape(x_BFPD.shape)), gate1)
-        x_BFPD = x_BFPD + self.cross_attn(self.norm3(x_BFPD), keys_values)
-        fed = self.ffn(torch.addcmul(shift, self.norm2(x_BFPD), 1 + scale))
-        return torch.addcmul(x_BFPD, fed, gate2)
+        x_BFPD = x_BFPD + self.cross_attn.attend_to(self.norm3(x_BFPD), keys_values)
+        fed = F.gelu(self.ffn["0"](_modulated(x_BFPD, shift, scale, self.eps)), approximate="tanh")
+        return torch.addcmul(x_BFPD, self.ffn["2"](fed), gate2)
 
     def _keys_values(self, context: _Context | None, cache: KVCache | None, layer: int) -> KeysValues:
         def compute() -> KeysValues:
@@ -192,14 +203,14 @@ class _Block(nn.Module):
 class _Head(nn.Module):
     def __init__(self, config: WanConfig, operations: Any, **factory: Any) -> None:
         super().__init__()
-        self.norm = operations.LayerNorm(config.dim, elementwise_affine=False, eps=config.eps, **factory)
+        self.eps = config.eps
         patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
         self.head = operations.Linear(config.dim, patch * config.out_dim, **factory)
         self.modulation = _modulation(2, config.dim, **factory)
 
     def forward(self, x_BFPD: Tensor, e_BFD: Tensor) -> Tensor:
         shift, scale = (e_BFD.unsqueeze(2) + self.modulation.to(e_BFD)).unsqueeze(3).unbind(2)
-        return self.head(torch.addcmul(shift, self.norm(x_BFPD), 1 + scale))
+        return self.head(_modulated(x_BFPD, shift, scale, self.eps))
 
 
 class _ImageEmbedding(nn.Module):
@@ -220,10 +231,10 @@ class _ImageEmbedding(nn.Module):
 
 
 class CausalWan(nn.Module):
-    """Wan 2.1 transformer, text-to-video or image-to-video. `operations` supplies Linear, Conv3d and the norms."""
+    """Wan 2.1 transformer, text-to-video or image-to-video. `operations` supplies Linear, Conv3d and norms."""
 
     def __init__(
-        self, config: WanConfig, *, operations: Any = nn, device: torch.device | None = None, dtype: Any = None
+        self, config: WanConfig, *, operations: Any = layers, device: torch.device | None = None, dtype: Any = None
     ) -> None:
         super().__init__()
         self.config = config
@@ -319,12 +330,12 @@ class CausalWan(nn.Module):
         x = rearrange(self.patch_embedding(noisy_BTCHW.to(dtype).transpose(1, 2)), "b d f h w -> b f (h w) d")
         x = x.contiguous()  # else every block computes on the convolution's strides
         e_BFD = self.time_embedding(timestep_embedding(timesteps_BT, self.config.freq_dim).to(dtype))
-        e_BF6D = self.time_projection(e_BFD).unflatten(-1, (6, -1))
+        e_BF61D = self.time_projection(e_BFD).unflatten(-1, (6, 1, -1))
         is_known = cache is not None and cache.has_cross()
         context = None if is_known else self._embed_context(prompt_embeds_BXE, clip_BIX)
         mask = None if mask_FF is None else expand_frames(mask_FF, rows * columns)
         for layer, block in enumerate(self.blocks):
-            x = block(x, e_BF6D, context, rotary, cache, layer, mask)
+            x = block(x, e_BF61D, context, rotary, cache, layer, mask)
         x = self.head(x[:, -num_frames:], e_BFD[:, -num_frames:])
         p, q = self.config.patch_size[1:]
         return rearrange(x, "b t (h w) (p q c) -> b t c (h p) (w q)", h=rows, w=columns, p=p, q=q)

@@ -57,6 +57,9 @@ def _table(head_dim: int, start_frame: int, grid: tuple[int, int, int], device: 
 
 def apply_rotary(x_BLNK: Tensor, table_L1K: Tensor) -> Tensor:
     """Turn each channel pair of x by its position's angle; computed in float32 at least, returned in x's dtype."""
-    wide_BLNK = x_BLNK.to(torch.promote_types(x_BLNK.dtype, torch.float32))
-    pairs = torch.view_as_complex(wide_BLNK.view(*x_BLNK.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * table_L1K).flatten(-2).to(x_BLNK.dtype)
+    wide = x_BLNK.to(torch.promote_types(x_BLNK.dtype, torch.float32))
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        turned = torch.view_as_real(torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * table_L1K).flatten(-2)
+    else:  # the same in half the calls, but gradient does not pass through it
+        turned = (wide.view(torch.promote_types(wide.dtype, torch.complex64)) * table_L1K).view(wide.dtype)
+    return turned.to(x_BLNK.dtype)

@@ -201,7 +201,7 @@ async def steer(page: Page, session: aiohttp.ClientSession, renderer: str, seed:
     found: dict[str, Any] = {"is_shown": await page.evaluate("!!window.player()?.isConnected")}
     if not found["is_shown"]:
         return found
-    await page.evaluate(f"window.prepare(165, {seed}); window.run()")
+    await page.evaluate(f"window.prepare(333, {seed}); window.run()")
     # In one step: between two, a fast host may end the run.
     await page.until("/chunk/.test(window.told()) && (window.control('hold').click(), true)")
     await page.until("/held/.test(window.told())")
@@ -214,7 +214,7 @@ async def steer(page: Page, session: aiohttp.ClientSession, renderer: str, seed:
     await page.evaluate("window.control('prompt').click()")
     await asyncio.sleep(0.5)
     await page.evaluate("window.control('go_on').click()")
-    await page.until("/chunk 14 of 14/.test(window.told())")
+    await page.until("/chunk 28 of 28/.test(window.told())")
     await asyncio.sleep(1)
     await page.evaluate("window.to_the_end()")
     found["after"] = await page.evaluate("window.seen()")

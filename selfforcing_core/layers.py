@@ -1,0 +1,44 @@
+"""torch's layers without the bookkeeping of torch's own call: what `CausalWan` is made of unless a host brings its own.
+
+A call of a torch module looks for many kinds of hooks and finds its parameters by a failed attribute access: longer
+work than a small layer's arithmetic. Here only hooks of the layer itself are looked for; where there are any, and in
+subclasses, torch's own call does everything.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Conv3d
+
+__all__ = ["Conv3d", "LayerNorm", "Linear", "RMSNorm"]
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+class Linear(nn.Linear):
+    def __call__(self, input: Tensor) -> Tensor:
+        if type(self) is not Linear or _is_hooked(self):
+            return super().__call__(input)
+        parameters: dict[str, Any] = self._parameters
+        return F.linear(input, parameters["weight"], parameters["bias"])
+
+
+class LayerNorm(nn.LayerNorm):
+    def __call__(self, input: Tensor) -> Tensor:
+        if type(self) is not LayerNorm or _is_hooked(self):
+            return super().__call__(input)
+        parameters = self._parameters
+        return F.layer_norm(input, self.normalized_shape, parameters["weight"], parameters["bias"], self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    def __call__(self, input: Tensor) -> Tensor:
+        if type(self) is not RMSNorm or _is_hooked(self):
+            return super().__call__(input)
+        return F.rms_norm(input, self.normalized_shape, self._parameters["weight"], self.eps)
