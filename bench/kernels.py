@@ -111,8 +111,8 @@ def video(model: CausalWan, case: Case, chunks: int, on_step: OnStep | None = No
 
 
 def half_watched(model: CausalWan, case: Case, chunks: int, is_watched: bool) -> tuple[float, Counter[str]]:
-    """A video whose passes are watched and plain in turn, the first as told: CPU seconds of the plain ones, each with
-    what follows before the next one, and of the operators of the others by group."""
+    """A video whose passes are watched and plain in turn, what comes before the first as told: CPU seconds of the plain
+    ones, each with what follows before the next one, and of the operators of the others by group."""
     watch, watching, plain, began = Stopwatch(), ExitStack(), 0.0, 0.0
 
     def change(chunk: int, step: int) -> None:

@@ -1,8 +1,8 @@
 """A Wan MODEL of the host made causal: its own modules, run in the order of our network, with our cache.
 
 Nothing in the MODEL is replaced. Two wrappers on it look for a rollout's state in transformer_options; without one the
-host's own forward pass runs, as for any MODEL. Since only modules are called, whatever the host or another pack does to
-them (LoRA, offloading, quantised layers, casting) holds in the causal pass too.
+host's own forward pass runs, as for any MODEL. Since its own layers are called, whatever the host or another pack does
+to those that have weights (LoRA, offloading, quantised layers, casting) holds in the causal pass too.
 
 Letters: B batch, C channels, T latent frames, H W latent size, X text tokens, E text width, I image tokens.
 """

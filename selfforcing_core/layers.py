@@ -1,8 +1,8 @@
 """torch's layers without the bookkeeping of torch's own call: what `CausalWan` is made of unless a host brings its own.
 
-A call of a torch module looks for many kinds of hooks and finds its parameters by a failed attribute access: longer
-work than a small layer's arithmetic. Here only hooks of the layer itself are looked for; where there are any, and in
-subclasses, torch's own call does everything.
+A call of a torch module looks for many kinds of hooks and finds its parameters by a failed attribute access: more work
+than a small layer's arithmetic. Here the layer itself is looked at: one that is hooked, compiled, of a subclass or with
+another `forward` goes through torch's own call.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from torch.nn import Conv3d
 __all__ = ["Conv3d", "LayerNorm", "Linear", "RMSNorm"]
 
 
-def _is_hooked(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+def _is_changed(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    return bool(
+        type(layer) is not kind or layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+        or layer._backward_pre_hooks or layer._compiled_call_impl is not None or "forward" in layer.__dict__
+    )  # fmt: skip
 
 
 class Linear(nn.Linear):
     def __call__(self, input: Tensor) -> Tensor:
-        if type(self) is not Linear or _is_hooked(self):
+        if _is_changed(self, Linear):
             return super().__call__(input)
         parameters: dict[str, Any] = self._parameters
         return F.linear(input, parameters["weight"], parameters["bias"])
@@ -31,7 +34,7 @@ class Linear(nn.Linear):
 
 class LayerNorm(nn.LayerNorm):
     def __call__(self, input: Tensor) -> Tensor:
-        if type(self) is not LayerNorm or _is_hooked(self):
+        if _is_changed(self, LayerNorm):
             return super().__call__(input)
         parameters = self._parameters
         return F.layer_norm(input, self.normalized_shape, parameters["weight"], parameters["bias"], self.eps)
@@ -39,6 +42,6 @@ class LayerNorm(nn.LayerNorm):
 
 class RMSNorm(nn.RMSNorm):
     def __call__(self, input: Tensor) -> Tensor:
-        if type(self) is not RMSNorm or _is_hooked(self):
+        if _is_changed(self, RMSNorm):
             return super().__call__(input)
         return F.rms_norm(input, self.normalized_shape, self._parameters["weight"], self.eps)

@@ -4,7 +4,8 @@ With a cache it evaluates one chunk of frames against all frames the cache holds
 bidirectional network, or, given a frame mask, the network in the form that training uses.
 
 Letters: B batch, T latent frames, C channels, H W latent size, F frames of the sequence (2T with a clean half),
-P tokens per frame, L = F*P tokens, D model width, N heads, K head width, X text tokens, E text width.
+G = B*F frames of all rows, P tokens per frame, L = F*P tokens, D model width, N heads, K head width, X text tokens,
+E text width.
 """
 
 from __future__ import annotations
@@ -60,15 +61,16 @@ class _SelfAttention(nn.Module):
         self.norm_q = operations.RMSNorm(config.dim, eps=config.eps, **factory)
         self.norm_k = operations.RMSNorm(config.dim, eps=config.eps, **factory)
 
-    def heads(self, x: Tensor) -> Tensor:
-        """[B, ..., D] to [B, L, N, K]."""
-        return x.view(x.shape[0], -1, self.num_heads, x.shape[-1] // self.num_heads)
+    def heads(self, x: Tensor, length: int) -> Tensor:
+        """[..., D] to [B, length, N, K]."""
+        return x.view(-1, length, self.num_heads, x.shape[-1] // self.num_heads)
 
-    def queries_keys_values(self, x_BFPD: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def queries_keys_values(self, x_GPD: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (both turned by their position) and values [B, L, N, K]; `o` takes what attention makes."""
-        q = apply_rotary(self.heads(self.norm_q(self.q(x_BFPD))), rotary)
-        k = apply_rotary(self.heads(self.norm_k(self.k(x_BFPD))), rotary)
-        return q, k, self.heads(self.v(x_BFPD))
+        length = rotary.shape[0]
+        q = apply_rotary(self.heads(self.norm_q(self.q(x_GPD)), length), rotary)
+        k = apply_rotary(self.heads(self.norm_k(self.k(x_GPD)), length), rotary)
+        return q, k, self.heads(self.v(x_GPD), length)
 
 
 KeysValues = tuple[tuple[Tensor, Tensor], ...]
@@ -93,26 +95,28 @@ class _CrossAttention(_SelfAttention):
 
     def _by_head(self, x_BXD: Tensor) -> Tensor:
         """[B, X, N, K] with each head's tokens together in memory, as in the cache."""
-        return self.heads(x_BXD).transpose(1, 2).contiguous().transpose(1, 2)
+        return self.heads(x_BXD, x_BXD.shape[1]).transpose(1, 2).contiguous().transpose(1, 2)
 
-    def attend_to(self, x_BFPD: Tensor, keys_values: KeysValues) -> Tensor:
-        q_BLNK = self.heads(self.norm_q(self.q(x_BFPD)))
+    def attend_to(self, x_GPD: Tensor, length: int, keys_values: KeysValues) -> Tensor:
+        q_BLNK = self.heads(self.norm_q(self.q(x_GPD)), length)
         attended = attend(q_BLNK, *keys_values[0])
         for keys, values in keys_values[1:]:
             attended = attended + attend(q_BLNK, keys, values)
-        return self.o(attended.reshape(x_BFPD.shape))
+        return self.o(attended.reshape(x_GPD.shape))
 
 
 _Context = tuple[Tensor, Tensor | None]  # embedded text [B, X, D], embedded image [B, I, D]
-_Modulation = tuple[Tensor, ...]  # each [B, F, 1, D]
+_Modulation = tuple[Tensor, ...]  # each [G, 1, D]
 
 
-def _modulated(x_BFPD: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+def _modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Layer norm without parameters of its own, then each frame's scale and shift."""
-    return torch.addcmul(shift, F.layer_norm(x_BFPD, x_BFPD.shape[-1:], eps=eps), 1 + scale)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
 
 
 class _Block(nn.Module):
+    """Rows and frames are one axis, since hosts multiply in 8 bits only what has three."""
+
     recompute: Any = None  # torch's checkpoint function, when activations are not kept
 
     def __init__(self, config: WanConfig, operations: Any, **factory: Any) -> None:
@@ -131,8 +135,8 @@ class _Block(nn.Module):
 
     def forward(
         self,
-        x_BFPD: Tensor,
-        e_BF61D: Tensor,
+        x_GPD: Tensor,
+        e_G61D: Tensor,
         context: _Context | None,
         rotary: Tensor,
         cache: KVCache | None,
@@ -142,11 +146,11 @@ class _Block(nn.Module):
         recompute = self.recompute if torch.is_grad_enabled() else None
         if recompute is not None and (cache is None or cache.keeps_all):
             past = None if cache is None else cache.past(layer)
-            return recompute(self._whole, x_BFPD, e_BF61D, context, rotary, past, mask_LS)
+            return recompute(self._whole, x_GPD, e_G61D, context, rotary, past, mask_LS)
         before, after = self.before_attention, self.after_attention
         if recompute is not None:
             before, after = functools.partial(recompute, before), functools.partial(recompute, after)
-        q, k, v, later = before(x_BFPD, e_BF61D, rotary)
+        q, k, v, later = before(x_GPD, e_G61D, rotary)
         # only where torch's kernel says what merging segments needs; elsewhere `update` widens one layer at a time
         if cache is not None and cache.converts(k) and k.device.type == "cpu" and not torch.is_grad_enabled():
             cache.write(layer, k, v)
@@ -155,42 +159,42 @@ class _Block(nn.Module):
             if cache is not None:
                 k, v = cache.update(layer, k, v)
             attended_BLNK = attend(q, k, v, mask_LS)
-        return after(x_BFPD, later, attended_BLNK, self._keys_values(context, cache, layer))
+        return after(x_GPD, later, attended_BLNK, self._keys_values(context, cache, layer))
 
     def _whole(
         self,
-        x_BFPD: Tensor,
-        e_BF61D: Tensor,
+        x_GPD: Tensor,
+        e_G61D: Tensor,
         context: _Context,
         rotary: Tensor,
         past: Past | None,
         mask_LS: Tensor | None,
     ) -> Tensor:
         """All of the block from tensors that are kept anyway, so that it can be computed again."""
-        q, k, v, later = self.before_attention(x_BFPD, e_BF61D, rotary)
+        q, k, v, later = self.before_attention(x_GPD, e_G61D, rotary)
         attended_BLNK = attend(q, *((k, v) if past is None else past(k, v)), mask_LS)
-        return self.after_attention(x_BFPD, later, attended_BLNK, self.cross_attn.keys_values(*context))
+        return self.after_attention(x_GPD, later, attended_BLNK, self.cross_attn.keys_values(*context))
 
     def before_attention(
-        self, x_BFPD: Tensor, e_BF61D: Tensor, rotary: Tensor
+        self, x_GPD: Tensor, e_G61D: Tensor, rotary: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, _Modulation]:
         """Queries, keys and values of the frames' own tokens, and the modulation that `after_attention` needs.
 
         Tensors in, tensors out: what can be compiled.
         """
-        shift, scale, *later = (e_BF61D + self.modulation.unsqueeze(2).to(e_BF61D)).unbind(2)
-        q, k, v = self.self_attn.queries_keys_values(_modulated(x_BFPD, shift, scale, self.eps), rotary)
+        shift, scale, *later = (e_G61D + self.modulation.unsqueeze(2).to(e_G61D)).unbind(1)
+        q, k, v = self.self_attn.queries_keys_values(_modulated(x_GPD, shift, scale, self.eps), rotary)
         return q, k, v, tuple(later)
 
     def after_attention(
-        self, x_BFPD: Tensor, later: _Modulation, attended_BLNK: Tensor, keys_values: KeysValues
+        self, x_GPD: Tensor, later: _Modulation, attended_BLNK: Tensor, keys_values: KeysValues
     ) -> Tensor:
         """The rest of the block, from what self-attention made. Tensors in, tensors out: what can be compiled."""
         gate1, shift, scale, gate2 = later
-        x_BFPD = torch.addcmul(x_BFPD, self.self_attn.o(attended_BLNK.reshape(x_BFPD.shape)), gate1)
-        x_BFPD = x_BFPD + self.cross_attn.attend_to(self.norm3(x_BFPD), keys_values)
-        fed = F.gelu(self.ffn["0"](_modulated(x_BFPD, shift, scale, self.eps)), approximate="tanh")
-        return torch.addcmul(x_BFPD, self.ffn["2"](fed), gate2)
+        x_GPD = torch.addcmul(x_GPD, self.self_attn.o(attended_BLNK.reshape(x_GPD.shape)), gate1)
+        x_GPD = x_GPD + self.cross_attn.attend_to(self.norm3(x_GPD), attended_BLNK.shape[1], keys_values)
+        fed = F.gelu(self.ffn["0"](_modulated(x_GPD, shift, scale, self.eps)), approximate="tanh")
+        return torch.addcmul(x_GPD, self.ffn["2"](fed), gate2)
 
     def _keys_values(self, context: _Context | None, cache: KVCache | None, layer: int) -> KeysValues:
         def compute() -> KeysValues:
@@ -327,16 +331,16 @@ class CausalWan(nn.Module):
         if cache is not None:
             cache.stage(start_frame, num_frames)
 
-        x = rearrange(self.patch_embedding(noisy_BTCHW.to(dtype).transpose(1, 2)), "b d f h w -> b f (h w) d")
+        x = rearrange(self.patch_embedding(noisy_BTCHW.to(dtype).transpose(1, 2)), "b d f h w -> (b f) (h w) d")
         x = x.contiguous()  # else every block computes on the convolution's strides
         e_BFD = self.time_embedding(timestep_embedding(timesteps_BT, self.config.freq_dim).to(dtype))
-        e_BF61D = self.time_projection(e_BFD).unflatten(-1, (6, 1, -1))
+        e_G61D = self.time_projection(e_BFD).flatten(0, 1).unflatten(-1, (6, 1, -1))
         is_known = cache is not None and cache.has_cross()
         context = None if is_known else self._embed_context(prompt_embeds_BXE, clip_BIX)
         mask = None if mask_FF is None else expand_frames(mask_FF, rows * columns)
         for layer, block in enumerate(self.blocks):
-            x = block(x, e_BF61D, context, rotary, cache, layer, mask)
-        x = self.head(x[:, -num_frames:], e_BFD[:, -num_frames:])
+            x = block(x, e_G61D, context, rotary, cache, layer, mask)
+        x = self.head(x.unflatten(0, e_BFD.shape[:2])[:, -num_frames:], e_BFD[:, -num_frames:])
         p, q = self.config.patch_size[1:]
         return rearrange(x, "b t (h w) (p q c) -> b t c (h p) (w q)", h=rows, w=columns, p=p, q=q)
 

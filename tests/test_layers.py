@@ -73,6 +73,23 @@ class _Doubled(nn.Module):
 
 
 @pytest.mark.parametrize(("kind", "sizes"), KINDS)
+def test_a_layer_given_another_forward_uses_it(kind: type[nn.Module], sizes: dict[str, Any]) -> None:
+    layer, x = kind(**sizes), torch.randn(2, 6)
+    layer.forward = lambda input: input + 1  # type: ignore[method-assign]
+    assert torch.equal(layer(x), x + 1)
+
+
+def test_linear_layers_of_blocks_get_three_axes() -> None:
+    """ComfyUI multiplies in 8 bits what has two or three, and widens the weights for everything else."""
+    network, axes = random_wan(), set()
+    for layer in network.blocks.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_pre_hook(lambda _, args: axes.add(args[0].ndim))
+    video(network, 6, CausalConfig(2))
+    assert axes == {3}
+
+
+@pytest.mark.parametrize(("kind", "sizes"), KINDS)
 def test_subclasses_and_parametrised_layers_keep_their_own_ways(kind: type[nn.Module], sizes: dict[str, Any]) -> None:
     class Other(kind):  # type: ignore[valid-type, misc]
         def forward(self, input: Tensor) -> Tensor:

@@ -84,14 +84,15 @@ class Discriminator:
     def __init__(self, network: Any, module: Any, heads: Any, *, sees_time: bool) -> None:
         self.network, self.heads, self.sees_time = network, heads, sees_time
         self.features: list[Tensor] | None = None
+        self.batch = 0
         self.time_BD: Tensor | None = None
         for index in tapped(len(module.blocks)):
             module.blocks[index].register_forward_hook(self._keep)
         module.time_embedding.register_forward_hook(self._keep_time)
 
-    def _keep(self, _module: Any, _inputs: Any, x_BFPD: Tensor) -> None:
+    def _keep(self, _module: Any, _inputs: Any, x_GPD: Tensor) -> None:
         if self.features is not None:
-            self.features.append(x_BFPD.flatten(1, 2))
+            self.features.append(x_GPD.reshape(self.batch, -1, x_GPD.shape[-1]))
 
     def _keep_time(self, _module: Any, _inputs: Any, e_BFD: Tensor) -> None:
         self.time_BD = e_BFD[:, 0] if self.features is not None and self.sees_time else None
@@ -102,7 +103,7 @@ class Discriminator:
         image = {} if condition.image_BTCHW is None else {
             "image_BTCHW": condition.image_BTCHW, "clip_BIX": condition.clip_BIX
         }  # fmt: skip
-        self.features = []
+        self.features, self.batch = [], noisy_BTCHW.shape[0]
         self.network(noisy_BTCHW, frames, condition.prompt_embeds_BPE, **image)
         features, self.features = self.features, None
         return self.heads(features, self.time_BD)[:, 0].double()
