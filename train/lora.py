@@ -68,7 +68,7 @@ def adapt(network: Any, roles: Sequence[str], *, rank: int, alpha: float, dtype:
     switch = Switch()
     for module in list(network.blocks.modules()):
         for name, layer in list(module.named_children()):
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, nn.Linear) and not isinstance(layer, AdaptedLinear):
                 setattr(module, name, AdaptedLinear(layer, roles, rank, alpha / rank, dtype, switch))
     return switch
 
