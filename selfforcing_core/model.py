@@ -337,7 +337,7 @@ class CausalWan(nn.Module):
         e_G61D = self.time_projection(e_BFD).flatten(0, 1).unflatten(-1, (6, 1, -1))
         is_known = cache is not None and cache.has_cross()
         context = None if is_known else self._embed_context(prompt_embeds_BXE, clip_BIX)
-        mask = None if mask_FF is None else expand_frames(mask_FF, rows * columns)
+        mask = None if mask_FF is None else expand_frames(mask_FF.to(x.device), rows * columns)
         for layer, block in enumerate(self.blocks):
             x = block(x, e_G61D, context, rotary, cache, layer, mask)
         x = self.head(x.unflatten(0, e_BFD.shape[:2])[:, -num_frames:], e_BFD[:, -num_frames:])

@@ -12,7 +12,15 @@ from tests.tiny_wan import CONFIG, FRAME, random_text, random_wan
 from tests.training import numbers, run_settings, write_database
 from train.dmd import main
 from train.gan import Adversarial, Discriminator, Heads, tapped
-from train.losses import dmd_gradient, dmd_loss, gan_critic_loss, gan_generator_loss, regression_loss, sid_loss
+from train.losses import (
+    dmd_gradient,
+    dmd_loss,
+    gan_critic_loss,
+    gan_generator_loss,
+    mean_count,
+    regression_loss,
+    sid_loss,
+)
 from train.roles import Levels, ScoreDraw
 
 SHAPE = (2, 3, *FRAME)
@@ -50,13 +58,24 @@ def test_adversarial_losses_have_their_closed_gradients() -> None:
     torch.testing.assert_close(real.grad, -expected)
 
 
-def test_the_regression_loss_counts_frames_that_count() -> None:
-    x, target = draw(0).requires_grad_(True), draw(1)
-    counted = torch.tensor([[True, False, True], [False, False, False]])
-    regression_loss(x, target, counted).backward()
-    expected = torch.zeros_like(target)
-    expected[0, counted[0]] = ((x.detach() - target) * 2 / target[0, 0].numel() / 2 / 2)[0, counted[0]]
-    torch.testing.assert_close(x.grad, expected)
+def test_the_regression_loss_is_the_mean_over_the_counted_frames_of_the_batch() -> None:
+    """Uneven counts: in one part, in parts of one clip, and by hand over the boolean selection."""
+    x, target = torch.cat([draw(0), draw(2)]).requires_grad_(True), torch.cat([draw(1), draw(3)])
+    counted = torch.tensor([[True, False, True], [False, False, False], [True, True, True], [False, True, False]])
+    by_hand = torch.nn.functional.mse_loss(x[counted], target[counted])
+    (expected,) = torch.autograd.grad(by_hand, x)
+    parts = [slice(n, n + 1) for n in range(4)]
+    whole = regression_loss(x, target, counted)
+    mean = sum(regression_loss(x[n], target[n], counted[n], mean_count(counted)) for n in parts) / 4
+    for loss in (whole, mean):
+        torch.testing.assert_close(loss, by_hand)
+        torch.testing.assert_close(torch.autograd.grad(loss, x)[0], expected)
+    assert regression_loss(x, target, torch.zeros_like(counted)) == 0
+
+
+def test_the_dmd_loss_is_the_mean_over_the_counted_frames() -> None:
+    x, gradient, counted = draw(0), draw(1), torch.tensor([False, True, True])
+    torch.testing.assert_close(dmd_loss(x, gradient, counted), dmd_loss(x[:, counted], gradient[:, counted]))
 
 
 def test_heads_read_the_published_blocks() -> None:

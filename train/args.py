@@ -54,6 +54,10 @@ class TrainArgs(NetworkArgs):
     window: int = -1
     activation_checkpointing: bool = True
 
+    # of a database: another row takes the place of one that is damaged or holds NaN or Inf, and log.jsonl counts them
+    # (rows_replaced); false: the first one that is drawn ends the run
+    skip_bad_rows: bool = False
+
     # optimisation
     batch_size: int = 64  # clips per step over all processes
     micro_batch: int = 1  # clips at once

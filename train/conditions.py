@@ -54,6 +54,7 @@ class Prompts:
         self.args, self.world = args, world
         self.dtype: torch.dtype = getattr(torch, args.dtype)
         self.embeds = functools.lru_cache(KNOWN)(self._embeds)
+        self.broken: list[str] = []  # texts whose embeddings hold NaN or Inf
 
     def condition(self, texts: Sequence[str]) -> Conditioning:
         """Embeddings [B, P, E] of these texts, where and as the networks compute."""
@@ -61,7 +62,10 @@ class Prompts:
         return Conditioning(embeds.to(self.world.device, self.dtype))
 
     def _embeds(self, text: str) -> Tensor:
-        return self._encode(text) if self._kept is None else self._kept.get(text, self._encode)
+        embeds = self._encode(text) if self._kept is None else self._kept.get(text, self._encode)
+        if not embeds.isfinite().all():
+            self.broken.append(text)
+        return embeds
 
     @functools.cached_property
     def _kept(self) -> EmbeddingFolder | None:

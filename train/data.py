@@ -20,7 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from train.draws import item
+
 GROWTH = 1 << 30  # bytes added to a database's room when it is full
+UNWRITTEN = 1 << 20  # bytes at a database's end that may be missing: pages that were freed before they were written
 ARRAYS = ("latents", "prompts", "img")
 
 
@@ -33,11 +36,19 @@ class Row:
     image_RHW: Tensor | None = None
 
 
+class BadRow(ValueError):
+    """One row that cannot be used, while others of its database may. kind: in a word or two, to count by."""
+
+    def __init__(self, kind: str, words: str) -> None:
+        super().__init__(words)
+        self.kind = kind
+
+
 class ClipDatabase:
     """One database, or a folder of shards, as one list of rows.
 
     image_size: (H, W) of the pictures, for databases that do not record it.
-    Raises ValueError, naming the file, for whatever is not such a database, and for rows that are not numbers.
+    Raises ValueError, naming the file, for whatever is not such a database, and BadRow for a row that cannot be used.
     """
 
     def __init__(self, path: str | Path, image_size: tuple[int, int] | None = None) -> None:
@@ -45,19 +56,74 @@ class ClipDatabase:
         folders = [path] if (path / "data.mdb").is_file() else sorted(p.parent for p in path.glob("*/data.mdb"))
         if not folders:
             raise ValueError(f"{path}: holds no data.mdb, neither itself nor in folders below; give a database")
+        self.path = path
         self.shards = [_Shard(folder, image_size) for folder in folders]
+        if not len(self):
+            raise ValueError(f"{path}: holds no row")
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """Of every row: states, latent frames, channels, height, width. Raises ValueError if shards differ in it."""
+        first = self.shards[0]
+        for shard in self.shards:
+            if shard.shape != first.shape:
+                raise ValueError(
+                    f"{shard.folder}: has rows of {_times(shard.shape)}, but {first.folder} of {_times(first.shape)}; "
+                    "give shards of one shape"
+                )
+        return (1, *first.shape) if len(first.shape) == 4 else first.shape  # type: ignore[return-value]
 
     def __len__(self) -> int:
         return sum(len(shard) for shard in self.shards)
 
     def __getitem__(self, index: int) -> Row:
+        shard, place = self.place(index)
+        return shard.row(place)
+
+    def prompt(self, index: int) -> str:
+        shard, place = self.place(index)
+        return shard.prompt(place)
+
+    def place(self, index: int) -> tuple[_Shard, int]:
+        """The shard in which a row lies, and its number there."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         for shard in self.shards:
             if index < len(shard):
-                return shard.row(index)
+                return shard, index
             index -= len(shard)
         raise AssertionError
+
+
+class ShuffledRows:
+    """A database's rows as a run sees them: every one once per round, in an order of the round's.
+
+    In place of a bad row comes the next good one of the same round, so that it depends on nothing but the row's number
+    which that is. bad: what was wrong with the rows that were replaced, since the list was last cleared.
+    """
+
+    def __init__(self, data: ClipDatabase, seed: int) -> None:
+        self.data, self.seed = data, seed
+        self.bad: list[str] = []
+
+    def take(self, numbers: Iterable[int]) -> list[Row]:
+        """The rows that are seen as the `numbers` of a run. Raises ValueError if no row of the database is good."""
+        return [self._row(number) for number in numbers]
+
+    def _row(self, number: int) -> Row:
+        count = len(self.data)
+        epoch, place = divmod(number, count)
+        words = ""
+        for more in range(count):
+            try:
+                row = self.data[item(self.seed, epoch * count + (place + more) % count, count)]
+            except BadRow as error:
+                words = words or str(error)
+                continue
+            if words:
+                self.bad.append(words)
+            return row
+        raise ValueError(f"{self.data.path}: no row can be used; python -m train.check_data {self.data.path} says why")
 
 
 class _Shard:
@@ -67,20 +133,28 @@ class _Shard:
             self.database = lmdb.open(str(folder), readonly=True, lock=False, readahead=False, meminit=False)
         except lmdb.Error as error:
             raise ValueError(f"{folder}: is no LMDB database ({error})") from error
+        wanted = (self.database.info()["last_pgno"] + 1) * self.database.stat()["psize"]
+        missing = wanted - (folder / "data.mdb").stat().st_size
+        if missing > UNWRITTEN:  # to read there would end the process without a word
+            raise ValueError(f"{folder}: data.mdb is cut off, {missing} of {wanted} bytes are missing; copy it again")
         shape = self._text("latents_shape").split()
-        if len(shape) < 5 or not all(number.isdecimal() for number in shape):
+        if len(shape) not in (5, 6) or not all(number.isdecimal() for number in shape):
             raise ValueError(f"{folder}: latents_shape is {' '.join(shape)!r}, not rows and the shape of one")
         self.count, self.shape = int(shape[0]), tuple(map(int, shape[1:]))
         recorded = self._get("img_size")
+        self.is_size_recorded = recorded is not None
         self.image_size = tuple(map(int, recorded.split())) if recorded else image_size
 
     def __len__(self) -> int:
         return self.count
 
     def _get(self, key: str) -> bytes | None:
-        with self.database.begin() as transaction:
-            found = transaction.get(key.encode())
-            return None if found is None else bytes(found)
+        try:
+            with self.database.begin() as transaction:
+                found = transaction.get(key.encode())
+                return None if found is None else bytes(found)
+        except lmdb.Error as error:
+            raise BadRow("damaged", f"{self.folder}: {key} cannot be read ({error})") from error
 
     def _text(self, key: str) -> str:
         found = self._get(key)
@@ -88,13 +162,30 @@ class _Shard:
             raise ValueError(f"{self.folder}: has no {key}; the database is incomplete, make it again")
         return found.decode()
 
+    def has_more(self) -> bool:
+        """Whether there are rows beyond the number that is recorded."""
+        return self._get(f"latents_{self.count}_data") is not None
+
+    def prompt(self, index: int) -> str:
+        data = self._get(f"prompts_{index}_data")
+        if data is None:
+            raise BadRow("no prompt", f"{self.folder}: row {index} has no prompt")
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            raise BadRow("no text", f"{self.folder}: the prompt of row {index} is not UTF-8 ({error})") from error
+
     def row(self, index: int) -> Row:
-        prompt, data = self._text(f"prompts_{index}_data"), self._get(f"latents_{index}_data")
-        if data is None or len(data) != 2 * int(np.prod(self.shape)):
-            raise ValueError(f"{self.folder}: row {index} has {len(data or b'')} bytes of latents, not {self.shape}")
+        prompt, data = self.prompt(index), self._get(f"latents_{index}_data")
+        name, expected = f"row {index} ({prompt[:60]!r})", 2 * int(np.prod(self.shape))
+        if data is None:
+            raise BadRow("no latents", f"{self.folder}: {name} has no latents")
+        if len(data) != expected:
+            size = f"the {expected} of {_times(self.shape)} in float16"
+            raise BadRow("wrong size", f"{self.folder}: {name} has {len(data)} bytes of latents, not {size}")
         latents = torch.from_numpy(np.frombuffer(data, np.float16).reshape(self.shape).astype(np.float32))
         if not latents.isfinite().all():
-            raise ValueError(f"{self.folder}: the latents of row {index} ({prompt[:60]!r}) are not all numbers")
+            raise BadRow("NaN or Inf", f"{self.folder}: the latents of {name} hold NaN or Inf")
         latents = latents[None] if latents.ndim == 4 else latents
         return Row(prompt, latents, self._image(index))
 
@@ -103,12 +194,19 @@ class _Shard:
         if data is None:
             return None
         if self.image_size is None or len(data) != 3 * self.image_size[0] * self.image_size[1]:
+            if self.is_size_recorded:
+                size = f"{len(data)} bytes, not the {_times(self.image_size or ())} x 3 that are recorded"
+                raise BadRow("wrong size", f"{self.folder}: the picture of row {index} has {size}")
             raise ValueError(
                 f"{self.folder}: a picture has {len(data)} bytes, and its size is not recorded or does not fit; give "
                 "the pictures' height and width (the reference's are 480 x 832)"
             )
         pixels = torch.from_numpy(np.frombuffer(data, np.uint8).reshape(*self.image_size, 3).copy())
         return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _times(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 # -------------------------------------------------------------- .pt files --

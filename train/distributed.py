@@ -94,6 +94,11 @@ def shard(network: Any, world: World, dtype: torch.dtype) -> Any:
 
 def mean(world: World, value: torch.Tensor) -> float:
     """A number's mean over all processes."""
-    value = value.detach().to(world.device, torch.float64)
-    dist.all_reduce(value)
-    return float(value) / world.size
+    return sums(world, value)[0] / world.size
+
+
+def sums(world: World, values: torch.Tensor) -> list[float]:
+    """Sums over all processes, number by number, in one exchange and one wait for the device."""
+    values = values.detach().to(world.device, torch.float64, copy=True).reshape(-1)
+    dist.all_reduce(values)
+    return values.tolist()

@@ -8,7 +8,10 @@ Letters: B batch, T latent frames, C channels, H W latent size, P text tokens, E
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +23,10 @@ from selfforcing_core.geometry import SPATIAL_FACTOR, VideoGeometry, pixel_frame
 from selfforcing_core.roofline import Work
 from selfforcing_core.schedule import sigma_table
 from selfforcing_core.wan_vae import WanVAE, load_wan_vae
-from train import distributed, engine
+from train import distributed, engine, finite
 from train.args import DmdArgs
 from train.conditions import Pictures, read_texts
-from train.data import ClipDatabase, Row
+from train.data import ClipDatabase, Row, ShuffledRows
 from train.draws import Draws, item, key_of
 from train.engine import SAMPLED, STUDENT, Trainer
 from train.gan import Adversarial, Discriminator, Heads
@@ -33,6 +36,7 @@ from train.roles import Levels, Matching, Score, ScoreDraw, Student, loss_window
 from train.samples import Sampling
 from train.work import copies_of, distillation_work
 
+log = logging.getLogger(__name__)
 CRITIC, TEACHER = "critic", "teacher"
 WARM_MOMENTUM = 0.9  # beta1 of the adversarial heads while they learn alone
 
@@ -48,6 +52,11 @@ def check(args: DmdArgs, processes: int) -> None:
         raise ValueError(f"score_levels {args.score_levels!r} is unknown; use exact or table")
     if args.train_context_sigma not in ("exact", "last_table"):
         raise ValueError(f"train_context_sigma {args.train_context_sigma!r} is unknown; use exact or last_table")
+    if args.critic_per_student < 1 or args.critic_warmup < 0:
+        raise ValueError(
+            f"critic_per_student {args.critic_per_student} with critic_warmup {args.critic_warmup} are no numbers of "
+            "updates; use 1 or more, and 0 or more"
+        )
     causal_of(args)
     VideoGeometry(args.width, args.height, pixel_frames(args.latent_frames), chunk=args.chunk or args.latent_frames)
     if args.max_latent_frames:
@@ -83,6 +92,40 @@ def steps_of(args: DmdArgs) -> StepConfig:
     return StepConfig(tuple(args.steps), shift=args.shift)
 
 
+# ------------------------------------------------------------------- order --
+def trains_student(args: DmdArgs, step: int) -> bool:
+    """Whether the student is trained in a step: every `critic_per_student` steps once the critic is warm."""
+    return step >= args.critic_warmup and step % args.critic_per_student == 0
+
+
+def first_number(args: DmdArgs, step: int, role: str) -> int:
+    """How many clips all updates before this one took: the number of its first in the order of prompts.
+
+    Each update takes those that follow the last one's, the student's of a step before the critic's.
+    """
+    every, warm = args.critic_per_student, args.critic_warmup
+    students = max(0, -(-step // every) - -(-warm // every))  # updates of the student before this step
+    return args.batch_size * (step + students + (role == CRITIC and trains_student(args, step)))
+
+
+def check_networks(configs: Mapping[str, WanConfig]) -> None:
+    """Raise ValueError for a teacher or critic that cannot judge the student's clips."""
+    student = configs[STUDENT]
+    for role, config in configs.items():
+        for name in ("model_type", "in_dim", "out_dim", "text_dim"):
+            if getattr(config, name) != getattr(student, name):
+                raise ValueError(
+                    f"the {role}'s {name} is {getattr(config, name)}, the student's {getattr(student, name)}; all "
+                    "networks of a distillation take the same clips, prompts and images: give another file"
+                )
+
+
+def _described(shape: Sequence[int]) -> str:
+    frames, channels, height, width = shape
+    size = f"{width * SPATIAL_FACTOR} x {height * SPATIAL_FACTOR}"
+    return f"{frames} latent frames of {size} pixels in {channels} channels"
+
+
 class Distillation(Trainer):
     """Student, critic and, except for adversarial training, teacher."""
 
@@ -90,14 +133,16 @@ class Distillation(Trainer):
         super().__init__(args, world)
         self.settings, self.causal = args, causal_of(args)
         sources = self.sources()
-        found = read_on_first(sources[STUDENT], world).config  # its weights are mapped, not read
-        if isinstance(found, WanConfig) and found.model_type == "i2v":
+        config = read_on_first(sources[STUDENT], world).config  # its weights are mapped, not read
+        assert isinstance(config, WanConfig)
+        if config.model_type == "i2v":
             check_pictures(args)
-        self.built = built = build(sources, [STUDENT, CRITIC], args, world)
-        config = built[STUDENT].config
         self.latent_shape = (
             args.latent_frames, config.out_dim, args.height // SPATIAL_FACTOR, args.width // SPATIAL_FACTOR
         )  # fmt: skip
+        self.open_data(config.model_type == "i2v")
+        self.built = built = build(sources, [STUDENT, CRITIC], args, world)
+        check_networks({role: each.config for role, each in built.items()})
         self.student = Student(
             built[STUDENT].network, self.causal, steps_of(args), loss_frames=args.latent_frames,
             context_sigma=float(sigma_table(args.shift)[-1]) if args.train_context_sigma == "last_table" else 0.0,
@@ -107,7 +152,6 @@ class Distillation(Trainer):
             self._add_discriminator(built[CRITIC])
         else:
             self._add_matching(built)
-        self.open_data(config.model_type == "i2v")
 
     def sources(self) -> dict[str, Source]:
         args = self.settings
@@ -122,7 +166,8 @@ class Distillation(Trainer):
     def _add_matching(self, built: dict[str, Any]) -> None:
         args, levels = self.settings, Levels(rule=self.settings.score_levels)
         self.matching = Matching(
-            Score(built[TEACHER].network, levels), Score(built[CRITIC].network, levels), guidance=args.guidance,
+            Score(self.finite.watch(finite.TEACHER, built[TEACHER].network), levels),
+            Score(self.finite.watch(finite.CRITIC, built[CRITIC].network), levels), guidance=args.guidance,
             levels=Levels(args.score_shift, args.score_levels), score=args.score, sid_alpha=args.sid_alpha,
         )  # fmt: skip
         self.add_role(CRITIC, built[CRITIC], args.lr_critic)
@@ -136,7 +181,10 @@ class Distillation(Trainer):
             heads = heads.to(self.world.device)
         heads = distributed.shard(heads, self.world, getattr(torch, args.dtype))
         self.adversarial = Adversarial(
-            Discriminator(critic.network, critic.module, heads, sees_time=args.gan_time),
+            Discriminator(
+                self.finite.watch(finite.CRITIC, critic.network), critic.module,
+                self.finite.watch(finite.CRITIC, heads), sees_time=args.gan_time,
+            ),
             Levels(args.score_shift, args.score_levels), args.gan_weight, args.gan_critic_weight,
             args.gan_relativistic, args.gan_r1, args.gan_r2, args.gan_sigma,
         )  # fmt: skip
@@ -146,6 +194,13 @@ class Distillation(Trainer):
         args = self.settings
         size = (args.image_height, args.image_width) if args.image_height and args.image_width else None
         self.data = ClipDatabase(args.data, size) if args.data else None
+        if self.data is not None:
+            self.shuffled = ShuffledRows(self.data, args.seed)
+        if self.data is not None and args.score == "gan" and self.data.shape[1:] != self.latent_shape:
+            raise ValueError(
+                f"{args.data}: real clips of {_described(self.data.shape[1:])}, but the student's have "
+                f"{_described(self.latent_shape)}; set width, height and latent_frames as theirs, or give other clips"
+            )
         self.texts = [] if self.data is not None else read_texts(args.prompts)
         self.vae: WanVAE | None = None
         if args.vae:
@@ -158,15 +213,24 @@ class Distillation(Trainer):
             self.pictures = Pictures(self.vae, args.clip, (args.width, args.height, args.latent_frames), args,
                                      self.world)  # fmt: skip
 
+    def resume(self, checkpoint: Path) -> None:
+        super().resume(checkpoint)
+        stored = Path(self.args.logdir) / "config.yaml"
+        is_older = stored.is_file() and "skip_bad_rows" not in stored.read_text(encoding="utf-8")
+        if is_older and self.settings.critic_per_student > 1 and self.world.is_first:
+            log.warning(
+                "%s is of an earlier version, which left prompts out of every round: from step %d on the order is that "
+                "of this version, in which each is seen once per round", checkpoint, self.step,
+            )  # fmt: skip
+
     # ---------------------------------------------------------------- step --
     def run_step(self) -> dict[str, float]:
         """The critic always, the student every `critic_per_student` steps once the critic is warm."""
         told: dict[str, float] = {}
-        is_warm = self.step >= self.settings.critic_warmup
-        if is_warm and self.step % self.settings.critic_per_student == 0:
+        if trains_student(self.settings, self.step):
             told |= self.update(STUDENT)
         if self.settings.score == "gan":
-            self._warm_heads(is_warm)
+            self._warm_heads(self.step >= self.settings.critic_warmup)
         told |= self.update(CRITIC)
         self.step += 1
         return told
@@ -180,9 +244,11 @@ class Distillation(Trainer):
     def loss(self, role: str, first: int, count: int) -> Tensor:
         """On clips that the student makes for this: with gradient through them, or without for the critic."""
         args, draws = self.settings, self.draws(role)
-        number = (self.step * 2 + (role == CRITIC)) * args.batch_size + first
+        number = first_number(args, self.step, role) + first
         texts, rows = self.rows(range(number, number + count))
         condition, negative = self.conditions(texts, rows)
+        self.see_prompts(condition, negative)
+        self.finite.see(finite.IMAGES, condition.image_BTCHW, condition.clip_BIX)
         is_student = role == STUDENT
         exits = self.exits(draws)
         frames = len(exits) * self.causal.chunk
@@ -192,6 +258,9 @@ class Distillation(Trainer):
                 with_gradient=is_student,
             )  # fmt: skip
             x = loss_window(clip, args.latent_frames, self.reencode)
+        self.finite.see(finite.STUDENT, clip)
+        if x is not clip:
+            self.finite.see(finite.WINDOW, x)
         timesteps = score_timesteps(draws.uniform(first, count), args.score_shift).to(x.device, torch.float32)
         draw = ScoreDraw(timesteps, draws.normal(first, tuple(x.shape)).to(x))
         if args.score == "gan":
@@ -201,7 +270,9 @@ class Distillation(Trainer):
             near = self.draws("penalty").normal(first, tuple(x.shape))
             return self.adversarial.critic_loss(x, real, draw, condition, near)
         if is_student:
-            counted = torch.arange(x.shape[1]) >= self.causal.chunk if frames > args.latent_frames else None
+            counted = None
+            if frames > args.latent_frames:
+                counted = torch.arange(x.shape[1], device=x.device) >= self.causal.chunk
             return self.matching.student_loss(x, draw, condition, negative, counted)[0]
         return self.matching.critic_loss(x, draw, condition)
 
@@ -229,7 +300,7 @@ class Distillation(Trainer):
         """Prompts, and rows where they come from a database."""
         if self.data is None:
             return [self.texts[item(self.args.seed, n, len(self.texts))] for n in numbers], []
-        rows = [self.data[item(self.args.seed, n, len(self.data))] for n in numbers]
+        rows = self.take(self.shuffled, numbers)
         return [row.prompt for row in rows], rows
 
     def conditions(self, texts: list[str], rows: list[Row]) -> tuple[Conditioning, Conditioning]:

@@ -6,6 +6,7 @@ a resume changes a single number.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 
@@ -62,5 +63,9 @@ class Draws:
 def item(seed: int, number: int, count: int) -> int:
     """Which of `count` examples is the `number`-th to be seen: every one once per round, in an order of the round's."""
     epoch, place = divmod(number, count)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(key_of(seed, "order", epoch)))
-    return int(order[place])
+    return int(_order(seed, epoch, count)[place])
+
+
+@functools.lru_cache(maxsize=4)  # a batch may lie in two rounds; a million examples take 8 MB and 0.1 s
+def _order(seed: int, epoch: int, count: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(key_of(seed, "order", epoch)))

@@ -14,7 +14,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -22,15 +22,18 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import WanConfig
+from selfforcing_core.geometry import PATCH, chunk_lengths
 from selfforcing_core.roofline import Card, Work, measured_card
-from train import distributed, logs, state
+from train import distributed, finite, logs, state
 from train.args import ClipArgs, TrainArgs, mistake, parse, to_yaml
 from train.conditions import Prompts, read_texts
-from train.data import ClipDatabase, Row
-from train.draws import Draws, item
+from train.data import ClipDatabase, Row, ShuffledRows
+from train.draws import Draws
+from train.finite import FiniteCheck
 from train.networks import Built, Source, build, read_on_first, wide
 from train.plan import plan
 from train.samples import Samples, Sampling
@@ -91,6 +94,9 @@ class Trainer(ABC):
         self.built: dict[str, Built] = {}
         self.worked = Work()  # what this step's updates took at least
         self.prompts = Prompts(args, world)
+        self.finite = FiniteCheck()
+        self.rows_replaced = 0  # bad ones, in this process's share of the update
+        self.ever_replaced = 0  # by all processes, since the run was started
         self._samples: Samples | None = None
 
     @abstractmethod
@@ -140,22 +146,82 @@ class Trainer(ABC):
         return Draws(self.args.seed, self.step, purpose)
 
     def update(self, role: str) -> dict[str, float]:
-        """One update of a role on a batch; loss and gradient norm."""
+        """One update of a role on a batch; loss and gradient norm.
+
+        Raises ValueError on all processes, before anything is applied, if one of the networks, or what they are given,
+        is not finite, and if loss or gradient are not or the loss is beyond `max_loss`.
+        """
+        self.finite.clear()
+        self.rows_replaced = 0
         trained = self.roles[role]
         for group in trained.optimiser.param_groups:
             group["lr"] = group["full_lr"] * lr_scale(self.args, self.step)
         total = self.accumulate(role)
         norm = torch.nn.utils.clip_grad_norm_(trained.parameters.values(), self.args.max_grad_norm)
         size = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # type: ignore[operator]
-        value = distributed.mean(self.world, total) * self.world.size
+        own = torch.cat([torch.stack([total, total.new_tensor(self.rows_replaced)]), self.finite.counts(total.device)])
+        value, replaced, *bad = distributed.sums(self.world, own)  # one exchange and one wait for all of them
+        self._check_finite(role, bad)
         if not abs(value) <= self.args.max_loss or not math.isfinite(size):
+            rate = "lr_critic" if role != STUDENT and hasattr(self.args, "lr_critic") else "lr"
             raise ValueError(
                 f"{role} loss {value:g} with gradient norm {size:g} in step {self.step + 1} (max_loss "
-                f"{self.args.max_loss:g}); the last good checkpoint is {newest(self.args.logdir)}"
+                f"{self.args.max_loss:g}); nothing of it was applied, the last good checkpoint is "
+                f"{newest(self.args.logdir)}; {finite.SAME}: change {rate} or seed"
             )
         self.apply(role)
         self.worked += self.work(role)
-        return {f"{role}_loss": value, f"{role}_grad_norm": size}
+        told = {f"{role}_loss": value, f"{role}_grad_norm": size}
+        return told | self._count_replaced(role, int(replaced))
+
+    def _check_finite(self, role: str, bad: Sequence[float]) -> None:
+        parts = finite.causes(bad)
+        if not parts:
+            return
+        self.finite.reasons[finite.PROMPTS] = [repr(text[:60]) for text in self.prompts.broken]
+        gathered: list[Any] = [None] * self.world.size
+        dist.all_gather_object(gathered, self.finite.reasons)
+        said = []
+        for part in parts:
+            reasons = [reason for each in gathered for reason in each.get(part, [])]
+            said.append(finite.WORDS[part][0] + (f" ({reasons[0]})" if reasons else ""))
+        remedies = "; ".join(finite.WORDS[part][1] for part in parts)
+        raise ValueError(
+            f"{', and '.join(said)}, in step {self.step + 1} (the {role}'s update); nothing of it was applied, the "
+            f"last good checkpoint is {newest(self.args.logdir)}; {remedies}"
+        )
+
+    def _count_replaced(self, role: str, replaced: int) -> dict[str, float]:
+        """What is told of bad rows: always by number in the log, in words whenever they became twice as many."""
+        before, self.ever_replaced = self.ever_replaced, self.ever_replaced + replaced
+        if self.world.is_first and self.ever_replaced.bit_length() > before.bit_length():
+            log.warning(
+                "rows of the database that cannot be used: %d times another one took the place since the run was "
+                "started; python -m train.check_data lists them", self.ever_replaced,
+            )  # fmt: skip
+        return {f"{role}_rows_replaced": float(replaced)} if self.args.skip_bad_rows else {}
+
+    def see_prompts(self, *conditions: Conditioning) -> None:
+        """Note embeddings that are not finite. Raises ValueError if they are those of another encoder."""
+        wanted = self.built[STUDENT].config.text_dim
+        for condition in conditions:
+            width = condition.prompt_embeds_BPE.shape[-1]
+            if width != wanted:
+                raise ValueError(
+                    f"text_encoder {self.args.text_encoder} makes embeddings of width {width}, the network takes "
+                    f"{wanted}; give the encoder that it was trained with"
+                )
+            self.finite.see(finite.PROMPTS, condition.prompt_embeds_BPE)
+
+    def take(self, rows: ShuffledRows, numbers: Sequence[int]) -> list[Row]:
+        """Rows of a database, good ones in place of bad ones, which count or, unless they may, stop the update."""
+        rows.bad.clear()
+        found = rows.take(numbers)
+        self.rows_replaced += len(rows.bad)
+        if not self.args.skip_bad_rows:
+            for words in rows.bad:
+                self.finite.note(finite.ROWS, words, device=self.world.device)
+        return found
 
     def accumulate(self, role: str) -> Tensor:
         """Gradients of a role on a batch, part by part; this process's share of the loss."""
@@ -234,6 +300,8 @@ class ClipTrainer(Trainer):
         found = read_on_first(self.sources()[STUDENT], world).config  # its weights are mapped, not read
         if isinstance(found, WanConfig) and found.model_type == "i2v":
             raise ValueError("an image-to-video network is trained by train.dmd alone; start from a text-to-video one")
+        if isinstance(found, WanConfig):
+            self._check_shape(found)
         self.built = build(self.sources(), [STUDENT], args, world)
         self.add_role(STUDENT, self.built[STUDENT], args.lr)
 
@@ -242,7 +310,21 @@ class ClipTrainer(Trainer):
 
     def open_data(self) -> None:
         self.data = ClipDatabase(self.clips.data)
-        self.shape = tuple(self.data[0].latents_STCHW.shape[1:])
+        self.shuffled = ShuffledRows(self.data, self.clips.seed)
+        self.shape = self.data.shape[1:]
+
+    def _check_shape(self, config: WanConfig) -> None:
+        """Raise ValueError for clips that the network cannot take."""
+        frames, channels, height, width = self.shape
+        if channels != config.out_dim or height % PATCH or width % PATCH:
+            raise ValueError(
+                f"{self.clips.data}: clips of {channels} channels and {width} x {height} latent positions, but the "
+                f"network takes {config.out_dim} channels and multiples of {PATCH} positions; give another database"
+            )
+        try:
+            chunk_lengths(frames, self.clips.chunk or frames)
+        except ValueError as error:
+            raise ValueError(f"{self.clips.data}: {error}, or another chunk") from error
 
     def work(self, role: str) -> Work:
         config, copies = self.built[role].config, copies_of(self.args, self.world.size)
@@ -257,14 +339,16 @@ class ClipTrainer(Trainer):
         number = self.step * self.args.batch_size + first
         rows = self.rows(range(number, number + count))
         condition = self.prompts.condition([row.prompt for row in rows])
-        return self.loss_of(self.roles[role].network, rows, condition, self.draws(role), first)
+        self.see_prompts(condition)
+        network = self.finite.watch(finite.STUDENT, self.roles[role].network)
+        return self.loss_of(network, rows, condition, self.draws(role), first)
 
     @abstractmethod
     def loss_of(self, network: Any, rows: list[Row], condition: Conditioning, draws: Draws, first: int) -> Tensor:
         """Mean loss of these rows, the clips `first`, ... of the step."""
 
     def rows(self, numbers: range) -> list[Row]:
-        return [self.data[item(self.args.seed, n, len(self.data))] for n in numbers]
+        return self.take(self.shuffled, numbers)
 
     def clean(self, rows: list[Row]) -> Tensor:
         """The last state of each row, [B, T, C, H, W], where and as sums are computed."""
@@ -272,7 +356,7 @@ class ClipTrainer(Trainer):
 
     def examples(self, texts: list[str] | None) -> tuple[list[str], list[Conditioning]]:
         if texts is None:
-            texts = [self.data[index].prompt for index in range(min(SAMPLED, len(self.data)))]
+            texts = [self.data.prompt(index) for index in range(min(SAMPLED, len(self.data)))]
         return texts, [self.prompts.condition([text]) for text in texts]
 
 
@@ -307,7 +391,7 @@ def train(args: TrainArgs, world: distributed.World, make: Callable[[], Trainer]
     dist.barrier()
     saver, told_to = state.Saver(folder, args.keep_last), logs.Log(args, world, trainer.step)
     card = _all_cards(world, getattr(torch, args.dtype))
-    with stopping() as asked:
+    with stopping() as asked, closing(told_to), logging_redirect_tqdm():  # words go below the bar, not behind it
         while trainer.step < args.max_steps:
             trainer.worked = Work()
             began = time.perf_counter()

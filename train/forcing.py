@@ -47,12 +47,26 @@ class Trajectories:
     levels: Levels
     is_first_frame_clean: bool = False  # image-to-video: frame 0 is always the last state
 
-    def loss(self, states_BSTCHW: Tensor, index_BT: Tensor, condition: Conditioning) -> tuple[Tensor, Tensor]:
-        """(loss, prediction). index_BT: state of each frame; that of a chunk's first frame counts for the chunk."""
-        batch, count, frames = states_BSTCHW.shape[:3]
+    def _states(self, index_BT: Tensor) -> Tensor:
+        """The state that every frame really starts from."""
         index_BT = per_chunk(index_BT, self.causal)
-        if self.is_first_frame_clean:
-            index_BT = torch.cat([torch.full_like(index_BT[:, :1], count - 1), index_BT[:, 1:]], 1)
+        if not self.is_first_frame_clean:
+            return index_BT
+        return torch.cat([torch.full_like(index_BT[:, :1], len(self.timesteps) - 1), index_BT[:, 1:]], 1)
+
+    def counted(self, index_BT: Tensor) -> Tensor:
+        """bool [B, T], the frames whose error counts: all but those that are clean from the start."""
+        return torch.tensor(self.timesteps, device=index_BT.device)[self._states(index_BT)] != 0
+
+    def loss(
+        self, states_BSTCHW: Tensor, index_BT: Tensor, condition: Conditioning, frames_per_clip: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(loss, prediction). index_BT: state of each frame; that of a chunk's first frame counts for the chunk.
+
+        frames_per_clip: as in `regression_loss`, where these clips are a part of a batch.
+        """
+        batch, _, frames = states_BSTCHW.shape[:3]
+        counted_BT, index_BT = self.counted(index_BT), self._states(index_BT)
         rows = torch.arange(batch, device=index_BT.device)[:, None]
         columns = torch.arange(frames, device=index_BT.device)[None]
         noisy = states_BSTCHW[rows, index_BT, columns]
@@ -60,7 +74,7 @@ class Trajectories:
         mask = block_causal_frames(_lengths(frames, self.causal), window=self.causal.window)
         flow = self.network(noisy, timesteps, condition.prompt_embeds_BPE, mask_FF=mask)
         x0 = x0_from_flow(noisy, flow, self.levels.sigma(timesteps))
-        return regression_loss(x0, states_BSTCHW[:, -1], timesteps != 0), x0
+        return regression_loss(x0, states_BSTCHW[:, -1], counted_BT, frames_per_clip), x0
 
 
 @dataclass(frozen=True)

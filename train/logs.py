@@ -15,7 +15,7 @@ from train.args import TrainArgs, to_dict
 from train.distributed import World
 
 log = logging.getLogger(__name__)
-SHOWN = 5  # values beside the bar: the last ones that are no part of a group
+SHOWN = 6  # values beside the bar: the first ones that are no part of a group, losses before all
 
 
 def check(args: TrainArgs) -> None:
@@ -35,6 +35,7 @@ class Log:
     def __init__(self, args: TrainArgs, world: World, step: int) -> None:
         self.is_on, self.folder = world.is_first, Path(args.logdir)
         self.bar: Any = tqdm(total=args.max_steps, initial=step, disable=not world.is_first, ascii=True)
+        self.shown: dict[str, str] = {}  # the newest of each, since not every step has the student's
         self.boards: list[Any] = []
         if not self.is_on:
             return
@@ -76,8 +77,9 @@ class Log:
             return
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **told}) + "\n")
-        single = [(name, value) for name, value in told.items() if "/" not in name]
-        self.bar.set_postfix({name: f"{value:.3g}" for name, value in single[-SHOWN:]})
+        self.shown |= {name: f"{value:.3g}" for name, value in told.items() if "/" not in name}
+        names = sorted(self.shown, key=lambda name: not name.endswith("_loss"))
+        self.bar.set_postfix({name: self.shown[name] for name in names[:SHOWN]})
         self.bar.update()
         for tell in self.boards:
             tell(told, step)

@@ -45,7 +45,10 @@ def dmd_loss(x_BTCHW: Tensor, gradient: Tensor, counted_T: Tensor | None = None)
     """
     target = (x_BTCHW - gradient).detach()
     error = 0.5 * (x_BTCHW.double() - target.double()).square()
-    return error.mean() if counted_T is None else error[:, counted_T].mean()
+    if counted_T is None:
+        return error.mean()
+    weight_T = counted_T.to(error)  # a selection by bool would wait for the device
+    return (error.mean(dim=(0, 2, 3, 4)) * weight_T).sum() / weight_T.sum()
 
 
 def sid_loss(x_BTCHW: Tensor, fake_x0: Tensor, real_x0: Tensor, alpha: float = 1.0) -> Tensor:
@@ -83,13 +86,21 @@ def gradient_penalty(value: Tensor, nearby: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------------- regression --
-def regression_loss(x0: Tensor, target: Tensor, counted_BT: Tensor) -> Tensor:
-    """Mean squared error over each clip's counted frames (ODE initialisation, CausVid, arXiv 2412.07772, section 4.3).
+def regression_loss(x0: Tensor, target: Tensor, counted_BT: Tensor, frames_per_clip: Tensor | None = None) -> Tensor:
+    """Mean squared error over all counted frames (ODE initialisation, CausVid, arXiv 2412.07772, section 4.3).
 
-    Averaged over clips, so that it does not depend on how a batch is divided; a clip without counted frames adds 0.
+    frames_per_clip: counted frames over clips of the batch that these clips are a part of. The mean of its equal parts
+    is then the whole batch's, however many frames each part counts; by default these clips are the batch.
     """
     error_BT = (x0 - target).double().square().mean(dim=(2, 3, 4)) * counted_BT
-    return (error_BT.sum(1) / counted_BT.sum(1).clamp_min(1)).mean()
+    if frames_per_clip is None:
+        frames_per_clip = mean_count(counted_BT)
+    return error_BT.sum() / (len(error_BT) * frames_per_clip)
+
+
+def mean_count(counted_BT: Tensor) -> Tensor:
+    """Counted frames per clip, float64; of a batch that counts none, whose error is 0, as if it were one."""
+    return counted_BT.sum().clamp_min(1).double() / len(counted_BT)
 
 
 def flow_loss(flow: Tensor, x0: Tensor, noise: Tensor, weight_BT: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from train.data import Row
 from train.draws import Draws
 from train.engine import ClipTrainer
 from train.forcing import Trajectories
+from train.losses import mean_count
 from train.networks import wide
 from train.roles import Levels
 from train.samples import Sampling
@@ -44,7 +45,7 @@ class Regression(ClipTrainer):
 
     def open_data(self) -> None:
         super().open_data()
-        args, states = self.settings, self.data[0].latents_STCHW.shape[0]
+        args, states = self.settings, self.data.shape[0]
         if states != len(args.timesteps):
             raise ValueError(f"{args.data}: trajectories of {states} states, not {len(args.timesteps)}; set timesteps")
 
@@ -52,12 +53,17 @@ class Regression(ClipTrainer):
         args = self.settings
         states = torch.stack([row.latents_STCHW for row in rows]).to(self.world.device, wide(args))
         frames = states.shape[2]
-        index = (draws.uniforms(first, len(rows), frames) * len(args.timesteps)).long().to(states.device)
         part = Trajectories(
             network, CausalConfig(args.chunk or frames, args.window), tuple(args.timesteps),
             Levels(args.shift, args.levels), args.first_frame_clean,
         )  # fmt: skip
-        return part.loss(states, index, condition)[0]
+        counted = part.counted(self.indices(draws, 0, args.batch_size, frames))  # in the whole batch
+        index = self.indices(draws, first, len(rows), frames).to(states.device)
+        return part.loss(states, index, condition, mean_count(counted).to(states.device))[0]
+
+    def indices(self, draws: Draws, first: int, count: int, frames: int) -> Tensor:
+        """States of the frames of some of the step's clips, [B, T]."""
+        return (draws.uniforms(first, count, frames) * len(self.settings.timesteps)).long()
 
     def sampling(self) -> Sampling:
         """In the steps it was trained on."""
