@@ -52,7 +52,8 @@ def examine(data: ClipDatabase) -> dict[str, Any]:
     for shard in data.shards:
         if shard.has_more():
             doubtful["more rows"] += 1
-            log.warning("%s: holds more than the %d rows that it records; a run sees those alone", shard.folder, len(shard))
+            log.warning("%s: holds more than the %d rows that it records, which are all that a run sees", shard.folder,
+                        len(shard))  # fmt: skip
     for index in tqdm(range(len(data)), ascii=True, unit="row"):
         shard, place = data.place(index)
         try:
