@@ -28,11 +28,19 @@ FEWER_PROGRAMS = "end other programs, or use a machine with more of it"
 SMALLER = "try --fp8, --cache-dtype int8, a smaller --window, --width and --height, or --batch 1"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage text before it."""
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage before it; of torchrun's processes only the first speaks."""
+
+    def print_help(self, file: Any = None) -> None:
+        if _is_first():
+            super().print_help(file)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"{self.prog}: {message}\n")
+        self.exit(USER_ERROR, f"{self.prog}: {' '.join(message.split())}\n" if _is_first() else None)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +71,7 @@ def _is_memory_ended(error: RuntimeError | MemoryError) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m selfforcing_core", description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser = Parser(prog="python -m selfforcing_core", description=__doc__.partition("\n")[0] if __doc__ else None)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     _add_generate(commands.add_parser("generate", help="make videos from prompts"))

@@ -10,7 +10,6 @@ stop. Everything left out is named and counted.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from selfforcing_core.atomic import replacing
+from selfforcing_core.cli import Parser
 from selfforcing_core.geometry import VideoGeometry
 from selfforcing_core.image import fit_image
 from selfforcing_core.wan_vae import WanVAE, load_wan_vae
@@ -88,7 +88,7 @@ def encode(videos: list[Path], prompts: Path, out: Path, vae: WanVAE, geometry: 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m train.make_latents", description=str(__doc__).splitlines()[0])
+    parser = Parser(prog="python -m train.make_latents", description=str(__doc__).splitlines()[0])
     parser.add_argument("--input_video_folder", type=Path, required=True)
     parser.add_argument("--output_latent_folder", type=Path, required=True)
     parser.add_argument("--prompt_folder", type=Path, required=True, help="one .txt per video, of the same name")
