@@ -83,7 +83,7 @@ def test_a_schedule_of_one_prompt_is_the_prompt_bitwise(server: Server) -> None:
     prompt["schedule"]["inputs"]["text"] = f"0s: {text}\n9s: a blue {REST}"
     prompt_id = server.submit(prompt)
     assert "the video ends at 2.0625s" in failure(server.result(prompt_id))
-    prompt["schedule"]["inputs"]["text"] = "2s: late"
+    prompt["schedule"]["inputs"]["text"] = "2s: late\n3s: later"
     with pytest.raises(Refused, match="begins at 2s"):
         server.submit(prompt)
 
