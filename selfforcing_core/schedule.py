@@ -21,6 +21,11 @@ def shift_sigma(sigma: float | Tensor, shift: float) -> float | Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
+def unshift_sigma(sigma: float, shift: float) -> float:
+    """Inverse of `shift_sigma`."""
+    return sigma / (shift - (shift - 1) * sigma)
+
+
 @functools.cache
 def sigma_table(shift: float, num_steps: int = 1000) -> Tensor:
     """Falling sigmas [num_steps], float64, from 1 down to one step above 0, shifted."""

@@ -15,7 +15,7 @@ import torch
 
 from selfforcing_core.checkpoint import read_checkpoint
 from tests.training import ROOT, launch, numbers, run, run_settings, student, write_database, write_network
-from train import diffusion, import_config, ode, plan
+from train import diffusion, ode, plan
 from train.args import CONFIGS, DmdArgs, config_path, parse
 from train.data import DatabaseWriter
 from train.dmd import main
@@ -218,28 +218,6 @@ def test_launch_lines_of_the_reference_work(
     assert "logdir: logs/x" in told
     assert "save_every: 0" in told
     assert config_path(f"configs/{name}.yaml") == CONFIGS / f"{name}.yaml"
-
-
-def test_a_configuration_of_the_reference_is_translated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    theirs = tmp_path / "theirs.yaml"
-    theirs.write_text(
-        "generator_ckpt: checkpoints/ode_init.pt\nreal_name: Wan2.1-T2V-14B\nguidance_scale: 3.0\nlr: 2.0e-06\n"
-        "denoising_step_list: [1000, 750, 500, 250, 0]\ntimestep_shift: 5.0\nbeta1: 0.0\nbeta2: 0.999\n"
-        "image_or_video_shape: [1, 21, 16, 60, 104]\nlog_iters: 50\nwandb_key: x\ndistribution_loss: sid\n"
-        "model_kwargs:\n  timestep_shift: 5.0\n  local_attn_size: 9\nnum_training_frames: 27\nr1_weight: 2.0\n",
-        encoding="utf-8",
-    )
-    assert import_config.main([str(theirs)]) == 0
-    told = capsys.readouterr()
-    assert "no use for: wandb_key" in told.err
-    (tmp_path / "ours.yaml").write_text(told.out, encoding="utf-8")
-    args = parse(DmdArgs, [f"config={tmp_path / 'ours.yaml'}"])
-    assert (args.teacher, args.guidance, args.score, args.save_every) == ("models/wan2.1-t2v-14b", 4.0, "sid", 50)
-    assert (args.width, args.height, args.latent_frames) == (832, 480, 21)
-    assert args.steps == [1000.0, 750.0, 500.0, 250.0]
-    assert (args.shift, args.window, args.max_latent_frames, args.gan_r1) == (5.0, 9, 27, 2.0)
-    theirs.write_text("lr: fast\n", encoding="utf-8")
-    assert import_config.main([str(theirs)]) == 2
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ class TrainArgs(NetworkArgs):
     size: str = "t2v-1.3b"  # of what is trained, for the plan: t2v-1.3b, t2v-14b, i2v-14b, tiny
     chunk: int = 3  # latent frames; 0: all, for bidirectional networks
     window: int = -1
+    independent_first_frame: bool = False  # frame 0 is a chunk of its own, the others follow in chunks
     activation_checkpointing: bool = True
 
     # of a database: another row takes the place of one that is damaged or holds NaN or Inf, and log.jsonl counts them
@@ -128,6 +129,7 @@ class DmdArgs(TrainArgs):
     # data
     prompts: str = ""  # text file, one prompt per line, or a folder of text files, one prompt each
     data: str = ""  # database of clips: real ones for score=gan, pictures for image-to-video; its prompts are used
+    first_frame: str = "generated"  # of causal students; clips: the database's own, pictures: its pictures', encoded
     image_height: int = 0  # of a database's pictures where it does not record it
     image_width: int = 0
     negative_prompt: str = ""
@@ -142,19 +144,28 @@ class DmdArgs(TrainArgs):
     sink: int = 0
     steps: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])
     shift: float = 5.0
+    warp: bool = True  # steps go through the shift; false: they are the timesteps themselves
     cache_source: str = "clean"  # clean, or last_step: students that sample without the clean pass
     train_context_sigma: str = "exact"  # exact: clean context; last_table: 0.005 of noise, as in the reference
+    context_noise: float = 0.0  # timestep of the pass that writes a chunk into the cache; training adds that noise too
     exit_per_chunk: bool = False  # false: one exit step for all chunks of a step
+    last_step_only: bool = False  # chunks always end at the last step, none is drawn
 
     # matching
     score: str = "dmd"  # dmd, sid or gan
     guidance: float = 4.0  # on the teacher, usual meaning: 1 is none. The reference's w = 3 is 4 here
+    guidance_critic: float = 1.0  # on the critic, where the student is trained
     sid_alpha: float = 1.0
     score_shift: float = 5.0  # of the timesteps at which clips are compared
     score_levels: str = "exact"  # exact: sigma = t / 1000; table: nearest entry, as in the reference
+    min_score_timestep: float = 0.0  # of them, before score_shift
+    ts_schedule: bool = False  # none below the timestep to which the student's exit step leads
+    ts_schedule_max: bool = False  # none above the timestep of the student's exit step
     critic_per_student: int = 5  # updates
     critic_warmup: int = 0  # steps in which the critic alone is trained; with gan: its heads alone
     lr_critic: float = 4e-7
+    betas_critic: list[float] = field(default_factory=list)  # empty: as betas
+    max_grad_norm_critic: float = 0.0  # 0: as max_grad_norm
 
     # score=gan
     gan_weight: float = 1e-2  # of the student's loss

@@ -13,13 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from selfforcing_core.conditioning import Conditioning
-from selfforcing_core.config import CausalConfig, StepConfig
+from selfforcing_core.config import StepConfig
 from train import distributed, engine
 from train.args import DiffusionArgs
 from train.data import Row
 from train.draws import Draws
-from train.engine import ClipTrainer
-from train.forcing import Forcing
+from train.engine import ClipTrainer, check_chunks
+from train.forcing import Forcing, causal_of
 from train.samples import Sampling
 
 ENTRIES = 1000  # noise levels to draw from
@@ -29,6 +29,7 @@ SAMPLE_STEPS = 30
 def check(args: DiffusionArgs, processes: int) -> None:
     """Raise ValueError for settings that cannot work, before anything is read or allocated."""
     engine.check(args, processes, ("network", "text_encoder", "data"))
+    check_chunks(args)
     if args.forcing not in ("teacher", "diffusion", "none"):
         raise ValueError(f"forcing {args.forcing!r} is unknown; use teacher, diffusion or none")
     if (args.forcing == "none") != (args.chunk == 0):
@@ -47,14 +48,14 @@ class FlowMatching(ClipTrainer):
         clean = self.clean(rows)
         frames = clean.shape[1]
         index = (draws.uniforms(first, len(rows), frames) * ENTRIES).long().to(clean.device)
-        part = Forcing(network, CausalConfig(args.chunk or frames, args.window), args.shift, args.forcing == "teacher")
+        part = Forcing(network, causal_of(args, frames), args.shift, args.forcing == "teacher")
         return part.loss(clean, draws.normal(first, tuple(clean.shape)).to(clean), index, condition)[0]
 
     def sampling(self) -> Sampling:
         """In many steps along the probability-flow equation."""
         args, (frames, channels, height, width) = self.settings, self.shape
         steps = StepConfig.even(SAMPLE_STEPS, shift=args.shift)
-        return Sampling(CausalConfig(args.chunk or frames, args.window), steps, (frames, channels, height, width))
+        return Sampling(causal_of(args, frames), steps, (frames, channels, height, width))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig, WanConfig
-from selfforcing_core.geometry import SPATIAL_FACTOR, VideoGeometry, pixel_frames
+from selfforcing_core.geometry import SPATIAL_FACTOR, VideoGeometry, chunk_lengths, pixel_frames
+from selfforcing_core.image import fit_image
 from selfforcing_core.roofline import Work
-from selfforcing_core.schedule import sigma_table
+from selfforcing_core.schedule import TIMESTEPS, nearest_sigma, sigma_table
 from selfforcing_core.wan_vae import WanVAE, load_wan_vae
 from train import distributed, engine, finite
 from train.args import DmdArgs
@@ -32,12 +33,13 @@ from train.engine import SAMPLED, STUDENT, Trainer
 from train.gan import Adversarial, Discriminator, Heads
 from train.losses import score_timesteps
 from train.networks import Source, build, read_on_first, wide
-from train.roles import Levels, Matching, Score, ScoreDraw, Student, loss_window
+from train.roles import Levels, Matching, Score, ScoreDraw, Student, loss_window, score_bounds
 from train.samples import Sampling
 from train.work import copies_of, distillation_work
 
 log = logging.getLogger(__name__)
 CRITIC, TEACHER = "critic", "teacher"
+FIRST_FRAMES = ("generated", "clips", "pictures")
 WARM_MOMENTUM = 0.9  # beta1 of the adversarial heads while they learn alone
 
 
@@ -58,9 +60,19 @@ def check(args: DmdArgs, processes: int) -> None:
             "updates; use 1 or more, and 0 or more"
         )
     causal_of(args)
-    VideoGeometry(args.width, args.height, pixel_frames(args.latent_frames), chunk=args.chunk or args.latent_frames)
+    engine.check_chunks(args)
+    VideoGeometry(
+        args.width, args.height, pixel_frames(args.latent_frames), chunk=args.chunk or args.latent_frames,
+        independent_first_frame=args.independent_first_frame,
+    )  # fmt: skip
     if args.max_latent_frames:
         _check_long(args)
+    if args.first_frame != "generated":
+        _check_first_frame(args)
+    _check_steps(args)
+    for name, betas in (("betas", args.betas), ("betas_critic", args.betas_critic or args.betas)):
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"{name} {list(betas)} are not two numbers in [0, 1); use for instance [0.0, 0.999]")
 
 
 def _check_long(args: DmdArgs) -> None:
@@ -69,13 +81,57 @@ def _check_long(args: DmdArgs) -> None:
             f"max_latent_frames {args.max_latent_frames} is less than the {args.latent_frames} latent_frames that are "
             "judged; leave it out, or use more"
         )
-    VideoGeometry(args.width, args.height, pixel_frames(args.max_latent_frames), chunk=args.chunk or 1)
+    VideoGeometry(
+        args.width, args.height, pixel_frames(args.max_latent_frames), chunk=args.chunk or 1,
+        independent_first_frame=args.independent_first_frame,
+    )  # fmt: skip
     if not args.chunk or not args.vae:
         raise ValueError("rollouts longer than latent_frames need chunks (chunk=3) and vae=... to re-encode with")
 
 
+def _check_first_frame(args: DmdArgs) -> None:
+    if args.first_frame not in FIRST_FRAMES:
+        raise ValueError(f"first_frame {args.first_frame!r} is unknown; use {', '.join(FIRST_FRAMES)}")
+    if args.chunk != 1 and not args.independent_first_frame:
+        raise ValueError(
+            f"first_frame={args.first_frame} gives frame 0 alone, which is no chunk of {args.chunk or 'all frames'}; "
+            "set independent_first_frame=true, or chunk=1"
+        )
+    if not args.data:
+        raise ValueError(f"first_frame={args.first_frame} needs data=DATABASE to take it from")
+    if args.first_frame == "pictures" and not args.vae:
+        raise ValueError("first_frame=pictures needs vae=... to encode them with")
+    if args.sample_prompts:
+        raise ValueError("sample_prompts come without a first frame; leave it out, the database's own are sampled")
+
+
+def _check_steps(args: DmdArgs) -> None:
+    """Of the evaluation at which a chunk ends, and the timesteps at which the result is compared."""
+    if args.context_noise and not args.chunk:
+        raise ValueError("context_noise is about a cache, and chunk=0 has none; leave it out")
+    if args.last_step_only and args.exit_per_chunk:
+        raise ValueError("last_step_only leaves nothing to draw per chunk; leave exit_per_chunk out")
+    if args.exit_per_chunk and (args.ts_schedule or args.ts_schedule_max):
+        raise ValueError("ts_schedule follows the one exit step of all chunks; leave exit_per_chunk out")
+    if args.ts_schedule and args.min_score_timestep:
+        raise ValueError("ts_schedule sets the lowest timestep itself; leave min_score_timestep out")
+    for exit_step in range(len(args.steps)):
+        low, high = score_bounds(steps_of(args), exit_step, **_bounds_of(args))
+        if not 0 <= low < high:
+            raise ValueError(f"min_score_timestep {low:g} is not in [0, {high:g}); use less")
+
+
+def _bounds_of(args: DmdArgs) -> dict[str, Any]:
+    return {"lowest": args.min_score_timestep, "is_floored": args.ts_schedule, "is_capped": args.ts_schedule_max}
+
+
 def check_pictures(args: DmdArgs) -> None:
     """Raise ValueError for settings that cannot work with an image-to-video student, whose file says that it is one."""
+    if args.first_frame != "generated":
+        raise ValueError(
+            "an image-to-video network sees its picture in channels of its own; leave first_frame out, which is for "
+            "text-to-video networks"
+        )
     for name in ("max_latent_frames", "sample_frames"):
         if getattr(args, name) not in (0, args.latent_frames):
             raise ValueError(
@@ -85,11 +141,21 @@ def check_pictures(args: DmdArgs) -> None:
 
 
 def causal_of(args: DmdArgs) -> CausalConfig:
-    return CausalConfig(args.chunk or args.latent_frames, args.window, args.sink, cache_source=args.cache_source)
+    return CausalConfig(
+        args.chunk or args.latent_frames, args.window, args.sink, args.independent_first_frame, args.context_noise,
+        args.cache_source,
+    )  # fmt: skip
 
 
 def steps_of(args: DmdArgs) -> StepConfig:
-    return StepConfig(tuple(args.steps), shift=args.shift)
+    return StepConfig(tuple(args.steps), shift=args.shift, warp=args.warp)
+
+
+def context_sigma_of(args: DmdArgs) -> float:
+    """The noise that a finished chunk has in training when it enters the cache."""
+    if args.train_context_sigma == "last_table":
+        return float(nearest_sigma(torch.tensor(args.context_noise), sigma_table(args.shift)))
+    return args.context_noise / TIMESTEPS
 
 
 # ------------------------------------------------------------------- order --
@@ -132,6 +198,7 @@ class Distillation(Trainer):
     def __init__(self, args: DmdArgs, world: distributed.World) -> None:
         super().__init__(args, world)
         self.settings, self.causal = args, causal_of(args)
+        self.prefixes: Sequence[Tensor] = ()  # first frames of the clips that are sampled, where they are given
         sources = self.sources()
         config = read_on_first(sources[STUDENT], world).config  # its weights are mapped, not read
         assert isinstance(config, WanConfig)
@@ -145,7 +212,7 @@ class Distillation(Trainer):
         check_networks({role: each.config for role, each in built.items()})
         self.student = Student(
             built[STUDENT].network, self.causal, steps_of(args), loss_frames=args.latent_frames,
-            context_sigma=float(sigma_table(args.shift)[-1]) if args.train_context_sigma == "last_table" else 0.0,
+            context_sigma=context_sigma_of(args),
         )  # fmt: skip
         self.add_role(STUDENT, built[STUDENT], args.lr)
         if args.score == "gan":
@@ -169,6 +236,7 @@ class Distillation(Trainer):
             Score(self.finite.watch(finite.TEACHER, built[TEACHER].network), levels),
             Score(self.finite.watch(finite.CRITIC, built[CRITIC].network), levels), guidance=args.guidance,
             levels=Levels(args.score_shift, args.score_levels), score=args.score, sid_alpha=args.sid_alpha,
+            critic_guidance=args.guidance_critic,
         )  # fmt: skip
         self.add_role(CRITIC, built[CRITIC], args.lr_critic)
 
@@ -213,6 +281,18 @@ class Distillation(Trainer):
             self.pictures = Pictures(self.vae, args.clip, (args.width, args.height, args.latent_frames), args,
                                      self.world)  # fmt: skip
 
+        if args.first_frame == "clips" and self.data is not None:
+            self._check_size(self.data)
+
+    def _check_size(self, data: ClipDatabase) -> None:
+        """Raise ValueError unless a clip's frames are of the run's size."""
+        held = data.shape[2:]
+        if held != self.latent_shape[1:]:
+            raise ValueError(
+                f"{self.settings.data}: frames of shape {held}, those of the run are {self.latent_shape[1:]}; set "
+                "width and height to theirs"
+            )
+
     def resume(self, checkpoint: Path) -> None:
         super().resume(checkpoint)
         stored = Path(self.args.logdir) / "config.yaml"
@@ -222,6 +302,15 @@ class Distillation(Trainer):
                 "%s is of an earlier version, which left prompts out of every round: from step %d on the order is that "
                 "of this version, in which each is seen once per round", checkpoint, self.step,
             )  # fmt: skip
+
+    def betas(self, role: str) -> tuple[float, float]:
+        if role != CRITIC or not self.settings.betas_critic:
+            return super().betas(role)
+        return self.settings.betas_critic[0], self.settings.betas_critic[1]
+
+    def max_grad_norm(self, role: str) -> float:
+        own = self.settings.max_grad_norm_critic if role == CRITIC else 0.0
+        return own or super().max_grad_norm(role)
 
     # ---------------------------------------------------------------- step --
     def run_step(self) -> dict[str, float]:
@@ -239,7 +328,8 @@ class Distillation(Trainer):
         """At first the heads alone learn, with momentum."""
         network, heads = self.roles[CRITIC].optimiser.param_groups
         network["full_lr"] = self.settings.lr_critic if is_warm else 0.0
-        heads["betas"] = (self.settings.betas[0] if is_warm else WARM_MOMENTUM, self.settings.betas[1])
+        first, second = self.betas(CRITIC)
+        heads["betas"] = (first if is_warm else WARM_MOMENTUM, second)
 
     def loss(self, role: str, first: int, count: int) -> Tensor:
         """On clips that the student makes for this: with gradient through them, or without for the critic."""
@@ -250,18 +340,19 @@ class Distillation(Trainer):
         self.see_prompts(condition, negative)
         self.finite.see(finite.IMAGES, condition.image_BTCHW, condition.clip_BIX)
         is_student = role == STUDENT
-        exits = self.exits(draws)
-        frames = len(exits) * self.causal.chunk
+        frames, exits = self.frames(draws), self.exits(draws)
         with torch.set_grad_enabled(is_student):
             clip = self.student.sample(
                 condition, noise=draws.noise(first), latent_shape=(frames, *self.latent_shape[1:]), exit_steps=exits,
-                with_gradient=is_student,
+                with_gradient=is_student, prefix_BTCHW=self.first_frames(rows),
             )  # fmt: skip
             x = loss_window(clip, args.latent_frames, self.reencode)
         self.finite.see(finite.STUDENT, clip)
         if x is not clip:
             self.finite.see(finite.WINDOW, x)
-        timesteps = score_timesteps(draws.uniform(first, count), args.score_shift).to(x.device, torch.float32)
+        bounds = score_bounds(self.student.steps, exits[0], **_bounds_of(args))
+        timesteps = score_timesteps(draws.uniform(first, count), args.score_shift, bounds=bounds)
+        timesteps = timesteps.to(x.device, torch.float32)
         draw = ScoreDraw(timesteps, draws.normal(first, tuple(x.shape)).to(x))
         if args.score == "gan":
             real = torch.stack([row.latents_STCHW[-1] for row in rows]).to(x)
@@ -270,18 +361,36 @@ class Distillation(Trainer):
             near = self.draws("penalty").normal(first, tuple(x.shape))
             return self.adversarial.critic_loss(x, real, draw, condition, near)
         if is_student:
-            counted = None
-            if frames > args.latent_frames:
-                counted = torch.arange(x.shape[1], device=x.device) >= self.causal.chunk
-            return self.matching.student_loss(x, draw, condition, negative, counted)[0]
+            return self.matching.student_loss(x, draw, condition, negative, self.counted(frames))[0]
         return self.matching.critic_loss(x, draw, condition)
 
-    def exits(self, draws: Draws) -> list[int]:
-        """The evaluation at which each chunk of this step's clips ends: as many chunks as the teacher sees, or any
-        number up to the longest."""
+    def counted(self, frames: int) -> Tensor | None:
+        """Which frames of a student's clip of this length have a loss, [T]; None: all.
+
+        Not a given one, nor the chunk that the re-encoded one before a long clip's window belongs to.
+        """
+        args, without = self.settings, 0
+        if frames > args.latent_frames:
+            without = 0 if args.score == "sid" else 1 if args.independent_first_frame else self.causal.chunk
+        elif args.first_frame != "generated":
+            without = 1
+        return torch.arange(args.latent_frames, device=self.world.device) >= without if without else None
+
+    def frames(self, draws: Draws) -> int:
+        """Latent frames of this step's clips: as many as the teacher sees, or chunks more up to the longest."""
         args, chunk = self.settings, self.causal.chunk
         more = (args.max_latent_frames - args.latent_frames) // chunk if args.max_latent_frames else 0
-        count = args.latent_frames // chunk + draws.whole("frames", more + 1)
+        return args.latent_frames + draws.whole("frames", more + 1) * chunk
+
+    def exits(self, draws: Draws) -> list[int]:
+        """The evaluation at which each chunk ends that the student generates."""
+        args, causal = self.settings, self.causal
+        lengths = chunk_lengths(
+            self.frames(draws), causal.chunk, independent_first_frame=causal.independent_first_frame
+        )  # fmt: skip
+        count = len(lengths) - (args.first_frame != "generated")
+        if args.last_step_only:
+            return [len(args.steps) - 1] * count
         return draws.exit_steps(count, len(args.steps), per_chunk=args.exit_per_chunk)
 
     def work(self, role: str) -> Work:
@@ -303,25 +412,44 @@ class Distillation(Trainer):
         rows = self.take(self.shuffled, numbers)
         return [row.prompt for row in rows], rows
 
+    @torch.no_grad()
+    def first_frames(self, rows: list[Row]) -> Tensor | None:
+        """Latents [B, 1, C, H, W] of the frames that clips of these rows begin with, where they are given."""
+        args, kind = self.settings, self.settings.first_frame
+        if kind == "generated":
+            return None
+        like = {"device": self.world.device, "dtype": wide(args)}
+        if kind == "clips":
+            return torch.stack([row.latents_STCHW[-1][:1] for row in rows]).to(**like)
+        images = [fit_image((image + 1) / 2, args.width, args.height) for image in self.images(rows)]
+        assert self.vae is not None
+        return self.vae.encode(torch.stack(images)[:, None].to(self.world.device)).to(**like)
+
+    def images(self, rows: list[Row]) -> list[Tensor]:
+        """The rows' pictures [R, H, W] in [-1, 1]. Raises ValueError where one has none."""
+        found = [row.image_RHW for row in rows if row.image_RHW is not None]
+        if len(found) != len(rows):
+            raise ValueError(f"{self.settings.data}: holds rows without pictures; make it with --video_path")
+        return found
+
     def conditions(self, texts: list[str], rows: list[Row]) -> tuple[Conditioning, Conditioning]:
         """What the clips are conditioned on, and the same with the negative prompt."""
         pair = self.prompts.condition(texts), self.prompts.condition([self.settings.negative_prompt] * len(texts))
         if self.pictures is None:
             return pair
-        images = [row.image_RHW for row in rows if row.image_RHW is not None]
-        if len(images) != len(texts):
-            raise ValueError(f"{self.settings.data}: holds rows without pictures; make it with --video_path")
-        seen = self.pictures.condition(pair[0], images)
+        seen = self.pictures.condition(pair[0], self.images(rows))
         return seen, Conditioning(pair[1].prompt_embeds_BPE, seen.image_BTCHW, seen.clip_BIX)
 
     def sampling(self) -> Sampling:
-        return Sampling(self.causal, steps_of(self.settings), self.latent_shape)
+        return Sampling(self.causal, steps_of(self.settings), self.latent_shape, self.prefixes)
 
     def examples(self, texts: list[str] | None) -> tuple[list[str], list[Conditioning]]:
         if self.pictures is not None or texts is None:
             found, rows = self.rows(range(SAMPLED))
         else:
             found, rows = texts, []
+        given = self.first_frames(rows)
+        self.prefixes = () if given is None else given.split(1)
         return found, [self.conditions([text], rows[n : n + 1])[0] for n, text in enumerate(found)]
 
 

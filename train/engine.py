@@ -69,6 +69,12 @@ def check(args: TrainArgs, processes: int, needed: Sequence[str]) -> None:
     logs.check(args)
 
 
+def check_chunks(args: TrainArgs) -> None:
+    """Raise ValueError for a first frame of its own in a clip that is one chunk."""
+    if args.independent_first_frame and not args.chunk:
+        raise ValueError("independent_first_frame is about chunks, and chunk=0 has none; leave one of them out")
+
+
 def lr_scale(args: TrainArgs, step: int) -> float:
     """Share of the learning rates that the step numbered `step` from 0 has."""
     warm = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
@@ -131,9 +137,16 @@ class Trainer(ABC):
             parameters |= {f"heads.{name}": value for name, value in heads.named_parameters()}
             groups.append({"params": list(heads.parameters()), "full_lr": lr * lr_heads})
             modules = (*modules, heads)
-        betas = (self.args.betas[0], self.args.betas[1])
-        optimiser = torch.optim.AdamW(groups, lr, betas, weight_decay=self.args.weight_decay)
+        optimiser = torch.optim.AdamW(groups, lr, self.betas(role), weight_decay=self.args.weight_decay)
         self.roles[role] = Role(built.network, modules, parameters, optimiser)
+
+    def betas(self, role: str) -> tuple[float, float]:
+        """AdamW's for a role."""
+        return self.args.betas[0], self.args.betas[1]
+
+    def max_grad_norm(self, role: str) -> float:
+        """The norm that a role's gradient is cut to."""
+        return self.args.max_grad_norm
 
     def resume(self, checkpoint: Path) -> None:
         self.step = state.step_of(checkpoint)
@@ -157,7 +170,7 @@ class Trainer(ABC):
         for group in trained.optimiser.param_groups:
             group["lr"] = group["full_lr"] * lr_scale(self.args, self.step)
         total = self.accumulate(role)
-        norm = torch.nn.utils.clip_grad_norm_(trained.parameters.values(), self.args.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(trained.parameters.values(), self.max_grad_norm(role))
         size = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # type: ignore[operator]
         own = torch.cat([torch.stack([total, total.new_tensor(self.rows_replaced)]), self.finite.counts(total.device)])
         value, replaced, *bad = distributed.sums(self.world, own)  # one exchange and one wait for all of them

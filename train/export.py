@@ -16,10 +16,11 @@ from torch import Tensor
 
 from selfforcing_core.atomic import replacing
 from selfforcing_core.checkpoint import DTYPES, save_checkpoint
-from selfforcing_core.config import CausalConfig, WanConfig
+from selfforcing_core.config import WanConfig
 from train import lora, state
 from train.args import DiffusionArgs, DmdArgs, OdeArgs, keys, mistake, parse
 from train.dmd import causal_of, steps_of
+from train.forcing import causal_of as clip_causal_of
 from train.networks import alpha_of, read_network
 
 STAGES = {"student": DmdArgs, "forcing": DiffusionArgs, "timesteps": OdeArgs}  # by a setting that only this one has
@@ -93,7 +94,7 @@ def _write_whole(args: ExportArgs, run: AnyArgs, tensors: dict[str, Tensor], abo
     assert isinstance(source.config, WanConfig)
     if run.lora_rank:
         tensors = lora.merged(source.state_dict, tensors, alpha_of(run) / run.lora_rank)
-    causal = causal_of(run) if isinstance(run, DmdArgs) else CausalConfig(run.chunk or 1, run.window)
+    causal = causal_of(run) if isinstance(run, DmdArgs) else clip_causal_of(run, 1)
     save_checkpoint(
         args.out, {name: value.to(DTYPES[args.dtype]) for name, value in tensors.items()}, source.config, about,
         causal=causal if run.chunk else None,

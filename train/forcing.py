@@ -18,8 +18,16 @@ from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig
 from selfforcing_core.geometry import chunk_lengths
 from selfforcing_core.schedule import TIMESTEPS, add_noise, sigma_table, training_weights, x0_from_flow
+from train.args import ClipArgs
 from train.losses import flow_loss, regression_loss
 from train.roles import Levels
+
+
+def causal_of(args: ClipArgs, frames: int) -> CausalConfig:
+    """How a clip of this many latent frames is cut into chunks."""
+    return CausalConfig(
+        args.chunk or frames, args.window, independent_first_frame=args.independent_first_frame
+    )  # fmt: skip
 
 
 def per_chunk(values_BT: Tensor, causal: CausalConfig) -> Tensor:
@@ -38,14 +46,15 @@ def _lengths(frames: int, causal: CausalConfig) -> tuple[int, ...]:
 class Trajectories:
     """Regression of a clip's end from a state along its way (CausVid, arXiv 2412.07772, section 4.3).
 
-    timesteps: of the trajectory's states, noisiest first; the last may be 0, and such frames do not count.
+    timesteps: of the trajectory's states, noisiest first; the last may be 0, and such frames do not count. A state more
+    than timesteps is the clip's end, which is never seen.
     """
 
     network: Any
     causal: CausalConfig
     timesteps: tuple[float, ...]
     levels: Levels
-    is_first_frame_clean: bool = False  # image-to-video: frame 0 is always the last state
+    is_first_frame_clean: bool = False  # image-to-video: frame 0 is always the state of the last timestep
 
     def _states(self, index_BT: Tensor) -> Tensor:
         """The state that every frame really starts from."""

@@ -20,9 +20,19 @@ def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     return unconditional + scale * (conditional - unconditional)
 
 
-def score_timesteps(uniform_B: Tensor, shift: float, low: float = 20.0, high: float = 980.0) -> Tensor:
-    """Timesteps [B] at which scores are compared: uniform numbers in [0, 1) shifted, clamped to [low, high]."""
-    shifted = shift_sigma(uniform_B, shift)
+def score_timesteps(
+    uniform_B: Tensor,
+    shift: float,
+    low: float = 20.0,
+    high: float = 980.0,
+    bounds: tuple[float, float] = (0.0, TIMESTEPS),
+) -> Tensor:
+    """Timesteps [B] at which scores are compared: uniform numbers in [0, 1) shifted, clamped to [low, high].
+
+    bounds: of the timesteps before the shift, between which the uniform numbers are spread.
+    """
+    first, last = (bound / TIMESTEPS for bound in bounds)
+    shifted = shift_sigma(first + uniform_B * (last - first), shift)
     assert isinstance(shifted, Tensor)
     return (shifted * TIMESTEPS).clamp(low, high)
 
@@ -51,15 +61,18 @@ def dmd_loss(x_BTCHW: Tensor, gradient: Tensor, counted_T: Tensor | None = None)
     return (error.mean(dim=(0, 2, 3, 4)) * weight_T).sum() / weight_T.sum()
 
 
-def sid_loss(x_BTCHW: Tensor, fake_x0: Tensor, real_x0: Tensor, alpha: float = 1.0) -> Tensor:
+def sid_loss(
+    x_BTCHW: Tensor, fake_x0: Tensor, real_x0: Tensor, alpha: float = 1.0, counted_T: Tensor | None = None
+) -> Tensor:
     """Score identity distillation (SiD, arXiv 2404.04057, eq. 23, in the form of Self Forcing).
 
     Mean of (real - fake) ((real - x) - alpha (real - fake)), divided per sample by mean |x - real| without gradient.
-    Both predictions carry gradient into x.
+    Both predictions carry gradient into x. counted_T: as in `dmd_loss`.
     """
     x, fake, real = x_BTCHW.double(), fake_x0.double(), real_x0.double()
     normaliser = (x - real).detach().abs().mean(dim=(1, 2, 3, 4), keepdim=True)
-    return torch.nan_to_num((real - fake) * ((real - x) - alpha * (real - fake)) / normaliser).mean()
+    error = torch.nan_to_num((real - fake) * ((real - x) - alpha * (real - fake)) / normaliser)
+    return error.mean() if counted_T is None else error[:, counted_T].mean()
 
 
 def critic_loss(flow: Tensor, x0: Tensor, noise: Tensor) -> Tensor:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from selfforcing_core.conditioning import Conditioning
-from selfforcing_core.config import CausalConfig, StepConfig
+from selfforcing_core.config import StepConfig
 from train import distributed, engine
 from train.args import OdeArgs
 from train.data import Row
 from train.draws import Draws
-from train.engine import ClipTrainer
-from train.forcing import Trajectories
+from train.engine import ClipTrainer, check_chunks
+from train.forcing import Trajectories, causal_of
 from train.losses import mean_count
 from train.networks import wide
 from train.roles import Levels
@@ -32,6 +32,7 @@ def check(args: OdeArgs, processes: int) -> None:
     engine.check(args, processes, ("network", "text_encoder", "data"))
     if args.levels not in ("exact", "table"):
         raise ValueError(f"levels {args.levels!r} is unknown; use exact or table")
+    check_chunks(args)
     if sorted(args.timesteps, reverse=True) != list(args.timesteps) or not args.timesteps:
         raise ValueError(f"timesteps {list(args.timesteps)} must fall from noisy to clean; sort them")
 
@@ -46,7 +47,8 @@ class Regression(ClipTrainer):
     def open_data(self) -> None:
         super().open_data()
         args, states = self.settings, self.data.shape[0]
-        if states != len(args.timesteps):
+        has_clean = args.timesteps[-1] > 0 and states == len(args.timesteps) + 1  # the last state is the target alone
+        if states != len(args.timesteps) and not has_clean:
             raise ValueError(f"{args.data}: trajectories of {states} states, not {len(args.timesteps)}; set timesteps")
 
     def loss_of(self, network: Any, rows: list[Row], condition: Conditioning, draws: Draws, first: int) -> Tensor:
@@ -54,7 +56,7 @@ class Regression(ClipTrainer):
         states = torch.stack([row.latents_STCHW for row in rows]).to(self.world.device, wide(args))
         frames = states.shape[2]
         part = Trajectories(
-            network, CausalConfig(args.chunk or frames, args.window), tuple(args.timesteps),
+            network, causal_of(args, frames), tuple(args.timesteps),
             Levels(args.shift, args.levels), args.first_frame_clean,
         )  # fmt: skip
         counted = part.counted(self.indices(draws, 0, args.batch_size, frames))  # in the whole batch
@@ -69,7 +71,7 @@ class Regression(ClipTrainer):
         """In the steps it was trained on."""
         args, (frames, channels, height, width) = self.settings, self.shape
         steps = StepConfig(tuple(step for step in args.timesteps if step), shift=args.shift, warp=False)
-        return Sampling(CausalConfig(args.chunk or frames, args.window), steps, (frames, channels, height, width))
+        return Sampling(causal_of(args, frames), steps, (frames, channels, height, width))
 
 
 def main(argv: list[str] | None = None) -> int:

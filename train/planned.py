@@ -109,6 +109,10 @@ class PlannedDistillation(_Planned, Distillation):
         seen = Conditioning(embeds, image, torch.zeros(len(texts), CLIP_TOKENS, CLIP_DIM).to(embeds))
         return seen, seen
 
+    def first_frames(self, rows: list[Row]) -> Tensor | None:
+        is_given = self.settings.first_frame != "generated"
+        return torch.zeros(len(rows), 1, *self.latent_shape[1:]) if is_given else None
+
     def reencode(self, latents_BTCHW: Tensor) -> Tensor:
         return latents_BTCHW[:, :1]
 

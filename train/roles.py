@@ -15,7 +15,16 @@ from torch import Tensor
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.rollout import GradientPlan, NoiseSource, rollout
-from selfforcing_core.schedule import TIMESTEPS, add_noise, flow_from_x0, nearest_sigma, sigma_table, x0_from_flow
+from selfforcing_core.schedule import (
+    TIMESTEPS,
+    FlowSchedule,
+    add_noise,
+    flow_from_x0,
+    nearest_sigma,
+    sigma_table,
+    unshift_sigma,
+    x0_from_flow,
+)
 from train.losses import critic_loss, dmd_gradient, dmd_loss, guided, sid_loss
 
 
@@ -62,8 +71,9 @@ class ScoreDraw:
 class Student:
     """The few-step generator, causal or (with one chunk of all frames) bidirectional.
 
-    context_sigma: noise mixed into a finished chunk before it enters the cache; the reference has 0.005 here, the last
-    entry of its table, while its sampler has none. loss_frames: only the last ones carry gradient.
+    context_sigma: noise mixed into a finished chunk before it enters the cache; the reference has that of its table's
+    entry nearest to context_noise here (0.005 for 0), while its sampler has none. loss_frames: only the last ones carry
+    gradient.
     """
 
     network: Any
@@ -82,7 +92,10 @@ class Student:
         with_gradient: bool,
         prefix_BTCHW: Tensor | None = None,
     ) -> Tensor:
-        """A clip [B, T, C, H, W] of the student's own; chunk i is what its evaluation `exit_steps[i]` predicts."""
+        """A clip [B, T, C, H, W] of the student's own; chunk i is what its evaluation `exit_steps[i]` predicts.
+
+        prefix_BTCHW: given first frames, which are part of the clip, and before which no chunk is counted.
+        """
         frames = latent_shape[0]
         plan = GradientPlan(
             exit_steps, max(0, frames - self.loss_frames) if with_gradient else frames, self.context_sigma
@@ -92,6 +105,19 @@ class Student:
             gradient=plan, prefix_BTCHW=prefix_BTCHW,
         )  # fmt: skip
         return torch.cat([chunk.latents_BTCHW for chunk in chunks], 1)
+
+
+def score_bounds(
+    steps: StepConfig, exit_step: int, *, lowest: float = 0.0, is_floored: bool = False, is_capped: bool = False
+) -> tuple[float, float]:
+    """Between which timesteps, before their shift, clips are compared that end at evaluation `exit_step`.
+
+    is_floored: not below the timestep that the exit step leads to (in place of `lowest`); is_capped: not above its own
+    (Self Forcing's ts_schedule and ts_schedule_max).
+    """
+    plain = [TIMESTEPS * unshift_sigma(timestep / TIMESTEPS, steps.shift) for timestep in FlowSchedule(steps).timesteps]
+    low = [*plain, 0.0][exit_step + 1] if is_floored else lowest
+    return low, plain[exit_step] if is_capped else TIMESTEPS
 
 
 def loss_window(clip_BTCHW: Tensor, frames: int, reencode: Any) -> Tensor:
@@ -111,7 +137,8 @@ def loss_window(clip_BTCHW: Tensor, frames: int, reencode: Any) -> Tensor:
 class Matching:
     """Distribution matching of the student's clips with the teacher's, through a critic.
 
-    guidance: on the teacher, in the usual meaning (1 is none). levels: of the noise that clips are compared under.
+    guidance, critic_guidance: on teacher and critic, in the usual meaning (1 is none). levels: of the noise that clips
+    are compared under.
     """
 
     teacher: Score
@@ -120,6 +147,7 @@ class Matching:
     levels: Levels = Levels(5.0)
     score: str = "dmd"
     sid_alpha: float = 1.0
+    critic_guidance: float = 1.0
 
     def noisy(self, x_BTCHW: Tensor, draw: ScoreDraw) -> Tensor:
         """The clip at the draw's noise level."""
@@ -128,9 +156,11 @@ class Matching:
     def predictions(
         self, x_BTCHW: Tensor, draw: ScoreDraw, condition: Conditioning, negative: Conditioning
     ) -> tuple[Tensor, Tensor]:
-        """What critic and guided teacher take for the clean clip."""
+        """What guided critic and guided teacher take for the clean clip."""
         noisy, timesteps = self.noisy(x_BTCHW, draw), draw.timesteps_B
         fake = self.critic.x0(noisy, timesteps, condition)
+        if self.critic_guidance != 1:
+            fake = guided(fake, self.critic.x0(noisy, timesteps, negative), self.critic_guidance)
         real = self.teacher.x0(noisy, timesteps, condition)
         if self.guidance != 1:
             real = guided(real, self.teacher.x0(noisy, timesteps, negative), self.guidance)
@@ -147,7 +177,7 @@ class Matching:
         """The student's loss, and the gradient per latent (dmd) or the critic's distance from the teacher (sid)."""
         if self.score == "sid":
             fake, real = self.predictions(x_BTCHW, draw, condition, negative)
-            return sid_loss(x_BTCHW, fake, real, self.sid_alpha), (fake - real).detach()
+            return sid_loss(x_BTCHW, fake, real, self.sid_alpha, counted_T), (fake - real).detach()
         with torch.no_grad():
             fake, real = self.predictions(x_BTCHW.detach(), draw, condition, negative)
             gradient = dmd_gradient(x_BTCHW, fake, real)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
@@ -25,11 +26,12 @@ SHEET_FRAMES = 16
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a stage's network is sampled. latent_shape: (T, C, H, W)."""
+    """How a stage's network is sampled. latent_shape: (T, C, H, W). prefixes: of each prompt, where it needs one."""
 
     causal: CausalConfig
     steps: StepConfig
     latent_shape: tuple[int, int, int, int]
+    prefixes: Sequence[Tensor] = ()
 
 
 class Samples:
@@ -55,8 +57,9 @@ class Samples:
             decoder, frames = StreamingDecoder(self.taehv), []
             noise = SeededNoise(self.seed, number)
             for chunk in rollout(
-                network, condition, noise=noise, latent_shape=how.latent_shape, causal=how.causal, steps=how.steps
-            ):
+                network, condition, noise=noise, latent_shape=how.latent_shape, causal=how.causal, steps=how.steps,
+                prefix_BTCHW=how.prefixes[number % len(self.texts)] if how.prefixes else None,
+            ):  # fmt: skip
                 frames.append(decoder.decode(chunk.latents_BTCHW.float())[0].cpu())
             if number < len(self.texts):
                 folder.mkdir(parents=True, exist_ok=True)

@@ -127,9 +127,11 @@ def distillation_work(
     """
     if evaluations is None:
         chunk = args.chunk or args.latent_frames
-        fewest = len(chunk_lengths(args.latent_frames, chunk))
-        counts = range(fewest, max(fewest, args.max_latent_frames // chunk) + 1)
-        drawn = ([(len(args.steps) + 1) / 2] * count for count in counts)
+        lengths = chunk_lengths(args.latent_frames, chunk, independent_first_frame=args.independent_first_frame)
+        fewest = len(lengths) - (args.first_frame != "generated")
+        counts = range(fewest, fewest + max(0, args.max_latent_frames - args.latent_frames) // chunk + 1)
+        evaluated = len(args.steps) if args.last_step_only else (len(args.steps) + 1) / 2
+        drawn = ([evaluated] * count for count in counts)
         total = sum((distillation_work(args, role, configs, each, copies=copies) for each in drawn), Work())
         return total * (1 / len(counts))
     student, critic = Network(args, configs["student"]), Network(args, configs["critic"])
@@ -139,9 +141,10 @@ def distillation_work(
     if role == "critic":
         compared = 2 + bool(args.gan_r1) + bool(args.gan_r2) if args.score == "gan" else 1
         return critic.update(work + (judged + learnt) * compared, copies)
-    work += judged
+    seen = judged
     if args.score != "dmd":  # the scores carry gradient to the clip, and leave some in the critic
-        work += learnt
+        seen += learnt
+    work += seen * (1 + (args.guidance_critic != 1 and args.score != "gan"))
     if args.score == "gan":
         work += judged * args.gan_relativistic
     else:
@@ -155,15 +158,19 @@ def distillation_work(
 
 def _rollout(student: Network, args: DmdArgs, evaluations: Sequence[float], *, with_gradient: bool) -> Work:
     """Chunk by chunk: its evaluations, of which the last one carries gradient in the frames that are judged, and a
-    clean pass where another chunk follows. Without gradient, a cache knows the prompt after its first pass."""
-    length, per_frame, chunks = args.chunk or args.latent_frames, _tokens(args.width, args.height), len(evaluations)
-    is_cached, evicts = chunks > 1, -1 < args.window < chunks * length
+    clean pass where another chunk follows; a given first frame has that pass alone. Without gradient, a cache knows the
+    prompt after its first pass."""
+    length, per_frame = args.chunk or args.latent_frames, _tokens(args.width, args.height)
+    evaluations = [0] * (args.first_frame != "generated") + list(evaluations)
+    lengths = [1 if args.independent_first_frame else length] + [length] * (len(evaluations) - 1)
+    seen, frames = 0, sum(lengths)
+    is_cached, evicts = len(lengths) > 1, -1 < args.window < frames
     work = student.prompt() * is_cached
-    for index, count in enumerate(evaluations):
-        seen = (index + 1) * length
+    for length, count in zip(lengths, evaluations):
+        start, seen = seen, seen + length
         size = length * per_frame, (min(seen, args.window) if evicts else seen) * per_frame
-        work += student.forward(*size, has_prompt=not is_cached) * (count + (index + 1 < chunks))
-        if with_gradient and index * length >= chunks * length - args.latent_frames:
+        work += student.forward(*size, has_prompt=not is_cached) * (count + (seen < frames))
+        if with_gradient and count and start >= frames - args.latent_frames:
             work += student.backward(*size, evicts=evicts) + student.prompt() * is_cached
     return work
 
