@@ -26,9 +26,9 @@ from .conditioning import Conditioning
 from .embeddings import EmbeddingFolder
 from .float8 import store_in_float8
 from .geometry import TEMPORAL_FACTOR
-from .hub import load_model, load_taehv, load_text_encoder, resolve_text_encoder
+from .hub import check_channels, load_model, load_taehv, load_text_encoder, resolve_text_encoder
 from .image import first_frame_condition, fit_image
-from .plan import Plan, Request, Take, check_channels, memory_in_words, plan_request, recipe_of
+from .plan import Plan, Request, Take, memory_in_words, plan_request, recipe_of
 from .prompt_schedule import Entry, parse_schedule, start_frames
 from .rollout import Chunk, PromptChange, SeededNoise, rollout
 from .roofline import Card, Meter, measured_card

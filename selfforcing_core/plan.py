@@ -26,7 +26,7 @@ from .geometry import (
     latent_frames,
     pixel_frames,
 )
-from .hub import check_channels, check_taehv, list_bundles, resolve_model
+from .hub import check_taehv, list_bundles, resolve_model
 from .image import read_image
 from .prompt_schedule import parse_schedule, start_frames
 from .roofline import Recipe

@@ -73,5 +73,5 @@ def expect_latent_space(
     names = " or ".join(BY_SHAPE.get((config.latent_channels, config.patch_size), ())) or "an unknown model"
     raise ValueError(
         f"{path} does not say which latents it decodes ({names}: all have these shapes); "
-        f"if you know that they are {wanted}'s, say so ({f'{say} {wanted}' if say else f'latent space {wanted!r}'})"
+        f"if you know that they are {wanted}'s, say so ({f'{say}={wanted}' if say else f'latent space {wanted!r}'})"
     )
