@@ -41,6 +41,7 @@ class Settings:
     """What a MODEL is and how it is sampled; travels in its model_options.
 
     kind: CAUSAL, FEW_STEP, BASE or UNKNOWN. cache_dtype, cache_device: None are those that the model computes in.
+    guidance: scale that the file says it is sampled with.
     """
 
     kind: str = UNKNOWN
@@ -48,6 +49,7 @@ class Settings:
     steps: StepConfig = field(default_factory=StepConfig)
     cache_dtype: torch.dtype | None = None
     cache_device: str | None = None
+    guidance: float | None = None
 
 
 def settings_of(patcher: Any) -> Settings:
@@ -82,16 +84,20 @@ def model_from_checkpoint(
 ) -> Any:
     """A MODEL of the host from a checkpoint of kind "wan", prepared for our samplers.
 
-    kind: CAUSAL, FEW_STEP, BASE, or "auto": what the file says, UNKNOWN (with a warning) where it says nothing.
+    kind: CAUSAL, FEW_STEP, BASE, or "auto": what the file says, UNKNOWN (with a warning) where it says nothing. Another
+    kind than the file's is used with a warning.
     dtype: None lets the host choose what the device likes. is_fast_fp8: the host's own float8 products.
     """
     assert isinstance(checkpoint.config, WanConfig)
     check_channels(checkpoint.config.out_dim, "model")
     steps = checkpoint.steps or StepConfig()
+    said = kind_in(checkpoint)
     if kind == "auto":
-        kind = CAUSAL if checkpoint.causal is not None else UNKNOWN
+        kind = said
         if kind == UNKNOWN:
             log.warning("the file does not say whether its model is causal; choose its kind in the loader to be sure")
+    elif said not in (kind, UNKNOWN):
+        log.warning("the file says that its model is of kind '%s'; it is loaded as '%s'", said, kind)
     model_config = _host_config(checkpoint.config, is_causal=kind == CAUSAL)
     if checkpoint.steps is not None or kind != BASE:  # an undistilled model keeps the host's shift for Wan
         model_config.sampling_settings = {"shift": steps.shift}
@@ -103,7 +109,17 @@ def model_from_checkpoint(
     is_dynamic = getattr(patcher, "is_dynamic", lambda: False)()
     model.diffusion_model.load_state_dict(checkpoint.state_dict, assign=is_dynamic)
     model.diffusion_model.eval().requires_grad_(False)
-    return with_settings(patcher, Settings(kind, checkpoint.causal or CausalConfig(), steps))
+    settings = Settings(kind, checkpoint.causal or CausalConfig(), steps, guidance=checkpoint.guidance)
+    return with_settings(patcher, settings)
+
+
+def kind_in(checkpoint: Checkpoint) -> str:
+    """The kind that a file says its model is of; UNKNOWN where it says nothing."""
+    if checkpoint.causal is not None:
+        return CAUSAL
+    if checkpoint.bidirectional is None:
+        return UNKNOWN
+    return FEW_STEP if checkpoint.steps is None or checkpoint.steps.solver == "renoise" else BASE
 
 
 def _host_config(config: WanConfig, *, is_causal: bool) -> Any:
@@ -299,6 +315,11 @@ def sigmas_of(patcher: Any, num_steps: int, shift: float) -> Tensor:
     trained = settings_of(patcher).steps
     keeps_list = num_steps in (AUTO, len(trained.steps))
     chosen = shift or getattr(patcher.get_model_object("model_sampling"), "shift", trained.shift)
-    steps = trained.steps if keeps_list else StepConfig.even(num_steps, shift=chosen).steps
-    schedule = FlowSchedule(replace(trained, steps=steps, shift=chosen))
+    if keeps_list:
+        schedule = FlowSchedule(replace(trained, shift=chosen))
+        if not trained.warp and trained.sigma == "exact" and chosen != trained.shift:
+            log.warning("the model gives its timesteps as they are, so that shift %g changes nothing", chosen)
+    else:  # evenly spaced ones are warped, whatever the model's own list is
+        even = StepConfig.even(num_steps, shift=chosen)
+        schedule = FlowSchedule(replace(trained, steps=even.steps, shift=chosen, warp=True))
     return torch.tensor([*schedule.sigmas, 0.0], dtype=torch.float32)

@@ -94,7 +94,8 @@ class SelfForcingModelLoader(io.ComfyNode):
                     optional=True,
                     tooltip="How the model was trained. causal: chunk by chunk (Self Forcing, CausVid, Causal "
                     "Forcing). few-step bidirectional: all frames at once in 4 steps (Self-Forcing-Plus 14B). base: "
-                    "not distilled. auto: what the file says; released files often say nothing.",
+                    "not distilled. auto: what the file says, as exports of our trainer do; released files often say "
+                    "nothing. Where another kind than the file's is chosen, the log says so.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model: an ordinary MODEL that our samplers can run too.")],

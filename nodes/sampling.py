@@ -149,6 +149,9 @@ class ChunkGuider(comfy.samplers.CFGGuider):
             conds["negative"] = negative
         elif cfg != 1:
             raise ValueError(f"cfg {cfg} needs a negative prompt; connect one, or set cfg to 1")
+        said = settings_of(self.model_patcher).guidance
+        if said is not None and said != cfg:
+            log.warning("the model's file says that it is sampled with cfg %g; cfg here is %g", said, cfg)
         self.inner_set_conds(conds)
         self.set_cfg(cfg)
 
@@ -188,7 +191,7 @@ def sample_chunks(
     causal = layout(given, run.causal or settings.causal)
     if run.is_whole:
         causal = CausalConfig(chunk=frames)
-    steps = steps_of(sigmas)
+    steps = replace(steps_of(sigmas), solver=settings.steps.solver)
     lengths = chunk_lengths(frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
     chunk_shape = (*noise_BCTHW.shape[:2], max(lengths), *noise_BCTHW.shape[3:])
     network = _GuidedNetwork(guider, extra_args, settings, chunk_shape, run.working_bytes)

@@ -7,6 +7,9 @@ is executed. What a file is follows from its bytes, its header and the shapes of
 
 Header of our safetensors files: "selfforcing" = JSON {"format": 1, "kind", "config", "causal", "steps",
 "latent_space"}; for Wan also "config" = JSON {"transformer": {...}}, which ComfyUI merges into its own detection.
+Format 2 adds "bidirectional" and "guidance". It is written only where one of them has something to say, so that older
+versions go on reading all other files and refuse those that they would sample wrongly. A LoRA of our trainer has a
+header of kind "lora" with "base" and the same settings.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic import replacing
-from .config import CausalConfig, StepConfig, TAEHVConfig, WanConfig
+from .config import BidirectionalConfig, CausalConfig, StepConfig, TAEHVConfig, WanConfig
 from .keymap import EMA_CONTAINERS, RAW_CONTAINERS, describe_dialect, from_wan, wan_names
 from .layout import Shape, mismatch, taehv_config, taehv_shapes, wan_config, wan_shapes
 from .taehv_releases import WAN, latent_space
@@ -35,7 +38,9 @@ from .taehv_releases import WAN, latent_space
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # to store and compute in
 HEADER_KEY = "selfforcing"
 HEADER_FORMAT = 1
+HEADER_FORMATS = (HEADER_FORMAT, 2)
 HOST_HEADER_KEY = "config"
+LORA = "lora"
 UMT5_XXL_DIM = 4096  # width of the text embeddings of every released Wan model
 
 # What people most often mistake for a model file of ours, by a part of a parameter's name.
@@ -57,9 +62,11 @@ class Checkpoint:
     """One network of a file, under its original parameter names.
 
     kind: "wan" or "taehv". dtype: the type most numbers have, such as "bfloat16". weights: "raw" or "ema".
-    causal, steps: how the model wants to be run, None where the file does not say. latent_space: of the VAE that the
-    network goes with ("wan2.1"), None where that is not known. The tensors of `state_dict` are mapped from the file
-    where its format allows, so that reading costs no memory until they are used.
+    causal, bidirectional, steps: how the model wants to be run, None where the file does not say; it is never both
+    causal and bidirectional. guidance: scale that it is sampled with, None where the file does not say (distilled
+    models take 1). latent_space: of the VAE that the network goes with ("wan2.1"), None where that is not known. The
+    tensors of `state_dict` are mapped from the file where its format allows, so that reading costs no memory until
+    they are used.
     """
 
     kind: str
@@ -72,6 +79,8 @@ class Checkpoint:
     weights: str
     metadata: dict[str, str]
     latent_space: str | None = None
+    bidirectional: BidirectionalConfig | None = None
+    guidance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,9 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
         "weights": list(contents.available),
         "latent_space": checkpoint.latent_space,
         "causal": checkpoint.causal.to_dict() if checkpoint.causal else None,
+        "bidirectional": checkpoint.bidirectional.to_dict() if checkpoint.bidirectional else None,
         "steps": checkpoint.steps.to_dict() if checkpoint.steps else None,
+        "guidance": checkpoint.guidance,
     }
 
 
@@ -142,6 +153,8 @@ def save_checkpoint(
     causal: CausalConfig | None = None,
     steps: StepConfig | None = None,
     latent_space: str | None = None,
+    bidirectional: BidirectionalConfig | None = None,
+    guidance: float | None = None,
     dialect: str = "wan",
     overwrite: bool = True,
 ) -> None:
@@ -156,7 +169,7 @@ def save_checkpoint(
     problem = mismatch(expected, {name: tuple(tensor.shape) for name, tensor in state_dict.items()})
     if problem:
         raise ValueError(f"{path}: not saved, {problem}")
-    header = file_header(config, causal, steps, latent_space)
+    header = file_header(config, causal, steps, latent_space, bidirectional, guidance)
     clash = sorted(set(header) & set(metadata or {}))
     if clash:
         raise ValueError(f"{path}: not saved, the header entries {', '.join(clash)} are written from the config")
@@ -166,23 +179,54 @@ def save_checkpoint(
 
 
 def file_header(
-    config: WanConfig | TAEHVConfig, causal: CausalConfig | None, steps: StepConfig | None, latent_space: str | None
+    config: WanConfig | TAEHVConfig,
+    causal: CausalConfig | None,
+    steps: StepConfig | None,
+    latent_space: str | None,
+    bidirectional: BidirectionalConfig | None = None,
+    guidance: float | None = None,
 ) -> dict[str, str]:
-    """The metadata by which this project and ComfyUI recognise a network."""
+    """Return the metadata by which this project and ComfyUI recognise a network."""
     is_wan = isinstance(config, WanConfig)
-    ours = {
-        "format": HEADER_FORMAT,
-        "kind": "wan" if is_wan else "taehv",
-        "config": config.to_dict(),
-        "causal": causal.to_dict() if causal else None,
-        "steps": steps.to_dict() if steps else None,
-        "latent_space": latent_space,
-    }
+    settings = _settings_entries(causal, steps, latent_space, bidirectional, guidance)
+    ours = {"kind": "wan" if is_wan else "taehv", "config": config.to_dict(), **settings}
     header = {HEADER_KEY: json.dumps(ours)}
     if is_wan:
         sizes = {name: getattr(config, name) for name in ("num_heads", "text_dim", "freq_dim", "text_len")}
         header[HOST_HEADER_KEY] = json.dumps({"transformer": {"causal_ar": causal is not None, **sizes}})
     return header
+
+
+def lora_header(
+    base: str,
+    causal: CausalConfig | None,
+    steps: StepConfig | None,
+    bidirectional: BidirectionalConfig | None = None,
+    guidance: float | None = None,
+) -> dict[str, str]:
+    """Return the metadata of a LoRA: the network it belongs on, and how the two together are sampled."""
+    settings = _settings_entries(causal, steps, None, bidirectional, guidance)
+    return {HEADER_KEY: json.dumps({"kind": LORA, "base": base, **settings})}
+
+
+def _settings_entries(
+    causal: CausalConfig | None,
+    steps: StepConfig | None,
+    latent_space: str | None,
+    bidirectional: BidirectionalConfig | None,
+    guidance: float | None,
+) -> dict[str, Any]:
+    assert causal is None or bidirectional is None, "a network is causal or bidirectional, not both"
+    entries: dict[str, Any] = {
+        "format": HEADER_FORMAT,
+        "causal": causal.to_dict() if causal else None,
+        "steps": steps.to_dict() if steps else None,
+        "latent_space": latent_space,
+    }
+    if bidirectional is not None or guidance is not None:
+        named = bidirectional.to_dict() if bidirectional else None
+        entries |= {"format": max(HEADER_FORMATS), "bidirectional": named, "guidance": guidance}
+    return entries
 
 
 def _open(path: Path, weights: str) -> _Contents:
@@ -309,23 +353,76 @@ def _understand(contents: _Contents, path: Path) -> Checkpoint:
     names = wan_names(contents.tensors)
     state_dict = {name: contents.tensors[key] for name, key in names.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    ours = _our_header(contents.header)
+    if ours.get("kind") == LORA:
+        raise ValueError(_what_lora(ours))
     kind = _kind(shapes)
     dtype = _dtype(state_dict)
-    ours = _our_header(contents.header)
     if ours.get("kind", kind) != kind:
         raise ValueError(f"header says {ours['kind']!r} but the tensors are those of a {kind!r}")
     try:
         config = _config(kind, shapes, ours.get("config"), _host_sizes(contents.header))
-        causal = CausalConfig.from_dict(ours["causal"]) if ours.get("causal") else None
-        steps = StepConfig.from_dict(ours["steps"]) if ours.get("steps") else None
     except (TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"header is damaged ({_one_line(error)})") from error
+    causal, steps, bidirectional, guidance = _settings(ours)
     problem = mismatch(wan_shapes(config) if isinstance(config, WanConfig) else taehv_shapes(config), shapes)
     if problem:
         raise ValueError(f"is not a complete {kind} model: {problem}")
     dialect = describe_dialect(contents.tensors)
     space = _latent_space(ours.get("latent_space"), config, path)
-    return Checkpoint(kind, state_dict, config, causal, steps, dialect, dtype, contents.weights, contents.header, space)
+    return Checkpoint(
+        kind, state_dict, config, causal, steps, dialect, dtype, contents.weights, contents.header, space,
+        bidirectional, guidance,
+    )  # fmt: skip
+
+
+def _settings(
+    ours: Mapping[str, Any],
+) -> tuple[CausalConfig | None, StepConfig | None, BidirectionalConfig | None, float | None]:
+    """How the header wants the network to be run: chunks, steps, or all frames at once, and guidance."""
+    try:
+        causal = CausalConfig.from_dict(ours["causal"]) if ours.get("causal") else None
+        steps = StepConfig.from_dict(ours["steps"]) if ours.get("steps") else None
+        return causal, steps, _bidirectional(ours, causal, steps), _guidance(ours)
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"header is damaged ({_one_line(error)})") from error
+
+
+def _bidirectional(
+    ours: Mapping[str, Any], causal: CausalConfig | None, steps: StepConfig | None
+) -> BidirectionalConfig | None:
+    """What the header says of a bidirectional network.
+
+    Headers of format 1 had no word for it: there it is a network with steps and without chunks, which only exports of
+    bidirectional runs and `convert --bidirectional` wrote. A network with neither is one that nothing is known about.
+    """
+    if ours.get("bidirectional") is not None:
+        if causal is not None:
+            raise ValueError("header is damaged (it says both causal and bidirectional)")
+        return BidirectionalConfig.from_dict(ours["bidirectional"])
+    is_older = ours.get("format") == HEADER_FORMAT and ours.get("kind") == "wan"
+    return BidirectionalConfig() if is_older and causal is None and steps is not None else None
+
+
+def _guidance(ours: Mapping[str, Any]) -> float | None:
+    value = ours.get("guidance")
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not 0 < value < float("inf"):
+        raise ValueError(f"header is damaged (guidance is {value!r}, not a positive number)")
+    return float(value)
+
+
+def _what_lora(ours: Mapping[str, Any]) -> str:
+    """A LoRA of our trainer in words: where it belongs, and how it is sampled there."""
+    causal, steps, _, _ = _settings(ours)
+    how = "bidirectional" if causal is None else f"chunk {causal.chunk}, window {causal.window}"
+    listed = "" if steps is None else f"{len(steps.steps)} steps, {steps.solver}, shift {steps.shift:g}"
+    said = ", ".join(part for part in (how, listed) if part)
+    return (
+        f"is a LoRA, to be loaded in ComfyUI on top of {ours.get('base')} ({said}); where a whole network is needed, "
+        "export the run with form=whole"
+    )
 
 
 def _latent_space(stored: Any, config: WanConfig | TAEHVConfig, path: Path) -> str | None:
@@ -363,8 +460,9 @@ def _our_header(header: Mapping[str, str]) -> dict[str, Any]:
     if HEADER_KEY not in header:
         return {}
     values = _json_object(header[HEADER_KEY])
-    if values.get("format") != HEADER_FORMAT:
-        raise ValueError(f"header has format {values.get('format')!r}, this version reads {HEADER_FORMAT}; update it")
+    if values.get("format") not in HEADER_FORMATS:
+        known = " and ".join(map(str, HEADER_FORMATS))
+        raise ValueError(f"header has format {values.get('format')!r}, this version reads {known}; update it")
     return values
 
 

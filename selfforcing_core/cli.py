@@ -153,7 +153,10 @@ def _add_generate(make: argparse.ArgumentParser) -> None:
     how.add_argument("--steps", type=_steps, help=f"timesteps, for instance 1000,750,500,250, or their number {say}")
     how.add_argument("--shift", type=float, help=f"flow-matching shift of the steps {say}")
     how.add_argument("--solver", help=f"renoise (few steps), euler or unipc (many) {say}")
-    how.add_argument("--cfg", type=float, default=1.0, help="classifier-free guidance; 1 is none (default: 1)")
+    how.add_argument(
+        "--cfg", type=float,
+        help="classifier-free guidance; 1 is none (default: what the checkpoint says; 1 where it says nothing)",
+    )  # fmt: skip
 
     where = make.add_argument_group("where to compute")
     where.add_argument("--device", default="auto", help="auto: cuda if there is one, else cpu; or mps (default: auto)")

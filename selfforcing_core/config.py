@@ -109,6 +109,21 @@ class CausalConfig(_JsonConfig):
             )
 
 
+@dataclass(frozen=True)
+class BidirectionalConfig(_JsonConfig):
+    """A network that denoises all frames of a video together, without a cache.
+
+    latent_frames: of the videos that it was trained on; None where that is not known.
+    """
+
+    latent_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        count = self.latent_frames
+        if count is not None and (type(count) is not int or count < 1):
+            raise ValueError(f"latent_frames {count!r} is not a number of latent frames; use 1 or more")
+
+
 SOLVERS = ("renoise", "euler", "unipc")
 
 

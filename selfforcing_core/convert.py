@@ -7,6 +7,7 @@ nodes recognise a model that generates chunk by chunk.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -20,11 +21,12 @@ from torch import Tensor
 
 from .atomic import check_writable, replacing
 from .checkpoint import DTYPES, Checkpoint, file_header, inspect_checkpoint, read_checkpoint, save_checkpoint
-from .config import CLIP_DIM, CausalConfig, StepConfig, WanConfig
+from .config import CLIP_DIM, BidirectionalConfig, CausalConfig, StepConfig, WanConfig
 from .hub import resolve_model
 from .keymap import DIALECTS, DIFFUSERS, EMA_CONTAINERS, RAW_CONTAINERS, from_wan
 from .taehv_releases import LATENT_SPACES
 
+log = logging.getLogger(__name__)
 SHARD_SIZE = "5GB"
 SHARD_NAME = "diffusion_pytorch_model{suffix}.safetensors"
 # The dialect each kind of output has unless another is asked for; a folder is what diffusers and its users expect.
@@ -98,11 +100,14 @@ def _check_place(out: Path, kind: str, overwrite: bool) -> None:
 def _with_settings(checkpoint: Checkpoint, causal: bool | None) -> Checkpoint:
     """The checkpoint with its way of being run settled."""
     if causal is None:
-        causal = checkpoint.causal is not None or checkpoint.dialect.startswith("self-forcing")
-    if not causal:
-        return replace(checkpoint, causal=None)
-    steps = checkpoint.steps or StepConfig()
-    return replace(checkpoint, causal=checkpoint.causal or CausalConfig(), steps=steps)
+        is_theirs = checkpoint.dialect.startswith("self-forcing") and checkpoint.bidirectional is None
+        if checkpoint.causal is None and not is_theirs:
+            return checkpoint
+    elif not causal:
+        whole = checkpoint.bidirectional or BidirectionalConfig()
+        return replace(checkpoint, causal=None, bidirectional=whole)
+    steps, chunks = checkpoint.steps or StepConfig(), checkpoint.causal or CausalConfig()
+    return replace(checkpoint, causal=chunks, bidirectional=None, steps=steps)
 
 
 def _cast(state_dict: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -116,12 +121,16 @@ def _write_safetensors(checkpoint: Checkpoint, out: Path, dialect: str, overwrit
     metadata = {name: text for name, text in checkpoint.metadata.items() if name not in ours}
     save_checkpoint(
         out, checkpoint.state_dict, checkpoint.config, metadata, causal=checkpoint.causal, steps=checkpoint.steps,
-        latent_space=checkpoint.latent_space, dialect=dialect, overwrite=overwrite,
+        latent_space=checkpoint.latent_space, bidirectional=checkpoint.bidirectional, guidance=checkpoint.guidance,
+        dialect=dialect, overwrite=overwrite,
     )  # fmt: skip
 
 
 def _write_torch(checkpoint: Checkpoint, out: Path, dialect: str, overwrite: bool) -> None:
     """The container of Self Forcing's trainer; a TAEHV is a flat dictionary."""
+    said = (checkpoint.causal or CausalConfig(), checkpoint.steps or StepConfig())
+    if (*said, checkpoint.bidirectional, checkpoint.guidance) != (CausalConfig(), StepConfig(), None, None):
+        log.warning("%s: a torch file has no place for chunks, steps and guidance; name them when it is sampled", out)
     contents: dict[str, Any] = dict(checkpoint.state_dict)
     if checkpoint.kind == "wan":
         container = (EMA_CONTAINERS if checkpoint.weights == "ema" else RAW_CONTAINERS)[0]
@@ -137,7 +146,10 @@ def _write_folder(checkpoint: Checkpoint, out: Path, dialect: str, overwrite: bo
     assert isinstance(checkpoint.config, WanConfig)
     tensors = {from_wan(name, dialect): tensor.contiguous() for name, tensor in checkpoint.state_dict.items()}
     plan = split_torch_state_dict_into_shards(tensors, filename_pattern=SHARD_NAME, max_shard_size=SHARD_SIZE)
-    header = file_header(checkpoint.config, checkpoint.causal, checkpoint.steps, checkpoint.latent_space)
+    header = file_header(
+        checkpoint.config, checkpoint.causal, checkpoint.steps, checkpoint.latent_space, checkpoint.bidirectional,
+        checkpoint.guidance,
+    )  # fmt: skip
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         for name, keys in plan.filename_to_tensors.items():

@@ -26,9 +26,9 @@ from .conditioning import Conditioning
 from .embeddings import EmbeddingFolder
 from .float8 import store_in_float8
 from .geometry import TEMPORAL_FACTOR
-from .hub import load_model, load_taehv, load_text_encoder, resolve_text_encoder
+from .hub import check_channels, load_model, load_taehv, load_text_encoder, resolve_text_encoder
 from .image import first_frame_condition, fit_image
-from .plan import Plan, Request, Take, check_channels, memory_in_words, plan_request, recipe_of
+from .plan import Plan, Request, Take, memory_in_words, plan_request, recipe_of
 from .prompt_schedule import Entry, parse_schedule, start_frames
 from .rollout import Chunk, PromptChange, SeededNoise, rollout
 from .roofline import Card, Meter, measured_card
@@ -108,7 +108,7 @@ def _compiler_named() -> Iterator[None]:
 @torch.no_grad()
 def _generate_all(request: Request, takes: Sequence[Take], plan: Plan, show_progress: bool) -> list[dict[str, Any]]:
     started = time.perf_counter()
-    known, seconds_encoding = _encode_texts(request, plan, _texts(request, takes))
+    known, seconds_encoding = _encode_texts(request, plan, _texts(request, plan, takes))
     gc.collect()  # the text encoder may sit in a cycle of references, and has to go before the model comes
     autoencoder = _load_autoencoder(request, plan)
     start, image, clip = _start(request, plan, autoencoder)
@@ -126,9 +126,9 @@ def _generate_all(request: Request, takes: Sequence[Take], plan: Plan, show_prog
         began, clock = time.perf_counter(), _Clock()
         conditions = {
             text: Conditioning(*(_rows(tensor, len(take.outs), plan) for tensor in (known[text], image, clip)))  # type: ignore[arg-type]
-            for text in _texts(request, [take])
+            for text in _texts(request, plan, [take])
         }
-        prompts = _Prompts(entries, conditions, plan.geometry.chunk_lengths, request)
+        prompts = _Prompts(entries, conditions, plan, request)
         chunks = _frames(request, plan, take, model, autoencoder, start, prompts, kernel, clock, show_progress)
         settings = {**_described(request, plan), "prompt": take.prompt}
         if len(entries) > 1:
@@ -150,10 +150,10 @@ def _generate_all(request: Request, takes: Sequence[Take], plan: Plan, show_prog
 
 
 # ------------------------------------------------------------------ loading --
-def _texts(request: Request, takes: Sequence[Take]) -> list[str]:
+def _texts(request: Request, plan: Plan, takes: Sequence[Take]) -> list[str]:
     """Every text that is encoded for these takes: their prompts and, with guidance, what to keep away from."""
     prompts = [entry.prompt for take in takes for entry in parse_schedule(take.text)]
-    return list(dict.fromkeys(prompts if request.cfg == 1 else [*prompts, request.negative]))
+    return list(dict.fromkeys(prompts if plan.cfg == 1 else [*prompts, request.negative]))
 
 
 def _text_dtype(plan: Plan) -> torch.dtype:
@@ -174,7 +174,7 @@ def _is_known(folder: EmbeddingFolder | None, texts: list[str]) -> bool:
 
 def _text_encoder_bytes(request: Request, plan: Plan, takes: Sequence[Take]) -> int:
     """Of the weights as they will be loaded; 0 where they are not."""
-    if _is_known(_embedding_folder(request, plan), _texts(request, takes)):
+    if _is_known(_embedding_folder(request, plan), _texts(request, plan, takes)):
         return 0
     return encoder_bytes(resolve_text_encoder(request.text_encoder or request.model), _text_dtype(plan))
 
@@ -287,15 +287,15 @@ class _Prompts:
     """The prompts of one video and the frames from which they hold."""
 
     def __init__(
-        self, entries: Sequence[Entry], conditions: dict[str, Conditioning], lengths: Sequence[int], request: Request
+        self, entries: Sequence[Entry], conditions: dict[str, Conditioning], plan: Plan, request: Request
     ) -> None:
-        starts = start_frames(entries, lengths, request.fps)
+        starts = start_frames(entries, plan.geometry.chunk_lengths, request.fps)
         self.first = conditions[entries[0].prompt]
         self.later = {
             start: PromptChange(conditions[entry.prompt], request.history)
             for start, entry in zip(starts[1:], entries[1:])
         }
-        self.negative = None if request.cfg == 1 else conditions[request.negative]
+        self.negative = None if plan.cfg == 1 else conditions[request.negative]
         self.at = self.later.get if self.later else None
 
 
@@ -333,7 +333,7 @@ def _frames(
 
         def counted(chunks: Iterator[Any]) -> Iterator[Any]:
             for chunk in chunks:
-                _check_finite(chunk, request, plan)
+                _check_finite(chunk, plan)
                 bar.update()
                 if request.latents is not None and not (chunk.is_given and start.shown_BTCHW is not None):
                     kept.append(chunk.latents_BTCHW[0].cpu())
@@ -343,7 +343,7 @@ def _frames(
             model, prompts.first, noise=SeededNoise(request.seed, take.first_row, plan.first_frame),
             latent_shape=(size.latent_frames, plan.config.out_dim, size.latent_height, size.latent_width),
             causal=plan.causal, steps=plan.steps, prefix_BTCHW=start.prefix_BTCHW,
-            negative=prompts.negative, guidance=request.cfg, prompt_at=prompts.at,
+            negative=prompts.negative, guidance=plan.cfg, prompt_at=prompts.at,
         )  # fmt: skip
         decoder = _Cast(stream, plan)
         shown = ((frames, False) for frames in shown_frames(start, decoder, size.chunk))
@@ -362,12 +362,12 @@ def _frames(
         write_latents(request.latents, torch.cat([*before, *kept]), overwrite=request.overwrite)
 
 
-def _check_finite(chunk: Chunk, request: Request, plan: Plan) -> None:
+def _check_finite(chunk: Chunk, plan: Plan) -> None:
     """Raise ValueError for what would be a black video."""
     if not chunk.latents_BTCHW.isfinite().all():
         raise ValueError(
             f"chunk {chunk.index} holds numbers beyond {str(plan.dtype).removeprefix('torch.')}; "
-            f"use a smaller --cfg than {request.cfg}, or another --dtype"
+            f"use a smaller --cfg than {plan.cfg}, or another --dtype"
         )
 
 
@@ -416,7 +416,7 @@ def _keeping(chunks: Iterator[Tensor], plan: Plan, kept: list[Tensor]) -> Iterat
 
 def _described(request: Request, plan: Plan) -> dict[str, Any]:
     size = plan.geometry
-    more = {"cfg": request.cfg, "negative": request.negative} if request.cfg != 1 else {}
+    more = {"cfg": plan.cfg, "negative": request.negative} if plan.cfg != 1 else {}
     return {
         "model": request.model,
         "seed": request.seed,

@@ -117,6 +117,43 @@ def load_taehv(
     return _filled(TAEHV, checkpoint, operations, dtype, device), checkpoint
 
 
+def check_taehv(
+    name_or_path: str | Path,
+    *,
+    channels: int,
+    latent_space: str | None,
+    said: str | None = None,
+    is_own: bool = False,
+    say: str | None = None,
+) -> None:
+    """Raise ValueError unless a tiny video autoencoder decodes latents of `channels` channels of `latent_space`.
+
+    latent_space: of the model; None, where it is not known, leaves it unchecked. said: what the user says that the file
+    decodes. is_own: it lies in the model's bundle, so that it need not say anything. say: the setting for `said`.
+    """
+    from .checkpoint import read_checkpoint
+    from .config import TAEHVConfig
+    from .taehv_releases import expect_latent_space
+
+    path = resolve_taehv(name_or_path)
+    taehv = read_checkpoint(path)
+    if not isinstance(taehv.config, TAEHVConfig):
+        raise ValueError(f"{path} is a {taehv.kind}, not a TAEHV; choose a file such as taew2_1")
+    check_channels(channels, taehv.config.latent_channels, "TAEHV")
+    found = said or taehv.latent_space
+    if latent_space is not None and not (is_own and found is None):
+        expect_latent_space(found, taehv.config, latent_space, path, say)
+
+
+def check_channels(channels: int, decoded: int, what: str) -> None:
+    """Raise ValueError unless the decoder called `what` takes as many channels as the model makes."""
+    if decoded != channels:
+        raise ValueError(
+            f"the model makes latents of {channels} channels, the {what} decodes {decoded}; "
+            f"use the {what} that belongs to the model"
+        )
+
+
 def load_text_encoder(
     name_or_path: str | Path,
     *,

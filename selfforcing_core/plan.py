@@ -17,7 +17,7 @@ from torch import Tensor
 from .atomic import check_writable
 from .attention import ATTENTIONS
 from .checkpoint import DTYPES, Checkpoint, read_checkpoint
-from .config import CausalConfig, StepConfig, TAEHVConfig, WanConfig
+from .config import CausalConfig, StepConfig, WanConfig
 from .geometry import (
     SPATIAL_FACTOR,
     TEMPORAL_FACTOR,
@@ -26,12 +26,11 @@ from .geometry import (
     latent_frames,
     pixel_frames,
 )
-from .hub import list_bundles, resolve_model, resolve_taehv
+from .hub import check_taehv, list_bundles, resolve_model
 from .image import read_image
 from .prompt_schedule import parse_schedule, schedule_note, start_frames
 from .roofline import Recipe
 from .start import context_frames, read_latents
-from .taehv_releases import expect_latent_space
 from .video import check_video_path, read_video
 
 log = logging.getLogger(__name__)
@@ -78,7 +77,7 @@ class Request:
     steps: tuple[float, ...] | int | None = None
     shift: float | None = None
     solver: str | None = None
-    cfg: float = 1.0
+    cfg: float | None = None
     negative: str = ""
     image: Path | None = None
     extend: Path | None = None
@@ -125,6 +124,7 @@ class Plan:
     source: Tensor | None  # what is extended: frames [V, R, H, W], or latents [T, C, H, W] if is_latent
     is_latent: bool
     cache_dtype: torch.dtype
+    cfg: float
 
     @property
     def is_prefixed_by_image(self) -> bool:
@@ -159,9 +159,9 @@ def plan_request(request: Request, takes: Sequence[Take]) -> Plan:
         raise ValueError(
             f"fps {request.fps} is not a rate between {LEAST_FPS} and {MOST_FPS}; Wan models are trained at 16"
         )
-    if not 0 < request.cfg < float("inf"):
+    if request.cfg is not None and not 0 < request.cfg < float("inf"):
         raise ValueError(
-            f"cfg {request.cfg} is not a positive number; 1 is no guidance, undistilled models take about 5"
+            f"--cfg {request.cfg} is not a positive number; 1 is no guidance, undistilled models take about 5"
         )
     if request.attention not in ATTENTIONS:
         raise ValueError(f"attention {request.attention!r} is unknown; use {', '.join(ATTENTIONS)}")
@@ -172,9 +172,11 @@ def plan_request(request: Request, takes: Sequence[Take]) -> Plan:
         raise ValueError(f"{request.model} is a {checkpoint.kind}, not a video model; give it as --taehv")
     config, decoder = checkpoint.config, _decoder(request)
     _check_companions(request, config, decoder)
-    causal, steps = _settings(request, checkpoint)
+    _check_start(request, checkpoint)
+    notes: list[str] = []
+    causal, steps, cfg = _settings(request, checkpoint, notes)
     source, is_latent = _source(request, config)
-    geometry, given = _geometry(request, config, causal, source, is_latent)
+    geometry, given = _geometry(request, config, causal, source, is_latent, is_whole=_is_whole(request, checkpoint))
     if request.latents is not None and source is not None and not is_latent and pixel_frames(given) < len(source):
         raise ValueError(
             f"--latents would begin only with the last {pixel_frames(given)} of the {len(source)} frames of "
@@ -188,7 +190,7 @@ def plan_request(request: Request, takes: Sequence[Take]) -> Plan:
     device = _device(request.device)
     dtype = _dtype(request.dtype, checkpoint, device)
     if request.cache_dtype not in (None, *CACHE_DTYPES):
-        raise ValueError(f"cache-dtype {request.cache_dtype!r} is unknown; use {', '.join(CACHE_DTYPES)}")
+        raise ValueError(f"--cache-dtype {request.cache_dtype!r} is unknown; use {', '.join(CACHE_DTYPES)}")
     cache = dtype if request.cache_dtype is None else CACHE_DTYPES[request.cache_dtype]
     if device.type == "mps" and (request.fp8 or cache == torch.float8_e4m3fn):
         name = "--fp8" if request.fp8 else "cache-dtype float8_e4m3fn"
@@ -196,7 +198,9 @@ def plan_request(request: Request, takes: Sequence[Take]) -> Plan:
     if decoder == "taehv":
         _check_taehv(request, checkpoint)
     image = None if request.image is None else read_image(request.image)
-    return Plan(geometry, config, causal, steps, device, dtype, decoder, given, image, source, is_latent, cache)
+    for note in notes:
+        log.warning("%s %s", request.model, note)
+    return Plan(geometry, config, causal, steps, device, dtype, decoder, given, image, source, is_latent, cache, cfg)
 
 
 def _check_files(request: Request, takes: Sequence[Take]) -> None:
@@ -251,21 +255,94 @@ def _is_prefix(request: Request, config: WanConfig) -> bool:
     return request.image is not None and config.model_type == "t2v"
 
 
-def _settings(request: Request, checkpoint: Checkpoint) -> tuple[CausalConfig, StepConfig]:
-    """The checkpoint's way of being run, with what the request changes."""
+# ----------------------------------------------------------------- settings --
+def _check_start(request: Request, checkpoint: Checkpoint) -> None:
+    """Raise ValueError where a bidirectional network is to go on from frames, which only chunks can see."""
     assert isinstance(checkpoint.config, WanConfig)
-    causal = {name: getattr(request, name) for name in ("chunk", "window", "sink", "cache_source")}
-    chosen = replace(checkpoint.causal or CausalConfig(), **{k: v for k, v in causal.items() if v is not None})
-    if _is_prefix(request, checkpoint.config) and chosen.chunk > 1:
-        chosen = replace(chosen, independent_first_frame=True)
-    steps = checkpoint.steps or StepConfig()
-    if isinstance(request.steps, int):
-        even = StepConfig.even(request.steps, shift=request.shift or steps.shift)
-        steps = replace(steps, steps=even.steps)
+    if not _is_whole(request, checkpoint):
+        return
+    for name, is_given in (("--extend", request.extend), ("--image", _is_prefix(request, checkpoint.config))):
+        if is_given:
+            raise ValueError(
+                f"{request.model} is bidirectional: it makes all frames of a video at once and sees none before them; "
+                f"leave {name} out, or give --chunk to run it chunk by chunk, for which it was not trained"
+            )
+
+
+def _is_whole(request: Request, checkpoint: Checkpoint) -> bool:
+    """Whether the network is bidirectional, and no chunk is asked for in spite of that."""
+    return checkpoint.bidirectional is not None and request.chunk is None
+
+
+def _settings(request: Request, checkpoint: Checkpoint, notes: list[str]) -> tuple[CausalConfig, StepConfig, float]:
+    """The request's settings, where it has none the checkpoint's, where that has none the defaults.
+
+    notes: takes in words whatever is put in place of what the checkpoint says, or is guessed.
+    """
+    assert isinstance(checkpoint.config, WanConfig)
+    if (checkpoint.causal, checkpoint.bidirectional) == (None, None) and request.chunk is None:
+        notes.append(
+            "does not say how it was trained; it is sampled chunk by chunk, as Self Forcing's models are "
+            f"(--chunk {CausalConfig().chunk}); a bidirectional one needs --chunk of all latent frames and --window -1"
+        )
+    causal = _causal(request, checkpoint, notes)
+    if _is_prefix(request, checkpoint.config) and causal.chunk > 1:
+        causal = replace(causal, independent_first_frame=True)
+    steps = _steps(request, checkpoint.steps, notes)
+    if None not in (request.cfg, checkpoint.guidance) and request.cfg != checkpoint.guidance:
+        notes.append(f"says guidance {checkpoint.guidance:g}; --cfg {request.cfg:g} is used")
+    return causal, steps, float(_or(request.cfg, _or(checkpoint.guidance, 1.0)))
+
+
+def _causal(request: Request, checkpoint: Checkpoint, notes: list[str]) -> CausalConfig:
+    chosen = {name: getattr(request, name) for name in ("chunk", "window", "sink", "cache_source")}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if checkpoint.bidirectional is None:
+        said = checkpoint.causal
+        notes += _replaced(said, chosen, ()) if said else []
+        return replace(said or CausalConfig(), **chosen)
+    if "chunk" in chosen:
+        notes.append(f"says that it is bidirectional; --chunk {chosen['chunk']} is used")
+        return replace(CausalConfig(), **chosen)
+    trained, frames = checkpoint.bidirectional.latent_frames, BUNDLE_SIZES.get(request.model, WAN_SIZE)[2]
+    count = _or(trained, latent_frames(frames)) if request.frames is None else latent_frames(request.frames)
+    if trained is None:
+        notes.append(f"is taken for a bidirectional model: all {count} latent frames are made at once (else --chunk 3)")
+    elif count != trained:
+        notes.append(f"was trained on {pixel_frames(trained)} frames at once; --frames {request.frames} is used")
+    return replace(CausalConfig(count), **chosen)
+
+
+def _steps(request: Request, said: StepConfig | None, notes: list[str]) -> StepConfig:
+    usual = said or StepConfig()
+    chosen = {name: getattr(request, name) for name in ("shift", "solver") if getattr(request, name) is not None}
+    if isinstance(request.steps, int):  # evenly spaced ones are warped, whatever the checkpoint's own list is
+        chosen["steps"] = StepConfig.even(request.steps, shift=_or(request.shift, usual.shift)).steps
+        chosen["warp"] = True
     elif request.steps is not None:
-        steps = replace(steps, steps=request.steps)
-    changes = {name: getattr(request, name) for name in ("shift", "solver")}
-    return chosen, replace(steps, **{name: value for name, value in changes.items() if value is not None})
+        chosen["steps"] = request.steps
+    made = replace(usual, **chosen)
+    if said is not None:
+        notes += _replaced(said, chosen, ("warp",))
+    if "shift" in chosen and not made.warp and made.sigma == "exact":
+        notes.append(f"gives its timesteps as they are, so that --shift {made.shift:g} changes nothing")
+    elif isinstance(request.steps, tuple) and not made.warp:
+        notes.append("takes timesteps as they are: --steps are not warped by the shift")
+    return made
+
+
+def _replaced(said: CausalConfig | StepConfig, chosen: dict[str, Any], hidden: tuple[str, ...]) -> list[str]:
+    """A line for every setting that another value was chosen for."""
+
+    def words(value: Any) -> str:
+        listed = value if isinstance(value, tuple) else (value,)
+        return ",".join(f"{item:g}" if isinstance(item, (int, float)) else str(item) for item in listed)
+
+    return [
+        f"says {name.replace('_', ' ')} {words(getattr(said, name))}; --{name.replace('_', '-')} {words(value)} is used"
+        for name, value in chosen.items()
+        if name not in hidden and value != getattr(said, name)
+    ]
 
 
 def _source(request: Request, config: WanConfig) -> tuple[Tensor | None, bool]:
@@ -281,12 +358,13 @@ def _source(request: Request, config: WanConfig) -> tuple[Tensor | None, bool]:
 
 
 def _geometry(
-    request: Request, config: WanConfig, causal: CausalConfig, source: Tensor | None, is_latent: bool
+    request: Request, config: WanConfig, causal: CausalConfig, source: Tensor | None, is_latent: bool, *, is_whole: bool
 ) -> tuple[VideoGeometry, int]:
     """The size of what the rollout makes, and how many of its latent frames are given."""
     width, height, frames = BUNDLE_SIZES.get(request.model, WAN_SIZE)
     first = int(causal.independent_first_frame)
     usual = max(1, (latent_frames(frames) - first) // causal.chunk) * causal.chunk  # whole chunks in the usual length
+    usual = causal.chunk if is_whole else usual
     if source is None:
         given, frames = int(_is_prefix(request, config)), _or(request.frames, pixel_frames(first + usual))
     else:
@@ -314,24 +392,11 @@ def _added(frames: int, causal: CausalConfig) -> int:
 
 def _check_taehv(request: Request, model: Checkpoint) -> None:
     """Whether the TAEHV decodes this model's latents. A bundle's own, if it says nothing, is taken to."""
-    path = resolve_taehv(request.taehv or request.model)
-    taehv = read_checkpoint(path)
-    if not isinstance(taehv.config, TAEHVConfig):
-        raise ValueError(f"{path} is a {taehv.kind}, not a TAEHV; choose a file such as taew2_1")
     assert isinstance(model.config, WanConfig)
-    check_channels(model.config.out_dim, taehv.config.latent_channels, "TAEHV")
-    found = request.taehv_latents or taehv.latent_space
-    if model.latent_space is not None and (request.taehv is not None or found is not None):
-        expect_latent_space(found, taehv.config, model.latent_space, path)
-
-
-def check_channels(channels: int, decoded: int, what: str) -> None:
-    """Raise ValueError unless the decoder called `what` takes as many channels as the model makes."""
-    if decoded != channels:
-        raise ValueError(
-            f"the model makes latents of {channels} channels, the {what} decodes {decoded}; "
-            f"use the {what} that belongs to the model"
-        )
+    check_taehv(
+        request.taehv or request.model, channels=model.config.out_dim, latent_space=model.latent_space,
+        said=request.taehv_latents, is_own=request.taehv is None, say="--taehv-latents",
+    )  # fmt: skip
 
 
 def _or(chosen: Any, default: Any) -> Any:
@@ -365,7 +430,7 @@ def recipe_of(plan: Plan, request: Request, batch: int) -> Recipe:
     size, number = plan.geometry, plan.dtype.itemsize
     return Recipe(
         plan.config, size.chunk_lengths, size.latent_height, size.latent_width, steps=len(plan.steps.steps),
-        window=plan.causal.window, decoder=plan.decoder, guided=request.cfg != 1, batch=batch,
+        window=plan.causal.window, decoder=plan.decoder, guided=plan.cfg != 1, batch=batch,
         weight_bytes=1 if request.fp8 else number, cache_bytes=plan.cache_dtype.itemsize, activation_bytes=number,
         writes=plan.causal.cache_source == "clean",
     )  # fmt: skip

@@ -59,8 +59,13 @@ def git_name(path: Path) -> str:
     return digest.hexdigest()
 
 
-def expect_latent_space(found: str | None, config: TAEHVConfig, wanted: str, path: str | Path) -> None:
-    """Raise ValueError, asking or refusing, unless a TAEHV found to speak `found` decodes latents of `wanted`."""
+def expect_latent_space(
+    found: str | None, config: TAEHVConfig, wanted: str, path: str | Path, say: str | None = None
+) -> None:
+    """Raise ValueError, asking or refusing, unless a TAEHV found to speak `found` decodes latents of `wanted`.
+
+    say: the setting by which the user says it.
+    """
     if found == wanted:
         return
     if found is not None:
@@ -68,5 +73,5 @@ def expect_latent_space(found: str | None, config: TAEHVConfig, wanted: str, pat
     names = " or ".join(BY_SHAPE.get((config.latent_channels, config.patch_size), ())) or "an unknown model"
     raise ValueError(
         f"{path} does not say which latents it decodes ({names}: all have these shapes); "
-        f"if you know that they are {wanted}'s, say so (latent space {wanted!r})"
+        f"if you know that they are {wanted}'s, say so ({f'{say}={wanted}' if say else f'latent space {wanted!r}'})"
     )

@@ -139,7 +139,7 @@ def test_a_run_can_be_sampled_afterwards(
     assert sample_main(options) == 2
     assert "exists already" in capsys.readouterr().err
     assert sample_main([f"logdir={tmp_path / 'run'}"]) == 2
-    assert "give logdir=FOLDER" in capsys.readouterr().err
+    assert "the run names no decoder; give taehv=" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------- logs --

@@ -112,6 +112,7 @@ class TrainArgs(NetworkArgs):
     sample_prompts: str = ""  # text file; empty: the first four training prompts
     sample_frames: int = 0  # latent frames; 0: as in training
     decoder: str = ""  # TAEHV (a bundle's name or a file) for these videos
+    decoder_latent_space: str = ""  # whose latents it decodes, for instance wan2.1, where its file does not say
 
 
 @dataclass
@@ -196,6 +197,12 @@ class DiffusionArgs(ClipArgs):
 
     forcing: str = "teacher"  # teacher, diffusion, or none (bidirectional: chunk=0)
     shift: float = 5.0  # of the noise levels
+
+    # how the network is sampled, while it is trained and by what reads its export
+    sampling_steps: int = 30
+    solver: str = "euler"  # euler, or unipc (needs the package diffusers)
+    guidance: float = 5.0  # usual meaning: 1 is none; 5 is Wan's own
+    negative_prompt: str = ""
 
 
 @dataclass

@@ -23,7 +23,6 @@ from train.forcing import Forcing, causal_of
 from train.samples import Sampling
 
 ENTRIES = 1000  # noise levels to draw from
-SAMPLE_STEPS = 30
 
 
 def check(args: DiffusionArgs, processes: int) -> None:
@@ -34,6 +33,14 @@ def check(args: DiffusionArgs, processes: int) -> None:
         raise ValueError(f"forcing {args.forcing!r} is unknown; use teacher, diffusion or none")
     if (args.forcing == "none") != (args.chunk == 0):
         raise ValueError(f"forcing {args.forcing} with chunk {args.chunk}: bidirectional training is none with chunk 0")
+    steps_of(args)
+    if not 0 < args.guidance < float("inf"):
+        raise ValueError(f"guidance {args.guidance} is not a positive number; 1 is none, Wan's own is 5")
+
+
+def steps_of(args: DiffusionArgs) -> StepConfig:
+    """Many steps along the probability-flow equation."""
+    return StepConfig.even(args.sampling_steps, shift=args.shift, solver=args.solver)
 
 
 class FlowMatching(ClipTrainer):
@@ -52,10 +59,11 @@ class FlowMatching(ClipTrainer):
         return part.loss(clean, draws.normal(first, tuple(clean.shape)).to(clean), index, condition)[0]
 
     def sampling(self) -> Sampling:
-        """In many steps along the probability-flow equation."""
+        """In many steps, with guidance."""
         args, (frames, channels, height, width) = self.settings, self.shape
-        steps = StepConfig.even(SAMPLE_STEPS, shift=args.shift)
-        return Sampling(causal_of(args, frames), steps, (frames, channels, height, width))
+        causal, shape = causal_of(args, frames), (frames, channels, height, width)
+        negative = None if args.guidance == 1 else self.prompts.condition([args.negative_prompt])
+        return Sampling(causal, steps_of(args), shape, not args.chunk, args.guidance, negative)
 
 
 def main(argv: list[str] | None = None) -> int:

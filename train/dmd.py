@@ -441,7 +441,10 @@ class Distillation(Trainer):
         return seen, Conditioning(pair[1].prompt_embeds_BPE, seen.image_BTCHW, seen.clip_BIX)
 
     def sampling(self) -> Sampling:
-        return Sampling(self.causal, steps_of(self.settings), self.latent_shape, self.prefixes)
+        args = self.settings
+        return Sampling(
+            self.causal, steps_of(args), self.latent_shape, is_bidirectional=not args.chunk, prefixes=self.prefixes
+        )
 
     def examples(self, texts: list[str] | None) -> tuple[list[str], list[Conditioning]]:
         if self.pictures is not None or texts is None:

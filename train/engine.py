@@ -27,6 +27,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import WanConfig
 from selfforcing_core.geometry import PATCH, chunk_lengths
+from selfforcing_core.hub import check_taehv
 from selfforcing_core.roofline import Card, Work, measured_card
 from train import distributed, finite, logs, state
 from train.args import ClipArgs, TrainArgs, mistake, parse, to_yaml
@@ -286,6 +287,15 @@ class Trainer(ABC):
                 self.ema[name].copy_(kept)
 
     # ------------------------------------------------------------- samples --
+    def check_decoder(self) -> None:
+        """Raise ValueError unless the decoder of the videos takes the student's latents."""
+        found = read_on_first(self.sources()[STUDENT], self.world)
+        assert isinstance(found.config, WanConfig)
+        check_taehv(
+            self.args.decoder, channels=found.config.out_dim, latent_space=found.latent_space,
+            said=self.args.decoder_latent_space or None, say="decoder_latent_space",
+        )  # fmt: skip
+
     def sample(self) -> None:
         """Videos of the fixed prompts by the average, where there is one."""
         if self._samples is None:
@@ -293,7 +303,7 @@ class Trainer(ABC):
             self._samples = Samples(*self.examples(texts), self.args.decoder, self.world, self.args.seed)
         how = self.sampling()
         if self.args.sample_frames:
-            how = replace(how, latent_shape=(self.args.sample_frames, *how.latent_shape[1:]))
+            how = how.of_length(self.args.sample_frames)
         self._swap_average()
         try:
             self._samples.write(
@@ -395,6 +405,8 @@ def train(args: TrainArgs, world: distributed.World, make: Callable[[], Trainer]
     if found and not args.resume:
         raise ValueError(f"{folder} holds checkpoints of another run; choose another logdir, or leave resume on")
     trainer = make()
+    if args.sample_every:
+        trainer.check_decoder()
     if found:
         trainer.resume(found[-1])
     if world.is_first:

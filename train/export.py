@@ -2,11 +2,13 @@
 
     python -m train.export logdir=runs/dmd out=student.safetensors
 
-A run of adapters gives the whole student, adapters merged in, or with form=lora a LoRA in ComfyUI's naming.
+A run of adapters gives the whole student, adapters merged in, or with form=lora a LoRA in ComfyUI's naming. The file
+says how its network is sampled: chunks or all frames at once, steps and solver, guidance.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from selfforcing_core.atomic import replacing
-from selfforcing_core.checkpoint import DTYPES, save_checkpoint
-from selfforcing_core.config import WanConfig
-from train import lora, state
+from selfforcing_core.checkpoint import DTYPES, lora_header, save_checkpoint
+from selfforcing_core.config import BidirectionalConfig, CausalConfig, StepConfig, WanConfig
+from train import diffusion, dmd, lora, ode, state
 from train.args import DiffusionArgs, DmdArgs, OdeArgs, keys, mistake, parse
-from train.dmd import causal_of, steps_of
-from train.forcing import causal_of as clip_causal_of
+from train.data import ClipDatabase
+from train.forcing import causal_of
 from train.networks import alpha_of, read_network
 
+log = logging.getLogger(__name__)
 STAGES = {"student": DmdArgs, "forcing": DiffusionArgs, "timesteps": OdeArgs}  # by a setting that only this one has
 AnyArgs = DmdArgs | DiffusionArgs | OdeArgs
 
@@ -78,6 +81,38 @@ def export(args: ExportArgs) -> Path:
     return Path(args.out)
 
 
+@dataclass(frozen=True)
+class SampledAs:
+    """What the header of an export says of how its network is sampled; see Checkpoint."""
+
+    causal: CausalConfig | None
+    bidirectional: BidirectionalConfig | None
+    steps: StepConfig
+    guidance: float | None = None
+
+
+def sampled_as(run: AnyArgs) -> SampledAs:
+    """How the network of a run is sampled, as `Trainer.sampling` does it while it is trained."""
+    whole = None if run.chunk else BidirectionalConfig(_latent_frames(run))
+    if isinstance(run, DmdArgs):
+        return SampledAs(dmd.causal_of(run) if run.chunk else None, whole, dmd.steps_of(run))
+    causal = causal_of(run, run.chunk) if run.chunk else None
+    if isinstance(run, OdeArgs):
+        return SampledAs(causal, whole, ode.steps_of(run))
+    return SampledAs(causal, whole, diffusion.steps_of(run), run.guidance)
+
+
+def _latent_frames(run: AnyArgs) -> int | None:
+    """Of the run's clips; None where its database is not at hand, which alone knows."""
+    if isinstance(run, DmdArgs):
+        return run.latent_frames
+    try:
+        return ClipDatabase(run.data).shards[0].shape[-4]
+    except ValueError as error:
+        log.warning("the file will not say for which length its network was trained: %s", error)
+        return None
+
+
 def _start(run: AnyArgs) -> str:
     return run.student if isinstance(run, DmdArgs) else run.network
 
@@ -86,7 +121,9 @@ def _write_lora(args: ExportArgs, run: AnyArgs, tensors: dict[str, Tensor], abou
     named = lora.comfyui_names(tensors, alpha_of(run))
     with replacing(Path(args.out), overwrite=args.overwrite) as temporary:
         held = {name: value.to(DTYPES[args.dtype]).contiguous() for name, value in named.items()}
-        save_file(held, temporary, {**about, "base": _start(run)})
+        how = sampled_as(run)
+        header = lora_header(_start(run), how.causal, how.steps, how.bidirectional, how.guidance)
+        save_file(held, temporary, {**about, "base": _start(run), **header})
 
 
 def _write_whole(args: ExportArgs, run: AnyArgs, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
@@ -94,12 +131,11 @@ def _write_whole(args: ExportArgs, run: AnyArgs, tensors: dict[str, Tensor], abo
     assert isinstance(source.config, WanConfig)
     if run.lora_rank:
         tensors = lora.merged(source.state_dict, tensors, alpha_of(run) / run.lora_rank)
-    causal = causal_of(run) if isinstance(run, DmdArgs) else clip_causal_of(run, 1)
+    how = sampled_as(run)
     save_checkpoint(
         args.out, {name: value.to(DTYPES[args.dtype]) for name, value in tensors.items()}, source.config, about,
-        causal=causal if run.chunk else None,
-        steps=steps_of(run) if isinstance(run, DmdArgs) else source.steps, latent_space=source.latent_space,
-        overwrite=args.overwrite,
+        causal=how.causal, bidirectional=how.bidirectional, steps=how.steps, guidance=how.guidance,
+        latent_space=source.latent_space, overwrite=args.overwrite,
     )  # fmt: skip
 
 

@@ -37,6 +37,13 @@ def check(args: OdeArgs, processes: int) -> None:
         raise ValueError(f"timesteps {list(args.timesteps)} must fall from noisy to clean; sort them")
 
 
+def steps_of(args: OdeArgs) -> StepConfig:
+    """The timesteps that it is trained on, as they are; at 0, the clip itself, there is nothing to predict."""
+    return StepConfig(
+        tuple(step for step in args.timesteps if step), shift=args.shift, warp=False, sigma=args.levels
+    )  # fmt: skip
+
+
 class Regression(ClipTrainer):
     """On the trajectories of a database."""
 
@@ -70,8 +77,8 @@ class Regression(ClipTrainer):
     def sampling(self) -> Sampling:
         """In the steps it was trained on."""
         args, (frames, channels, height, width) = self.settings, self.shape
-        steps = StepConfig(tuple(step for step in args.timesteps if step), shift=args.shift, warp=False)
-        return Sampling(causal_of(args, frames), steps, (frames, channels, height, width))
+        causal, shape = causal_of(args, frames), (frames, channels, height, width)
+        return Sampling(causal, steps_of(args), shape, not args.chunk)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,12 +1,14 @@
 """Videos of fixed prompts while a run goes on: the core's rollout on the run's own sharded network.
 
+What a stage says here of how its network is sampled is also what the header of its export says.
+
 Letters: B batch, T latent frames, C channels, H W latent size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,24 @@ SHEET_FRAMES = 16
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a stage's network is sampled. latent_shape: (T, C, H, W). prefixes: of each prompt, where it needs one."""
+    """How a stage's network is sampled.
+
+    latent_shape: (T, C, H, W). is_bidirectional: its one chunk is all of T. guidance: away from `negative`; 1: none.
+    prefixes: first frames of each prompt's video, where they are given.
+    """
 
     causal: CausalConfig
     steps: StepConfig
     latent_shape: tuple[int, int, int, int]
+    is_bidirectional: bool = False
+    guidance: float = 1.0
+    negative: Conditioning | None = None
     prefixes: Sequence[Tensor] = ()
+
+    def of_length(self, latent_frames: int) -> Sampling:
+        """The same for videos of another length."""
+        causal = CausalConfig(latent_frames) if self.is_bidirectional else self.causal
+        return replace(self, causal=causal, latent_shape=(latent_frames, *self.latent_shape[1:]))
 
 
 class Samples:
@@ -59,6 +73,7 @@ class Samples:
             for chunk in rollout(
                 network, condition, noise=noise, latent_shape=how.latent_shape, causal=how.causal, steps=how.steps,
                 prefix_BTCHW=how.prefixes[number % len(self.texts)] if how.prefixes else None,
+                negative=how.negative, guidance=how.guidance,
             ):  # fmt: skip
                 frames.append(decoder.decode(chunk.latents_BTCHW.float())[0].cpu())
             if number < len(self.texts):
