@@ -22,7 +22,7 @@ from tests.golden_fixture import FOLDER, Fixture
 from train.data import ClipDatabase, read_pairs
 from train.forcing import Forcing, Trajectories
 from train.losses import score_timesteps
-from train.roles import Levels, Matching, Score, ScoreDraw, Student, loss_window
+from train.roles import Levels, Matching, Score, ScoreDraw, Student, loss_window, score_bounds
 
 
 def _one(fixture: Fixture, role: str) -> Fixture:
@@ -80,8 +80,22 @@ def _draws(fixture: Fixture, student: Student, prefix: str = "") -> tuple[GivenN
 
 
 def _score_draw(fixture: Fixture, prefix: str = "") -> ScoreDraw:
-    raw = fixture[f"{prefix}score.timestep_raw"][:, 0] / 1000
-    timesteps = score_timesteps(raw.double(), fixture.meta["training"]["timestep_shift"])
+    """The recorded draw, at its place between the bounds that its exit step leads to."""
+    training, raw = fixture.meta["training"], fixture[f"{prefix}score.timestep_raw"][:, 0].double()
+    bounds = 0.0, 1000.0
+    if "timestep_from_to" in fixture.tensors and (recorded := fixture["timestep_from_to"].tolist()) != [-1, -1]:
+        steps = StepConfig(
+            tuple(map(float, training["denoising_step_list"])), fixture.meta["scheduler_shift"]["generator"],
+            training["warp_denoising_step"],
+        )  # fmt: skip
+        exit_step = fixture["exit_steps"].tolist()[0]
+        found = score_bounds(steps, exit_step, is_floored=True, is_capped=True)
+        assert [round(bound, 6) for bound in reversed(found)] == recorded
+        bounds = score_bounds(
+            steps, exit_step, is_floored=training["ts_schedule"], is_capped=training.get("ts_schedule_max", False)
+        )
+    low, high = bounds
+    timesteps = score_timesteps((raw - low) / (high - low), training["timestep_shift"], bounds=bounds)
     return ScoreDraw(timesteps.float(), fixture[f"{prefix}score.noise"])
 
 

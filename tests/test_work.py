@@ -78,13 +78,15 @@ def check(trainer: Any, rel: float) -> None:
         (["window=4"], 0.01),
         (["lora_rank=8", KEPT], 0.01),
         (["lora_rank=8", "score=sid"], 0.01),
+        (["latent_frames=7", "independent_first_frame=true", "last_step_only=true", "guidance_critic=2"], 0.005),
+        (["latent_frames=7", "independent_first_frame=true", "first_frame=clips"], 0.005),
     ],
 )
 def test_flops_of_a_distillation_are_those_of_its_operators(
     folder: Path, world: distributed.World, more: list[str], rel: float
 ) -> None:
     """In the step that is asked about, whichever evaluations its chunks end at."""
-    source = f"data={folder}/clips" if "score=gan" in more else f"prompts={folder}/prompts.txt"
+    source = f"data={folder}/clips" if {"score=gan", "first_frame=clips"} & {*more} else f"prompts={folder}/prompts.txt"
     settings = [
         f"student={folder}/student.safetensors", f"teacher={folder}/teacher.safetensors", source, "width=128",
         "height=128", "latent_frames=6", "chunk=2", "steps=[1000,500]", "batch_size=2", "micro_batch=2",
