@@ -14,6 +14,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +123,13 @@ def sampled(
     return patcher.model.process_latent_in(raw).transpose(1, 2)
 
 
-def core_rollout(made: Any, *, guidance: float = 1.0, rows: int = 7, causal: Any = CHUNKS, **more: Any) -> Any:
+def core_rollout(
+    made: Any, *, guidance: float = 1.0, rows: int = 7, causal: Any = CHUNKS, steps: Any = STEPS, **more: Any
+) -> Any:
     condition = core["conditioning"].Conditioning
     chunks = core["rollout"].rollout(
         made, condition(text(1), **more), noise=core["rollout"].SeededNoise(5), latent_shape=SHAPE, causal=causal,
-        steps=STEPS, negative=condition(text(2, rows), **more), guidance=guidance,
+        steps=steps, negative=condition(text(2, rows), **more), guidance=guidance,
     )  # fmt: skip
     return torch.cat([chunk.latents_BTCHW for chunk in chunks], 1)
 
@@ -215,6 +218,36 @@ def a_model_of_the_hosts_loader_is_patched() -> dict[str, Any]:
         "is_untouched": before == after,
         "refusal": refusal,
     }
+
+
+def exports_are_what_they_say() -> dict[str, Any]:
+    """The kind and class of a file by its header, and how far its video is from the one it should be."""
+    made, config, kinds = network(), core["config"], {}
+    whole, teacher = config.BidirectionalConfig(FRAMES), config.StepConfig.even(3, shift=STEPS.shift)
+    files = {
+        "few-step": {"bidirectional": whole, "steps": STEPS},
+        "older": {"steps": STEPS},
+        "teacher": {"bidirectional": whole, "steps": teacher, "guidance": 5.0},
+        "causal teacher": {"causal": CHUNKS, "steps": teacher, "guidance": 5.0},
+        "nothing": {},
+    }
+    for name, header in files.items():
+        core["checkpoint"].save_checkpoint(FOLDER / f"{name}.safetensors", made.state_dict(), made.config, **header)
+        patcher = loaded(FOLDER / f"{name}.safetensors")
+        kinds[name] = [causal_model.settings_of(patcher).kind, type(patcher.model).__name__]
+    told = loaded(FOLDER / "nothing.safetensors", kind=causal_model.FEW_STEP)
+    expected = sampled(told, chunk=FRAMES, is_whole=True)
+    found = sampled(loaded(FOLDER / "few-step.safetensors"), chunk=FRAMES, is_whole=True)
+    euler, chosen = (
+        loaded(FOLDER / "causal teacher.safetensors"),
+        loaded(FOLDER / "few-step.safetensors", kind="causal"),
+    )
+    return {
+        "kinds": kinds, "explicit": causal_model.settings_of(chosen).kind,
+        "few-step": apart(found, expected), "euler": apart(sampled(euler), core_rollout(made, steps=teacher)),
+        "solver_matters": apart(sampled(euler), core_rollout(made, steps=replace(teacher, solver="renoise"))),
+        "guidance": causal_model.settings_of(euler).guidance,
+    }  # fmt: skip
 
 
 def number_types() -> dict[str, float]:
@@ -613,6 +646,7 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     the_hosts_model_gives_the_cores_video,
     condition_channels_are_sliced_per_chunk,
     a_model_of_the_hosts_loader_is_patched,
+    exports_are_what_they_say,
     number_types,
     layers_without_casting_compute_in_bfloat16,
     compiled,

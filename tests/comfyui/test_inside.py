@@ -55,6 +55,18 @@ def test_a_model_of_the_hosts_loader_is_patched(found: dict[str, Any]) -> None:
     assert "Patch Model (Self Forcing)" in found["refusal"]
 
 
+def test_exports_are_what_they_say(found: dict[str, Any]) -> None:
+    """Few-step and causal files are of their kind without being told, and sampled with the file's solver."""
+    kinds = {name: kind for name, (kind, _) in found["kinds"].items()}
+    whole = "few-step bidirectional"
+    assert kinds == {
+        "few-step": whole, "older": whole, "teacher": "base", "causal teacher": "causal", "nothing": "unknown",
+    }  # fmt: skip
+    assert [name for name, (_, made) in found["kinds"].items() if "Causal" in made] in ([], ["causal teacher"])
+    assert (found["explicit"], found["guidance"]) == ("causal", 5.0)
+    assert max(found["few-step"], found["euler"]) < ROUNDING < found["solver_matters"] / 100
+
+
 def test_a_trained_lora_is_the_merged_network(found: dict[str, float]) -> None:
     assert found["difference"] < ROUNDING < found["matters"] / 100
 
