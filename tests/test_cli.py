@@ -240,7 +240,7 @@ def test_inspection_prints_json(random_models: list[str], capsys: pytest.Capture
     told = json.loads(capsys.readouterr().out)
     assert (told["kind"], told["causal"]["window"], told["config"]["dim"]) == ("wan", 6, 32)
     assert "folder without a safetensors file" in refusal(["inspect", str(ROOT)], capsys)
-    assert "No such file" in refusal(["inspect", "absent.pt"], capsys)
+    assert "'absent.pt' is neither a bundle nor a path" in refusal(["inspect", "absent.pt"], capsys)
 
 
 def run_as_user(*arguments: str) -> subprocess.CompletedProcess[str]:
