@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from selfforcing_core.atomic import make_folder
 from selfforcing_core.generate import generate_all
 from selfforcing_core.geometry import SPATIAL_FACTOR, latent_frames, pixel_frames
 from selfforcing_core.plan import Request, Take
@@ -52,7 +53,7 @@ def sample(args: SampleArgs) -> list[dict[str, Any]]:
         raise ValueError("the run has no file of prompts; give prompts=FILE")
     texts = read_texts(prompts)[: args.count or None]
     folder = Path(args.out or Path(args.logdir) / "samples")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with tempfile.TemporaryDirectory() as temporary:
         model = Path(temporary) / "student.safetensors"
         export(ExportArgs(args.logdir, str(model), args.step, args.weights, dtype="float32"))
