@@ -80,7 +80,8 @@ def _cause(error: BaseException, path: Path, temporary: Path | None) -> OSError 
     words = " ".join(str(error).split())[:200] or type(error).__name__
     is_torchs = isinstance(error, RuntimeError) and any(mark in words.lower() for mark in TORCH_SAYS)
     if is_torchs or f"{type(error).__module__}.".startswith(WRITERS):  # they may keep the cause for themselves
-        return _asked(path, temporary) or OSError(words)
+        named = [code for code in REMEDIES if os.strerror(code) in words]
+        return OSError(named[0], os.strerror(named[0])) if named else _asked(path, temporary) or OSError(words)
     return None
 
 
@@ -115,26 +116,29 @@ def _unnamed() -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error)) from error
 
 
-class KeptErrors:
-    """A new file to write for a library that may forget what went wrong: the first error is kept, and `check` raises it.
+class GrowingFile:
+    """A new file that is written where it is to be, for a library that may forget what went wrong.
 
-    FFmpeg's muxers are such: what fails while they flush or end a file in fragments is lost.
+    FFmpeg's muxers do, where they flush or end a file in fragments. The first error is kept: nothing is written after
+    it, and closing cuts the file to what it was at the last `check`. A file that never got there is removed.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.error: OSError | None = None
+        self.checked = 0  # bytes at the last check
         with writing(path):
             self._file = path.open("xb", buffering=0)
 
     def write(self, data: bytes) -> int:
         view = memoryview(data)
         try:
-            while view:
+            while view and self.error is None:
                 view = view[self._file.write(view) :]
         except OSError as error:
-            self.error = self.error or error
-            raise
+            self.error = error
+        if self.error is not None:
+            raise self.error
         return len(data)
 
     def seek(self, offset: int, whence: int = 0) -> int:
@@ -144,20 +148,25 @@ class KeptErrors:
         return self._file.tell()
 
     def check(self) -> None:
-        """Raise NotWritten if anything was not written."""
+        """Raise NotWritten if anything was not written; else what is there will stay."""
         if self.error is not None:
             raise not_written(self.path, self.error) from self.error
+        self.checked = os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         """Bring everything to the disk. Raises NotWritten for what did not get there."""
         if self._file.closed:
             return
         try:
+            if self.error is not None:
+                os.ftruncate(self._file.fileno(), self.checked)
             with writing(self.path):
                 _sync(self._file.fileno())
+            self.check()
         finally:
             self._file.close()
-        self.check()
+            if not self.checked:
+                self.path.unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------- files --

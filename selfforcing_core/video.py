@@ -18,7 +18,7 @@ from av.error import FFmpegError
 from PIL import Image
 from torch import Tensor
 
-from .atomic import KeptErrors, check_writable, replacing, writing
+from .atomic import GrowingFile, check_writable, replacing, writing
 
 CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 # x264: crf 18 is visually lossless (0 is exact, 51 is worst). Its assembly was seen to encode equal frames into files
@@ -130,15 +130,12 @@ class VideoStream:
         check_writable(self.path, overwrite=False)
         codec, pixels, options, muxer = _STREAMS[self.path.suffix.lower()]
         container = CONTAINERS[self.path.suffix.lower()]
-        self._kept = KeptErrors(self.path)
+        self._grown = GrowingFile(self.path)
         try:
-            self._file = av.open(self._kept, "w", format=container, options=muxer)
+            self._file = av.open(self._grown, "w", format=container, options=muxer)
             self._writer = _Writer(self._file, fps, metadata or {}, codec, pixels, options)
         except BaseException:
-            try:
-                self._kept.close()
-            finally:
-                self.path.unlink()
+            self._grown.close()  # without a byte it is removed
             raise
 
     @property
@@ -150,12 +147,10 @@ class VideoStream:
 
         Raises NotWritten when the disk is full; what was written before can be played.
         """
-        self._kept.check()
+        self._grown.check()
         with writing(self.path):
-            try:
-                self._writer.add(frames_VRHW)
-            finally:
-                self._kept.check()
+            self._writer.add(frames_VRHW)
+        self._grown.check()
 
     def close(self) -> None:
         """Finish the file, also where its last frames cannot be encoded; without any frame it is removed."""
@@ -166,7 +161,7 @@ class VideoStream:
                 try:
                     self._file.close()
                 finally:
-                    self._kept.close()
+                    self._grown.close()
                     if self._writer.count == 0:
                         self.path.unlink(missing_ok=True)
 
