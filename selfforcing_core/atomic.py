@@ -1,44 +1,327 @@
-"""Files that appear whole or not at all: written under a temporary name beside their place, then renamed."""
+"""Files and folders that appear whole or not at all, and the one place where a writer's error becomes a sentence.
+
+They are written under a temporary name beside their place, brought to the disk, and then renamed. Whatever a library
+raises when the disk is full, or the place cannot be written, leaves this file as `NotWritten`.
+"""
 
 from __future__ import annotations
 
+import errno
+import functools
+import hashlib
 import os
+import re
+import shutil
+import socket
+import stat
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+PART = ".part"  # ending of temporary names
+TEMPORARY = re.compile(r"\..+\.(?P<place>[0-9a-f]{8})-(?P<process>[0-9]+)\.part")
+STALE = 24 * 3600  # seconds after which the temporary file of a process that cannot be asked for counts as left behind
+LONGEST = 160  # bytes of a name that its temporary name repeats; file systems take 255
+PROBE = bytes(1 << 16)
 
+# Libraries whose errors while they write are no OSError, by the beginning of their modules' names, and what torch says.
+WRITERS = ("safetensors", "av.", "lmdb.")
+TORCH_SAYS = ("inline_container", "pytorchstreamwriter", "iostream error", "parent directory")
+SPACE = "free some space, or write to another disk"
+WRITABLE = "choose a folder that exists and is writable"
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)), SPACE),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS), WRITABLE),
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+class NotWritten(ValueError):
+    """What a disk refused, in one line that names the file and the cause; what was there before is still there."""
+
+
+# ------------------------------------------------------------------- errors --
+@contextmanager
+def writing(path: str | Path, temporary: Path | None = None) -> Iterator[None]:
+    """Turn what goes wrong while `path` is written into NotWritten; other errors pass.
+
+    temporary: the name that the writers know, if it is another. An OSError that names another file passes as well:
+    somebody reads inside the block.
+    """
+    try:
+        yield
+    except BaseException as error:
+        cause = _cause(error, Path(path), temporary)
+        if cause is None:
+            raise
+        raise not_written(path, cause) from error
+
+
+def not_written(path: str | Path, cause: OSError) -> NotWritten:
+    """The sentence for a cause."""
+    words = " ".join(str(cause.strerror or cause).split())
+    remedy = REMEDIES.get(cause.errno or 0, "look at the disk, or write to another")
+    return NotWritten(f"{path}: cannot be written ({words}); {remedy}")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are missing. Raises NotWritten."""
+    with writing(path), _unnamed():
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def _cause(error: BaseException, path: Path, temporary: Path | None) -> OSError | None:
+    """What the disk said, if this is an error of a writer of `path`; None for any other error."""
+    if isinstance(error, OSError):
+        names = [os.fspath(name) for name in (error.filename, error.filename2) if isinstance(name, (str, os.PathLike))]
+        is_ours = not names or any(_is_at(name, temporary or path) for name in names)
+        return error if is_ours else None
+    words = " ".join(str(error).split())[:200] or type(error).__name__
+    is_torchs = isinstance(error, RuntimeError) and any(mark in words.lower() for mark in TORCH_SAYS)
+    if is_torchs or f"{type(error).__module__}.".startswith(WRITERS):  # they may keep the cause for themselves
+        named = [code for code in REMEDIES if os.strerror(code) in words]
+        return OSError(named[0], os.strerror(named[0])) if named else _asked(path, temporary) or OSError(words)
+    return None
+
+
+def _is_at(name: str, place: Path) -> bool:
+    return name == str(place) or name.startswith(f"{place}{os.sep}")
+
+
+def _asked(path: Path, temporary: Path | None) -> OSError | None:
+    """What the disk says to some more bytes, at the end of what is given up if it is a file, else beside it."""
+    probe = temporary_name((temporary or path.parent) / "probe")
+    if temporary is not None and not temporary.is_dir():
+        probe = temporary
+    try:
+        with probe.open("ab") as file:
+            file.write(PROBE)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+    return None
+
+
+@contextmanager
+def _unnamed() -> Iterator[None]:
+    """Let an OSError forget its file: it may name a folder above the one that is spoken of."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error)) from error
+
+
+class GrowingFile:
+    """A new file that is written where it is to be, for a library that may forget what went wrong.
+
+    FFmpeg's muxers do, where they flush or end a file in fragments. The first error is kept: nothing is written after
+    it, and closing cuts the file to what it was at the last `check`. A file that never got there is removed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.error: OSError | None = None
+        self.checked = 0  # bytes at the last check
+        with writing(path):
+            self._file = path.open("xb", buffering=0)
+
+    def write(self, data: bytes) -> int:
+        view = memoryview(data)
+        try:
+            while view and self.error is None:
+                view = view[self._file.write(view) :]
+        except OSError as error:
+            self.error = error
+        if self.error is not None:
+            raise self.error
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def check(self) -> None:
+        """Raise NotWritten if anything was not written; else what is there will stay."""
+        if self.error is not None:
+            raise not_written(self.path, self.error) from self.error
+        self.checked = os.fstat(self._file.fileno()).st_size
+
+    def close(self) -> None:
+        """Bring everything to the disk. Raises NotWritten for what did not get there."""
+        if self._file.closed:
+            return
+        try:
+            if self.error is not None:
+                os.ftruncate(self._file.fileno(), self.checked)
+            with writing(self.path):
+                _sync(self._file.fileno())
+            self.check()
+        finally:
+            self._file.close()
+            if not self.checked:
+                self.path.unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------- files --
 @contextmanager
 def replacing(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     """Yield an empty temporary file beside `path`; it becomes `path` when the block ends, and vanishes if it fails.
 
-    Raises ValueError, before the block runs, when `path` cannot be written, or exists and `overwrite` is off.
+    Its bytes are on the disk before it gets its name: after a crash there is the old file or the whole new one, and a
+    network disk says what it could not keep. Raises NotWritten when `path` cannot be written, before the block runs
+    where that can be known, and ValueError when it is no file to write or exists and `overwrite` is off.
     """
-    temporary = _claim(Path(path), overwrite)
-    mode = temporary.stat().st_mode  # what the user's umask asks for; some writers put a private file in its place
+    path = Path(path)
+    temporary = _claim(path, overwrite)
     try:
-        yield temporary
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
+        with writing(path, temporary):
+            mode = temporary.stat().st_mode  # what the umask asks for; some writers put a private file in its place
+            yield temporary
+            _bring_to_disk(temporary)
+            os.chmod(temporary, mode)
+            _check_place(path, overwrite)  # what came there meanwhile
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a new temporary folder beside `path`; it becomes `path` when the block ends, and vanishes if it fails.
+
+    Raises NotWritten when `path` cannot be written, and ValueError when it exists: a folder is never replaced.
+    """
+    path = Path(path)
+    temporary = temporary_name(path)
+    with writing(path), _unnamed():
+        check_new_folder(path)
+        sweep(path.parent)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    try:
+        with writing(path, temporary):
+            yield temporary
+            for file in sorted(temporary.rglob("*")):
+                if file.is_file():
+                    _bring_to_disk(file)
+            check_new_folder(path)
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_writable(path: str | Path, *, overwrite: bool) -> None:
-    """Raise the ValueError that `replacing` would raise for `path`; nothing is left behind."""
+    """Raise the error that `replacing` would raise for `path` before its block; nothing is left behind."""
     _claim(Path(path), overwrite).unlink()
 
 
+def check_new_folder(path: Path) -> None:
+    """Raise ValueError when a folder exists, NotWritten when it cannot be made here."""
+    with writing(path), _unnamed():
+        if _mode(path) is not None:
+            raise ValueError(f"{path}: exists already; a folder is never overwritten, name a new one")
+        if not os.access(path.parent, os.W_OK):
+            raise OSError(errno.EACCES if path.parent.is_dir() else errno.ENOENT, "its folder is missing or read-only")
+
+
+def temporary_name(path: Path) -> Path:
+    """The name beside `path` under which this process writes it; short enough wherever the name itself is."""
+    name = path.name
+    if len(os.fsencode(name)) > LONGEST:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return path.with_name(f".{name}.{_place()}-{os.getpid()}{PART}")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that were killed left half-written in a folder; looked at once per process and folder."""
+    _swept(folder.absolute())
+
+
 def _claim(path: Path, overwrite: bool) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        if path.is_dir():
-            raise ValueError(f"{path}: is a folder; give the name of a file in it")
-        if path.exists() and not overwrite:
-            raise ValueError(f"{path}: exists already; choose another name or ask to overwrite it")
+    temporary = temporary_name(path)
+    with writing(path), _unnamed():
+        _check_place(path, overwrite)
+        sweep(path.parent)
         temporary.touch()
-    except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be written ({error.strerror}); choose a folder that exists and is writable"
-        ) from error
     return temporary
+
+
+def _check_place(path: Path, overwrite: bool) -> None:
+    mode = _mode(path)
+    if mode is None:
+        return
+    if stat.S_ISDIR(mode):
+        raise ValueError(f"{path}: is a folder; give the name of a file in it")
+    if not overwrite:
+        raise ValueError(f"{path}: exists already; choose another name or ask to overwrite it")
+    if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
+        raise ValueError(f"{path}: is a device or a pipe, which a file would replace; give the name of a file")
+
+
+def _mode(path: Path) -> int | None:
+    """What is at a path, None for nothing; of a link what it leads to, or the link itself where that is nothing."""
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return os.lstat(path).st_mode
+    return None
+
+
+def _bring_to_disk(path: Path) -> None:
+    with path.open("r+b") as file:
+        _sync(file.fileno())
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # a file system that has no such thing
+            raise
+
+
+# ------------------------------------------------------------ left behind ----
+def _place() -> str:
+    """Where process numbers mean the same: one machine, and one container of it."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        space = ""
+    return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:8]
+
+
+@functools.cache
+def _swept(folder: Path) -> None:
+    with suppress(OSError):  # a folder that may be written, and not be listed
+        for name in os.listdir(folder):
+            found = TEMPORARY.fullmatch(name)
+            if found is not None and _is_left_behind(folder / name, found["place"], int(found["process"])):
+                shutil.rmtree(folder / name, ignore_errors=True)
+                with suppress(OSError):
+                    (folder / name).unlink()
+
+
+def _is_left_behind(path: Path, place: str, process: int) -> bool:
+    """Whether the process that wrote a temporary file is gone, or cannot be asked for and has not written for a day."""
+    if place == _place() and os.name == "posix":
+        return not _is_alive(process)
+    return time.time() - path.stat().st_mtime > STALE
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .atomic import check_writable, replacing
+from .atomic import check_new_folder, check_writable, replacing, replacing_folder
 from .checkpoint import DTYPES, Checkpoint, file_header, inspect_checkpoint, read_checkpoint, save_checkpoint
 from .config import CLIP_DIM, BidirectionalConfig, CausalConfig, StepConfig, WanConfig
 from .hub import resolve_model
@@ -89,12 +86,10 @@ def _check_choices(dialect: str, dtype: str | None, latent_space: str | None) ->
 
 
 def _check_place(out: Path, kind: str, overwrite: bool) -> None:
-    if kind != "folder":
+    if kind == "folder":
+        check_new_folder(out)
+    else:
         check_writable(out, overwrite=overwrite)
-    elif out.exists():
-        raise ValueError(f"{out}: exists already; a folder of shards is never overwritten, name a new one")
-    elif not os.access(out.parent, os.W_OK):
-        raise ValueError(f"{out}: cannot be written; choose a folder that exists and is writable")
 
 
 def _with_settings(checkpoint: Checkpoint, causal: bool | None) -> Checkpoint:
@@ -150,25 +145,13 @@ def _write_folder(checkpoint: Checkpoint, out: Path, dialect: str, overwrite: bo
         checkpoint.config, checkpoint.causal, checkpoint.steps, checkpoint.latent_space, checkpoint.bidirectional,
         checkpoint.guidance,
     )  # fmt: skip
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with replacing_folder(out) as temporary:
         for name, keys in plan.filename_to_tensors.items():
             save_file({key: tensors[key] for key in keys}, temporary / name, {"format": "pt", **header})
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             (temporary / (SHARD_NAME.format(suffix="") + ".index.json")).write_text(json.dumps(index, indent=2))
         (temporary / "config.json").write_text(json.dumps(_diffusers_config(checkpoint.config), indent=2))
-        temporary.chmod(0o777 & ~_umask())
-        temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _diffusers_config(config: WanConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .atomic import replacing
+from .atomic import make_folder, replacing
 from .text import clean_prompt
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class EmbeddingFolder:
             except (SafetensorError, KeyError, OSError) as error:
                 log.warning("%s cannot be read (%s); the prompt is encoded again", path, error)
         embeds = encode(text).contiguous()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with replacing(path, overwrite=True) as temporary:
             save_file({KEY: embeds}, temporary)
         return embeds

@@ -18,7 +18,7 @@ from av.error import FFmpegError
 from PIL import Image
 from torch import Tensor
 
-from .atomic import check_writable, replacing
+from .atomic import GrowingFile, check_writable, replacing, writing
 
 CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 # x264: crf 18 is visually lossless (0 is exact, 51 is worst). Its assembly was seen to encode equal frames into files
@@ -130,12 +130,12 @@ class VideoStream:
         check_writable(self.path, overwrite=False)
         codec, pixels, options, muxer = _STREAMS[self.path.suffix.lower()]
         container = CONTAINERS[self.path.suffix.lower()]
-        self.path.touch(exist_ok=False)  # the muxer would make it with the first frame: till then the name were free
+        self._grown = GrowingFile(self.path)
         try:
-            self._file = av.open(str(self.path), "w", format=container, options=muxer)
+            self._file = av.open(self._grown, "w", format=container, options=muxer)
             self._writer = _Writer(self._file, fps, metadata or {}, codec, pixels, options)
         except BaseException:
-            self.path.unlink()
+            self._grown.close()  # without a byte it is removed
             raise
 
     @property
@@ -143,17 +143,27 @@ class VideoStream:
         return self._writer.count
 
     def write(self, frames_VRHW: Tensor) -> None:
-        """Append frames in [0, 1]. Raises ValueError if their size is odd or not that of the ones before."""
-        self._writer.add(frames_VRHW)
+        """Append frames in [0, 1]. Raises ValueError if their size is odd or not that of the ones before.
+
+        Raises NotWritten when the disk is full; what was written before can be played.
+        """
+        self._grown.check()
+        with writing(self.path):
+            self._writer.add(frames_VRHW)
+        self._grown.check()
 
     def close(self) -> None:
         """Finish the file, also where its last frames cannot be encoded; without any frame it is removed."""
-        try:
-            self._writer.finish()
-        finally:
-            self._file.close()
-            if self._writer.count == 0:
-                self.path.unlink(missing_ok=True)
+        with writing(self.path):
+            try:
+                self._writer.finish()
+            finally:
+                try:
+                    self._file.close()
+                finally:
+                    self._grown.close()
+                    if self._writer.count == 0:
+                        self.path.unlink(missing_ok=True)
 
     def __enter__(self) -> VideoStream:
         return self

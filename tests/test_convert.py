@@ -144,7 +144,7 @@ def test_a_taehv_keeps_its_names_and_gets_its_latent_space(tmp_path: Path) -> No
         ("out.safetensors", {"latent_space": "pixels"}, "latent space 'pixels' is unknown"),
         ("out.safetensors", {"weights": "ema"}, "one set of weights"),
         ("in.safetensors", {}, "exists already"),
-        ("here", {}, "exists already; a folder of shards is never overwritten"),
+        ("here", {}, "exists already; a folder is never overwritten"),
         ("nowhere/out", {}, "cannot be written"),
     ],
 )
@@ -170,7 +170,7 @@ def test_a_failing_write_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(convert_module, "SHARD_SIZE", "200KB")
     monkeypatch.setattr(convert_module, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ValueError, match="No space"):
         convert(tmp_path / "in.safetensors", tmp_path / "out")
     assert os.listdir(tmp_path) == ["in.safetensors"]
 

@@ -74,6 +74,7 @@ class TrainArgs(NetworkArgs):
     logdir: str = ""  # folder of everything the run writes
     max_steps: int = 600  # in train.dmd of the critic: the student learns in every critic_per_student-th of them
     resume: bool = True  # go on from the newest checkpoint in logdir; false starts anew and refuses an old one
+    resume_changed: list[str] = field(default_factory=list)  # settings that may differ from those the run began with
     save_every: int = 50  # steps; 0: never
     keep_last: int = 2  # checkpoints
     tensorboard: bool = True  # curves in logdir, where the package tensorboard is installed

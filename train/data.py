@@ -9,7 +9,6 @@ Letters: N rows, S states of a trajectory, T latent frames, C channels, H W size
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from selfforcing_core.atomic import replacing_folder
 from train.draws import item
 
 GROWTH = 1 << 30  # bytes added to a database's room when it is full
@@ -232,7 +232,8 @@ class DatabaseWriter:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "data.mdb").exists():
             raise ValueError(f"{folder}: holds a database already; choose another folder")
-        self.database = lmdb.open(str(folder), map_size=GROWTH, writemap=False)
+        # Without a lock file, which is mapped: where the disk is full, touching it would kill the process (SIGBUS).
+        self.database = lmdb.open(str(folder), map_size=GROWTH, writemap=False, lock=False)
         self.count, self.shape = 0, ()
 
     def add(self, prompt: str, latents: Tensor, image_HWR: Tensor | None = None) -> None:
@@ -272,15 +273,11 @@ def write_shards(rows: Iterable[tuple[int, str, Tensor, Tensor | None]], out: Pa
     """(file number, prompt, latents, picture) into a new database, or into shard_<i> of it by file number.
 
     The first row of a prompt wins; rows whose latents are not numbers are left out; both are counted. The folder
-    appears whole or not at all. Raises ValueError if it is there already.
+    appears whole or not at all. Raises ValueError if it is there already, NotWritten where it cannot be.
     """
-    if out.exists():
-        raise ValueError(f"{out}: exists already; choose another folder")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     told = {"written": 0, "duplicate_prompts": 0, "not_numbers": 0}
     seen: set[str] = set()
-    try:
+    with replacing_folder(out) as partial:
         folders = [partial] if num_shards == 1 else [partial / f"shard_{index}" for index in range(num_shards)]
         writers = [DatabaseWriter(folder) for folder in folders]
         try:
@@ -296,7 +293,4 @@ def write_shards(rows: Iterable[tuple[int, str, Tensor, Tensor | None]], out: Pa
         finally:
             for writer in writers:
                 writer.close()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return told

@@ -1,8 +1,16 @@
-"""Processes and devices: who we are, which device is ours, and networks sharded over all of us (FSDP2)."""
+"""Processes and devices: who we are, which device is ours, and networks sharded over all of us (FSDP2).
+
+What ends one process of a run ends all of them: before they are joined they tell each other what they have found
+(`Meeting`), and afterwards each looks every half second whether another has failed (`ending_together`).
+"""
 
 from __future__ import annotations
 
 import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +21,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 
-LOST = "lost processes"  # in the store: how many noticed that one is gone
+# names in the store
+LOST = "lost processes"  # how many noticed that one is gone
+FAILED = "exit status"  # of the process that failed first
+SEEN = "processes that know of it"
+POLL = 0.5  # seconds between two looks
+PATIENCE = 10.0  # seconds that a process waits for others to have heard it before it ends
+GRACE = 3.0  # seconds in which a process may end by itself after another has failed
 
 
 @dataclass(frozen=True)
@@ -38,27 +52,111 @@ class World:
             return self.is_first
 
 
-def join(device: str = "auto", shard_group: int = 0) -> World:
-    """Join the others that torchrun started, or be the only one.
+@dataclass(frozen=True)
+class Meeting:
+    """The processes of a run before they are joined: they can tell each other words, and nothing else."""
 
-    shard_group: processes that share one copy of the weights; 0: all. Raises ValueError for a device that is not
-    there, and for groups that do not divide the processes.
-    """
-    wants_cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
-    if wants_cuda and not torch.cuda.is_available():
+    store: Any
+    rank: int
+    size: int
+
+    def told(self, about: str, words: str) -> list[str]:
+        """What every process says about something, in the order of their numbers; all of them ask."""
+        self.store.set(f"{about} {self.rank}", words)
+        heard = [self.store.get(f"{about} {rank}").decode() for rank in range(self.size)]
+        self.store.add(f"{about} heard", 1)
+        if self.rank == 0:  # which may keep the store, and may be about to end
+            _until(lambda: self.store.add(f"{about} heard", 0) >= self.size)
+        return heard
+
+
+def meet() -> Meeting:
+    """Find the others that torchrun started, or be the only one."""
+    if "RANK" not in os.environ:
+        return Meeting(HashStore(), 0, 1)
+    return Meeting(*next(rendezvous("env://")))
+
+
+def check(device: str, shard_group: int) -> None:
+    """Raise ValueError for a device that is not there, and for groups that do not divide the processes."""
+    if _wants_cuda(device) and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} is not here; use device=cpu")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if shard_group < 0 or size % (shard_group or size):
         raise ValueError(f"shard_group {shard_group} does not divide {size} processes; use 0 or a divisor")
-    kind = "cuda" if wants_cuda else "cpu"
-    own = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if wants_cuda else torch.device("cpu")
-    if wants_cuda:
+
+
+def _wants_cuda(device: str) -> bool:
+    return torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+
+
+def join(device: str = "auto", shard_group: int = 0, meeting: Meeting | None = None) -> World:
+    """Join the others that torchrun started, or be the only one.
+
+    shard_group: processes that share one copy of the weights; 0: all. meeting: where they have met already.
+    Raises ValueError as `check` does.
+    """
+    check(device, shard_group)
+    kind = "cuda" if _wants_cuda(device) else "cpu"
+    own = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
         torch.cuda.set_device(own)
-    alone = (HashStore(), 0, 1)
-    store, rank, size = next(rendezvous("env://")) if "RANK" in os.environ else alone
-    backend = "cpu:gloo,cuda:nccl" if wants_cuda else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    return World(rank, size, own, new_mesh(kind, size, shard_group), store)
+    found = meeting or meet()
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, store=found.store, rank=found.rank, world_size=found.size)
+    return World(found.rank, found.size, own, new_mesh(kind, found.size, shard_group), found.store)
+
+
+@contextmanager
+def ending_together(world: World) -> Iterator[None]:
+    """Inside, a process ends soon after another has failed, with its exit status, even if it waits for that one."""
+    if world.size == 1:
+        yield
+        return
+    is_over = threading.Event()
+    own = world.store.clone()  # a store serves one question at a time, and the process may be waiting for an answer
+    thread = threading.Thread(target=_watch, args=(own, is_over), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def _watch(store: Any, is_over: threading.Event) -> None:
+    with suppress(RuntimeError):  # the store is gone, and the process that kept it
+        while not is_over.wait(POLL):
+            if store.check([FAILED]):
+                status = int(store.get(FAILED))
+                store.add(SEEN, 1)
+                if not is_over.wait(GRACE):
+                    os._exit(status)
+                return
+
+
+def fail(world: World, status: int) -> int:
+    """Let all processes end with an exit status, which is returned."""
+    if world.size > 1:
+        with suppress(RuntimeError):
+            if not world.store.check([FAILED]):
+                world.store.set(FAILED, str(status))
+            _until(lambda: world.store.add(SEEN, 0) >= world.size)
+    return status
+
+
+def failed(world: World) -> int | None:
+    """The exit status of a process that has failed, if one has."""
+    with suppress(RuntimeError):
+        if world.size > 1 and world.store.check([FAILED]):
+            return int(world.store.get(FAILED))
+    return None
+
+
+def _until(is_so: Any) -> None:
+    end = time.monotonic() + PATIENCE
+    while not is_so() and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def new_mesh(kind: str, size: int, shard_group: int) -> DeviceMesh:

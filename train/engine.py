@@ -14,7 +14,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -24,12 +24,13 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from selfforcing_core.atomic import NotWritten
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import WanConfig
 from selfforcing_core.geometry import PATCH, chunk_lengths
 from selfforcing_core.hub import check_taehv
 from selfforcing_core.roofline import Card, Work, measured_card
-from train import distributed, finite, logs, state
+from train import distributed, finite, logs, resume, state
 from train.args import ClipArgs, TrainArgs, mistake, parse, to_yaml
 from train.conditions import Prompts, read_texts
 from train.data import ClipDatabase, Row, ShuffledRows
@@ -45,7 +46,7 @@ log = logging.getLogger(__name__)
 DTYPES = ("float64", "float32", "bfloat16")
 STUDENT = "student"  # the role whose average is kept and exported
 SAMPLED = 4  # training prompts that are sampled where no others are given
-STOPPED = 3  # exit status after another process was lost
+STOPPED = 3  # exit status of a run that has begun, after a process was lost or a disk was full
 
 
 # ------------------------------------------------------------------ set-up --
@@ -398,25 +399,44 @@ def stopping() -> Iterator[Any]:
             signal.signal(kind, handler)
 
 
-def train(args: TrainArgs, world: distributed.World, make: Callable[[], Trainer]) -> None:
-    """Train until max_steps, or until asked to stop; a checkpoint is written then too."""
+class Halted(Exception):
+    """What ends a run that has begun, in words that name the last good checkpoint."""
+
+
+def train(
+    args: TrainArgs, world: distributed.World, make: Callable[[], Trainer], stage: str, checkpoint: Path | None
+) -> None:
+    """Train until max_steps, or until asked to stop; a checkpoint is written then too.
+
+    checkpoint: to go on from, None to start. The run's folder is held (`resume.opened`). Raises Halted when a disk
+    refuses what is written; a checkpoint that was begun is then removed.
+    """
     folder = Path(args.logdir)
-    found = state.complete(folder)
-    if found and not args.resume:
-        raise ValueError(f"{folder} holds checkpoints of another run; choose another logdir, or leave resume on")
     trainer = make()
     if args.sample_every:
         trainer.check_decoder()
-    if found:
-        trainer.resume(found[-1])
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
     if world.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(args), encoding="utf-8")
+        resume.write_settings(folder, stage, args)
         state.clean(folder)
     dist.barrier()
     saver, told_to = state.Saver(folder, args.keep_last), logs.Log(args, world, trainer.step)
     card = _all_cards(world, getattr(torch, args.dtype))
-    with stopping() as asked, closing(told_to), logging_redirect_tqdm():  # words go below the bar, not behind it
+    try:
+        _steps(args, world, trainer, saver, told_to, card)
+    except NotWritten as error:
+        saver.give_up()
+        raise Halted(f"{error}; the last good checkpoint is {newest(args.logdir)}") from error
+    finally:
+        told_to.close()
+    dist.barrier()
+
+
+def _steps(
+    args: TrainArgs, world: distributed.World, trainer: Trainer, saver: state.Saver, told_to: logs.Log, card: Card
+) -> None:
+    with logs.quiet_threads(), stopping() as asked, logging_redirect_tqdm():  # words go below the bar, not behind it
         while trainer.step < args.max_steps:
             trainer.worked = Work()
             began = time.perf_counter()
@@ -434,8 +454,6 @@ def train(args: TrainArgs, world: distributed.World, make: Callable[[], Trainer]
                 log.warning("stopped after step %d; the same command goes on from there", trainer.step)
                 break
         saver.wait()
-    told_to.close()
-    dist.barrier()
 
 
 def _all_cards(world: distributed.World, dtype: torch.dtype) -> Card:
@@ -458,23 +476,44 @@ def command(
     """The command line of a stage; returns the exit status: 2 for a user's mistake, said in one line."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    args, wrong = None, ""
     try:
         args = parse(kind, argv, sys.modules[check_args.__module__].__doc__)
         if args.dry_run:
             print(to_yaml(replace(args, dry_run=False)) + json.dumps(plan(args, processes), indent=2))
             return 0
         check_args(args, processes)
-        world = distributed.join(args.device, args.shard_group)
+        distributed.check(args.device, args.shard_group)
     except ValueError as error:
-        return mistake(name, error, is_told=os.environ.get("RANK", "0") == "0")
+        wrong = " ".join(str(error).split())
+    meeting = distributed.meet()
     try:
-        train(args, world, lambda: make(args, world))
+        with resume.opened(meeting, name, args, wrong) as checkpoint:
+            assert args is not None
+            return _run(name, args, distributed.join(args.device, args.shard_group, meeting), make, checkpoint)
     except ValueError as error:
-        return mistake(name, error, is_told=world.is_first_to_notice())
-    except RuntimeError as error:
-        if world.size == 1 or not distributed.is_lost(error):
-            raise
-        _say_lost(name, args, world)
+        return mistake(name, error, is_told=meeting.rank == 0)
+
+
+def _run(
+    name: str, args: Args, world: distributed.World, make: Callable[[Args, distributed.World], Trainer],
+    checkpoint: Path | None,
+) -> int:  # fmt: skip
+    """Train, and see to it that all processes end with the same status when one of them cannot go on."""
+    try:
+        with distributed.ending_together(world):
+            try:
+                train(args, world, lambda: make(args, world), name, checkpoint)
+            except ValueError as error:
+                return distributed.fail(world, mistake(name, error, is_told=world.is_first_to_notice()))
+            except Halted as error:
+                mistake(name, error, is_told=world.is_first_to_notice())
+                return distributed.fail(world, STOPPED)
+            except BaseException as error:
+                if world.size > 1 and distributed.is_lost(error):
+                    _say_lost(name, args, world)
+                distributed.fail(world, 1)
+                raise
     finally:
         dist.destroy_process_group()
     return 0
@@ -482,7 +521,8 @@ def command(
 
 def _say_lost(name: str, args: TrainArgs, world: distributed.World) -> NoReturn:
     """End at once, since nothing can be exchanged any more; the first process to notice says so."""
-    if world.is_first_to_notice():
+    status = distributed.failed(world)
+    if status is None and world.is_first_to_notice():
         words = f"{name}: a process of the run is lost; the same command goes on from {newest(args.logdir)}"
         print("\n" + words, file=sys.stderr, flush=True)  # below the progress bar
-    os._exit(STOPPED)
+    os._exit(STOPPED if status is None else status)

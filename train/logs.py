@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from selfforcing_core.atomic import replacing
+from selfforcing_core.atomic import replacing, writing
 from train.args import TrainArgs, to_dict
 from train.distributed import World
 
@@ -27,6 +30,17 @@ def check(args: TrainArgs) -> None:
             raise ValueError("wandb=true needs the package wandb; install it, or leave it out") from error
         if not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") != "offline":
             raise ValueError("wandb=true needs the key in the environment; set WANDB_API_KEY, or WANDB_MODE=offline")
+
+
+@contextmanager
+def quiet_threads() -> Iterator[None]:
+    """Leave what a disk refuses TensorBoard's thread to the next step, which says it: no traceback of the thread."""
+    before = threading.excepthook
+    threading.excepthook = lambda thrown: None if isinstance(thrown.exc_value, OSError) else before(thrown)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 class Log:
@@ -68,21 +82,24 @@ class Log:
         """The name under which the curves of this folder go on."""
         path = self.folder / "wandb-run-id.txt"
         if not path.is_file():
-            path.write_text(os.urandom(4).hex(), encoding="utf-8")
+            with replacing(path) as temporary:
+                temporary.write_text(os.urandom(4).hex(), encoding="utf-8")
         return path.read_text(encoding="utf-8")
 
     def step(self, step: int, told: dict[str, float]) -> None:
-        """One line about a finished step."""
+        """One line about a finished step. Raises NotWritten when the disk is full."""
         if not self.is_on:
             return
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+        path = self.folder / "log.jsonl"
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **told}) + "\n")
         self.shown |= {name: f"{value:.3g}" for name, value in told.items() if "/" not in name}
         names = sorted(self.shown, key=lambda name: not name.endswith("_loss"))
         self.bar.set_postfix({name: self.shown[name] for name in names[:SHOWN]})
         self.bar.update()
-        for tell in self.boards:
-            tell(told, step)
+        with writing(self.folder):
+            for tell in self.boards:
+                tell(told, step)
 
     def close(self) -> None:
         self.bar.close()

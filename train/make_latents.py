@@ -22,7 +22,7 @@ from av.error import FFmpegError
 from torch import Tensor
 from tqdm import tqdm
 
-from selfforcing_core.atomic import replacing
+from selfforcing_core.atomic import make_folder, replacing
 from selfforcing_core.cli import Parser
 from selfforcing_core.geometry import VideoGeometry
 from selfforcing_core.image import fit_image
@@ -79,7 +79,7 @@ def encode(videos: list[Path], prompts: Path, out: Path, vae: WanVAE, geometry: 
             log.warning("%s %s; left out", video, error)
             told["left_out"] += 1
             continue
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         with replacing(target, overwrite=True) as temporary:
             torch.save({prompt: latents.float().cpu()}, temporary)
         told["written"] += 1

@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from selfforcing_core.atomic import make_folder
 from selfforcing_core.checkpoint import DTYPES
 from selfforcing_core.config import WanConfig
 from selfforcing_core.generate import generate_all
@@ -110,7 +111,7 @@ def sample(args: SampleArgs) -> list[dict[str, Any]]:
         stored = stored if args.dtype == "auto" else args.dtype
         size = sum(math.prod(shape) for shape in wan_shapes(config).values()) * _itemsize(stored)
         folder = Path(args.out or Path(args.logdir) / "samples")
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with tempfile.TemporaryDirectory(prefix=".sample-", dir=_room(size, Path(args.logdir))) as temporary:
             model = Path(temporary) / "student.safetensors"
             export(ExportArgs(args.logdir, str(model), args.step, args.weights, dtype=stored))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selfforcing_core.atomic import make_folder
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.hub import load_taehv
@@ -77,7 +78,7 @@ class Samples:
             ):  # fmt: skip
                 frames.append(decoder.decode(chunk.latents_BTCHW.float())[0].cpu())
             if number < len(self.texts):
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
                 video, out = torch.cat(frames), folder / f"{number:03d}.mp4"
                 write_video(out, video, metadata={"comment": self.texts[number]}, overwrite=True)
                 shown = torch.linspace(0, len(video) - 1, min(SHEET_FRAMES, len(video))).round().long()

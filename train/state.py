@@ -5,8 +5,11 @@ A folder `step_000100` is complete; one that ends in `.partial` was being writte
 
 from __future__ import annotations
 
+import logging
+import re
 import shutil
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
+from selfforcing_core.atomic import make_folder, writing
+from train.distributed import is_lost
+
+log = logging.getLogger(__name__)
 PARTIAL = ".partial"
+GIVE_UP = 20.0  # seconds that a run which ends waits for its last checkpoint
+NAME = re.compile(r"step_[0-9]+")  # of a checkpoint; whatever else lies there is the user's
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class Role:
 def complete(folder: Path) -> list[Path]:
     """Complete checkpoints below a run's folder, oldest first."""
     found = folder.glob("checkpoints/step_*")
-    return sorted((path for path in found if path.is_dir() and path.suffix != PARTIAL), key=step_of)
+    return sorted((path for path in found if NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -43,15 +53,22 @@ def step_of(checkpoint: Path) -> int:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a run that died was writing or removing."""
+    """Remove what a run that died was writing or removing. The folder must be held (`resume.opened`)."""
     for path in folder.glob(f"checkpoints/*{PARTIAL}"):
-        shutil.rmtree(path)
+        if NAME.fullmatch(path.name.removesuffix(PARTIAL)):
+            _discard(path)
 
 
 def _remove(checkpoint: Path) -> None:
     leaving = checkpoint.with_name(checkpoint.name + PARTIAL)  # half a checkpoint must not look like one
     checkpoint.rename(leaving)
-    shutil.rmtree(leaving)
+    _discard(leaving)
+
+
+def _discard(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    if partial.exists():  # on a network disk, while somebody reads a file of it
+        log.warning("%s cannot be removed; the next start of the run tries again", partial)
 
 
 def names(checkpoint: Path) -> dict[str, Any]:
@@ -97,9 +114,50 @@ def moments(role: Role) -> dict[str, dict[str, Tensor]]:
 
 
 def load(checkpoint: Path, roles: dict[str, Role], ema: dict[str, Tensor]) -> None:
-    """Put back what was saved, into weights, optimisers and average."""
-    with torch.no_grad():
-        state_dict_loader.load(_content(roles, ema), checkpoint_id=str(checkpoint))
+    """Put back what was saved, into weights, optimisers and average.
+
+    Raises ValueError, before anything is changed, if it holds other tensors than these, and if it cannot be read.
+    """
+    content = _content(roles, ema)
+    try:
+        with torch.no_grad():
+            _check_fits(checkpoint, content)
+            state_dict_loader.load(content, checkpoint_id=str(checkpoint))
+    except CheckpointException as error:
+        cause = first_cause(error)
+        if is_lost(cause):
+            raise cause from error
+        words = " ".join(str(cause).split())[:200] or type(cause).__name__
+        raise ValueError(
+            f"{checkpoint}: cannot be read ({words}); remove it, and the run goes on from the one before"
+        ) from error
+
+
+def _check_fits(checkpoint: Path, content: dict[str, Any]) -> None:
+    wanted = dict(_flat("", content))
+    found = {name: tuple(about.size) for name, about in names(checkpoint).items()}
+    different = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"{checkpoint}: holds other tensors than this run trains ({len(different)} differ, the first is {name}: "
+            f"{found.get(name, 'missing')} -> {wanted.get(name, 'missing')}); give the networks and sizes it was "
+            "written with, or another logdir"
+        )
+
+
+def _flat(prefix: str, content: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(dotted name, shape) of every tensor."""
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from _flat(f"{prefix}{name}.", value)
+        else:
+            yield f"{prefix}{name}", tuple(value.shape)
+
+
+def first_cause(error: CheckpointException) -> BaseException:
+    """What went wrong on the first process that could not go on."""
+    return next(iter(error.failures.values()))[0]
 
 
 class Saver:
@@ -116,7 +174,7 @@ class Saver:
         target = self.folder / "checkpoints" / f"step_{step:06d}"
         partial = target.with_name(target.name + PARTIAL)
         if dist.get_rank() == 0:
-            partial.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(partial.parent)
             shutil.rmtree(partial, ignore_errors=True)
         dist.barrier()
         future = state_dict_saver.async_save(_content(roles, ema), checkpoint_id=str(partial), process_group=self.group)
@@ -129,14 +187,41 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Let the checkpoint that is being written appear. Raises what went wrong with it."""
+        """Let the checkpoint that is being written appear.
+
+        Raises NotWritten on all processes, with its folder removed, if the disk of one of them has refused it.
+        """
         if self.pending is None:
             return
         (future, target), self.pending = self.pending, None
-        future.result()  # on the first process: all have written, and the index is there
-        if dist.get_rank() == 0:
-            if target.exists():
-                _remove(target)
-            target.with_name(target.name + PARTIAL).rename(target)
-            for old in complete(self.folder)[: -self.keep]:
-                _remove(old)
+        partial = target.with_name(target.name + PARTIAL)
+        with writing(target, partial):
+            try:
+                future.result()  # on the first process: all have written, and the index is there
+            except CheckpointException as error:
+                cause = first_cause(error)
+                try:
+                    with writing(target, partial):
+                        raise cause from error
+                finally:
+                    if not is_lost(cause):  # all processes have ended writing, or they could not have agreed on this
+                        shutil.rmtree(partial, ignore_errors=True)
+            if dist.get_rank() == 0:
+                if target.exists():
+                    _remove(target)
+                partial.rename(target)
+                for old in complete(self.folder)[: -self.keep]:
+                    _remove(old)
+
+    def give_up(self) -> None:
+        """Leave nothing half-written: what is begun is awaited for a while, and removed if it is not complete."""
+        if self.pending is None:
+            return
+        (future, target), self.pending = self.pending, None
+        try:
+            future.result(timeout=GIVE_UP)
+        except (Exception, CheckpointException):
+            shutil.rmtree(target.with_name(target.name + PARTIAL), ignore_errors=True)
+            return
+        self.pending = future, target
+        self.wait()

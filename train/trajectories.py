@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from selfforcing_core.atomic import replacing
+from selfforcing_core.atomic import make_folder, replacing
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.geometry import SPATIAL_FACTOR, VideoGeometry, pixel_frames
 from selfforcing_core.rollout import SeededNoise, rollout
@@ -115,7 +115,7 @@ def make(args: TrajectoryArgs, world: distributed.World) -> dict[str, int]:
             log.warning("the trajectory of %r is not all numbers and is left out", texts[number][:60])
             told["not_numbers"] += 1
         elif is_needed:
-            out.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(out.parent)
             with replacing(out, overwrite=True) as temporary:
                 torch.save({texts[number]: states}, temporary)
             told["written"] += 1
