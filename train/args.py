@@ -305,6 +305,21 @@ def read(path: Path, kind: type[Any]) -> dict[str, Any]:
     return values
 
 
+def read_known(path: Path, kind: type[Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the settings of a YAML file that `kind` has, and as text those that it has not.
+
+    Raises ValueError as `parse` does, for values alone.
+    """
+    types = get_type_hints(kind)
+    known, unknown = {}, {}
+    for key, node in _nodes(path):
+        if key in types:
+            known[key] = _from_node(node, types[key], f"{path}: {key}")
+        else:
+            unknown[key] = node.value if isinstance(node, yaml.ScalarNode) else yaml.serialize(node).strip()
+    return known, unknown
+
+
 def keys(path: Path) -> set[str]:
     """Return the names of the settings in a YAML file, whoever knows them."""
     return {key for key, _ in _nodes(path)}

@@ -19,14 +19,13 @@ from torch import Tensor
 from selfforcing_core.atomic import replacing
 from selfforcing_core.checkpoint import DTYPES, lora_header, save_checkpoint
 from selfforcing_core.config import BidirectionalConfig, CausalConfig, StepConfig, WanConfig
-from train import diffusion, dmd, lora, ode, state
-from train.args import DiffusionArgs, DmdArgs, OdeArgs, keys, mistake, parse
+from train import diffusion, dmd, lora, ode, resume, state
+from train.args import DiffusionArgs, DmdArgs, OdeArgs, mistake, parse
 from train.data import ClipDatabase
 from train.forcing import causal_of
 from train.networks import alpha_of, read_network
 
 log = logging.getLogger(__name__)
-STAGES = {"student": DmdArgs, "forcing": DiffusionArgs, "timesteps": OdeArgs}  # by a setting that only this one has
 AnyArgs = DmdArgs | DiffusionArgs | OdeArgs
 
 
@@ -44,13 +43,15 @@ class ExportArgs:
 
 
 def read_run(folder: Path) -> AnyArgs:
-    """The settings of the run in a folder. Raises ValueError if it holds none."""
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise ValueError(f"{folder}: holds no config.yaml; give the logdir of a run")
-    known = keys(file)
-    kind = next((kind for mark, kind in STAGES.items() if mark in known), DmdArgs)
-    return parse(kind, [f"config={file}"])
+    """Return the settings of the run in a folder. Raises ValueError if it holds none."""
+    if not (folder / resume.SETTINGS).is_file():
+        raise ValueError(f"{folder}: holds no {resume.SETTINGS}; give the logdir of a run")
+    stored = resume.read_settings(folder)
+    if stored.gone:
+        log.warning("%s: %s no longer exist as settings; they are left out", folder, ", ".join(stored.gone))
+    run = resume.STAGES[stored.stage](**stored.settings)
+    assert isinstance(run, AnyArgs)
+    return run
 
 
 def _check(args: ExportArgs) -> None:

@@ -14,17 +14,13 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from selfforcing_core.atomic import make_folder, replacing, writing
 from train import state
-from train.args import ClipArgs, DiffusionArgs, DmdArgs, OdeArgs, TrainArgs, to_dict, to_yaml
+from train.args import ClipArgs, DiffusionArgs, DmdArgs, OdeArgs, TrainArgs, keys, read_known, to_dict, to_yaml
 from train.distributed import Meeting
 
 log = logging.getLogger(__name__)
@@ -49,6 +45,8 @@ HARMLESS = {
     "sample_prompts": "videos that training does not read",
     "sample_frames": "videos that training does not read",
     "decoder": "videos that training does not read",
+    "decoder_latent_space": "videos that training does not read",
+    "skip_bad_rows": "decides what follows a row that cannot be used; good rows stay where they are",
     "micro_batch": "parts of a batch add up to the same numbers",
     "shard_group": "where weights lie",
     "device": "where it is computed",
@@ -63,6 +61,10 @@ HARMLESS = {
 }
 # Of stages that read the size of their clips from the data.
 HARMLESS_FOR_CLIPS = dict.fromkeys(("width", "height", "latent_frames"), "for the plan alone")
+# Of the stage that is sampled in another way than it is trained.
+HARMLESS_FOR_DIFFUSION = dict.fromkeys(
+    ("sampling_steps", "solver", "guidance", "negative_prompt"), "videos that training does not read, and the export"
+)
 # Networks are no data: another file under the setting is another run. Two spellings of one place are the same.
 FILES = ("student", "teacher", "critic", "network", "text_encoder", "vae", "clip")
 # What processes of one run may have differently: where their machine keeps things.
@@ -71,7 +73,10 @@ OWN = ("logdir", "device", "embeddings")
 
 def harmless(kind: type[TrainArgs]) -> dict[str, str]:
     """The settings of a stage that may change in a run, with the reason."""
-    return HARMLESS | HARMLESS_FOR_CLIPS if issubclass(kind, ClipArgs) else HARMLESS
+    reasons = dict(HARMLESS)
+    if issubclass(kind, ClipArgs):
+        reasons |= HARMLESS_FOR_CLIPS
+    return reasons | HARMLESS_FOR_DIFFUSION if issubclass(kind, DiffusionArgs) else reasons
 
 
 # ----------------------------------------------------------------- settings --
@@ -91,34 +96,29 @@ def write_settings(folder: Path, stage: str, args: TrainArgs) -> None:
 
 
 def read_settings(folder: Path) -> Stored:
-    """What `write_settings` wrote, in this version or an earlier one; what is missing is as by default.
+    """Return what `write_settings` wrote, in this version or an earlier one; what is missing is as by default.
 
     Raises ValueError for what is no such file.
     """
     file = folder / SETTINGS
-    try:
-        text = file.read_text(encoding="utf-8")
-        found = OmegaConf.create(text)
-        if not isinstance(found, DictConfig):
-            raise ValueError("no mapping of settings")
-        plain: dict[str, Any] = {str(k): v for k, v in OmegaConf.to_container(found).items()}  # type: ignore[union-attr]
-        stage = _stage(text, plain)
-        known = {field.name for field in fields(STAGES[stage])}
-        stored = OmegaConf.merge(OmegaConf.structured(STAGES[stage]), {k: v for k, v in plain.items() if k in known})
-    except FileNotFoundError as error:
+    if not file.is_file():
         raise ValueError(
             f"{folder} holds a run without its settings: {SETTINGS} is missing; put it back, or choose another logdir"
-        ) from error
-    except (OSError, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        words = " ".join(str(error).split())[:200]
+        )
+    try:
+        stage = _stage(file)
+        settings, gone = read_known(file, STAGES[stage])
+    except (OSError, ValueError) as error:
+        words = " ".join(str(error).split())[:300]
         raise ValueError(f"{file}: cannot be read as a run's settings ({words}); choose another logdir") from error
-    gone = {name: value for name, value in plain.items() if name not in known}
-    return Stored(stage, {str(k): v for k, v in OmegaConf.to_container(stored).items()}, gone)  # type: ignore[union-attr]
+    return Stored(stage, to_dict(STAGES[stage](**settings)), gone)
 
 
-def _stage(text: str, settings: dict[str, Any]) -> str:
-    named = COMMAND.match(text)
-    stage = named[1] if named else next((stage for mark, stage in MARKS.items() if mark in settings), "")
+def _stage(file: Path) -> str:
+    with file.open("rb") as opened_file:
+        named = COMMAND.match(opened_file.readline().decode("utf-8", "replace"))
+    known = keys(file)
+    stage = named[1] if named else next((stage for mark, stage in MARKS.items() if mark in known), "")
     if stage not in STAGES:
         raise ValueError(f"of {stage or 'no stage that is known'}; known are {', '.join(STAGES)}")
     return stage
@@ -166,10 +166,10 @@ def check(folder: Path, stage: str, args: TrainArgs) -> Path | None:
     allowed = {*harmless(type(args)), *args.resume_changed}
     refused = [f"{name}: {words}" for name, words in differing.items() if name not in allowed]
     if refused:
-        keys = ",".join(name for name in differing if name not in allowed)
+        named = ",".join(name for name in differing if name not in allowed)
         raise ValueError(
             f"{folder} holds a run with other settings ({'; '.join(refused)}); give the old ones to go on, "
-            f"resume_changed=[{keys}] to go on with the new ones, or another logdir to start anew"
+            f"resume_changed=[{named}] to go on with the new ones, or another logdir to start anew"
         )
     if differing:
         log.warning("%s goes on with %s", folder, "; ".join(f"{name}: {words}" for name, words in differing.items()))
@@ -218,8 +218,8 @@ def _agree(meeting: Meeting, stage: str, args: TrainArgs | None, mistake: str) -
     first = told[0]
     for rank, one in enumerate(told):
         same = {**one["settings"], **{name: first["settings"].get(name) for name in OWN}}
-        keys = sorted({*same, *first["settings"]})
-        different = [key for key in keys if same.get(key) != first["settings"].get(key)]
+        every = sorted({*same, *first["settings"]})
+        different = [key for key in every if same.get(key) != first["settings"].get(key)]
         if one["stage"] != first["stage"] or different:
             what = "; ".join(
                 f"{key}: {_shown(first['settings'].get(key))} and {_shown(same.get(key))}" for key in different
