@@ -47,6 +47,8 @@ def sample(args: SampleArgs) -> list[dict[str, Any]]:
     if not args.logdir or not (args.taehv or args.vae):
         raise ValueError("give logdir=FOLDER of the run, and taehv=... or vae=... to decode with")
     run = read_run(Path(args.logdir))
+    if isinstance(run, DmdArgs) and run.first_frame != "generated" and not args.image:
+        raise ValueError("the run's student was trained on given first frames; give image=FILE")
     prompts = args.prompts or (run.prompts if isinstance(run, DmdArgs) else "")
     if not prompts:
         raise ValueError("the run has no file of prompts; give prompts=FILE")
