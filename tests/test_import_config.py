@@ -114,7 +114,7 @@ def test_published_configurations_become_the_shipped_ones(name: str) -> None:
     found, shipped = ours({**DEFAULTS, **PUBLISHED[name]}), parse(DmdArgs, [f"config={name}"])
     known = OmegaConf.load(CONFIGS / f"{name}.yaml")
     own = ("student", "prompts", "data", "negative_prompt", "max_steps", "text_encoder_offload", "score")
-    for key in known:
+    for key in map(str, known):
         if key not in own:
             assert getattr(found, key) == getattr(shipped, key), key
     assert (found.size, found.chunk) == (shipped.size, shipped.chunk)

@@ -83,9 +83,12 @@ def test_so_are_those_of_the_stages_before(
     assert predicted["student"] - kept == pytest.approx(used["student"] - kept, rel=0.2)
 
 
-@pytest.mark.parametrize("score", ["sid", "gan"])
-def test_every_score_can_be_watched(score: str) -> None:
-    args = parse(DmdArgs, [*SETTINGS, f"score={score}"])
+@pytest.mark.parametrize(
+    "more",
+    [["score=sid"], ["score=gan"], ["latent_frames=7", "first_frame=pictures", "independent_first_frame=true"]],
+)
+def test_every_kind_of_distillation_can_be_watched(more: list[str]) -> None:
+    args = parse(DmdArgs, [*SETTINGS, *more])
     assert peak_bytes(args, 1)["student"] > kept_bytes(args, 1, dict.fromkeys(TINY, 4))
 
 

@@ -28,6 +28,7 @@ from train.export import ExportArgs, export
 from train.losses import dmd_gradient, dmd_loss, score_timesteps, sid_loss
 from train.ode import Regression
 from train.roles import Matching, ScoreDraw, score_bounds
+from train.sample import SampleArgs, sample
 
 FIRST = ["first_frame=clips", "independent_first_frame=true", "chunk=3"]
 
@@ -100,6 +101,8 @@ def test_a_student_of_first_frames_is_trained_sampled_and_exported(
     more = [data, *FIRST, "max_steps=1", "save_every=1", "sample_every=1", "decoder=tiny", f"logdir={tmp_path / 'run'}"]
     assert main([*settings, *more, "context_noise=50"]) == 0
     assert len(list((tmp_path / "run/samples/step_000001").glob("*.mp4"))) == 4
+    with pytest.raises(ValueError, match="give image=FILE"):
+        sample(SampleArgs(logdir=str(tmp_path / "run"), taehv="tiny"))
     out = tmp_path / "student.safetensors"
     export(ExportArgs(logdir=str(tmp_path / "run"), out=str(out)))
     causal = read_checkpoint(out).causal

@@ -102,6 +102,8 @@ def sample(args: SampleArgs) -> list[dict[str, Any]]:
     run = read_run(Path(args.logdir))
     if not (args.taehv or args.vae or run.decoder):
         raise ValueError("the run names no decoder; give taehv=... or vae=... to decode with")
+    if isinstance(run, DmdArgs) and run.first_frame != "generated" and not args.image:
+        raise ValueError("the run's student was trained on given first frames; give image=FILE")
     config = read_network(run.student if isinstance(run, DmdArgs) else run.network, run.weights).config
     assert isinstance(config, WanConfig)
     examples = _examples(args, run, is_i2v=config.model_type == "i2v")
