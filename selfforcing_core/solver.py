@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .schedule import FlowSchedule, add_noise, euler_step, x0_from_flow
+from .schedule import TIMESTEPS, FlowSchedule, add_noise, euler_step, x0_from_flow
 
 
 class Solver(Protocol):
@@ -49,14 +49,17 @@ class UniPC:
 
     def __init__(self, schedule: FlowSchedule) -> None:
         try:
-            import numpy as np
             from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
         except ImportError as error:
             raise ValueError("solver 'unipc' needs the package diffusers; install it, or use solver 'euler'") from error
         self.scheduler: Any = UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
         )
-        self.scheduler.set_timesteps(sigmas=np.array(schedule.sigmas))
+        self.scheduler.set_timesteps(len(schedule.sigmas))
+        # put in place of its own, since diffusers 0.36 takes no list; pure noise would be the logarithm of 0
+        sigmas = torch.tensor(schedule.sigmas, dtype=torch.float64).clamp(max=1 - 1e-6)
+        self.scheduler.sigmas = torch.cat([sigmas, torch.zeros(1)]).float()
+        self.scheduler.timesteps = (sigmas * TIMESTEPS).long()
         self.scheduler.set_begin_index(0)
 
     def advance(self, noisy_BTCHW: Tensor, flow_BTCHW: Tensor, step: int) -> Tensor:
