@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .schedule import TIMESTEPS, FlowSchedule, add_noise, euler_step, x0_from_flow
+from .versions import OPTIONAL, refusal
 
 
 class Solver(Protocol):
@@ -48,10 +49,14 @@ class UniPC:
     """Second-order predictor and corrector (arXiv 2302.04867), as implemented by diffusers; Wan's own default."""
 
     def __init__(self, schedule: FlowSchedule) -> None:
+        if reason := refusal("solver 'unipc' needs", OPTIONAL):
+            raise ValueError(f"{reason}, or use solver 'euler'")
         try:
             from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
         except ImportError as error:
-            raise ValueError("solver 'unipc' needs the package diffusers; install it, or use solver 'euler'") from error
+            raise ValueError(
+                f"solver 'unipc' needs the package diffusers ({error}); install it, or use solver 'euler'"
+            ) from error
         self.scheduler: Any = UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
         )
