@@ -6,6 +6,7 @@ Features are tested for, never versions. Letters: V video frames, R RGB, H W pix
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ from torch import Tensor
 from ..selfforcing_core.hub import list_bundles, resolve_text_encoder
 from ..selfforcing_core.roofline import Card, measured_card
 
+log = logging.getLogger(__name__)
 BUNDLE_MARK = " (bundled)"
 COMPANIONS = "selfforcing"  # under which a MODEL keeps the networks that are loaded together with it
 Interrupted = memory.InterruptProcessingException  # what the stop button raises
@@ -230,6 +232,14 @@ def server() -> Any:
     """The host's web server; None where the host runs without one."""
     module = sys.modules.get("server")
     return getattr(getattr(module, "PromptServer", None), "instance", None)
+
+
+def show_text(text: str) -> None:
+    """Show a line on the node that runs now, and in the log."""
+    log.warning("%s", text)
+    context, page = get_executing_context(), server()
+    if context is not None and hasattr(page, "send_progress_text"):
+        page.send_progress_text(text, context.node_id)  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..selfforcing_core.prompt_schedule import HISTORIES, parse_schedule
+from ..selfforcing_core.prompt_schedule import HISTORIES, parse_schedule, schedule_note
 from . import host
 from .prompts import READER, ClipReader, Moment, Reader
 from .text import TextReader
@@ -73,7 +73,9 @@ class SelfForcingPromptSchedule(io.ComfyNode):
         if clip is None and not text_encoder:
             raise ValueError("there is nothing to read the prompts with; connect clip, or choose a text_encoder")
         read: Reader = TextReader(text_encoder) if clip is None else ClipReader(clip)  # type: ignore[arg-type]
-        entries = parse_schedule(text)
+        entries, note = parse_schedule(text), schedule_note(text)
+        if note is not None:
+            host.show_text(note)
         made = []
         for entry in entries:
             carried: dict[str, Any] = {READER: read}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 APACHE = "Apache-2.0"
+DOWNLOADS = Path("models")  # where `download` puts what it fetches, unless told otherwise
 NON_COMMERCIAL = "CC BY-NC-SA 4.0"
 UNSTATED = "see the source's page"
 
@@ -123,6 +124,19 @@ def download(name: str, folder: Path) -> list[Path]:
         raise ValueError(
             f"{name}: the download stopped ({_short(error)}); run the same command again, it goes on where it was"
         ) from error
+
+
+def downloaded(name: str, folder: Path = DOWNLOADS) -> Path:
+    """Return the file of a release that `download` has put there, or the folder of its shards.
+
+    Raises ValueError where it has not.
+    """
+    release = find_release(name)
+    place = folder / name / release.files[0]
+    path = place.parent if "*" in place.name else place
+    if not path.exists():
+        raise ValueError(f"{name} is a release that is not here ({path}); fetch it with: download {name}")
+    return path
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .catalogue import DOWNLOADS
 from .prompt_schedule import HISTORIES
 from .versions import CORE, refusal
 
@@ -26,14 +27,23 @@ INTERRUPTED = 130
 # what torch says where memory ends, on CUDA and MPS, and on CPUs under Linux and Windows
 MEMORY_ENDED = ("out of memory", "can't allocate memory", "not enough memory", "storage size calculation overflowed")
 FEWER_PROGRAMS = "end other programs, or use a machine with more of it"
+MODEL_NAMES = "a bundle's name, that of a download in models/, or a checkpoint"
 SMALLER = "try --fp8, --cache-dtype int8, a smaller --window, --width and --height, or --batch 1"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage text before it."""
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage before it; of torchrun's processes only the first speaks."""
+
+    def print_help(self, file: Any = None) -> None:
+        if _is_first():
+            super().print_help(file)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"{self.prog}: {message}\n")
+        self.exit(USER_ERROR, f"{self.prog}: {' '.join(message.split())}\n" if _is_first() else None)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,14 +77,14 @@ def _is_memory_ended(error: RuntimeError | MemoryError) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m selfforcing_core", description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser = Parser(prog="python -m selfforcing_core", description=__doc__.partition("\n")[0] if __doc__ else None)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     _add_generate(commands.add_parser("generate", help="make videos from prompts"))
 
     look = commands.add_parser("inspect", help="say as JSON what a checkpoint is")
     look.set_defaults(run=_inspect, to_save_memory=FEWER_PROGRAMS)
-    look.add_argument("file", type=Path, help="checkpoint, index of shards, or folder")
+    look.add_argument("file", help=f"{MODEL_NAMES}, index of shards, or folder")
     _add_convert(commands.add_parser("convert", help="write a checkpoint in another layout"))
 
     fetch = commands.add_parser("download", help="fetch released weights by name")
@@ -82,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument("name", nargs="?", help="one of those that --list names")
     fetch.add_argument("--list", action="store_true", help="name what can be fetched, with licence and source")
     fetch.add_argument("--sizes", action="store_true", help="with --list: ask the hub for sizes")
-    fetch.add_argument("--to", type=Path, default=Path("models"), help="folder to put NAME/ into (default: models)")
+    fetch.add_argument("--to", type=Path, default=DOWNLOADS, help="folder to put NAME/ into (default: models)")
     return parser
 
 
@@ -127,7 +137,7 @@ def _add_generate(make: argparse.ArgumentParser) -> None:
     files.add_argument("--fps", type=float, default=16, help="frames per second of the file (default: 16)")
 
     models = make.add_argument_group("models")
-    models.add_argument("--model", default="tiny", help="a bundle's name or a checkpoint (default: tiny)")
+    models.add_argument("--model", default="tiny", help=f"{MODEL_NAMES} (default: tiny)")
     models.add_argument("--weights", default="auto", choices=["auto", "ema", "raw"], help="of a training file")
     models.add_argument("--taehv", help="bundle or file of the tiny autoencoder (default: the model's bundle)")
     models.add_argument("--taehv-latents", help="whose latents the TAEHV decodes, if its file does not say")
@@ -150,7 +160,7 @@ def _add_generate(make: argparse.ArgumentParser) -> None:
     how.add_argument("--cfg", type=float, default=1.0, help="classifier-free guidance; 1 is none (default: 1)")
 
     where = make.add_argument_group("where to compute")
-    where.add_argument("--device", default="cpu", help="for instance cuda or mps (default: cpu)")
+    where.add_argument("--device", default="auto", help="auto: cuda if there is one, else cpu; or mps (default: auto)")
     where.add_argument(
         "--dtype",
         help="float32, bfloat16 or float16 (default: float32 on a CPU, else the stored one of 16 bits, else bfloat16)",
@@ -183,7 +193,7 @@ def _add_generate(make: argparse.ArgumentParser) -> None:
 
 def _add_convert(turn: argparse.ArgumentParser) -> None:
     turn.set_defaults(run=_convert, to_save_memory=FEWER_PROGRAMS)
-    turn.add_argument("source", type=Path, help="checkpoint, index of shards, or folder")
+    turn.add_argument("source", help=f"{MODEL_NAMES}, index of shards, or folder")
     turn.add_argument("out", type=Path, help=".safetensors, .pt, or a new folder of shards")
     turn.add_argument(
         "--dialect", help="names to write: wan, comfyui, comfyui-diffusion-model, self-forcing, diffusers"
@@ -229,7 +239,10 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _own_device(device: str, environment: Mapping[str, str]) -> str:
     """The device of this process: under torchrun each has its own of the machine's cards."""
-    return f"cuda:{environment['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in environment else device
+    import torch
+
+    is_card = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    return f"cuda:{environment['LOCAL_RANK']}" if is_card and "LOCAL_RANK" in environment else device
 
 
 def _rewriter(options: argparse.Namespace) -> Callable[[list[str]], list[str]] | None:
@@ -307,8 +320,9 @@ def _in_words(measured: dict[str, Any]) -> str:
 
 def _inspect(options: argparse.Namespace) -> None:
     from .checkpoint import inspect_checkpoint
+    from .hub import resolve_model
 
-    print(json.dumps(inspect_checkpoint(options.file), indent=2))
+    print(json.dumps(inspect_checkpoint(resolve_model(options.file)), indent=2))
 
 
 def _convert(options: argparse.Namespace) -> None:

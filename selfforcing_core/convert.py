@@ -21,6 +21,7 @@ from torch import Tensor
 from .atomic import check_writable, replacing
 from .checkpoint import DTYPES, Checkpoint, file_header, inspect_checkpoint, read_checkpoint, save_checkpoint
 from .config import CLIP_DIM, CausalConfig, StepConfig, WanConfig
+from .hub import resolve_model
 from .keymap import DIALECTS, DIFFUSERS, EMA_CONTAINERS, RAW_CONTAINERS, from_wan
 from .taehv_releases import LATENT_SPACES
 
@@ -43,7 +44,8 @@ def convert(
 ) -> dict[str, Any]:
     """Write the network of `source` to `out` and return `inspect_checkpoint` of the result.
 
-    out: *.safetensors, *.pt or *.pth (Self Forcing's container), or a new folder of shards with index and config.json.
+    source: a bundle's name, that of a download, or a path. out: *.safetensors, *.pt or *.pth (Self Forcing's
+    container), or a new folder of shards with index and config.json.
     dialect: names to write, one of keymap.DIALECTS. dtype: "float32", "bfloat16" or "float16". weights: "raw", "ema" or
     "auto". causal: whether the network generates chunk by chunk; None: what the file says, and where it does not, yes
     for Self Forcing's own files and no for others. latent_space: what a TAEHV decodes.
@@ -54,7 +56,7 @@ def convert(
     dialect = dialect or USUAL_DIALECT[kind]
     _check_choices(dialect, dtype, latent_space)
     _check_place(out, kind, overwrite)
-    checkpoint = read_checkpoint(source, weights=weights)
+    checkpoint = read_checkpoint(resolve_model(source), weights=weights)
     if isinstance(checkpoint.config, WanConfig):
         checkpoint = _with_settings(checkpoint, causal)
     elif kind == "folder" or dialect not in ("wan", USUAL_DIALECT[kind]):

@@ -1,7 +1,8 @@
 """Text embeddings kept on disk, found again by what was encoded and with what.
 
-A file is named by a hash of the text, the number type and what the encoder's files hold (names, sizes and samples of
-their bytes), so another encoder under the same name finds nothing of the one before.
+A file is named by a hash of the text as the tokenizer gets it, the number type and what the encoder's files hold
+(names, sizes and samples of their bytes), so another encoder under the same name finds nothing of the one before. Nor
+does another way of cleaning prompts (a newer ftfy, say): what it changes is another text.
 
 Letters: P text tokens, E text width.
 """
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .atomic import replacing
+from .text import clean_prompt
 
 log = logging.getLogger(__name__)
 KEY = "prompt_embeds"  # the one tensor of a file, [P, E]
@@ -35,7 +37,11 @@ class EmbeddingFolder:
         self.folder, self.encoder = Path(folder), f"{_identity(encoder)} {dtype} {rows}"
 
     def path(self, text: str) -> Path:
-        content = f"{self.encoder}\n{text}"
+        cleaned = clean_prompt(text)
+        # Earlier files are named by the text as it was typed, which is what was encoded only where cleaning leaves it
+        # alone: a text that it would change again might meet one of them.
+        mark = "" if clean_prompt(cleaned) == cleaned else " cleaned"
+        content = f"{self.encoder}{mark}\n{cleaned}"
         return self.folder / f"{hashlib.sha256(content.encode()).hexdigest()}.safetensors"
 
     def get(self, text: str, encode: Callable[[str], Tensor]) -> Tensor:

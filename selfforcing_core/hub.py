@@ -1,4 +1,5 @@
-"""Models by name: the bundles that lie in assets/ beside this package, or any file or folder by its path.
+"""Models by name: the bundles that lie in assets/ beside this package, what `download` put into models/ here, or any
+file or folder by its path.
 
 A bundle is a folder with model.safetensors (the video model), taehv.safetensors (its autoencoder) and text_encoder/.
 Nothing here touches the network.
@@ -6,12 +7,14 @@ Nothing here touches the network.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import layers
+from .catalogue import CATALOGUE, downloaded
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -59,8 +62,10 @@ def resolve_text_encoder(name_or_path: str | Path) -> Path:
 def _resolve(name_or_path: str | Path, part: str) -> Path:
     is_name = isinstance(name_or_path, str) and name_or_path in list_bundles()
     path = ASSETS / str(name_or_path) / part if is_name else Path(name_or_path).expanduser()
-    if path.exists() and str(name_or_path).strip():
+    if str(name_or_path).strip() and os.path.exists(path):  # unlike Path.exists it takes names that no file can have
         return path
+    if name_or_path in CATALOGUE:
+        return downloaded(str(name_or_path))
     if is_name:
         raise ValueError(f"the bundle {str(name_or_path)!r} has no {part}; {path} is missing")
     raise ValueError(f"{str(name_or_path)!r} is neither a bundle nor a path to something that exists; {_choices()}")

@@ -5,6 +5,7 @@ Letters: V video frames, R RGB, H W height and width in pixels, T latent frames,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,12 +28,13 @@ from .geometry import (
 )
 from .hub import list_bundles, resolve_model, resolve_taehv
 from .image import read_image
-from .prompt_schedule import parse_schedule, start_frames
+from .prompt_schedule import parse_schedule, schedule_note, start_frames
 from .roofline import Recipe
 from .start import context_frames, read_latents
 from .taehv_releases import expect_latent_space
 from .video import check_video_path, read_video
 
+log = logging.getLogger(__name__)
 # Width, height and frames that a bundle was trained on; anything else is taken for a Wan 2.1 model.
 BUNDLE_SIZES = {"tiny": (64, 64, 33)}
 WAN_SIZE = (832, 480, 81)
@@ -83,7 +85,7 @@ class Request:
     sheet: Path | None = None
     latents: Path | None = None
     overwrite: bool = False
-    device: str = "cpu"
+    device: str = "auto"
     dtype: str | None = None
     attention: str = "auto"
     compile: bool = False
@@ -180,6 +182,9 @@ def plan_request(request: Request, takes: Sequence[Take]) -> Plan:
         )
     for take in takes:
         _check_schedule(take, geometry, request)
+    for note in dict.fromkeys(schedule_note(take.text) for take in takes):
+        if note is not None:
+            log.warning("%s", note)
     device = _device(request.device)
     dtype = _dtype(request.dtype, checkpoint, device)
     if request.cache_dtype not in (None, *CACHE_DTYPES):
@@ -334,6 +339,8 @@ def _or(chosen: Any, default: Any) -> Any:
 
 
 def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()  # "meta" takes a number and cannot give it back

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from .geometry import TEMPORAL_FACTOR
 
-_MARK = re.compile(r"(?:^|[\n;])[ \t]*(\d+(?:\.\d+)?)[ \t]*s[ \t]*:")
+# A time at the beginning of a line or behind a semicolon; blanks and punctuation of every keyboard.
+_MARK = re.compile(r"(?:^|[\n\r;\uff1b])[^\S\n\r]*(\d+(?:\.\d+)?)[^\S\n\r]*s[^\S\n\r]*[:\uff1a]")
 HISTORIES = ("recode", "keep")  # what becomes of the frames so far when the prompt changes
 
 
@@ -25,15 +26,16 @@ class Entry:
 
 
 def parse_schedule(text: str) -> tuple[Entry, ...]:
-    """The entries of a text; one that does not begin with a time is a single prompt.
+    """The entries of a text; one that does not begin with a time, or whose only time is not 0, is a single prompt.
 
     Entries are separated by lines or semicolons. Raises ValueError for times that do not rise from 0, and for an entry
-    without a prompt.
+    without a prompt. `schedule_note` says what may have been meant otherwise.
     """
-    marks = list(_MARK.finditer(text.strip()))
-    if not marks or marks[0].start() != 0:
+    stripped = text.strip()
+    marks = list(_MARK.finditer(stripped))
+    if not marks or marks[0].start() != 0 or _is_name(marks, stripped):
         return (Entry(0.0, text),)
-    stripped, ends = text.strip(), [mark.start() for mark in marks[1:]] + [len(text.strip())]
+    ends = [mark.start() for mark in marks[1:]] + [len(stripped)]
     entries = tuple(Entry(float(mark[1]), stripped[mark.end() : end].strip()) for mark, end in zip(marks, ends))
     if entries[0].seconds != 0:
         raise ValueError(f"the schedule begins at {entries[0].seconds:g}s; its first prompt must be that of 0s")
@@ -44,6 +46,21 @@ def parse_schedule(text: str) -> tuple[Entry, ...]:
     if empty:
         raise ValueError(f"the schedule has no prompt at {empty[0].seconds:g}s; write one behind the colon")
     return entries
+
+
+def schedule_note(text: str) -> str | None:
+    """Return what to tell whoever wrote a text in which a time was taken for words; None if there is none."""
+    stripped = text.strip()
+    marks = list(_MARK.finditer(stripped))
+    if not marks or (marks[0].start() == 0 and not _is_name(marks, stripped)):
+        return None
+    time = marks[0][0].strip(" \t\r\n;\uff1b")
+    return f"{time!a} is read as a part of the prompt, since a schedule begins with 0s: and its first prompt"
+
+
+def _is_name(marks: Sequence[re.Match[str]], text: str) -> bool:
+    """Whether the only time of a text is one that no schedule begins with, as in "1990s: a neon street"."""
+    return len(marks) == 1 and float(marks[0][1]) != 0 and bool(text[marks[0].end() :].strip())
 
 
 def start_frames(entries: Sequence[Entry], lengths: Sequence[int], fps: float) -> list[int]:

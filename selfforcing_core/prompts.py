@@ -34,7 +34,7 @@ INSTRUCTION = (
 # -------------------------------------------------------------------- files --
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a text file, one per line; empty lines are left out. Raises ValueError if there are none."""
-    prompts = [line.strip() for line in _text(path).splitlines() if line.strip()]
+    prompts = [line.strip() for line in read_lines(path) if line.strip()]
     if not prompts:
         raise ValueError(f"{path}: holds no prompt; write one per line")
     return prompts
@@ -48,12 +48,18 @@ def read_extended(path: Path, prompts: list[str]) -> list[str]:
     return extended
 
 
-def _text(path: Path) -> str:
+def read_lines(path: Path) -> list[str]:
+    r"""Return the lines of a text file, which end with \n, \r\n or \r alone.
+
+    Other separators (form feed, NEL, U+2028), as chat pages put into a paragraph, belong to the line. Raises ValueError
+    for what is no text in UTF-8.
+    """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")  # makes every line's end \n
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ValueError(f"{path}: cannot be read as text ({reason})") from error
+    return text.removesuffix("\n").split("\n")
 
 
 def safe_name(prompt: str) -> str:

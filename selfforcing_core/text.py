@@ -30,12 +30,17 @@ _LARGEST_BELIEVABLE_LENGTH = 8192
 
 # ------------------------------------------------------------------ prompts --
 def clean_prompt(prompt: str) -> str:
-    """Undo HTML entities (twice, as crawled captions need) and collapse white space to single spaces.
+    """Return a prompt as the reference hands it to its tokenizer, and as it was in training.
 
-    The reference also runs ftfy over the prompt; it repairs wrongly decoded text, which a typed prompt does not
-    contain, and is left out so that the result never depends on which packages are installed.
+    ftfy mends wrongly decoded text, makes curly quotes straight and full-width letters ordinary ones, and drops control
+    characters; HTML entities are undone (twice, as crawled captions need); white space becomes single spaces.
+    Raises ValueError where ftfy is not installed.
     """
-    unescaped = html.unescape(html.unescape(prompt))
+    try:
+        import ftfy
+    except ImportError as error:
+        raise ValueError("prompts are cleaned with the package ftfy, which is missing; pip install ftfy") from error
+    unescaped = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return re.sub(r"\s+", " ", unescaped).strip()
 
 

@@ -1,6 +1,7 @@
 """Damaged checkpoints and argument lines by the thousand: each is one line and exit status 2, and leaves no file.
 
-Of numbers that may or may not do, the answer is that line or a video of finite latents that plays.
+Of numbers that may or may not do, the answer is that line or a video of finite latents that plays. Of text that people
+type (settings, prompt files, schedules, launch lines), not a letter is changed on its way, or it is refused.
 
 python -m tests.fuzz --count 10000 --seed 0
 """
@@ -13,6 +14,7 @@ import io
 import json
 import os
 import random
+import re
 import struct
 import sys
 import tempfile
@@ -28,7 +30,13 @@ from selfforcing_core.cli import main as command_line
 from selfforcing_core.config import CausalConfig, StepConfig, WanConfig
 from selfforcing_core.hub import bundle_path
 from selfforcing_core.layout import wan_shapes
+from selfforcing_core.prompt_schedule import parse_schedule, schedule_note
+from selfforcing_core.prompts import read_lines
+from selfforcing_core.text import clean_prompt
 from selfforcing_core.video import read_video
+from train.args import DiffusionArgs, DmdArgs, OdeArgs, parse, to_dict, to_yaml
+from train.conditions import read_texts
+from train.export import ExportArgs
 
 WAN = WanConfig(dim=32, ffn_dim=32, num_heads=1, num_layers=1, text_dim=128, text_len=16, freq_dim=16)
 JUNK = ["", "-1", "0", "nan", "inf", "1e99", "\u2603", "a" * 300, "..", "/", "{}", "1,2", "x y", "-", "34"]
@@ -40,6 +48,119 @@ VALUED = [
     "--vae", "--image", "--extend", "--samples", "--batch", "--weights", "--taehv-latents", "--sheet", "--prompt-file",
     "--out",
 ]  # fmt: skip
+
+
+# What YAML, shells, editors and schedules take for more than letters.
+PIECES = [
+    "#", " #", ": ", ":", "[", "]", "{", "}", "$", "${", "${lr}", "'", '"', "\\", "007", "0", "1e5", "null", "~",
+    "true", "- ", "? ", "!", "&", "*", "%", "@", "`", "|", ">", "<<", "=", "0s:", "3s: ", "\n1990s:", ";", "; 2.5s: ",
+    "\uff1b3s\uff1a", " ", "\t", "\n", "\r", "\r\n", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029", "\xa0",
+    "\ufeff", "\u200b", "\x07", "\u201c", "\u2019", "\uff08", "\ufb01", "&amp;", "&amp;amp;lt;", "<b>",
+    "a red square", "\u732b", "\U0001f600", "--", "\u00c3\u00a9", "e\u0301", ",", "/", ".", "None", "0x1f", "-", "_",
+]  # fmt: skip
+
+
+class TextFuzzer:
+    """Makes one odd text after another and says where a letter of it was changed."""
+
+    def __init__(self, folder: Path, chooser: random.Random) -> None:
+        self.folder, self.random = folder, chooser
+        self.kinds = [self.setting, self.launch_line, self.prompt_file, self.schedule, self.cleaning]
+
+    def text(self, length: int = 8) -> str:
+        """Pieces, and printable letters from anywhere in Unicode."""
+        letters = (chr(self.random.randrange(0x3000 if self.random.random() < 0.8 else 0x20000)) for _ in iter(int, 1))
+        printable = (letter for letter in letters if letter.isprintable())
+        count = self.random.randrange(length + 1)
+        return "".join(
+            self.random.choice(PIECES) if self.random.random() < 0.6 else next(printable) for _ in range(count)
+        )
+
+    def try_one(self, index: int) -> str | None:
+        kind = self.kinds[index % len(self.kinds)]
+        try:
+            complaint = kind()
+        except Exception as error:  # whatever escapes would have been a traceback
+            complaint = f"{type(error).__name__}: {error}"
+        for name in os.listdir(self.folder):
+            (self.folder / name).unlink()
+        return None if complaint is None else f"{kind.__name__}: {complaint}"
+
+    def setting(self) -> str | None:
+        """key=value -> settings -> the run's own file -> settings."""
+        kind = self.random.choice([DmdArgs, DiffusionArgs, OdeArgs, ExportArgs])
+        names = [name for name, value in to_dict(kind()).items() if isinstance(value, str)]
+        typed = {name: self.text() for name in self.random.sample(names, 3)}
+        args = parse(kind, [f"{name}={text}" for name, text in typed.items()])
+        file = self.folder / "config.yaml"
+        file.write_text(to_yaml(args), encoding="utf-8")
+        if parse(kind, [f"config={file}"]) != args or any(getattr(args, name) != typed[name] for name in typed):
+            return repr(typed)
+        for name in typed:  # a file of one's own, in YAML's single quotes, which keep all of a line
+            if typed[name].isprintable():
+                file.write_text(f"{name}: '" + typed[name].replace("'", "''") + "' # a note\n", encoding="utf-8")
+                if getattr(parse(kind, [f"config={file}"]), name) != typed[name]:
+                    return repr(typed[name])
+        return None
+
+    def launch_line(self) -> str | None:
+        """Anything at all, as arguments and as a file: settings, or one line that says why not."""
+        names = [*to_dict(DmdArgs()), "config", self.text(2)]
+        words = [
+            self.random.choice([f"{self.random.choice(names)}={self.random.choice([*JUNK, *NUMBERS, self.text()])}",
+                                self.random.choice(["--logdir", "--no_save", "--", "--wandb-save-dir", self.text(3)])])
+            for _ in range(3)
+        ]  # fmt: skip
+        file = self.folder / "ours.yaml"
+        file.write_text("".join(f"{self.random.choice(names)}: {self.text()}\n" for _ in range(2)), "utf-8", "replace")
+        for line in (words, [f"config={file}"]):
+            try:
+                args = parse(DmdArgs, [word for word in line if word not in ("-h", "--help")])
+            except ValueError as error:
+                if not str(error):
+                    return repr(line)
+            else:
+                file.write_text(to_yaml(args), encoding="utf-8")
+                if parse(DmdArgs, [f"config={file}"]) != args:
+                    return repr(line)
+        return None
+
+    def prompt_file(self) -> str | None:
+        """Lines end at line ends alone, and nothing between them is lost."""
+        text = self.text(30)
+        data = text.encode("utf-8", "replace")
+        (self.folder / "prompts.txt").write_bytes(data)
+        lines = re.split(r"\r\n|\n|\r", data.decode("utf-8-sig"))
+        expected = [line.strip() for line in lines if line.strip()]
+        if not expected:
+            return None
+        kept = read_lines(self.folder / "prompts.txt")
+        is_same = kept in (lines, lines[:-1]) and read_texts(str(self.folder / "prompts.txt")) == expected
+        (self.folder / "prompts.txt").rename(self.folder / "a.txt")
+        return None if is_same and read_texts(str(self.folder)) == [" ".join(expected)] else repr(text)
+
+    def schedule(self) -> str | None:
+        """A prompt as it was typed, or entries that stand in it, or a refusal."""
+        text = self.random.choice(["", "0s: a", "3s:"]) + self.text(12)
+        try:
+            entries = parse_schedule(text)
+        except ValueError:
+            return None
+        if len(entries) == 1 and (schedule_note(text) is not None or entries[0].prompt == text):
+            return None if entries[0].prompt == text and entries[0].seconds == 0 else repr(text)
+        at, last = 0, -1.0
+        for entry in entries:
+            at = text.find(entry.prompt, at)
+            if at < 0 or entry.seconds <= last or not entry.prompt:
+                return repr(text)
+            at, last = at + len(entry.prompt), entry.seconds
+        return None if entries[0].seconds == 0 else repr(text)
+
+    def cleaning(self) -> str | None:
+        """No text is too odd for the tokenizer's cleaning, and what comes out is on one line without ends."""
+        text = self.text(20)
+        cleaned = clean_prompt(text)
+        return None if cleaned == " ".join(cleaned.split()) else repr(text)
 
 
 class Fuzzer:
@@ -54,6 +175,7 @@ class Fuzzer:
         self.files = [(folder / name).read_bytes() for name in ("a.safetensors", "b.pt")]
         for name in ("a.safetensors", "b.pt"):
             (folder / name).unlink()
+        self.texts = TextFuzzer(folder, self.random)
 
     # ------------------------------------------------------------- checkpoints --
     def damaged(self) -> bytes:
@@ -123,6 +245,8 @@ class Fuzzer:
     # ------------------------------------------------------------------- check --
     def try_one(self, index: int) -> str | None:
         """What was wrong with the answer to one damaged input; None if nothing was."""
+        if index % 4 == 3:
+            return self.texts.try_one(index // 4)
         may_do = index % 12 == 0
         arguments = self.checkpoint_command() if index % 2 else self.argument_command()
         if may_do:

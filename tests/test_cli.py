@@ -15,11 +15,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from selfforcing_core import cli, plan
 from selfforcing_core.checkpoint import save_checkpoint
 from selfforcing_core.cli import main
 from selfforcing_core.config import CausalConfig, StepConfig, TAEHVConfig, WanConfig
 from selfforcing_core.hub import bundle_path
 from selfforcing_core.model import CausalWan
+from selfforcing_core.plan import Request
 from selfforcing_core.taehv import TAEHV
 from selfforcing_core.video import read_metadata, read_video
 
@@ -238,7 +240,7 @@ def test_inspection_prints_json(random_models: list[str], capsys: pytest.Capture
     told = json.loads(capsys.readouterr().out)
     assert (told["kind"], told["causal"]["window"], told["config"]["dim"]) == ("wan", 6, 32)
     assert "folder without a safetensors file" in refusal(["inspect", str(ROOT)], capsys)
-    assert "No such file" in refusal(["inspect", "absent.pt"], capsys)
+    assert "'absent.pt' is neither a bundle nor a path" in refusal(["inspect", "absent.pt"], capsys)
 
 
 def run_as_user(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -262,3 +264,30 @@ def test_shell_sees_one_line_and_status_2(tmp_path: Path) -> None:
     )
     assert (told.returncode, told.stdout, told.stderr.count("\n")) == (2, "", 1)
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("has_cuda", [True, False])
+def test_the_device_is_the_card_if_there_is_one(has_cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun each process has its own; a device that is named is that device."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    options = cli._parser().parse_args(["generate", "--prompt", "a", "--out", "a.mp4"])
+    assert options.device == Request("a", Path("a.mp4")).device == "auto"
+    assert cli._own_device("auto", {}) == "auto"
+    assert cli._own_device("auto", {"LOCAL_RANK": "1"}) == ("cuda:1" if has_cuda else "auto")
+    assert cli._own_device("cuda", {"LOCAL_RANK": "1"}) == "cuda:1"
+    assert cli._own_device("cpu", {"LOCAL_RANK": "1"}) == "cpu"
+    if not has_cuda:
+        assert plan._device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_of_all_processes_the_first_explains_and_refuses(
+    rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    for words, status in ((["generate", "--help"], 0), (["generate", "--nonsense"], 2)):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        assert (caught.value.code or 0) == status
+        told = capsys.readouterr()
+        assert bool(told.out + told.err) == (rank == "0")

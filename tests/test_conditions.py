@@ -37,6 +37,13 @@ def test_prompts_come_from_a_file_or_a_folder(tmp_path: Path, caplog: pytest.Log
     assert read_texts(str(tmp_path)) == ["first line two", "second"]
     assert read_texts(str(tmp_path / "a.txt")) == ["first", "line two"]
     assert "1 empty prompts are left out, 2 remain" in caplog.text
+    caplog.clear()
+    (tmp_path / "a.txt").write_bytes("one\u2028still\r\ntwo\x85\r\n\r\n".encode())
+    assert read_texts(str(tmp_path / "a.txt")) == ["one\u2028still", "two"]
+    assert "1 empty prompts are left out, 2 remain" in caplog.text
+    (tmp_path / "d.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"d\.txt: cannot be read as text"):
+        read_texts(str(tmp_path))
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="holds no prompt"):
         read_texts(str(tmp_path / "none"))

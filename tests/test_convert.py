@@ -16,6 +16,7 @@ from torch import Tensor
 
 from selfforcing_core import convert as convert_module
 from selfforcing_core.checkpoint import inspect_checkpoint, read_checkpoint, save_checkpoint
+from selfforcing_core.cli import main
 from selfforcing_core.config import CausalConfig, TAEHVConfig, WanConfig
 from selfforcing_core.convert import convert
 from selfforcing_core.keymap import DIALECTS
@@ -172,3 +173,26 @@ def test_a_failing_write_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="No space"):
         convert(tmp_path / "in.safetensors", tmp_path / "out")
     assert os.listdir(tmp_path) == ["in.safetensors"]
+
+
+def test_names_of_models_are_taken_as_by_generate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bundle's, a download's, and what is said about any other."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", "tiny"]) == 0
+    tiny = json.loads(capsys.readouterr().out)
+    assert main(["convert", "tiny", "out.safetensors"]) == 0
+    assert json.loads(capsys.readouterr().out)["config"] == tiny["config"]
+    download = tmp_path / "models" / "self-forcing-dmd" / "checkpoints" / "self_forcing_dmd.pt"
+    download.parent.mkdir(parents=True)
+    torch.save({"generator_ema": {f"model.{k}": v for k, v in weights_of(wan_shapes(WAN)).items()}}, download)
+    assert main(["convert", "self-forcing-dmd", "dmd.safetensors"]) == 0
+    assert json.loads(capsys.readouterr().out)["causal"] is not None
+    for command in (["inspect", "self-forcing-sid"], ["convert", "self-forcing-sid", "sid.safetensors"]):
+        assert main(command) == 2
+        assert "fetch it with: download self-forcing-sid" in capsys.readouterr().err
+    for command in (["inspect", "huge"], ["inspect", ""], ["inspect", "a" * 3000], ["convert", "huge", "x.pt"]):
+        assert main(command) == 2
+        assert "is neither a bundle nor a path" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dmd.safetensors", "models", "out.safetensors"]

@@ -104,3 +104,23 @@ def test_a_taehv_decodes_and_is_not_taken_for_a_video_model(assets: Path) -> Non
         assert taehv.decode(torch.randn(1, 2, 16, 2, 2)).shape == (1, 5, 3, 16, 16)
     with pytest.raises(ValueError, match="kind 'taehv', but kind 'wan' is needed"):
         hub.load_model(assets / "small" / hub.TAEHV_FILE)
+
+
+def test_a_release_is_found_where_download_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file, the folder of shards, and what to do where it is not here; a path of that name wins."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="fetch it with: download self-forcing-dmd"):
+        hub.resolve_model("self-forcing-dmd")
+    file = Path("models/self-forcing-dmd/checkpoints/self_forcing_dmd.pt")
+    for place in (
+        file,
+        Path("models/wan2.1-t2v-1.3b/config.json"),
+        Path("models/umt5/models_t5_umt5-xxl-enc-bf16.pth"),
+    ):
+        place.parent.mkdir(parents=True)
+        place.write_bytes(b"")
+    assert hub.resolve_model("self-forcing-dmd") == file
+    assert hub.resolve_model("wan2.1-t2v-1.3b") == Path("models/wan2.1-t2v-1.3b")
+    assert hub.resolve_text_encoder("umt5") == Path("models/umt5/models_t5_umt5-xxl-enc-bf16.pth")
+    Path("self-forcing-dmd").write_bytes(b"")
+    assert hub.resolve_model("self-forcing-dmd") == Path("self-forcing-dmd")

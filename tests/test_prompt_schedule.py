@@ -17,7 +17,7 @@ from selfforcing_core.cli import main
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.kv_cache import KVCache
-from selfforcing_core.prompt_schedule import Entry, parse_schedule, start_frames
+from selfforcing_core.prompt_schedule import Entry, parse_schedule, schedule_note, start_frames
 from selfforcing_core.rollout import Chunk, PromptChange, SeededNoise, new_caches, rollout
 from selfforcing_core.video import read_metadata, read_video
 from tests.test_kv_cache import chunk, make_cache
@@ -38,11 +38,58 @@ def test_a_text_with_times_is_a_schedule_and_any_other_a_prompt() -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("1s: a", "begins at 1s"), ("0s: a; 2s: b; 2s: c", "times must rise"), ("0s: a; 3s:  ", "no prompt at 3s")],
+    [
+        ("1s: a; 3s: b", "begins at 1s"),
+        ("1990s: a\n1991s: b", "begins at 1990s"),
+        ("1990s: ", "begins at 1990s"),
+        ("0s: a; 2s: b; 2s: c", "times must rise"),
+        ("0s: a; 3s:  ", "no prompt at 3s"),
+        ("0s:", "no prompt at 0s"),
+    ],
 )
 def test_what_is_wrong_with_a_schedule_is_said(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         parse_schedule(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "time"),
+    [
+        ("1990s: a neon street", "1990s:"),
+        ("  2s: late \n", "2s:"),
+        ("3.5s : a; b", "3.5s :"),
+        ("a red square\n3s: a blue circle", "3s:"),
+        ("Scene one; 0s: a; 3s: b", "0s:"),
+        ("\ufeff0s: a\n3s: b", "3s:"),
+    ],
+)
+def test_a_time_that_is_read_as_words_is_said(text: str, time: str) -> None:
+    """One time alone that is not 0, and times behind other words."""
+    assert parse_schedule(text) == (Entry(0, text),)
+    note = schedule_note(text)
+    assert note is not None
+    assert note.startswith(repr(time))
+
+
+@pytest.mark.parametrize(
+    "text", ["a", "", "at 3s: late", "a: b; c", "0s: a", "0s: a; 3s: b", "0s: a clock, 3s: late", "10 seconds: long"]
+)
+def test_nothing_is_said_of_texts_that_are_clear(text: str) -> None:
+    assert schedule_note(text) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["0s: a\n3s: b", "0s: a\r\n3s: b", "0s: a\r3s: b", "0s:\xa0a\n\u30003s\uff1ab\uff1b", "0s\uff1aa\uff1b3s\uff1ab"],
+)
+def test_schedules_of_every_keyboard_are_read(text: str) -> None:
+    """Line ends of every system, blanks that are no spaces, full-width punctuation."""
+    assert [(entry.seconds, entry.prompt.rstrip("\uff1b")) for entry in parse_schedule(text)] == [(0, "a"), (3, "b")]
+
+
+def test_a_separator_that_is_no_line_end_begins_no_entry() -> None:
+    text = "0s: a\u20283s: b"
+    assert parse_schedule(text) == (Entry(0, "a\u20283s: b"),)
 
 
 @given(st.text())
@@ -207,12 +254,24 @@ def test_schedules_that_do_not_fit_are_refused_before_anything_is_loaded(
     options = ["generate", "--out", str(tmp_path / "x.mp4"), "--prompt"]
     for prompt, words in (
         ("0s: a; 9s: b", "the video ends"),
-        ("2s: a", "begins at 2s"),
+        ("2s: a; 3s: b", "begins at 2s"),
         ("0s: a; 0.1s: b", "same chunk"),
     ):
         assert main([*options, prompt]) == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "x.mp4").exists()
+
+
+def test_a_decade_is_a_prompt_and_the_command_line_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once, however many videos are made of it."""
+    (tmp_path / "prompts.txt").write_text("1990s: a neon street\n", encoding="utf-8")
+    options = ["generate", "--frames", "9", "--steps", "1000", "--samples", "2", "--out", str(tmp_path / "out")]
+    assert main([*options, "--prompt-file", str(tmp_path / "prompts.txt"), "--json"]) == 0
+    assert caplog.messages.count(schedule_note("1990s: a neon street")) == 1
+    told = [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
+    assert [row["prompt"] for row in told] == ["1990s: a neon street"] * 2
 
 
 # -------------------------------------------------------------- once more --

@@ -14,7 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfforcing_core import prompts
-from selfforcing_core.prompts import INSTRUCTION, extend_prompts, output_name, read_extended, read_prompts, safe_name
+from selfforcing_core.prompts import (
+    INSTRUCTION,
+    extend_prompts,
+    output_name,
+    read_extended,
+    read_lines,
+    read_prompts,
+    safe_name,
+)
 
 
 @given(st.text(max_size=300))
@@ -46,6 +54,28 @@ def test_prompt_files_are_read_line_by_line(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ValueError, match="it is not UTF-8"):
         read_prompts(file)
+
+
+SEPARATORS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # line ends to str.splitlines, none to an editor
+
+
+@given(
+    st.lists(st.text(st.sampled_from("ab " + SEPARATORS), min_size=1), min_size=1),
+    st.sampled_from(["\n", "\r\n", "\r"]),
+)
+def test_prompt_files_are_cut_at_line_ends_only(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], end: str
+) -> None:
+    """What else separates lines somewhere stays in its prompt, to be cleaned as any other text."""
+    file = tmp_path_factory.getbasetemp() / "lines.txt"
+    for last in ("", end):
+        file.write_bytes((end.join(["first", *lines]) + last).encode())
+        assert read_prompts(file) == ["first", *(line.strip() for line in lines if line.strip())]
+        assert read_lines(file) == ["first", *lines]
+    file.write_bytes(end.join(lines).encode())
+    kept = [line.strip() for line in lines if line.strip()]
+    if kept:
+        assert read_extended(file, kept) == kept
 
 
 @pytest.fixture

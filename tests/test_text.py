@@ -5,8 +5,11 @@ tests/test_golden.py compares the numbers of Wan's encoder with the reference.
 
 from __future__ import annotations
 
+import hashlib
+import html
 import logging
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -14,8 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ftfy
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -70,6 +76,45 @@ def test_an_original_file_finds_the_tokenizer_beside_it(tmp_path: Path) -> None:
 # ------------------------------------------------------------------- prompts --
 def test_prompts_are_unescaped_twice_and_their_white_space_collapsed() -> None:
     assert clean_prompt("  a &amp;lt;red&amp;gt;\n\tsquare &amp; more ") == "a <red> square & more"
+
+
+def reference_clean(prompt: str) -> str:
+    """What wan/modules/tokenizers.py of the reference does before it tokenizes (basic_clean, whitespace_clean)."""
+    unescaped = html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
+    return re.sub(r"\s+", " ", unescaped).strip()
+
+
+@pytest.mark.parametrize(
+    ("typed", "cleaned"),
+    [
+        ("reads \u201cOpen\u201d, the cat\u2019s", 'reads "Open", the cat\'s'),
+        ("\u4e00\u53ea\u732b\uff0c\u5954\u8dd1\uff01", "\u4e00\u53ea\u732b,\u5954\u8dd1!"),
+        ("\ufb01reworks", "fireworks"),
+        ("a caf\u00c3\u00a9", "a caf\u00e9"),
+        ("\ufeffa\x07 b\x00", "a b"),
+        ("Tom &amp;amp; Jerry", "Tom & Jerry"),
+        ("a\u2028b\u2029c\x0cd\r\ne\u00a0f", "a b c d e f"),
+        ("a,\x0bb", "a,b"),  # ftfy drops control characters, this separator among them
+    ],
+)
+def test_prompts_reach_the_tokenizer_as_in_the_reference(typed: str, cleaned: str) -> None:
+    assert clean_prompt(typed) == reference_clean(typed) == cleaned
+
+
+@given(st.text())
+def test_any_prompt_is_cleaned_as_in_the_reference(prompt: str) -> None:
+    assert clean_prompt(prompt) == reference_clean(prompt)
+
+
+def test_curly_and_straight_quotes_are_one_prompt(encoder: TextEncoder) -> None:
+    curly, straight = encoder.encode(["the \u201cred\u201d one\u2019s", 'the "red" one\'s'])
+    assert torch.equal(curly, straight)
+
+
+def test_without_ftfy_a_prompt_is_refused_and_not_cleaned_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(ValueError, match="pip install ftfy"):
+        clean_prompt("a")
 
 
 def test_rows_past_the_prompt_are_zero_and_the_others_have_unit_scale(encoder: TextEncoder) -> None:
@@ -243,3 +288,20 @@ def test_another_encoder_under_the_same_name_finds_nothing_of_the_first(tmp_path
     changed[-1] ^= 1
     weights.write_bytes(changed)
     assert before.path("a") != EmbeddingFolder(tmp_path / "kept", encoder, torch.float32, "used").path("a")
+
+
+def test_embeddings_are_kept_by_the_text_that_the_tokenizer_gets(tmp_path: Path) -> None:
+    """What cleaning leaves alone is found where earlier versions kept it; what it changes is never one of theirs."""
+    folder = EmbeddingFolder(tmp_path / "kept", BUNDLE, torch.float32, "used")
+
+    def earlier(text: str) -> Path:
+        content = f"{folder.encoder}\n{text}"
+        return folder.folder / f"{hashlib.sha256(content.encode()).hexdigest()}.safetensors"
+
+    assert folder.path("a red square") == folder.path(" a  red\nsquare") == earlier("a red square")
+    curly = "a \u201cred\u201d square"
+    assert folder.path(curly) == folder.path('a "red" square') != earlier(curly)
+    nested = "<b> &amp;amp;amp;lt;"  # behind a <, ftfy leaves entities, and twice does not undo these
+    assert clean_prompt(clean_prompt(nested)) != clean_prompt(nested)
+    assert folder.path(nested) != earlier(clean_prompt(nested))
+    assert folder.path(nested) != folder.path(clean_prompt(nested))

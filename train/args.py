@@ -2,25 +2,56 @@
 
     torchrun --nproc-per-node 8 -m train.dmd config=self_forcing_dmd logdir=runs/dmd max_steps=600
 
-Every run writes what it resolved to `logdir`/config.yaml.
+A value is read by its setting's type: text letter for letter, whatever it looks like; numbers, `true` and `[1000,750]`
+as they are. Every run writes what it resolved to `logdir`/config.yaml. The comments below are what --help says.
 """
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import difflib
+import inspect
+import io
+import logging
+import math
+import os
+import re
 import sys
-from collections.abc import Sequence
+import textwrap
+import tokenize
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+import yaml
 
+log = logging.getLogger(__name__)
 CONFIGS = Path(__file__).parent / "configs"
-ALIASES = {"--config_path": "config", "--logdir": "logdir"}
-# Flags without a value.
-SWITCHES = {"--no_visualize": "sample_every=0", "--no_save": "save_every=0", "--disable-wandb": "wandb=false"}
+COMMAND_LINE = "the command line"
+HELP = {"-h", "--help"}
+# Flags of the launch lines of the reference and of what grew from it, dashes and underscores alike. With a value:
+ALIASES = {"--config-path": "config", "--logdir": "logdir", "--max-iters": "max_steps"}
+# without one:
+SWITCHES = {
+    "--no-visualize": "sample_every=0", "--no-save": "save_every=0", "--disable-wandb": "wandb=false",
+    "--auto-resume": "resume=true", "--no-auto-resume": "resume=false", "--dry-run": "dry_run=true",
+}  # fmt: skip
+# accepted, and said to have no use; with a value, and without one:
+UNUSED_VALUES = {
+    "--wandb-save-dir": "curves for Weights & Biases go into logdir",
+    "--wandb-name": "Weights & Biases names the run",
+    "--experiment-name": "Weights & Biases names the run",
+    "--local-rank": "torchrun says it in the environment",
+}
+UNUSED = {
+    "--no-one-logger": "there is no such logger here",
+    "--generate-before-train": "videos of fixed prompts come every sample_every steps",
+}
+TRUE, FALSE = ("true", "yes", "on", "y", "1"), ("false", "no", "off", "n", "0")
+WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", list: "list"}
 
 
 @dataclass
@@ -41,7 +72,7 @@ class TrainArgs(NetworkArgs):
     """What every stage of training has."""
 
     logdir: str = ""  # folder of everything the run writes
-    max_steps: int = 600
+    max_steps: int = 600  # in train.dmd of the critic: the student learns in every critic_per_student-th of them
     resume: bool = True  # go on from the newest checkpoint in logdir; false starts anew and refuses an old one
     save_every: int = 50  # steps; 0: never
     keep_last: int = 2  # checkpoints
@@ -165,42 +196,42 @@ class OdeArgs(ClipArgs):
 Args = TypeVar("Args")
 
 
-def parse(kind: type[Args], argv: Sequence[str] | None = None) -> Args:
-    """The settings of a command line. Raises ValueError naming the nearest valid keys for an unknown one."""
-    pairs = _pairs(list(sys.argv[1:] if argv is None else argv))
-    config = OmegaConf.structured(kind)
+# ------------------------------------------------------------- command line --
+def parse(kind: type[Args], argv: Sequence[str] | None = None, about: str | None = None) -> Args:
+    """Return the settings of a command line; with --help print them, after what the command is about, and exit with 0.
+
+    Raises ValueError naming the nearest valid keys for an unknown one, and for a value that its type cannot take.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if HELP & set(words):
+        if is_first():
+            print(described(kind, about))
+        raise SystemExit(0)
+    pairs = _pairs(words)
     named = [value for key, value in pairs if key == "config"]
     if len(named) > 1:
         raise ValueError(f"{len(named)} configurations are named ({', '.join(named)}); give one")
-    if named:
-        config = _merged(config, _read(config_path(named[0]), kind), named[0])
-    rest = [(key, value) for key, value in pairs if key != "config"]
-    for key, _ in rest:
-        _check_key(key, kind, "the command line")
-    config = _merged(config, OmegaConf.from_dotlist([f"{key}={value}" for key, value in rest]), "the command line")
-    made = OmegaConf.to_object(config)
-    assert isinstance(made, kind)
-    return made
+    values = read(config_path(named[0]), kind) if named else {}
+    types = get_type_hints(kind)
+    for key, text in pairs:
+        if key != "config":
+            _check_key(key, kind, COMMAND_LINE)
+            values[key] = _from_text(text, types[key], f"{COMMAND_LINE}: {key}")
+    return kind(**values)
+
+
+def is_first() -> bool:
+    """Return whether this process speaks for all that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def config_path(name: str) -> Path:
     """The file behind a name: as it stands, or in train/configs (also written configs/x.yaml, or x)."""
     for path in (Path(name), CONFIGS / Path(name).name, CONFIGS / f"{Path(name).name}.yaml"):
-        if path.is_file():
+        if os.path.isfile(path):  # unlike Path.is_file it also takes names that no file can have
             return path
     known = ", ".join(path.stem for path in sorted(CONFIGS.glob("*.yaml")))
     raise ValueError(f"config {name!r} is no file and not in train/configs; use one of {known}")
-
-
-def to_dict(args: Any) -> dict[str, Any]:
-    """Plain Python types."""
-    made = OmegaConf.to_container(OmegaConf.structured(args))
-    assert isinstance(made, dict)
-    return {str(key): value for key, value in made.items()}
-
-
-def to_yaml(args: Any) -> str:
-    return OmegaConf.to_yaml(OmegaConf.structured(args))
 
 
 def mistake(name: str, error: Exception, *, is_told: bool = True) -> int:
@@ -210,35 +241,100 @@ def mistake(name: str, error: Exception, *, is_told: bool = True) -> int:
     return 2
 
 
-def _pairs(argv: list[str]) -> list[tuple[str, str]]:
-    """(key, value) of every argument, flags of the reference included."""
-    found: list[tuple[str, str]] = []
+def _pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
+    """(key, value) of every argument, flags of launch lines included."""
+    pairs: list[tuple[str, str]] = []
     rest = iter(argv)
     for word in rest:
         name, equals, value = word.partition("=")
-        if name in ALIASES:
-            found.append((ALIASES[name], value if equals else next(rest, "")))
-        elif word in SWITCHES:
-            found += _pairs([SWITCHES[word]])
-        elif word == "--dry-run":
-            found.append(("dry_run", "true"))
-        elif equals and not name.startswith("-"):
-            found.append((name, value))
+        if word == "--":  # what stands before a script's flags in some launch lines
+            continue
+        if not word.startswith("-"):
+            if not equals:
+                raise ValueError(f"{word!r} is no setting; write key=value, for instance max_steps=100")
+            pairs.append((name, value))
+            continue
+        flag = "--" + name[2:].replace("_", "-") if name.startswith("--") else name
+        takes_value = flag in ALIASES or flag in UNUSED_VALUES
+        if takes_value and not equals:
+            value = next(rest, "--")
+            if value.startswith("--"):
+                raise ValueError(f"{word} needs a value; write {word}=VALUE, or {word} VALUE")
+        if flag in ALIASES:
+            pairs.append((ALIASES[flag], value))
+        elif flag in SWITCHES and not equals:
+            pairs += _pairs([SWITCHES[flag]])
+        elif flag in UNUSED_VALUES or (flag in UNUSED and not equals):
+            if is_first():
+                log.warning("%s has no use here: %s", name, {**UNUSED_VALUES, **UNUSED}[flag])
         else:
-            raise ValueError(f"{word!r} is no setting; write key=value, for instance max_steps=100")
-    return found
+            raise ValueError(f"{word!r} is no setting; write key=value, for instance max_steps=100 (--help lists all)")
+    return pairs
 
 
-def _read(path: Path, kind: type[Any]) -> DictConfig:
+# -------------------------------------------------------------------- files --
+def read(path: Path, kind: type[Any]) -> dict[str, Any]:
+    """Return the settings that a YAML file holds. Raises ValueError as `parse` does."""
+    types, values = get_type_hints(kind), {}
+    for key, node in _nodes(path):
+        _check_key(key, kind, str(path))
+        values[key] = _from_node(node, types[key], f"{path}: {key}")
+    return values
+
+
+def keys(path: Path) -> set[str]:
+    """Return the names of the settings in a YAML file, whoever knows them."""
+    return {key for key, _ in _nodes(path)}
+
+
+def to_dict(args: Any) -> dict[str, Any]:
+    """Plain Python types."""
+    return dataclasses.asdict(args)
+
+
+def to_yaml(args: Any) -> str:
+    """Return settings as a file that `read` understands, every letter of a text included."""
+    return dump(to_dict(args))
+
+
+def dump(values: dict[str, Any]) -> str:
+    """Return YAML, one setting a line."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Escapes what is not printable, since YAML folds some of it (NEL, line separators) into spaces."""
+
+    def represent_str(self, data: str) -> yaml.Node:
+        style = None if data.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def _nodes(path: Path) -> list[tuple[str, yaml.Node]]:
+    """Keys and what is written behind them, not yet read as anything."""
     try:
-        found = OmegaConf.load(path)
-    except (OSError, OmegaConfBaseException, ValueError) as error:
+        loader = yaml.SafeLoader(path.read_bytes())
+        try:
+            node = loader.get_single_node()
+            if node is None:  # an empty file
+                return []
+            if not isinstance(node, yaml.MappingNode):
+                raise ValueError("is no mapping of settings")
+            keys = [key.value if isinstance(key, yaml.ScalarNode) else "" for key, _ in node.value]
+            twice = sorted({key for key in keys if keys.count(key) > 1})
+            loader.flatten_mapping(node)
+        finally:
+            loader.dispose()
+    except (OSError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())[:200]})") from error
-    if not isinstance(found, DictConfig):
-        raise ValueError(f"{path}: is no mapping of settings")
-    for key in found:
-        _check_key(str(key), kind, str(path))
-    return found
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if twice:
+        raise ValueError(f"{path}: holds {', '.join(twice)} more than once; keep one of them")
+    return list({str(key.value): (str(key.value), value) for key, value in node.value}.values())
 
 
 def _check_key(key: str, kind: type[Any], where: str) -> None:
@@ -248,8 +344,149 @@ def _check_key(key: str, kind: type[Any], where: str) -> None:
         raise ValueError(f"{where}: {key!r} is no setting of {kind.__name__}; nearest are {', '.join(near)}")
 
 
-def _merged(config: Any, more: Any, where: str) -> Any:
+# ------------------------------------------------------------------- values --
+def _from_node(node: yaml.Node, wanted: Any, where: str) -> Any:
+    """A setting from YAML. Its type says what a scalar is, not YAML, which takes `007` and `no` for something else."""
+    if isinstance(node, yaml.ScalarNode):
+        if _plain(wanted) is list:
+            raise ValueError(f"{where} {node.value!r} is no list; write for instance [1000, 750]")
+        return _from_text(node.value, wanted, where)
+    if isinstance(node, yaml.SequenceNode) and _plain(wanted) is list:
+        inner = get_args(_without_none(wanted))[0]
+        return [_from_node(item, inner, f"{where}: entry {n}") for n, item in enumerate(node.value, 1)]
+    found = "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+    raise ValueError(f"{where} is {found}, where one {WORDS[_plain(wanted)]} belongs; put a text into quotes")
+
+
+def _from_text(text: str, wanted: Any, where: str) -> Any:
+    """A setting from what was written for it."""
+    plain = _plain(wanted)
+    if plain is str:
+        return text
+    if NoneType in get_args(wanted) and text == "null":
+        return None
+    if plain is list:
+        try:
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.YAMLError:
+            node = None
+        if not isinstance(node, yaml.SequenceNode):
+            raise ValueError(f"{where} {text!r} is no list; write for instance [1000,750]")
+        return _from_node(node, wanted, where)
+    return {bool: _truth, int: _whole, float: _number}[plain](text, where)
+
+
+def _without_none(wanted: Any) -> Any:
+    return next((part for part in get_args(wanted) if part is not NoneType), wanted) if _is_optional(wanted) else wanted
+
+
+def _is_optional(wanted: Any) -> bool:
+    return NoneType in get_args(wanted)
+
+
+def _plain(wanted: Any) -> Any:
+    """str, int, float, bool or list."""
+    wanted = _without_none(wanted)
+    return get_origin(wanted) or wanted
+
+
+def _truth(text: str, where: str) -> bool:
+    word = text.strip().lower()
+    if word not in (*TRUE, *FALSE):
+        raise ValueError(f"{where} {text!r} is neither true nor false; write one of them")
+    return word in TRUE
+
+
+def _whole(text: str, where: str) -> int:
     try:
-        return OmegaConf.merge(config, more)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{where}: {' '.join(str(error).split())[:300]}") from error
+        return int(text, 0)  # takes 0x10, and refuses 010, which YAML takes for 8
+    except ValueError:
+        remedy = "write for instance 100"
+    try:
+        if abs(value := float(text)) < 2**53 and value.is_integer():
+            remedy = f"write {int(value)}"
+    except ValueError:
+        pass
+    raise ValueError(f"{where} {text!r} is no whole number; {remedy}")
+
+
+def _number(text: str, where: str) -> float:
+    word = text.strip().lower()
+    try:
+        value = float(re.sub(r"^([+-]?)\.inf$", r"\1inf", word))
+    except ValueError:
+        value = math.nan
+    if math.isnan(value):
+        raise ValueError(f"{where} {text!r} is no number; write for instance 0.5 or 2e-6")
+    if re.fullmatch(r"[+-]?0[0-9_]+", word):  # YAML takes 010 for 8
+        raise ValueError(f"{where} {text!r} begins with 0; write {value:g}")
+    is_zero_meant = not re.search("[1-9]", word.partition("e")[0])
+    if (math.isinf(value) and "inf" not in word) or (value == 0 and not is_zero_meant):
+        raise ValueError(f"{where} {text!r} is beyond what a number can hold; write inf or 0 if that is meant")
+    return value
+
+
+# --------------------------------------------------------------------- help --
+def described(kind: type[Any], about: str | None = None) -> str:
+    """Return every setting with its type, default and the comment at its line."""
+    known = ", ".join(path.stem for path in sorted(CONFIGS.glob("*.yaml")))
+    lines = [about.strip(), ""] if about else []
+    lines += [
+        "Settings are written key=value; later ones win, and win over those of a file.",
+        "  -h, --help  print this and end",
+        *_row("config=FILE", f"a YAML file of settings, or one of train/configs: {known}"),
+    ]
+    seen: set[str] = set()
+    for part in kind.__mro__:
+        if not dataclasses.is_dataclass(part) or not set(part.__annotations__) - seen:
+            continue
+        lines += ["", (part.__doc__ or part.__name__).partition("\n")[0]]
+        comments = dict(_comments(part))
+        for item in fields(part):
+            if item.name in part.__annotations__ and item.name not in seen:
+                heading, comment = comments.get(item.name, ("", ""))
+                lines += textwrap.wrap(heading, 116, initial_indent="  -- ", subsequent_indent="     ")
+                word = _word(get_type_hints(part)[item.name])
+                lines += _row(f"{item.name}={_shown(item)}", f"{word}{comment and '; '}{comment}")
+        seen |= set(part.__annotations__)
+    return "\n".join(lines)
+
+
+def _row(setting: str, words: str) -> list[str]:
+    """A setting, and words in a column beside or below it."""
+    setting = f"  {setting}"
+    if len(setting) > 36:
+        return [setting, *textwrap.wrap(words, 118, initial_indent=" " * 38, subsequent_indent=" " * 38)]
+    return textwrap.wrap(words, 118, initial_indent=f"{setting:38}", subsequent_indent=" " * 38)
+
+
+def _word(wanted: Any) -> str:
+    inner = get_args(_without_none(wanted)) if _plain(wanted) is list else ()
+    return f"list of {WORDS[inner[0]]}s" if inner else WORDS[_plain(wanted)]
+
+
+def _shown(item: dataclasses.Field[Any]) -> str:
+    """A default as one would write it."""
+    value = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+    if isinstance(value, list):
+        return f"[{','.join(f'{entry:.6g}' if isinstance(entry, float) else str(entry) for entry in value)}]"
+    return {True: "true", False: "false", None: "null"}[value] if isinstance(value, bool | None) else str(value)
+
+
+def _comments(kind: type[Any]) -> Iterator[tuple[str, tuple[str, str]]]:
+    """(name, (lines of comment above it, comment at its line)) of every setting of a class, from its source."""
+    source = textwrap.dedent(inspect.getsource(kind))
+    notes: dict[int, tuple[bool, str]] = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            notes[token.start[0]] = token.line.strip().startswith("#"), token.string.lstrip("# ")
+    last = 0
+    definition = ast.parse(source).body[0]
+    assert isinstance(definition, ast.ClassDef)
+    for statement in definition.body:
+        end = statement.end_lineno or statement.lineno
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            above = [notes[n][1] for n in range(last + 1, statement.lineno) if n in notes]
+            beside = [notes[n][1] for n in range(statement.lineno, end + 1) if n in notes and not notes[n][0]]
+            yield statement.target.id, (" ".join(above), " ".join(beside))
+        last = end

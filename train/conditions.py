@@ -19,7 +19,7 @@ from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.embeddings import EmbeddingFolder
 from selfforcing_core.hub import load_text_encoder, resolve_text_encoder
 from selfforcing_core.image import first_frame_condition, fit_image
-from selfforcing_core.prompts import read_prompts
+from selfforcing_core.prompts import read_lines, read_prompts
 from selfforcing_core.wan_vae import WanVAE
 from train.args import NetworkArgs
 from train.distributed import World
@@ -35,10 +35,10 @@ def read_texts(path: str) -> list[str]:
     """
     if not Path(path).is_dir():
         texts = read_prompts(Path(path))
-        empty = len(Path(path).read_text(encoding="utf-8-sig").splitlines()) - len(texts)
+        empty = len(read_lines(Path(path))) - len(texts)
     else:
         files = sorted(Path(path).glob("*.txt"))
-        texts = [" ".join(read_prompts(file)) for file in files if file.read_text(encoding="utf-8-sig").strip()]
+        texts = [" ".join(read_prompts(file)) for file in files if any(line.strip() for line in read_lines(file))]
         empty = len(files) - len(texts)
     if not texts:
         raise ValueError(f"{path}: holds no prompt; give a folder of .txt files with one prompt each")

@@ -350,7 +350,7 @@ def command(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        args = parse(kind, argv)
+        args = parse(kind, argv, sys.modules[check_args.__module__].__doc__)
         if args.dry_run:
             print(to_yaml(replace(args, dry_run=False)) + json.dumps(plan(args, processes), indent=2))
             return 0

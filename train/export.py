@@ -11,7 +11,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from selfforcing_core.atomic import replacing
 from selfforcing_core.checkpoint import DTYPES, save_checkpoint
 from selfforcing_core.config import CausalConfig, WanConfig
 from train import lora, state
-from train.args import DiffusionArgs, DmdArgs, OdeArgs, mistake, parse
+from train.args import DiffusionArgs, DmdArgs, OdeArgs, keys, mistake, parse
 from train.dmd import causal_of, steps_of
 from train.networks import alpha_of, read_network
 
@@ -45,8 +44,8 @@ def read_run(folder: Path) -> AnyArgs:
     file = folder / "config.yaml"
     if not file.is_file():
         raise ValueError(f"{folder}: holds no config.yaml; give the logdir of a run")
-    found = OmegaConf.load(file)
-    kind = next((kind for mark, kind in STAGES.items() if mark in found), DmdArgs)
+    known = keys(file)
+    kind = next((kind for mark, kind in STAGES.items() if mark in known), DmdArgs)
     return parse(kind, [f"config={file}"])
 
 
@@ -106,7 +105,7 @@ def _write_whole(args: ExportArgs, run: AnyArgs, tensors: dict[str, Tensor], abo
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     try:
-        print(export(parse(ExportArgs, argv)))
+        print(export(parse(ExportArgs, argv, __doc__)))
     except ValueError as error:
         return mistake("train.export", error)
     return 0

@@ -6,7 +6,6 @@ the reference on purpose (noise in the training context, sigma by table), our de
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from selfforcing_core.cli import Parser
 from selfforcing_core.geometry import SPATIAL_FACTOR
 from train.args import DmdArgs
 
@@ -112,7 +112,7 @@ def translate(theirs: Found) -> tuple[Found, list[str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.import_config", description=str(__doc__).splitlines()[0])
+    parser = Parser(prog="python -m train.import_config", description=str(__doc__).splitlines()[0])
     parser.add_argument("file", type=Path, help="a configuration of Self-Forcing or Self-Forcing-Plus")
     options = parser.parse_args(argv)
     try:

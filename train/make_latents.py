@@ -10,7 +10,6 @@ stop. Everything left out is named and counted.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from selfforcing_core.atomic import replacing
+from selfforcing_core.cli import Parser
 from selfforcing_core.geometry import VideoGeometry
 from selfforcing_core.image import fit_image
 from selfforcing_core.wan_vae import WanVAE, load_wan_vae
@@ -86,9 +86,15 @@ def encode(videos: list[Path], prompts: Path, out: Path, vae: WanVAE, geometry: 
     return told
 
 
+def _own_device(name: str) -> str:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m train.make_latents", description=str(__doc__).splitlines()[0])
+    parser = Parser(prog="python -m train.make_latents", description=str(__doc__).splitlines()[0])
     parser.add_argument("--input_video_folder", type=Path, required=True)
     parser.add_argument("--output_latent_folder", type=Path, required=True)
     parser.add_argument("--prompt_folder", type=Path, required=True, help="one .txt per video, of the same name")
@@ -96,8 +102,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=832, help="pixels (default: %(default)s)")
     parser.add_argument("--height", type=int, default=480, help="pixels (default: %(default)s)")
     parser.add_argument("--frames", type=int, default=81, help="of a clip (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if torch.cuda.is_available() else "float32")
+    parser.add_argument("--device", default="auto", help="auto: cuda if there is one (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the VAE (default: bfloat16 on cuda, else float32)")
     options = parser.parse_args(argv)
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -106,8 +112,9 @@ def main(argv: list[str] | None = None) -> int:
         found = sorted(path for path in options.input_video_folder.glob("*") if path.suffix.lower() in VIDEOS)
         if not found:
             raise ValueError(f"{options.input_video_folder}: holds no video ({', '.join(VIDEOS)})")
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if options.device == "cuda" else options.device
-        vae = load_wan_vae(options.vae, dtype=getattr(torch, options.dtype), device=device)
+        device = _own_device(options.device)
+        dtype = options.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+        vae = load_wan_vae(options.vae, dtype=getattr(torch, dtype), device=device)
         told = encode(found[rank::size], options.prompt_folder, options.output_latent_folder, vae, geometry)
     except (ValueError, OSError) as error:
         return mistake("train.make_latents", error)

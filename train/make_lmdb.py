@@ -9,7 +9,6 @@ that of PROMPTS/<stem>.txt. Everything left out is counted.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import av
 import torch
 from torch import Tensor
 
+from selfforcing_core.cli import Parser
 from train.args import mistake
 from train.data import read_pairs, write_shards
 
@@ -59,7 +59,7 @@ def rows_of(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.make_lmdb", description=str(__doc__).splitlines()[0])
+    parser = Parser(prog="python -m train.make_lmdb", description=str(__doc__).splitlines()[0])
     parser.add_argument("--data_path", type=Path, required=True, help="folder of .pt files, also in folders below")
     parser.add_argument("--lmdb_path", type=Path, required=True, help="new database, or folder of shards")
     parser.add_argument("--num_shards", type=int, default=1, help="databases to divide the files among (default: 1)")

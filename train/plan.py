@@ -169,7 +169,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if own["stage"] not in STAGES:
             raise ValueError(f"stage {own['stage']!r} is unknown; use one of {', '.join(STAGES)}")
-        print(json.dumps(plan(parse(STAGES[own["stage"]], rest), int(own["processes"])), indent=2))
+        if not own["processes"].isdecimal() or int(own["processes"]) < 1:
+            raise ValueError(f"processes {own['processes']!r} is no number of processes; use 1 or more")
+        print(json.dumps(plan(parse(STAGES[own["stage"]], rest, __doc__), int(own["processes"])), indent=2))
     except ValueError as error:
         return mistake("train.plan", error)
     return 0

@@ -86,7 +86,7 @@ def _path(name: str) -> Path | None:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     try:
-        for made in sample(parse(SampleArgs, argv)):
+        for made in sample(parse(SampleArgs, argv, __doc__)):
             print(made["out"])
     except ValueError as error:
         return mistake("train.sample", error)

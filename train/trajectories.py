@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
-        args = parse(TrajectoryArgs, argv)
+        args = parse(TrajectoryArgs, argv, __doc__)
         check(args)
         world = distributed.join(args.device, args.shard_group)
         try:

@@ -83,9 +83,12 @@ def test_a_schedule_of_one_prompt_is_the_prompt_bitwise(server: Server) -> None:
     prompt["schedule"]["inputs"]["text"] = f"0s: {text}\n9s: a blue {REST}"
     prompt_id = server.submit(prompt)
     assert "the video ends at 2.0625s" in failure(server.result(prompt_id))
-    prompt["schedule"]["inputs"]["text"] = "2s: late"
+    prompt["schedule"]["inputs"]["text"] = "2s: late\n3s: later"
     with pytest.raises(Refused, match="begins at 2s"):
         server.submit(prompt)
+    prompt["schedule"]["inputs"]["text"] = f"1990s: a red {REST}"
+    assert latents_of(server, prompt).isfinite().all()
+    assert "'1990s:' is read as a part of the prompt" in server.log()
 
 
 def test_progress_counts_network_calls_and_every_chunk_is_previewed(server: Server) -> None:

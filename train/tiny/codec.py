@@ -25,6 +25,7 @@ from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from selfforcing_core.cli import Parser
 from selfforcing_core.config import TAEHVConfig
 from selfforcing_core.taehv import TAEHV
 from train.tiny.world import heldout, random_scene, render
@@ -145,7 +146,7 @@ def join(decoder_file: Path, encoder_file: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     fit = commands.add_parser("basis", help="fit the analytic latent space")
     fit.add_argument("--clips", type=int, default=1000)

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from selfforcing_core.cli import Parser
 from selfforcing_core.geometry import pixel_frames
 from train.tiny.codec import PatchBasis
 from train.tiny.world import ATTRIBUTES, combinations, heldout, named_scene, random_scene, render
@@ -107,7 +108,7 @@ def training_captions(seed: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--basis", type=Path, help="of the latents; without it captions are written in place of clips")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--clips", type=int, default=4096)

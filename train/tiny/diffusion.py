@@ -27,6 +27,7 @@ from torch import Tensor
 
 from selfforcing_core.attention import teacher_forcing_frames
 from selfforcing_core.checkpoint import read_checkpoint, save_checkpoint
+from selfforcing_core.cli import Parser
 from selfforcing_core.config import PRESETS, CausalConfig, StepConfig
 from selfforcing_core.model import CausalWan
 from selfforcing_core.schedule import TIMESTEPS, add_noise, shift_sigma
@@ -118,7 +119,7 @@ def train(model: CausalWan, clips: Clips, args: argparse.Namespace, rank: int) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, default=Path("out/tiny/clips.safetensors"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--init", type=Path, help="checkpoint to start from")

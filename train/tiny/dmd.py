@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from selfforcing_core.checkpoint import read_checkpoint
+from selfforcing_core.cli import Parser
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import WanConfig
 from selfforcing_core.model import CausalWan
@@ -130,7 +131,7 @@ class Trainer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, default=Path("out/tiny/clips.safetensors"), help="only captions are used")
     parser.add_argument("--generator", type=Path, required=True, help="causal checkpoint to start from")
     parser.add_argument(

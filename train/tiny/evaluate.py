@@ -22,6 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from selfforcing_core.cli import Parser
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.geometry import latent_frames, pixel_frames
@@ -195,7 +196,7 @@ def _short(values: dict[str, float]) -> str:
 
 def main() -> None:
     bundle = Path("assets/tiny")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=bundle / "model.safetensors")
     parser.add_argument("--taehv", type=Path, default=bundle / "taehv.safetensors")
     parser.add_argument("--text-encoder", type=Path, default=bundle / "text_encoder")

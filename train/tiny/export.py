@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from selfforcing_core.checkpoint import read_checkpoint, save_checkpoint
+from selfforcing_core.cli import Parser
 from train.tiny.codec import LATENT_SPACE
 from train.tiny.diffusion import TRAINED_KEY
 
@@ -27,7 +28,7 @@ def export(source: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from selfforcing_core.cli import Parser
 from selfforcing_core.hub import bundle_path
 from selfforcing_core.video import write_contact_sheet
 from train.tiny.evaluate import Generator
@@ -23,7 +24,7 @@ FRAMES, COLUMNS = 141, 12
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()

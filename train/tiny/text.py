@@ -11,7 +11,6 @@ Letters: B captions, P tokens, E text width.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from selfforcing_core.cli import Parser
 from selfforcing_core.text import TextEncoder, umt5_config
 from train.tiny.world import ATTRIBUTES, combinations, heldout
 
@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train, write, load what was written, and print what the readers can tell from it as JSON."""
     from transformers import PreTrainedTokenizerFast
 
-    parser = argparse.ArgumentParser(prog="python -m train.tiny.text", description=str(__doc__).splitlines()[0])
+    parser = Parser(prog="python -m train.tiny.text", description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("assets/tiny/text_encoder"), help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=TextTraining.steps)
