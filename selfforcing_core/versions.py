@@ -15,15 +15,17 @@ CORE = {  # as pyproject.toml declares them
     "torch": "2.5.1",
     "safetensors": "0.4.2",
     "einops": "0.6",
-    "huggingface-hub": "0.34",
+    "huggingface-hub": "0.34",  # diffusers 0.36 asks for it
     "numpy": "1.25.0",
     "transformers": "4.37.2",
     "av": "14.2.0",
     "Pillow": "9.5",
     "tqdm": "4.64",
+    "ftfy": "6.1",
 }
 NODES = {name: lowest for name, lowest in CORE.items() if name not in ("huggingface-hub", "tqdm")}
-TRAINING = CORE | {"torch": "2.8", "omegaconf": "2.3", "lmdb": "1.4"}  # FSDP2 adds up gradients as we need since 2.8
+# torch: its FSDP2 adds up gradients as training needs since 2.8
+TRAINING = CORE | {"torch": "2.8", "omegaconf": "2.3", "PyYAML": "6.0", "lmdb": "1.4"}
 OPTIONAL = {"diffusers": "0.36"}  # looked at where it is used
 
 
