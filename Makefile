@@ -20,7 +20,7 @@ $(STAMP): $(REQUIREMENTS)
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 	  { echo 'make: "$(PYTHON)" lacks the venv module; install it (Debian and Ubuntu: apt-get install python3-venv)' >&2; exit 1; }
 	@mkdir -p $(VENV)
-	@if $(PYTHON) -c 'import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7))' 2>/dev/null; then \
+	@if $(PYTHON) -c 'import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8))' 2>/dev/null; then \
 	  echo "setup: using the torch of $(PYTHON)"; \
 	  $(PYTHON) -m venv --system-site-packages $(VENV) && grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt; \
 	else \

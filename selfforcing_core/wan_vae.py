@@ -138,7 +138,7 @@ class StreamingWanDecoder:
 
 # ------------------------------------------------------------------ loading --
 def new_network(base_dim: int, num_res_blocks: int) -> AutoencoderKLWan:
-    """diffusers' Wan 2.1 VAE without weights (on the meta device). Raises ValueError if diffusers is missing or too old."""
+    """Return diffusers' Wan 2.1 VAE on the meta device. Raises ValueError if diffusers is missing or too old."""
     if reason := refusal("the Wan VAE needs", OPTIONAL):
         raise ValueError(f"{reason}, or decode with a TAEHV (--decoder taehv)")
     try:

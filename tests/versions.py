@@ -26,8 +26,8 @@ from selfforcing_core.versions import TRAINING
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE_TESTS = (
-    "golden", "rollout", "kv_cache", "layers", "attention", "precision", "guidance", "generate", "checkpoint", "convert",
-    "catalogue", "snapshot", "text", "prompts", "media", "video",
+    "golden", "rollout", "kv_cache", "layers", "attention", "precision", "guidance", "generate", "checkpoint",
+    "convert", "catalogue", "snapshot", "text", "prompts", "media", "video",
 )  # fmt: skip
 TRAINING_TESTS = ("losses", "data", "args", "conditions", "lora", "train")
 TOOLS = ("pytest", "hypothesis", "diffusers", "tensorboard")
@@ -54,7 +54,8 @@ def install(python: Path, packages: list[str]) -> None:
 
 def outcome(name: str, python: Path, tests: tuple[str, ...]) -> dict[str, Any]:
     """Run these files of tests: what was installed, how many passed, and which did not."""
-    code = f"import importlib.metadata as m, json, sys; print(json.dumps([sys.version.split()[0], *map(m.version, {SAID})]))"
+    code = f"import importlib.metadata, json, sys; names = {SAID}; "
+    code += "print(json.dumps([sys.version.split()[0], *map(importlib.metadata.version, names)]))"
     installed = json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
     files = [f"tests/test_{test}.py" for test in tests]
     begun = time.monotonic()
