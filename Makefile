@@ -1,11 +1,13 @@
-# make setup | demo | test | lint, from a fresh clone with Python 3.11+, make and a package index.
+# make setup | demo | test | lint | test-versions, from a fresh clone with Python 3.11+, make and a package index.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# The lowest Python that is declared, for test-versions alone.
+PYTHON_LOWEST ?= python3.10
 STAMP := $(VENV)/.installed
 REQUIREMENTS := requirements.txt requirements-dev.txt constraints.txt
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test lint test-versions
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -18,7 +20,7 @@ $(STAMP): $(REQUIREMENTS)
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 	  { echo 'make: "$(PYTHON)" lacks the venv module; install it (Debian and Ubuntu: apt-get install python3-venv)' >&2; exit 1; }
 	@mkdir -p $(VENV)
-	@if $(PYTHON) -c 'import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7))' 2>/dev/null; then \
+	@if $(PYTHON) -c 'import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8))' 2>/dev/null; then \
 	  echo "setup: using the torch of $(PYTHON)"; \
 	  $(PYTHON) -m venv --system-site-packages $(VENV) && grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt; \
 	else \
@@ -43,3 +45,7 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
+
+# Two environments of several GB in .venv-lowest and .venv-newest, and hours on two cores: before a release, not in CI.
+test-versions: setup
+	$(PY) -m tests.versions --lowest-python $(PYTHON_LOWEST) --out bench/results/versions.json

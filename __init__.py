@@ -14,7 +14,14 @@ WEB_DIRECTORY = "web"  # the live player and the nodes' help pages
 
 
 async def comfy_entrypoint() -> Any:
-    """Give ComfyUI our nodes. Nothing is imported before it asks."""
+    """Give ComfyUI our nodes. Nothing is imported before it asks.
+
+    Raises ImportError, one sentence, if a package is too old: ComfyUI logs it, lists the pack as failed and goes on.
+    """
+    from .selfforcing_core.versions import NODES, refusal
+
+    if reason := refusal("the nodes of Self Forcing need (in ComfyUI's Python)", NODES):
+        raise ImportError(reason)
     try:
         from .nodes.extension import SelfForcingExtension
 

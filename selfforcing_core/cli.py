@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from .catalogue import DOWNLOADS
 from .prompt_schedule import HISTORIES
+from .versions import CORE, refusal
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -49,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    if reason := refusal("the command line needs", CORE):
+        print(f"selfforcing: {reason}", file=sys.stderr)
+        return USER_ERROR
     try:
         options.run(options)
     except (ValueError, OSError) as error:

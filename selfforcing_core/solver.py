@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .schedule import FlowSchedule, add_noise, euler_step, x0_from_flow
+from .schedule import TIMESTEPS, FlowSchedule, add_noise, euler_step, x0_from_flow
+from .versions import OPTIONAL, refusal
 
 
 class Solver(Protocol):
@@ -48,15 +49,22 @@ class UniPC:
     """Second-order predictor and corrector (arXiv 2302.04867), as implemented by diffusers; Wan's own default."""
 
     def __init__(self, schedule: FlowSchedule) -> None:
+        if reason := refusal("solver 'unipc' needs", OPTIONAL):
+            raise ValueError(f"{reason}, or use solver 'euler'")
         try:
-            import numpy as np
             from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
         except ImportError as error:
-            raise ValueError("solver 'unipc' needs the package diffusers; install it, or use solver 'euler'") from error
+            raise ValueError(
+                f"solver 'unipc' needs the package diffusers ({error}); install it, or use solver 'euler'"
+            ) from error
         self.scheduler: Any = UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
         )
-        self.scheduler.set_timesteps(sigmas=np.array(schedule.sigmas))
+        self.scheduler.set_timesteps(len(schedule.sigmas))
+        # put in place of its own, since diffusers 0.36 takes no list; pure noise would be the logarithm of 0
+        sigmas = torch.tensor(schedule.sigmas, dtype=torch.float64).clamp(max=1 - 1e-6)
+        self.scheduler.sigmas = torch.cat([sigmas, torch.zeros(1)]).float()
+        self.scheduler.timesteps = (sigmas * TIMESTEPS).long()
         self.scheduler.set_begin_index(0)
 
     def advance(self, noisy_BTCHW: Tensor, flow_BTCHW: Tensor, step: int) -> Tensor:

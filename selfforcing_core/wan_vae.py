@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .checkpoint import read_tensors
 from .geometry import SPATIAL_FACTOR, latent_frames
+from .versions import OPTIONAL, refusal
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
@@ -137,12 +138,14 @@ class StreamingWanDecoder:
 
 # ------------------------------------------------------------------ loading --
 def new_network(base_dim: int, num_res_blocks: int) -> AutoencoderKLWan:
-    """diffusers' Wan 2.1 VAE without weights (on the meta device). Raises ValueError if diffusers is missing."""
+    """Return diffusers' Wan 2.1 VAE on the meta device. Raises ValueError if diffusers is missing or too old."""
+    if reason := refusal("the Wan VAE needs", OPTIONAL):
+        raise ValueError(f"{reason}, or decode with a TAEHV (--decoder taehv)")
     try:
         from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
     except ImportError as error:
         raise ValueError(
-            "the Wan VAE needs the package diffusers; install it, or decode with a TAEHV (--decoder taehv)"
+            f"the Wan VAE needs the package diffusers ({error}); install it, or decode with a TAEHV (--decoder taehv)"
         ) from error
     with torch.device("meta"):
         return AutoencoderKLWan(base_dim=base_dim, num_res_blocks=num_res_blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -53,6 +54,8 @@ def test_unipc_equals_the_librarys_own_loop() -> None:
 
     model, count = random_wan(), 12
     scheduler: Any = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
+        pytest.skip("diffusers below 0.37 takes no list of sigmas, so its own loop has other ones")
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / count, count))
     x = SeededNoise(0).draw(0, 0, (1, 4, *FRAME))
     for index, timestep in enumerate(scheduler.timesteps):  # rounded to whole numbers, the network gets the exact ones

@@ -25,5 +25,7 @@ def random_wan(seed: int = 0, config: WanConfig = CONFIG, dtype: torch.dtype = t
 
 
 def random_text(batch: int = 1, seed: int = 0, dtype: torch.dtype = torch.float64) -> Conditioning:
+    """Return random embeddings. Half precision rounds those of float32: older torch draws other numbers for it."""
     generator = torch.Generator().manual_seed(seed)
-    return Conditioning(torch.randn(batch, 5, CONFIG.text_dim, generator=generator, dtype=dtype))
+    drawn = torch.promote_types(dtype, torch.float32)
+    return Conditioning(torch.randn(batch, 5, CONFIG.text_dim, generator=generator, dtype=drawn).to(dtype))
