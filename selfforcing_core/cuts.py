@@ -10,11 +10,11 @@ from fractions import Fraction
 
 import numpy as np
 
-SIDE = 32  # pictures are compared as thumbnails of SIDE x SIDE pixels
+SIDE = 8  # pictures are compared as thumbnails of SIDE x SIDE pixels, which fast motion changes least
 # Mean difference of two thumbnails, in [0, 1], and how many times the largest around it that has to be.
 LEAST_DIFFERENCE = 0.06
-TIMES_AROUND = 2.5
-AROUND = 3  # differences on each side
+TIMES_AROUND = 2.0
+AROUND = 4  # differences on each side; animation that holds each drawing for four frames is no row of cuts
 
 
 class CutDetector:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 from av.error import FFmpegError
 
 from .video_reader import open_video
@@ -16,7 +18,17 @@ from .video_reader import open_video
 log = logging.getLogger(__name__)
 AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000)
 AAC_LAYOUTS = ("mono", "stereo", "5.1", "7.1")
-LEAD = Fraction(1, 10)  # seconds before the first frame that may hold what a decoder needs to begin
+
+
+def _is_taken(container: str, track: Any) -> bool:
+    """Whether a container holds the codec of this sound as it is: some say so only when they are begun."""
+    try:
+        with av.open(io.BytesIO(), "w", format=container) as trial:
+            trial.add_stream_from_template(track)
+            trial.start_encoding()
+    except (ValueError, FFmpegError):
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -37,10 +49,10 @@ class SoundTrack:
     def __init__(self, file: Any, sound: Sound) -> None:
         self._file, self._sound, self._source = file, sound, open_video(sound.path)
         self._track = self._source.streams.best("audio")
-        try:
+        if _is_taken(file.format.name, self._track):
             self._out = file.add_stream_from_template(self._track)
             self._packets = self._copied()
-        except ValueError:  # the container does not take this codec
+        else:
             name = self._track.codec_context.name
             log.warning("%s: its sound (%s) is encoded again as AAC for .%s", sound.path, name, file.format.name)
             self._out = self._aac(file)
@@ -73,7 +85,7 @@ class SoundTrack:
                 begin = packet.pts * packet.time_base - self._sound.start
                 if begin >= self._sound.seconds:
                     return
-                if begin > -LEAD:
+                if begin + (packet.duration or 0) * packet.time_base >= 0:  # with the one that a decoder begins with
                     yield begin, packet
         except FFmpegError as error:
             log.warning("%s: its sound is damaged (%s) and ends there", self._sound.path, error.strerror)

@@ -209,7 +209,10 @@ class VideoReader:
                 findings.longest = max(step, findings.longest)
             last = time
             findings.read += 1
-            shown = duration if duration is not None and 0 < duration <= LONGEST_HOLD else step
+            least = findings.shortest or 0  # some writers give the last frame no more than a tick
+            shown = (
+                duration if duration is not None and least <= duration <= LONGEST_HOLD else findings.shortest or step
+            )
             findings.seconds = time + shown
             findings.cut_detector.add(time, _thumbnail(frame))
             yield time, frame
@@ -300,6 +303,9 @@ def open_video(path: str | Path) -> Any:
     if not file.streams.video:
         file.close()
         raise ValueError(f"{path}: holds no video stream")
+    if file.format.name == "tty":
+        file.close()
+        raise ValueError(f"{path}: cannot be read as a video (it is text)")
     if file.format.name.endswith("_pipe") or file.format.name == "image2":
         file.close()
         raise ValueError(f"{path}: is a picture, not a video; give it as --image")
