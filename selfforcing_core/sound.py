@@ -78,10 +78,17 @@ class SoundTrack:
 
     def _demuxed(self) -> Iterator[tuple[Fraction, Any]]:
         """Packets of the given part and when they begin, in seconds of the new video."""
+        last: int | None = None
         try:
             for packet in self._source.demux(self._track):
                 if packet.pts is None or packet.dts is None:
                     continue
+                if last is not None and packet.dts <= last:
+                    log.warning(
+                        "%s: a time stamp of its sound runs backwards; that packet is left out", self._sound.path
+                    )
+                    continue
+                last = packet.dts
                 begin = packet.pts * packet.time_base - self._sound.start
                 if begin >= self._sound.seconds:
                     return

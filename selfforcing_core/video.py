@@ -105,7 +105,7 @@ def _muxer(container: str, movflags: str = "faststart") -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class _Coding:
+class Coding:
     """How frames are encoded: the codec, its pixels and options, and by which matrix and range RGB becomes them."""
 
     codec: str
@@ -115,16 +115,16 @@ class _Coding:
     range: int
 
 
-H264 = _Coding("libx264", "yuv420p", encoder_options(), BT709, LIMITED)
+H264 = Coding("libx264", "yuv420p", encoder_options(), BT709, LIMITED)
 # A key frame, and with it a fragment, at least every 12 frames.
-H264_STREAM = _Coding("libx264", "yuv420p", encoder_options(tune="zerolatency", g="12"), BT709, LIMITED)
-FFV1 = _Coding("ffv1", "bgr0", {"level": "3", "g": "1", "slices": "4"}, RGB_MATRIX, FULL)
+H264_STREAM = Coding("libx264", "yuv420p", encoder_options(tune="zerolatency", g="12"), BT709, LIMITED)
+FFV1 = Coding("ffv1", "bgr0", {"level": "3", "g": "1", "slices": "4"}, RGB_MATRIX, FULL)
 
 
 class _Writer:
     """Frames into an open container; the first chunk says their size. track: the sound beside them."""
 
-    def __init__(self, file: Any, fps: float, metadata: Mapping[str, Any], coding: _Coding) -> None:
+    def __init__(self, file: Any, fps: float, metadata: Mapping[str, Any], coding: Coding) -> None:
         for name, value in metadata.items():
             file.metadata[name] = value if isinstance(value, str) else json.dumps(value)
         self.file, self.count, self.coding = file, 0, coding

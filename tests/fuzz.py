@@ -2,6 +2,8 @@
 
 Of numbers that may or may not do, the answer is that line or a video of finite latents that plays.
 
+Videos, pictures and sounds are in fuzz_media.py, which can be run alone.
+
 python -m tests.fuzz --count 10000 --seed 0
 """
 
@@ -29,6 +31,7 @@ from selfforcing_core.config import CausalConfig, StepConfig, WanConfig
 from selfforcing_core.hub import bundle_path
 from selfforcing_core.layout import wan_shapes
 from selfforcing_core.video import read_video
+from tests.fuzz_media import MediaFuzzer
 
 WAN = WanConfig(dim=32, ffn_dim=32, num_heads=1, num_layers=1, text_dim=128, text_len=16, freq_dim=16)
 JUNK = ["", "-1", "0", "nan", "inf", "1e99", "\u2603", "a" * 300, "..", "/", "{}", "1,2", "x y", "-", "34"]
@@ -54,6 +57,7 @@ class Fuzzer:
         self.files = [(folder / name).read_bytes() for name in ("a.safetensors", "b.pt")]
         for name in ("a.safetensors", "b.pt"):
             (folder / name).unlink()
+        self.media = MediaFuzzer(folder, self.random)
 
     # ------------------------------------------------------------- checkpoints --
     def damaged(self) -> bytes:
@@ -123,6 +127,8 @@ class Fuzzer:
     # ------------------------------------------------------------------- check --
     def try_one(self, index: int) -> str | None:
         """What was wrong with the answer to one damaged input; None if nothing was."""
+        if index % 8 == 5:
+            return self.media.try_one()
         may_do = index % 12 == 0
         arguments = self.checkpoint_command() if index % 2 else self.argument_command()
         if may_do:

@@ -187,20 +187,7 @@ def of_mode(mode: str) -> Image.Image:
     return colours.quantize(4).convert(mode) if mode.startswith("P") else colours.convert(mode)
 
 
-EXACT = (
-    "BMP",
-    "DIB",
-    "GIF",
-    "ICO",
-
-    "PCX",
-    "PNG",
-    "PPM",
-    "SGI",
-    "TGA",
-    "TIFF",
-    "WEBP",
-)  # keep what they are given
+EXACT = ("BMP", "DIB", "GIF", "ICO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")  # lossless
 WRITTEN = {"1": 9, "L": 10, "LA": 6, "P": 8, "PA": 1, "RGB": 10, "RGBA": 9, "RGBX": 1, "CMYK": 1, "YCbCr": 1,
            "LAB": 1, "I": 2, "F": 2, "I;16": 4, "I;16L": 1, "I;16B": 3}  # fmt: skip
 

@@ -43,7 +43,9 @@ def make(
     """Write a video of one picture at each time; without pictures, frame i is grey of level STEP * i."""
     pictures = pictures or [flat(STEP * index) for index in range(len(times))]
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as file:
-        stream = file.add_stream(codec, rate=1000, options={"crf": "10", **(options or {})} if "x264" in codec else {})
+        stream: Any = file.add_stream(
+            codec, rate=1000, options={"crf": "10", **(options or {})} if "x264" in codec else {}
+        )
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = pixels
         stream.codec_context.time_base = Fraction(1, 12000)
@@ -393,12 +395,12 @@ def heard(path: Path) -> tuple[str, float, float]:
     """The codec of a file's sound, when it begins and ends on the clock of its frames."""
     with av.open(str(path)) as file:
         track = file.streams.audio[0]
-        frames = list(file.decode(track))
+        frames: list[Any] = list(file.decode(track))
         begin, end = frames[0].time, frames[-1].time + frames[-1].samples / frames[-1].sample_rate
         name = track.codec_context.name
         assert max(np.abs(frame.to_ndarray()).max() for frame in frames[2:5]) > 0.05, "it is heard"
     with av.open(str(path)) as file:
-        shift = next(file.decode(video=0)).time
+        shift = next(file.decode(video=0)).time or 0.0
     return name, begin - shift, end - shift
 
 
