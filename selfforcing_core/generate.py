@@ -237,7 +237,7 @@ def _start(request: Request, plan: Plan, autoencoder: TAEHV | WanVAE) -> tuple[S
     """How the video begins, and for image-to-video models their condition channels and CLIP features."""
     encoder = _OnDevice(autoencoder, plan)
     if plan.source is not None:
-        if plan.is_latent:
+        if isinstance(plan.source, Tensor):
             return start_from_latents(plan.source, plan.causal), None, None
         return start_from_video(plan.source, encoder, plan.causal), None, None
     if plan.image_RHW is None:
@@ -389,7 +389,9 @@ def _write(request: Request, take: Take, chunks: Iterator[Tensor], settings: dic
         kept: list[Tensor] = []
         single = (chunk[0] for chunk in chunks)
         frames = _keeping(single, plan, kept) if request.sheet else single
-        write_video(take.outs[0], frames, fps=request.fps, metadata=metadata, overwrite=request.overwrite)
+        write_video(
+            take.outs[0], frames, fps=request.fps, metadata=metadata, overwrite=request.overwrite, sound=plan.sound
+        )
         if request.sheet:
             write_contact_sheet(request.sheet, torch.stack(kept), overwrite=request.overwrite)
         return
@@ -398,7 +400,7 @@ def _write(request: Request, take: Take, chunks: Iterator[Tensor], settings: dic
         write_video(
             out, (chunk[row] for chunk in whole), fps=request.fps,
             metadata={**metadata, "selfforcing": {**settings, "sample": take.first_row + row}},
-            overwrite=request.overwrite,
+            overwrite=request.overwrite, sound=plan.sound,
         )  # fmt: skip
 
 

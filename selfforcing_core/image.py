@@ -5,18 +5,22 @@ Letters: B batch, R RGB, H W height and width, V video frames, T latent frames, 
 
 from __future__ import annotations
 
+import io
+import logging
 import math
+import warnings
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from .geometry import PIXEL_STEP, TEMPORAL_FACTOR, pixel_frames
 
+log = logging.getLogger(__name__)
 MASK_CHANNELS = TEMPORAL_FACTOR  # one per pixel frame that a latent frame stands for
 
 
@@ -27,15 +31,77 @@ class Encoder(Protocol):
 
 
 def read_image(path: str | Path) -> Tensor:
-    """A picture file as [R, H, W], turned upright, transparency over white. Raises ValueError if it is none."""
+    """Return a picture file as [R, H, W], turned upright, transparency over white; of several pictures the first.
+
+    Whole numbers beyond 8 bits count from 0 to 65535, fractions from 0 to 1. Raises ValueError for other ranges, and
+    for what is no picture.
+    """
     try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGBA")
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as a picture; use PNG, JPEG or WebP") from error
+        with warnings.catch_warnings(), Image.open(path) as file:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused at twice that size
+            count = getattr(file, "n_frames", 1)
+            picture = ImageOps.exif_transpose(file)
+            if count > 1:
+                log.warning("%s: holds %d pictures; the first is read", path, count)
+            profile = _profile(picture)
+            if "srgb" not in profile.lower():
+                log.warning("%s: its colour profile (%s) is not applied; its colours are read as sRGB", path, profile)
+            return _pixels(picture, path)
+    except _Refusal:
+        raise
+    except Exception as error:  # PIL's readers of many formats raise nearly everything for damaged files
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+        raise ValueError(
+            f"{path}: cannot be read as a picture ({' '.join(reason.split())[:200]}); use PNG, JPEG or WebP"
+        ) from error
+
+
+class _Refusal(ValueError):
+    """Of a picture that was read, for what is in it."""
+
+
+def _profile(picture: Image.Image) -> str:
+    """The name of the embedded colour profile; sRGB where there is none."""
+    data = picture.info.get("icc_profile")
+    if not data:
+        return "sRGB"
+    try:
+        return ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(data))).strip()
+    except (ImageCms.PyCMSError, OSError):
+        return "damaged"
+
+
+def _pixels(picture: Image.Image, path: str | Path) -> Tensor:
+    """[R, H, W] of a picture of any mode."""
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        return _scaled(picture, path).expand(3, -1, -1).clone()
+    if picture.mode == "LAB":
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(picture, *profiles, outputMode="RGB")
+        assert converted is not None
+        picture = converted
+    if picture.mode == "La":  # premultiplied
+        picture = picture.convert("LA")
+    picture = (picture.convert("RGB") if picture.mode in ("HSV", "YCbCr") else picture).convert("RGBA")
     ground = Image.new("RGBA", picture.size, "white")
     pixels = np.asarray(Image.alpha_composite(ground, picture).convert("RGB"))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+
+
+def _scaled(picture: Image.Image, path: str | Path) -> Tensor:
+    """Grey [1, H, W] of a picture of numbers beyond 8 bits. Raises ValueError for a range of unknown meaning."""
+    values_HW = np.asarray(picture).astype(np.float64)
+    full = 1 if picture.mode == "F" else 65535
+    low, high = float(values_HW.min()), float(values_HW.max())
+    if not 0 <= low <= high <= full:  # nor for NaN
+        raise _Refusal(
+            f"{path}: holds numbers from {low:g} to {high:g}, where pictures of this kind have 0 to {full}; "
+            f"scale them, or save it with 8 bits"
+        )
+    grey_HW = values_HW / full
+    if "transparency" in picture.info:  # the one value that is
+        grey_HW[values_HW == picture.info["transparency"]] = 1
+    return torch.from_numpy(grey_HW).float()[None]
 
 
 def fit_image(image_RHW: Tensor, width: int, height: int) -> Tensor:

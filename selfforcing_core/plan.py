@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ from .hub import check_taehv, list_bundles, resolve_model
 from .image import read_image
 from .prompt_schedule import parse_schedule, schedule_note, start_frames
 from .roofline import Recipe
+from .sound import Sound
 from .start import context_frames, read_latents
-from .video import check_video_path, read_video
+from .video import check_video_path
+from .video_reader import TRAINED_FPS, GivenVideo, given_video
 
 log = logging.getLogger(__name__)
 # Width, height and frames that a bundle was trained on; anything else is taken for a Wan 2.1 model.
@@ -121,10 +124,18 @@ class Plan:
     decoder: str
     given_frames: int  # latent frames of the start
     image_RHW: Tensor | None  # the first frame, in its own size
-    source: Tensor | None  # what is extended: frames [V, R, H, W], or latents [T, C, H, W] if is_latent
+    source: Tensor | GivenVideo | None  # what is extended: a video, or latents [T, C, H, W] if is_latent
     is_latent: bool
     cache_dtype: torch.dtype
     cfg: float
+
+    @property
+    def sound(self) -> Sound | None:
+        """Of the extended video, for as long as that lasts."""
+        if not isinstance(self.source, GivenVideo) or self.source.findings.sound is None:
+            return None
+        findings = self.source.findings
+        return Sound(findings.path, findings.start, findings.given / (findings.fps or Fraction(TRAINED_FPS)))
 
     @property
     def is_prefixed_by_image(self) -> bool:
@@ -200,7 +211,10 @@ def plan_request(request: Request, takes: Sequence[Take]) -> Plan:
     image = None if request.image is None else read_image(request.image)
     for note in notes:
         log.warning("%s %s", request.model, note)
-    return Plan(geometry, config, causal, steps, device, dtype, decoder, given, image, source, is_latent, cache, cfg)
+    plan = Plan(geometry, config, causal, steps, device, dtype, decoder, given, image, source, is_latent, cache, cfg)
+    for note in _notes(request, plan):
+        log.warning("%s: %s", request.extend, note)
+    return plan
 
 
 def _check_files(request: Request, takes: Sequence[Take]) -> None:
@@ -345,20 +359,40 @@ def _replaced(said: CausalConfig | StepConfig, chosen: dict[str, Any], hidden: t
     ]
 
 
-def _source(request: Request, config: WanConfig) -> tuple[Tensor | None, bool]:
+def _notes(request: Request, plan: Plan) -> list[str]:
+    """What the user has to know about the video that is extended."""
+    if not isinstance(plan.source, GivenVideo):
+        return []
+    notes = plan.source.findings.in_words()
+    if request.fps != TRAINED_FPS:
+        notes.append(f"goes on at {request.fps:g} fps; Wan models know motion at {TRAINED_FPS}")
+    if plan.sound is not None:
+        notes.append(f"its sound is kept for its {float(plan.sound.seconds):.2f} s; what is added is silent")
+        if request.latents is not None:
+            notes.append(f"{request.latents} keeps no sound; a video that goes on from it has none")
+    return notes
+
+
+def _source(request: Request, config: WanConfig) -> tuple[Tensor | GivenVideo | None, bool]:
     """What is to be extended, and whether it is latents."""
     if request.extend is None:
         return None, False
     latents = read_latents(request.extend)
     if latents is None:
-        return read_video(request.extend), False
+        return given_video(request.extend, request.fps), False
     if latents.shape[1] != config.out_dim:
         raise ValueError(f"{request.extend}: latents of {latents.shape[1]} channels, the model makes {config.out_dim}")
     return latents, True
 
 
 def _geometry(
-    request: Request, config: WanConfig, causal: CausalConfig, source: Tensor | None, is_latent: bool, *, is_whole: bool
+    request: Request,
+    config: WanConfig,
+    causal: CausalConfig,
+    source: Tensor | GivenVideo | None,
+    is_latent: bool,
+    *,
+    is_whole: bool,
 ) -> tuple[VideoGeometry, int]:
     """The size of what the rollout makes, and how many of its latent frames are given."""
     width, height, frames = BUNDLE_SIZES.get(request.model, WAN_SIZE)
@@ -368,7 +402,10 @@ def _geometry(
     if source is None:
         given, frames = int(_is_prefix(request, config)), _or(request.frames, pixel_frames(first + usual))
     else:
-        height, width = (side * (SPATIAL_FACTOR if is_latent else 1) for side in source.shape[-2:])
+        if isinstance(source, GivenVideo):
+            height, width = source.height, source.width
+        else:
+            height, width = (side * SPATIAL_FACTOR for side in source.shape[-2:])
         if (_or(request.width, width), _or(request.height, height)) != (width, height):
             raise ValueError(f"{request.extend} is {width}x{height}; leave --width and --height out when extending it")
         given = context_frames(len(source) if is_latent else covered_latents(len(source)), causal)

@@ -5,11 +5,13 @@ Letters: B batch, V video frames, R RGB, H W height and width, T latent frames, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,6 +20,7 @@ from .atomic import replacing
 from .config import CausalConfig
 from .geometry import TEMPORAL_FACTOR, covered_latents, pixel_frames
 from .image import Encoder
+from .video_reader import GivenVideo, VideoReader
 
 LATENTS_KEY = "latents"  # the one tensor of a latents file, [T, C, H, W], normalised
 
@@ -32,13 +35,13 @@ class Decoder(Protocol):
 class Start:
     """The given part of a video.
 
-    prefix_BTCHW: clean latents the rollout begins with, [1, T, C, H, W]. frames_VRHW: frames that stand before
-    everything generated, as they are. shown_BTCHW: latents whose frames do, to be decoded first. is_prefix_shown:
+    prefix_BTCHW: clean latents the rollout begins with, [1, T, C, H, W]. video: its frames stand before everything
+    generated, as they are. shown_BTCHW: latents whose frames do, to be decoded first. is_prefix_shown:
     whether the prefix's own frames are part of the video.
     """
 
     prefix_BTCHW: Tensor | None = None
-    frames_VRHW: Tensor | None = None
+    video: VideoReader | None = None
     shown_BTCHW: Tensor | None = None
     is_prefix_shown: bool = True
 
@@ -52,14 +55,14 @@ def start_from_image(image_1RHW: Tensor, encoder: Encoder) -> Start:
     return Start(prefix_BTCHW=encoder.encode(image_1RHW[:, None]).float())
 
 
-def start_from_video(frames_VRHW: Tensor, encoder: Encoder, causal: CausalConfig) -> Start:
+def start_from_video(video: GivenVideo, encoder: Encoder, causal: CausalConfig) -> Start:
     """The end of a video, as much of it as the window leaves room for, as what the new chunks see.
 
     Raises ValueError if it is too short for one chunk.
     """
-    count = context_frames(covered_latents(len(frames_VRHW)), causal)
-    tail = frames_VRHW[-pixel_frames(count) :]
-    return Start(encoder.encode(tail[None]).float(), frames_VRHW=frames_VRHW, is_prefix_shown=False)
+    count = context_frames(covered_latents(len(video)), causal)
+    tail = video.reader.frames(len(video) - pixel_frames(count))
+    return Start(encoder.encode(tail[None]).float(), video=video.reader, is_prefix_shown=False)
 
 
 def start_from_latents(latents_TCHW: Tensor, causal: CausalConfig) -> Start:
@@ -85,8 +88,10 @@ def shown_frames(start: Start, decoder: Decoder, piece: int) -> Iterator[Tensor]
     """Frames [1, V, R, H, W] that the start brings along, `piece` latent frames at a time; `decoder` is a stream."""
     if start.shown_BTCHW is not None:
         yield from (decoder.decode(latents_BTCHW) for latents_BTCHW in start.shown_BTCHW.split(piece, 1))
-    elif start.frames_VRHW is not None:
-        yield from start.frames_VRHW[None].split(TEMPORAL_FACTOR * piece, 1)
+    elif start.video is not None:
+        pictures = start.video.pictures()
+        while frames := list(itertools.islice(pictures, TEMPORAL_FACTOR * piece)):
+            yield torch.stack(frames)[None]
 
 
 def frames_of(chunks: Iterable[Any], decoder: Decoder, start: Start) -> Iterator[Tensor]:

@@ -1,5 +1,7 @@
 """Video files through PyAV: H.264 in yuv420p, which every browser and player shows, and contact sheets as PNG.
 
+Equal frames become equal files, and the file says how its colours are coded, so that players show those that were made.
+Reading is in video_reader.py.
 Letters: V video frames, R RGB, H W height and width in pixels. Values of frames are in [0, 1].
 """
 
@@ -7,6 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,16 +18,26 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from av.error import FFmpegError
 from PIL import Image
 from torch import Tensor
 
 from .atomic import GrowingFile, check_writable, replacing, writing
+from .sound import Sound, SoundTrack
+from .video_reader import BT709, FULL, LIMITED, RGB_MATRIX, SCALER, file_name
+from .video_reader import read_metadata as read_metadata
+from .video_reader import read_video as read_video
 
 CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
-# x264: crf 18 is visually lossless (0 is exact, 51 is worst). Its assembly was seen to encode equal frames into files
-# that differ in a few bytes, with one thread too: compare frames, not files.
-ENCODER = {"crf": "18", "preset": "medium"}
+
+
+def encoder_options(**more: str) -> dict[str, str]:
+    """Return the options of x264: crf 18 is visually lossless (0 is exact, 51 is worst).
+
+    Its AVX-512 assembly encodes equal frames into files that differ, with one thread too; up to AVX2 it does not.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    repeatable = {"x264-params": "asm=avx2"} if capability.startswith("AVX") else {}  # a CPU without gets no code of it
+    return {"crf": "18", "preset": "medium", **repeatable, **more}
 
 
 def write_video(
@@ -32,11 +46,12 @@ def write_video(
     fps: float = 16,
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    sound: Sound | None = None,
 ) -> int:
     """Write frames as H.264 and return their number; the file appears when it is complete, or not at all.
 
     frames: [V,R,H,W], [1,V,R,H,W], or an iterable of such chunks, which is consumed one chunk at a time.
-    metadata: entries for the container; values that are not text are stored as JSON.
+    metadata: entries for the container; values that are not text are stored as JSON. sound: what is heard meanwhile.
     Raises ValueError for odd sizes (yuv420p halves both), for chunks that differ in size, for no frames, and for a
     path that cannot be written or already exists.
     """
@@ -45,7 +60,7 @@ def write_video(
     if fps <= 0:
         raise ValueError(f"fps {fps} is not positive; Wan models are trained at 16")
     with replacing(path, overwrite=overwrite) as temporary:
-        return _encode(temporary, CONTAINERS[path.suffix.lower()], _chunks(frames), fps, metadata or {})
+        return _encode(temporary, CONTAINERS[path.suffix.lower()], _chunks(frames), fps, metadata or {}, sound)
 
 
 def check_video_path(path: str | Path) -> None:
@@ -65,10 +80,14 @@ def _chunks(frames: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         yield chunk
 
 
-def _encode(path: Path, container: str, chunks: Iterator[Tensor], fps: float, metadata: Mapping[str, Any]) -> int:
-    # Without use_metadata_tags the mp4 muxer keeps only the few names it knows.
-    with av.open(str(path), "w", format=container, options={"movflags": "use_metadata_tags+faststart"}) as file:
-        writer = _Writer(file, fps, metadata, "libx264", "yuv420p", ENCODER)
+def _encode(
+    path: Path, container: str, chunks: Iterator[Tensor], fps: float, metadata: Mapping[str, Any], sound: Sound | None
+) -> int:
+    with ExitStack() as stack:
+        file = stack.enter_context(av.open(file_name(path), "w", format=container, options=_muxer(container)))
+        writer = _Writer(file, fps, metadata, H264)
+        if sound is not None:
+            writer.track = stack.enter_context(closing(SoundTrack(file, sound)))
         for chunk_VRHW in chunks:
             writer.add(chunk_VRHW)
         writer.finish()
@@ -77,17 +96,46 @@ def _encode(path: Path, container: str, chunks: Iterator[Tensor], fps: float, me
     return writer.count
 
 
-class _Writer:
-    """Frames into an open container; the first chunk says their size."""
+def _muxer(container: str, movflags: str = "faststart") -> dict[str, str]:
+    """Options of a container. Without use_metadata_tags mp4 keeps few names, without bitexact Matroska is never twice
+    the same.
+    """
+    more = {} if container == "matroska" else {"movflags": f"use_metadata_tags+{movflags}"}
+    return {"fflags": "+bitexact", **more}
 
-    def __init__(
-        self, file: Any, fps: float, metadata: Mapping[str, Any], codec: str, pixels: str, options: dict[str, str]
-    ) -> None:
+
+@dataclass(frozen=True)
+class Coding:
+    """How frames are encoded: the codec, its pixels and options, and by which matrix and range RGB becomes them."""
+
+    codec: str
+    pixels: str
+    options: dict[str, str]
+    matrix: int
+    range: int
+
+
+H264 = Coding("libx264", "yuv420p", encoder_options(), BT709, LIMITED)
+# A key frame, and with it a fragment, at least every 12 frames.
+H264_STREAM = Coding("libx264", "yuv420p", encoder_options(tune="zerolatency", g="12"), BT709, LIMITED)
+FFV1 = Coding("ffv1", "bgr0", {"level": "3", "g": "1", "slices": "4"}, RGB_MATRIX, FULL)
+
+
+class _Writer:
+    """Frames into an open container; the first chunk says their size. track: the sound beside them."""
+
+    def __init__(self, file: Any, fps: float, metadata: Mapping[str, Any], coding: Coding) -> None:
         for name, value in metadata.items():
             file.metadata[name] = value if isinstance(value, str) else json.dumps(value)
-        self.file, self.count = file, 0
-        self.stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
-        self.stream.pix_fmt = pixels
+        self.file, self.count, self.coding = file, 0, coding
+        self.track: SoundTrack | None = None
+        self.rate = Fraction(fps).limit_denominator(1001)
+        self.stream = file.add_stream(coding.codec, rate=self.rate, options=coding.options)
+        self.stream.pix_fmt = coding.pixels
+        context = self.stream.codec_context
+        context.thread_count = 1  # their number changes what x264 writes; that of a machine's cores must not
+        context.color_primaries = context.color_trc = BT709
+        context.colorspace, context.color_range = coding.matrix, coding.range
 
     def add(self, frames_VRHW: Tensor) -> None:
         """Encode a chunk. Raises ValueError if its size is odd or not that of the ones before."""
@@ -98,22 +146,31 @@ class _Writer:
         elif (width, height) != (self.stream.width, self.stream.height):
             raise ValueError(f"a chunk of {width}x{height} follows frames of {self.stream.width}x{self.stream.height}")
         for picture in _to_bytes(frames_VRHW):
-            self.file.mux(self.stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            self.file.mux(self.stream.encode(self._coded(picture)))
             self.count += 1
+            if self.track is not None:
+                self.track.until(self.count / self.rate)
+
+    def _coded(self, picture_HWR: np.ndarray) -> Any:
+        frame, coding = av.VideoFrame.from_ndarray(picture_HWR, format="rgb24"), self.coding
+        if coding.matrix == RGB_MATRIX:
+            return frame.reformat(format=coding.pixels)
+        return frame.reformat(
+            format=coding.pixels, src_colorspace=coding.matrix, dst_colorspace=coding.matrix, src_color_range=FULL,
+            dst_color_range=coding.range, interpolation=SCALER,
+        )  # fmt: skip
 
     def finish(self) -> None:
         if self.count:
             self.file.mux(self.stream.encode(None))
+        if self.count and self.track is not None:
+            self.track.until(None)
 
 
-# codec, pixels, options of the encoder and container; a key frame, and with it a fragment, at least every 12 frames
 _STREAMS = {
-    ".mp4": (
-        "libx264", "yuv420p", {**ENCODER, "tune": "zerolatency", "g": "12"},
-        {"movflags": "use_metadata_tags+frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"},
-    ),
-    ".mkv": ("ffv1", "bgr0", {"level": "3", "g": "1"}, {"cluster_time_limit": "500", "flush_packets": "1"}),
-}  # fmt: skip
+    ".mp4": (H264_STREAM, _muxer("mp4", "frag_keyframe+empty_moov+default_base_moof")),
+    ".mkv": (FFV1, {**_muxer("matroska"), "cluster_time_limit": "500"}),
+}
 
 
 class VideoStream:
@@ -128,12 +185,12 @@ class VideoStream:
         if self.path.suffix.lower() not in _STREAMS:
             raise ValueError(f"{path}: cannot be streamed to; use an ending of {', '.join(_STREAMS)}")
         check_writable(self.path, overwrite=False)
-        codec, pixels, options, muxer = _STREAMS[self.path.suffix.lower()]
+        coding, muxer = _STREAMS[self.path.suffix.lower()]
         container = CONTAINERS[self.path.suffix.lower()]
         self._grown = GrowingFile(self.path)
         try:
-            self._file = av.open(self._grown, "w", format=container, options=muxer)
-            self._writer = _Writer(self._file, fps, metadata or {}, codec, pixels, options)
+            self._file = av.open(self._grown, "w", format=container, options={**muxer, "flush_packets": "1"})
+            self._writer = _Writer(self._file, fps, metadata or {}, coding)
         except BaseException:
             self._grown.close()  # without a byte it is removed
             raise
@@ -184,35 +241,6 @@ def _to_bytes(frames_VRHW: Tensor) -> np.ndarray:
     """[V,R,H,W] in [0, 1] to uint8 [V,H,W,R] on the CPU."""
     scaled = frames_VRHW.detach().float().clamp(0, 1) * 255
     return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-
-def read_video(path: str | Path) -> Tensor:
-    """All frames of a video file as [V,R,H,W] in [0, 1]. Raises ValueError when it is not a readable video."""
-    with _open_video(path) as file:
-        try:
-            pictures = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
-        except FFmpegError as error:
-            raise ValueError(f"{path}: is a damaged video ({error.strerror})") from error
-    if not pictures:
-        raise ValueError(f"{path}: holds no video frame")
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-
-
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """The entries of a video file's container. Raises ValueError when it is not a readable video."""
-    with _open_video(path) as file:
-        return dict(file.metadata)
-
-
-def _open_video(path: str | Path) -> Any:
-    try:
-        file = av.open(str(path))
-    except (FFmpegError, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as a video ({error.strerror})") from error
-    if not file.streams.video:
-        file.close()
-        raise ValueError(f"{path}: holds no video stream")
-    return file
 
 
 def write_contact_sheet(path: str | Path, frames_VRHW: Tensor, columns: int = 8, overwrite: bool = False) -> None:

@@ -3,6 +3,8 @@
 Of numbers that may or may not do, the answer is that line or a video of finite latents that plays. Of text that people
 type (settings, prompt files, schedules, launch lines), not a letter is changed on its way, or it is refused.
 
+Videos, pictures and sounds are in fuzz_media.py, which can be run alone.
+
 python -m tests.fuzz --count 10000 --seed 0
 """
 
@@ -34,6 +36,7 @@ from selfforcing_core.prompt_schedule import parse_schedule, schedule_note
 from selfforcing_core.prompts import read_lines
 from selfforcing_core.text import clean_prompt
 from selfforcing_core.video import read_video
+from tests.fuzz_media import MediaFuzzer
 from train.args import DiffusionArgs, DmdArgs, OdeArgs, parse, to_dict, to_yaml
 from train.conditions import read_texts
 from train.export import ExportArgs
@@ -176,6 +179,7 @@ class Fuzzer:
         for name in ("a.safetensors", "b.pt"):
             (folder / name).unlink()
         self.texts = TextFuzzer(folder, self.random)
+        self.media = MediaFuzzer(folder, self.random)
 
     # ------------------------------------------------------------- checkpoints --
     def damaged(self) -> bytes:
@@ -247,6 +251,8 @@ class Fuzzer:
         """What was wrong with the answer to one damaged input; None if nothing was."""
         if index % 4 == 3:
             return self.texts.try_one(index // 4)
+        if index % 8 == 5:
+            return self.media.try_one()
         may_do = index % 12 == 0
         arguments = self.checkpoint_command() if index % 2 else self.argument_command()
         if may_do:

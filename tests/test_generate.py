@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -31,6 +33,7 @@ from selfforcing_core.video import read_metadata, read_video
 from tests.golden_media import clip_shapes
 from tests.test_cli import refusal
 from tests.test_media import vae_weights
+from tests.test_video_reader import STEP, constant, heard, lie, make
 from train.tiny.world import detect
 
 SIZES = {"dim": 32, "ffn_dim": 32, "num_heads": 1, "num_layers": 1, "text_dim": 128, "text_len": 16, "freq_dim": 16}
@@ -116,6 +119,65 @@ def test_a_video_goes_on_and_on(options: list[str], tmp_path: Path, capsys: pyte
     before, after = read_video(tmp_path / "0.mp4"), read_video(tmp_path / "2.mp4")
     assert after.shape == (57, 3, 16, 32)
     assert (after[:33] - before).abs().mean() < 0.05, "what was there stays"
+
+
+def test_what_is_extended_keeps_its_time_its_sound_and_its_place(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Thirty frames a second from a phone held upright, with sound, under a name that looks like an address."""
+    given, out = tmp_path / "take1:cat.mp4", tmp_path / "b.mp4"
+    make(given, constant(30, 62), pictures=[np.full((32, 16, 3), STEP * (index // 2), np.uint8) for index in range(62)],
+         sound="aac")  # fmt: skip
+    lie(given, (0, 1, -1, 0))
+    more = ["--prompt", "a", "--extend", str(given), "--frames", "12", "--out", str(out), "--window", "-1"]
+    kept = tmp_path / "b.safetensors"
+    told = run([*options, *more, "--latents", str(kept)], capsys)[0]
+    assert told["frames"] == 33 + 12
+    frames = read_video(out)
+    assert frames.shape == (45, 3, 16, 32)
+    shown = (frames[:33].mean((1, 2, 3)) * 255 / STEP).tolist()
+    assert shown == pytest.approx([math.ceil(index * 30 / 16 - 0.5) // 2 for index in range(33)], abs=1.1)
+    name, begin, end = heard(out)
+    assert name == "aac"
+    assert (begin, end) == (pytest.approx(0, abs=0.05), pytest.approx(33 / 16, abs=0.06))
+    for words in (
+        "its 62 frames are read as 33 at 16 fps", "its sound is kept for its 2.06 s; what is added is silent",
+        "b.safetensors keeps no sound",
+    ):  # fmt: skip
+        assert words in caplog.text
+    caplog.clear()
+    run([*options, *more[:-4], "--out", str(tmp_path / "c.mkv"), "--fps", "30", "--window", "-1"], capsys)
+    assert len(read_video(tmp_path / "c.mkv")) == 62 + 12
+    assert "Wan models know motion at 16" in caplog.text
+
+
+def test_a_long_video_is_extended_without_holding_it(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a window no more pictures are alive at once than it and a chunk hold."""
+    run([*options, "--prompt", "a", "--frames", "93", "--out", str(tmp_path / "a.mp4")], capsys)
+    most = 0
+    stack = torch.stack
+
+    def spy(tensors: list[torch.Tensor], *rest: Any) -> torch.Tensor:
+        nonlocal most
+        most = max(most, len(tensors))
+        return stack(tensors, *rest)
+
+    monkeypatch.setattr(torch, "stack", spy)
+    more = ["--prompt", "a", "--extend", str(tmp_path / "a.mp4"), "--frames", "12", "--window", "6"]
+    told = run([*options, *more, "--out", str(tmp_path / "b.mp4")], capsys)[0]
+    assert told["frames"] == 93 + 12
+    assert 0 < most <= 4 * 6
+
+
+def test_the_same_command_twice_gives_the_same_file(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for ending in ("mp4", "mkv"):
+        for index in (1, 2):
+            run([*options, "--prompt", "a", "--frames", "33", "--out", str(tmp_path / f"{index}.{ending}")], capsys)
+        assert (tmp_path / f"1.{ending}").read_bytes() == (tmp_path / f"2.{ending}").read_bytes()
 
 
 def test_latents_go_on_without_a_seam(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,7 +353,7 @@ def test_prompts_of_a_file_get_safe_names(
 def test_any_batch_makes_the_same_videos(
     options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compared before encoding: the same frames do not always become the same H.264."""
+    """Compared before encoding."""
     frames: dict[str, torch.Tensor] = {}
 
     def keep(path: Path, chunks: Any, **_: Any) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from selfforcing_core.video import write_video
 from selfforcing_core.wan_vae import load_wan_vae
+from tests.test_video_reader import constant, lie, make, quarters
 from tests.training import numbers, run, run_settings, write_encoders
 from train import make_latents, ode, trajectories
 from train.data import ClipDatabase, read_pairs
+from train.make_lmdb import first_frame
 from train.make_lmdb import main as make_lmdb
 
 
@@ -40,16 +43,16 @@ def test_videos_become_latents_and_a_database(
         "--width", "48", "--height", "32", "--frames", "9",
     ]  # fmt: skip
     assert make_latents.main(options) == 0
-    assert json.loads(capsys.readouterr().out) == {"written": 2, "there": 0, "left_out": 3}
-    for words in ("short.mp4 has 4 frames", "silent.txt is empty", "broken.mp4 cannot be read"):
+    assert json.loads(capsys.readouterr().out) == {"written": 2, "there": 0, "left_out": 3, "with_cuts": 0}
+    for words in ("short.mp4: has 4 frames", "silent.txt is empty", "broken.mp4: cannot be read"):
         assert words in caplog.text
     assert make_latents.main(options) == 0
-    assert json.loads(capsys.readouterr().out) == {"written": 0, "there": 2, "left_out": 3}
+    assert json.loads(capsys.readouterr().out) == {"written": 0, "there": 2, "left_out": 3, "with_cuts": 0}
     ((prompt, latents),) = read_pairs(tmp_path / "latents/b.pt")
     assert prompt == "clip b"
     assert latents.shape == (3, 16, 4, 6)
     geometry = make_latents.VideoGeometry(48, 32, 9, chunk=1)
-    frames = make_latents.first_frames(videos / "b.mp4", geometry)
+    frames, _ = make_latents.first_frames(videos / "b.mp4", geometry)
     torch.testing.assert_close(latents, load_wan_vae(videos / "vae.safetensors").encode(frames[None])[0])
     paths = ["--data_path", str(tmp_path / "latents"), "--lmdb_path", str(tmp_path / "clips")]
     assert make_lmdb([*paths, "--video_path", str(videos)]) == 0
@@ -57,6 +60,39 @@ def test_videos_become_latents_and_a_database(
     assert row.prompt == "clip a"
     assert row.image_RHW is not None
     assert row.image_RHW.shape == (3, 40, 60)
+
+
+def test_clips_are_upright_in_time_and_without_cuts(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "in").mkdir()
+    grey = [np.full((40, 60, 3), 200, np.uint8)] * 60
+    make(tmp_path / "in/fast.mp4", constant(60, 60), pictures=grey, sound="aac")
+    make(tmp_path / "in/cut.mp4", constant(16, 12), pictures=[*grey[:6], *[np.zeros_like(grey[0])] * 6])
+    make(tmp_path / "in/phone.mp4", constant(16, 12), pictures=[np.repeat(quarters(), 2, 0)] * 12)
+    lie(tmp_path / "in/phone.mp4", (0, 1, -1, 0))
+    for name in ("fast", "cut", "phone"):
+        (tmp_path / f"in/{name}.txt").write_text(name, encoding="utf-8")
+    options = [
+        "--input_video_folder", str(tmp_path / "in"), "--prompt_folder", str(tmp_path / "in"),
+        "--vae", str(videos / "vae.safetensors"), "--width", "32", "--height", "32", "--frames", "9",
+    ]  # fmt: skip
+    assert make_latents.main([*options, "--output_latent_folder", str(tmp_path / "all")]) == 0
+    assert json.loads(capsys.readouterr().out) == {"written": 3, "there": 0, "left_out": 0, "with_cuts": 1}
+    for words in ("fast.mp4: has 60 fps", "cut.mp4: is cut at 0.38 s", "latents hold no sound; that of 1 videos"):
+        assert words in caplog.text
+    more = ["--output_latent_folder", str(tmp_path / "some"), "--skip_cuts"]
+    assert make_latents.main([*options, *more]) == 0
+    assert json.loads(capsys.readouterr().out) == {"written": 2, "there": 0, "left_out": 1, "with_cuts": 1}
+    geometry = make_latents.VideoGeometry(32, 32, 9, chunk=1)
+    frames, findings = make_latents.first_frames(tmp_path / "in/fast.mp4", geometry)
+    assert len(frames) == 9
+    assert 0.5 < float(findings.seconds) < 0.6, "nine frames of a sixteenth of a second"
+    picture = first_frame(tmp_path / "in/phone.mp4")
+    assert picture.shape == (64, 64, 3)
+    assert picture[5, 5].tolist()[2] > 200, "blue has come to the upper left"
+    assert make_latents.main([*options, *more, "--fps", "0"]) == 2
+    assert "fps 0.0 is not a rate" in capsys.readouterr().err
 
 
 def test_what_cannot_be_encoded_is_one_line(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -156,6 +157,160 @@ def test_a_picture_file_is_read_upright_over_white(tmp_path: Path) -> None:
     for name in ("c.png", "missing.png"):
         with pytest.raises(ValueError, match="cannot be read as a picture"):
             read_image(tmp_path / name)
+
+
+RED, BLUE = (200, 40, 40), (40, 40, 200)
+
+
+def two_colours() -> Image.Image:
+    """Red on the left, blue on the right."""
+    pixels = np.zeros((6, 8, 3), np.uint8)
+    pixels[:, :4], pixels[:, 4:] = RED, BLUE
+    return Image.fromarray(pixels)
+
+
+def of_mode(mode: str) -> Image.Image:
+    """The two colours, or for numbers beyond 8 bits a ramp over the whole range, in this mode of PIL."""
+    colours = two_colours()
+    if mode == "LAB":
+        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        converted = ImageCms.profileToProfile(colours, *profiles, outputMode="LAB")
+        assert converted is not None
+        return converted
+    ramp = np.linspace(0, 65535, 48).round().reshape(6, 8)
+    if mode == "F":
+        return Image.fromarray((ramp / 65535).astype(np.float32))
+    if mode == "I":
+        return Image.fromarray(ramp.astype(np.int32))
+    if mode.startswith("I;16"):
+        return Image.frombytes(mode, (8, 6), ramp.astype(">u2" if mode == "I;16B" else "<u2").tobytes())
+    return colours.quantize(4).convert(mode) if mode.startswith("P") else colours.convert(mode)
+
+
+EXACT = ("BMP", "DIB", "GIF", "ICO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")  # lossless
+WRITTEN = {"1": 9, "L": 10, "LA": 6, "P": 8, "PA": 1, "RGB": 10, "RGBA": 9, "RGBX": 1, "CMYK": 1, "YCbCr": 1,
+           "LAB": 1, "I": 2, "F": 2, "I;16": 4, "I;16L": 1, "I;16B": 3}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", sorted(WRITTEN))
+def test_every_mode_that_pil_writes_is_read_as_what_it_shows(tmp_path: Path, mode: str) -> None:
+    """In every lossless format that takes the mode; the numbers say in how many at least."""
+    Image.init()
+    image, count = of_mode(mode), 0
+    for name in EXACT:
+        if name in ("WEBP", "GIF") and mode.startswith(("I", "F", "PA")):
+            continue  # PIL itself clips them while it writes
+        try:
+            image.save(tmp_path / f"a.{name}", format=name, **({"lossless": True} if name == "WEBP" else {}))
+        except (OSError, ValueError, KeyError):
+            continue
+        read, count = read_image(tmp_path / f"a.{name}"), count + 1
+        assert read.shape == (3, 6, 8), name
+        if mode == "F" or mode.startswith("I"):
+            expected = torch.linspace(0, 1, 48).view(1, 6, 8).expand(3, -1, -1)
+            assert (read - expected).abs().max() < 2e-5, name
+            continue
+        sides = [tuple((read[:, 3, x] * 255).round().int().tolist()) for x in (1, 6)]
+        grey = [tuple([two_colours().convert("L").getpixel((x, 3))] * 3) for x in (1, 6)]
+        wanted = {"1": None, "L": grey, "LA": grey}.get(mode, [RED, BLUE])
+        if wanted is None:
+            assert set(read.flatten().tolist()) <= {0, 1}, name
+            wanted = sides
+        assert all(abs(a - b) <= 2 for got, want in zip(sides, wanted) for a, b in zip(got, want)), (name, sides)
+    assert count >= WRITTEN[mode]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high", "words"),
+    [
+        ("int32", 0, 65536, "numbers from 0 to 65536, where pictures of this kind have 0 to 65535"),
+        ("int32", -1, 9, "numbers from -1 to 9"),
+        ("float32", 0, 255, "numbers from 0 to 255, where pictures of this kind have 0 to 1"),
+        ("float32", -0.5, 1, "numbers from -0.5 to 1"),
+        ("float32", 0, float("nan"), "numbers from nan to nan"),
+        ("float32", 0, float("inf"), "numbers from 0 to inf"),
+    ],
+)
+def test_numbers_of_unknown_meaning_are_refused_with_their_range(
+    tmp_path: Path, dtype: str, low: float, high: float, words: str
+) -> None:
+    Image.fromarray(np.array([[low, high], [low, high]], dtype)).save(tmp_path / "a.tiff")
+    with pytest.raises(ValueError, match=words):
+        read_image(tmp_path / "a.tiff")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "I;16"])
+def test_every_orientation_is_turned_upright(tmp_path: Path, orientation: int, mode: str) -> None:
+    """Where the corner of the stored picture goes, by the EXIF standard."""
+    pixels = np.zeros((4, 6), np.uint16)
+    pixels[0, 0] = 65535
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = (
+        Image.fromarray(pixels) if mode == "I;16" else Image.fromarray((pixels >> 8).astype(np.uint8)).convert(mode)
+    )
+    stored.save(tmp_path / "a.png", exif=exif)
+    read = read_image(tmp_path / "a.png")
+    assert read.shape == ((3, 4, 6) if orientation < 5 else (3, 6, 4))
+    bottom, right = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1), 8: (1, 0)}[
+        orientation
+    ]
+    assert read[:, -bottom, -right].tolist() == [1, 1, 1]
+    assert read.sum() == 3
+
+
+def test_transparency_of_every_kind_is_over_white(tmp_path: Path) -> None:
+    colours = two_colours()
+    palette = colours.quantize(4)
+    palette.save(tmp_path / "palette.png", transparency=palette.getpixel((6, 3)))
+    colours.save(tmp_path / "key.png", transparency=BLUE)
+    whole = colours.copy()
+    whole.putalpha(Image.fromarray(np.repeat([[255] * 4 + [0] * 4], 6, 0).astype(np.uint8)))
+    whole.save(tmp_path / "alpha.png")
+    whole.convert("LA").save(tmp_path / "grey.png")
+    Image.fromarray(np.repeat([[9] * 4 + [40000] * 4], 6, 0).astype(np.uint16)).save(
+        tmp_path / "deep.png", transparency=40000
+    )
+    for name in ("palette", "key", "alpha", "grey", "deep"):
+        read = read_image(tmp_path / f"{name}.png")
+        assert read[:, 3, 6].tolist() == [1, 1, 1], name
+        assert read[:, 3, 1].max() < 0.9, name
+
+
+def test_what_of_a_picture_is_not_read_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    colours = two_colours()
+    more = [colours.rotate(180)]
+    for ending in ("gif", "webp", "png", "tiff"):
+        colours.save(
+            tmp_path / f"a.{ending}",
+            save_all=True,
+            append_images=more,
+            **({"lossless": True} if ending == "webp" else {}),
+        )
+        caplog.clear()
+        assert (read_image(tmp_path / f"a.{ending}")[0, 3, 1] * 255).round() == pytest.approx(200, abs=12)
+        assert "holds 2 pictures; the first is read" in caplog.text
+    caplog.clear()
+    colours.save(tmp_path / "b.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    read_image(tmp_path / "b.png")
+    assert caplog.text == ""
+    colours.save(tmp_path / "c.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes())
+    read_image(tmp_path / "c.png")
+    assert "is not applied" in caplog.text
+
+
+def test_a_damaged_or_immense_picture_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_colours().resize((64, 64)).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    for size in (0, 7, 30, len(data) // 2, len(data) - 30):
+        (tmp_path / "b.png").write_bytes(data[:size])
+        with pytest.raises(ValueError, match=r"b\.png: cannot be read as a picture") as caught:
+            read_image(tmp_path / "b.png")
+        assert "\n" not in str(caught.value)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="decompression bomb"):
+        read_image(tmp_path / "a.png")
 
 
 def test_condition_marks_the_first_latent_frame_only(vae_files: list[Path]) -> None:

@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 8 -m train.make_latents --input_video_folder videos --output_latent_folder latents \\
         --prompt_folder prompts --vae Wan2.1_VAE.pth
 
-The prompt of videos/x.mp4 is that of prompts/x.txt; its latents become latents/x.pt. The first frames of a video are
-scaled to cover the size and cut evenly. What is there already is not made again, so the same command goes on after a
-stop. Everything left out is named and counted.
+The prompt of videos/x.mp4 is that of prompts/x.txt; its latents become latents/x.pt. The first frames of a video,
+upright and at --fps, are scaled to cover the size and trimmed evenly. What was changed is named, so are cuts. What is
+there already is not made again, so the same command goes on after a stop. Everything left out is named and counted.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ import os
 import sys
 from pathlib import Path
 
-import av
 import torch
-from av.error import FFmpegError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,6 +24,8 @@ from selfforcing_core.atomic import make_folder, replacing
 from selfforcing_core.cli import Parser
 from selfforcing_core.geometry import VideoGeometry
 from selfforcing_core.image import fit_image
+from selfforcing_core.plan import LEAST_FPS, MOST_FPS
+from selfforcing_core.video_reader import TRAINED_FPS, Findings, VideoReader
 from selfforcing_core.wan_vae import WanVAE, load_wan_vae
 from train.args import mistake
 
@@ -34,37 +34,42 @@ VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 DTYPES = ("bfloat16", "float32")
 
 
-def first_frames(path: Path, geometry: VideoGeometry) -> Tensor:
-    """The first frames of a video in the clips' size, [V, R, H, W] in [0, 1]. Raises ValueError if it is too short."""
-    frames = []
-    try:
-        with av.open(str(path)) as container:
-            for frame in container.decode(video=0):
-                picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).float() / 255
-                frames.append(fit_image(picture, geometry.width, geometry.height))
-                if len(frames) == geometry.frames:
-                    break
-    except (FFmpegError, OSError, IndexError) as error:
-        raise ValueError(f"cannot be read as a video ({error})") from error
+def first_frames(path: Path, geometry: VideoGeometry, fps: float = TRAINED_FPS) -> tuple[Tensor, Findings]:
+    """Return the first frames of a video at `fps` in the clips' size, [V, R, H, W] in [0, 1], and what was found.
+
+    Raises ValueError if it is too short.
+    """
+    reader, frames = VideoReader(path, fps), []
+    findings = reader.findings()
+    for picture in reader.pictures(0, geometry.frames, findings):
+        frames.append(fit_image(picture, geometry.width, geometry.height))
     if len(frames) < geometry.frames:
-        raise ValueError(f"has {len(frames)} frames, clips take {geometry.frames}")
-    return torch.stack(frames)
+        raise ValueError(f"{path}: has {len(frames)} frames at {fps:g} fps, clips take {geometry.frames}")
+    return torch.stack(frames), findings
 
 
 def prompt_of(video: Path, prompts: Path) -> str:
     """The prompt beside a video. Raises ValueError if there is none."""
     path = prompts / f"{video.stem}.txt"
     if not path.is_file():
-        raise ValueError(f"has no prompt; {path} is missing")
+        raise ValueError(f"{video}: has no prompt; {path} is missing")
     text = " ".join(path.read_text(encoding="utf-8-sig").split())
     if not text:
-        raise ValueError(f"has no prompt; {path} is empty")
+        raise ValueError(f"{video}: has no prompt; {path} is empty")
     return text
 
 
-def encode(videos: list[Path], prompts: Path, out: Path, vae: WanVAE, geometry: VideoGeometry) -> dict[str, int]:
-    """Write the latents of these videos; returns how many were written, there already, and left out."""
-    told = {"written": 0, "there": 0, "left_out": 0}
+def encode(
+    videos: list[Path],
+    prompts: Path,
+    out: Path,
+    vae: WanVAE,
+    geometry: VideoGeometry,
+    fps: float = TRAINED_FPS,
+    skip_cuts: bool = False,
+) -> dict[str, int]:
+    """Write the latents of these videos; returns how many were written, there already, left out, and have cuts."""
+    told, silent = {"written": 0, "there": 0, "left_out": 0, "with_cuts": 0}, 0
     for video in tqdm(videos, ascii=True):
         target = out / f"{video.stem}.pt"
         if target.is_file():
@@ -72,17 +77,26 @@ def encode(videos: list[Path], prompts: Path, out: Path, vae: WanVAE, geometry: 
             continue
         try:
             prompt = prompt_of(video, prompts)
-            latents = vae.encode(first_frames(video, geometry)[None])
+            frames, findings = first_frames(video, geometry, fps)
+            for note in findings.in_words():
+                log.warning("%s: %s", video, note)
+            told["with_cuts"] += bool(findings.cuts)
+            if skip_cuts and findings.cuts:
+                raise ValueError(f"{video}: has cuts")
+            latents = vae.encode(frames[None])
             if not latents.isfinite().all():
-                raise ValueError("has latents that are not numbers")
+                raise ValueError(f"{video}: has latents that are not numbers")
         except ValueError as error:
-            log.warning("%s %s; left out", video, error)
+            log.warning("%s; left out", error)
             told["left_out"] += 1
             continue
         make_folder(out)
         with replacing(target, overwrite=True) as temporary:
             torch.save({prompt: latents.float().cpu()}, temporary)
         told["written"] += 1
+        silent += findings.sound is not None
+    if silent:
+        log.warning("latents hold no sound; that of %d videos is not in them", silent)
     return told
 
 
@@ -102,12 +116,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=832, help="pixels (default: %(default)s)")
     parser.add_argument("--height", type=int, default=480, help="pixels (default: %(default)s)")
     parser.add_argument("--frames", type=int, default=81, help="of a clip (default: %(default)s)")
+    parser.add_argument("--fps", type=float, default=TRAINED_FPS, help="rate of a clip's frames (default: %(default)s)")
+    parser.add_argument("--skip_cuts", action="store_true", help="leave out clips that are cut; else they are named")
     parser.add_argument("--device", default="auto", help="auto: cuda if there is one (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the VAE (default: bfloat16 on cuda, else float32)")
     options = parser.parse_args(argv)
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
+        if not LEAST_FPS <= options.fps <= MOST_FPS:
+            raise ValueError(
+                f"fps {options.fps} is not a rate between {LEAST_FPS} and {MOST_FPS}; models are trained at 16"
+            )
         geometry = VideoGeometry(options.width, options.height, options.frames, chunk=1)
         found = sorted(path for path in options.input_video_folder.glob("*") if path.suffix.lower() in VIDEOS)
         if not found:
@@ -115,7 +135,10 @@ def main(argv: list[str] | None = None) -> int:
         device = _own_device(options.device)
         dtype = options.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
         vae = load_wan_vae(options.vae, dtype=getattr(torch, dtype), device=device)
-        told = encode(found[rank::size], options.prompt_folder, options.output_latent_folder, vae, geometry)
+        told = encode(
+            found[rank::size], options.prompt_folder, options.output_latent_folder, vae, geometry, options.fps,
+            options.skip_cuts,
+        )  # fmt: skip
     except (ValueError, OSError) as error:
         return mistake("train.make_latents", error)
     print(json.dumps({**({"process": rank} if size > 1 else {}), **told}))

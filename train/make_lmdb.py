@@ -10,17 +10,20 @@ that of PROMPTS/<stem>.txt. Everything left out is counted.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import av
 import torch
 from torch import Tensor
 
 from selfforcing_core.cli import Parser
+from selfforcing_core.video_reader import VideoReader
 from train.args import mistake
 from train.data import read_pairs, write_shards
+
+log = logging.getLogger(__name__)
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -32,12 +35,11 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def first_frame(path: Path) -> Tensor:
-    """The first picture of a video, uint8 [H, W, 3]."""
-    try:
-        with av.open(str(path)) as container:
-            return torch.from_numpy(next(container.decode(video=0)).to_ndarray(format="rgb24"))
-    except (OSError, StopIteration, IndexError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as a video ({error})") from error
+    """Return the first picture of a video, upright, uint8 [H, W, 3]."""
+    frames, findings = VideoReader(path).first_frames(1)
+    for note in findings.in_words():
+        log.warning("%s: %s", path, note)
+    return (frames[0] * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
 
 
 def rows_of(

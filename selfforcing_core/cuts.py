@@ -1,0 +1,43 @@
+"""Hard cuts of a video: the moments where one scene ends and another begins.
+
+A cut is a picture that differs strongly from the one before it, and far more than the pictures around it differ from
+theirs: fast motion, shaking and zooming change every picture, a cut changes one. A flash comes and goes and is none.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+
+SIDE = 8  # pictures are compared as thumbnails of SIDE x SIDE pixels, which fast motion changes least
+# Mean difference of two thumbnails, in [0, 1], and how many times the largest around it that has to be.
+LEAST_DIFFERENCE = 0.06
+TIMES_AROUND = 2.0
+AROUND = 4  # differences on each side; animation that holds each drawing for four frames is no row of cuts
+
+
+class CutDetector:
+    """Takes thumbnails one after another and keeps nothing of them but how much they differ."""
+
+    def __init__(self) -> None:
+        self.times: list[Fraction] = []
+        self.differences: list[float] = []
+        self._last: np.ndarray | None = None
+
+    def add(self, time: Fraction, thumbnail_HWR: np.ndarray) -> None:
+        """Compare a uint8 thumbnail, shown at `time` seconds, with the one before it."""
+        thumbnail = thumbnail_HWR.astype(np.int16)
+        if self._last is not None:
+            self.times.append(time)
+            self.differences.append(float(np.abs(thumbnail - self._last).mean()) / 255)
+        self._last = thumbnail
+
+    def cuts(self) -> list[float]:
+        """Return the times of the first pictures behind a cut, in seconds."""
+        found = []
+        for index, difference in enumerate(self.differences):
+            around = self.differences[max(0, index - AROUND) : index] + self.differences[index + 1 : index + AROUND + 1]
+            if difference >= max(LEAST_DIFFERENCE, TIMES_AROUND * max(around, default=0.0)):
+                found.append(float(self.times[index]))
+        return found

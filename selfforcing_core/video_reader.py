@@ -1,0 +1,476 @@
+"""Video files read as they are meant to be seen: upright, in their own colours, at the rate that is asked for.
+
+Whatever was guessed, left out or changed on the way is a note, one sentence each. Nothing is kept but what is asked
+for: a long video is decoded again rather than held.
+Letters: V video frames, R RGB, H W height and width in pixels. Values of frames are in [0, 1].
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from av.error import FFmpegError
+from torch import Tensor
+
+from .cuts import SIDE, CutDetector
+
+log = logging.getLogger(__name__)
+TRAINED_FPS = 16  # Wan models
+
+# What the numbers in a frame's tags mean (ITU-T H.273), and what swscale calls these matrices.
+BT709, UNSPECIFIED, BT601, BT2020 = 1, 2, 5, 9
+MATRICES = {BT709: BT709, 4: 4, BT601: BT601, 6: BT601, 7: 7, BT2020: BT2020}
+RGB_MATRIX = 0
+LIMITED, FULL = 1, 2
+HDR_CURVES = {16: "PQ", 18: "HLG"}
+SCALER = 0x2 | 0x2000 | 0x40000  # bilinear, chroma at full width, accurate rounding
+AREA = 0x20  # every pixel counts in a thumbnail
+
+LONGEST_HOLD = 60  # seconds; a longer pause between two frames is taken for damaged time stamps
+STRANGEST_PIXEL = 8  # pixels more oblong than this are taken for a damaged header
+SPREAD = Fraction(3, 2)  # longest over shortest distance of frames that still counts as one rate
+
+
+@dataclass
+class Findings:
+    """What a pass over a video came across; complete when the pass is.
+
+    fps: as asked, None for every frame once. rate: what the file says, None if nothing. width, height: of the upright
+    picture; square: of the stored one; both with square pixels. sound: its codec, None without. start: the first
+    frame's moment on the file's clock. seconds: from the first frame to the end of the last one that was read. read,
+    given: frames of the file and at the asked rate.
+    """
+
+    path: Path
+    fps: Fraction | None
+    rate: Fraction | None
+    width: int = 0
+    height: int = 0
+    square: tuple[int, int] = (0, 0)
+    sound: str | None = None
+    start: Fraction = Fraction(0)
+    seconds: Fraction = Fraction(0)
+    read: int = 0
+    given: int = 0
+    repeated: int = 0
+    skipped: int = 0
+    shortest: Fraction | None = None
+    longest: Fraction = Fraction(0)
+    unstamped: int = 0
+    backwards: int = 0
+    damaged: int = 0
+    interlaced: int = 0
+    cut_detector: CutDetector = field(default_factory=CutDetector)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def cuts(self) -> list[float]:
+        """Return where a new scene begins, in seconds."""
+        return self.cut_detector.cuts()
+
+    def in_words(self) -> list[str]:
+        """Return one sentence for everything the reader of a result has to know."""
+        found = [*self.notes]
+        if self.unstamped:
+            found.append(f"{self.unstamped} frames have no time stamp and are taken at {self._rate_in_words()}")
+        if self.backwards:
+            found.append(
+                f"{self.backwards} time stamps run backwards; these frames are taken at {self._rate_in_words()}"
+            )
+        if self.repeated or self.skipped:
+            found.append(
+                f"has {self._own_rate_in_words()}; so that it lasts as long as before ({float(self.seconds):.2f} s), "
+                f"its {self.read} frames are read as {self.given} at {float(self.fps or 0):g} fps"
+            )
+        if self.damaged:
+            found.append(f"{self.damaged} places are damaged; what could not be decoded is left out or patched")
+        if self.interlaced:
+            found.append(f"{self.interlaced} frames are interlaced; their rows of two moments are read as one picture")
+        if self.cuts:
+            where = ", ".join(f"{cut:.2f}" for cut in self.cuts[:5]) + (", ..." if len(self.cuts) > 5 else "")
+            found.append(f"is cut at {where} s; the models know scenes without cuts")
+        return found
+
+    def _rate_in_words(self) -> str:
+        return f"{float(self.rate or _DEFAULT_RATE):g} fps"
+
+    def _own_rate_in_words(self) -> str:
+        if self.shortest is not None and self.longest > self.shortest * SPREAD:
+            return f"a variable rate ({1 / float(self.longest):.4g} to {1 / float(self.shortest):.4g} fps)"
+        return f"{self.read / float(self.seconds):.4g} fps"
+
+
+_DEFAULT_RATE = Fraction(25)  # of a file that says nothing
+
+
+class VideoReader:
+    """A video file; each pass decodes it from its beginning.
+
+    fps: the rate at which frames are given: for each moment the nearest one, so that the video lasts as long as before.
+    None gives every frame of the file once. Every method raises ValueError for what cannot be read.
+    """
+
+    def __init__(self, path: str | Path, fps: float | None = None) -> None:
+        self.path = Path(path)
+        self.fps = None if fps is None else Fraction(fps).limit_denominator(1001)
+
+    def survey(self) -> Findings:
+        """Decode all of it and say what it holds."""
+        findings = self.findings()
+        for _ in self._at_rate(findings):
+            pass
+        return findings
+
+    def pictures(self, start: int = 0, count: int | None = None, findings: Findings | None = None) -> Iterator[Tensor]:
+        """Yield pictures [R,H,W] at the asked rate from number `start` on; decoding stops behind the last of `count`.
+
+        A repeated frame is the same tensor again. findings: is filled on the way.
+        """
+        findings = self.findings() if findings is None else findings
+        last, picture = None, None
+        for number, frame in enumerate(self._at_rate(findings)):
+            if count is not None and number >= start + count:
+                return
+            if number < start:
+                continue
+            if frame is not last:
+                last, picture = frame, _picture(frame, findings)
+            assert picture is not None
+            yield torch.from_numpy(picture).permute(2, 0, 1).float() / 255
+            if count is not None and number == start + count - 1:
+                return
+
+    def frames(self, start: int = 0, count: int | None = None) -> Tensor:
+        """Return frames [V,R,H,W] from number `start` on."""
+        return torch.stack(list(self.pictures(start, count)))
+
+    def first_frames(self, count: int) -> tuple[Tensor, Findings]:
+        """Return at most `count` frames from the beginning, and what was found as far as it was decoded."""
+        findings = self.findings()
+        return torch.stack(list(self.pictures(0, count, findings))), findings
+
+    def findings(self) -> Findings:
+        """Return an empty record for a pass to fill."""
+        return Findings(self.path, self.fps, None)
+
+    # ------------------------------------------------------------------ passes --
+    def _at_rate(self, findings: Findings) -> Iterator[Any]:
+        """Frames in the order and number in which they are shown at the asked rate."""
+        held: tuple[Fraction, Any] | None = None
+        uses = 0  # of the held frame
+        for time, frame in self._stamped(findings):
+            if self.fps is None:
+                findings.given += 1
+                yield frame
+                continue
+            if held is not None:
+                uses = 0
+                while findings.given <= (held[0] + time) / 2 * self.fps:
+                    findings.given, uses = findings.given + 1, uses + 1
+                    yield held[1]
+                _count_uses(findings, uses)
+            held = time, frame
+        if held is not None:
+            uses = 0
+            while findings.given < round(findings.seconds * (self.fps or 0)) or findings.given == 0:
+                findings.given, uses = findings.given + 1, uses + 1
+                yield held[1]
+            _count_uses(findings, uses)
+
+    def _stamped(self, findings: Findings) -> Iterator[tuple[Fraction, Any]]:
+        """Decoded frames with their moments in seconds from the first, which only grow."""
+        last: Fraction | None = None
+        for frame, stamp, duration in self._decoded(findings):
+            step = 1 / (findings.rate or _DEFAULT_RATE)
+            if last is None:
+                findings.start = stamp or Fraction(0)
+            time = None if stamp is None else stamp - findings.start
+            if last is None or time is None or time <= last:
+                findings.unstamped += time is None
+                findings.backwards += time is not None and last is not None
+                time = Fraction(0) if last is None else last + step
+            elif time - last > LONGEST_HOLD:
+                raise ValueError(
+                    f"{self.path}: its time stamps jump by {float(time - last):.1f} s after {float(last):.2f} s; "
+                    f"where that is meant, encode it at a constant rate first"
+                )
+            else:
+                step = time - last
+                findings.shortest = step if findings.shortest is None else min(step, findings.shortest)
+                findings.longest = max(step, findings.longest)
+            last = time
+            findings.read += 1
+            least = findings.shortest or 0  # some writers give the last frame no more than a tick
+            shown = (
+                duration if duration is not None and least <= duration <= LONGEST_HOLD else findings.shortest or step
+            )
+            findings.seconds = time + shown
+            findings.cut_detector.add(time, _thumbnail(frame))
+            yield time, frame
+
+    def _decoded(self, findings: Findings) -> Iterator[tuple[Any, Fraction | None, Fraction | None]]:
+        """Frames as they are decoded, with what is stored of their time stamps and durations in seconds."""
+        with open_video(self.path) as file:
+            stream = file.streams.best("video")
+            assert stream is not None
+            stream.thread_type = "AUTO"
+            _look_at_other_streams(file, findings)
+            findings.rate = stream.average_rate or stream.base_rate or stream.guessed_rate
+            first: Any = None
+            for frame in _frames(file, stream, findings):
+                if first is None:
+                    first = frame
+                    _begin(frame, stream, findings)
+                if (frame.width, frame.height) != (first.width, first.height):
+                    raise ValueError(
+                        f"{self.path}: changes its size from {first.width}x{first.height} to "
+                        f"{frame.width}x{frame.height}; encode it in one size first"
+                    )
+                findings.interlaced += frame.interlaced_frame
+                base = frame.time_base or stream.time_base
+                stamp = frame.pts if frame.pts is not None else frame.dts
+                duration = getattr(frame, "duration", None)
+                yield (
+                    frame,
+                    None if stamp is None or not base else stamp * base,
+                    duration * base if duration and base else None,
+                )
+            if first is None:
+                raise ValueError(f"{self.path}: holds no video frame" + (", it is damaged" if findings.damaged else ""))
+            _check_end(file, stream, findings)
+
+
+@dataclass(frozen=True)
+class GivenVideo:
+    """A video that another one goes on from, looked through once; its frames are decoded when they are asked for."""
+
+    reader: VideoReader
+    findings: Findings
+
+    def __len__(self) -> int:
+        return self.findings.given
+
+    @property
+    def width(self) -> int:
+        return self.findings.width
+
+    @property
+    def height(self) -> int:
+        return self.findings.height
+
+
+def given_video(path: str | Path, fps: float) -> GivenVideo:
+    """Look through a video that is to be shown at `fps`. Raises ValueError when it is not a readable video."""
+    reader = VideoReader(path, fps)
+    return GivenVideo(reader, reader.survey())
+
+
+def read_video(path: str | Path, fps: float | None = None) -> Tensor:
+    """Return all frames of a video file as [V,R,H,W] in [0, 1], every one or at a rate; notes go to the log.
+
+    Raises ValueError when it is not a readable video.
+    """
+    reader = VideoReader(path, fps)
+    findings = reader.findings()
+    frames = list(reader.pictures(findings=findings))
+    sound = [] if findings.sound is None else ["its sound is not read"]
+    for note in [*findings.in_words(), *sound]:
+        log.warning("%s: %s", path, note)
+    return torch.stack(frames)
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Return the entries of a video file's container. Raises ValueError when it is not a readable video."""
+    with open_video(path) as file:
+        return dict(file.metadata)
+
+
+def open_video(path: str | Path) -> Any:
+    """Open a file that holds a video. Raises ValueError when it does not, or cannot be read."""
+    try:
+        file = av.open(file_name(path), options={"protocol_whitelist": "file,crypto,data"})
+    except (FFmpegError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as a video ({error.strerror})") from error
+    if not file.streams.video:
+        file.close()
+        raise ValueError(f"{path}: holds no video stream")
+    if file.format.name == "tty":
+        file.close()
+        raise ValueError(f"{path}: cannot be read as a video (it is text)")
+    if file.format.name.endswith("_pipe") or file.format.name == "image2":
+        file.close()
+        raise ValueError(f"{path}: is a picture, not a video; give it as --image")
+    return file
+
+
+def file_name(path: str | Path) -> str:
+    """Return the name by which FFmpeg takes a path for a file, whatever it holds: "take1:cat.mp4" were a protocol."""
+    return str(Path(path).absolute())
+
+
+# ------------------------------------------------------------------- frames --
+def _frames(file: Any, stream: Any, findings: Findings) -> Iterator[Any]:
+    """All frames that can be decoded; damage is counted."""
+    try:
+        for packet in file.demux(stream):
+            findings.damaged += packet.is_corrupt
+            try:
+                frames = packet.decode()
+            except FFmpegError:
+                findings.damaged += 1
+                continue
+            for frame in frames:
+                findings.damaged += frame.is_corrupt
+                yield frame
+        return
+    except FFmpegError:
+        findings.damaged += 1
+    with suppress(FFmpegError):
+        yield from stream.codec_context.decode(None)  # what had been decoded already
+
+
+def _count_uses(findings: Findings, uses: int) -> None:
+    findings.skipped += uses == 0
+    findings.repeated += max(0, uses - 1)
+
+
+def _look_at_other_streams(file: Any, findings: Findings) -> None:
+    sound = file.streams.best("audio")
+    if sound is not None:
+        findings.sound = sound.codec_context.name
+    others = len(file.streams) - 1 - (sound is not None)
+    if others:
+        findings.notes.append(f"holds {others} more streams (sound, pictures, subtitles or data), which are not read")
+
+
+def _begin(frame: Any, stream: Any, findings: Findings) -> None:
+    """Look at everything that holds for all frames. Raises ValueError for colours that cannot be shown rightly."""
+    path, context = findings.path, stream.codec_context
+    curve = getattr(frame, "color_trc", None) or context.color_trc
+    if curve in HDR_CURVES:
+        raise ValueError(
+            f"{path}: is high dynamic range ({HDR_CURVES[curve]}), whose colours need to be mapped; "
+            f"convert it to SDR first"
+        )
+    if _is_yuv(frame) and frame.colorspace not in (*MATRICES, UNSPECIFIED, RGB_MATRIX, 3):
+        raise ValueError(
+            f"{path}: its colour matrix (number {frame.colorspace}) is not known; convert it to BT.709 first"
+        )
+    if _is_yuv(frame) and frame.colorspace not in MATRICES:
+        name = "BT.709" if _matrix(frame) == BT709 else "BT.601"
+        findings.notes.append(f"does not say how its colours are coded; they are read as {name}, as players do")
+    if context.color_primaries == BT2020:
+        findings.notes.append("has the wide colours of BT.2020, which are read as if they were BT.709")
+    if "alpha_mode" in stream.metadata:
+        findings.notes.append("is transparent in parts, which is not read")
+    matrix = _display_matrix(frame)
+    if matrix is not None and _turned(matrix) is None:
+        findings.notes.append("is to be shown at a slant; it is read unturned")
+    shape = stream.sample_aspect_ratio
+    if shape and not 1 / STRANGEST_PIXEL <= shape <= STRANGEST_PIXEL:
+        findings.notes.append(f"has pixels of {shape.numerator}:{shape.denominator}, which are read as square")
+    width, height = _square_size(frame, shape)
+    if (width, height) != (frame.width, frame.height):
+        findings.notes.append(
+            f"has oblong pixels ({shape.numerator}:{shape.denominator}); it is read as {width}x{height}"
+        )
+    findings.square = width, height
+    is_swapped = matrix is not None and (_turned(matrix) or (False,))[0]
+    findings.width, findings.height = (height, width) if is_swapped else (width, height)
+
+
+def _check_end(file: Any, stream: Any, findings: Findings) -> None:
+    """Note an end that comes before the one that the file announces."""
+    announced = None
+    if stream.duration and stream.time_base:
+        announced = stream.duration * stream.time_base
+    elif file.duration and len(file.streams) == 1:
+        announced = Fraction(file.duration, av.time_base)
+    slack = max(Fraction(1, 4), 3 * findings.longest)
+    if announced is not None and findings.seconds + slack < announced:
+        findings.notes.append(f"ends after {float(findings.seconds):.2f} of {float(announced):.2f} s; it is cut off")
+
+
+def _square_size(frame: Any, shape: Fraction | None) -> tuple[int, int]:
+    """Width and height of a frame whose pixels are made square, of which none are lost."""
+    if not shape or not 1 / STRANGEST_PIXEL <= shape <= STRANGEST_PIXEL:
+        return frame.width, frame.height
+    return max(frame.width, round(frame.width * shape)), max(frame.height, round(frame.height / shape))
+
+
+def _is_yuv(frame: Any) -> bool:
+    return not (frame.format.is_rgb or frame.format.has_palette or frame.format.name.startswith(("gray", "ya", "mono")))
+
+
+def _matrix(frame: Any) -> int:
+    """The coefficients between YUV and RGB, as swscale numbers them; without a tag by size, as players do."""
+    if frame.colorspace in MATRICES:
+        return MATRICES[frame.colorspace]
+    return BT709 if frame.width >= 1280 or frame.height > 576 else BT601
+
+
+def _range(frame: Any) -> int:
+    if frame.color_range in (LIMITED, FULL):
+        return int(frame.color_range)
+    return FULL if frame.format.name.startswith("yuvj") or not _is_yuv(frame) else LIMITED
+
+
+def _converted(frame: Any, width: int, height: int, pixels: str, scaler: int = SCALER) -> np.ndarray:
+    """A frame in another size as 8-bit RGB or RGBA [H, W, channels], by the colours that it is tagged with."""
+    matrix = _matrix(frame)
+    return frame.reformat(
+        width, height, pixels, src_colorspace=matrix, dst_colorspace=matrix, src_color_range=_range(frame),
+        dst_color_range=FULL, interpolation=scaler,
+    ).to_ndarray()  # fmt: skip
+
+
+def _thumbnail(frame: Any) -> np.ndarray:
+    return _converted(frame, SIDE, SIDE, "rgb24", AREA)
+
+
+def _picture(frame: Any, findings: Findings) -> np.ndarray:
+    """The upright picture as uint8 [H, W, R], transparency over white."""
+    size = findings.square
+    if any(component.is_alpha for component in frame.format.components):
+        pixels = _converted(frame, *size, "rgba").astype(np.uint16)
+        colours, alpha = pixels[..., :3], pixels[..., 3:]
+        picture = ((colours * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    else:
+        picture = _converted(frame, *size, "rgb24")
+    matrix = _display_matrix(frame)
+    turned = None if matrix is None else _turned(matrix)
+    if turned is not None:
+        is_swapped, is_mirrored, is_upside_down = turned
+        picture = picture.transpose(1, 0, 2) if is_swapped else picture
+        picture = picture[:, ::-1] if is_mirrored else picture
+        picture = picture[::-1] if is_upside_down else picture
+    return np.ascontiguousarray(picture)
+
+
+def _display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
+    """How a pixel's place is mapped to where it is shown: x' = a x + c y, y' = b x + d y, in 1/65536."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return None
+    a, b, _, c, d, *_ = np.frombuffer(bytes(data), np.int32).tolist()
+    return a, b, c, d
+
+
+def _turned(matrix: tuple[int, int, int, int]) -> tuple[bool, bool, bool] | None:
+    """Whether rows and columns change places, then whether each row and each column runs backwards; None at a slant."""
+    a, b, c, d = matrix
+    small = max(map(abs, matrix)) / 100
+    if abs(b) <= small and abs(c) <= small and a and d:
+        return False, a < 0, d < 0
+    if abs(a) <= small and abs(d) <= small and b and c:
+        return True, c < 0, b < 0
+    return None
