@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import MutableMapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .atomic import check_writable, replacing
 from .checkpoint import DTYPES, Checkpoint, file_header, inspect_checkpoint, read_checkpoint, save_checkpoint
 from .config import CLIP_DIM, CausalConfig, StepConfig, WanConfig
 from .keymap import DIALECTS, DIFFUSERS, EMA_CONTAINERS, RAW_CONTAINERS, from_wan
+from .scaled import ScaledWeights
 from .taehv_releases import LATENT_SPACES
 
 SHARD_SIZE = "5GB"
@@ -61,6 +63,9 @@ def convert(
         raise ValueError(f"{source} is a TAEHV, whose names have no dialects; write one file and leave --dialect out")
     if latent_space is not None:
         checkpoint = replace(checkpoint, latent_space=latent_space)
+    checkpoint.say_notes()
+    if isinstance(checkpoint.state_dict, ScaledWeights):
+        dtype = dtype or checkpoint.dtype
     if dtype is not None:
         _cast(checkpoint.state_dict, DTYPES[dtype])
     write = {"safetensors": _write_safetensors, "torch": _write_torch, "folder": _write_folder}[kind]
@@ -103,7 +108,7 @@ def _with_settings(checkpoint: Checkpoint, causal: bool | None) -> Checkpoint:
     return replace(checkpoint, causal=checkpoint.causal or CausalConfig(), steps=steps)
 
 
-def _cast(state_dict: dict[str, Tensor], dtype: torch.dtype) -> None:
+def _cast(state_dict: MutableMapping[str, Tensor], dtype: torch.dtype) -> None:
     """In place and one at a time, so that each original can be given up as soon as its copy is there."""
     for name in list(state_dict):
         state_dict[name] = state_dict.pop(name).to(dtype)
