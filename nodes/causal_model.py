@@ -9,8 +9,10 @@ Letters: B batch, C channels, T latent frames, H W latent size, X text tokens, E
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,17 +20,22 @@ import comfy.model_management as memory
 import comfy.supported_models
 import torch
 import torch.nn as nn
+from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 from einops import rearrange
 from torch import Tensor
 
+from ..selfforcing_core.attention import attention_by
 from ..selfforcing_core.checkpoint import Checkpoint
 from ..selfforcing_core.config import CausalConfig, StepConfig, WanConfig
 from ..selfforcing_core.kv_cache import KVCache
 from ..selfforcing_core.model import CausalWan
+from ..selfforcing_core.rope import PLAIN
+from ..selfforcing_core.scaled import ScaledWeights, stored_tensors
 from ..selfforcing_core.schedule import FlowSchedule
 from . import host
 from .autoencoder import check_channels
+from .patches import OVERRIDE, check_module, check_transformer_options, rope_axes, unapplied_weights
 
 log = logging.getLogger(__name__)
 KEY = "selfforcing"  # of our settings in model_options, and of a rollout's state in transformer_options
@@ -66,6 +73,8 @@ def settings_of(patcher: Any) -> Settings:
 def with_settings(patcher: Any, settings: Settings) -> Any:
     """A clone of the MODEL that our samplers can run. Raises ValueError for networks other than Wan 2.1's."""
     config_of(patcher.model.diffusion_model)
+    if settings.kind == CAUSAL:
+        check_causal(patcher.model.diffusion_model)
     clone = patcher.clone()
     clone.model_options[KEY] = settings
     wrappers = (
@@ -107,7 +116,12 @@ def model_from_checkpoint(
     model = model_config.get_model(checkpoint.state_dict, "")
     patcher = host.patcher_of(model, memory.get_torch_device(), memory.unet_offload_device(), dynamic=True)
     is_dynamic = getattr(patcher, "is_dynamic", lambda: False)()
-    model.diffusion_model.load_state_dict(checkpoint.state_dict, assign=is_dynamic)
+    if isinstance(checkpoint.state_dict, ScaledWeights):
+        _fill_scaled(model.diffusion_model, checkpoint.state_dict, assign=is_dynamic)
+    else:
+        model.diffusion_model.load_state_dict(checkpoint.state_dict, assign=is_dynamic)
+    for note in checkpoint.notes:
+        log.warning("%s", note)
     model.diffusion_model.eval().requires_grad_(False)
     settings = Settings(kind, checkpoint.causal or CausalConfig(), steps, guidance=checkpoint.guidance)
     return with_settings(patcher, settings)
@@ -122,6 +136,23 @@ def kind_in(checkpoint: Checkpoint) -> str:
     return FEW_STEP if checkpoint.steps is None or checkpoint.steps.solver == "renoise" else BASE
 
 
+def _fill_scaled(network: nn.Module, weights: ScaledWeights, *, assign: bool) -> None:
+    """Multiply one weight at a time into its place: nothing but that one is held in float32."""
+    log.warning(
+        "%d weights in 8 bits are widened to the model's number type, which takes twice the memory or more; Load "
+        "Diffusion Model with Patch Model (Self Forcing) keeps them in 8 bits", len(weights.scales),
+    )  # fmt: skip
+    places = dict(network.named_parameters())
+    if places.keys() != weights.keys():  # as a checkpoint is complete, this is a network of another kind
+        raise AssertionError(f"parameters differ: {sorted(places.keys() ^ weights.keys())[:3]}")
+    if assign:
+        made = {name: tensor.to(places[name].dtype) for name, tensor in weights.items()}
+        network.load_state_dict(made, assign=True)
+        return
+    for name, tensor in weights.items():
+        places[name].data.copy_(tensor)
+
+
 def _host_config(config: WanConfig, *, is_causal: bool) -> Any:
     """The host's own class for this network; with is_causal the one that its own causal nodes ask for, if it has it."""
     classes = comfy.supported_models
@@ -134,7 +165,7 @@ def _host_config(config: WanConfig, *, is_causal: bool) -> Any:
 def _choose_dtype(model_config: Any, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
     """The host's own rule: weights as stored where the device computes in that type, else cast at use."""
     supported = model_config.supported_inference_dtypes
-    num_parameters = sum(weight.numel() for weight in checkpoint.state_dict.values())
+    num_parameters = sum(weight.numel() for weight in stored_tensors(checkpoint.state_dict).values())
     stored = getattr(torch, checkpoint.dtype)
     weights = dtype or memory.unet_dtype(
         model_params=num_parameters, supported_dtypes=list(supported), weight_dtype=stored
@@ -155,6 +186,15 @@ def config_of(native: nn.Module) -> WanConfig:
     return WanConfig(**sizes, eps=native.eps, patch_size=tuple(native.patch_size), model_type=native.model_type)
 
 
+def check_causal(native: nn.Module) -> None:
+    """Raise ValueError for a network that only makes sense with the whole video before it."""
+    if getattr(getattr(native, "img_emb", None), "emb_pos", None) is not None:
+        raise ValueError(
+            "a first-and-last-frame model (img_emb.emb_pos) cannot generate chunk by chunk: its last frame is known "
+            "from the start; choose kind 'few-step bidirectional', or use a model made for one first frame"
+        )
+
+
 class _InFloat32(nn.Module):
     """The host keeps the patch embedding in float32 whatever the rest is in."""
 
@@ -167,64 +207,124 @@ class _InFloat32(nn.Module):
 
 
 class SharedNetwork:
-    """CausalWan over the modules of the host's network: the same layers, none of its own."""
+    """CausalWan over the modules of the host's network: the same layers, none of its own.
 
-    def __init__(self, native: nn.Module) -> None:
+    patcher: the MODEL, whose LoRA may hold parameters that the host does not apply. Raises ValueError where a module
+    whose place ours take has been changed.
+    """
+
+    def __init__(self, native: nn.Module, patcher: Any = None) -> None:
         self.native = native
         with torch.device("meta"):
             self.network = CausalWan(config_of(native)).eval()
-        self._modulated: list[tuple[nn.Module, nn.Module]] = []
-        self._share(self.network, native)
+        check_causal(native)
+        self._modulated: dict[str, tuple[nn.Module, nn.Module]] = {}
+        self._share(self.network, native, "")
         self.network.patch_embedding = _InFloat32(native.patch_embedding)  # type: ignore[arg-type]
+        names = (f"{path}modulation" for path in self._modulated)
+        self._patched = {} if patcher is None else unapplied_weights(patcher, names)
+        self._patched_from = {path: theirs.modulation for path, (_, theirs) in self._modulated.items()}
 
-    def _share(self, ours: nn.Module, theirs: nn.Module) -> None:
+    def _share(self, ours: nn.Module, theirs: nn.Module, path: str) -> None:
         """Put their layers in the place of ours; only the modules that this project defines stay."""
+        check_module(path.rstrip("."), theirs)
         if "modulation" in ours._parameters:
             del ours._parameters["modulation"]
-            self._modulated.append((ours, theirs))
+            self._modulated[path] = ours, theirs
+        for name, child in theirs.named_children():
+            if name not in ours._modules:  # without weights: norms, activations, the host's table of positions
+                check_module(path + name, child, is_hosts=name == "rope_embedder")
         for name, child in list(ours.named_children()):
             if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or type(child).__module__ == CausalWan.__module__:
-                self._share(child, getattr(theirs, name))
+                self._share(child, getattr(theirs, name), f"{path}{name}.")
             else:
                 setattr(ours, name, getattr(theirs, name))
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
-        for ours, theirs in self._modulated:  # a LoRA or an offload may have put another tensor there
-            ours.__dict__["modulation"] = theirs.modulation
+        for path, (ours, theirs) in self._modulated.items():  # a hook or an offload may have put another tensor there
+            is_left = theirs.modulation is self._patched_from[path]
+            patched = self._patched.get(f"{path}modulation") if is_left else None
+            ours.__dict__["modulation"] = theirs.modulation if patched is None else patched
         return self.network(*args, **options)
 
 
 class RolloutState:
     """What sampler and network share during one rollout. The host copies dictionaries and lists, but not this."""
 
-    def __init__(self, caches: Sequence[KVCache], index_of: dict[Any, int], compile_options: dict[str, Any] | None):
-        self.caches, self.index_of, self.compile_options = caches, index_of, compile_options
+    def __init__(
+        self, caches: Sequence[KVCache], index_of: dict[Any, int], compile_options: dict[str, Any] | None, patcher: Any
+    ) -> None:
+        self.caches, self.index_of, self.compile_options, self.patcher = caches, index_of, compile_options, patcher
         self.start_frame: int | None = None  # of the chunk being evaluated; None: the host's own forward pass
         self.num_frames = 0
+        self.evaluated: set[int] = set()  # caches of the conditions that the latest call came to
         self._shared: SharedNetwork | None = None
+
+    def share(self, native: nn.Module, options: dict[str, Any]) -> SharedNetwork:
+        """Our network over the host's modules. Raises ValueError where they carry what ours would ignore."""
+        if self._shared is None or self._shared.native is not native:
+            self._shared = SharedNetwork(native, self.patcher)
+            if self.compile_options is not None and OVERRIDE in options:
+                log.warning("blocks are not compiled: another attention is set on the model, which runs outside them")
+            elif self.compile_options is not None:
+                self._shared.network.compile_blocks(**self.compile_options)
+        return self._shared
 
     @torch.compiler.disable
     def evaluate(
-        self, native: nn.Module, x_BCTHW: Tensor, t_B: Tensor, context_BXE: Tensor, clip_BIX: Tensor | None, ids: Any
-    ) -> Tensor:
+        self, native: nn.Module, x_BCTHW: Tensor, t_B: Tensor, context_BXE: Tensor, clip_BIX: Tensor | None,
+        options: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
         """Flow [B, C, T, H, W] of one chunk. The batch holds one or more conditions, each with a cache of its own."""
         assert self.start_frame is not None
-        if self._shared is None or self._shared.native is not native:
-            self._shared = SharedNetwork(native)
-            if self.compile_options is not None:
-                self._shared.network.compile_blocks(**self.compile_options)
-        count, flows = len(ids), []
+        check_transformer_options(options)
+        check_module("", native)  # some nodes replace its methods for the time of an evaluation
+        shared = self.share(native, options)
+        shared.network.axes = rope_axes(options) or PLAIN
+        ids, flows = options["uuids"], []
+        count = len(ids)
         clips = [None] * count if clip_BIX is None else clip_BIX.chunk(count)
         rows = zip(ids, x_BCTHW.chunk(count), t_B.chunk(count), context_BXE.chunk(count), clips)
-        for identity, x, t, context, clip in rows:
-            flows.append(
-                self._shared(
-                    rearrange(x, "b c t h w -> b t c h w"), t.float()[:, None].expand(-1, x.shape[2]),
-                    context[:, : self._shared.network.config.text_len], clip_BIX=clip,
-                    cache=self.caches[self.index_of[identity]], start_frame=self.start_frame,
-                )
-            )  # fmt: skip
+        for row, (identity, x, t, context, clip) in enumerate(rows):
+            index = self.index_of[identity]
+            self.evaluated.add(index)
+            with _attention_of(options, shared.network, row, x, clip is not None):
+                flows.append(
+                    shared(
+                        rearrange(x, "b c t h w -> b t c h w"), t.float()[:, None].expand(-1, x.shape[2]),
+                        context[:, : shared.network.config.text_len], clip_BIX=clip,
+                        cache=self.caches[index], start_frame=self.start_frame,
+                    )
+                )  # fmt: skip
         return rearrange(torch.cat(flows), "b t c h w -> b c t h w")
+
+
+def _attention_of(
+    options: dict[str, Any], network: CausalWan, row: int, x_BCTHW: Tensor, has_image: bool
+) -> AbstractContextManager[None]:
+    """The host's attention in the place of ours where a node has set another one, called as the host's Wan calls it.
+
+    It is told what the host tells: which condition this is, the block, and the size of the grid.
+    """
+    if OVERRIDE not in options:
+        return nullcontext()
+    patch = network.config.patch_size
+    told = {
+        **options, "total_blocks": len(network.blocks), "block_type": "double",
+        "grid_sizes": torch.Size(size // side for size, side in zip(x_BCTHW.shape[2:], patch)),
+        "uuids": options["uuids"][row : row + 1], "cond_or_uncond": options["cond_or_uncond"][row : row + 1],
+    }  # fmt: skip
+    calls: Iterator[int] = itertools.count()
+
+    def attend(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask_LS: Tensor | None) -> Tensor:
+        told["block_index"] = next(calls) // (3 if has_image else 2)  # a block's own tokens, text and image
+        attended = optimized_attention(
+            *(x.flatten(2) for x in (q_BLNK, k_BSNK, v_BSNK)), heads=q_BLNK.shape[2], mask=mask_LS,
+            transformer_options=told,
+        )  # fmt: skip
+        return attended.unflatten(2, q_BLNK.shape[2:])
+
+    return attention_by(attend)
 
 
 # --------------------------------------------------------------- wrappers --
@@ -256,12 +356,20 @@ def _run_causally(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Our forward pass where a rollout is under way, the host's own otherwise."""
+    """Our forward pass where a rollout is under way, else the host's own; wrappers of others stay around either."""
     state = _state_in(transformer_options)
     if state is None:
         return executor(x, timestep, context, clip_fea, time_dim_concat, transformer_options or {}, *args, **kwargs)
-    assert transformer_options is not None
-    return state.evaluate(executor.class_obj, x, timestep, context, clip_fea, transformer_options["uuids"])
+    native = executor.class_obj
+
+    def causal_pass(
+        x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None, time_dim_concat: Tensor | None,
+        transformer_options: dict[str, Any], *_: Any, **__: Any,
+    ) -> Tensor:  # fmt: skip
+        return state.evaluate(native, x, timestep, context, clip_fea, transformer_options)
+
+    inner = type(executor)(causal_pass, native, executor.wrappers, executor.idx)
+    return inner(x, timestep, context, clip_fea, time_dim_concat, transformer_options, *args, **kwargs)
 
 
 def _count_extra_bytes(

@@ -35,10 +35,12 @@ from .causal_model import (
     KEY,
     RolloutState,
     Settings,
+    check_causal,
     config_of,
     forget_extra_bytes,
     settings_of,
 )
+from .patches import check_model_options, check_prompt_inputs, unapplied_names
 from .prompts import PromptPlan, Typed, check_prompts, conditions, later_prompts
 
 log = logging.getLogger(__name__)
@@ -182,7 +184,20 @@ def sample_chunks(
     settings, native = settings_of(patcher), patcher.model.diffusion_model
     _check_kind(settings.kind, run.is_whole)
     later = later_prompts(guider)
-    check_prompts([*conditions(guider), *(cond for _, conds in later for cond in conds)], config_of(native))
+    conds = [*conditions(guider), *(cond for _, conds in later for cond in conds)]
+    check_prompts(conds, config_of(native))
+    if run.is_whole:  # the host's own forward pass, which follows whatever is set on it
+        lost = unapplied_names(patcher, (name for name, _ in native.named_parameters() if name.endswith("modulation")))
+        if lost:
+            log.warning(
+                "%d modulation entries of a LoRA are not applied (%s, ...): ComfyUI's own forward pass leaves them out",
+                len(lost), lost[0],
+            )  # fmt: skip
+    else:
+        check_causal(native)
+        check_model_options(extra_args.get("model_options", {}))
+        for cond in conds:
+            check_prompt_inputs(cond["model_conds"])
     x_BTCHW = rearrange(noise_BCTHW, "b c t h w -> b t c h w")
     batch, frames = x_BTCHW.shape[:2]
     shape: LatentShape = tuple(x_BTCHW.shape[1:])  # type: ignore[assignment]
@@ -341,6 +356,8 @@ class _GuidedNetwork:
     chunk_shape: tuple[int, ...]
     working_bytes: float = 0
     state: RolloutState | None = field(default=None, init=False)
+    latest: tuple[int, set[int]] | None = field(default=None, init=False)  # first frame and conditions of the last call
+    used: set[int] = field(default_factory=set, init=False)  # conditions that have been evaluated at all
 
     def __post_init__(self) -> None:
         patcher = self.guider.model_patcher
@@ -363,8 +380,10 @@ class _GuidedNetwork:
         """A cache for every prompt that the guider evaluates."""
         caches = new_caches(self, self.conditioning, self.num_caches, shape, causal)
         forget_extra_bytes(self.guider.model_patcher.model)
-        self.state = RolloutState(caches, self._index_of(), self.model_options.get(HOST_COMPILE))
+        patcher = self.guider.model_patcher
+        self.state = RolloutState(caches, self._index_of(), self.model_options.get(HOST_COMPILE), patcher)
         inner = {**self.model_options.get("transformer_options", {}), KEY: self.state}
+        self.state.share(patcher.model.diffusion_model, inner)
         self.model_options = {**self.model_options, "transformer_options": inner}
         return caches
 
@@ -372,6 +391,7 @@ class _GuidedNetwork:
         """The guider's prompts have changed: their caches are those of the ones before."""
         assert self.state is not None
         self.state.index_of = self._index_of()
+        self.latest, self.used = None, set()
         return self.conditioning
 
     def kept_loaded(self) -> AbstractContextManager[None]:
@@ -395,7 +415,7 @@ class _GuidedNetwork:
     def release(self) -> None:
         """Let go of the caches, also where the host keeps the options of a run that failed."""
         if self.state is not None:
-            self.state.caches = ()
+            self.state.caches, self.state.patcher = (), None
             self.state.start_frame = None
 
     def __call__(
@@ -403,14 +423,32 @@ class _GuidedNetwork:
     ) -> Tensor:
         if self.state is not None:
             self.state.start_frame, self.state.num_frames = start_frame, x_BTCHW.shape[1]
+            self.state.evaluated = set()
         sigma_B = timesteps_BT[:, 0] / TIMESTEPS
         x0_BCTHW = self.guider(
             rearrange(x_BTCHW, "b t c h w -> b c t h w"), sigma_B,
             model_options=self.model_options, seed=self.extra_args.get("seed"),
         )  # fmt: skip
         x0_BTCHW = rearrange(x0_BCTHW, "b c t h w -> b t c h w")
+        if self.state is not None:
+            self._check_evaluated(start_frame, self.state.evaluated)
         sigma = sigma_B.clamp_min(torch.finfo(torch.float32).tiny)[:, None, None, None, None]
         return (x_BTCHW - x0_BTCHW) / sigma  # at sigma 0, a pass into the cache, nobody reads it
+
+    def _check_evaluated(self, start_frame: int, evaluated: set[int]) -> None:
+        """Raise ValueError where a node kept the network from being asked.
+
+        A step may leave out a prompt, but the last pass over a chunk, which the cache keeps, has to have them all.
+        """
+        has_begun = self.latest is not None and self.latest[0] != start_frame
+        is_whole = not has_begun or (self.latest is not None and self.latest[1] == self.used)
+        if not evaluated or not is_whole or (has_begun and not evaluated <= self.used):
+            raise ValueError(
+                "an evaluation of the model was skipped by a node that saves steps (such as EasyCache, TeaCache or a "
+                "cfg that ends early), which leaves a hole in the cache of a video made chunk by chunk; remove it"
+            )
+        self.latest = start_frame, evaluated
+        self.used |= evaluated
 
 
 class _HostNoise:

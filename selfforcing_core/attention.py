@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -32,6 +32,9 @@ MATH_LIMIT = 2**28  # bytes; "math" holds all scores at once and is only tried w
 
 def attend(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask_LS: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(K)) v, [B, L, N, K]. `mask_LS` is True where a query may look."""
+    replaced = None if torch.compiler.is_compiling() else _replaced.get()
+    if replaced is not None:
+        return replaced(q_BLNK, k_BSNK, v_BSNK, mask_LS)
     q, k, v = q_BLNK.transpose(1, 2), k_BSNK.transpose(1, 2), v_BSNK.transpose(1, 2)
     # compiled code cannot stop to measure, and a pass with gradient spends most of its time elsewhere
     choice = None if torch.compiler.is_compiling() or torch.is_grad_enabled() else _measured.get()
@@ -45,6 +48,9 @@ def attend_segments(q_BLNK: Tensor, segments: Iterable[tuple[Tensor, Tensor]]) -
 
     Results are merged by the log-sum-exp of their scores (online softmax, arXiv 1805.02867), in float32 or wider.
     """
+    if _replaced.get() is not None:  # which does not tell what merging needs
+        keys, values = zip(*segments)
+        return attend(q_BLNK, torch.cat(keys, 1), torch.cat(values, 1))
     remaining = iter(segments)
     k, v = next(remaining)
     segment = next(remaining, None)
@@ -182,6 +188,20 @@ def attention_kernel(name: str, measured: MeasuredKernels | None = None) -> Iter
         raise ValueError(f"attention {name!r} does not run on this device in this type; use auto") from error
     finally:
         _measured.reset(token)
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+_replaced: ContextVar[Attend | None] = ContextVar("replaced", default=None)
+
+
+@contextmanager
+def attention_by(function: Attend) -> Iterator[None]:
+    """Let a host's function do what `attend` does, with its arguments, while the block runs; not in compiled code."""
+    token = _replaced.set(function)
+    try:
+        yield
+    finally:
+        _replaced.reset(token)
 
 
 def block_causal_frames(lengths: tuple[int, ...], *, window: int = -1, sink: int = 0) -> Tensor:

@@ -1,9 +1,10 @@
 """Checkpoint files: reading what others saved, refusing the rest with one clear line, and saving our own.
 
-Read: our safetensors (config in the header), safetensors with bare or prefixed Wan names, torch files of Self Forcing
-(`generator_ema`, `generator`, `model`) and of TAEHV, folders of shards with their index, as diffusers writes them. A
-torch file is a pickle, and a pickle can carry code: it is only ever read with `weights_only=True`, so nothing in a file
-is executed. What a file is follows from its bytes, its header and the shapes of its tensors, never from its name.
+Read: our safetensors (config in the header), safetensors with bare or prefixed Wan names, in 8 bits with scales too,
+torch files of Self Forcing (`generator_ema`, `generator`), of DeepSpeed, Lightning and other trainers (`module`,
+`state_dict`, `ema`), and of TAEHV, folders of shards with their index, as diffusers writes them. A torch file is a
+pickle, and a pickle can carry code: it is only ever read with `weights_only=True`, so nothing in a file is executed.
+What a file is follows from its bytes, its header and the shapes of its tensors, never from its name.
 
 Header of our safetensors files: "selfforcing" = JSON {"format": 1, "kind", "config", "causal", "steps",
 "latent_space"}; for Wan also "config" = JSON {"transformer": {...}}, which ComfyUI merges into its own detection.
@@ -15,11 +16,12 @@ header of kind "lora" with "base" and the same settings.
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,22 @@ from torch import Tensor
 
 from .atomic import replacing
 from .config import BidirectionalConfig, CausalConfig, StepConfig, TAEHVConfig, WanConfig
-from .keymap import EMA_CONTAINERS, RAW_CONTAINERS, describe_dialect, from_wan, wan_names
+from .keymap import (
+    EMA_CONTAINERS,
+    LORA_CONTAINERS,
+    RAW_CONTAINERS,
+    describe_dialect,
+    from_wan,
+    is_stray,
+    prefix_before,
+    split_container,
+    wan_names,
+)
 from .layout import Shape, mismatch, taehv_config, taehv_shapes, wan_config, wan_shapes
+from .scaled import QUANTIZATION_ENTRY, ScaledWeights, chosen_tensors, split_scales, stored_tensors
 from .taehv_releases import WAN, latent_space
 
+log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # to store and compute in
 HEADER_KEY = "selfforcing"
 HEADER_FORMAT = 1
@@ -61,16 +75,18 @@ FOREIGN_SIGNS = {
 class Checkpoint:
     """One network of a file, under its original parameter names.
 
-    kind: "wan" or "taehv". dtype: the type most numbers have, such as "bfloat16". weights: "raw" or "ema".
-    causal, bidirectional, steps: how the model wants to be run, None where the file does not say; it is never both
-    causal and bidirectional. guidance: scale that it is sampled with, None where the file does not say (distilled
-    models take 1). latent_space: of the VAE that the network goes with ("wan2.1"), None where that is not known. The
-    tensors of `state_dict` are mapped from the file where its format allows, so that reading costs no memory until
-    they are used.
+    kind: "wan" or "taehv". dtype: the type most numbers have, such as "bfloat16", which is also what weights in 8 bits
+    with scales are to become. weights: "raw" or "ema". causal, bidirectional, steps: how the model wants to be run,
+    None where the file does not say; it is never both causal and bidirectional. guidance: scale that it is sampled
+    with, None where the file does not say (distilled models take 1). latent_space: of the VAE that the network goes
+    with ("wan2.1"), None where that is not known. notes: lines for the user about what of the file was chosen, left
+    out or is widened; whoever uses the weights says them (`say_notes`). The tensors of `state_dict` are mapped from
+    the file where its format allows, so that reading costs no memory until they are used; scaled ones are multiplied
+    then, in float32.
     """
 
     kind: str
-    state_dict: dict[str, Tensor]
+    state_dict: MutableMapping[str, Tensor]
     config: WanConfig | TAEHVConfig
     causal: CausalConfig | None
     steps: StepConfig | None
@@ -81,6 +97,11 @@ class Checkpoint:
     latent_space: str | None = None
     bidirectional: BidirectionalConfig | None = None
     guidance: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def say_notes(self) -> None:
+        for note in self.notes:
+            log.warning("%s", note)
 
 
 @dataclass(frozen=True)
@@ -91,6 +112,17 @@ class _Contents:
     header: dict[str, str]
     weights: str
     available: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """One set of weights in a torch file: the path of containers to it, and whether it is an average."""
+
+    place: str
+    weights: str
+    tensors: dict[str, Tensor]
+    left_out: str = ""  # a line about what stands beside it in the same dictionary
 
 
 def read_checkpoint(path: str | Path, *, weights: str = "auto") -> Checkpoint:
@@ -106,16 +138,40 @@ def read_checkpoint(path: str | Path, *, weights: str = "auto") -> Checkpoint:
         raise ValueError(f"{path}: {_one_line(error)}") from error
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
+def read_tensors(path: str | Path, *, is_quiet: bool = False) -> Mapping[str, Tensor]:
     """Tensors of any supported file or folder under its own names, for networks that are no Wan and no TAEHV.
 
-    Raises ValueError as `read_checkpoint` does.
+    Those in 8 bits with scales are float32 products when they are asked for. is_quiet: log nothing about what was
+    chosen. Raises ValueError as `read_checkpoint` does.
     """
     path = Path(path)
     try:
-        return _open(path, "auto").tensors
+        contents = _open(path, "auto")
+        weights, scales = split_scales(contents.tensors, contents.header)
     except ValueError as error:
         raise ValueError(f"{path}: {_one_line(error)}") from error
+    for note in () if is_quiet else contents.notes:
+        log.warning("%s: %s", path, note)
+    return ScaledWeights(weights, scales) if scales else weights
+
+
+def below_prefix(
+    tensors: Mapping[str, Tensor], anchors: Iterable[str], path: str | Path, *, is_quiet: bool = False
+) -> Mapping[str, Tensor]:
+    """Tensors by the names that they have in their own network, wherever in the file that network stands.
+
+    anchors: names of which the network has one. Without any the tensors come back as they are; what stands beside the
+    network is left out, which one line says. Raises ValueError where two networks are found.
+    """
+    prefix = prefix_before(tensors, anchors)
+    if not prefix:
+        return tensors
+    inside = [key for key in tensors if key.startswith(prefix)]
+    outside = [key for key in tensors if not key.startswith(prefix)]
+    if outside and not is_quiet:
+        first = outside[0]
+        log.warning("%s: read below %r; %d other tensors left out, such as %s", path, prefix, len(outside), first)
+    return chosen_tensors(tensors, {key.removeprefix(prefix): key for key in inside})
 
 
 def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -126,21 +182,23 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = _understand(contents, path)
     except ValueError as error:
         raise ValueError(f"{path}: {_one_line(error)}") from error
+    stored = stored_tensors(checkpoint.state_dict)
     return {
         "file": str(path),
-        "weight_bytes": sum(tensor.nbytes for tensor in checkpoint.state_dict.values()),
+        "weight_bytes": sum(tensor.nbytes for tensor in stored.values()),
         "kind": checkpoint.kind,
         "dialect": checkpoint.dialect,
         "config": checkpoint.config.to_dict(),
-        "dtype": checkpoint.dtype,
-        "tensors": len(checkpoint.state_dict),
-        "parameters": sum(tensor.numel() for tensor in checkpoint.state_dict.values()),
+        "dtype": _most_common(stored),
+        "tensors": len(stored),
+        "parameters": sum(tensor.numel() for tensor in stored.values()),
         "weights": list(contents.available),
         "latent_space": checkpoint.latent_space,
         "causal": checkpoint.causal.to_dict() if checkpoint.causal else None,
         "bidirectional": checkpoint.bidirectional.to_dict() if checkpoint.bidirectional else None,
         "steps": checkpoint.steps.to_dict() if checkpoint.steps else None,
         "guidance": checkpoint.guidance,
+        "notes": list(checkpoint.notes),
     }
 
 
@@ -247,17 +305,25 @@ def _open(path: Path, weights: str) -> _Contents:
         return _open_torch(path, weights, is_zip=start.startswith(b"PK"))
     if start.lstrip().startswith(b"{"):
         return _open_shards(path, weights)
+    if start.startswith(b"GGUF"):
+        raise ValueError(
+            "is a GGUF file, which is not read here; in ComfyUI load it with a GGUF loader and put Patch Model (Self "
+            "Forcing) behind it, elsewhere use a safetensors or torch file of the same model"
+        )
     raise ValueError("is neither a safetensors nor a torch file")
 
 
 def _open_safetensors(path: Path, weights: str) -> _Contents:
+    return _single(*_read_safetensors(path), weights)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it has no __iter__
-            header = file.metadata() or {}
+            return tensors, file.metadata() or {}
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"is a damaged or truncated safetensors file ({_one_line(error)})") from error
-    return _single(tensors, header, weights)
 
 
 def _open_folder(path: Path, weights: str) -> _Contents:
@@ -295,12 +361,12 @@ def _open_shards(index: Path, weights: str) -> _Contents:
         shard = index.parent / name
         if Path(name).name != name or not shard.is_file():
             raise ValueError(f"lists {name!r}, which is not beside it; download all shards into one folder")
-        contents = _open_safetensors(shard, weights)
-        twice = next((key for key in contents.tensors if key in tensors), None)
+        part, part_header = _read_safetensors(shard)
+        twice = next((key for key in part if key in tensors), None)
         if twice is not None:
             raise ValueError(f"has {twice} in two shards; download them again")
-        tensors |= contents.tensors
-        header |= contents.header
+        tensors |= part
+        header |= part_header
     return _single(tensors, header, weights)
 
 
@@ -323,19 +389,82 @@ def _open_torch(path: Path, weights: str, *, is_zip: bool) -> _Contents:
 
 def _choose_container(loaded: dict[Any, Any], weights: str) -> _Contents:
     """Pick the averaged or the last weights of a training file; a flat dictionary is one set of weights."""
-    ema = [name for name in EMA_CONTAINERS if isinstance(loaded.get(name), dict)]
-    raw = [name for name in RAW_CONTAINERS if isinstance(loaded.get(name), dict)]
-    if not ema and not raw:
-        return _single(_only_tensors(loaded), {}, weights)
-    available = ("raw",) * bool(raw) + ("ema",) * bool(ema)
-    chosen = available[-1] if weights == "auto" else weights
-    if chosen not in available:
-        raise ValueError(f"has no {chosen} weights, only {', '.join([*raw, *ema])}; ask for weights={available[0]!r}")
-    name = (ema if chosen == "ema" else raw)[0]
-    return _Contents(_only_tensors(loaded[name]), {}, chosen, available)
+    candidates = _candidates(loaded)
+    if [candidate.place for candidate in candidates] == [""]:
+        return _single(candidates[0].tensors, {}, weights)
+    return _chosen(candidates, {}, weights)
+
+
+def _candidates(loaded: dict[Any, Any], place: str = "", weights: str = "raw") -> list[_Candidate]:
+    """Every set of weights below the containers that trainers use, at any depth."""
+    for name in LORA_CONTAINERS:
+        if loaded.get(name):
+            raise ValueError(_lora_beside(place + name))
+    found: list[_Candidate] = []
+    for name in (*EMA_CONTAINERS, *RAW_CONTAINERS):
+        if isinstance(loaded.get(name), dict) and loaded[name]:
+            found += _candidates(loaded[name], f"{place}{name}.", "ema" if name in EMA_CONTAINERS else weights)
+    return found or _by_prefix(_only_tensors(loaded), place, weights)
+
+
+def _by_prefix(tensors: dict[str, Tensor], place: str, weights: str) -> list[_Candidate]:
+    """The networks of a flat dictionary whose names begin with their containers; else the dictionary itself."""
+    sets: dict[str, dict[str, Tensor]] = {}
+    others: list[str] = []
+    for key, tensor in tensors.items():
+        container, name = split_container(key)
+        if container in LORA_CONTAINERS:
+            raise ValueError(_lora_beside(place + container))
+        if container:
+            sets.setdefault(container, {})[name] = tensor
+        else:
+            others.append(key)
+    if not sets:
+        return [_Candidate(place.rstrip("."), weights, tensors)]
+    left_out = f"{len(others)} tensors beside the network are left out, the first is {others[0]}" if others else ""
+    return [
+        _Candidate(place + container, "ema" if container in EMA_CONTAINERS else weights, found, left_out)
+        for container, found in sets.items()
+    ]
+
+
+def _lora_beside(place: str) -> str:
+    return (
+        f"holds a LoRA ({place}), without which its other weights are another model; merge it into them, or save the "
+        "weights alone"
+    )
+
+
+def _chosen(candidates: list[_Candidate], header: dict[str, str], weights: str) -> _Contents:
+    """The set that was asked for; "auto" takes the averaged one and says so. Two of one kind are not chosen from."""
+    available = tuple(kind for kind in ("raw", "ema") if any(found.weights == kind for found in candidates))
+    kind = available[-1] if weights == "auto" else weights
+    fitting = [found for found in candidates if found.weights == kind]
+    if not fitting:
+        names = ", ".join(found.place for found in candidates)
+        raise ValueError(f"has no {kind} weights, only {names}; ask for weights={available[0]!r}")
+    if any(not _is_same(fitting[0].tensors, found.tensors) for found in fitting[1:]):
+        names = " and ".join(found.place for found in fitting)
+        raise ValueError(f"holds more than one set of {kind} weights, {names}; save the one that is meant alone")
+    chosen, notes = fitting[0], []
+    if weights == "auto" and len(available) > 1:
+        other = next(found.place for found in candidates if found.weights != kind)
+        notes.append(f"the averaged weights ({chosen.place}) are used; weights 'raw' are the others ({other})")
+    if chosen.left_out:
+        notes.append(chosen.left_out)
+    return _Contents(chosen.tensors, header, kind, available, tuple(notes))
+
+
+def _is_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two containers are two names of the same tensors."""
+    return one.keys() == other.keys() and all(one[key].data_ptr() == other[key].data_ptr() for key in one)
 
 
 def _single(tensors: dict[str, Tensor], header: dict[str, str], weights: str) -> _Contents:
+    """One set of weights, unless the names say that there are more."""
+    candidates = _by_prefix(tensors, "", "raw")
+    if candidates[0].place:
+        return _chosen(candidates, header, weights)
     if weights == "ema":
         raise ValueError("holds one set of weights and does not say that it is an average; ask for weights='auto'")
     return _Contents(tensors, header, "raw", ("raw",))
@@ -350,14 +479,17 @@ def _only_tensors(loaded: dict[Any, Any]) -> dict[str, Tensor]:
 
 def _understand(contents: _Contents, path: Path) -> Checkpoint:
     """Recognise the network, settle its config and check every name and shape against it."""
-    names = wan_names(contents.tensors)
-    state_dict = {name: contents.tensors[key] for name, key in names.items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     ours = _our_header(contents.header)
     if ours.get("kind") == LORA:
         raise ValueError(_what_lora(ours))
+    tensors, scales_by_key = split_scales(contents.tensors, contents.header)
+    names = wan_names(tensors)
+    stored = {name: tensors[key] for name, key in names.items()}
+    scales = {name: scales_by_key[key] for name, key in names.items() if key in scales_by_key}
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     kind = _kind(shapes)
-    dtype = _dtype(state_dict)
+    _check_types(stored, scales)
+    dtype = "bfloat16" if scales else _most_common(stored)
     if ours.get("kind", kind) != kind:
         raise ValueError(f"header says {ours['kind']!r} but the tensors are those of a {kind!r}")
     try:
@@ -368,12 +500,32 @@ def _understand(contents: _Contents, path: Path) -> Checkpoint:
     problem = mismatch(wan_shapes(config) if isinstance(config, WanConfig) else taehv_shapes(config), shapes)
     if problem:
         raise ValueError(f"is not a complete {kind} model: {problem}")
-    dialect = describe_dialect(contents.tensors)
+    dialect = describe_dialect(names.values())
     space = _latent_space(ours.get("latent_space"), config, path)
+    state_dict = ScaledWeights(stored, scales) if scales else stored
+    notes = tuple(f"{path}: {note}" for note in (*contents.notes, *_remarks(tensors, stored, scales)))
+    header = {name: text for name, text in contents.header.items() if name != QUANTIZATION_ENTRY}  # undone by reading
     return Checkpoint(
-        kind, state_dict, config, causal, steps, dialect, dtype, contents.weights, contents.header, space,
-        bidirectional, guidance,
+        kind, state_dict, config, causal, steps, dialect, dtype, contents.weights, header, space, bidirectional,
+        guidance, notes,
     )  # fmt: skip
+
+
+def _remarks(
+    tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], scales: Mapping[str, Tensor]
+) -> tuple[str, ...]:
+    """What is left out of the file or not used as it is stored."""
+    stray = sorted(key for key in tensors if is_stray(key))
+    remarks = ()
+    if stray:
+        remarks += (f"{', '.join(stray)} left out: a table that the network computes itself",)
+    if scales:
+        types = ", ".join(sorted({str(stored[name].dtype).removeprefix("torch.") for name in scales}))
+        remarks += (
+            f"{len(scales)} weights are stored in 8 bits with scales ({types}) and are widened as they are read, by "
+            "default to bfloat16; scales for 8-bit activations are not used",
+        )
+    return remarks
 
 
 def _settings(
@@ -445,13 +597,18 @@ def _kind(shapes: Mapping[str, Shape]) -> str:
     raise ValueError(f"is no Wan transformer and no TAEHV; its {len(shapes)} tensors follow no known layout")
 
 
-def _dtype(state_dict: Mapping[str, Tensor]) -> str:
-    counts: Counter[torch.dtype] = Counter()
-    for name, tensor in state_dict.items():
-        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+def _check_types(stored: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> None:
+    for name, tensor in stored.items():
+        if not (tensor.is_floating_point() or name in scales) or tensor.layout != torch.strided:
             raise ValueError(
                 f"parameter {name} is {tensor.dtype} in {tensor.layout}; only plain floating-point weights load"
             )
+
+
+def _most_common(stored: Mapping[str, Tensor]) -> str:
+    """The type that most numbers have."""
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in stored.values():
         counts[tensor.dtype] += tensor.numel()
     return str(counts.most_common(1)[0][0]).removeprefix("torch.")
 

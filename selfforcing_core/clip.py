@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checkpoint import read_tensors
+from .checkpoint import below_prefix, read_tensors
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel
@@ -24,6 +24,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 HEAD_DIM = 80  # of ViT-H/14; a file that differs must say its heads
 ORIGINAL_PREFIX = "visual."  # in the whole open-clip file, beside the text tower
+FIRST = ("cls_embedding", "embeddings.class_embedding")  # original names, those of transformers
 OURS_PREFIX = "vision_model."  # what older versions of transformers put before every name
 
 _TOP = {
@@ -77,7 +78,7 @@ def load_clip(
     Raises ValueError, one line, for whatever is no such encoder.
     """
     try:
-        tensors = transformers_tensors(read_tensors(path))
+        tensors = transformers_tensors(below_prefix(read_tensors(path), FIRST, path, is_quiet=True))
         return ClipVision(clip_from_tensors(tensors, dtype=dtype, device=device))
     except ValueError as error:
         message = str(error)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import MutableMapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from .checkpoint import DTYPES, Checkpoint, file_header, inspect_checkpoint, rea
 from .config import CLIP_DIM, BidirectionalConfig, CausalConfig, StepConfig, WanConfig
 from .hub import resolve_model
 from .keymap import DIALECTS, DIFFUSERS, EMA_CONTAINERS, RAW_CONTAINERS, from_wan
+from .scaled import ScaledWeights
 from .taehv_releases import LATENT_SPACES
 
 log = logging.getLogger(__name__)
@@ -62,6 +64,9 @@ def convert(
         raise ValueError(f"{source} is a TAEHV, whose names have no dialects; write one file and leave --dialect out")
     if latent_space is not None:
         checkpoint = replace(checkpoint, latent_space=latent_space)
+    checkpoint.say_notes()
+    if isinstance(checkpoint.state_dict, ScaledWeights):
+        dtype = dtype or checkpoint.dtype
     if dtype is not None:
         _cast(checkpoint.state_dict, DTYPES[dtype])
     write = {"safetensors": _write_safetensors, "torch": _write_torch, "folder": _write_folder}[kind]
@@ -105,7 +110,7 @@ def _with_settings(checkpoint: Checkpoint, causal: bool | None) -> Checkpoint:
     return replace(checkpoint, causal=chunks, bidirectional=None, steps=steps)
 
 
-def _cast(state_dict: dict[str, Tensor], dtype: torch.dtype) -> None:
+def _cast(state_dict: MutableMapping[str, Tensor], dtype: torch.dtype) -> None:
     """In place and one at a time, so that each original can be given up as soon as its copy is there."""
     for name in list(state_dict):
         state_dict[name] = state_dict.pop(name).to(dtype)

@@ -186,6 +186,7 @@ def _filled(
     weights that need no conversion stay mapped from the file. The others are converted one at a time, each original
     given up on the way.
     """
+    checkpoint.say_notes()
     dtype = dtype or getattr(torch, checkpoint.dtype)
     model = model_class(checkpoint.config, operations=operations, device=torch.device("meta"), dtype=dtype)
     weights = {}

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-# Left behind by torch's FSDP, activation checkpointing and torch.compile, at any depth of a name.
-WRAPPER_INFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+# Left behind by torch's FSDP, activation checkpointing, torch.compile and DDP, at any depth of a name.
+WRAPPER_INFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
 # Longest first: "model." alone must not match what "model.diffusion_model." means.
 DIALECT_PREFIXES = {
     "comfyui": "model.diffusion_model.",
@@ -53,16 +53,27 @@ DIFFUSERS_BLOCK = {
 }  # fmt: skip
 # Beside the network, adversarial training keeps a classifier; generation does not need it.
 TRAINING_ONLY_PREFIXES = ("_cls_pred_branch.", "_register_tokens", "_gan_ca_blocks.")
-# The keys under which trainers put a network into a file, by what they hold.
-EMA_CONTAINERS = ("generator_ema",)
-RAW_CONTAINERS = ("generator", "model")
+# Tables that a network computes and some trainers save: Wan's turns of the rotary embedding, diffusers' too.
+STRAY_BUFFERS = ("freqs", "rope.freqs", "rope.freqs_cos", "rope.freqs_sin")
+# The keys under which trainers put a network into a file, by what they hold. The first of each is what is written.
+EMA_CONTAINERS = ("generator_ema", "ema", "ema_state_dict", "model_ema", "ema_model")
+RAW_CONTAINERS = ("generator", "model", "module", "state_dict", "model_state_dict")
+LORA_CONTAINERS = ("generator_lora",)
+# Those of them that also stand before the names, where a file of one level holds several networks (Lightning).
+PREFIX_CONTAINERS = ("generator", *EMA_CONTAINERS, *LORA_CONTAINERS)
 
 
 def strip_wrappers(key: str) -> str:
-    """`key` without the infixes of FSDP, activation checkpointing and compilation, wherever they stand."""
-    for infix in WRAPPER_INFIXES:
-        key = key.replace(infix, "")
-    return key
+    """`key` without the infixes of FSDP, activation checkpointing, compilation and DDP, wherever they stand."""
+    if not any(infix in key for infix in WRAPPER_INFIXES):
+        return key
+    return ".".join(part for part in key.split(".") if f"{part}." not in WRAPPER_INFIXES)
+
+
+def split_container(key: str) -> tuple[str, str]:
+    """The container of PREFIX_CONTAINERS that stands before a name, or "", and the name without it."""
+    head, _, name = strip_wrappers(key).partition(".")
+    return (head, name) if head in PREFIX_CONTAINERS else ("", key)
 
 
 def dialect_of(key: str) -> str:
@@ -76,8 +87,9 @@ def dialect_of(key: str) -> str:
 def to_wan(key: str) -> str:
     """The original Wan name of a parameter called `key` in any dialect."""
     bare = strip_wrappers(key)
-    prefix = next(prefix for prefix in DIALECT_PREFIXES.values() if bare.startswith(prefix))
-    return _renamed(bare.removeprefix(prefix), *_FROM_DIFFUSERS)
+    while prefix := next(prefix for prefix in DIALECT_PREFIXES.values() if bare.startswith(prefix)):
+        bare = bare.removeprefix(prefix)  # more than one: a network inside a network, model.model.
+    return _renamed(bare, *_FROM_DIFFUSERS)
 
 
 def from_wan(name: str, dialect: str) -> str:
@@ -113,20 +125,38 @@ def is_training_only(key: str) -> bool:
     return strip_wrappers(key).startswith(TRAINING_ONLY_PREFIXES)
 
 
+def is_stray(key: str) -> bool:
+    """Whether `key` is a table that some trainers save beside the weights and every network computes itself."""
+    return to_wan(key) in STRAY_BUFFERS
+
+
 def wan_names(keys: Iterable[str]) -> dict[str, str]:
-    """Original Wan name -> the key it has in the file, for every key that is not training-only.
+    """Original Wan name -> the key it has in the file, for every key that is neither training-only nor stray.
 
     Raises ValueError when two keys mean the same parameter.
     """
     names: dict[str, str] = {}
     for key in keys:
-        if is_training_only(key):
-            continue
         name = to_wan(key)
+        if is_training_only(key) or name in STRAY_BUFFERS:
+            continue
         if name in names:
             raise ValueError(f"{names[name]} and {key} are both {name}; keep one of them")
         names[name] = key
     return names
+
+
+def prefix_before(keys: Iterable[str], anchors: Iterable[str]) -> str | None:
+    """What stands before one of these names in a file that holds other things too; None where none of them is.
+
+    For the networks beside the transformer, whose files differ in nothing else. Raises ValueError for two of them.
+    """
+    ends = tuple(anchors)
+    found = {key[: -len(end)] for key in keys for end in ends if key == end or key.endswith(f".{end}")}
+    if len(found) > 1:
+        names = " and ".join(repr(name) for name in sorted(found))
+        raise ValueError(f"holds more than one such network, below {names}; save the one that is meant alone")
+    return next(iter(found), None)
 
 
 def describe_dialect(keys: Iterable[str]) -> str:

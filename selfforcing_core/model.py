@@ -25,7 +25,7 @@ from .attention import attend, attend_segments, expand_frames
 from .config import CLIP_DIM, WanConfig
 from .geometry import tokens_per_frame
 from .kv_cache import KVCache, Past
-from .rope import apply_rotary, rotary_table
+from .rope import PLAIN, Axes, apply_rotary, rotary_table
 
 WITHOUT_FLOAT64 = ("mps",)  # types of device
 
@@ -243,6 +243,7 @@ class CausalWan(nn.Module):
         super().__init__()
         self.config = config
         self.cache_dtype: torch.dtype | None = None  # of new caches; None: the type that the model computes in
+        self.axes: Axes = PLAIN  # scale and shift of positions, for hosts that have such an option
         factory = {"device": device, "dtype": dtype}
         dim, patch = config.dim, config.patch_size
         self.patch_embedding = operations.Conv3d(config.in_dim, dim, kernel_size=patch, stride=patch, **factory)
@@ -319,7 +320,8 @@ class CausalWan(nn.Module):
         dtype = prompt_embeds_BXE.dtype
         num_frames, (height, width) = noisy_BTCHW.shape[1], noisy_BTCHW.shape[-2:]
         rows, columns = height // self.config.patch_size[1], width // self.config.patch_size[2]
-        rotary = rotary_table(self.config.head_dim, start_frame, num_frames, rows, columns, noisy_BTCHW.device)
+        device = noisy_BTCHW.device
+        rotary = rotary_table(self.config.head_dim, start_frame, num_frames, rows, columns, device, axes=self.axes)
         if image_BTCHW is not None:
             noisy_BTCHW = torch.cat([noisy_BTCHW, image_BTCHW.to(noisy_BTCHW)], 2)
             clean_BTCHW = None if clean_BTCHW is None else torch.cat([clean_BTCHW, image_BTCHW.to(clean_BTCHW)], 2)

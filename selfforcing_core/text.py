@@ -7,16 +7,20 @@ transformers is imported inside the functions that need it, so that importing th
 from __future__ import annotations
 
 import html
+import importlib.util
+import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .checkpoint import read_tensors
+from .checkpoint import below_prefix, read_tensors
+from .scaled import chosen_tensors, stored_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
@@ -81,22 +85,27 @@ class TextEncoder:
     def from_file(
         cls, path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
     ) -> TextEncoder:
-        """Load an original Wan file (models_t5_umt5-xxl-enc-bf16.pth) and the tokenizer beside it.
+        """Load a UMT5 encoder of one file, with the names of Wan or of transformers, in 8 bits with scales too.
 
-        The tokenizer is looked for in `google/umt5-xxl`, where Wan's repositories have it, in `tokenizer`, and in the
-        file's own folder. Raises ValueError where the file is no UMT5 encoder or has no tokenizer.
+        Wan's is models_t5_umt5-xxl-enc-bf16.pth, ComfyUI's umt5_xxl_fp16.safetensors and its fp8 forms. The tokenizer
+        is looked for in `google/umt5-xxl`, where Wan's repositories have it, in `tokenizer`, in the file's own folder,
+        and last in the file itself (`spiece_model`). Raises ValueError where the file is no UMT5 encoder or has no
+        tokenizer.
         """
         path = Path(path)
         places = [path.parent / name for name in ("google/umt5-xxl", "tokenizer", ".")]
         folder = next((place for place in places if (place / "tokenizer.json").is_file()), None)
-        if folder is None:
+        tensors, stored_tokenizer = _read_encoder(path)
+        if folder is not None:
+            tokenizer = _load_tokenizer(folder)
+        elif stored_tokenizer is not None:
+            tokenizer = _tokenizer_from_bytes(stored_tokenizer, path)
+        else:
             raise ValueError(f"{path} has no tokenizer beside it; put google/umt5-xxl/tokenizer.json into its folder")
-        tensors = read_tensors(path)
         try:
             model = umt5_from_wan_state_dict(tensors, dtype=dtype, device=device)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        tokenizer = _load_tokenizer(folder)
         return cls(tokenizer, model, text_len=_own_text_len(tokenizer))
 
     @property
@@ -165,6 +174,40 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"{folder} has no usable tokenizer: {_first_line(error)}") from error
 
 
+_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # what transformers imports
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(_SENTENCEPIECE[package]) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _tokenizer_from_bytes(data: bytes, path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that a weights file holds: a sentencepiece model, or the text of a tokenizer.json."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    is_json = data.lstrip().startswith(b"{")
+    remedy = "put google/umt5-xxl/tokenizer.json into its folder"
+    lacking = [name for name in _SENTENCEPIECE if not is_json and not _is_installed(name)]
+    if lacking:
+        raise ValueError(
+            f"{path} holds its tokenizer as a sentencepiece model; {remedy}, or install {' and '.join(lacking)}"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / ("tokenizer.json" if is_json else "spiece.model")
+        file.write_bytes(data)
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))  # UMT5's
+        try:
+            if not is_json:
+                return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+            return PreTrainedTokenizerFast(tokenizer_file=str(file), **names)
+        except Exception as error:  # two libraries read foreign bytes, each with errors of its own
+            raise ValueError(f"{path} holds a damaged tokenizer ({_first_line(error)[:200]}); {remedy}") from error
+
+
 def _read_config(folder: Path) -> UMT5Config:
     from transformers import UMT5Config
 
@@ -184,7 +227,8 @@ def encoder_bytes(path: Path, dtype: torch.dtype) -> int:
     Raises ValueError where `path` holds none.
     """
     if path.is_file():
-        return dtype.itemsize * sum(tensor.numel() for tensor in read_tensors(path).values())
+        tensors, _ = _read_encoder(path, is_quiet=True)
+        return dtype.itemsize * sum(tensor.numel() for tensor in stored_tensors(tensors).values())
     from transformers import UMT5EncoderModel
 
     config = _read_config(path)
@@ -214,6 +258,44 @@ def _load_model(
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+# ---------------------------------------------------------- files of weights --
+TOKENIZER_KEY = "spiece_model"  # of the tensor of bytes in ComfyUI's files
+# One of them is in every encoder: Wan's name of the embedding table, transformers', and its second name there.
+_EMBEDDINGS = ("token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight")
+_OTHER_HALF = ("decoder.", "lm_head.")  # of a whole UMT5, which no video model reads
+
+
+def _read_encoder(path: Path, *, is_quiet: bool = False) -> tuple[Mapping[str, Tensor], bytes | None]:
+    """The weights of an encoder under Wan's names, and the tokenizer if the file holds it."""
+    try:
+        tensors = below_prefix(read_tensors(path, is_quiet=is_quiet), _EMBEDDINGS, path, is_quiet=is_quiet)
+    except ValueError as error:
+        message = str(error)
+        raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from error
+    stored = stored_tensors(tensors)
+    tokenizer = stored.get(TOKENIZER_KEY)
+    if tokenizer is not None and tokenizer.dtype not in (torch.uint8, torch.int8):
+        raise ValueError(f"{path}: {TOKENIZER_KEY} is {tokenizer.dtype}, not bytes; the file is damaged")
+    if _EMBEDDINGS[0] in stored:
+        names = {key: key for key in stored if key != TOKENIZER_KEY}
+    else:
+        names = _wan_names(key for key in stored if key != TOKENIZER_KEY)
+    data = None if tokenizer is None else tokenizer.contiguous().numpy().tobytes()
+    return chosen_tensors(tensors, names), data
+
+
+def _wan_names(keys: Iterable[str]) -> dict[str, str]:
+    """Wan's name -> the name of transformers that the file has; names of neither stay, to be named when refused."""
+    keys = [key for key in keys if not key.startswith(_OTHER_HALF)]
+    if _EMBEDDINGS[1] in keys and _EMBEDDINGS[2] in keys:
+        keys.remove(_EMBEDDINGS[2])
+    layers = {int(match[1]) for key in keys if (match := re.match(r"encoder\.block\.(\d+)\.", key))}
+    one = dict.fromkeys(("vocab", "dim", "dim_attn", "dim_ffn", "num_heads"), 1)
+    wan = {umt5_key_from_wan(name): name for name in wan_umt5_shapes(**one, num_layers=len(layers))}
+    wan[_EMBEDDINGS[2]] = _EMBEDDINGS[0]
+    return {wan.get(key, key): key for key in keys}
 
 
 # ------------------------------------------------- original Wan UMT5 layout --
@@ -289,7 +371,7 @@ def wan_umt5_sizes(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """The sizes of an original Wan UMT5 encoder (keywords of `umt5_config`) read from its parameters' shapes."""
     needed = ("token_embedding.weight", "blocks.0.attn.q.weight", "blocks.0.ffn.fc1.weight")
     bias = "blocks.0.pos_embedding.embedding.weight"
-    missing = [key for key in (*needed, bias) if key not in shapes]
+    missing = [key for key in (*needed, bias) if len(shapes.get(key, ())) != 2]
     if missing:
         raise ValueError(f"this is not Wan's UMT5 encoder: it has no {missing[0]!r}; look for models_t5_umt5-xxl-enc")
     embedding, query, ffn = (shapes[key] for key in needed)
@@ -320,7 +402,7 @@ def umt5_from_wan_state_dict(
     """
     from transformers import UMT5EncoderModel
 
-    shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in stored_tensors(state_dict).items()}
     sizes = wan_umt5_sizes(shapes)
     if num_heads is not None and num_heads != sizes["num_heads"]:
         raise ValueError(f"num_heads {num_heads} was asked for, but the position table has {sizes['num_heads']} heads")

@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .checkpoint import read_tensors
+from .checkpoint import below_prefix, read_tensors
 from .geometry import SPATIAL_FACTOR, latent_frames
 from .versions import OPTIONAL, refusal
 
@@ -38,6 +38,7 @@ _ORIGINAL_RESIDUAL = {
     "norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6",
     "conv_shortcut": "shortcut",
 }  # fmt: skip
+_FIRST = ("encoder.conv1.weight", "encoder.conv_in.weight")  # original, diffusers
 
 
 # -------------------------------------------------------------------- names --
@@ -156,12 +157,14 @@ def load_wan_vae(
 ) -> WanVAE:
     """The VAE of a file with original names (Wan2.1_VAE.pth, wan_2.1_vae.safetensors) or of diffusers' folder.
 
+    The names may stand below a prefix (`model.`, `first_stage_model.`, `vae.`) or in a trainer's container.
     Raises ValueError, one line, for whatever is not a Wan 2.1 VAE.
     """
     path = Path(path)
     folder = path / "vae" if (path / "vae").is_dir() else path
     tensors = read_tensors(folder)
     try:
+        tensors = below_prefix(tensors, _FIRST, path)
         return WanVAE(vae_from_tensors(tensors, dtype=dtype, device=device))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -171,8 +174,8 @@ def vae_from_tensors(
     tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> AutoencoderKLWan:
     """The network with these weights, under original or diffusers names."""
-    is_original = "encoder.conv1.weight" in tensors
-    first = tensors.get("encoder.conv1.weight" if is_original else "encoder.conv_in.weight")
+    is_original = _FIRST[0] in tensors
+    first = tensors.get(_FIRST[not is_original])
     if first is None or first.ndim != 5:
         raise ValueError("is no Wan VAE; give Wan2.1_VAE.pth, wan_2.1_vae.safetensors or diffusers' vae folder")
     if is_original:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench import kv_cache as bench
 from bench.kv_cache import peak_bytes
 from selfforcing_core import attention
-from selfforcing_core.attention import KERNELS, attend, attend_segments, attention_kernel
+from selfforcing_core.attention import KERNELS, attend, attend_segments, attention_by, attention_kernel
 from selfforcing_core.config import CausalConfig, StepConfig, WanConfig
 from selfforcing_core.kv_cache import KVCache
 from selfforcing_core.rollout import SeededNoise, rollout
@@ -258,6 +258,26 @@ def test_measuring_and_compiled_blocks_go_together(monkeypatch: pytest.MonkeyPat
 
 
 # ---------------------------------------------------------------- benchmark --
+def test_a_hosts_attention_takes_the_place_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every pass, also where a narrow cache is read segment by segment; and only while the block runs."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, more = (torch.randn(1, 5, 2, 8, generator=generator) for _ in range(4))
+    plain, joined = attend(q, k, v), attend(q, torch.cat([k, more], 1), torch.cat([v, more], 1))
+    seen = []
+
+    def other(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask_LS: Tensor | None) -> Tensor:
+        seen.append((k_BSNK.shape[1], mask_LS is not None))
+        k, v = k_BSNK.transpose(1, 2), v_BSNK.transpose(1, 2)
+        return 2 * F.scaled_dot_product_attention(q_BLNK.transpose(1, 2), k, v, mask_LS).transpose(1, 2)
+
+    with attention_by(other):
+        assert torch.allclose(attend(q, k, v), 2 * plain)
+        assert torch.allclose(attend_segments(q, iter([(k, v), (more, more)])), 2 * joined)
+        attend(q, k, v, torch.ones(5, 5, dtype=torch.bool))
+    assert seen == [(5, False), (10, False), (5, True)]
+    assert torch.equal(attend(q, k, v), plain)
+
+
 def test_the_benchmark_of_the_cache_reports_every_type(monkeypatch: pytest.MonkeyPatch) -> None:
     found = bench.measure_rollouts(captions=1, seeds=1, num_frames=6)
     rows = {row["cache"]: row for row in found["caches"]}

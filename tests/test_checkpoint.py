@@ -121,6 +121,110 @@ def test_torch_file_without_an_average_gives_its_only_weights(tmp_path: Path, co
     assert "weights=" in refusal(tmp_path / "m.pt", weights="ema")
 
 
+@pytest.mark.parametrize(
+    ("containers", "prefix"),
+    [
+        (["generator"], "module.model."),
+        (["generator"], "module._orig_mod."),
+        (["generator"], "_orig_mod.module.model._fsdp_wrapped_module."),
+        (["module"], "model."),
+        (["module"], "module.model."),
+        (["state_dict"], "generator.model."),
+        (["state_dict"], "model.model."),
+        (["model_state_dict"], ""),
+        (["model", "module"], "model."),
+        ([], "generator.model."),
+    ],
+)
+def test_files_of_every_wrapper_and_trainer_are_read(tmp_path: Path, containers: list[str], prefix: str) -> None:
+    """As DDP, FSDP, torch.compile, DeepSpeed and Lightning leave them, with what else they keep beside."""
+    contents: dict[str, Any] = prefixed(weights_of(WAN), prefix)
+    for name in containers:
+        contents = {name: contents, "optimizer": None, "global_step": 12, "ds_version": "0.16"}
+    torch.save(contents, tmp_path / "m.pt")
+    assert_same(read_checkpoint(tmp_path / "m.pt").state_dict, weights_of(WAN))
+
+
+@pytest.mark.parametrize(
+    ("raw", "ema", "is_flat"),
+    [
+        ("generator", "generator_ema", False),
+        ("generator", "generator_ema", True),
+        ("model", "ema", False),
+        ("module", "model_ema", False),
+    ],
+)
+def test_raw_and_averaged_weights_are_told_apart_and_the_choice_is_said(
+    tmp_path: Path, raw: str, ema: str, is_flat: bool
+) -> None:
+    sets = {raw: prefixed(weights_of(WAN, 1), "model."), ema: prefixed(weights_of(WAN, 2), "model.")}
+    if is_flat:
+        flat = {f"{name}.{key}": tensor for name, found in sets.items() for key, tensor in found.items()}
+        save_file({**flat, "critic.x": torch.zeros(1)}, tmp_path / "m")
+    else:
+        torch.save(sets, tmp_path / "m")
+    found = read_checkpoint(tmp_path / "m")
+    assert_same(found.state_dict, weights_of(WAN, 2))
+    assert f"averaged weights ({ema}) are used" in found.notes[0]
+    if is_flat:
+        assert "critic.x" in found.notes[1]
+    found = read_checkpoint(tmp_path / "m", weights="raw")
+    assert_same(found.state_dict, weights_of(WAN, 1))
+    assert not any("are used" in note for note in found.notes)
+
+
+def test_two_sets_of_weights_of_one_kind_are_not_chosen_from(tmp_path: Path) -> None:
+    one, other = weights_of(WAN, 1), weights_of(WAN, 2)
+    torch.save({"generator": one, "model": other}, tmp_path / "m.pt")
+    assert "generator and model; save the one" in refusal(tmp_path / "m.pt")
+    torch.save({"state_dict": {"generator.a": one["head.head.bias"]}, "model": other}, tmp_path / "m.pt")
+    assert "state_dict.generator" in refusal(tmp_path / "m.pt")
+    torch.save({"generator": one, "model": one}, tmp_path / "m.pt")
+    assert_same(read_checkpoint(tmp_path / "m.pt").state_dict, one)  # two names of the same
+
+
+def test_an_average_that_is_not_there_yet_is_no_set_of_weights(tmp_path: Path) -> None:
+    torch.save({"generator": weights_of(WAN), "generator_ema": None, "step": 100}, tmp_path / "m.pt")
+    found = read_checkpoint(tmp_path / "m.pt")
+    assert_same(found.state_dict, weights_of(WAN))
+    assert found.notes == ()
+    assert "has no ema weights" in refusal(tmp_path / "m.pt", weights="ema")
+
+
+def test_a_lora_beside_the_weights_is_not_lost_in_silence(tmp_path: Path) -> None:
+    weights, lora = weights_of(WAN), {"blocks.0.self_attn.q.lora_A.weight": torch.zeros(2)}
+    torch.save({"generator": weights, "generator_lora": lora}, tmp_path / "m.pt")
+    assert "holds a LoRA (generator_lora)" in refusal(tmp_path / "m.pt")
+    save_file(prefixed(weights, "generator.") | prefixed(lora, "generator_lora."), tmp_path / "m.safetensors")
+    assert "holds a LoRA (generator_lora)" in refusal(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("name", ["freqs", "model.freqs", "module.model.freqs", "rope.freqs_cos"])
+def test_known_stray_tables_are_left_out_by_name_and_others_refused(tmp_path: Path, name: str) -> None:
+    table = torch.zeros(1024, 64, dtype=torch.complex64)
+    torch.save({**weights_of(WAN), name: table}, tmp_path / "m.pt")
+    found = read_checkpoint(tmp_path / "m.pt")
+    assert_same(found.state_dict, weights_of(WAN))
+    assert f"{name} left out" in found.notes[0]
+    torch.save({**weights_of(WAN), f"{name}2": table}, tmp_path / "m.pt")
+    assert "complex64" in refusal(tmp_path / "m.pt")
+
+
+def test_shards_of_several_networks_are_told_apart_when_all_are_read(tmp_path: Path) -> None:
+    raw, ema = prefixed(weights_of(WAN, 1), "generator."), prefixed(weights_of(WAN, 2), "generator_ema.")
+    parts = {"a.safetensors": raw, "b.safetensors": ema}
+    for name, tensors in parts.items():
+        save_file(tensors, tmp_path / name)
+    listed = {key: name for name, tensors in parts.items() for key in tensors}
+    (tmp_path / "m.json").write_text(json.dumps({"weight_map": listed}))
+    assert_same(read_checkpoint(tmp_path / "m.json", weights="raw").state_dict, weights_of(WAN, 1))
+
+
+def test_gguf_is_refused_with_the_way_round(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(100))
+    assert "Patch Model" in refusal(tmp_path / "m.gguf")
+
+
 def test_taehv_torch_file_is_understood_by_its_shapes(tmp_path: Path) -> None:
     torch.save(weights_of(TAEHV), tmp_path / "taew2_1.pth")
     found = read_checkpoint(tmp_path / "taew2_1.pth")

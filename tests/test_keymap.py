@@ -16,6 +16,7 @@ from selfforcing_core.keymap import (
     WRAPPER_INFIXES,
     describe_dialect,
     from_wan,
+    prefix_before,
     to_wan,
     wan_names,
 )
@@ -59,6 +60,14 @@ def test_ema_of_a_sharded_trainer_is_readable() -> None:
     key = "model._fsdp_wrapped_module.blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module.self_attn.q.weight"
     assert wan_names([key]) == {"blocks.0.self_attn.q.weight": key}
     assert describe_dialect([key]) == "self-forcing with wrapper infixes"
+
+
+def test_a_network_is_found_below_any_prefix_and_two_are_refused() -> None:
+    assert prefix_before(["vae.a.weight", "loss.b"], ["a.weight", "c"]) == "vae."
+    assert prefix_before(["a.weight"], ["a.weight"]) == ""
+    assert prefix_before(["xa.weight"], ["a.weight"]) is None
+    with pytest.raises(ValueError, match=r"'vae\.' and 'vae_ema\.'"):
+        prefix_before(["vae.a.weight", "vae_ema.a.weight"], ["a.weight"])
 
 
 def test_two_keys_for_one_parameter_are_refused() -> None:

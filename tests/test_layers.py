@@ -114,3 +114,11 @@ def test_rotary_embedding_is_the_same_with_gradient_and_without(dtype: torch.dty
         turned = apply_rotary(x, table)
     assert turned.dtype == dtype
     assert torch.equal(turned, with_gradient)
+
+
+def test_scaled_positions_are_those_of_a_finer_grid() -> None:
+    """Every second position of a table is the table at twice the scale; a shift begins it elsewhere."""
+    fine = rotary_table(16, 6, 4, 2, 6).view(4, 2, 6, -1)
+    found = rotary_table(16, 2, 2, 2, 2, axes=((2.0, 2.0), (1.0, 0.0), (3.0, 1.0))).view(2, 2, 2, -1)
+    assert torch.equal(found, fine[::2, :, [1, 4]])
+    assert torch.equal(rotary_table(16, 6, 4, 2, 6).view(4, 2, 6, -1), fine)

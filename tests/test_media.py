@@ -54,6 +54,23 @@ def test_every_layout_of_a_vae_loads_as_the_same_network(vae_files: list[Path]) 
     assert all(torch.equal(first, other) for other in others)
 
 
+@pytest.mark.parametrize("prefix", ["model.", "first_stage_model.", "vae.", "module.vae."])
+def test_a_vae_below_any_prefix_or_in_a_container_is_read(vae_files: list[Path], tmp_path: Path, prefix: str) -> None:
+    weights = {original_name(key, BLOCKS): value for key, value in vae_weights().items()}
+    latents = torch.randn(1, 2, 16, 2, 2, generator=torch.Generator().manual_seed(0))
+    torch.save({"state_dict": {prefix + key: value for key, value in weights.items()}}, tmp_path / "vae.ckpt")
+    wanted = load_wan_vae(vae_files[0]).decode(latents)
+    assert torch.equal(load_wan_vae(tmp_path / "vae.ckpt").decode(latents), wanted)
+
+
+def test_a_file_with_two_vaes_is_refused(tmp_path: Path) -> None:
+    weights = {original_name(key, BLOCKS): value for key, value in vae_weights().items()}
+    both = {f"{name}.{key}": value.clone() for name in ("vae", "old") for key, value in weights.items()}
+    save_file(both, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=r"below 'old\.' and 'vae\.'"):
+        load_wan_vae(tmp_path / "m.safetensors")
+
+
 def test_a_vae_says_what_it_cannot_encode_and_what_it_is_not(vae_files: list[Path], tmp_path: Path) -> None:
     vae = load_wan_vae(vae_files[0])
     with pytest.raises(ValueError, match="4n\\+1; use 5 or 9"):

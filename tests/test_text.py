@@ -22,16 +22,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from selfforcing_core import generate
+from selfforcing_core import text as text_module
 from selfforcing_core.cli import main
 from selfforcing_core.embeddings import EmbeddingFolder
 from selfforcing_core.hub import load_text_encoder
 from selfforcing_core.text import (
     TextEncoder,
     clean_prompt,
+    encoder_bytes,
     umt5_from_wan_state_dict,
     umt5_key_from_wan,
     wan_umt5_shapes,
@@ -71,6 +73,78 @@ def test_an_original_file_finds_the_tokenizer_beside_it(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, file)
     with pytest.raises(ValueError, match="this is not Wan's UMT5 encoder"):
         load_text_encoder(file)
+
+
+def transformers_file() -> dict[str, Tensor]:
+    """The bundle's encoder as ComfyUI's files have it: transformers' names, the tokenizer as a tensor of bytes."""
+    tokenizer = torch.frombuffer(bytearray((BUNDLE / "tokenizer.json").read_bytes()), dtype=torch.uint8)
+    return {**load_file(BUNDLE / "model.safetensors"), "spiece_model": tokenizer}
+
+
+@pytest.mark.parametrize("extra", ["", "text_encoder.", "whole"])
+def test_a_file_with_transformers_names_is_the_same_encoder(tmp_path: Path, encoder: TextEncoder, extra: str) -> None:
+    weights = transformers_file()
+    if extra == "whole":  # the whole UMT5, of which Wan reads the encoder
+        weights |= {"encoder.embed_tokens.weight": weights["shared.weight"].clone(), "lm_head.weight": torch.ones(1)}
+        weights |= {"decoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(1)}
+    elif extra:
+        weights = {extra + key: value for key, value in weights.items()} | {"vae.x": torch.ones(1)}
+    save_file(weights, tmp_path / "umt5_xxl_fp16.safetensors")
+    found = load_text_encoder(tmp_path / "umt5_xxl_fp16.safetensors")  # the tokenizer is inside
+    assert found.text_len == 512
+    assert torch.equal(found.encode(PROMPTS)[:, : encoder.text_len], encoder.encode(PROMPTS))
+    shutil.copy(BUNDLE / "tokenizer.json", tmp_path)
+    shutil.copy(BUNDLE / "tokenizer_config.json", tmp_path)
+    beside = load_text_encoder(tmp_path / "umt5_xxl_fp16.safetensors")
+    assert torch.equal(beside.encode(PROMPTS), encoder.encode(PROMPTS))
+    count = sum(parameter.numel() for parameter in encoder.model.parameters())
+    assert encoder_bytes(tmp_path / "umt5_xxl_fp16.safetensors", torch.bfloat16) == 2 * count
+
+
+def test_a_scaled_8_bit_file_is_the_encoder_that_it_stands_for(tmp_path: Path) -> None:
+    stored, exact = {"scaled_fp8": torch.zeros(0)}, {}
+    for key, value in transformers_file().items():
+        stored[key] = exact[key] = value
+        if "SelfAttention" in key and "bias" not in key:
+            scale = value.float().abs().max() / 448
+            stored[key] = (value.float() / scale).to(torch.float8_e4m3fn)
+            stored[key.replace("weight", "scale_weight")] = scale.reshape(())
+            exact[key] = stored[key].float() * scale
+    for name, tensors in (("scaled", stored), ("exact", exact)):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    scaled, wanted = (load_text_encoder(tmp_path / f"{name}.safetensors") for name in ("scaled", "exact"))
+    assert torch.equal(scaled.encode(PROMPTS), wanted.encode(PROMPTS))
+
+
+def test_a_tokenizer_inside_that_cannot_be_read_says_which_file_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = transformers_file()
+    file = tmp_path / "umt5.safetensors"
+    for data, word in ((b"{broken", "damaged tokenizer"), (b"\x0a\x05junk", "sentencepiece model")):
+        save_file({**weights, "spiece_model": torch.frombuffer(bytearray(data), dtype=torch.uint8)}, file)
+        monkeypatch.setattr(text_module, "_is_installed", lambda package: False)
+        with pytest.raises(ValueError, match=word) as caught:
+            load_text_encoder(file)
+        assert "google/umt5-xxl/tokenizer.json" in str(caught.value)
+    save_file({**weights, "spiece_model": torch.ones(3)}, file)
+    with pytest.raises(ValueError, match="not bytes"):
+        load_text_encoder(file)
+
+
+def test_a_sentencepiece_model_inside_the_file_tokenises_as_sentencepiece(tmp_path: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece", reason="the package sentencepiece is not installed")
+    lines = [" ".join(random.Random(seed).choices(["red", "blue", "square", "circle", "moving"], k=9))
+             for seed in range(300)]  # fmt: skip
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "lines.txt"), model_prefix=str(tmp_path / "m"), vocab_size=40, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    data = (tmp_path / "m.model").read_bytes()
+    found = text_module._tokenizer_from_bytes(data, tmp_path)
+    wanted = sentencepiece.SentencePieceProcessor(model_proto=data, add_eos=True)
+    assert [found(line)["input_ids"] for line in lines] == [wanted.encode(line) for line in lines]
 
 
 # ------------------------------------------------------------------- prompts --

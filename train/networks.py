@@ -51,6 +51,7 @@ def read_network(name: str, weights: str = "auto") -> Checkpoint:
     found = read_checkpoint(resolve_model(name), weights=weights)
     if not isinstance(found.config, WanConfig):
         raise ValueError(f"{name} is a {found.kind}, not a video model")
+    found.say_notes()
     return found
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import inspect
 import json
 import logging
 import random
@@ -35,12 +36,15 @@ import comfy.options  # noqa: E402
 comfy.options.enable_args_parsing()
 
 import comfy.k_diffusion.sampling  # noqa: E402
+import comfy.ldm.wan.model  # noqa: E402
 import comfy.model_management  # noqa: E402
 import comfy.ops  # noqa: E402
+import comfy.patcher_extension  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
 from comfy_api.torch_helpers import set_torch_compile_wrapper  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 import nodes as host_nodes  # noqa: E402, F401  the host's own, so that the pack's folder of that name cannot shadow it
 
@@ -636,6 +640,211 @@ def a_network_that_had_to_leave_comes_back() -> dict[str, Any]:
     }
 
 
+def once(patcher: Any, sampler: Any = None, *, values: Any = None) -> Any:
+    """Latents after one step from noise to nothing: by the host's Euler, or by a sampler of ours.
+
+    The host attends to as many rows of text as it is given, our network to all of them: 512, as a text encoder gives.
+    """
+    guider = comfy.samplers.CFGGuider(patcher)
+    guider.set_conds([[text(1, 512), dict(values or {})]], [[text(2, 512), dict(values or {})]])
+    guider.set_cfg(3.0)
+    noise = torch.randn(1, CHANNELS, FRAMES, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(7))
+    euler = comfy.samplers.KSAMPLER(comfy.k_diffusion.sampling.sample_euler)
+    return guider.sample(noise, torch.zeros_like(noise), sampler or euler, torch.tensor([1.0, 0.0]), disable_pbar=True)
+
+
+TELLS_BLOCK = "block_index" in inspect.getsource(comfy.ldm.wan.model.WanModel)  # as newer hosts do
+
+
+def by_block(func: Any, *args: Any, **options: Any) -> Any:
+    """Another attention, which looks at all that the host tells of where it stands."""
+    told = options["transformer_options"]
+    assert len(told["cond_or_uncond"]) == args[0].shape[0]
+    if not TELLS_BLOCK:
+        return func(*args, **options) * 1.5
+    assert told["total_blocks"] == SIZES["num_layers"]
+    assert tuple(told["grid_sizes"]) in ((FRAMES, HEIGHT // 2, WIDTH // 2), (3, HEIGHT // 2, WIDTH // 2))
+    return func(*args, **options) * (1.5 + told["block_index"])
+
+
+def with_override(patcher: Any) -> Any:
+    clone = patcher.clone()
+    clone.model_options["transformer_options"]["optimized_attention_override"] = by_block
+    return clone
+
+
+def with_rope(patcher: Any) -> Any:
+    clone = patcher.clone()
+    if not hasattr(clone, "set_model_rope_options"):
+        return None
+    clone.set_model_rope_options(scale_x=2.0, shift_x=1.0, scale_y=0.5, shift_y=0.0, scale_t=1.5, shift_t=3.0)
+    return clone
+
+
+def what_is_set_on_the_forward_pass_is_followed() -> dict[str, Any]:
+    """All frames as one chunk are the host's own pass; in chunks RoPE is the core's, attention also from int8."""
+    made = network()
+    causal, whole = loaded(saved("t2v", made)), loaded(saved("whole", made, causal=None), kind="base")
+    at_once = sampling.ChunkSampler(sampling.Run(causal=CausalConfig(chunk=FRAMES)))
+    found: dict[str, Any] = {"plain": apart(once(causal, at_once), once(whole))}
+    for name, patched in (("attention", with_override), ("rope", with_rope)):
+        if patched(causal) is None:
+            continue  # the host has no such option
+        found[name] = apart(once(patched(causal), at_once), once(patched(whole)))
+        found[f"{name}_matters"] = apart(once(patched(whole)), once(whole))
+    if with_rope(causal) is not None:
+        made.axes = ((1.5, 3.0), (0.5, 0.0), (2.0, 1.0))
+        found["rope_in_chunks"] = apart(sampled(with_rope(causal)), core_rollout(made))
+    narrow = causal_model.with_settings(causal, causal_model.Settings("causal", CHUNKS, STEPS, cache_dtype=torch.int8))
+    exact = sampled(with_override(causal))
+    found["attention_from_int8"] = float((sampled(with_override(narrow)) - exact).abs().mean() / exact.std())
+    compiled_one = with_override(causal)
+    set_torch_compile_wrapper(compiled_one, backend="eager")
+    found["attention_compiled"] = apart(sampled(compiled_one), exact)
+    return found
+
+
+def what_cannot_be_followed_is_refused() -> dict[str, str]:
+    """The sentence with which each is refused, "" if it is not; and that the MODEL runs as before without it."""
+    patcher = loaded(saved("t2v", network()))
+    before, blocks = sampled(patcher), patcher.model.diffusion_model.blocks
+
+    def told(change: Callable[[Any], Any], **options: Any) -> str:
+        clone = patcher.clone()
+        change(clone)
+        try:
+            sampled(clone, **options)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def method(name: str, module: Any) -> Callable[[Any], Any]:
+        own = getattr(type(module), name.rpartition(".")[2])
+        other = types.MethodType(lambda self, *args, **options: own(self, *args, **options), module)
+        return lambda clone: clone.add_object_patch(f"diffusion_model.{name}", other)
+
+    def in_a_step(clone: Any) -> None:
+        def post_cfg(args: dict[str, Any]) -> Any:
+            replaced = comfy.model_patcher.set_model_options_patch_replace(
+                args["model_options"].copy(), lambda args, extra: args, "dit", "double_block", 0
+            )
+            comfy.samplers.calc_cond_batch(args["model"], [args["cond"]], args["input"], args["sigma"], replaced)
+            return args["denoised"]
+
+        clone.set_model_sampler_post_cfg_function(post_cfg)
+
+    def skipping(every: int) -> Callable[[Any], Any]:
+        calls: list[int] = []
+
+        def wrapper(executor: Any, x: Any, *args: Any, **options: Any) -> Any:
+            calls.append(1)
+            return executor(x, *args, **options) if len(calls) % every else torch.zeros_like(x)
+
+        return lambda clone: clone.add_wrapper_with_key(diffusion_model, "another", wrapper)
+
+    diffusion_model = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+
+    def put(key: str, value: Any) -> Callable[[Any], Any]:
+        return lambda clone: clone.model_options.__setitem__(key, value)
+
+    found = {
+        "block": told(lambda clone: clone.set_model_patch_replace(lambda a, e: a, "dit", "double_block", 1)),
+        "block in a step": told(in_a_step),
+        "attn1": told(lambda clone: clone.set_model_patch(lambda args: args["x"], "attn1_patch")),
+        "unknown": told(lambda clone: clone.set_model_patch(lambda args: args["x"], "a_new_one")),
+        "without effect": told(lambda clone: clone.set_model_patch(lambda x, extra: x * 2, "attn1_output_patch")),
+        "cross": told(method("blocks.0.cross_attn.forward", blocks[0].cross_attn)),
+        "whole": told(method("forward_orig", patcher.model.diffusion_model)),
+        "rope table": told(
+            lambda clone: clone.add_object_patch("diffusion_model.rope_embedder", torch.nn.Identity().to("cpu"))
+        ),
+        "norm": told(method("blocks.1.norm1.forward", blocks[1].norm1)),
+        "layer": told(method("blocks.1.ffn.0.forward", blocks[1].ffn[0])),  # is called, so it is followed
+        "skip": told(skipping(3)),
+        "skip the cache": told(skipping(5)),  # the last of a chunk's passes
+        "easycache": told(
+            lambda clone: clone.add_wrapper_with_key(diffusion_model, "easycache", lambda call, *a: call(*a))
+        ),
+        "context windows": told(put("context_handler", object())),
+        "rope": told(put("transformer_options", {"rope_options": {"scale_z": 2.0}})),
+        "joined frames": told(lambda clone: None, values={"time_dim_concat": torch.zeros(1, 16, 1, HEIGHT, WIDTH)}),
+    }
+    hook = blocks[0].self_attn.register_forward_hook(lambda *args: None)
+    found["hook"] = told(lambda clone: None)
+    hook.remove()
+    found["afterwards"] = "same" if torch.equal(sampled(patcher), before) else "other"
+    return found
+
+
+def a_loras_modulation_is_the_merged_network() -> dict[str, Any]:
+    """By both loaders, since ComfyUI does not apply what a LoRA has for a block's own parameters."""
+    made = network()
+    generator = torch.Generator().manual_seed(1)
+    names = [name for name, _ in made.named_parameters() if name.endswith("modulation")]
+    change = {name: torch.randn(made.get_parameter(name).shape, generator=generator) * 0.2 for name in names}
+    plain = {name: value.clone() for name, value in made.state_dict().items()}
+    first = core_rollout(made)
+    path = saved("lora", made)
+    made.load_state_dict({**plain, **{name: plain[name] + 0.5 * value for name, value in change.items()}})
+    wanted = core_rollout(made)
+    lora = {f"diffusion_model.{name}.diff": value for name, value in change.items()}
+    settings = causal_model.Settings("causal", CHUNKS, STEPS)
+    foreign = comfy.sd.load_diffusion_model_state_dict(dict(plain))
+    found: dict[str, Any] = {"matters": apart(wanted, first)}
+    for name, patcher in (("ours", loaded(path)), ("hosts", causal_model.with_settings(foreign, settings))):
+        patched = host.with_shift(comfy.sd.load_lora_for_models(patcher, None, dict(lora), 0.5, 0)[0], 5.0)
+        found[name] = apart(sampled(patched), wanted)
+        found[f"{name}_without"] = apart(sampled(host.with_shift(patcher.clone(), 5.0)), first)
+    return found
+
+
+def first_and_last_frame_models_are_not_made_causal() -> dict[str, str]:
+    made = network(in_dim=36, model_type="i2v")
+    state = {name: value.clone() for name, value in made.state_dict().items()}
+    foreign = comfy.sd.load_diffusion_model_state_dict({**state, "img_emb.emb_pos": torch.zeros(1, 514, 1280)})
+    found = {}
+    for kind in ("causal", "few-step bidirectional", "unknown"):
+        try:
+            patched = causal_model.with_settings(foreign, causal_model.Settings(kind, CHUNKS, STEPS))
+            if kind == "unknown":
+                sampled(patched)
+            found[kind] = ""
+        except ValueError as error:
+            found[kind] = str(error)
+    return found
+
+
+def a_scaled_8_bit_file_is_the_network_it_stands_for() -> dict[str, Any]:
+    """By Load Model, and by the host's own loader with Patch Model, where the host multiplies in its own way."""
+    made = network()
+    stored, exact = {}, {}
+    for name, weight in made.state_dict().items():
+        stored[name] = exact[name] = weight
+        if weight.ndim == 2 and name.startswith("blocks."):
+            scale = weight.abs().max() / 448
+            stored[name] = (weight / scale).to(torch.float8_e4m3fn)
+            stored[name.removesuffix("weight") + "scale_weight"] = scale.reshape(())
+            exact[name] = stored[name].float() * scale
+    stored["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    path = FOLDER / "scaled.safetensors"
+    save_file(stored, path)
+    made.load_state_dict(exact)
+    wanted = core_rollout(made)
+    lines: list[str] = []
+    warning, causal_model.log.warning = causal_model.log.warning, lambda line, *args: lines.append(line % args)
+    try:
+        ours = loaded(path)
+    finally:
+        causal_model.log.warning = warning
+    narrow = loaded(path, dtype=torch.bfloat16)
+    return {
+        "ours": apart(sampled(ours), wanted),
+        "bfloat16": float((sampled(narrow) - wanted).abs().mean() / wanted.std()),
+        "weights": str(narrow.model.diffusion_model.blocks[0].ffn[0].weight.dtype),
+        "lines": lines,
+    }
+
+
 CHECKS: tuple[Callable[[], Any], ...] = (
     broken_packages,
     a_trained_lora_is_the_merged_network,
@@ -656,6 +865,11 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     states,
     a_prompt_typed_into_a_resumed_run,
     the_hosts_own_causal_sampler,
+    what_is_set_on_the_forward_pass_is_followed,
+    what_cannot_be_followed_is_refused,
+    a_loras_modulation_is_the_merged_network,
+    first_and_last_frame_models_are_not_made_causal,
+    a_scaled_8_bit_file_is_the_network_it_stands_for,
 )
 
 

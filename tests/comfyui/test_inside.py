@@ -174,3 +174,48 @@ def test_text_encoders(found: dict[str, Any]) -> None:
 def test_a_network_that_had_to_leave_comes_back(found: dict[str, Any]) -> None:
     assert found["came_back"] == [True, True]
     assert found["told"] == [[found["needed"]], [found["needed"]]]
+
+
+def test_what_is_set_on_the_forward_pass_is_followed(found: dict[str, Any]) -> None:
+    """Another attention and RoPE scaling: as one chunk exactly what ComfyUI's own pass makes of them."""
+    assert found["attention_matters"] > 0.01
+    assert max(found["plain"], found["attention"]) < 2 * ROUNDING
+    assert 0 < found["attention_from_int8"] < 0.05
+    assert found["attention_compiled"] == 0, "the attention goes before compiled blocks"
+    if "rope" in found:
+        assert found["rope_matters"] > 0.01
+        assert max(found["rope"], found["rope_in_chunks"]) < 2 * ROUNDING
+
+
+def test_what_cannot_be_followed_is_refused(found: dict[str, str]) -> None:
+    assert found.pop("afterwards") == "same"
+    assert found.pop("layer") == found.pop("without effect") == ""
+    words = {
+        "block": "replacement of block 1", "block in a step": "replacement of block 0", "attn1": "attn1_patch",
+        "unknown": "a_new_one", "cross": "another forward of blocks.0.cross_attn (WanVideoNAG",
+        "whole": "another forward_orig of the network", "rope table": "another rope_embedder (torch.nn",
+        "norm": "another forward of blocks.1.norm1", "skip": "was skipped", "skip the cache": "was skipped",
+        "context windows": "window and sink", "rope": "scale_z", "joined frames": "time_dim_concat",
+        "easycache": "EasyCache, which skips", "hook": "a forward hook on blocks.0.self_attn",
+    }  # fmt: skip
+    assert found.keys() == words.keys()
+    for name, word in words.items():
+        assert word in found[name], name
+
+
+def test_a_loras_modulation_is_the_merged_network(found: dict[str, float]) -> None:
+    assert found["matters"] > 0.01
+    assert max(found[name] for name in ("ours", "hosts", "ours_without", "hosts_without")) < ROUNDING
+
+
+def test_first_and_last_frame_models_are_not_made_causal(found: dict[str, str]) -> None:
+    assert "img_emb.emb_pos" in found["causal"]
+    assert found["unknown"] == found["causal"]
+    assert found["few-step bidirectional"] == ""
+
+
+def test_a_scaled_8_bit_file_is_the_network_it_stands_for(found: dict[str, Any]) -> None:
+    assert found["ours"] < ROUNDING
+    assert 0 < found["bfloat16"] < 0.05
+    assert found["weights"] == "torch.bfloat16"
+    assert any("Patch Model (Self Forcing) keeps them in 8 bits" in line for line in found["lines"])

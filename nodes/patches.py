@@ -1,0 +1,154 @@
+"""What ComfyUI's nodes and other packs put on a MODEL for its forward pass: honoured in the causal pass, or refused.
+
+The causal pass runs the MODEL's own layers in the order of our network, so whatever acts on a layer acts there too, and
+so do wrappers around an evaluation. What acts on the passes between the layers would be lost: each such thing is looked
+for before anything is sampled, and again at every evaluation, since some nodes put theirs there only then.
+
+Honoured: another attention (`optimized_attention_override`), RoPE scaling (`rope_options`). Refused: the rest by name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import comfy.lora
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..selfforcing_core.rope import Axes
+
+log = logging.getLogger(__name__)
+OVERRIDE = "optimized_attention_override"
+REMEDY = "remove it, or sample the whole video with ComfyUI's own sampler"
+# Lists of functions that no Wan network of ComfyUI ever asked for: there they change nothing either.
+WITHOUT_EFFECT = {
+    "attn1_output_patch", "attn2_output_patch", "emb_patch", "forward_timestep_embed_patch", "input_block_patch",
+    "input_block_patch_after_skip", "middle_block_after_patch", "middle_block_patch", "noise_refiner",
+    "output_block_patch", "post_input",
+}  # fmt: skip
+SETTERS = {
+    "attn1_patch": "InfiniteTalk, HyperTile, ToMe or a hypernetwork",
+    "attn2_patch": "InfiniteTalk or a hypernetwork",
+}
+STEP_SAVERS = {"easycache": "EasyCache", "lazycache": "LazyCache"}  # keys of their wrappers
+# Inputs of a prompt that ComfyUI's forward pass joins to the frames of the whole video.
+WHOLE_VIDEO_INPUTS = {
+    "time_dim_concat": "frames joined to the video in time, as WanPhantomSubjectToVideo sets them",
+    "context_latents": "reference latents beside the video, as Bernini's nodes set them",
+}
+ROPE_AXES = ("t", "y", "x")
+_TORCH_METHODS = frozenset(vars(nn.Module)) - {"forward"}
+
+
+def _refuse(what: str) -> ValueError:
+    return ValueError(f"this model carries {what}, which generating chunk by chunk cannot follow; {REMEDY}")
+
+
+def check_model_options(model_options: Mapping[str, Any]) -> None:
+    """Raise ValueError for what a MODEL carries beside its network, before anything is sampled."""
+    if model_options.get("context_handler") is not None:
+        raise ValueError(
+            "this model carries context windows (Context Windows), which generating chunk by chunk does not need; "
+            "remove the node, and set window and sink in Cache Options (Self Forcing)"
+        )
+    options = model_options.get("transformer_options", {})
+    for wrappers in options.get("wrappers", {}).values():
+        found = next((name for key, name in STEP_SAVERS.items() if wrappers.get(key)), None)
+        if found is not None:
+            raise _refuse(f"{found}, which skips evaluations that have to write into the cache")
+    check_transformer_options(options)
+    for name in sorted(set(options.get("patches", {})) & WITHOUT_EFFECT):
+        log.warning("%s has no effect on a Wan model, here as in ComfyUI's own sampling", name)
+
+
+def check_transformer_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for patches between the layers, as one evaluation is given them."""
+    blocks = [key for key in options.get("patches_replace", {}).get("dit", {}) if key[0] == "double_block"]
+    if blocks:
+        raise _refuse(
+            f"a replacement of block {blocks[0][1]} (patches_replace 'dit'; Skip Layer Guidance, TeaCache and other "
+            "nodes that skip or change blocks set it)"
+        )
+    for name, functions in options.get("patches", {}).items():
+        if functions and name not in WITHOUT_EFFECT:
+            setters = f"; {SETTERS[name]} sets it" if name in SETTERS else ""
+            raise _refuse(f"a patch between its layers ({name}{setters})")
+    rope_axes(options)
+
+
+def check_prompt_inputs(names: Mapping[str, Any]) -> None:
+    """Raise ValueError for what a prompt adds to the whole video. names: of the prompt's inputs to the network."""
+    found = next((name for name in WHOLE_VIDEO_INPUTS if name in names), None)
+    if found is not None:
+        raise ValueError(
+            f"the prompt carries {WHOLE_VIDEO_INPUTS[found]} ({found}), which does not go with generating chunk by "
+            "chunk; take it out of the prompt"
+        )
+
+
+def rope_axes(options: Mapping[str, Any]) -> Axes | None:
+    """Scale and shift of the positions of time, height and width; None where nothing is scaled.
+
+    As ComfyUI's Wan has it: positions 0, 1, ... become shift + scale * position. Raises ValueError for other options.
+    """
+    given = options.get("rope_options")
+    if not given:
+        return None
+    known = {f"{kind}_{axis}" for kind in ("scale", "shift") for axis in ROPE_AXES}
+    unknown = sorted(name for name, value in given.items() if name not in known and value)
+    if unknown:
+        raise _refuse(f"RoPE options that are not known here ({', '.join(unknown)})")
+    t, y, x = ((float(given.get(f"scale_{axis}", 1)), float(given.get(f"shift_{axis}", 0))) for axis in ROPE_AXES)
+    return t, y, x
+
+
+# ---------------------------------------------------------------- modules --
+def check_module(path: str, module: nn.Module, *, is_hosts: bool = True) -> None:
+    """Raise ValueError if a module whose place our network takes does not do what ComfyUI's own does.
+
+    is_hosts: it has to be of a class of ComfyUI, not only to be left as its class has it.
+    """
+    module = getattr(module, "_orig_mod", module)  # compiled: the same function
+    kind = type(module)
+    where = path or "the network"
+    changed = next(_changed_methods(module), None)
+    if changed is not None:
+        hint = " (WanVideoNAG of KJNodes sets one)" if path.endswith("cross_attn") else ""
+        raise _refuse(f"another {changed} of {where}{hint}")
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise _refuse(f"a forward hook on {where}")
+    if is_hosts and not kind.__module__.startswith(("comfy.", "torch.nn.modules.container")):
+        raise _refuse(f"another {where} ({kind.__module__}.{kind.__qualname__})")
+
+
+def _changed_methods(module: nn.Module) -> Iterator[str]:
+    """Methods of its class that the instance has replaced. ComfyUI leaves the class's own there after a patch."""
+    for name, value in vars(module).items():
+        own = getattr(type(module), name, None)
+        if callable(own) and name not in _TORCH_METHODS and value is not None:
+            is_own = getattr(value, "__func__", None) is own and getattr(value, "__self__", None) is module
+            if not is_own:
+                yield name
+
+
+# --------------------------------------------------------------- weights --
+def unapplied_names(patcher: Any, names: Iterable[str]) -> list[str]:
+    """Parameters of the network for which the MODEL carries a patch that ComfyUI has not applied."""
+    keys = ((name, f"diffusion_model.{name}") for name in names)
+    return [name for name, key in keys if key in patcher.patches and key not in patcher.backup]
+
+
+def unapplied_weights(patcher: Any, names: Iterable[str]) -> dict[str, Tensor]:
+    """What a LoRA makes of parameters that ComfyUI leaves as they are, float32, by their names in the network.
+
+    ComfyUI applies a patch where a module has nothing but its own parameters; a block's modulation is not such a one.
+    """
+    found: dict[str, Tensor] = {}
+    for name in unapplied_names(patcher, names):
+        key = f"diffusion_model.{name}"
+        weight = patcher.get_model_object(key).to(patcher.load_device, torch.float32, copy=True)
+        found[name] = comfy.lora.calculate_weight(patcher.patches[key], weight, key)
+    return found
