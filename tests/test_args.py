@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from train.args import (
     ClipArgs,
@@ -91,6 +92,20 @@ def test_files_of_every_editor_are_read(encoding: str, tmp_path: Path) -> None:
     (tmp_path / "ours.yaml").write_bytes("# notes\r\nlogdir: \u732b\r\nlr: 1e-6\r\n".encode(encoding))
     args = parse(DmdArgs, [f"config={tmp_path / 'ours.yaml'}"])
     assert (args.logdir, args.lr) == ("\u732b", 1e-6)
+
+
+def test_runs_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    """Their files were written by OmegaConf."""
+    args = DmdArgs(logdir="007", student="a #1", prompts="\u732b: [", critic="1e5", steps=[1000.0, 1e-6], lr=1e-06)
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(args)), encoding="utf-8")
+    assert parse(DmdArgs, [f"config={tmp_path / 'config.yaml'}"]) == args
+
+
+def test_a_text_that_once_was_filled_in_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "ours.yaml").write_text("logdir: runs/${seed}\nstudent: $HOME\n", encoding="utf-8")
+    assert parse(DmdArgs, [f"config={tmp_path / 'ours.yaml'}"]).logdir == "runs/${seed}"
+    assert "logdir 'runs/${seed}' is taken letter for letter" in caplog.text
+    assert "student" not in caplog.text
 
 
 def test_files_may_name_a_part_and_use_it_again(tmp_path: Path) -> None:

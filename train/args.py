@@ -302,6 +302,8 @@ def read(path: Path, kind: type[Any]) -> dict[str, Any]:
     for key, node in _nodes(path):
         _check_key(key, kind, str(path))
         values[key] = _from_node(node, types[key], f"{path}: {key}")
+        if "${" in str(values[key]) and is_first():  # earlier versions put another setting's value there
+            log.warning("%s: %s %r is taken letter for letter; nothing is filled in for ${...}", path, key, values[key])
     return values
 
 
