@@ -406,13 +406,12 @@ AUTO, SINK_AUTO, NOISE_AUTO = 0, -1, -1.0  # widget values that stand for the MO
 
 
 def causal_settings(trained: CausalConfig, chunk: int, window: int, sink: int) -> CausalConfig:
-    """The widgets' values, the MODEL's own where they say auto."""
-    return replace(
-        trained,
-        chunk=trained.chunk if chunk == AUTO else chunk,
-        window=trained.window if window == AUTO else window,
-        sink=trained.sink if sink == SINK_AUTO else sink,
-    )
+    """The widgets' values, the MODEL's own where they say auto; what they replace is said."""
+    widgets = (("chunk", chunk, AUTO), ("window", window, AUTO), ("sink", sink, SINK_AUTO))
+    chosen = {name: value for name, value, auto in widgets if value not in (auto, getattr(trained, name))}
+    for name, value in chosen.items():
+        log.info("the model's own %s is %d; %d is used", name, getattr(trained, name), value)
+    return replace(trained, **chosen)
 
 
 def sigmas_of(patcher: Any, num_steps: int, shift: float) -> Tensor:
@@ -428,6 +427,7 @@ def sigmas_of(patcher: Any, num_steps: int, shift: float) -> Tensor:
         if not trained.warp and trained.sigma == "exact" and chosen != trained.shift:
             log.warning("the model gives its timesteps as they are, so that shift %g changes nothing", chosen)
     else:  # evenly spaced ones are warped, whatever the model's own list is
+        log.info("the model's own steps are %d; %d even ones are used", len(trained.steps), num_steps)
         even = StepConfig.even(num_steps, shift=chosen)
         schedule = FlowSchedule(replace(trained, steps=even.steps, shift=chosen, warp=True))
     return torch.tensor([*schedule.sigmas, 0.0], dtype=torch.float32)

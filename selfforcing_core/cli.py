@@ -120,7 +120,7 @@ def _add_generate(make: argparse.ArgumentParser) -> None:
     what.add_argument("--negative", default="", help="what to keep away from, with --cfg")
     what.add_argument("--image", type=Path, help="picture that is the first frame")
     what.add_argument("--extend", type=Path, help="video, or file of --latents, that goes on for --frames more")
-    what.add_argument("--frames", type=int, help="length in video frames (default: the bundle's; 81 for Wan)")
+    what.add_argument("--frames", type=int, help="length in video frames (default: as trained, if known; else 81)")
     what.add_argument("--width", type=int, help="in pixels (default: the bundle's; 832 for Wan)")
     what.add_argument("--height", type=int, help="in pixels (default: the bundle's; 480 for Wan)")
     what.add_argument("--seed", type=int, default=0, help="equal seeds give equal videos (default: 0)")
