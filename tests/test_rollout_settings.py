@@ -149,7 +149,7 @@ def test_a_given_first_frame_is_the_rows_and_has_no_loss(
     first = trainer.rows(range(1))[1][0].latents_STCHW[-1][:1]
     assert found.x.shape == (1, 4, 16, 4, 4)
     assert torch.equal(found.x[0, :1], first)
-    assert found.counted.tolist() == [False, True, True, True]
+    assert found.counted.tolist() == [1, 2, 3]
     assert torch.equal(spy.calls[0][0][0], first)
     assert spy.calls[0][1] == 0.0, "a clean pass on the given frame alone"
     assert not spy.calls[0][3]
@@ -193,7 +193,7 @@ def test_long_rollouts_may_begin_with_a_given_frame(
     assert len(trainer.exits(trainer.draws(STUDENT))) == 2
     found = compared(trainer)
     assert found.x.shape[1] == 4
-    assert found.counted.tolist() == [False, True, True, True], "the window's first frame is a re-encoded one"
+    assert found.counted.tolist() == [1, 2, 3], "the window's first frame is a re-encoded one"
 
 
 def test_clips_that_are_sampled_begin_with_their_own_frames(
@@ -274,6 +274,7 @@ def test_losses_leave_out_frames_that_do_not_count() -> None:
     assert x.grad is not None
     assert not x.grad[:, 0].any()
     torch.testing.assert_close(x.grad[:, 1:], gradient[:, 1:] / (x.numel() * 3 / 4))
+    assert torch.equal(dmd_loss(x, gradient, torch.arange(1, 4)), dmd_loss(x, gradient, counted)), "or indices"
     size = (x - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).detach()
     error = (real - fake) * ((real - x) - (real - fake)) / size
     torch.testing.assert_close(sid_loss(x, fake, real, 1.0, counted), error[:, 1:].mean())

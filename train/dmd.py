@@ -297,7 +297,7 @@ class Distillation(Trainer):
         return self.matching.critic_loss(x, draw, condition)
 
     def counted(self, frames: int) -> Tensor | None:
-        """Which frames of a student's clip of this length have a loss, [T]; None: all.
+        """Indices of the frames of a student's clip of this length that have a loss; None: all.
 
         Not a given one, nor the chunk that the re-encoded one before a long clip's window belongs to.
         """
@@ -306,7 +306,7 @@ class Distillation(Trainer):
             without = 0 if args.score == "sid" else 1 if args.independent_first_frame else self.causal.chunk
         elif args.first_frame != "generated":
             without = 1
-        return torch.arange(args.latent_frames) >= without if without else None
+        return torch.arange(without, args.latent_frames) if without else None
 
     def frames(self, draws: Draws) -> int:
         """Latent frames of this step's clips: as many as the teacher sees, or chunks more up to the longest."""

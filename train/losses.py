@@ -51,7 +51,7 @@ def dmd_gradient(x_BTCHW: Tensor, fake_x0: Tensor, real_x0: Tensor) -> Tensor:
 def dmd_loss(x_BTCHW: Tensor, gradient: Tensor, counted_T: Tensor | None = None) -> Tensor:
     """A scalar whose gradient with respect to x is `gradient` / numel (DMD2, arXiv 2405.14867, section 3).
 
-    counted_T: bool, the frames that the mean is over; all by default.
+    counted_T: the frames that the mean is over, bool or their indices; all by default.
     """
     target = (x_BTCHW - gradient).detach()
     error = 0.5 * (x_BTCHW.double() - target.double()).square()
