@@ -85,7 +85,12 @@ def test_so_are_those_of_the_stages_before(
 
 @pytest.mark.parametrize(
     "more",
-    [["score=sid"], ["score=gan"], ["latent_frames=7", "first_frame=pictures", "independent_first_frame=true"]],
+    [
+        ["score=sid"],
+        ["score=gan"],
+        ["latent_frames=7", "first_frame=pictures", "independent_first_frame=true"],
+        ["max_latent_frames=9"],
+    ],
 )
 def test_every_kind_of_distillation_can_be_watched(more: list[str]) -> None:
     args = parse(DmdArgs, [*SETTINGS, *more])

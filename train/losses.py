@@ -55,10 +55,16 @@ def dmd_loss(x_BTCHW: Tensor, gradient: Tensor, counted_T: Tensor | None = None)
     """
     target = (x_BTCHW - gradient).detach()
     error = 0.5 * (x_BTCHW.double() - target.double()).square()
+    return _mean(error, counted_T)
+
+
+def _mean(error_BTCHW: Tensor, counted_T: Tensor | None) -> Tensor:
+    """The mean over frames that count; a selection by bool would wait for the device."""
     if counted_T is None:
-        return error.mean()
-    weight_T = counted_T.to(error)  # a selection by bool would wait for the device
-    return (error.mean(dim=(0, 2, 3, 4)) * weight_T).sum() / weight_T.sum()
+        return error_BTCHW.mean()
+    assert counted_T.dtype == torch.bool
+    weight_T = counted_T.to(error_BTCHW)
+    return (error_BTCHW.mean(dim=(0, 2, 3, 4)) * weight_T).sum() / weight_T.sum()
 
 
 def sid_loss(
@@ -72,7 +78,7 @@ def sid_loss(
     x, fake, real = x_BTCHW.double(), fake_x0.double(), real_x0.double()
     normaliser = (x - real).detach().abs().mean(dim=(1, 2, 3, 4), keepdim=True)
     error = torch.nan_to_num((real - fake) * ((real - x) - alpha * (real - fake)) / normaliser)
-    return error.mean() if counted_T is None else error[:, counted_T].mean()
+    return _mean(error, counted_T)
 
 
 def critic_loss(flow: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
