@@ -216,7 +216,7 @@ class Writers:
 
 
 def _is_progress(line: str) -> bool:
-    return not line.strip() or "chunk/s]" in line or "s/it" in line or "it/s" in line or "?" in line
+    return not line.strip() or "chunk]" in line or "chunk/s]" in line or "s/it" in line or "it/s" in line or "?" in line
 
 
 def _is_complete(path: Path) -> bool:

@@ -7,16 +7,19 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch._C._distributed_c10d import HashStore
 
 from tests.full_disk import no_longer_than
 from tests.training import ROOT, numbers, run_settings, write_database
 from train import diffusion, resume, state
 from train.args import DmdArgs, OdeArgs, TrainArgs, parse, to_yaml
+from train.distributed import Meeting
 from train.dmd import main
 
 STAGES: list[tuple[str, type[TrainArgs]]] = list(resume.STAGES.items())
@@ -287,20 +290,79 @@ def test_processes_without_a_shared_folder_end_in_one_line(settings: list[str], 
     assert seconds < 60
 
 
-def test_a_mistake_of_one_process_ends_all(settings: list[str], tmp_path: Path) -> None:
-    """Before they are joined: other settings; afterwards: what only one of them comes upon."""
-    ours = [*settings, "micro_batch=3", f"logdir={tmp_path}/run"]
-    statuses, told, seconds = machines([ours, [*ours, "max_steps=9"]], [tmp_path, tmp_path])
-    assert (statuses, seconds < 60) == ([2, 2], True), told
-    assert "max_steps: 4 and 9" in told[0]
-    assert not (tmp_path / "run").exists()
-    full = "os.fsync = lambda _: (_ for _ in ()).throw(OSError(28, 'No space left on device'))"
-    code = f"import os; exec({full!r}) if os.environ['RANK'] == '1' else None"
-    statuses, told, seconds = machines([[*ours, "save_every=1"]] * 2, [tmp_path, tmp_path], code)
-    assert (statuses, seconds < 60) == ([3, 3], True), told
+def met(argument_lists: list[list[str]], mistakes: tuple[str, ...] = ("", "")) -> list[str]:
+    """What processes that meet (threads, here) are told before they are joined; empty: that they may begin."""
+    store, told = HashStore(), [""] * len(argument_lists)
+
+    def begin(rank: int) -> None:
+        args = None if mistakes[rank] else parse(DmdArgs, argument_lists[rank])
+        try:
+            with resume.opened(Meeting(store, rank, len(told)), "train.dmd", args, mistakes[rank]):
+                pass
+        except ValueError as error:
+            told[rank] = str(error)
+
+    threads = [threading.Thread(target=begin, args=(rank,), daemon=True) for rank in range(len(told))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads)
+    return told
+
+
+def test_processes_that_cannot_run_together_are_all_told_the_same(
+    whole: Path, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume, "SHARED_WITHIN", 0.5)
+    before, old, new = content(whole), [*settings, f"logdir={whole}"], [*settings, f"logdir={tmp_path}/new"]
+    for lines, mistakes, words in (
+        ([new, [*new, "max_steps=9"]], ("", ""), "have different settings (max_steps: 4 and 9)"),
+        ([new, []], ("", "lr is wrong"), "): lr is wrong"),
+        ([[*new, "x"], []], ("lr is wrong", "lr is wrong"), "lr is wrong"),
+        ([[*old, "lr=5"], [*new, "lr=5"]], ("", ""), "holds a run with other settings (lr: 0.001 -> 5.0)"),
+        ([old, new], ("", ""), "on a disk that all machines share"),
+        ([new, old], ("", ""), "on a disk that all machines share"),
+        ([[*settings, f"logdir={tmp_path}/file/run"], new], ("", ""), "file/run: cannot be written"),
+    ):
+        (tmp_path / "file").write_text("")
+        told = met(lines, mistakes)
+        assert told[0] == told[1]
+        assert words in told[0]
+        assert content(whole) == before
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert met([new, new]) == ["", ""]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+FULL = "(_ for _ in ()).throw(OSError(28, 'No space left on device'))"
+
+OPENING = f"""
+import pathlib
+opened = pathlib.Path.open
+pathlib.Path.open = lambda path, *how, **more: {FULL} if path.name == "log.jsonl" else opened(path, *how, **more)
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "planted", "words"),
+    [
+        (1, f"import os; os.fsync = lambda _: {FULL}", "step_000001: cannot be written (No space left on device)"),
+        (0, OPENING, "log.jsonl: cannot be written (No space left on device)"),
+    ],
+    ids=["checkpoint", "log"],
+)
+def test_a_full_disk_of_one_process_ends_all(
+    rank: int, planted: str, words: str, settings: list[str], tmp_path: Path
+) -> None:
+    """Also the one that waits for it: both with one line, and no half checkpoint."""
+    code = f"import os; exec({planted!r}) if os.environ['RANK'] == '{rank}' else None"
+    ours = [*settings, "micro_batch=3", "save_every=1", f"logdir={tmp_path}/run"]
+    statuses, told, _ = machines([ours] * 2, [tmp_path, tmp_path], code)
+    assert statuses == [3, 3], told
     lines = [line for line in "".join(told).replace("\r", "\n").splitlines() if line.startswith("train.dmd: ")]
     assert len(lines) == 1
-    assert "No space left on device" in lines[0]
+    assert words in lines[0]
     assert "the last good checkpoint is the start" in lines[0]
     assert "Traceback" not in "".join(told)
-    assert list((tmp_path / "run/checkpoints").iterdir()) == []
+    assert list((tmp_path / "run").glob("checkpoints/*")) == []

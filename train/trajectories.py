@@ -131,12 +131,17 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(TrajectoryArgs, argv, __doc__)
         check(args)
         world = distributed.join(args.device, args.shard_group)
-        try:
-            told = make(args, world)
-        finally:
-            dist.destroy_process_group()
     except ValueError as error:
         return mistake("train.trajectories", error)
+    try:
+        with distributed.ending_together(world):
+            try:
+                told = make(args, world)
+            except ValueError as error:
+                status = mistake("train.trajectories", error, is_told=world.is_first_to_notice())
+                return distributed.fail(world, status)
+    finally:
+        dist.destroy_process_group()
     if world.is_first:
         print(json.dumps(told))
     return 0
