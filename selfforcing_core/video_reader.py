@@ -30,7 +30,7 @@ TRAINED_FPS = 16  # Wan models
 BT709, UNSPECIFIED, BT601, BT2020 = 1, 2, 5, 9
 MATRICES = {BT709: BT709, 4: 4, BT601: BT601, 6: BT601, 7: 7, BT2020: BT2020}
 RGB_MATRIX = 0
-LIMITED, FULL = 1, 2
+UNKNOWN, LIMITED, FULL = 0, 1, 2
 HDR_CURVES = {16: "PQ", 18: "HLG"}
 SCALER = 0x2 | 0x2000 | 0x40000  # bilinear, chroma at full width, accurate rounding
 AREA = 0x20  # every pixel counts in a thumbnail
@@ -426,10 +426,11 @@ def _range(frame: Any) -> int:
 
 def _converted(frame: Any, width: int, height: int, pixels: str, scaler: int = SCALER) -> np.ndarray:
     """A frame in another size as 8-bit RGB or RGBA [H, W, channels], by the colours that it is tagged with."""
-    matrix = _matrix(frame)
+    matrix, levels = _matrix(frame), _range(frame)
     return frame.reformat(
-        width, height, pixels, src_colorspace=matrix, dst_colorspace=matrix, src_color_range=_range(frame),
-        dst_color_range=FULL, interpolation=scaler,
+        width, height, pixels, src_colorspace=matrix, dst_colorspace=matrix, src_color_range=levels,
+        dst_color_range=UNKNOWN if levels == FULL else FULL,  # PyAV before 17 overlooks ranges that are the same
+        interpolation=scaler,
     ).to_ndarray()  # fmt: skip
 
 
