@@ -3,8 +3,8 @@
     python -m tests.versions --out bench/results/versions.json        # or: make test-versions
 
 Two environments, .venv-lowest and .venv-newest, are made anew: several GB each where the index gives CUDA builds of
-torch. The first has constraints-lowest.txt, then the lowest torch of training for training's tests, then the lowest torch again under the
-newest of what is built on it. Tests run on the CPU. The status is 1 if any failed.
+torch. The first has constraints-lowest.txt, then the lowest torch of training for training's tests, then the lowest
+torch again under the newest of what is built on it. Tests run on the CPU. The status is 1 if any failed.
 """
 
 from __future__ import annotations
