@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from importlib import metadata
 
 CORE = {  # as pyproject.toml declares them
-    "torch": "2.5.1",
+    "torch": "2.6",  # transformers 5 asks for it
     "safetensors": "0.4.2",
     "einops": "0.6",
     "huggingface-hub": "0.34",  # diffusers 0.36 asks for it

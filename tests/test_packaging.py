@@ -126,12 +126,12 @@ except Exception as error:  # as ComfyUI does
     sys.exit(f"Error while calling comfy_entrypoint: {error}")
 """
 STARTS = {
-    "selfforcing: torch 2.4.1 is older than 2.5.1, which the command line needs": (
+    "selfforcing: torch 2.4.1 is older than 2.6, which the command line needs": (
         "torch==2.4.1", "-m", "selfforcing_core", "inspect", "no-such-file",
     ),
     "train: torch 2.7.1 is older than 2.8, which training needs": ("torch==2.7.1", "-m", "train.dmd", "config=tiny"),
     "train: lmdb 1.3 is older than 1.4, which training needs": ("lmdb==1.3", "-m", "train.plan"),
-    "Error while calling comfy_entrypoint: torch 2.4.1 is older than 2.5.1, which the nodes of Self Forcing need": (
+    "Error while calling comfy_entrypoint: torch 2.4.1 is older than 2.6, which the nodes of Self Forcing need": (
         "torch==2.4.1", "-c", PACK,
     ),
 }  # fmt: skip

@@ -3,8 +3,8 @@
     python -m tests.versions --out bench/results/versions.json        # or: make test-versions
 
 Two environments, .venv-lowest and .venv-newest, are made anew: several GB each where the index gives CUDA builds of
-torch. The first has constraints-lowest.txt, and then the lowest torch of training for training's tests. Tests run on
-the CPU. The status is 1 if any failed.
+torch. The first has constraints-lowest.txt, then the lowest torch of training for training's tests, then the lowest
+torch again under the newest of what is built on it. Tests run on the CPU. The status is 1 if any failed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from bench.report import now, write
 from bench.rollout import hardware
-from selfforcing_core.versions import TRAINING
+from selfforcing_core.versions import CORE, TRAINING
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE_TESTS = (
@@ -30,6 +30,8 @@ CORE_TESTS = (
     "convert", "catalogue", "snapshot", "text", "prompts", "media", "video",
 )  # fmt: skip
 TRAINING_TESTS = ("losses", "data", "args", "conditions", "lora", "train")
+ENCODER_TESTS = ("golden", "text", "media", "guidance", "catalogue", "checkpoint")
+BUILT_ON_TORCH = ("transformers", "diffusers", "huggingface-hub", "safetensors", "einops", "numpy")
 TOOLS = ("pytest", "hypothesis", "diffusers", "tensorboard")
 SAID = ("torch", "transformers", "diffusers", "huggingface-hub", "numpy", "safetensors", "av", "Pillow")
 HOURS = 3  # of one set of tests, after which something hangs
@@ -78,9 +80,12 @@ def outcome(name: str, python: Path, tests: tuple[str, ...]) -> dict[str, Any]:
 
 def lowest(interpreter: str) -> list[dict[str, Any]]:
     python = new_environment("lowest", interpreter, ["-r", "constraints-lowest.txt"])
-    core = outcome("lowest", python, CORE_TESTS)
+    outcomes = [outcome("lowest", python, CORE_TESTS)]
     install(python, [f"torch=={TRAINING['torch']}"])
-    return [core, outcome("lowest of training", python, TRAINING_TESTS)]
+    outcomes.append(outcome("lowest of training", python, TRAINING_TESTS))
+    # as on a machine whose torch must stay: what is built on it is another matter than what is built on the newest
+    install(python, [f"torch=={CORE['torch']}", "--upgrade", *BUILT_ON_TORCH])
+    return [*outcomes, outcome("lowest torch, newest others", python, ENCODER_TESTS)]
 
 
 def newest(interpreter: str) -> list[dict[str, Any]]:
