@@ -187,7 +187,13 @@ def test_what_was_told_after_the_checkpoint_is_told_again(tmp_path: Path) -> Non
     assert path.read_text(encoding="utf-8") == '{"step": 1}\n{"step": 2}\n'
 
 
-@pytest.mark.parametrize(("more", "words"), [(["lr=1e300"], "loss nan"), (["max_loss=1e-9"], "max_loss 1e-09")])
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["lr=1e300", "resume_changed=[lr]"], "the student's own prediction holds NaN or Inf"),
+        (["max_loss=1e-9"], "max_loss 1e-09"),
+    ],
+)
 def test_exploding_losses_stop_the_run_and_the_last_good_checkpoint_is_named(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], words: str
 ) -> None:

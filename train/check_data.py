@@ -11,7 +11,6 @@ database cannot be opened.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
@@ -24,6 +23,7 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from selfforcing_core.cli import Parser
 from train.args import mistake
 from train.data import BadRow, ClipDatabase, Row
 
@@ -77,7 +77,7 @@ def examine(data: ClipDatabase) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m train.check_data", description=str(__doc__).splitlines()[0])
+    parser = Parser(prog="python -m train.check_data", description=str(__doc__).splitlines()[0])
     parser.add_argument("database", type=Path, help="database, or folder of shards")
     parser.add_argument("--image_height", type=int, help="of the pictures, where the database does not record it")
     parser.add_argument("--image_width", type=int)

@@ -182,7 +182,7 @@ class Trainer(ABC):
             raise ValueError(
                 f"{role} loss {value:g} with gradient norm {size:g} in step {self.step + 1} (max_loss "
                 f"{self.args.max_loss:g}); nothing of it was applied, the last good checkpoint is "
-                f"{newest(self.args.logdir)}; {finite.SAME}: change {rate} or seed"
+                f"{newest(self.args.logdir)}; {finite.SAME}: change {rate} or seed, and name it in resume_changed"
             )
         self.apply(role)
         self.worked += self.work(role)

@@ -30,14 +30,17 @@ WORDS = {  # what is said of each, and the remedy
     IMAGES: ("what VAE and CLIP make of an image holds NaN or Inf", "check vae=... and clip=..."),
     STUDENT: (
         "the student's own prediction holds NaN or Inf",
-        f"{SAME}: change lr or seed; in step 1, check the student's file",
+        f"{SAME}: change lr or seed, and name it in resume_changed; in step 1, check the student's file",
     ),
     WINDOW: ("the VAE's first latent of a long clip's end holds NaN or Inf", "check vae=..."),
     CRITIC: (
         "the critic's prediction holds NaN or Inf",
-        f"{SAME}: change lr_critic or seed; in step 1, check the critic's file",
+        f"{SAME}: change lr_critic or seed, and name it in resume_changed; in step 1, check the critic's file",
     ),
-    TEACHER: ("the teacher's prediction holds NaN or Inf", f"{SAME}: check the teacher's file, or use another dtype"),
+    TEACHER: (
+        "the teacher's prediction holds NaN or Inf",
+        f"{SAME}: check the teacher's file, or use another dtype and name it in resume_changed",
+    ),
 }
 
 

@@ -39,6 +39,7 @@ HARMLESS = {
     "dry_run": "trains nothing",
     "save_every": "saving",
     "keep_last": "saving",
+    "max_loss": "only stops a run",
     "tensorboard": "logging",
     "wandb": "logging",
     "sample_every": "videos that training does not read",
