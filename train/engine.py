@@ -91,6 +91,14 @@ def newest(logdir: str) -> str:
 
 
 # ---------------------------------------------------------------- training --
+class NothingLearnt(ValueError):
+    """An update of which nothing is applied: why, and the remedy."""
+
+    def __init__(self, why: str, remedy: str) -> None:
+        super().__init__(f"{why}; nothing of it was applied; {remedy}")
+        self.why, self.remedy = why, remedy
+
+
 class Trainer(ABC):
     """Networks with their optimisers by role, and the student's average."""
 
@@ -163,8 +171,8 @@ class Trainer(ABC):
     def update(self, role: str) -> dict[str, float]:
         """One update of a role on a batch; loss and gradient norm.
 
-        Raises ValueError on all processes, before anything is applied, if one of the networks, or what they are given,
-        is not finite, and if loss or gradient are not or the loss is beyond `max_loss`.
+        Raises NothingLearnt on all processes, before anything is applied, if one of the networks, or what they are
+        given, is not finite, and if loss or gradient are not or the loss is beyond `max_loss`.
         """
         self.finite.clear()
         self.rows_replaced = 0
@@ -179,10 +187,10 @@ class Trainer(ABC):
         self._check_finite(role, bad)
         if not abs(value) <= self.args.max_loss or not math.isfinite(size):
             rate = "lr_critic" if role != STUDENT and hasattr(self.args, "lr_critic") else "lr"
-            raise ValueError(
+            raise NothingLearnt(
                 f"{role} loss {value:g} with gradient norm {size:g} in step {self.step + 1} (max_loss "
-                f"{self.args.max_loss:g}); nothing of it was applied, the last good checkpoint is "
-                f"{newest(self.args.logdir)}; {finite.SAME}: change {rate} or seed, and name it in resume_changed"
+                f"{self.args.max_loss:g})",
+                f"{finite.SAME}: change {rate} or seed, and name it in resume_changed",
             )
         self.apply(role)
         self.worked += self.work(role)
@@ -201,10 +209,7 @@ class Trainer(ABC):
             reasons = [reason for each in gathered for reason in each.get(part, [])]
             said.append(finite.WORDS[part][0] + (f" ({reasons[0]})" if reasons else ""))
         remedies = "; ".join(finite.WORDS[part][1] for part in parts)
-        raise ValueError(
-            f"{', and '.join(said)}, in step {self.step + 1} (the {role}'s update); nothing of it was applied, the "
-            f"last good checkpoint is {newest(self.args.logdir)}; {remedies}"
-        )
+        raise NothingLearnt(f"{', and '.join(said)}, in step {self.step + 1} (the {role}'s update)", remedies)
 
     def _count_replaced(self, role: str, replaced: int) -> dict[str, float]:
         """What is told of bad rows: always by number in the log, in words whenever they became twice as many."""
@@ -425,6 +430,11 @@ def train(
     card = _all_cards(world, getattr(torch, args.dtype))
     try:
         _steps(args, world, trainer, saver, told_to, card)
+    except NothingLearnt as error:
+        saver.wait()  # a checkpoint that is being written is a good one
+        raise ValueError(
+            f"{error.why}; nothing of it was applied, the last good checkpoint is {newest(args.logdir)}; {error.remedy}"
+        ) from error
     except NotWritten as error:
         saver.give_up()
         raise Halted(f"{error}; the last good checkpoint is {newest(args.logdir)}") from error

@@ -108,7 +108,7 @@ def _latent_frames(run: AnyArgs) -> int | None:
     if isinstance(run, DmdArgs):
         return run.latent_frames
     try:
-        return ClipDatabase(run.data).shards[0].shape[-4]
+        return ClipDatabase(run.data).shape[1]
     except ValueError as error:
         log.warning("the file will not say for which length its network was trained: %s", error)
         return None

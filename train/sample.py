@@ -195,7 +195,7 @@ def _size(args: SampleArgs, run: AnyArgs) -> tuple[int, int, int]:
     if isinstance(run, DmdArgs):
         width, height, frames = run.width, run.height, run.latent_frames
     else:
-        _, frames, _, height, width = ClipDatabase(run.data)[0].latents_STCHW.shape
+        _, frames, _, height, width = ClipDatabase(run.data).shape
         width, height = width * SPATIAL_FACTOR, height * SPATIAL_FACTOR
     return args.width or width, args.height or height, args.frames or pixel_frames(run.sample_frames or frames)
 
