@@ -351,7 +351,9 @@ class ClipTrainer(Trainer):
                 f"network takes {config.out_dim} channels and multiples of {PATCH} positions; give another database"
             )
         try:
-            chunk_lengths(frames, self.clips.chunk or frames)
+            chunk_lengths(
+                frames, self.clips.chunk or frames, independent_first_frame=self.clips.independent_first_frame
+            )
         except ValueError as error:
             raise ValueError(f"{self.clips.data}: {error}, or another chunk") from error
 

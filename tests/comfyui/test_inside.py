@@ -141,9 +141,12 @@ def test_the_hosts_own_causal_sampler(found: float | None) -> None:
 
 
 def test_vaes_of_the_host_stream(found: dict[str, Any]) -> None:
-    """Bitwise the decode of the whole, also after a chunk was taken back; others say that they come at the end."""
+    """The decode of the whole, also after a chunk was taken back; others say that they come at the end.
+
+    Bitwise where the CPU's convolutions do not depend on how many frames there are (with AVX-512), else to rounding.
+    """
     kinds, spread = found.pop("kinds"), found.pop("spread")
-    assert set(found.values()) == {0.0}
+    assert max(found.values()) <= 1e-4
     assert spread > 0
     assert [note for note, _ in kinds] == [False, True, False, True]
     by_one, at_the_end, by_three, _ = (counts for _, counts in kinds)
