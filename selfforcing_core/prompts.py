@@ -62,6 +62,11 @@ def read_lines(path: Path) -> list[str]:
     return text.removesuffix("\n").split("\n")
 
 
+def read_one(path: Path) -> str:
+    """Return the one prompt that a whole file holds, on a line. Raises ValueError for what is no text in UTF-8."""
+    return " ".join("\n".join(read_lines(path)).split())
+
+
 def safe_name(prompt: str) -> str:
     """A file name's stem from any prompt: letters, digits and dashes of ASCII, never empty, never reserved."""
     plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode()

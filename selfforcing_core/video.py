@@ -35,8 +35,7 @@ def encoder_options(**more: str) -> dict[str, str]:
 
     Its AVX-512 assembly encodes equal frames into files that differ, with one thread too; up to AVX2 it does not.
     """
-    capability = torch.backends.cpu.get_cpu_capability()
-    repeatable = {"x264-params": "asm=avx2"} if capability.startswith("AVX") else {}  # a CPU without gets no code of it
+    repeatable = {"x264-params": "asm=avx2"} if torch.cpu._is_avx2_supported() else {}  # x264 does not ask the CPU
     return {"crf": "18", "preset": "medium", **repeatable, **more}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import av
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from train.data import ClipDatabase, DatabaseWriter, read_pairs
+from train.data import ClipDatabase, DatabaseWriter, read_pairs, write_shards
 from train.make_lmdb import main
 
 SHAPE = (3, 16, 4, 6)
@@ -108,3 +109,36 @@ def test_trajectories_keep_their_states(tmp_path: Path) -> None:
     writer.add(prompt, states)
     writer.close()
     assert ClipDatabase(tmp_path / "ode")[0].latents_STCHW.shape == (5, *SHAPE)
+
+
+def test_images_of_several_sizes_lie_beside_each_other(tmp_path: Path) -> None:
+    """Two orientations have the same number of bytes: the size is each row's own."""
+    writer = DatabaseWriter(tmp_path / "clips")
+    wide, upright = torch.zeros(4, 6, 3, dtype=torch.uint8), torch.zeros(6, 4, 3, dtype=torch.uint8)
+    wide[:, :3], upright[:3] = 255, 255
+    for name, image in (("wide", wide), ("upright", upright), ("small", upright[:3])):
+        writer.add(name, torch.zeros(1, 16, 2, 2), image)
+    writer.close()
+    data = ClipDatabase(tmp_path / "clips")
+    for index, image in enumerate((wide, upright, upright[:3])):
+        found = data[index].image_RHW
+        assert found is not None
+        assert torch.equal(found, image.permute(2, 0, 1).float() / 127.5 - 1)
+
+
+def test_a_small_database_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+    writer = DatabaseWriter(tmp_path / "clips")
+    for index in range(8):
+        writer.add(f"prompt {index}", torch.zeros(2, 16, 32, 32))
+    writer.close()
+    file = tmp_path / "clips" / "data.mdb"
+    assert len(ClipDatabase(tmp_path / "clips")) == 8
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(ValueError, match="is cut off"):
+        ClipDatabase(tmp_path / "clips")
+
+
+def test_shards_without_rows_are_left_out(tmp_path: Path) -> None:
+    rows = [(0, "one", torch.zeros(1, 16, 2, 2), None), (3, "two", torch.zeros(1, 16, 2, 2), None)]
+    assert write_shards(rows, tmp_path / "shards", 5)["written"] == 2
+    assert {row.prompt for row in map(ClipDatabase(tmp_path / "shards").__getitem__, range(2))} == {"one", "two"}

@@ -446,3 +446,25 @@ def test_regression_averages_over_the_counted_frames_of_the_whole_batch(
         expected = trainer.accumulate("student")
     assert len(kept["counts"].unique()) > 1, "this test is about uneven counts"
     torch.testing.assert_close(losses[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("guidance=inf", "guidance inf is not a number from 0 on"),
+        ("guidance_critic=-3", "guidance_critic -3.0 is not a number from 0 on"),
+        ("score_shift=0", "score_shift 0.0 is not between 0.01 and 100"),
+        ("lr=-1", "lr -1.0 is not between 0 and"),
+        ("ema_decay=2", "ema_decay 2.0 is not between 0 and 1"),
+        ("steps=[]", "steps is empty"),
+    ],
+)
+def test_settings_that_teach_nothing_are_refused(settings: list[str], more: str, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        dmd.check(parse(DmdArgs, [*settings, "logdir=x", more]), 1)
+
+
+def test_a_guided_prediction_that_overflows_stops_the_update(settings: list[str], alone: distributed.World) -> None:
+    trainer = dmd.Distillation(parse(DmdArgs, [*settings, "guidance=1e308", "critic_per_student=1"]), alone)
+    with pytest.raises(ValueError, match="a guided prediction holds NaN or Inf"):
+        trainer.update("student")

@@ -366,3 +366,15 @@ def test_a_full_disk_of_one_process_ends_all(
     assert "the last good checkpoint is the start" in lines[0]
     assert "Traceback" not in "".join(told)
     assert list((tmp_path / "run").glob("checkpoints/*")) == []
+
+
+def test_a_setting_that_is_gone_may_be_named(tmp_path: Path) -> None:
+    args = DmdArgs(logdir=str(tmp_path))
+    resume.write_settings(tmp_path, "train.dmd", args)
+    with (tmp_path / "config.yaml").open("a", encoding="utf-8") as file:
+        file.write("old_knob: 3\n")
+    (tmp_path / "checkpoints" / "step_000001").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"resume_changed=\[old_knob\]"):
+        resume.check(tmp_path, "train.dmd", args)
+    args.resume_changed = ["old_knob"]
+    assert resume.check(tmp_path, "train.dmd", args) == tmp_path / "checkpoints" / "step_000001"

@@ -9,6 +9,9 @@ Letters: N rows, S states of a trajectory, T latent frames, C channels, H W size
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +129,16 @@ class ShuffledRows:
         raise ValueError(f"{self.data.path}: no row can be used; python -m train.check_data {self.data.path} says why")
 
 
+def _can_be_read(folder: Path) -> bool:
+    """Whether every entry of a database can be read, by a process that reading beyond the file's end may kill."""
+    walk = (
+        "import lmdb, sys\n"
+        "with lmdb.open(sys.argv[1], readonly=True, lock=False).begin() as all:\n"
+        "    sum(len(value) for _, value in all.cursor())"
+    )
+    return subprocess.run([sys.executable, "-c", walk, str(folder)], capture_output=True, check=False).returncode == 0
+
+
 class _Shard:
     def __init__(self, folder: Path, image_size: tuple[int, int] | None) -> None:
         self.folder = folder
@@ -135,7 +148,7 @@ class _Shard:
             raise ValueError(f"{folder}: is no LMDB database ({error})") from error
         wanted = (self.database.info()["last_pgno"] + 1) * self.database.stat()["psize"]
         missing = wanted - (folder / "data.mdb").stat().st_size
-        if missing > UNWRITTEN:  # to read there would end the process without a word
+        if missing > UNWRITTEN or (missing > 0 and not _can_be_read(folder)):  # it would end the process without a word
             raise ValueError(f"{folder}: data.mdb is cut off, {missing} of {wanted} bytes are missing; copy it again")
         shape = self._text("latents_shape").split()
         if len(shape) not in (5, 6) or not all(number.isdecimal() for number in shape):
@@ -193,15 +206,17 @@ class _Shard:
         data = self._get(f"img_{index}_data")
         if data is None:
             return None
-        if self.image_size is None or len(data) != 3 * self.image_size[0] * self.image_size[1]:
+        own = self._get(f"img_{index}_size")
+        image_size = tuple(map(int, own.split())) if own else self.image_size
+        if image_size is None or len(data) != 3 * image_size[0] * image_size[1]:
             if self.is_size_recorded:
-                size = f"{len(data)} bytes, not the {_times(self.image_size or ())} x 3 that are recorded"
+                size = f"{len(data)} bytes, not the {_times(image_size or ())} x 3 that are recorded"
                 raise BadRow("wrong size", f"{self.folder}: the picture of row {index} has {size}")
             raise ValueError(
                 f"{self.folder}: a picture has {len(data)} bytes, and its size is not recorded or does not fit; give "
                 "the pictures' height and width (the reference's are 480 x 832)"
             )
-        pixels = torch.from_numpy(np.frombuffer(data, np.uint8).reshape(*self.image_size, 3).copy())
+        pixels = torch.from_numpy(np.frombuffer(data, np.uint8).reshape(*image_size, 3).copy())
         return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -235,6 +250,7 @@ class DatabaseWriter:
         # Without a lock file, which is mapped: where the disk is full, touching it would kill the process (SIGBUS).
         self.database = lmdb.open(str(folder), map_size=GROWTH, writemap=False, lock=False)
         self.count, self.shape = 0, ()
+        self.image_size: tuple[int, int] | None = None  # of the first image
 
     def add(self, prompt: str, latents: Tensor, image_HWR: Tensor | None = None) -> None:
         """One row. image_HWR: uint8. Raises ValueError if its latents have another shape than those before."""
@@ -247,7 +263,11 @@ class DatabaseWriter:
         }
         if image_HWR is not None:
             entries[f"img_{self.count}_data"] = image_HWR.contiguous().numpy().tobytes()
-            entries["img_size"] = f"{image_HWR.shape[0]} {image_HWR.shape[1]}".encode()
+            size = (image_HWR.shape[0], image_HWR.shape[1])
+            self.image_size = self.image_size or size
+            entries["img_size"] = "{} {}".format(*self.image_size).encode()
+            if size != self.image_size:  # upright and wide ones lie beside each other
+                entries[f"img_{self.count}_size"] = "{} {}".format(*size).encode()
         self.count += 1
         shape = " ".join(map(str, (self.count, *self.shape)))
         names = ARRAYS if image_HWR is not None else ARRAYS[:2]
@@ -293,4 +313,7 @@ def write_shards(rows: Iterable[tuple[int, str, Tensor, Tensor | None]], out: Pa
         finally:
             for writer in writers:
                 writer.close()
+        for folder, writer in zip(folders, writers):
+            if told["written"] and not writer.count:  # a shard without rows could not be opened
+                shutil.rmtree(folder)
     return told

@@ -8,7 +8,9 @@ Letters: B batch, T latent frames, C channels, H W latent size, P text tokens, E
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,6 +61,11 @@ def check(args: DmdArgs, processes: int) -> None:
             f"critic_per_student {args.critic_per_student} with critic_warmup {args.critic_warmup} are no numbers of "
             "updates; use 1 or more, and 0 or more"
         )
+    for name in ("guidance", "guidance_critic", "lr_critic", "lr_heads", "max_grad_norm_critic", "gan_weight"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise ValueError(f"{name} {getattr(args, name)} is not a number from 0 on; give one that is")
+    if not 0.01 <= args.score_shift <= 100:
+        raise ValueError(f"score_shift {args.score_shift} is not between 0.01 and 100; the reference's is 5")
     causal_of(args)
     engine.check_chunks(args)
     VideoGeometry(
@@ -97,6 +104,8 @@ def _check_first_frame(args: DmdArgs) -> None:
             f"first_frame={args.first_frame} gives frame 0 alone, which is no chunk of {args.chunk or 'all frames'}; "
             "set independent_first_frame=true, or chunk=1"
         )
+    if args.latent_frames < 2:
+        raise ValueError(f"first_frame={args.first_frame} with latent_frames 1 leaves none to generate; use more")
     if not args.data:
         raise ValueError(f"first_frame={args.first_frame} needs data=DATABASE to take it from")
     if args.first_frame == "pictures" and not args.vae:
@@ -107,6 +116,7 @@ def _check_first_frame(args: DmdArgs) -> None:
 
 def _check_steps(args: DmdArgs) -> None:
     """Of the evaluation at which a chunk ends, and the timesteps at which the result is compared."""
+    steps_of(args)
     if args.context_noise and not args.chunk:
         raise ValueError("context_noise is about a cache, and chunk=0 has none; leave it out")
     if args.last_step_only and args.exit_per_chunk:
@@ -236,7 +246,7 @@ class Distillation(Trainer):
             Score(self.finite.watch(finite.TEACHER, built[TEACHER].network), levels),
             Score(self.finite.watch(finite.CRITIC, built[CRITIC].network), levels), guidance=args.guidance,
             levels=Levels(args.score_shift, args.score_levels), score=args.score, sid_alpha=args.sid_alpha,
-            critic_guidance=args.guidance_critic,
+            critic_guidance=args.guidance_critic, see=functools.partial(self.finite.see, finite.GUIDED),
         )  # fmt: skip
         self.add_role(CRITIC, built[CRITIC], args.lr_critic)
 

@@ -14,7 +14,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -45,6 +45,12 @@ from train.work import clip_work, copies_of, reached
 log = logging.getLogger(__name__)
 DTYPES = ("float64", "float32", "bfloat16")
 STUDENT = "student"  # the role whose average is kept and exported
+LARGEST = sys.float_info.max
+# Settings that would otherwise teach nothing, or the wrong thing, without a word
+RANGES = (
+    ("max_steps", 0, LARGEST), ("lr", 0, LARGEST), ("weight_decay", 0, LARGEST), ("lr_end", 0, 1), ("ema_decay", 0, 1),
+    ("warmup_steps", 0, LARGEST), ("max_grad_norm", sys.float_info.min, LARGEST),
+)  # fmt: skip
 SAMPLED = 4  # training prompts that are sampled where no others are given
 STOPPED = 3  # exit status of a run that has begun, after a process was lost or a disk was full
 
@@ -62,6 +68,9 @@ def check(args: TrainArgs, processes: int, needed: Sequence[str]) -> None:
             f"batch_size {args.batch_size} cannot be divided into parts of micro_batch {args.micro_batch} on "
             f"{processes} processes; use a multiple of {max(args.micro_batch, 1) * processes}"
         )
+    for name, low, high in RANGES:
+        if not low <= getattr(args, name) <= high:
+            raise ValueError(f"{name} {getattr(args, name)} is not between {low:g} and {high:g}")
     if args.keep_last < 1:
         raise ValueError(f"keep_last {args.keep_last} would leave no checkpoint to go on from; use 1 or more")
     if args.lora_rank < 0:
@@ -424,25 +433,30 @@ def train(
         trainer.check_decoder()
     if checkpoint is not None:
         trainer.resume(checkpoint)
-    if world.is_first:
-        resume.write_settings(folder, stage, args)
-        state.clean(folder)
-    dist.barrier()
-    saver, told_to = state.Saver(folder, args.keep_last), logs.Log(args, world, trainer.step)
-    card = _all_cards(world, getattr(torch, args.dtype))
+    saver = state.Saver(folder, args.keep_last)
     try:
-        _steps(args, world, trainer, saver, told_to, card)
+        if world.is_first:
+            resume.write_settings(folder, stage, args)
+            state.clean(folder)
+        dist.barrier()
+        with closing(logs.Log(args, world, trainer.step)) as told_to:
+            _steps(args, world, trainer, saver, told_to, _all_cards(world, getattr(torch, args.dtype)))
     except NothingLearnt as error:
-        saver.wait()  # a checkpoint that is being written is a good one
+        _complete(saver, args)  # a checkpoint that is being written is a good one
         raise ValueError(
             f"{error.why}; nothing of it was applied, the last good checkpoint is {newest(args.logdir)}; {error.remedy}"
         ) from error
     except NotWritten as error:
         saver.give_up()
         raise Halted(f"{error}; the last good checkpoint is {newest(args.logdir)}") from error
-    finally:
-        told_to.close()
     dist.barrier()
+
+
+def _complete(saver: state.Saver, args: TrainArgs) -> None:
+    try:
+        saver.wait()
+    except NotWritten as error:
+        log.warning("%s; the last good checkpoint is %s", error, newest(args.logdir))
 
 
 def _steps(

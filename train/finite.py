@@ -14,8 +14,9 @@ from torch import Tensor
 
 ROWS, PROMPTS, IMAGES = "rows", "prompts", "images"
 STUDENT, WINDOW, CRITIC, TEACHER = "student", "window", "critic", "teacher"  # roles, and a long clip's window
+GUIDED = "guided"
 # What holds NaN or Inf, in the order in which one makes the next hold it too; those of one line do not.
-CAUSES = ((ROWS, PROMPTS), (IMAGES,), (STUDENT,), (WINDOW,), (CRITIC, TEACHER))
+CAUSES = ((ROWS, PROMPTS), (IMAGES,), (STUDENT,), (WINDOW,), (CRITIC, TEACHER), (GUIDED,))
 PARTS = tuple(part for cause in CAUSES for part in cause)
 SAME = "the same command comes to the same numbers again"
 WORDS = {  # what is said of each, and the remedy
@@ -37,6 +38,7 @@ WORDS = {  # what is said of each, and the remedy
         "the critic's prediction holds NaN or Inf",
         f"{SAME}: change lr_critic or seed, and name it in resume_changed; in step 1, check the critic's file",
     ),
+    GUIDED: ("a guided prediction holds NaN or Inf", "use a smaller guidance or guidance_critic"),
     TEACHER: (
         "the teacher's prediction holds NaN or Inf",
         f"{SAME}: check the teacher's file, or use another dtype and name it in resume_changed",

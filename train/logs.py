@@ -111,4 +111,5 @@ def _tensorboard(folder: Path, step: int) -> Any:
     except ImportError:
         log.info("no TensorBoard curves: the package tensorboard is not installed")
         return None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=10)
+    with writing(folder / "tensorboard"):
+        return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=10)

@@ -25,6 +25,7 @@ from selfforcing_core.cli import Parser
 from selfforcing_core.geometry import VideoGeometry
 from selfforcing_core.image import fit_image
 from selfforcing_core.plan import LEAST_FPS, MOST_FPS
+from selfforcing_core.prompts import read_one
 from selfforcing_core.video_reader import TRAINED_FPS, Findings, VideoReader
 from selfforcing_core.wan_vae import WanVAE, load_wan_vae
 from train.args import mistake
@@ -53,7 +54,7 @@ def prompt_of(video: Path, prompts: Path) -> str:
     path = prompts / f"{video.stem}.txt"
     if not path.is_file():
         raise ValueError(f"{video}: has no prompt; {path} is missing")
-    text = " ".join(path.read_text(encoding="utf-8-sig").split())
+    text = read_one(path)
     if not text:
         raise ValueError(f"{video}: has no prompt; {path} is empty")
     return text

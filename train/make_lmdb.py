@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from selfforcing_core.cli import Parser
+from selfforcing_core.prompts import read_one
 from selfforcing_core.video_reader import VideoReader
 from train.args import mistake
 from train.data import read_pairs, write_shards
@@ -53,7 +54,7 @@ def rows_of(
             if (text is not None and not text.is_file()) or (video is not None and not video.is_file()):
                 told["missing_files"] += 1
                 continue
-            prompt = held if text is None else text.read_text(encoding="utf-8").strip()
+            prompt = held if text is None else read_one(text)
             if len(prompt) < max(min_prompt, 1):
                 told["short_prompts"] += 1
                 continue

@@ -147,20 +147,19 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-def check(folder: Path, stage: str, args: TrainArgs) -> Path | None:
+def check(folder: Path, stage: str, args: TrainArgs, *, is_told: bool = True) -> Path | None:
     """The checkpoint from which a run goes on in a folder; None: it starts. Nothing is written.
 
     Raises ValueError if the folder holds another run: checkpoints, or steps in its log.
     """
-    unknown = sorted(set(args.resume_changed) - set(to_dict(args)))
-    if unknown:
-        raise ValueError(f"resume_changed: {', '.join(unknown)} is no setting of {stage}; name settings that exist")
     found, log_file = state.complete(folder), folder / "log.jsonl"
     if found and not args.resume:
         raise ValueError(f"{folder} holds checkpoints of another run; choose another logdir, or leave resume on")
     if not found and (not args.resume or not log_file.is_file() or not log_file.stat().st_size):
+        _check_named(stage, args, {})
         return None
     stored = read_settings(folder)
+    _check_named(stage, args, stored.gone)
     if stored.stage != stage:
         raise ValueError(f"{folder} holds a run of {stored.stage}, and this is {stage}; choose another logdir")
     differing = changes(stored, args)
@@ -172,9 +171,15 @@ def check(folder: Path, stage: str, args: TrainArgs) -> Path | None:
             f"{folder} holds a run with other settings ({'; '.join(refused)}); give the old ones to go on, "
             f"resume_changed=[{named}] to go on with the new ones, or another logdir to start anew"
         )
-    if differing:
+    if differing and is_told:
         log.warning("%s goes on with %s", folder, "; ".join(f"{name}: {words}" for name, words in differing.items()))
     return found[-1] if found else None
+
+
+def _check_named(stage: str, args: TrainArgs, gone: dict[str, str]) -> None:
+    unknown = sorted(set(args.resume_changed) - set(to_dict(args)) - set(gone))
+    if unknown:
+        raise ValueError(f"resume_changed: {', '.join(unknown)} is no setting of {stage}; name settings that exist")
 
 
 # ------------------------------------------------------------ all processes --
@@ -196,6 +201,8 @@ def opened(meeting: Meeting, stage: str, args: TrainArgs | None, mistake: str = 
     token = f".shared-{os.getpid()}-{time.time_ns()}"
     try:
         token = _ask(meeting, "token", lambda: _begin(folder, token, held))
+        # once more, now that no other run can write there
+        answer = _ask(meeting, "held folder", lambda: str((check(folder, stage, args, is_told=False) or Path()).name))
         _every(meeting, "sight", lambda: _see(folder, token, meeting))
         _leave(folder, token, meeting)
         yield folder / "checkpoints" / answer if answer else None

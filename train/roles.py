@@ -5,7 +5,7 @@ Letters: B batch, T latent frames, C channels, H W latent size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,7 +138,7 @@ class Matching:
     """Distribution matching of the student's clips with the teacher's, through a critic.
 
     guidance, critic_guidance: on teacher and critic, in the usual meaning (1 is none). levels: of the noise that clips
-    are compared under.
+    are compared under. see: is given both guided predictions, to note what is not finite.
     """
 
     teacher: Score
@@ -148,6 +148,7 @@ class Matching:
     score: str = "dmd"
     sid_alpha: float = 1.0
     critic_guidance: float = 1.0
+    see: Callable[..., None] | None = None
 
     def noisy(self, x_BTCHW: Tensor, draw: ScoreDraw) -> Tensor:
         """The clip at the draw's noise level."""
@@ -164,6 +165,8 @@ class Matching:
         real = self.teacher.x0(noisy, timesteps, condition)
         if self.guidance != 1:
             real = guided(real, self.teacher.x0(noisy, timesteps, negative), self.guidance)
+        if self.see is not None:
+            self.see(fake, real)
         return fake, real
 
     def student_loss(

@@ -33,7 +33,7 @@ from selfforcing_core.geometry import SPATIAL_FACTOR, pixel_frames
 from selfforcing_core.layout import wan_shapes
 from selfforcing_core.plan import CACHE_DTYPES, Request, Take
 from selfforcing_core.prompts import output_name
-from train.args import DiffusionArgs, DmdArgs, mistake, parse
+from train.args import DmdArgs, OdeArgs, mistake, parse
 from train.conditions import read_texts
 from train.data import ClipDatabase, Row
 from train.export import AnyArgs, ExportArgs, export, read_run
@@ -139,7 +139,7 @@ def _request(args: SampleArgs, run: AnyArgs) -> Request:
     taehv = run.decoder if own else args.taehv
     latent_space = args.latent_space or (run.decoder_latent_space if own or taehv == run.decoder else "")
     vae, clip = (args.vae or run.vae, args.clip or run.clip) if is_dmd else (args.vae, args.clip)
-    negative = args.negative_prompt or (run.negative_prompt if isinstance(run, DiffusionArgs) else "")
+    negative = args.negative_prompt or ("" if isinstance(run, OdeArgs) else run.negative_prompt)
     if args.steps and args.sampling_steps:
         raise ValueError("steps and sampling_steps both say which timesteps; give one of them")
     device = _device(args, run)
