@@ -96,7 +96,7 @@ def newest(interpreter: str) -> list[dict[str, Any]]:
 def table(outcomes: list[dict[str, Any]]) -> str:
     """The outcomes as columns of text, and a line for every test that did not pass."""
     head = ("", "python", *SAID, "passed", "failed", "skipped", "seconds")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for one in outcomes:
         failed = one.get("failed", 0) + one.get("error", 0)
         figures = (one.get("passed", 0), failed, one.get("skipped", 0), one["seconds"])
