@@ -19,7 +19,7 @@ CORE = {  # as pyproject.toml declares them
     "numpy": "1.25.0",
     "transformers": "4.37.2",
     "av": "14.2.0",
-    "Pillow": "9.5",
+    "Pillow": "10.3",
     "tqdm": "4.64",
     "ftfy": "6.1",
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, UnidentifiedImageError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -220,6 +220,11 @@ def test_every_mode_that_pil_writes_is_read_as_what_it_shows(tmp_path: Path, mod
         try:
             image.save(tmp_path / f"a.{name}", format=name, **({"lossless": True} if name == "WEBP" else {}))
         except (OSError, ValueError, KeyError):
+            continue
+        try:
+            Image.open(tmp_path / f"a.{name}").close()
+        except UnidentifiedImageError:
+            assert name == "ICO", "of so few pixels, older versions of PIL write one that they do not read"
             continue
         read, count = read_image(tmp_path / f"a.{name}"), count + 1
         assert read.shape == (3, 6, 8), name
