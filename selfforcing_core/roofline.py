@@ -25,6 +25,7 @@ from .layout import wan_shapes
 
 MATMUL_SIZES = (2048, 8192)  # rows of the square product that measures a device: at first, and at most
 COPY_BYTES = (2**26, 2**28)
+SMALL, SLOW = 256, 0.01  # rows of a product that a device is slow at if it takes longer, in seconds
 LONG = 1e-3  # seconds of work in which its start does not count
 TOGETHER = 0.02  # seconds of calls between two looks at the clock
 # Reads and writes of a [tokens, dim] tensor per block that no fusion saves: norm and modulation 2, norms and rotary
@@ -70,7 +71,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.
         a = torch.randn(size, size, device=device).to(dtype)
         return lambda: torch.mm(a, a)
 
-    size, taken = _grown(product, MATMUL_SIZES, seconds)
+    is_slow = _median_seconds(product(SMALL), 0) > SLOW  # a CPU that emulates the type: minutes for the usual size
+    size, taken = _grown(product, (SMALL, SMALL) if is_slow else MATMUL_SIZES, seconds)
     return 2 * size**3 / taken
 
 
