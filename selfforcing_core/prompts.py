@@ -134,7 +134,7 @@ def _local_model(folder: Path) -> Callable[[Messages], str]:
 
     def ask(messages: Messages) -> str:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
         made = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
         return str(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
