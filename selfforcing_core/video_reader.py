@@ -345,7 +345,9 @@ def _count_uses(findings: Findings, uses: int) -> None:
 
 def _look_at_other_streams(file: Any, findings: Findings) -> None:
     sound = file.streams.best("audio")
-    if sound is not None:
+    if sound is not None and sound.codec_context is None:
+        findings.notes.append("holds a sound of an unknown codec, which is left out")
+    elif sound is not None:
         findings.sound = sound.codec_context.name
     others = len(file.streams) - 1 - (sound is not None)
     if others:

@@ -319,6 +319,15 @@ def test_a_video_that_ends_early_or_is_damaged_says_so(tmp_path: Path) -> None:
     assert "damaged" in " ".join(VideoReader(tmp_path / "broken.mp4", 16).survey().in_words())
 
 
+def test_a_sound_of_an_unknown_codec_is_said_and_left_out(tmp_path: Path) -> None:
+    data = make(tmp_path / "a.mkv", constant(16, 3), sound="libopus").read_bytes()
+    assert b"A_OPUS" in data
+    (tmp_path / "b.mkv").write_bytes(data.replace(b"A_OPUS", b"A_OPUX"))
+    findings = VideoReader(tmp_path / "b.mkv", 16).survey()
+    assert findings.sound is None
+    assert "holds a sound of an unknown codec, which is left out" in findings.in_words()
+
+
 def test_what_is_no_video_is_one_line(tmp_path: Path) -> None:
     from PIL import Image
 
