@@ -279,7 +279,10 @@ def test_the_command_says_for_which_command_and_what_it_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, out = tmp_path / "theirs.yaml", tmp_path / "ours.yaml"
-    file.write_text(OmegaConf.to_yaml(OmegaConf.create({**DMD, "beta": 2.0})), encoding="utf-8")
+    file.write_text(
+        OmegaConf.to_yaml(OmegaConf.create({**DMD, "beta": 2.0, "data_path": "a: #1 [b], ${gc_interval}"})),
+        encoding="utf-8",
+    )
     (tmp_path / "default_config.yaml").write_text(
         "num_training_frames: 27\nlr: 1.0\ngc_interval: 9\n", encoding="utf-8"
     )
@@ -289,6 +292,7 @@ def test_the_command_says_for_which_command_and_what_it_left(
     out.write_text(told.out, encoding="utf-8")
     args = parse(DmdArgs, [f"config={out}"])
     assert (args.max_latent_frames, args.lr, args.guidance) == (27, 2e-6, 4.0), "the file over its default_config.yaml"
+    assert args.prompts == "a: #1 [b], 9"
     assert "no use for: wandb_host, wandb_key" in told.err
     assert "ignored as asked: beta" in told.err
     assert "default_config.yaml" in told.err

@@ -22,7 +22,7 @@ from selfforcing_core.cli import Parser
 from selfforcing_core.geometry import SPATIAL_FACTOR
 from selfforcing_core.schedule import TIMESTEPS, shift_sigma
 from train import diffusion, dmd, ode
-from train.args import DiffusionArgs, DmdArgs, OdeArgs
+from train.args import DiffusionArgs, DmdArgs, OdeArgs, dump
 
 Settings = dict[str, Any]
 NEVER = 1_000_000_000  # a step that no run reaches
@@ -587,11 +587,12 @@ def _check(found: Translation) -> None:
     check(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), filled)), 1)
 
 
-def _read(file: Path) -> Settings:
-    held = OmegaConf.to_container(OmegaConf.load(file))
-    if not isinstance(held, dict):
+def _read(*files: Path) -> Settings:
+    """Later files over earlier ones, with what they take from each other filled in."""
+    merged = OmegaConf.to_container(OmegaConf.merge(*map(OmegaConf.load, files)), resolve=True)
+    if not isinstance(merged, dict):
         raise ValueError("is no mapping of settings")
-    return {str(key): value for key, value in held.items()}
+    return {str(key): value for key, value in merged.items()}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -602,16 +603,18 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     ignored, notes = [key for key in options.ignore.split(",") if key], []
     try:
-        theirs, defaults = _read(options.file), options.file.with_name("default_config.yaml")
+        defaults = options.file.with_name("default_config.yaml")
         if defaults.is_file() and defaults.resolve() != options.file.resolve():
-            theirs = _read(defaults) | theirs
+            theirs = _read(defaults, options.file)
             notes.append(f"read with {defaults}, as the reference does")
+        else:
+            theirs = _read(options.file)
         found = translate(theirs, ignored)
     except Exception as error:  # a YAML reader that is fed anything else may raise anything
         print(f"train.import_config: {options.file}: " + " ".join(str(error).split())[:600], file=sys.stderr)
         return 2
     print(f"# For python -m train.{found.stage} config=THIS_FILE logdir=FOLDER; from {options.file.name}")
-    print(OmegaConf.to_yaml(OmegaConf.create(found.ours)), end="")
+    print(dump(found.ours), end="")
     for reason, keys in found.unused.items():
         print(f"no use for: {', '.join(keys)} ({reason})", file=sys.stderr)
     for note in (*notes, *found.notes):
