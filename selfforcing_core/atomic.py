@@ -14,6 +14,7 @@ import re
 import shutil
 import socket
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -56,6 +57,16 @@ def writing(path: str | Path, temporary: Path | None = None) -> Iterator[None]:
         if cause is None:
             raise
         raise not_written(path, cause) from error
+
+
+def print_result(text: str) -> None:
+    """Print what a command gives, and see it arrive. Raises NotWritten where the standard output takes no more."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        with suppress(OSError, ValueError):  # else Python says it again when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise not_written("the standard output", error) from error
 
 
 def not_written(path: str | Path, cause: OSError) -> NotWritten:

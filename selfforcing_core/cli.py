@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .atomic import print_result
 from .catalogue import DOWNLOADS
 from .prompt_schedule import HISTORIES
 from .versions import CORE, refusal
@@ -237,7 +238,7 @@ def _generate(options: argparse.Namespace) -> None:
     with _new_folder(options.out) if takes[0].outs[0] != options.out else nullcontext():
         measurements = generate_all(request, takes, rewrite=_rewriter(options), show_progress=True)
     for measured in measurements:
-        print(json.dumps(measured) if options.json else _in_words(measured))
+        print_result(json.dumps(measured) if options.json else _in_words(measured))
 
 
 def _own_device(device: str, environment: Mapping[str, str]) -> str:
@@ -325,7 +326,7 @@ def _inspect(options: argparse.Namespace) -> None:
     from .checkpoint import inspect_checkpoint
     from .hub import resolve_model
 
-    print(json.dumps(inspect_checkpoint(resolve_model(options.file)), indent=2))
+    print_result(json.dumps(inspect_checkpoint(resolve_model(options.file)), indent=2))
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -335,7 +336,7 @@ def _convert(options: argparse.Namespace) -> None:
         options.source, options.out, dialect=options.dialect, dtype=options.dtype, weights=options.weights or "auto",
         causal=options.causal, latent_space=options.latent_space, overwrite=options.overwrite,
     )  # fmt: skip
-    print(json.dumps(told, indent=2))
+    print_result(json.dumps(told, indent=2))
 
 
 def _download(options: argparse.Namespace) -> None:
@@ -344,9 +345,9 @@ def _download(options: argparse.Namespace) -> None:
     if options.list:
         for row in listed(with_sizes=options.sizes):
             size = f"  {row['bytes'] / 1e9:.2f} GB" if row.get("bytes") else ""
-            print(f"{row['name']:26}{row['what']}{size}\n{'':26}{row['licence']}, {row['source']}")
+            print_result(f"{row['name']:26}{row['what']}{size}\n{'':26}{row['licence']}, {row['source']}")
         return
     if not options.name:
         raise ValueError("name what to fetch; --list shows what there is")
     for path in download(options.name, options.to):
-        print(path)
+        print_result(str(path))

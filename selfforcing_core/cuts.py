@@ -2,6 +2,7 @@
 
 A cut is a picture that differs strongly from the one before it, and far more than the pictures around it differ from
 theirs: fast motion, shaking and zooming change every picture, a cut changes one. A flash comes and goes and is none.
+Scenes of less than five pictures are taken for such motion, unless each picture stands for as long as in a slideshow.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ SIDE = 8  # pictures are compared as thumbnails of SIDE x SIDE pixels, which fas
 LEAST_DIFFERENCE = 0.06
 TIMES_AROUND = 2.0
 AROUND = 4  # differences on each side; animation that holds each drawing for four frames is no row of cuts
+AROUND_SECONDS = 0.5  # further away nothing is the same motion
 
 
 class CutDetector:
@@ -37,7 +39,14 @@ class CutDetector:
         """Return the times of the first pictures behind a cut, in seconds."""
         found = []
         for index, difference in enumerate(self.differences):
-            around = self.differences[max(0, index - AROUND) : index] + self.differences[index + 1 : index + AROUND + 1]
-            if difference >= max(LEAST_DIFFERENCE, TIMES_AROUND * max(around, default=0.0)):
+            if difference >= max(LEAST_DIFFERENCE, TIMES_AROUND * max(self._around(index), default=0.0)):
                 found.append(float(self.times[index]))
         return found
+
+    def _around(self, index: int) -> list[float]:
+        near = range(max(0, index - AROUND), min(len(self.times), index + AROUND + 1))
+        return [
+            self.differences[other]
+            for other in near
+            if other != index and abs(self.times[other] - self.times[index]) < AROUND_SECONDS
+        ]

@@ -86,7 +86,7 @@ class Findings:
             found.append(
                 f"{self.backwards} time stamps run backwards; these frames are taken at {self._rate_in_words()}"
             )
-        if self.repeated or self.skipped:
+        if self.repeated or self.skipped or self._is_of_another_rate():
             found.append(
                 f"has {self._own_rate_in_words()}; so that it lasts as long as before ({float(self.seconds):.2f} s), "
                 f"its {self.read} frames are read as {self.given} at {float(self.fps or 0):g} fps"
@@ -99,6 +99,9 @@ class Findings:
             where = ", ".join(f"{cut:.2f}" for cut in self.cuts[:5]) + (", ..." if len(self.cuts) > 5 else "")
             found.append(f"is cut at {where} s; the models know scenes without cuts")
         return found
+
+    def _is_of_another_rate(self) -> bool:
+        return bool(self.fps) and self.read > 1 and abs(self.read / self.seconds / self.fps - 1) > Fraction(1, 50)
 
     def _rate_in_words(self) -> str:
         return f"{float(self.rate or _DEFAULT_RATE):g} fps"
@@ -115,8 +118,9 @@ _DEFAULT_RATE = Fraction(25)  # of a file that says nothing
 class VideoReader:
     """A video file; each pass decodes it from its beginning.
 
-    fps: the rate at which frames are given: for each moment the nearest one, so that the video lasts as long as before.
-    None gives every frame of the file once. Every method raises ValueError for what cannot be read.
+    fps: the rate at which frames are given: for each moment the frame that is shown then, each frame's own moment
+    rounded, so that the video lasts as long as before. None gives every frame of the file once. Every method raises
+    ValueError for what cannot be read.
     """
 
     def __init__(self, path: str | Path, fps: float | None = None) -> None:
@@ -174,7 +178,8 @@ class VideoReader:
                 continue
             if held is not None:
                 uses = 0
-                while findings.given <= (held[0] + time) / 2 * self.fps:
+                early = min(time - held[0], 1 / self.fps) / 2  # the nearest moment, but no pause ends before its time
+                while findings.given <= (time - early) * self.fps:
                     findings.given, uses = findings.given + 1, uses + 1
                     yield held[1]
                 _count_uses(findings, uses)
@@ -395,8 +400,8 @@ def _check_end(file: Any, stream: Any, findings: Findings) -> None:
     announced = None
     if stream.duration and stream.time_base:
         announced = stream.duration * stream.time_base
-    elif file.duration and len(file.streams) == 1:
-        announced = Fraction(file.duration, av.time_base)
+    elif file.duration and len(file.streams) == 1:  # Matroska counts from 0, not from the first frame
+        announced = Fraction(file.duration, av.time_base) - max(findings.start, Fraction(0))
     slack = max(Fraction(1, 4), 3 * findings.longest)
     if announced is not None and findings.seconds + slack < announced:
         findings.notes.append(f"ends after {float(findings.seconds):.2f} of {float(announced):.2f} s; it is cut off")

@@ -212,3 +212,15 @@ def test_a_file_system_that_is_full_is_said(tmp_path: Path) -> None:
             assert (folder / "old.pt").read_bytes() == b"old"
     except PermissionError as error:
         pytest.skip(f"no file system can be mounted here: {error}")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("command", [["selfforcing_core", "inspect", "tiny"], ["train.plan", "size=tiny"]])
+def test_a_standard_output_that_is_full_is_one_line(command: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", *command], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "the standard output: cannot be written" in done.stderr

@@ -269,10 +269,20 @@ def test_stages_before_the_distillation_get_their_own_settings() -> None:
     assert isinstance(forced, DiffusionArgs)
     assert (forced.forcing, forced.shift, forced.network) == ("teacher", 5.0, "models/wan2.1-t2v-1.3b")
     assert ours({**CAUSAL_TF, "teacher_forcing": False}).forcing == "diffusion"
+    sampled = ours({**CAUSAL_TF, "guidance_scale": 3.0, "negative_prompt": "blurred", "timestep_shift": 8.0})
+    assert (sampled.guidance, sampled.negative_prompt, sampled.shift) == (3.0, "blurred", 5.0)
     with pytest.raises(ValueError, match="noise_augmentation_max_timestep: 100"):
         translate({**CAUSAL_TF, "noise_augmentation_max_timestep": 100})
     with pytest.raises(ValueError, match="i2v: true has no counterpart"):
         translate({**CAUSAL_TF, "i2v": True})
+
+
+def test_a_critic_that_the_reference_does_not_guide_is_not_guided() -> None:
+    scales = {"guidance_scale": None, "real_guidance_scale": 5.0, "fake_guidance_scale": 1.5}
+    found = translate({**DMD, **scales, "distribution_loss": "sid"})
+    assert "guidance_critic" not in found.ours
+    assert "fake_guidance_scale" in found.unused["distribution_loss: sid guides its teacher alone"]
+    assert translate({**DMD, **scales}).ours["guidance_critic"] == 2.5
 
 
 def test_the_command_says_for_which_command_and_what_it_left(

@@ -85,7 +85,7 @@ def test_every_rate_is_read_at_the_asked_one_and_lasts_as_long(tmp_path: Path, r
     frames, findings = VideoReader(path, 16).first_frames(1000)
     found = numbers(frames)
     assert abs(len(found) / 16 - 25 / rate) <= 1 / 32 + 0.003
-    for index, number in enumerate(found):  # no other frame is nearer in time
+    for index, number in enumerate(found):  # no other frame of a constant rate is nearer in time
         assert abs(number / rate - index / 16) <= 0.5 / rate + 0.002
     notes = " ".join(findings.in_words())
     assert ("fps" in notes) == (rate != 16)
@@ -98,8 +98,27 @@ def test_a_variable_rate_is_read_by_its_time_stamps(tmp_path: Path) -> None:
     times = [Fraction(value, 16) for value in (0, 1, 2, 6, 7, 11)]
     path = make(tmp_path / "a.mp4", [Fraction(3, 2) + time for time in times])
     frames, findings = VideoReader(path, 16).first_frames(100)
-    assert numbers(frames)[:12] == [0, 1, 2, 2, 2, 3, 3, 4, 4, 4, 5, 5]
+    assert numbers(frames)[:12] == [0, 1, 2, 2, 2, 2, 3, 4, 4, 4, 4, 5]
     assert "variable rate (4 to 16 fps)" in " ".join(findings.in_words())
+
+
+def test_no_pause_ends_before_its_time(tmp_path: Path) -> None:
+    """So that what is seen stays with what is heard."""
+    path = make(tmp_path / "a.mp4", [0, 4, Fraction(65, 16), Fraction(66, 16)])
+    assert numbers(VideoReader(path, 16).frames()).index(1) == 64
+    assert numbers(VideoReader(make(tmp_path / "b.mp4", constant(1, 3)), 16).frames()) == [0] * 16 + [1] * 16 + [2] * 16
+
+
+@pytest.mark.parametrize("rate", [15, 16.5, 17])
+def test_another_rate_is_named_though_no_frame_is_left_out(tmp_path: Path, rate: float) -> None:
+    findings = VideoReader(make(tmp_path / "a.mkv", constant(rate, 5)), 16).survey()
+    assert (findings.given, findings.repeated, findings.skipped) == (5, 0, 0)
+    assert f"has {rate:g}" in " ".join(findings.in_words())
+
+
+def test_a_late_first_frame_is_no_missing_end(tmp_path: Path) -> None:
+    findings = VideoReader(make(tmp_path / "a.mkv", [5 + time for time in constant(16, 10)]), 16).survey()
+    assert "cut off" not in " ".join(findings.in_words())
 
 
 def test_frames_that_refer_to_later_ones_come_in_the_order_in_which_they_are_shown(tmp_path: Path) -> None:
@@ -383,6 +402,12 @@ def test_fast_motion_is_no_cut(speed: int) -> None:
         for hold in (2, 3, 4):  # animation that holds each drawing
             held = list(itertools.chain.from_iterable([picture] * hold for picture in pan(seed, speed, 12)))
             assert cuts_of(held) == []
+
+
+def test_every_picture_of_a_slideshow_begins_a_scene(tmp_path: Path) -> None:
+    for rate in (1, 2):
+        path = make(tmp_path / "a.mp4", constant(rate, 5), pictures=[pan(seed, 0, 1)[0] for seed in range(5)])
+        assert VideoReader(path, 16).survey().cuts == [index / rate for index in range(1, 5)]
 
 
 def test_flashes_and_fades_are_no_cuts() -> None:

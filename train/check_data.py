@@ -23,6 +23,7 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from selfforcing_core.atomic import print_result
 from selfforcing_core.cli import Parser
 from train.args import mistake
 from train.data import BadRow, ClipDatabase, Row
@@ -87,9 +88,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with logging_redirect_tqdm():
             counts = examine(ClipDatabase(options.database, size))
+        print_result(json.dumps(counts))
     except (ValueError, OSError) as error:
         return mistake("train.check_data", error)
-    print(json.dumps(counts))
     return 1 if counts["bad"] else 0
 
 

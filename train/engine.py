@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from selfforcing_core.atomic import NotWritten
+from selfforcing_core.atomic import NotWritten, print_result
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import WanConfig
 from selfforcing_core.geometry import PATCH, chunk_lengths
@@ -506,7 +506,8 @@ def command(
     try:
         args = parse(kind, argv, sys.modules[check_args.__module__].__doc__)
         if args.dry_run:
-            print(to_yaml(replace(args, dry_run=False)) + json.dumps(plan(args, processes), indent=2))
+            text = to_yaml(replace(args, dry_run=False)) + json.dumps(plan(args, processes), indent=2)
+            print_result(text)
             return 0
         check_args(args, processes)
         distributed.check(args.device, args.shard_group)

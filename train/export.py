@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from selfforcing_core.atomic import replacing
+from selfforcing_core.atomic import print_result, replacing
 from selfforcing_core.checkpoint import DTYPES, lora_header, save_checkpoint
 from selfforcing_core.config import BidirectionalConfig, CausalConfig, StepConfig, WanConfig
 from train import diffusion, dmd, lora, ode, resume, state
@@ -143,7 +143,7 @@ def _write_whole(args: ExportArgs, run: AnyArgs, tensors: dict[str, Tensor], abo
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     try:
-        print(export(parse(ExportArgs, argv, __doc__)))
+        print_result(str(export(parse(ExportArgs, argv, __doc__))))
     except ValueError as error:
         return mistake("train.export", error)
     return 0

@@ -18,11 +18,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from selfforcing_core.atomic import print_result
 from selfforcing_core.cli import Parser
 from selfforcing_core.geometry import SPATIAL_FACTOR
 from selfforcing_core.schedule import TIMESTEPS, shift_sigma
 from train import diffusion, dmd, ode
-from train.args import DiffusionArgs, DmdArgs, OdeArgs, dump
+from train.args import DiffusionArgs, DmdArgs, OdeArgs, dump, mistake
 
 Settings = dict[str, Any]
 NEVER = 1_000_000_000  # a step that no run reaches
@@ -96,10 +97,14 @@ DISTILLATION = (
     "last_step_only", "context_noise", "sid_alpha", "negative_prompt", "discriminator_lr_multiplier", "data_type",
     "max_grad_norm_generator", "max_grad_norm_critic", *ADVERSARIAL,
 )  # fmt: skip
+SAMPLED = ("guidance_scale", "timestep_shift", "negative_prompt")  # of its videos: trainer: diffusion makes some
 UNREAD = {
     "ode": (*DISTILLATION, "ema_weight", "ema_start_step", "image_or_video_shape", "teacher_forcing"),
-    "diffusion": (*DISTILLATION, "denoising_step_list", "warp_denoising_step", "distribution_loss"),
-}
+    "diffusion": (
+        *(key for key in DISTILLATION if key not in SAMPLED), "denoising_step_list", "warp_denoising_step",
+        "distribution_loss",
+    ),
+}  # fmt: skip
 # Why some keys of forks are refused
 REFUSED = {
     "denoising_step_list_first_chunk": "other steps for the first chunk are not trained here",
@@ -387,6 +392,7 @@ def _clips(theirs: _Theirs, found: Translation) -> None:
         if is_image:
             raise ValueError("i2v: true has no counterpart in train.diffusion; the first frame is given in train.dmd")
         ours["forcing"] = "teacher" if theirs.take("teacher_forcing", _switch, False) else "diffusion"
+        _samples(theirs, found)
         return
     ours["first_frame_clean"] = is_image
     is_warped, steps = theirs.take("warp_denoising_step", _switch, False), theirs.need("denoising_step_list", _numbers)
@@ -394,6 +400,16 @@ def _clips(theirs: _Theirs, found: Translation) -> None:
         ours["timesteps"] = [_warped(step, ours["shift"]) for step in steps] if is_warped else steps
         if steps[-1:] != [0.0]:
             found.notes.append("the list does not end with 0, so that a trajectory's last state is only its target")
+
+
+def _samples(theirs: _Theirs, found: Translation) -> None:
+    """How the reference's trainer of flow matching samples its videos; its guidance counts as ours does there."""
+    for key, name, kind in (("guidance_scale", "guidance", _number), ("negative_prompt", "negative_prompt", _text)):
+        if (value := theirs.take(key, kind)) is not None:
+            found.ours[name] = value
+    shift = theirs.take("timestep_shift", _number)
+    if shift not in (None, ours := found.ours["shift"]):
+        found.notes.append(f"timestep_shift {shift:g} is of the reference's videos alone; ours have shift {ours:g}")
 
 
 def _warped(step: float, shift: float) -> float:
@@ -483,6 +499,9 @@ def _guidance(theirs: _Theirs, found: Translation, is_gan: bool) -> None:
         found.leave("guidance_scale", "real_guidance_scale holds")
     elif real is None and "fake_guidance_scale" in theirs:
         found.leave("fake_guidance_scale", "counts beside real_guidance_scale alone")
+        fake = 0.0
+    elif "fake_guidance_scale" in theirs and found.ours["score"] == "sid":
+        found.leave("fake_guidance_scale", "distribution_loss: sid guides its teacher alone")
         fake = 0.0
     if (scale := plain if real is None else real) is None:
         theirs.missing.append("guidance_scale")
@@ -613,12 +632,15 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:  # a YAML reader that is fed anything else may raise anything
         print(f"train.import_config: {options.file}: " + " ".join(str(error).split())[:600], file=sys.stderr)
         return 2
-    print(f"# For python -m train.{found.stage} config=THIS_FILE logdir=FOLDER; from {options.file.name}")
-    print(dump(found.ours), end="")
     for reason, keys in found.unused.items():
         print(f"no use for: {', '.join(keys)} ({reason})", file=sys.stderr)
     for note in (*notes, *found.notes):
         print(f"note: {note}", file=sys.stderr)
+    head = f"# For python -m train.{found.stage} config=THIS_FILE logdir=FOLDER; from {options.file.name}\n"
+    try:
+        print_result(head + dump(found.ours).rstrip("\n"))
+    except ValueError as error:
+        return mistake("train.import_config", error)
     return 0
 
 

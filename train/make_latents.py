@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from selfforcing_core.atomic import make_folder, replacing
+from selfforcing_core.atomic import make_folder, print_result, replacing
 from selfforcing_core.cli import Parser
 from selfforcing_core.geometry import VideoGeometry
 from selfforcing_core.image import fit_image
@@ -140,9 +140,9 @@ def main(argv: list[str] | None = None) -> int:
             found[rank::size], options.prompt_folder, options.output_latent_folder, vae, geometry, options.fps,
             options.skip_cuts,
         )  # fmt: skip
+        print_result(json.dumps({**({"process": rank} if size > 1 else {}), **told}))
     except (ValueError, OSError) as error:
         return mistake("train.make_latents", error)
-    print(json.dumps({**({"process": rank} if size > 1 else {}), **told}))
     return 0
 
 

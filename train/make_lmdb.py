@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from selfforcing_core.atomic import print_result
 from selfforcing_core.cli import Parser
 from selfforcing_core.prompts import read_one
 from selfforcing_core.video_reader import VideoReader
@@ -76,9 +77,9 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"num_shards {options.num_shards} is no number of databases; use 1 or more")
         rows = rows_of(files_of(options.data_path), options.video_path, options.prompt_path, options.min_prompt, told)
         told |= write_shards(rows, options.lmdb_path, options.num_shards)
+        print_result(json.dumps(told))
     except (ValueError, OSError) as error:
         return mistake("train.make_lmdb", error)
-    print(json.dumps(told))
     return 0
 
 

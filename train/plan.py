@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from selfforcing_core.atomic import print_result
 from selfforcing_core.config import PRESETS, WanConfig
 from selfforcing_core.geometry import SPATIAL_FACTOR
 from selfforcing_core.roofline import CARDS, Card, Work
@@ -171,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"stage {own['stage']!r} is unknown; use one of {', '.join(STAGES)}")
         if not own["processes"].isdecimal() or int(own["processes"]) < 1:
             raise ValueError(f"processes {own['processes']!r} is no number of processes; use 1 or more")
-        print(json.dumps(plan(parse(STAGES[own["stage"]], rest, __doc__), int(own["processes"])), indent=2))
+        print_result(json.dumps(plan(parse(STAGES[own["stage"]], rest, __doc__), int(own["processes"])), indent=2))
     except ValueError as error:
         return mistake("train.plan", error)
     return 0

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from selfforcing_core.atomic import make_folder
+from selfforcing_core.atomic import make_folder, print_result
 from selfforcing_core.checkpoint import DTYPES
 from selfforcing_core.config import WanConfig
 from selfforcing_core.generate import generate_all
@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         for made in sample(parse(SampleArgs, argv, __doc__)):
-            print(made["out"])
+            print_result(str(made["out"]))
     except ValueError as error:
         return mistake("train.sample", error)
     return 0
