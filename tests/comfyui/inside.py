@@ -444,6 +444,9 @@ class Hand:
         check(made)
         return made, self.history
 
+    def took_prompt(self, start_frame: int, history: str) -> None:
+        self.took = start_frame, history
+
     def say(self, message: str) -> None:
         self.said.append(message)
 
