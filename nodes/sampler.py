@@ -113,7 +113,7 @@ class _StreamProgress(host.Progress):
         else:
             frames_BVRHW = self.stream.decode(chunk.latents_BTCHW, is_last=self.is_finished)
         self._show(frames_BVRHW, chunk)
-        if self.live is not None and self.live.wants_again(can_hold=may_repeat, is_last=self.is_finished):
+        if self._wants_again(frames_BVRHW, may_repeat):
             if self.stream is not None:
                 self.stream.restore(before)
             self.back_to(self.calls)
@@ -124,6 +124,16 @@ class _StreamProgress(host.Progress):
             self.is_finished = True
             self._flush(chunk)
         return False
+
+    def _wants_again(self, frames_BVRHW: Tensor, may_repeat: bool) -> bool:
+        """Waits as long as the page wishes; a chunk that it waits with is kept where the run is interrupted."""
+        if self.live is None:
+            return False
+        try:
+            return self.live.wants_again(can_hold=may_repeat, is_last=self.is_finished)
+        except host.Interrupted:
+            self._accept(frames_BVRHW)
+            raise
 
     def _is_finishing(self) -> bool:
         return self.live is not None and self.live.is_finishing

@@ -891,9 +891,9 @@ class Stage:
         record_module, prompts = (
             importlib.import_module(f"{PACKAGE}.{name}") for name in ("steering_record", "prompts")
         )
-        self.is_here, self.messages = True, []
+        self.run, self.is_here, self.messages = None, True, []
         self.before = host.send, host.is_listening, self.live_module.PATIENCE
-        host.send = lambda event, data, client: self.messages.append(data)
+        host.send = lambda event, data, client: self.receive(data)
         host.is_listening = lambda client: self.is_here
         self.live_module.PATIENCE = 0.4
         lengths = (8,) * 9
@@ -902,6 +902,11 @@ class Stage:
             host.Audience("page", "prompt", "1"), record, fps=10.0, lengths=lengths, read=lambda text: [], seed=0,
             pace=pace, hidden=None,
         )  # fmt: skip
+
+    def receive(self, message: dict[str, Any]) -> None:
+        self.messages.append(message)
+        if self.run is not None:
+            self.run.command({"action": "ack", "number": message["number"]})
 
     def show(self, start: int, count: int) -> None:
         self.run.seed_at(start // 30 * 8)
