@@ -81,7 +81,7 @@ def generate_all(
     """
     plan = plan_request(request, takes)
     if rewrite is not None:
-        if any(len(entries := parse_schedule(take.text)) > 1 or entries[0].seed is not None for take in takes):
+        if any(_has_times(parse_schedule(take.text)) for take in takes):
             raise ValueError("--extend-prompt makes one prompt of a schedule; write its prompts out instead")
         takes = [replace(take, text=text) for take, text in zip(takes, rewrite([take.text for take in takes]))]
     if show_progress and plan.device.type != "cpu":
@@ -154,6 +154,11 @@ def _texts(request: Request, plan: Plan, takes: Sequence[Take]) -> list[str]:
     """Every text that is encoded for these takes: their prompts and, with guidance, what to keep away from."""
     prompts = [entry.prompt for take in takes for entry in parse_schedule(take.text) if _is_read(entry)]
     return list(dict.fromkeys(prompts if plan.cfg == 1 else [*prompts, request.negative]))
+
+
+def _has_times(entries: Sequence[Entry]) -> bool:
+    """Whether something holds from a moment on: a later prompt, or a seed."""
+    return len(entries) > 1 or any(entry.seed is not None for entry in entries)
 
 
 def _is_read(entry: Entry) -> bool:
