@@ -33,8 +33,8 @@ class SelfForcingPromptSchedule(io.ComfyNode):
                     tooltip="One prompt per line, each behind the second from which it holds: '0s: ...', '3s: ...'. "
                     "The chunk in which the moment lies is the first that follows the new prompt. In brackets behind "
                     "a time: recode or keep in place of the widget history, and a seed for the noise from there on: "
-                    "'3s [keep, seed 7]: ...'; '6s [seed own]:' goes back to the sampler's seed. The streaming "
-                    "samplers put out such a text, with all that was done by hand.",
+                    "'3s [keep, seed 7]: ...'; '6s [seed own]:' goes back to the sampler's seed; '0s [24 fps]: ...' "
+                    "replaces the widget fps. The streaming samplers put out such a text of all that was done by hand.",
                 ),
                 io.Combo.Input(
                     "history",
@@ -80,6 +80,11 @@ class SelfForcingPromptSchedule(io.ComfyNode):
         entries, note = parse_schedule(text), schedule_note(text)
         if note is not None:
             host.show_text(note)
+        if entries[0].fps not in (None, fps):
+            host.show_text(
+                f"times are read at the {entries[0].fps:g} fps that the text says; the widget's {fps:g} are not used"
+            )
+        fps = entries[0].fps or fps
         made = []
         for entry in entries:
             if entry.prompt or entry is entries[0]:

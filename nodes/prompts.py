@@ -75,7 +75,7 @@ def reader_of(conditioning: list[Any], clip: Any = None) -> Reader | None:
 
 @dataclass(frozen=True)
 class Planned:
-    """What a CONDITIONING says beforehand, by latent frames at which chunks begin. fps: of its times; None without.
+    """What a CONDITIONING says beforehand, by latent frames at which chunks begin.
 
     A text is "" where it is not known, since another node made or changed the embeddings.
     """
@@ -83,7 +83,6 @@ class Planned:
     first: str = ""
     prompts: Mapping[int, tuple[str, str]] = field(default_factory=dict)  # text and history
     seeds: Mapping[int, int] = field(default_factory=dict)
-    fps: float | None = None
 
 
 def planned(positive: list[Any], lengths: Sequence[int]) -> Planned:
@@ -97,8 +96,7 @@ def planned(positive: list[Any], lengths: Sequence[int]) -> Planned:
     prompts = {start: (later[moment], moment.history) for start, moment in zip(_starts(moments, lengths), moments)}
     texts = {_words(embeds, options) for embeds, options in positive if Moment.KEY not in options}
     first = texts.pop() if len(texts) == 1 else ""
-    fps = next((each.fps for each in (*moments, *seeds)), None)
-    return Planned(first, prompts, _seeds_by_start(seeds, lengths), fps)
+    return Planned(first, prompts, _seeds_by_start(seeds, lengths))
 
 
 def _words(embeds: Any, options: dict[str, Any]) -> str:

@@ -326,8 +326,7 @@ class SelfForcingStreamSampler(io.ComfyNode):
                 io.String.Output(
                     display_name="schedule",
                     tooltip="Text for Prompt Schedule (Self Forcing) that repeats this run with its seed and other "
-                    "settings: every prompt and seed, those typed into the player included. Its times are in the "
-                    "frames per second of the schedule or player that this run had.",
+                    "settings: every prompt and seed, those typed into the player included.",
                 ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],

@@ -9,14 +9,14 @@ from ..selfforcing_core.geometry import pixel_frames
 from ..selfforcing_core.prompt_schedule import OWN_SEED, Entry, moment_of, schedule_text, seed_at
 from .prompts import Planned
 
+USUAL_FPS = 16.0  # of Wan; a schedule in other frames per second says so
 TEXT_LETTERS = 120  # of a prompt in the list of events
 
 
 class SteeringRecord:
     """Of one run: begins with what its CONDITIONING says beforehand; every change is noted with its chunk.
 
-    Chunks are named by their first latent frame. lengths: latent frames of all chunks. fps: the video's clock; the
-    text's times are by that of the CONDITIONING where it has one, so that the same schedule node reads them.
+    Chunks are named by their first latent frame. lengths: latent frames of all chunks. fps: the video's clock.
     """
 
     def __init__(self, plan: Planned, lengths: Sequence[int], fps: float) -> None:
@@ -56,12 +56,13 @@ class SteeringRecord:
         The first prompt is empty where its text is not known, which Prompt Schedule refuses.
         """
         entries, before = [], None
+        rate = None if self.fps == USUAL_FPS else self.fps
         for start in (start for start in self.starts if start <= self.latest):
             seed = self.seeds.get(start, seed_at(self.plan.seeds, start))
             prompt, history = (self.first, None) if start == 0 else self.prompts.get(start, ("", None))
             changed = None if seed == before else OWN_SEED if seed is None else seed
             if start == 0 or history is not None or changed is not None:
-                entries.append(Entry(moment_of(start, self.plan.fps or self.fps), prompt, history, changed))
+                entries.append(Entry(moment_of(start, self.fps), prompt, history, changed, None if start else rate))
             before = seed
         return schedule_text(entries)
 

@@ -299,7 +299,7 @@ class _Prompts:
     def __init__(
         self, entries: Sequence[Entry], conditions: dict[str, Conditioning], plan: Plan, request: Request
     ) -> None:
-        starts = start_frames(entries, plan.geometry.chunk_lengths, request.fps)
+        starts = start_frames(entries, plan.geometry.chunk_lengths, entries[0].fps or request.fps)
         self.first = conditions[entries[0].prompt]
         self.later = {
             start: PromptChange(conditions[entry.prompt], entry.history or request.history)

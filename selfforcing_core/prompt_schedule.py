@@ -5,6 +5,7 @@
 
 Behind a time, in brackets: recode or keep (what becomes of the frames so far), a seed for the noise from there on, and
 quoted, for a prompt as a JSON string. "4.5s [keep, seed 7]: a prompt"; "6s [seed own]:" goes back to the run's seed.
+"0s [24 fps]: a prompt" says which frames per second all times refer to.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from .geometry import TEMPORAL_FACTOR, pixel_frames
 HISTORIES = ("recode", "keep")  # what becomes of the frames so far when the prompt changes
 OWN_SEED = -1  # of an entry that goes back to the seed of the run
 QUOTED = "quoted"
-RULE = "recode, keep, seed NUMBER, seed own or quoted"
+RULE = "recode, keep, seed NUMBER, seed own, quoted or, at 0s, NUMBER fps"
 # A time at the beginning of a line or behind a semicolon; blanks and punctuation of every keyboard.
 _BLANKS = r"[^\S\n\r]*"
 _TIME = rf"(?:^|[\n\r;\uff1b]){_BLANKS}(\d+(?:\.\d+)?){_BLANKS}s{_BLANKS}"
-_OPTION = rf"(?:{'|'.join((*HISTORIES, QUOTED))}|seed{_BLANKS}(?:own|\d{{1,20}}))"
+_OPTION = rf"(?:{'|'.join((*HISTORIES, QUOTED))}|seed{_BLANKS}(?:own|\d{{1,20}})|\d{{1,9}}(?:\.\d{{1,9}})?{_BLANKS}fps)"
 _OPTIONS = rf"\[{_BLANKS}({_OPTION}(?:{_BLANKS},{_BLANKS}{_OPTION})*){_BLANKS}\]"
 _MARK = re.compile(rf"{_TIME}(?:{_OPTIONS}{_BLANKS})?[:\uff1a]")
 _NEARLY = re.compile(rf"{_TIME}\[[^\]\n\r]*\]{_BLANKS}[:\uff1a]")  # a mark, but for what the brackets hold
@@ -35,13 +36,15 @@ class Entry:
     """A prompt, and the second of the video from which it holds.
 
     prompt: "" goes on with the one before. history: None is what the run says. seed: of the noise from there on;
-    OWN_SEED is the run's, None goes on with the one before.
+    OWN_SEED is the run's, None goes on with the one before. fps: of the first entry alone, frames per second that the
+    times of all refer to; None is the video's.
     """
 
     seconds: float
     prompt: str
     history: str | None = None
     seed: int | None = None
+    fps: float | None = None
 
 
 def parse_schedule(text: str) -> tuple[Entry, ...]:
@@ -69,6 +72,8 @@ def parse_schedule(text: str) -> tuple[Entry, ...]:
         raise ValueError(
             f"the schedule says {idle[0].history} at {idle[0].seconds:g}s, where no prompt changes; leave that out"
         )
+    if any(entry.fps is not None for entry in entries[1:]) or entries[0].fps == 0:
+        raise ValueError("the schedule says fps at another time than 0s, or 0 fps; say it once, at 0s, and above 0")
     return entries
 
 
@@ -77,14 +82,17 @@ def _entry(mark: re.Match[str], prompt: str) -> Entry:
     seconds, options = float(mark[1]), re.split(rf"{_BLANKS},{_BLANKS}", mark[2] or "")
     histories = [option for option in options if option in HISTORIES]
     seeds = [option[len("seed") :].strip() for option in options if option.startswith("seed")]
-    if len(histories) > 1 or len(seeds) > 1:
-        raise ValueError(f"the schedule says [{mark[2]}] at {seconds:g}s; one of recode and keep, and one seed")
+    rates = [float(option[: -len("fps")]) for option in options if option.endswith("fps")]
+    if max(len(histories), len(seeds), len(rates)) > 1:
+        raise ValueError(
+            f"the schedule says [{mark[2]}] at {seconds:g}s; use one of recode and keep, one seed, one fps"
+        )
     seed = None if not seeds else OWN_SEED if seeds[0] == "own" else int(seeds[0])
     if seed is not None and seed >= 2**64:
         raise ValueError(f"the schedule has seed {seed} at {seconds:g}s; use a whole number below 2**64")
     if QUOTED in options:
         prompt = _unquoted(prompt, seconds)
-    return Entry(seconds, prompt, histories[0] if histories else None, seed)
+    return Entry(seconds, prompt, histories[0] if histories else None, seed, rates[0] if rates else None)
 
 
 def _unquoted(text: str, seconds: float) -> str:
@@ -98,7 +106,7 @@ def _unquoted(text: str, seconds: float) -> str:
 
 
 def schedule_text(entries: Sequence[Entry]) -> str:
-    """Return the text that `parse_schedule` reads as these entries, whose times are whole microseconds."""
+    """Return the text that `parse_schedule` reads as these entries; times and fps have up to six decimals."""
     return "\n".join(_line(entry) for entry in entries)
 
 
@@ -106,12 +114,17 @@ def _line(entry: Entry) -> str:
     options, prompt = [entry.history] if entry.history else [], entry.prompt
     if entry.seed is not None:
         options.append("seed own" if entry.seed == OWN_SEED else f"seed {entry.seed}")
+    if entry.fps is not None:
+        options.append(f"{_decimal(entry.fps)} fps")
     if prompt != prompt.strip() or _MARK.search(f"-{prompt}"):
         options.append(QUOTED)
         prompt = json.dumps(prompt, ensure_ascii=False).replace(";", "\\u003b").replace("\uff1b", "\\uff1b")
-    seconds = f"{entry.seconds:.6f}".rstrip("0").rstrip(".")
     found = f" [{', '.join(options)}]" if options else ""
-    return f"{seconds}s{found}: {prompt}".rstrip(" ")
+    return f"{_decimal(entry.seconds)}s{found}: {prompt}".rstrip(" ")
+
+
+def _decimal(value: float) -> str:
+    return f"{value:.6f}".rstrip("0").rstrip(".")
 
 
 def schedule_note(text: str) -> str | None:

@@ -60,11 +60,14 @@ def test_a_text_with_times_is_a_schedule_and_any_other_a_prompt() -> None:
         ("0s: a; 3s [keep]:", "no prompt at 3s"),
         ("0s: a; 3s [keep, seed 7]:", "keep at 3s, where no prompt changes"),
         ("0s [recode]: a; 3s: b", "recode at 0s, where no prompt changes"),
-        ("0s: a; 3s [keep, recode]: b", r"\[keep, recode\] at 3s; one of"),
+        ("0s: a; 3s [keep, recode]: b", r"\[keep, recode\] at 3s; use one of"),
         ("0s: a; 3s [seed 1, seed own]: b", "one seed"),
         (f"0s: a; 3s [seed {2**64}]: b", "below 2"),
         ("0s: a; 3s [quoted]: b", "no JSON string"),
         ("0s: a; 3s [quoted]: 7", "no JSON string"),
+        ("0s: a; 3s [24 fps]: b", "fps at another time than 0s"),
+        ("0s [0 fps]: a", "or 0 fps"),
+        ("0s [24 fps, 25 fps]: a", "one fps"),
     ],
 )
 def test_what_is_wrong_with_a_schedule_is_said(text: str, words: str) -> None:
@@ -139,7 +142,7 @@ PROMPTS = st.lists(st.sampled_from(PIECES)).map("".join)
 )
 def test_a_schedule_that_is_written_is_read_as_it_was(later: list[tuple[str, str, int | None]]) -> None:
     """Whatever the prompts hold: line ends, marks of their own, blanks at their ends."""
-    entries = [Entry(0, " a; 3s: b\n")]
+    entries = [Entry(0, " a; 3s: b\n", fps=23.976)]
     for number, (prompt, history, seed) in enumerate(later, 1):
         if prompt or seed is not None:
             entries.append(Entry(number / 16, prompt, history if prompt else None, seed))
@@ -344,7 +347,7 @@ def test_a_schedules_seeds_are_those_of_the_command_line(tmp_path: Path) -> None
     again = latents(f"0s: {rest}; 0.6s [seed 4]:; 1.4s [seed own]:", 3)
     assert torch.equal(again[:3], plain[:3])
     assert not torch.equal(again[3:6], plain[3:6])
-    assert torch.equal(again, latents(f"0s [seed 3]: {rest}; 0.6s [seed own]:; 1.4s [seed 3]:", 4))
+    assert torch.equal(again, latents(f"0s [seed 3, 8 fps]: {rest}; 1.2s [seed own]:; 2.8s [seed 3]:", 4))
 
 
 def test_schedules_that_do_not_fit_are_refused_before_anything_is_loaded(
