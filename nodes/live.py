@@ -168,7 +168,8 @@ class Live:
         self.next_seed: int | None = None  # of the held chunk, to be made once more
         self.typed: tuple[str, str] | None = None
         self.read_text = ""
-        self.is_held, self.is_waiting, self.is_again, self.is_finishing = False, False, False, False
+        self.is_held, self.is_released, self.is_waiting = False, False, False
+        self.is_again, self.is_finishing = False, False
         self.changed = threading.Condition()
         _runs[self.name] = self
         self.outbox = Outbox(
@@ -216,14 +217,14 @@ class Live:
         """
         began = time.perf_counter()
         with self.changed:
-            self.next_seed = None
+            self.next_seed, self.is_released = None, False
             self._wait(can_hold=can_hold, is_last=is_last)
+            self.outbox.put(state="sampling")  # before what else there is to tell, which nobody is to take for a hold
             self.is_again = self.next_seed is not None and not self.is_finishing
             if self.is_again:
                 self._roll_again(began)
             self.paused += time.perf_counter() - began
             self.chunk_began = time.perf_counter()
-            self.outbox.put(state="sampling")
             return self.is_again
 
     def _wait(self, *, can_hold: bool, is_last: bool) -> None:
@@ -248,7 +249,7 @@ class Live:
         """Why to wait before the next chunk; "" if there is no reason."""
         if self.is_finishing or self.next_seed is not None:
             return ""
-        if can_hold and self.is_held:
+        if can_hold and self.is_held and not self.is_released:
             return "held"
         ahead = None if is_last or self.pace is None else self.viewer.seconds_ahead(self.made)
         return "ahead" if ahead is not None and self.pace is not None and ahead > self.pace else ""
@@ -341,7 +342,7 @@ class Live:
             elif action == "hold":
                 self.is_held = True
             elif action == "go_on":
-                self.is_held = False
+                self.is_held, self.is_released = False, True  # also where the next chunk is to be held at once
             elif action == "reroll":
                 if not self.is_waiting:
                     raise ValueError("no chunk is held; press Hold first and wait until it is")
