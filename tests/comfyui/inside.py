@@ -989,6 +989,20 @@ def a_picture_that_moves_is_taken_to_move_on() -> dict[str, float]:
     return found
 
 
+def the_first_prompt_is_found_in_the_graph_or_not_guessed() -> dict[str, str]:
+    found = importlib.import_module(PACKAGE + ".prompts").text_in_graph
+    graph = {
+        "1": {"class_type": "CLIPTextEncode", "inputs": {"text": "a"}},
+        "2": {"class_type": "WanImageToVideo", "inputs": {"positive": ["1", 0]}},
+        "3": {"class_type": "PrimitiveStringMultiline", "inputs": {"value": "b"}},
+        "4": {"class_type": "CLIPTextEncode", "inputs": {"text": ["3", 0]}},
+        "5": {"class_type": "ConditioningConcat", "inputs": {"conditioning_to": ["1", 0]}},
+    }
+    ways = {"direct": "1", "behind a picture": "2", "linked": "4", "concat": "5"}
+    made = {way: found({**graph, "9": {"inputs": {"positive": [node, 0]}}}, "9") for way, node in ways.items()}
+    return {**made, "none": found(None, "9")}
+
+
 CHECKS: tuple[Callable[[], Any], ...] = (
     broken_packages,
     a_trained_lora_is_the_merged_network,
@@ -1016,6 +1030,7 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     a_scaled_8_bit_file_is_the_network_it_stands_for,
     a_run_waits_for_its_viewer,
     a_picture_that_moves_is_taken_to_move_on,
+    the_first_prompt_is_found_in_the_graph_or_not_guessed,
 )
 
 

@@ -245,7 +245,7 @@ def test_a_run_waits_for_its_viewer(found: dict[str, Any]) -> None:
     assert last == {
         "ending": "stopped",
         "files": [],
-        "schedule": "0s: a\n6.1s [seed 7]:\n9.3s [seed own]:",
+        "schedule": "0s [10 fps]: a\n6.1s [seed 7]:\n9.3s [seed own]:",
         "pace": 1.0,
     }
 
@@ -255,3 +255,7 @@ def test_a_picture_that_moves_is_taken_to_move_on(found: dict[str, float]) -> No
         "still 0.2": 2.1, "still 1.0": 2.1, "moving 0.2": 1.8, "moving 1.0": 1.5, "back 0.2": 2.0, "back 1.0": 2.0,
     }  # fmt: skip
     assert found == pytest.approx(wanted)
+
+
+def test_the_first_prompt_is_found_in_the_graph_or_not_guessed(found: dict[str, str]) -> None:
+    assert found == {"direct": "a", "behind a picture": "a", "linked": "b", "concat": "", "none": ""}
