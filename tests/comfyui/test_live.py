@@ -413,8 +413,8 @@ class Wire:
 
 def malformed(generator: random.Random, run: str, client: str) -> bytes:
     values: list[Any] = [
-        None, True, -1, 2**64, 1.5, 1e300, "", "x" * generator.choice([200, 20000]), [], {}, [[]] * 50, "ack", "prompt", "seed", "reroll",
-        "hold", "finish", generator.randrange(2**70), "".join(generator.choices(string.printable, k=30)),
+        None, True, -1, 2**64, 1.5, 1e300, "", "x" * 200, "x" * 20000, [], {}, [[]] * 50, "ack", "prompt", "seed",
+        "reroll", "hold", "finish", generator.randrange(2**70), "".join(generator.choices(string.printable, k=30)),
     ]  # fmt: skip
     kind = generator.randrange(4)
     if kind == 0:
