@@ -1,8 +1,8 @@
 """Latents in, frames out, chunk by chunk, by whatever VAE is connected.
 
 Each stream has the same face. `decode` takes normalised latents [B, T, C, H, W] and returns the frames that they
-complete, [B, V, R, H, W] in [0, 1], where the graph keeps tensors; V may be 0. Joined they are those of VAE
-Decode. `state` and `restore` undo a chunk.
+complete, [B, V, R, H, W] in [0, 1], where the graph keeps tensors; V may be 0, and so may T, to say that the chunk
+before was the last. Joined they are those of VAE Decode. `state` and `restore` undo a chunk.
 
 Letters: B batch, T latent frames, C channels, V video frames, R RGB, H W size.
 """
@@ -71,6 +71,9 @@ class _TAEHVStream:
         return self.autoencoder.working_bytes(latent_height, latent_width)
 
     def decode(self, latents_BTCHW: Tensor, *, is_last: bool) -> Tensor:
+        if not latents_BTCHW.shape[1]:
+            batch, _, _, height, width = latents_BTCHW.shape
+            return host.to_graph(torch.zeros(batch, 0, 3, height * SPATIAL_FACTOR, width * SPATIAL_FACTOR))
         return torch.cat([self._decode_one(latent_BCHW) for latent_BCHW in latents_BTCHW.unbind(1)], 1)
 
     def _decode_one(self, latent_BCHW: Tensor) -> Tensor:

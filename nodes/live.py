@@ -1,8 +1,10 @@
 """The live player's side of the server: frames to the page that queued the prompt, and its commands back.
 
 Out: the event "selfforcing.live" with JPEGs and figures. Back: POST /selfforcing/live, a JSON object with the run's
-secret name and an action. A page acknowledges every message, and at most two with pictures are unanswered: neither a
-slow page nor one that has no player piles anything up. Where answers stop, a line without pictures asks again.
+secret name, the client id of the page that queued it, and an action; commands of other pages are refused. Who may read
+the server's queue, and so may interrupt what it runs, may also finish it early: by prompt and client id, without the
+name. A page acknowledges every message, and at most two with pictures are unanswered: neither a slow page nor one that
+has no player piles anything up. Where answers stop, a line without pictures asks again.
 
 Letters: V video frames, R RGB, H W pixels.
 """
@@ -18,7 +20,7 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,9 +29,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ..selfforcing_core.geometry import pixel_frames
 from ..selfforcing_core.prompt_schedule import HISTORIES
 from . import host
+from .pacing import Viewer
 from .prompts import Reader
+from .steering_record import SteeringRecord
 
 EVENT, ROUTE = "selfforcing.live", "/selfforcing/live"
 FRAME_SIZE = 512  # pixels of a frame's longer side
@@ -39,8 +44,10 @@ FRAMES_WAITING = 96  # the oldest are dropped
 FRAMES_PER_MESSAGE = 24
 UNANSWERED = 2  # messages
 AGAIN_AFTER = 5  # seconds: a page that does not answer may be loading, or show another workflow
-PATIENCE = 10  # seconds: how long the last frames and a held chunk wait for a page that is gone
+PATIENCE = 10  # seconds: how long the last frames, a held chunk and a paced one wait for a page that is gone
+LISTEN = 0.1  # seconds between two looks at what a waiting chunk waits for
 TAB = "selfforcing_tab"  # under which the page tells which of its open workflows queued the prompt
+ACTIONS = ("prompt", "seed", "hold", "go_on", "reroll", "finish", "shown", "ack")
 COMMAND_BYTES = 65536
 PROMPT_LETTERS = 10000
 
@@ -53,9 +60,13 @@ class Outbox:
     """Frames and figures on their way to a page, encoded and sent by a thread of its own as the page keeps up."""
 
     def __init__(
-        self, send: Callable[[dict[str, Any]], None], fixed: dict[str, Any], ended: Callable[[], object]
+        self,
+        send: Callable[[dict[str, Any]], None],
+        fixed: dict[str, Any],
+        current: Callable[[], dict[str, Any]],
+        ended: Callable[[], object],
     ) -> None:
-        self.send, self.fixed, self.ended = send, fixed, ended
+        self.send, self.fixed, self.current, self.ended = send, fixed, current, ended
         self.status: dict[str, Any] = {"message": ""}
         self.frames: deque[tuple[int, Tensor]] = deque(maxlen=FRAMES_WAITING)
         self.sent, self.answered = 0, 0
@@ -114,10 +125,13 @@ class Outbox:
             is_late = self.sent - self.answered >= UNANSWERED  # a page that may be gone gets no pictures
             count = 0 if is_late else min(len(self.frames), FRAMES_PER_MESSAGE)
             frames = [self.frames.popleft() for _ in range(count)]
-            message = {**self.fixed, **self.status, "number": self.sent, "again": self.is_again and bool(frames)}
+            status = {**self.fixed, **self.status, **self.current()}
+            message = {**status, "number": self.sent, "again": self.is_again and bool(frames)}
             self.sent, self.sent_at = self.sent + 1, time.monotonic()
             self.is_new, self.is_again = False, self.is_again and not frames
             self.status["message"] = ""
+            if not self.is_closed:
+                self.status.pop("schedule", None)
             return message, frames
 
     def _has_more(self) -> bool:
@@ -132,28 +146,37 @@ class Live:
     """One run of a sampler as its page sees and steers it. Made by `open_live`; `close` ends it."""
 
     def __init__(
-        self, audience: host.Audience, *, fps: float, num_chunks: int, num_frames: int, read: Reader | None,
-        seed: int, hidden: Any,
+        self, audience: host.Audience, record: SteeringRecord, *, fps: float, lengths: Sequence[int],
+        read: Reader | None, seed: int, pace: float, hidden: Any,
     ) -> None:  # fmt: skip
-        self.client, self.fps, self.read, self.name = audience.client, fps, read, uuid.uuid4().hex
-        self.own_seed, self.is_steered = seed, False
+        self.client, self.prompt, self.fps, self.read = audience.client, audience.prompt, fps, read
+        self.name, self.record, self.own_seed, self.is_steered = uuid.uuid4().hex, record, seed, False
+        self.pace = pace or None
+        self.viewer, self.made = Viewer(fps), 0
         fixed = {
-            "run": self.name, "prompt_id": audience.prompt, "node": audience.node, "num_chunks": num_chunks,
-            "num_frames": num_frames, "fps": fps, "can_prompt": read is not None, **_queued_from(hidden),
+            "run": self.name, "prompt_id": audience.prompt, "node": audience.node, "num_chunks": len(lengths),
+            "num_frames": pixel_frames(sum(lengths)), "fps": fps, "can_prompt": read is not None, "can_finish": True,
+            "pace": self.pace, **_queued_from(hidden),
         }  # fmt: skip
         self.began, self.paused, self.first_seconds, self.first_frames = time.perf_counter(), 0.0, 0.0, 0
         self.chunk_began = self.began
         self.limit_fps: float | None = None  # what this device can reach at most
         self.seed: int | None = None  # of chunks that have not begun
+        self.is_reseeded = False  # since the last chunk began
         self.chunk_seed: int | None = None
         self.chunk_start = -1
         self.next_seed: int | None = None  # of the held chunk, to be made once more
         self.typed: tuple[str, str] | None = None
-        self.is_held, self.is_waiting, self.is_again = False, False, False
+        self.read_text = ""
+        self.is_held, self.is_released, self.is_waiting = False, False, False
+        self.is_again, self.is_finishing = False, False
         self.changed = threading.Condition()
         _runs[self.name] = self
         self.outbox = Outbox(
-            lambda message: host.send(EVENT, message, audience.client), fixed, lambda: _runs.pop(self.name, None)
+            lambda message: host.send(EVENT, message, audience.client),
+            fixed,
+            lambda: {"ahead": self.viewer.seconds_ahead(self.made), "events": record.events},
+            lambda: _runs.pop(self.name, None),
         )
         self.outbox.put(
             state="sampling",
@@ -169,6 +192,7 @@ class Live:
     # ---------------------------------------------------- the sampling thread --
     def show(self, frames_VRHW: Tensor, first_frame: int, chunk: int) -> None:
         """Finished frames in [0, 1] of a chunk, numbered from `first_frame`; chunk counts the finished ones."""
+        self.made = first_frame + len(frames_VRHW)
         if not len(frames_VRHW):
             self.outbox.put(chunk=chunk)
             return
@@ -186,41 +210,73 @@ class Live:
         self.outbox.put(frames, is_again=self.is_again, chunk=chunk, stats=stats)
         self.is_again = False
 
-    def wants_again(self) -> bool:
-        """Waits while the chunk that was just shown is held; whether it is to be made once more."""
+    def wants_again(self, *, can_hold: bool = True, is_last: bool = False) -> bool:
+        """Waits while the chunk that was just shown is held, or far ahead; whether it is to be made once more.
+
+        can_hold: it was made, not given. is_last: nothing follows, so nothing can be ahead.
+        """
         began = time.perf_counter()
         with self.changed:
-            self.next_seed, self.is_waiting = None, self.is_held
-            if self.is_held:
-                self.outbox.put(state="held")
-            lost_at, told_at = time.monotonic() + PATIENCE, time.monotonic()
-            while self.is_held and self.next_seed is None:
-                self.changed.wait(0.1)
-                host.check_interrupted()
-                if time.monotonic() > told_at + AGAIN_AFTER:  # for a page that was loaded anew meanwhile
-                    told_at = time.monotonic()
-                    self.outbox.put(state="held")
-                if host.is_listening(self.client):
-                    lost_at = time.monotonic() + PATIENCE
-                elif time.monotonic() > lost_at:
-                    log.warning("the page that held a chunk is gone; the run goes on")
-                    self.is_held = False
-            self.is_again, self.is_waiting = self.next_seed is not None, False
+            self.next_seed, self.is_released = None, False
+            self._wait(can_hold=can_hold, is_last=is_last)
+            self.outbox.put(state="sampling")  # before what else there is to tell, which nobody is to take for a hold
+            self.is_again = self.next_seed is not None and not self.is_finishing
             if self.is_again:
-                self.chunk_seed = self.next_seed
-                self.paused += began - self.chunk_began  # the attempt that is thrown away counts as little as the wait
+                self._roll_again(began)
             self.paused += time.perf_counter() - began
             self.chunk_began = time.perf_counter()
-            self.outbox.put(state="sampling")
             return self.is_again
+
+    def _wait(self, *, can_hold: bool, is_last: bool) -> None:
+        """Until there is no reason left to wait; says the reason, and again for a page that was loaded anew."""
+        said, told_at, lost_at = "", 0.0, time.monotonic() + PATIENCE
+        while reason := self._reason(can_hold=can_hold, is_last=is_last):
+            self.is_waiting = reason == "held"
+            if reason != said or time.monotonic() > told_at + AGAIN_AFTER:
+                said, told_at = reason, time.monotonic()
+                self.outbox.put(state=reason)
+            self.changed.wait(LISTEN)
+            host.check_interrupted()
+            if host.is_listening(self.client):
+                lost_at = time.monotonic() + PATIENCE
+            elif time.monotonic() > lost_at:
+                log.warning("the page that the run waited for (%s) is gone; the run goes on", reason)
+                self.is_held = False
+                self.viewer.forget()
+        self.is_waiting = False
+
+    def _reason(self, *, can_hold: bool, is_last: bool) -> str:
+        """Why to wait before the next chunk; "" if there is no reason."""
+        if self.is_finishing or self.next_seed is not None:
+            return ""
+        if can_hold and self.is_held and not self.is_released:
+            return "held"
+        ahead = None if is_last or self.pace is None else self.viewer.seconds_ahead(self.made)
+        return "ahead" if ahead is not None and self.pace is not None and ahead > self.pace else ""
+
+    def _roll_again(self, waited_from: float) -> None:
+        assert self.next_seed is not None
+        self.chunk_seed = self.next_seed
+        self.record.reroll(self.chunk_start, self.next_seed)
+        self.record.use(self.chunk_start, self.next_seed)
+        self.paused += waited_from - self.chunk_began  # the attempt that is thrown away counts as little as the wait
+        self._tell_schedule()
 
     def seed_at(self, start_frame: int) -> int | None:
         with self.changed:
             if start_frame != self.chunk_start:
                 self.chunk_start, self.chunk_seed = start_frame, self.seed
+                self.record.use(start_frame, self.seed)
+                self._tell_seed()
             if self.chunk_seed is not None:
                 self._count()
             return self.chunk_seed
+
+    def _tell_seed(self) -> None:
+        is_reseeded, self.is_reseeded = self.is_reseeded, False
+        if is_reseeded and self.seed is not None:
+            self.record.seed(self.chunk_start, self.seed)
+            self._tell_schedule()
 
     def read_prompt(self, check: Callable[[list[Any]], None]) -> tuple[list[Any], str] | None:
         with self.changed:
@@ -238,7 +294,16 @@ class Live:
             self.outbox.put(message=f"the prompt was not taken: {error}")
             return None
         self._count()
+        self.read_text = text
         return made, history
+
+    def took_prompt(self, start_frame: int, history: str) -> None:
+        self.record.use(start_frame, None)
+        self.record.prompt(start_frame, self.read_text, history)
+        self._tell_schedule()
+
+    def _tell_schedule(self) -> None:
+        self.outbox.put(schedule=self.record.text())
 
     def _count(self) -> None:
         """From here on the result is another than that of the node's inputs."""
@@ -250,9 +315,11 @@ class Live:
         """A line for the user below the player."""
         self.outbox.put(message=message)
 
-    def close(self) -> None:
-        """The run is over, for whatever reason; returns at once."""
-        self.outbox.put(state="done")
+    def close(self, ending: str, files: list[dict[str, Any]]) -> None:
+        """The run is over, whole, finished early or stopped, and has written these files; returns at once."""
+        if ending == "early":
+            self._count()
+        self.outbox.put(state="done", ending=ending, files=files, schedule=self.record.text())
         self.outbox.close()
 
     # ------------------------------------------------------ the server's loop --
@@ -260,7 +327,10 @@ class Live:
         """What the page asks for. Raises ValueError with value, rule and remedy."""
         action = message.get("action")
         if action == "ack":
-            self.outbox.acknowledge(_whole(message, "number"))
+            self._acknowledged(message)
+            return
+        if action == "shown":
+            self._saw(_whole(message, "frame"))
             return
         if self.outbox.is_closed:
             raise ValueError("the run is over; queue it again")
@@ -268,17 +338,39 @@ class Live:
             if action == "prompt":
                 self.typed = self._typed(message)
             elif action == "seed":
-                self.seed = _whole(message, "seed")
+                self.seed, self.is_reseeded = _whole(message, "seed"), True
             elif action == "hold":
                 self.is_held = True
             elif action == "go_on":
-                self.is_held = False
+                self.is_held, self.is_released = False, True  # also where the next chunk is to be held at once
             elif action == "reroll":
                 if not self.is_waiting:
                     raise ValueError("no chunk is held; press Hold first and wait until it is")
                 self.next_seed = _whole(message, "seed")
+            elif action == "finish":
+                self.is_finishing = True
             else:
-                raise ValueError(f"action {str(action)[:40]!r} is unknown; use prompt, seed, hold, go_on or reroll")
+                raise ValueError(f"action {str(action)[:40]!r} is unknown; use {', '.join(ACTIONS)}")
+            self.changed.notify_all()
+
+    def refusal(self, message: dict[str, Any]) -> str | None:
+        """Why this command is not taken from whoever sent it; None: it is. An older page's answers harm nobody."""
+        client = message.get("client")
+        if client == self.client or (client is None and message.get("action") == "ack"):
+            return None
+        if client is None:
+            return "this page's player is older than its server and does not say who it is; reload the page"
+        return "only the page that queued this run may steer it; queue it from this page"
+
+    def _acknowledged(self, message: dict[str, Any]) -> None:
+        frame = _whole(message, "shown") if message.get("shown") is not None else None
+        self.outbox.acknowledge(_whole(message, "number"))
+        if frame is not None:
+            self._saw(frame)
+
+    def _saw(self, frame: int) -> None:
+        with self.changed:
+            self.viewer.tell(frame)
             self.changed.notify_all()
 
     def _typed(self, message: dict[str, Any]) -> tuple[str, str]:
@@ -293,15 +385,17 @@ class Live:
 
 
 def open_live(
-    *, fps: float, num_chunks: int, num_frames: int, read: Reader | None, seed: int, hidden: Any
-) -> Live | None:
-    """A player for the node that runs now, with this seed and these hidden inputs; None where no page queued it."""
+    record: SteeringRecord, *, fps: float, lengths: Sequence[int], read: Reader | None, seed: int, pace: float,
+    hidden: Any,
+) -> Live | None:  # fmt: skip
+    """A player for the node that runs now, with this seed and these hidden inputs; None where no page queued it.
+
+    lengths: latent frames of each chunk. pace: seconds of video that may be made and not yet shown; 0 is no limit.
+    """
     audience = host.audience()
     if audience is None:
         return None
-    return Live(
-        audience, fps=fps, num_chunks=num_chunks, num_frames=num_frames, read=read, seed=seed, hidden=hidden
-    )  # fmt: skip
+    return Live(audience, record, fps=fps, lengths=lengths, read=read, seed=seed, pace=pace, hidden=hidden)
 
 
 def times_steered(seed: int | None) -> int:
@@ -328,15 +422,35 @@ async def _answer(request: web.Request) -> web.Response:
             if len(body) > COMMAND_BYTES:
                 raise ValueError(f"a command is at most {COMMAND_BYTES} bytes")
         message = _parsed(body)
-        live = _runs.get(str(message.get("run")))
-        if live is None and message.get("action") == "ack":  # of the last message: the run is gone by then
+        live = _named(message)
+        if live is None and message.get("action") in ("ack", "shown"):  # of the last message: the run is gone by then
             return web.json_response({})
         if live is None:
-            return web.json_response({"error": "this run is over; queue it again"}, status=404)
+            return web.json_response({"error": _not_running(message)}, status=404)
+        refusal = live.refusal(message)
+        if refusal is not None:
+            return web.json_response({"error": refusal}, status=403)
         live.command(message)
     except ValueError as error:
         return web.json_response({"error": str(error)}, status=400)
     return web.json_response({})
+
+
+def _named(message: dict[str, Any]) -> Live | None:
+    """The run that a command is for: by its name, or, to finish it, by the prompt that is being executed."""
+    if "run" in message or message.get("action") != "finish":
+        return _runs.get(str(message.get("run")))
+    running = (live for live in list(_runs.values()) if not live.outbox.is_closed)
+    return next((live for live in running if live.prompt == message.get("prompt_id")), None)
+
+
+def _not_running(message: dict[str, Any]) -> str:
+    if "run" in message or message.get("action") != "finish":
+        return "this run is over; queue it again"
+    return (
+        "nothing is running that can be finished early: a streaming node with its player switched on, of a prompt "
+        "queued with a client id, while it samples; interrupt it instead, or wait until it samples"
+    )
 
 
 def _queued_from(hidden: Any) -> dict[str, str]:

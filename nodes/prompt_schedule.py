@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..selfforcing_core.prompt_schedule import HISTORIES, parse_schedule, schedule_note
+from ..selfforcing_core.prompt_schedule import HISTORIES, Entry, parse_schedule, schedule_note
 from . import host
-from .prompts import READER, ClipReader, Moment, Reader
+from .prompts import READER, ClipReader, Moment, Reader, Reseeding
 from .text import TextReader
 
 
@@ -30,7 +31,10 @@ class SelfForcingPromptSchedule(io.ComfyNode):
                     multiline=True,
                     default="0s: a red square moving left slowly\n1.5s: a blue square moving left slowly",
                     tooltip="One prompt per line, each behind the second from which it holds: '0s: ...', '3s: ...'. "
-                    "The chunk in which the moment lies is the first that follows the new prompt.",
+                    "The chunk in which the moment lies is the first that follows the new prompt. In brackets behind "
+                    "a time: recode or keep in place of the widget history, and a seed for the noise from there on: "
+                    "'3s [keep, seed 7]: ...'; '6s [seed own]:' goes back to the sampler's seed; '0s [24 fps]: ...' "
+                    "replaces the widget fps. The streaming samplers put out such a text of all that was done by hand.",
                 ),
                 io.Combo.Input(
                     "history",
@@ -76,14 +80,26 @@ class SelfForcingPromptSchedule(io.ComfyNode):
         entries, note = parse_schedule(text), schedule_note(text)
         if note is not None:
             host.show_text(note)
+        if entries[0].fps not in (None, fps):
+            host.show_text(
+                f"times are read at the {entries[0].fps:g} fps that the text says; the widget's {fps:g} are not used"
+            )
+        fps = entries[0].fps or fps
         made = []
         for entry in entries:
-            carried: dict[str, Any] = {READER: read}
-            if entry is not entries[0]:
-                carried[Moment.KEY] = Moment(entry.seconds, fps, history)
-            made += [[embeds, {**options, **carried}] for embeds, options in read(entry.prompt)]
+            if entry.prompt or entry is entries[0]:
+                carried = _carried(entry, entries, history, fps)
+                made += [[embeds, {**options, READER: read, **carried}] for embeds, options in read(entry.prompt)]
         return io.NodeOutput(made)
 
     @classmethod
     def fingerprint_inputs(cls, text_encoder: str | None = None, **_: object) -> str:
         return host.fingerprint(host.text_encoder_folder(text_encoder)) if text_encoder else ""
+
+
+def _carried(entry: Entry, entries: Sequence[Entry], history: str, fps: float) -> dict[str, Any]:
+    """When a prompt holds; the first also carries the seeds of all entries."""
+    if entry is not entries[0]:
+        return {Moment.KEY: Moment(entry.seconds, fps, entry.history or history)}
+    seeds = tuple(Reseeding(each.seconds, fps, each.seed) for each in entries if each.seed is not None)
+    return {Reseeding.KEY: seeds} if seeds else {}

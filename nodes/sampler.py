@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .autoencoder import graph_images
 from .causal_model import AUTO, SINK_AUTO, causal_settings, config_of, settings_of, sigmas_of
 from .frame_stream import FrameStream, frame_stream
 from .live import Live, open_live, times_steered
-from .prompts import reader_of
+from .prompts import planned, reader_of, text_in_graph
 from .sampling import (
     ChunkGuider,
     ChunkSampler,
@@ -33,6 +34,7 @@ from .sampling import (
     known_frames,
     layout,
 )
+from .steering_record import SteeringRecord
 
 State = io.Custom("SELFFORCING_STATE")
 NO_FRAMES = "the sampler's IMAGE output needs an autoencoder; connect taehv, or decode the LATENT output instead"
@@ -64,6 +66,22 @@ def _empty_latent(
 
 log = logging.getLogger(__name__)
 Take = Callable[[Tensor], object]  # what becomes of a chunk's frames [B, V, R, H, W] in [0, 1]
+# Closes what was written, with the Prompt Schedule text of what was done, and names it as the host names saved files.
+Written = Callable[[str], list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a run of a streaming node gave.
+
+    samples: LATENT samples [B, C, T, H, W], T shorter than asked for where the run was finished early. kept: where it
+    ended, or what stands for that. schedule: Prompt Schedule text that repeats it. ending: "whole" or "early".
+    """
+
+    samples: Tensor
+    kept: Any
+    schedule: str
+    ending: str
 
 
 class _StreamProgress(host.Progress):
@@ -76,6 +94,7 @@ class _StreamProgress(host.Progress):
         self.num_frames, self.stream, self.latent_format = num_frames, stream, latent_format
         self.live, self.take = live, take
         self.taken = self.calls = 0
+        self.is_finished = False
 
     def resumed(self, video_BTCHW: Tensor) -> None:
         """What a run that goes on from a state has already."""
@@ -85,22 +104,47 @@ class _StreamProgress(host.Progress):
                 self._accept(self.stream.decode(latent_BTCHW, is_last=False))
 
     def chunk(self, chunk: Chunk) -> bool:
-        is_last = chunk.start_frame + chunk.latents_BTCHW.shape[1] == self.num_frames
         may_repeat = self.live is not None and not chunk.is_given
+        is_end = chunk.start_frame + chunk.latents_BTCHW.shape[1] == self.num_frames
+        self.is_finished = is_end or (may_repeat and self._is_finishing())
         before = self.stream.state() if self.stream is not None and may_repeat else None
         if self.stream is None:
             frames_BVRHW = chunk.latents_BTCHW[:, :0]
         else:
-            frames_BVRHW = self.stream.decode(chunk.latents_BTCHW, is_last=is_last)
+            frames_BVRHW = self.stream.decode(chunk.latents_BTCHW, is_last=self.is_finished)
         self._show(frames_BVRHW, chunk)
-        if self.live is not None and may_repeat and self.live.wants_again():
+        if self._wants_again(frames_BVRHW, may_repeat):
             if self.stream is not None:
                 self.stream.restore(before)
             self.back_to(self.calls)
             return True
         self.calls = self.done
         self._accept(frames_BVRHW)
+        if may_repeat and not self.is_finished and self._is_finishing():
+            self.is_finished = True
+            self._flush(chunk)
         return False
+
+    def _wants_again(self, frames_BVRHW: Tensor, may_repeat: bool) -> bool:
+        """Waits as long as the page wishes; a chunk that it waits with is kept where the run is interrupted."""
+        if self.live is None:
+            return False
+        try:
+            return self.live.wants_again(can_hold=may_repeat, is_last=self.is_finished)
+        except host.Interrupted:
+            self._accept(frames_BVRHW)
+            raise
+
+    def _is_finishing(self) -> bool:
+        return self.live is not None and self.live.is_finishing
+
+    def _flush(self, chunk: Chunk) -> None:
+        """The frames that the decoder kept back for a chunk that does not come."""
+        if self.stream is not None:
+            frames_BVRHW = self.stream.decode(chunk.latents_BTCHW[:, :0], is_last=True)
+            if frames_BVRHW.shape[1]:
+                self._show(frames_BVRHW, chunk)
+                self._accept(frames_BVRHW)
 
     def _show(self, frames_BVRHW: Tensor, chunk: Chunk) -> None:
         first = self.taken
@@ -263,13 +307,29 @@ class SelfForcingStreamSampler(io.ComfyNode):
                     tooltip="Show the chunks in the node's player while they are made, at most 512 pixels wide or "
                     "high. Off: the host's usual preview.",
                 ),
+                io.Float.Input(
+                    "pace",
+                    default=0.0,
+                    min=0.0,
+                    max=3600.0,
+                    step=0.5,
+                    optional=True,
+                    tooltip="Seconds of video that may be made and not yet shown by the player: with 2 the run waits "
+                    "for the player, and a typed prompt shows within 2 seconds and one chunk. 0: no limit. A paused "
+                    "player, or one in a page in the background, makes the run wait; without a player it never does.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(tooltip="The video's latents, for VAE Decode or Decode TAEHV."),
                 io.Image.Output(tooltip="The video's frames. Needs taehv."),
                 State.Output(display_name="state", tooltip="Where the run ended. Needs keep_state."),
+                io.String.Output(
+                    display_name="schedule",
+                    tooltip="Text for Prompt Schedule (Self Forcing) that repeats this run with its seed and other "
+                    "settings: every prompt and seed, those typed into the player included.",
+                ),
             ],
-            hidden=[io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -299,9 +359,9 @@ class SelfForcingStreamSampler(io.ComfyNode):
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:
         frames: list[Tensor] = []
-        samples, kept = sample(take=frames.append, hidden=cls.hidden, **inputs)
+        made = sample(take=frames.append, hidden=cls.hidden, **inputs)
         images = graph_images(torch.cat(frames, 1)) if frames else host.blocked(NO_FRAMES)
-        return io.NodeOutput({"samples": samples}, images, kept)
+        return io.NodeOutput({"samples": made.samples}, images, made.kept, made.schedule)
 
 
 def sample(
@@ -326,12 +386,15 @@ def sample(
     keep_state: bool = False,
     clip: Any = None,
     player: bool = True,
+    pace: float = 0.0,
     fps: float = 16.0,
     hidden: Any = None,
-) -> tuple[Tensor, Any]:
-    """LATENT samples and where the run ended; `take` gets every chunk's frames as soon as they are decoded.
+    written: Written = lambda schedule: [],
+) -> Sampled:
+    """What the run gave; `take` gets every chunk's frames as soon as they are decoded.
 
     The arguments are the inputs of the nodes; fps is the clock of the player, hidden what the host adds to them.
+    written: called once when nothing more comes, however the run ended, before the page hears that it did.
     """
     causal = causal_settings(settings_of(model).causal, chunk, window, sink)
     channels = config_of(model.model.diffusion_model).out_dim
@@ -344,11 +407,11 @@ def sample(
     predicted = meter.predicted()
     log.info("%s", meter.in_words())
     working = stream.working_bytes(*latent["samples"].shape[-2:]) if stream else 0
+    record = _record(positive, lengths, fps, hidden)
     live = None
     if player:
         live = open_live(
-            fps=fps, num_chunks=len(lengths), num_frames=pixel_frames(sum(lengths)), read=reader_of(positive, clip),
-            seed=seed, hidden=hidden,
+            record, fps=fps, lengths=lengths, read=reader_of(positive, clip), seed=seed, pace=pace, hidden=hidden
         )  # fmt: skip
 
     def progress(total: int) -> _StreamProgress:
@@ -359,6 +422,7 @@ def sample(
 
     kept = StateHolder() if keep_state else None
     run = Run(causal=causal, progress=progress, resume=state, keep=kept, steering=live, working_bytes=working)
+    ending = "stopped"
     try:
         if live is not None:
             live.limit_fps = predicted["fps"] / latent["samples"].shape[0]  # of one video
@@ -372,10 +436,29 @@ def sample(
             disable_pbar=True,
             seed=seed,
         )
+        ending = "whole" if samples.shape[2] == sum(lengths) else "early"
+    finally:
+        _close(live, written, record, ending)
+    return Sampled(host.to_graph(samples), host.blocked(NO_STATE) if kept is None else kept, record.text(), ending)
+
+
+def _close(live: Live | None, written: Written, record: SteeringRecord, ending: str) -> None:
+    """First what was written, then the page, which hears of that; a file that cannot be closed is no good ending."""
+    files: list[dict[str, Any]] = []
+    is_written = False
+    try:
+        files, is_written = written(record.text()), True
     finally:
         if live is not None:
-            live.close()
-    return host.to_graph(samples), host.blocked(NO_STATE) if kept is None else kept
+            live.close(ending if is_written else "stopped", files)
+
+
+def _record(positive: list[Any], lengths: Sequence[int], fps: float, hidden: Any) -> SteeringRecord:
+    """What the run begins with, to which is added what is done by hand."""
+    plan, audience = planned(positive, lengths), host.audience()
+    if not plan.first and audience is not None:
+        plan = replace(plan, first=text_in_graph(getattr(hidden, "prompt", None), audience.node))
+    return SteeringRecord(plan, lengths, fps)
 
 
 def _meter(

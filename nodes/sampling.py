@@ -9,7 +9,7 @@ Letters: B batch, T latent frames, C channels, H W latent size.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from ..selfforcing_core.conditioning import Conditioning
 from ..selfforcing_core.config import CausalConfig, StepConfig, WanConfig
 from ..selfforcing_core.geometry import chunk_lengths, tokens_per_frame
 from ..selfforcing_core.kv_cache import KVCache
+from ..selfforcing_core.prompt_schedule import seed_at
 from ..selfforcing_core.rollout import Chunk, NoiseSource, SeededNoise, is_past_known, new_caches, rollout
 from ..selfforcing_core.schedule import TIMESTEPS
 from ..selfforcing_core.snapshot import Snapshot
@@ -41,14 +42,19 @@ from .causal_model import (
     settings_of,
 )
 from .patches import check_model_options, check_prompt_inputs, unapplied_names
-from .prompts import PromptPlan, Typed, check_prompts, conditions, later_prompts
+from .prompts import PromptPlan, Typed, check_prompts, conditions, later_prompts, scheduled_seeds
 
 log = logging.getLogger(__name__)
 LatentShape = tuple[int, int, int, int]  # T, C, H, W
 
 
 class Progress(Protocol):
-    """Told of every evaluation before it starts, and of every finished chunk, which it may want made once more."""
+    """Told of every evaluation before it starts, and of every finished chunk, which it may want made once more.
+
+    is_finished: the chunk that it was told of last is to be the video's last one.
+    """
+
+    is_finished: bool
 
     def step(self) -> None: ...
 
@@ -176,6 +182,7 @@ def sample_chunks(
 ) -> Tensor:
     """A sampler function of the host: normalised latents [B, C, T, H, W] from noise scaled for the first sigma.
 
+    T is shorter than the noise where whoever follows the progress ends the run early, after a whole chunk.
     Frames at the beginning that the noise mask declares known are given to the rollout as its prefix.
     Raises ValueError for whatever the rollout or the model cannot do, before the first network call.
     """
@@ -211,7 +218,7 @@ def sample_chunks(
     chunk_shape = (*noise_BCTHW.shape[:2], max(lengths), *noise_BCTHW.shape[3:])
     network = _GuidedNetwork(guider, extra_args, settings, chunk_shape, run.working_bytes)
     seed = extra_args.get("seed") or 0
-    noise = _HostNoise(x_BTCHW, run.noise or SeededNoise(seed), run.steering)
+    noise = _HostNoise(x_BTCHW, run.noise or SeededNoise(seed), run.steering, scheduled_seeds(guider, lengths))
     writes = causal.cache_source == "clean"
     num_calls = len(lengths) * (len(steps.steps) + writes) - writes
     resumed = None if run.resume is None else run.resume.filled()
@@ -231,7 +238,8 @@ def sample_chunks(
     prompts = None
     if later or run.steering is not None:
         fixed = 0 if resumed is None or is_past_known(resumed, causal) else resumed.end_frame
-        prompts = PromptPlan(network, later, lengths, run.steering, fixed_frames=fixed)
+        begun = 0 if resumed is None else resumed.end_frame
+        prompts = PromptPlan(network, later, lengths, run.steering, fixed_frames=fixed, resumed_at=begun)
     with _memory_explained(network, causal, shape, batch):
         caches = None if run.is_whole else network.allocate(shape, causal)
         chunks = rollout(
@@ -244,9 +252,12 @@ def sample_chunks(
                 while progress.chunk(chunk):
                     chunk = chunks.send(True)
                 done.append(host.to_graph(chunk.latents_BTCHW))
-                if run.keep is not None and chunk.start_frame + chunk.latents_BTCHW.shape[1] == frames:
+                is_last = progress.is_finished or chunk.start_frame + chunk.latents_BTCHW.shape[1] == frames
+                if run.keep is not None and is_last:
                     state = chunk.snapshot(torch.device("cpu"))
                     run.keep.snapshot = replace(state, video_BTCHW=torch.cat(done, 1)).to("cpu")
+                if is_last:
+                    break
             host.check_interrupted()
             progress.finish()
         finally:
@@ -454,14 +465,17 @@ class _GuidedNetwork:
 class _HostNoise:
     """The first draw of a chunk is its part of the host's noise; later ones come from another source.
 
-    A chunk whose seed is steered has all its noise from that.
+    A chunk whose seed is steered, or else one of the schedule's `seeds`, has all its noise from that.
     """
 
-    def __init__(self, x_BTCHW: Tensor, later: NoiseSource, steering: Steering | None) -> None:
-        self.x_BTCHW, self.later, self.steering = x_BTCHW, later, steering
+    def __init__(
+        self, x_BTCHW: Tensor, later: NoiseSource, steering: Steering | None, seeds: Mapping[int, int]
+    ) -> None:
+        self.x_BTCHW, self.later, self.steering, self.seeds = x_BTCHW, later, steering, seeds
 
     def draw(self, start_frame: int, step: int, shape: tuple[int, ...]) -> Tensor:
         seed = None if self.steering is None else self.steering.seed_at(start_frame)
+        seed = seed_at(self.seeds, start_frame) if seed is None else seed
         if seed is not None:
             return SeededNoise(seed).draw(start_frame, step, shape).to(self.x_BTCHW)
         if step == 0:
@@ -486,6 +500,8 @@ class SeededHostNoise:
 
 class _CallbackProgress:
     """The host's callback: its bar counts sigmas, so evaluations are scaled to them; the last call has all frames."""
+
+    is_finished = False
 
     def __init__(self, callback: Any, sigmas: Tensor, like_BTCHW: Tensor, begun: list[Tensor], num_calls: int) -> None:
         self.callback, self.sigmas, self.num_calls, self.calls = callback, sigmas, num_calls, 0

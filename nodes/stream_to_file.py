@@ -33,6 +33,14 @@ class _Files:
         for stream, frames_VRHW in zip(self.streams, frames_BVRHW):
             stream.write(frames_VRHW)
 
+    def finished(self, schedule: str) -> list[dict[str, Any]]:
+        """Closes all of them; what the host's pages call saved files."""
+        self.close()
+        return [dict(each) for each in self.saved()]
+
+    def saved(self) -> list[ui.SavedResult]:
+        return [ui.SavedResult(each.path.name, self.subfolder, io.FolderType.output) for each in self.streams]
+
     def close(self) -> None:
         """All of them, whatever one of them says to that."""
         self.open.close()
@@ -53,8 +61,9 @@ class SelfForcingStreamToFile(io.ComfyNode):
             "Generates a video chunk by chunk and writes every chunk to disk as soon as it is decoded, so memory does "
             "not grow with the length. The file can be played after a stop or a crash as far as it was made."
         )
+        pace = next(entry for entry in schema.inputs if entry.id == "pace")
         schema.inputs = [
-            *(entry for entry in schema.inputs if entry.id != "keep_state"),
+            *(entry for entry in schema.inputs if entry.id not in ("keep_state", "pace")),
             io.String.Input(
                 "filename_prefix",
                 default="video/SelfForcing",
@@ -68,10 +77,13 @@ class SelfForcingStreamToFile(io.ComfyNode):
             io.Float.Input(
                 "fps", default=16.0, min=1.0, max=240.0, step=0.5, tooltip="Frames per second; Wan is trained at 16."
             ),
+            pace,
         ]
+        schedule = schema.outputs[-1]
         schema.outputs = [
             io.Latent.Output(tooltip="The video's latents, for instance to continue it."),
             io.String.Output(display_name="path", tooltip="Full path of the file (of the batch's first)."),
+            schedule,
         ]
         schema.hidden = [io.Hidden.prompt, io.Hidden.extra_pnginfo]
         schema.is_output_node = True
@@ -94,10 +106,11 @@ class SelfForcingStreamToFile(io.ComfyNode):
             size = tuple(side * SPATIAL_FACTOR for side in latent_image["samples"].shape[:2:-1])  # type: ignore[assignment]
         files = _Files(filename_prefix, FORMATS[format], fps, host.graph_metadata(cls.hidden), size)
         try:
-            samples, _ = sample(
-                take=files.take, taehv=taehv, latent_image=latent_image, fps=fps, hidden=cls.hidden, **inputs
-            )
+            made = sample(
+                take=files.take, taehv=taehv, latent_image=latent_image, fps=fps, hidden=cls.hidden,
+                written=files.finished, **inputs,
+            )  # fmt: skip
         finally:
             files.close()
-        shown = [ui.SavedResult(s.path.name, files.subfolder, io.FolderType.output) for s in files.streams]
-        return io.NodeOutput({"samples": samples}, str(files.streams[0].path), ui=ui.PreviewVideo(shown))
+        path = str(files.streams[0].path)
+        return io.NodeOutput({"samples": made.samples}, path, made.schedule, ui=ui.PreviewVideo(files.saved()))

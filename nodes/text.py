@@ -14,7 +14,7 @@ from comfy_api.latest import io
 
 from ..selfforcing_core.text import TextEncoder
 from . import host
-from .prompts import READER
+from .prompts import READER, worded
 
 log = logging.getLogger(__name__)
 SMALL = 2**30  # bytes of a folder's weights: up to here, as the bundled encoder, they are kept in float32
@@ -56,7 +56,7 @@ class TextReader:
         folder = host.text_encoder_folder(self.text_encoder)
         loaded = _load(folder, host.fingerprint(folder))
         host.load([loaded.patcher], whole=True)
-        return [[host.to_graph(loaded.encoder.encode([text])), {READER: self}]]
+        return worded(text, [[host.to_graph(loaded.encoder.encode([text])), {READER: self}]])
 
 
 class SelfForcingTextEncode(io.ComfyNode):

@@ -30,7 +30,7 @@ from .hub import check_channels, load_model, load_taehv, load_text_encoder, reso
 from .image import first_frame_condition, fit_image
 from .plan import Plan, Request, Take, memory_in_words, plan_request, recipe_of
 from .prompt_schedule import Entry, parse_schedule, start_frames
-from .rollout import Chunk, PromptChange, SeededNoise, rollout
+from .rollout import Chunk, PromptChange, ScheduledNoise, SeededNoise, rollout
 from .roofline import Card, Meter, measured_card
 from .start import (
     Start,
@@ -81,7 +81,7 @@ def generate_all(
     """
     plan = plan_request(request, takes)
     if rewrite is not None:
-        if any(len(parse_schedule(take.text)) > 1 for take in takes):
+        if any(_has_times(parse_schedule(take.text)) for take in takes):
             raise ValueError("--extend-prompt makes one prompt of a schedule; write its prompts out instead")
         takes = [replace(take, text=text) for take, text in zip(takes, rewrite([take.text for take in takes]))]
     if show_progress and plan.device.type != "cpu":
@@ -152,8 +152,18 @@ def _generate_all(request: Request, takes: Sequence[Take], plan: Plan, show_prog
 # ------------------------------------------------------------------ loading --
 def _texts(request: Request, plan: Plan, takes: Sequence[Take]) -> list[str]:
     """Every text that is encoded for these takes: their prompts and, with guidance, what to keep away from."""
-    prompts = [entry.prompt for take in takes for entry in parse_schedule(take.text)]
+    prompts = [entry.prompt for take in takes for entry in parse_schedule(take.text) if _is_read(entry)]
     return list(dict.fromkeys(prompts if plan.cfg == 1 else [*prompts, request.negative]))
+
+
+def _has_times(entries: Sequence[Entry]) -> bool:
+    """Whether something holds from a moment on: a later prompt, or a seed."""
+    return len(entries) > 1 or any(entry.seed is not None for entry in entries)
+
+
+def _is_read(entry: Entry) -> bool:
+    """Whether an entry has a prompt of its own, which only the first may have empty."""
+    return bool(entry.prompt) or not entry.seconds
 
 
 def _text_dtype(plan: Plan) -> torch.dtype:
@@ -284,17 +294,19 @@ Kernel = Callable[[], AbstractContextManager[None]]
 
 
 class _Prompts:
-    """The prompts of one video and the frames from which they hold."""
+    """The prompts and seeds of one video and the frames from which they hold."""
 
     def __init__(
         self, entries: Sequence[Entry], conditions: dict[str, Conditioning], plan: Plan, request: Request
     ) -> None:
-        starts = start_frames(entries, plan.geometry.chunk_lengths, request.fps)
+        starts = start_frames(entries, plan.geometry.chunk_lengths, entries[0].fps or request.fps)
         self.first = conditions[entries[0].prompt]
         self.later = {
-            start: PromptChange(conditions[entry.prompt], request.history)
+            start: PromptChange(conditions[entry.prompt], entry.history or request.history)
             for start, entry in zip(starts[1:], entries[1:])
+            if _is_read(entry)
         }
+        self.seeds = {start: entry.seed for start, entry in zip(starts, entries) if entry.seed is not None}
         self.negative = None if plan.cfg == 1 else conditions[request.negative]
         self.at = self.later.get if self.later else None
 
@@ -339,8 +351,9 @@ def _frames(
                     kept.append(chunk.latents_BTCHW[0].cpu())
                 yield chunk
 
+        seeded = functools.partial(SeededNoise, first_row=take.first_row, first_frame=plan.first_frame)
         chunks = rollout(
-            model, prompts.first, noise=SeededNoise(request.seed, take.first_row, plan.first_frame),
+            model, prompts.first, noise=ScheduledNoise(seeded(request.seed), prompts.seeds, seeded),
             latent_shape=(size.latent_frames, plan.config.out_dim, size.latent_height, size.latent_width),
             causal=plan.causal, steps=plan.steps, prefix_BTCHW=start.prefix_BTCHW,
             negative=prompts.negative, guidance=plan.cfg, prompt_at=prompts.at,

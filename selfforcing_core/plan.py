@@ -237,7 +237,7 @@ def _check_files(request: Request, takes: Sequence[Take]) -> None:
 def _check_schedule(take: Take, geometry: VideoGeometry, request: Request) -> None:
     """Whether the prompts of a take that is a schedule begin inside the video, each in a chunk of its own."""
     entries = parse_schedule(take.text)
-    start_frames(entries, geometry.chunk_lengths, request.fps)
+    start_frames(entries, geometry.chunk_lengths, entries[0].fps or request.fps)
     if len(entries) > 1 and request.extend is not None:
         raise ValueError("a schedule counts from the beginning of a video; extend with one prompt at a time instead")
 

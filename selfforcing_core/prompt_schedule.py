@@ -2,50 +2,129 @@
 
 0s: a red square moving left
 3s: a blue circle moving left
+
+Behind a time, in brackets: recode or keep (what becomes of the frames so far), a seed for the noise from there on, and
+quoted, for a prompt as a JSON string. "4.5s [keep, seed 7]: a prompt"; "6s [seed own]:" goes back to the run's seed.
+"0s [24 fps]: a prompt" says which frames per second all times refer to.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .geometry import TEMPORAL_FACTOR
+from .geometry import TEMPORAL_FACTOR, pixel_frames
 
-# A time at the beginning of a line or behind a semicolon; blanks and punctuation of every keyboard.
-_MARK = re.compile(r"(?:^|[\n\r;\uff1b])[^\S\n\r]*(\d+(?:\.\d+)?)[^\S\n\r]*s[^\S\n\r]*[:\uff1a]")
 HISTORIES = ("recode", "keep")  # what becomes of the frames so far when the prompt changes
+OWN_SEED = -1  # of an entry that goes back to the seed of the run
+QUOTED = "quoted"
+RULE = "recode, keep, seed NUMBER, seed own, quoted or, at 0s, NUMBER fps"
+# A time at the beginning of a line or behind a semicolon; blanks and punctuation of every keyboard.
+_BLANKS = r"[^\S\n\r]*"
+_TIME = rf"(?:^|[\n\r;\uff1b]){_BLANKS}(\d+(?:\.\d+)?){_BLANKS}s{_BLANKS}"
+_OPTION = rf"(?:{'|'.join((*HISTORIES, QUOTED))}|seed{_BLANKS}(?:own|\d{{1,20}})|\d{{1,9}}(?:\.\d{{1,9}})?{_BLANKS}fps)"
+_OPTIONS = rf"\[{_BLANKS}({_OPTION}(?:{_BLANKS},{_BLANKS}{_OPTION})*){_BLANKS}\]"
+_MARK = re.compile(rf"{_TIME}(?:{_OPTIONS}{_BLANKS})?[:\uff1a]")
+_NEARLY = re.compile(rf"{_TIME}\[[^\]\n\r]*\]{_BLANKS}[:\uff1a]")  # a mark, but for what the brackets hold
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A prompt, and the second of the video from which it holds."""
+    """A prompt, and the second of the video from which it holds.
+
+    prompt: "" goes on with the one before. history: None is what the run says. seed: of the noise from there on;
+    OWN_SEED is the run's, None goes on with the one before. fps: of the first entry alone, frames per second that the
+    times of all refer to; None is the video's.
+    """
 
     seconds: float
     prompt: str
+    history: str | None = None
+    seed: int | None = None
+    fps: float | None = None
 
 
 def parse_schedule(text: str) -> tuple[Entry, ...]:
     """The entries of a text; one that does not begin with a time, or whose only time is not 0, is a single prompt.
 
-    Entries are separated by lines or semicolons. Raises ValueError for times that do not rise from 0, and for an entry
-    without a prompt. `schedule_note` says what may have been meant otherwise.
+    Entries are separated by lines or semicolons. Raises ValueError for times that do not rise from 0, for an entry
+    without prompt and seed, and for options that contradict. `schedule_note` says what may have been meant otherwise.
     """
     stripped = text.strip()
     marks = list(_MARK.finditer(stripped))
     if not marks or marks[0].start() != 0 or _is_name(marks, stripped):
         return (Entry(0.0, text),)
     ends = [mark.start() for mark in marks[1:]] + [len(stripped)]
-    entries = tuple(Entry(float(mark[1]), stripped[mark.end() : end].strip()) for mark, end in zip(marks, ends))
+    entries = tuple(_entry(mark, stripped[mark.end() : end].strip()) for mark, end in zip(marks, ends))
     if entries[0].seconds != 0:
         raise ValueError(f"the schedule begins at {entries[0].seconds:g}s; its first prompt must be that of 0s")
     for before, after in zip(entries, entries[1:]):
         if after.seconds <= before.seconds:
             raise ValueError(f"the schedule goes from {before.seconds:g}s to {after.seconds:g}s; times must rise")
-    empty = [entry for entry in entries if not entry.prompt]
+    empty = [entry for entry in entries if not entry.prompt and (entry.seed is None or entry is entries[0])]
     if empty:
         raise ValueError(f"the schedule has no prompt at {empty[0].seconds:g}s; write one behind the colon")
+    idle = [entry for entry in entries if entry.history and (not entry.prompt or entry is entries[0])]
+    if idle:
+        raise ValueError(
+            f"the schedule says {idle[0].history} at {idle[0].seconds:g}s, where no prompt changes; leave that out"
+        )
+    if any(entry.fps is not None for entry in entries[1:]) or entries[0].fps == 0:
+        raise ValueError("the schedule says fps at another time than 0s, or 0 fps; say it once, at 0s, and above 0")
     return entries
+
+
+def _entry(mark: re.Match[str], prompt: str) -> Entry:
+    """Raises ValueError for options that contradict, seeds beyond 64 bits, and quotes that are none."""
+    seconds, options = float(mark[1]), re.split(rf"{_BLANKS},{_BLANKS}", mark[2] or "")
+    histories = [option for option in options if option in HISTORIES]
+    seeds = [option[len("seed") :].strip() for option in options if option.startswith("seed")]
+    rates = [float(option[: -len("fps")]) for option in options if option.endswith("fps")]
+    if max(len(histories), len(seeds), len(rates)) > 1:
+        raise ValueError(
+            f"the schedule says [{mark[2]}] at {seconds:g}s; use one of recode and keep, one seed, one fps"
+        )
+    seed = None if not seeds else OWN_SEED if seeds[0] == "own" else int(seeds[0])
+    if seed is not None and seed >= 2**64:
+        raise ValueError(f"the schedule has seed {seed} at {seconds:g}s; use a whole number below 2**64")
+    if QUOTED in options:
+        prompt = _unquoted(prompt, seconds)
+    return Entry(seconds, prompt, histories[0] if histories else None, seed, rates[0] if rates else None)
+
+
+def _unquoted(text: str, seconds: float) -> str:
+    try:
+        prompt = json.loads(text)
+    except ValueError:
+        prompt = None
+    if not isinstance(prompt, str):
+        raise ValueError(f'the prompt at {seconds:g}s is no JSON string; write "..." behind the colon, or drop quoted')
+    return prompt
+
+
+def schedule_text(entries: Sequence[Entry]) -> str:
+    """Return the text that `parse_schedule` reads as these entries; times and fps have up to six decimals."""
+    return "\n".join(_line(entry) for entry in entries)
+
+
+def _line(entry: Entry) -> str:
+    options, prompt = [entry.history] if entry.history else [], entry.prompt
+    if entry.seed is not None:
+        options.append("seed own" if entry.seed == OWN_SEED else f"seed {entry.seed}")
+    if entry.fps is not None:
+        options.append(f"{_decimal(entry.fps)} fps")
+    if prompt != prompt.strip() or _MARK.search(f"-{prompt}"):
+        options.append(QUOTED)
+        prompt = json.dumps(prompt, ensure_ascii=False).replace(";", "\\u003b").replace("\uff1b", "\\uff1b")
+    found = f" [{', '.join(options)}]" if options else ""
+    return f"{_decimal(entry.seconds)}s{found}: {prompt}".rstrip(" ")
+
+
+def _decimal(value: float) -> str:
+    return f"{value:.6f}".rstrip("0").rstrip(".")
 
 
 def schedule_note(text: str) -> str | None:
@@ -53,9 +132,17 @@ def schedule_note(text: str) -> str | None:
     stripped = text.strip()
     marks = list(_MARK.finditer(stripped))
     if not marks or (marks[0].start() == 0 and not _is_name(marks, stripped)):
-        return None
+        return _option_note(stripped)
     time = marks[0][0].strip(" \t\r\n;\uff1b")
     return f"{time!a} is read as a part of the prompt, since a schedule begins with 0s: and its first prompt"
+
+
+def _option_note(text: str) -> str | None:
+    near = next((found[0] for found in _NEARLY.finditer(text) if not _MARK.fullmatch(found[0])), None)
+    if near is None:
+        return None
+    time = near.strip(" \t\r\n;\uff1b")
+    return f"{time!a} is read as a part of the prompt; brackets behind a time hold {RULE}"
 
 
 def _is_name(marks: Sequence[re.Match[str]], text: str) -> bool:
@@ -84,3 +171,16 @@ def start_frames(entries: Sequence[Entry], lengths: Sequence[int], fps: float) -
             )
         found.append(start)
     return found
+
+
+def moment_of(start: int, fps: float) -> float:
+    """Return the second, in thousandths, at which `start_frames` finds the chunk that begins at this latent frame."""
+    frame = pixel_frames(start)
+    thousandths = math.ceil(round(1000 * frame / fps, 6))
+    return (thousandths if int(thousandths / 1000 * fps) >= frame else thousandths + 1) / 1000
+
+
+def seed_at(seeds: Mapping[int, int], start: int) -> int | None:
+    """Return the seed that holds at a latent frame, of those by the frames from which they hold; None: the run's."""
+    found = seeds[max(held)] if (held := [frame for frame in seeds if frame <= start]) else OWN_SEED
+    return None if found == OWN_SEED else found

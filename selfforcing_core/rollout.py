@@ -21,7 +21,7 @@ from .conditioning import Conditioning
 from .config import CausalConfig, StepConfig
 from .geometry import chunk_lengths
 from .kv_cache import KVCache
-from .prompt_schedule import HISTORIES
+from .prompt_schedule import HISTORIES, seed_at
 from .schedule import FlowSchedule, add_noise, x0_from_flow
 from .snapshot import Snapshot
 from .solver import new_solver, num_noises
@@ -55,6 +55,17 @@ class SeededNoise:
         key = f"{self.seed}/{row}/{start_frame}/{step}".encode()
         seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little")
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+
+
+class ScheduledNoise:
+    """Noise whose seed changes on the way. seeds: by the latent frame from which each holds; else it is `own`."""
+
+    def __init__(self, own: NoiseSource, seeds: Mapping[int, int], of: Callable[[int], NoiseSource]) -> None:
+        self.own, self.seeds, self.of = own, seeds, of
+
+    def draw(self, start_frame: int, step: int, shape: tuple[int, ...]) -> Tensor:
+        seed = seed_at(self.seeds, start_frame)
+        return (self.own if seed is None else self.of(seed)).draw(start_frame, step, shape)
 
 
 class GivenNoise:

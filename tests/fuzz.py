@@ -150,7 +150,8 @@ class TextFuzzer:
         except ValueError:
             return None
         if len(entries) == 1 and (schedule_note(text) is not None or entries[0].prompt == text):
-            return None if entries[0].prompt == text and entries[0].seconds == 0 else repr(text)
+            is_read = entries[0].prompt == text or text.strip().startswith("0s:")
+            return None if is_read and entries[0].seconds == 0 else repr(text)
         at, last = 0, -1.0
         for entry in entries:
             at = text.find(entry.prompt, at)

@@ -11,14 +11,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 
 from selfforcing_core.cli import main
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
+from selfforcing_core.geometry import pixel_frames
 from selfforcing_core.kv_cache import KVCache
-from selfforcing_core.prompt_schedule import Entry, parse_schedule, schedule_note, start_frames
-from selfforcing_core.rollout import Chunk, PromptChange, SeededNoise, new_caches, rollout
+from selfforcing_core.prompt_schedule import (
+    OWN_SEED,
+    Entry,
+    moment_of,
+    parse_schedule,
+    schedule_note,
+    schedule_text,
+    seed_at,
+    start_frames,
+)
+from selfforcing_core.rollout import Chunk, PromptChange, ScheduledNoise, SeededNoise, new_caches, rollout
 from selfforcing_core.video import read_metadata, read_video
 from tests.test_kv_cache import chunk, make_cache
 from tests.tiny_wan import FRAME, random_text, random_wan
@@ -45,6 +56,18 @@ def test_a_text_with_times_is_a_schedule_and_any_other_a_prompt() -> None:
         ("0s: a; 2s: b; 2s: c", "times must rise"),
         ("0s: a; 3s:  ", "no prompt at 3s"),
         ("0s:", "no prompt at 0s"),
+        ("0s [seed 7]:", "no prompt at 0s"),
+        ("0s: a; 3s [keep]:", "no prompt at 3s"),
+        ("0s: a; 3s [keep, seed 7]:", "keep at 3s, where no prompt changes"),
+        ("0s [recode]: a; 3s: b", "recode at 0s, where no prompt changes"),
+        ("0s: a; 3s [keep, recode]: b", r"\[keep, recode\] at 3s; use one of"),
+        ("0s: a; 3s [seed 1, seed own]: b", "one seed"),
+        (f"0s: a; 3s [seed {2**64}]: b", "below 2"),
+        ("0s: a; 3s [quoted]: b", "no JSON string"),
+        ("0s: a; 3s [quoted]: 7", "no JSON string"),
+        ("0s: a; 3s [24 fps]: b", "fps at another time than 0s"),
+        ("0s [0 fps]: a", "or 0 fps"),
+        ("0s [24 fps, 25 fps]: a", "one fps"),
     ],
 )
 def test_what_is_wrong_with_a_schedule_is_said(text: str, words: str) -> None:
@@ -90,6 +113,58 @@ def test_schedules_of_every_keyboard_are_read(text: str) -> None:
 def test_a_separator_that_is_no_line_end_begins_no_entry() -> None:
     text = "0s: a\u20283s: b"
     assert parse_schedule(text) == (Entry(0, "a\u20283s: b"),)
+
+
+def test_times_may_bring_a_history_and_a_seed() -> None:
+    text = (
+        "0s [seed 5]: a\n1s[keep]: b\n2s [ keep , seed 7 ] : c\n3s [seed own]:\n4.5s [recode,seed 8]: d; 6s [seed 9]:"
+    )
+    assert parse_schedule(text) == (
+        Entry(0, "a", None, 5), Entry(1, "b", "keep"), Entry(2, "c", "keep", 7), Entry(3, "", None, OWN_SEED),
+        Entry(4.5, "d", "recode", 8), Entry(6, "", None, 9),
+    )  # fmt: skip
+    assert schedule_note(text) is None
+
+
+@pytest.mark.parametrize("brackets", ["[late]", "[sed 7]", "[seed]", "[seed -1]", "[seed 7 keep]", "[]", "[Keep]"])
+def test_other_brackets_behind_a_time_are_words_as_they_were_and_that_is_said(brackets: str) -> None:
+    text = f"0s: a\n3s {brackets}: b"
+    assert parse_schedule(text) == (Entry(0, f"a\n3s {brackets}: b"),)
+    assert f"'3s {brackets}:' is read as a part of the prompt" in str(schedule_note(text))
+
+
+PIECES = ["a", " ", ";", "\uff1b", "\n", "\r", "3s:", "0s [keep]: ", '"', "\\", "[", "\u2028"]
+PROMPTS = st.lists(st.sampled_from(PIECES)).map("".join)
+
+
+@given(
+    st.lists(st.tuples(PROMPTS, st.sampled_from(["keep", "recode"]), st.sampled_from([None, OWN_SEED, 0, 2**64 - 1])))
+)
+def test_a_schedule_that_is_written_is_read_as_it_was(later: list[tuple[str, str, int | None]]) -> None:
+    """Whatever the prompts hold: line ends, marks of their own, blanks at their ends."""
+    entries = [Entry(0, " a; 3s: b\n", fps=23.976)]
+    for number, (prompt, history, seed) in enumerate(later, 1):
+        if prompt or seed is not None:
+            entries.append(Entry(number / 16, prompt, history if prompt else None, seed))
+    assert parse_schedule(schedule_text(entries)) == tuple(entries)
+
+
+@given(
+    st.integers(1, 9), st.integers(1, 60), st.sampled_from([1.0, 7.5, 10.0, 16.0, 23.976, 24.0, 29.97, 100.0, 240.0])
+)
+def test_the_written_moment_of_a_chunk_is_found_in_it(chunk: int, index: int, fps: float) -> None:
+    lengths = (chunk,) * (index + 1)
+    text = schedule_text([Entry(0, "a"), Entry(moment_of(chunk * index, fps), "a")])
+    *_, entry = parse_schedule(text)
+    assert start_frames([entry], lengths, fps) == [chunk * index]
+    assert entry.seconds - pixel_frames(chunk * index) / fps < 0.003
+
+
+def test_scheduled_seeds_hold_until_the_next_one() -> None:
+    noise = ScheduledNoise(SeededNoise(0), {2: 7, 6: OWN_SEED}, SeededNoise)
+    for start, seed in ((0, 0), (2, 7), (4, 7), (6, 0), (8, 0)):
+        assert torch.equal(noise.draw(start, 1, (1, 2, 3)), SeededNoise(seed).draw(start, 1, (1, 2, 3)))
+    assert seed_at({}, 5) is None
 
 
 @given(st.text())
@@ -246,6 +321,33 @@ def test_the_video_changes_its_colour_where_the_prompt_does(
     assert set(colours[:33]) == {"red"}
     assert set(colours[-4:]) == {"blue"}, "by way of magenta, since the history is red"
     assert json.loads(read_metadata(out)["selfforcing"])["history"] == history
+
+
+def test_a_schedules_seeds_are_those_of_the_command_line(tmp_path: Path) -> None:
+    """A seed at 0s is --seed; a later one changes its chunk and what follows; one that goes back is the run's own."""
+    rest = "a red square moving left slowly on a black background"
+
+    def latents(prompt: str, seed: int) -> Tensor:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.safetensors"
+        options = [
+            "--frames",
+            "33",
+            "--seed",
+            str(seed),
+            "--latents",
+            str(path),
+            "--out",
+            str(path.with_suffix(".mp4")),
+        ]
+        assert main(["generate", "--prompt", prompt, *options]) == 0
+        return load_file(path)["latents"]
+
+    plain = latents(rest, 3)
+    assert torch.equal(latents(f"0s [seed 3]: {rest}", 4), plain)
+    again = latents(f"0s: {rest}; 0.6s [seed 4]:; 1.4s [seed own]:", 3)
+    assert torch.equal(again[:3], plain[:3])
+    assert not torch.equal(again[3:6], plain[3:6])
+    assert torch.equal(again, latents(f"0s [seed 3, 8 fps]: {rest}; 1.2s [seed own]:; 2.8s [seed 3]:", 4))
 
 
 def test_schedules_that_do_not_fit_are_refused_before_anything_is_loaded(

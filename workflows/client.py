@@ -2,8 +2,14 @@
 
     python workflows/client.py workflows/api/tiny_t2v.json --set 2.text="a green circle moving up slowly" --set 4.seed=7
     python workflows/client.py workflows/api/tiny_t2v.json --frames seen
+    python workflows/client.py finish --server http://127.0.0.1:8188
 
 Needs nothing but Python. --set NODE.INPUT=VALUE changes one input; values are JSON where they parse, else text.
+--server takes host:port or http://host:port.
+
+finish ends what the server is executing after its current chunk, whoever queued it: all that was made goes out, and who
+waits for it gets it. It works while a streaming node with its player switched on samples; the server lists what it
+executes, with the client id that this needs, to everybody who may also interrupt it.
 
 --frames FOLDER saves the pictures that ComfyUI shows while it works, as they arrive: 00001.jpg, 00002.jpg, ... Each is
 whole when it appears. The streaming samplers show the newest frame of every chunk. They come over ComfyUI's websocket,
@@ -36,6 +42,25 @@ SUFFIXES = {1: ".jpg", 2: ".png"}
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
 
+def server_of(text: str) -> str:
+    """An address as host:port, and behind it the path of a proxy. Raises ValueError for what this script cannot speak.
+
+    Takes host:port and http://host:port, with or without a slash at the end; without a port it is that of HTTP.
+    """
+    scheme, mark, rest = text.strip().partition("://")
+    if mark and scheme.lower() != "http":
+        raise ValueError(f"--server {text} is not http; this script speaks plain HTTP, so give http://HOST:PORT")
+    server = (rest if mark else scheme).rstrip("/")
+    try:
+        address = urllib.parse.urlsplit(f"//{server}")
+        is_usable = bool(address.hostname) and (address.port or 80) > 0
+    except ValueError:
+        is_usable = False
+    if not is_usable or address.username is not None or address.query or address.fragment or " " in server:
+        raise ValueError(f"--server {text!r} is no address; give HOST:PORT or http://HOST:PORT, as 127.0.0.1:8188")
+    return server
+
+
 def ask(server: str, path: str, body: Any = None) -> Any:
     """GET, or POST with a body. Raises ValueError with the server's own reasons."""
     data = None if body is None else json.dumps(body).encode()
@@ -44,9 +69,33 @@ def ask(server: str, path: str, body: Any = None) -> Any:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
-        raise ValueError(f"{server} refused: {error.read().decode(errors='replace')}") from error
+        raise ValueError(f"{server} refused: {reason(error.read().decode(errors='replace'))}") from error
+    except ValueError as error:
+        raise ValueError(f"{server} does not answer in JSON ({error}); is it ComfyUI?") from error
     except OSError as error:
         raise ValueError(f"{server} does not answer ({error}); start ComfyUI, or name another --server") from error
+
+
+def reason(answer: str) -> str:
+    """The sentence in an answer of the pack's own routes; any other answer as it is."""
+    try:
+        error = json.loads(answer)["error"]
+    except (ValueError, KeyError, TypeError):
+        return answer
+    return error if isinstance(error, str) else answer
+
+
+def finish(server: str) -> str:
+    """End what the server executes after its current chunk; the id of its prompt. Raises ValueError if it cannot be."""
+    running = ask(server, "/queue")["queue_running"]
+    if not running:
+        raise ValueError(f"{server} executes nothing now, so there is nothing to finish")
+    _, prompt_id, _, extra, *_ = running[0]
+    client_id = extra.get("client_id")
+    if not client_id:
+        raise ValueError(f"prompt {prompt_id} was queued without a client id; it can only be interrupted")
+    ask(server, "/selfforcing/live", {"action": "finish", "prompt_id": prompt_id, "client": client_id})
+    return prompt_id
 
 
 def read_prompt(path: Path) -> dict[str, Any]:
@@ -89,7 +138,7 @@ class Messages:
         except OSError as error:
             raise ValueError(f"{server} does not answer ({error}); start ComfyUI, or name another --server") from error
         found = cls(server, connection)
-        found.shake_hands(f"/ws?clientId={client_id}")
+        found.shake_hands(f"{address.path}/ws?clientId={client_id}")
         return found
 
     def __iter__(self) -> Iterator[str | bytes]:
@@ -115,7 +164,8 @@ class Messages:
     def shake_hands(self, path: str) -> None:
         key = base64.b64encode(os.urandom(16)).decode()
         self.connection.sendall(
-            f"GET {path} HTTP/1.1\r\nHost: {self.server}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"GET {path} HTTP/1.1\r\nHost: {self.server.partition('/')[0]}\r\n"
+            "Upgrade: websocket\r\nConnection: Upgrade\r\n"
             f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
         )
         answer = b""
@@ -227,15 +277,28 @@ def fetch(server: str, outputs: dict[str, Any], folder: Path) -> list[Path]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("workflow", type=Path, help="a file of workflows/api, or of the menu entry Export (API)")
-    parser.add_argument("--server", default="127.0.0.1:8188", help="address of ComfyUI (default: 127.0.0.1:8188)")
+    parser.add_argument(
+        "workflow",
+        help="a file of workflows/api, or of the menu entry Export (API); or the word finish: end early, after its "
+        "current chunk, what the server executes (a file of that name is ./finish)",
+    )
+    parser.add_argument(
+        "--server", default="127.0.0.1:8188",
+        help="address of ComfyUI, host:port or http://host:port (default: 127.0.0.1:8188)",
+    )  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="change one input")
-    parser.add_argument("--to", type=Path, default=Path("out"), help="folder for the results (default: out)")
+    parser.add_argument("--to", type=Path, help="folder for the results (default: out)")
     parser.add_argument("--frames", type=Path, metavar="FOLDER", help="save what is shown meanwhile, as it arrives")
     options = parser.parse_args()
     try:
-        prompt = changed(read_prompt(options.workflow), options.set)
-        for path in fetch(options.server, run(options.server, prompt, options.frames), options.to):
+        server = server_of(options.server)
+        if options.workflow == "finish":
+            if options.set or options.to or options.frames:
+                raise ValueError("finish takes --server alone; who queued the run gets its results")
+            print(f"{finish(server)} ends after its current chunk")
+            return 0
+        prompt = changed(read_prompt(Path(options.workflow)), options.set)
+        for path in fetch(server, run(server, prompt, options.frames), options.to or Path("out")):
             print(path)
     except (ValueError, OSError) as error:
         print(f"client: {error}", file=sys.stderr)

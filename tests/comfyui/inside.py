@@ -12,6 +12,8 @@ import json
 import logging
 import random
 import sys
+import threading
+import time
 import types
 import weakref
 from collections.abc import Callable
@@ -444,6 +446,9 @@ class Hand:
         check(made)
         return made, self.history
 
+    def took_prompt(self, start_frame: int, history: str) -> None:
+        self.took = start_frame, history
+
     def say(self, message: str) -> None:
         self.said.append(message)
 
@@ -583,8 +588,19 @@ def vae_streams(vae: Any) -> dict[str, Any]:
                 frames.append(stream.decode(chunk, is_last=is_last))
             found["kinds"].append([bool(stream.note), [part.shape[1] for part in frames]])
             found[f"difference_{length}_{bool(stream.note)}"] = apart(torch.cat(frames, 1), whole)
+    found |= {f"difference_ended_early_{bool(made is vae)}": ended_early(made, vae) for made in (vae, without_parts)}
     found["spread"] = float(whole.std())
     return found
+
+
+def ended_early(made: Any, vae: Any) -> float:
+    """Two chunks of what might have been more, and then only the word that they were the last."""
+    latents = torch.randn(1, 6, 16, 2, 2, generator=torch.Generator().manual_seed(3))
+    stream = frame_stream.frame_stream(made)
+    frames = [stream.decode(chunk, is_last=False) for chunk in latents.split(3, 1)]
+    frames.append(stream.decode(latents[:, :0], is_last=True))
+    assert frames[-1].shape[1], "something was kept back"
+    return apart(torch.cat(frames, 1), vae.decode(autoencoder.graph_latents(latents)).permute(0, 1, 4, 2, 3))
 
 
 def taehv_streams_latent_by_latent() -> dict[str, Any]:
@@ -596,7 +612,8 @@ def taehv_streams_latent_by_latent() -> dict[str, Any]:
     whole = torch.cat([one.decode(latent, is_last=False) for latent in latents.split(1, 1)], 1)
     for length in (2, 3, 7):
         stream = frame_stream.frame_stream(vae)
-        frames = torch.cat([stream.decode(chunk, is_last=False) for chunk in latents.split(length, 1)], 1)
+        chunks = (*latents.split(length, 1), latents[:, :0])
+        frames = torch.cat([stream.decode(chunk, is_last=not chunk.shape[1]) for chunk in chunks], 1)
         found[str(length)] = bool(torch.equal(frames, whole))
     pieces: list[torch.Tensor] = []
     progress = importlib.import_module(PACKAGE + ".sampler")._StreamProgress
@@ -867,6 +884,126 @@ def a_scaled_8_bit_file_is_the_network_it_stands_for() -> dict[str, Any]:
     }
 
 
+class Stage:
+    """A live run without a server: its page is here, or gone, and its messages are kept."""
+
+    def __init__(self, pace: float) -> None:
+        self.live_module = importlib.import_module(PACKAGE + ".live")
+        record_module, prompts = (
+            importlib.import_module(f"{PACKAGE}.{name}") for name in ("steering_record", "prompts")
+        )
+        self.run, self.is_here, self.messages = None, True, []
+        self.before = host.send, host.is_listening, self.live_module.PATIENCE
+        host.send = lambda event, data, client: self.receive(data)
+        host.is_listening = lambda client: self.is_here
+        self.live_module.PATIENCE = 0.4
+        lengths = (8,) * 9
+        record = record_module.SteeringRecord(prompts.Planned("a"), lengths, 10.0)
+        self.run = self.live_module.Live(
+            host.Audience("page", "prompt", "1"), record, fps=10.0, lengths=lengths, read=lambda text: [], seed=0,
+            pace=pace, hidden=None,
+        )  # fmt: skip
+
+    def receive(self, message: dict[str, Any]) -> None:
+        self.messages.append(message)
+        if self.run is not None:
+            self.run.command({"action": "ack", "number": message["number"]})
+
+    def show(self, start: int, count: int) -> None:
+        self.run.seed_at(start // 30 * 8)
+        self.run.show(torch.zeros(count, 3, 8, 8), start, start // 30 + 1)
+
+    def waited(self, *does: tuple[float, Callable[[], object]]) -> tuple[float, bool]:
+        """Seconds until the run goes on, and whether its chunk is made again; meanwhile things are done."""
+        timers = [threading.Timer(after, do) for after, do in does]
+        for timer in timers:
+            timer.start()
+        began = time.perf_counter()
+        try:
+            is_again = self.run.wants_again()
+            return time.perf_counter() - began, is_again
+        finally:
+            for timer in timers:
+                timer.join()
+
+    def command(self, action: str, **more: Any) -> Callable[[], None]:
+        return lambda: self.run.command({"action": action, **more})
+
+    def close(self) -> None:
+        self.run.close("stopped", [])
+        self.run.outbox.thread.join(5)
+        host.send, host.is_listening, self.live_module.PATIENCE = self.before
+
+
+def a_run_waits_for_its_viewer() -> dict[str, Any]:
+    """Seconds that a chunk waited: frames are 0.1 s long, and at most 1 s may be ahead."""
+    stage, found = Stage(1.0), {}
+    wanted, waited = {"action": "prompt", "text": "b", "history": "keep"}, stage.waited
+    try:
+        stage.show(0, 30)
+        found["nobody has said what is shown"] = waited()[0]
+        stage.run.command({"action": "shown", "frame": 0})
+        found["until shown"] = waited((0.3, stage.command("shown", frame=20)))[0]
+        stage.show(30, 30)
+        still = waited((0.1, lambda: stage.run.command(wanted)), (0.4, stage.command("shown", frame=55)))
+        found["a prompt does not break the bound"] = still[0]
+        stage.show(60, 30)
+        held = waited((0.1, stage.command("hold")), (0.3, stage.command("reroll", seed=7)))
+        found["held while ahead"], found["is rolled again"] = held
+        found["paused"] = stage.run.paused
+        stage.run.command({"action": "go_on"})
+        comfy.model_management.interrupt_current_processing(True)
+        try:
+            waited()
+            found["interrupt"] = ""
+        except host.Interrupted:
+            found["interrupt"] = "Interrupted"
+        stage.is_here = False
+        found["page gone"] = waited()[0]
+        stage.show(90, 30)
+        found["still gone"] = waited()[0]
+        stage.is_here = True
+        stage.run.command({"action": "shown", "frame": 0})
+        found["until finished"] = waited((0.3, stage.command("finish")))[0]
+    finally:
+        stage.close()
+    found["states"] = list(dict.fromkeys(message["state"] for message in stage.messages))
+    found["last"] = {name: stage.messages[-1].get(name) for name in ("ending", "files", "schedule", "pace")}
+    return found
+
+
+def a_picture_that_moves_is_taken_to_move_on() -> dict[str, float]:
+    """Seconds ahead 0.2 s and 1.2 s after the last word: only a while, and only if the picture moved before."""
+    viewer, found = importlib.import_module(PACKAGE + ".pacing").Viewer(10.0), {}
+    clock = importlib.import_module(PACKAGE + ".pacing").time
+    now, clock_before = [100.0], clock.monotonic
+    clock.monotonic = lambda: now[0]
+    try:
+        for name, words in (("still", [5, 5]), ("moving", [5, 6]), ("back", [9, 6])):
+            for frame in words:
+                viewer.tell(frame)
+            for passed in (0.2, 1.0):
+                now[0] += passed
+                found[f"{name} {passed}"] = viewer.seconds_ahead(27)
+    finally:
+        clock.monotonic = clock_before
+    return found
+
+
+def the_first_prompt_is_found_in_the_graph_or_not_guessed() -> dict[str, str]:
+    found = importlib.import_module(PACKAGE + ".prompts").text_in_graph
+    graph = {
+        "1": {"class_type": "CLIPTextEncode", "inputs": {"text": "a"}},
+        "2": {"class_type": "WanImageToVideo", "inputs": {"positive": ["1", 0]}},
+        "3": {"class_type": "PrimitiveStringMultiline", "inputs": {"value": "b"}},
+        "4": {"class_type": "CLIPTextEncode", "inputs": {"text": ["3", 0]}},
+        "5": {"class_type": "ConditioningConcat", "inputs": {"conditioning_to": ["1", 0]}},
+    }
+    ways = {"direct": "1", "behind a picture": "2", "linked": "4", "concat": "5"}
+    made = {way: found({**graph, "9": {"inputs": {"positive": [node, 0]}}}, "9") for way, node in ways.items()}
+    return {**made, "none": found(None, "9")}
+
+
 CHECKS: tuple[Callable[[], Any], ...] = (
     broken_packages,
     a_trained_lora_is_the_merged_network,
@@ -892,6 +1029,9 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     a_loras_modulation_is_the_merged_network,
     first_and_last_frame_models_are_not_made_causal,
     a_scaled_8_bit_file_is_the_network_it_stands_for,
+    a_run_waits_for_its_viewer,
+    a_picture_that_moves_is_taken_to_move_on,
+    the_first_prompt_is_found_in_the_graph_or_not_guessed,
 )
 
 

@@ -2,9 +2,12 @@
 
 python play.py ADDRESS CLIENT_ID REACTIONS
 
-Prints every message of "selfforcing.live" without its pictures, one JSON object a line, and acknowledges it. REACTIONS
-is JSON, a list of {"when": {name: value, ...}, "do": [command, ...]}: the first message that has these values sends
-these commands. {"when": {}, "do": []} with "acknowledge": false in its place makes a page that never answers.
+Prints every message of "selfforcing.live" without its pictures, one JSON object a line, and acknowledges it. It shows
+the video at its speed from the first frame that comes, and says twice a second where it is. REACTIONS is JSON, a list
+of {"when": {name: value, ...}, "do": [command, ...]}: the first message that has these values sends these commands,
+"after" so many seconds. {"when": {}, "do": []} with "acknowledge": false in its place makes a page that never answers,
+with "plays": false one that is paused on its first frame, with "speaks": false an older one, which does not say who it
+is and what it shows.
 """
 
 import asyncio
@@ -12,20 +15,65 @@ import base64
 import io
 import json
 import sys
+import time
 
 import aiohttp
 from PIL import Image
 
+EVERY = 0.5  # seconds between two words about what is on screen
+
+
+class Screen:
+    """Plays what it has received, as the player does: it waits where a frame is not there yet."""
+
+    def __init__(self, plays: bool) -> None:
+        self.plays, self.position, self.end, self.moved_at, self.fps = plays, None, 0, 0.0, 16.0
+
+    def receive(self, indices: list, fps: float) -> None:
+        if indices and self.position is None:
+            self.position, self.moved_at = indices[0], time.monotonic()
+        self.fps, self.end = fps, max([self.end, *indices])
+
+    def frame(self) -> int | None:
+        if self.position is None:
+            return None
+        now = time.monotonic()
+        if self.plays:
+            self.position = min(self.position + (now - self.moved_at) * self.fps, self.end)
+        self.moved_at = now
+        return int(self.position)
+
 
 async def play(address: str, client_id: str, reactions: list) -> None:
-    silent = any(not reaction.get("acknowledge", True) for reaction in reactions)
+    answers, plays, speaks = (
+        all(reaction.get(name, True) for reaction in reactions) for name in ("acknowledge", "plays", "speaks")
+    )
+    silent = not answers
+    screen, run = Screen(plays), ""
     async with aiohttp.ClientSession() as session:
 
         async def command(**body: object) -> None:
+            body = {"client": client_id, **body} if speaks else body
             async with session.post(f"http://{address}/selfforcing/live", json=body) as answer:
                 if answer.status != 200:
                     print(json.dumps({"refused": answer.status, **await answer.json()}), flush=True)
 
+        async def react(reaction: dict, data: dict) -> None:
+            await asyncio.sleep(reaction.get("after", 0))
+            for each in reaction["do"]:
+                print(json.dumps({"type": "did", "data": {**each, "shown": screen.frame()}}), flush=True)
+                await command(run=data["run"], **each)
+
+        async def tell() -> None:
+            told = None
+            while True:
+                await asyncio.sleep(EVERY)
+                if run and screen.frame() != told:
+                    told = screen.frame()
+                    await command(run=run, action="shown", frame=told)
+
+        telling = asyncio.create_task(tell()) if speaks and not silent else None
+        tasks = [telling]
         async with session.ws_connect(f"ws://{address}/ws?clientId={client_id}", max_msg_size=0) as socket:
             print(json.dumps({"type": "listening"}), flush=True)
             async for message in socket:
@@ -37,18 +85,23 @@ async def play(address: str, client_id: str, reactions: list) -> None:
                     print(json.dumps({"type": event["type"]}), flush=True)
                     continue
                 data = event["data"]
+                run = data["run"]
                 pictures = [Image.open(io.BytesIO(base64.b64decode(jpeg))) for jpeg in data.pop("jpegs")]
                 data["sizes"] = [picture.size for picture in pictures]
                 data["corners"] = [picture.convert("RGB").getpixel((0, 0)) for picture in pictures]
+                screen.receive(data["indices"], data["fps"])
                 print(json.dumps({"type": "live", "data": data}), flush=True)
                 for reaction in reactions:
                     if all(data.get(name) == value for name, value in reaction.get("when", {}).items()):
                         reactions = [other for other in reactions if other is not reaction]
-                        for each in reaction["do"]:
-                            await command(run=data["run"], **each)
+                        if "after" in reaction:
+                            tasks.append(asyncio.create_task(react(reaction, data)))
+                        else:
+                            await react(reaction, data)
                         break
                 if not silent:
-                    await command(run=data["run"], action="ack", number=data["number"])
+                    shown = {"shown": screen.frame()} if speaks else {}
+                    await command(run=data["run"], action="ack", number=data["number"], **shown)
 
 
 asyncio.run(play(sys.argv[1], sys.argv[2], json.loads(sys.argv[3])))

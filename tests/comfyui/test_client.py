@@ -7,6 +7,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,60 @@ def test_mistakes_are_one_line(server: Server, tmp_path: Path) -> None:
         assert words in done.stderr
         assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["{}", "http://{}", "http://{}/", " HTTP://{}// "])
+def test_the_server_is_named_as_address_or_as_url(form: str) -> None:
+    for address in ("127.0.0.1:8188", "localhost", "[::1]:81", "example.org:80/comfy"):
+        assert client.server_of(form.format(address)) == address
+
+
+@pytest.mark.parametrize(
+    "text", ["https://here:1", "ws://here:1", "", "http://", "a b", "here:port", "here:70000", "u@h:1"]
+)
+def test_other_servers_are_refused_in_a_line(text: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"--server .*; (this script speaks plain HTTP, so )?give .*HOST:PORT"
+    ) as raised:
+        client.server_of(text)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_run_of_this_client_can_be_finished_from_another_terminal(server: Server, tmp_path: Path) -> None:
+    """Without a browser: what was made is saved, and whoever queued it gets it."""
+    address, prompt = f"http://{server.address}/", ROOT / "workflows/api/tiny_endless.json"
+    finish = [sys.executable, str(CLIENT), "finish", "--server", address]
+
+    def finished() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(finish, capture_output=True, text=True, timeout=60, check=False)
+
+    idle = finished()
+    assert (idle.returncode, idle.stderr.count("\n")) == (2, 1)
+    assert "executes nothing now" in idle.stderr
+    settings = ["--set", f"4.seed={fresh_seed()}", "--set", "4.length=12009", "--to", str(tmp_path / "to")]
+    command = [
+        sys.executable,
+        str(CLIENT),
+        str(prompt),
+        "--server",
+        address,
+        "--frames",
+        str(tmp_path / "seen"),
+        *settings,
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "seen/00002.jpg").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        done = finished()
+        out, err = running.communicate(timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "ends after its current chunk" in done.stdout
+    assert running.returncode == 0, err
+    (video,) = map(Path, out.split())
+    frames = len(read_mp4(video)[0])
+    assert 21 <= frames < 12009
+    assert frames % 12 == 9, "whole chunks"
 
 
 @pytest.mark.parametrize("content", [(ROOT / "workflows/tiny_t2v.json").read_text(), "[]", "{}", '{"1": {"id": 2}}'])

@@ -226,3 +226,36 @@ def test_a_scaled_8_bit_file_is_the_network_it_stands_for(found: dict[str, Any])
     assert 0 < found["bfloat16"] < 0.05
     assert found["weights"] == "torch.bfloat16"
     assert any("Patch Model (Self Forcing) keeps them in 8 bits" in line for line in found["lines"])
+
+
+def test_a_run_waits_for_its_viewer(found: dict[str, Any]) -> None:
+    """While more than its pace is ahead of what the page shows; never for a page that says nothing, or is gone."""
+    states, last = found.pop("states"), found.pop("last")
+    assert found.pop("is rolled again")
+    assert found.pop("interrupt") == "Interrupted"
+    bounds = {
+        "nobody has said what is shown": (0, 0.1), "until shown": (0.3, 0.6),
+        "a prompt does not break the bound": (0.4, 0.7), "held while ahead": (0.3, 0.6), "paused": (1.0, 2.2),
+        "page gone": (0.4, 0.9), "still gone": (0, 0.1), "until finished": (0.3, 0.6),
+    }  # fmt: skip
+    assert found.keys() == bounds.keys()
+    for name, (least, most) in bounds.items():
+        assert least - 0.05 <= found[name] < most + 0.5, (name, found[name])
+    assert set(states) == {"sampling", "ahead", "held", "done"}
+    assert last == {
+        "ending": "stopped",
+        "files": [],
+        "schedule": "0s [10 fps]: a\n6.1s [seed 7]:\n9.3s [seed own]:",
+        "pace": 1.0,
+    }
+
+
+def test_a_picture_that_moves_is_taken_to_move_on(found: dict[str, float]) -> None:
+    wanted = {
+        "still 0.2": 2.1, "still 1.0": 2.1, "moving 0.2": 1.8, "moving 1.0": 1.5, "back 0.2": 2.0, "back 1.0": 2.0,
+    }  # fmt: skip
+    assert found == pytest.approx(wanted)
+
+
+def test_the_first_prompt_is_found_in_the_graph_or_not_guessed(found: dict[str, str]) -> None:
+    assert found == {"direct": "a", "behind a picture": "a", "linked": "b", "concat": "", "none": ""}

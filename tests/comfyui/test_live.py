@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import random
 import string
 import time
-import urllib.error
-import urllib.request
 import uuid
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.comfyui.graphs import SAMPLER, SAVE, fresh_seed, latents_of, read_mp4, tiny_prompt
+from tests.comfyui.graphs import SAMPLER, SAVE, TEXT, fresh_seed, latents_of, read_mp4, tiny_prompt
 from tests.comfyui.host_server import ROOT, RUN_SECONDS, Server
 from tests.comfyui.page import Page, page
 from train.tiny.world import detect
@@ -227,31 +226,206 @@ def test_a_changed_seed_holds_from_the_next_chunk_on(server: Server) -> None:
     assert not torch.equal(changed[:, :, 3:6], plain[:, :, 3:6])
 
 
+# ------------------------------------------------------- finish, pace, record --
+def with_outputs(prompt: dict[str, Any]) -> dict[str, Any]:
+    """The prompt, with its sampler's latents and schedule saved, and its state gone on from in another one."""
+    prompt[SAMPLER]["inputs"] |= {"keep_state": True}
+    more = {**prompt[SAMPLER], "inputs": {**prompt[SAMPLER]["inputs"], "state": [SAMPLER, 2], "player": False}}
+    save = {"class_type": "SaveLatent", "inputs": {"filename_prefix": f"latents/{uuid.uuid4().hex}"}}
+    return {
+        **prompt,
+        "text": {"class_type": "PreviewAny", "inputs": {"source": [SAMPLER, 3]}},
+        "latents": {**save, "inputs": {**save["inputs"], "samples": [SAMPLER, 0]}},
+        "more": more,
+        "more latents": {**save, "inputs": {**save["inputs"], "samples": ["more", 0]}},
+    }
+
+
+def saved_latents(server: Server, entry: dict[str, Any], node: str = "latents") -> torch.Tensor:
+    return load_file(server._files(entry["outputs"][node])[0])["latent_tensor"]
+
+
+def test_a_run_that_is_finished_early_keeps_exactly_the_chunks_made(server: Server) -> None:
+    """Latents, frames and state go out, bitwise those of the whole run, which the state goes on to."""
+    seed = fresh_seed() % 2**53
+    prompt = with_outputs(tiny_prompt(f"a red {REST}", seed=seed, length=LENGTH))
+    reactions = [{"when": {"chunk": 1}, "do": [{"action": "hold"}]}]
+    reactions += [{"when": {"state": "held"}, "do": [{"action": "finish"}]}]
+    with page(server, reactions) as seen:
+        entry = server.result(server.submit(prompt, seen.client_id))
+        assert entry["status"]["status_str"] == "success", entry
+        last = seen.until_done()[-1]
+    part, whole = saved_latents(server, entry), saved_latents(server, entry, "more latents")
+    made = last["chunk"]
+    assert 1 <= made < CHUNKS
+    assert (last["ending"], last["can_finish"], last["files"]) == ("early", True, [])
+    assert torch.equal(part, whole[:, :, : 3 * made])
+    assert torch.equal(whole, latents_of(server, tiny_prompt(f"a red {REST}", seed=seed, length=LENGTH, player=False)))
+    (file,) = server._files(entry["outputs"][SAVE])
+    assert len(read_mp4(file)[0]) == 12 * made - 3
+    assert entry["outputs"]["text"]["text"] == [f"0s: a red {REST}"]
+    again, was_computed = made_by(server, tiny_prompt(f"a red {REST}", seed=seed, length=LENGTH), SAMPLER, "")
+    assert again.shape == whole.shape, "the host's cache never takes the part for the whole"
+    assert was_computed
+
+
+def test_what_was_done_by_hand_is_told_and_its_schedule_repeats_the_run_bitwise(server: Server) -> None:
+    """A typed prompt, a seed from then on, and a chunk made twice: by Prompt Schedule, without anybody's hand."""
+    seed, text = fresh_seed() % 2**53, f"a blue {REST}; 3s: no time"
+    typed = {"action": "prompt", "text": text, "history": "keep"}
+    reactions: list[dict[str, Any]] = [
+        {"when": {"chunk": 0}, "do": [{"action": "hold"}]},
+        {"when": {"state": "held", "chunk": 1}, "do": [typed, {"action": "go_on"}, {"action": "hold"}]},
+        {
+            "when": {"state": "held", "chunk": 2},
+            "do": [{"action": "seed", "seed": 11}, {"action": "reroll", "seed": 7}],
+        },
+        {"when": {"state": "held", "chunk": 2, "again": False}, "do": [{"action": "go_on"}, {"action": "hold"}]},
+        {"when": {"state": "held", "chunk": 3}, "do": [{"action": "reroll", "seed": seed}]},
+        {"when": {"state": "held", "chunk": 3, "again": False}, "do": [{"action": "go_on"}]},
+    ]
+    prompt = with_outputs(tiny_prompt(f"a red {REST}", seed=seed, length=57))
+    prompt = {name: node for name, node in prompt.items() if not name.startswith("more")}
+    with page(server, reactions) as seen:
+        entry = server.result(server.submit(prompt, seen.client_id))
+        assert entry["status"]["status_str"] == "success", entry
+        last = seen.until_done()[-1]
+    steered = saved_latents(server, entry)
+    (schedule,) = entry["outputs"]["text"]["text"]
+    assert schedule == last["schedule"]
+    assert schedule.split("\n") == [
+        f"0s: a red {REST}", f'0.563s [keep, seed 7, quoted]: "a blue {REST}\\u003b 3s: no time"',
+        f"1.313s [seed {seed}]:", "2.063s [seed 11]:",
+    ]  # fmt: skip
+    place = {"chunk": 1, "frame": 9, "seconds": 9 / 16}
+    assert last["events"] == [
+        {"kind": "prompt", **place, "text": text, "history": "keep"},
+        {"kind": "reroll", **place, "seed": 7},
+        {"kind": "seed", "chunk": 2, "frame": 21, "seconds": 21 / 16, "seed": 11},
+        {"kind": "reroll", "chunk": 2, "frame": 21, "seconds": 21 / 16, "seed": seed},
+    ]
+    assert last["ending"] == "whole"
+    assert len({message["schedule"] for message in seen.live() if "schedule" in message}) > 1, "told on the way"
+    repeated = tiny_prompt(seed=seed, length=57, player=False)
+    inputs = {"text": schedule, "history": "recode", "fps": 16.0, "text_encoder": "tiny (bundled)"}
+    repeated[TEXT] = {"class_type": "SelfForcingPromptSchedule", "inputs": inputs}
+    assert torch.equal(latents_of(server, repeated), steered)
+    repeated[TEXT]["inputs"]["text"] = f"0s: a red {REST}"
+    assert not torch.equal(latents_of(server, repeated), steered)
+
+
+def endless(**inputs: Any) -> tuple[dict[str, Any], str]:
+    """Stream to File of the bundled workflow, and the id of its node."""
+    prompt = json.loads((ROOT / "workflows/api/tiny_endless.json").read_text())
+    (node,) = (key for key, each in prompt.items() if each["class_type"] == "SelfForcingStreamToFile")
+    prompt[node]["inputs"] |= {"seed": fresh_seed(), **inputs}
+    return prompt, node
+
+
+def test_an_interrupted_file_is_named_to_its_page(server: Server) -> None:
+    prompt, _ = endless(length=321)
+    with page(server, [{"when": {"chunk": 1}, "do": [{"action": "hold"}]}]) as seen:
+        prompt_id = server.submit(prompt, seen.client_id)
+        while not any(message["state"] == "held" for message in seen.live()):
+            seen.seen.append(seen.arrived.get(timeout=RUN_SECONDS))
+        server.post("/interrupt", {})
+        assert server.result(prompt_id)["status"]["status_str"] == "error"
+        last = seen.until_done()[-1]
+    assert last["ending"] == "stopped"
+    (file,) = last["files"]
+    frames, _ = read_mp4(server.folder / file["type"] / file["subfolder"] / file["filename"])
+    assert len(frames) == 12 * last["chunk"] - 3
+
+
+def test_a_paced_prompt_is_on_screen_within_the_pace_and_one_chunk(server: Server) -> None:
+    """At 8 frames per second, which the bundled model makes faster, sent soon and late; no more than that is made."""
+    prompt, pace, chunk = *endless(length=93, fps=8.0, pace=1.0)[:1], 1.0, 12 / 8
+    typed = [{"action": "prompt", "text": f"a blue {REST}", "history": "recode"}]
+    reactions = [{"when": {"chunk": 1}, "do": typed, "after": after} for after in (0.5, 5.0)]
+    reactions[1]["when"] = {"chunk": 2}
+    with page(server, reactions) as seen:
+        entry = server.result(server.submit(prompt, seen.client_id))
+        assert entry["status"]["status_str"] == "success", entry
+        last = seen.until_done()[-1]
+        done = [event["data"]["shown"] for event in seen.seen if event.get("type") == "did"]
+    events = [event["frame"] for event in last["events"]]
+    assert len(events) == len(done) == 2
+    for event, shown in zip(events, done):
+        assert (event - (shown or 0)) / 8 <= pace + chunk + 0.25, "and how old the page's last word may be"
+    figures = [message["ahead"] for message in seen.live() if message["ahead"] is not None]
+    assert any(message["state"] == "ahead" for message in seen.live())
+    assert max(figures) <= pace + chunk + 1.0
+    assert seen.live()[0]["pace"] == pace
+    assert last["schedule"].startswith("0s [8 fps]: a red square")
+
+
+def test_a_paused_page_holds_a_paced_run_until_it_is_finished(server: Server) -> None:
+    prompt, _ = endless(length=93, fps=8.0, pace=0.5)
+    reactions: list[dict[str, Any]] = [{"when": {"state": "ahead"}, "do": [{"action": "finish"}], "after": 1.0}]
+    with page(server, [*reactions, {"when": {"number": -1}, "do": [], "plays": False}]) as seen:
+        entry = server.result(server.submit(prompt, seen.client_id))
+        assert entry["status"]["status_str"] == "success", entry
+        last = seen.until_done()[-1]
+    assert last["ending"] == "early"
+    assert last["chunk"] <= 4
+    (file,) = server._files(next(iter(entry["outputs"].values())))
+    assert [file.name] == [each["filename"] for each in last["files"]]
+    assert len(read_mp4(file)[0]) == 12 * last["chunk"] - 3
+
+
+def test_commands_are_taken_from_the_page_that_queued_the_run_alone(server: Server) -> None:
+    """Not from another one that knows the run's name, and not from an old page, whose pictures go on coming."""
+    other = {"action": "finish", "client": "another"}
+    held = {"when": {"state": "held"}, "do": [other, {"action": "prompt", "text": "a", "client": None}]}
+    seen, _ = play(server, [
+        {"when": {"chunk": 0}, "do": [{"action": "hold"}]}, {**held, "do": [*held["do"], {"action": "go_on"}]},
+    ])  # fmt: skip
+    refused = [event for event in seen.seen if "refused" in event]
+    assert [event["refused"] for event in refused] == [403, 403]
+    assert "only the page that queued this run" in refused[0]["error"]
+    assert "reload the page" in refused[1]["error"]
+    assert (seen.live()[-1]["ending"], seen.live()[-1]["events"]) == ("whole", [])
+    old, _ = play(server, [{"when": {"chunk": 1}, "do": [{"action": "seed", "seed": 1}], "speaks": False}], pace=0.1)
+    assert [event["refused"] for event in old.seen if "refused" in event] == [403]
+    indices = [index for message in old.live() for index in message["indices"]]
+    assert indices[-1] >= LENGTH - 12
+    assert not any(message["state"] == "ahead" for message in old.live())
+
+
 # ---------------------------------------------------------------- bad input --
-def post(server: Server, body: bytes) -> tuple[int, str]:
-    request = urllib.request.Request(f"http://{server.address}/selfforcing/live", body)
-    try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
+class Wire:
+    """One connection that is kept open, and opened anew where the server closes it, as after too long a message."""
+
+    def __init__(self, server: Server) -> None:
+        self.connection = http.client.HTTPConnection(server.address, timeout=30)
+
+    def post(self, body: bytes) -> tuple[int, str]:
+        try:
+            self.connection.request("POST", "/selfforcing/live", body)
+            answer = self.connection.getresponse()
             return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
+        except (http.client.RemoteDisconnected, ConnectionError):
+            self.connection.close()
+            self.connection.request("POST", "/selfforcing/live", body)
+            answer = self.connection.getresponse()
+            return answer.status, answer.read().decode()
 
 
-def malformed(generator: random.Random, run: str) -> bytes:
+def malformed(generator: random.Random, run: str, client: str) -> bytes:
     values: list[Any] = [
-        None, True, -1, 2**64, 1.5, 1e300, "", "x" * 20000, [], {}, [[]] * 50, "ack", "prompt", "seed", "reroll",
-        "hold", generator.randrange(2**70), "".join(generator.choices(string.printable, k=30)),
+        None, True, -1, 2**64, 1.5, 1e300, "", "x" * 200, "x" * 20000, [], {}, [[]] * 50, "ack", "prompt", "seed",
+        "reroll", "hold", "finish", generator.randrange(2**70), "".join(generator.choices(string.printable, k=30)),
     ]  # fmt: skip
     kind = generator.randrange(4)
     if kind == 0:
         return generator.randbytes(generator.randrange(200))
     if kind == 1:
-        return b"[" * generator.randrange(60000)
-    names = ["run", "action", "number", "seed", "text", "history", "extra"]
+        return b"[" * generator.choice([1, 50, 5000, 70000])
+    names = ["run", "action", "client", "number", "seed", "text", "history", "frame", "shown", "prompt_id", "extra"]
     body = {name: generator.choice(values) for name in names if generator.random() < 0.7}
     if kind == 3:
-        body["run"] = run
-        body["action"] = generator.choice(["ack", "prompt", "seed", "reroll", "jump", None, 7])
+        body |= {"run": run, "client": client}
+        body["action"] = generator.choice(["ack", "shown", "prompt", "seed", "reroll", "jump", None, 7])
     return json.dumps(body).encode()
 
 
@@ -262,21 +436,22 @@ def test_ten_thousand_malformed_messages_leave_the_run_and_the_server_as_they_we
         prompt_id = server.submit(prompt, seen.client_id)
         while not any(message["state"] == "held" for message in seen.live()):
             seen.seen.append(seen.arrived.get(timeout=RUN_SECONDS))
-        run = seen.live()[0]["run"]
+        run, wire = seen.live()[0]["run"], Wire(server)
         for _ in range(10000):
-            body = malformed(generator, run)
-            status, text = post(server, body)
-            assert status in (200, 400, 404), (body[:200], status, text)
+            body = malformed(generator, run, seen.client_id)
+            status, text = wire.post(body)
+            assert status in (200, 400, 403, 404), (body[:200], status, text)
             if status != 200:
                 refused += 1
                 assert 0 < len(json.loads(text)["error"]) < 300
         assert refused > 9000
-        assert post(server, json.dumps({"run": run, "action": "go_on"}).encode())[0] == 200
+        command = {"run": run, "client": seen.client_id}
+        assert wire.post(json.dumps({**command, "action": "go_on"}).encode())[0] == 200
         assert server.result(prompt_id)["status"]["status_str"] == "success"
-        seen.until_done()
+        assert (seen.until_done()[-1]["ending"], seen.live()[-1]["chunk"]) == ("whole", CHUNKS)
     assert server.get("/system_stats")
     assert "Traceback" not in server.log()[before:]
     time.sleep(0.5)
-    assert post(server, json.dumps({"run": run, "action": "hold"}).encode()) == (
+    assert wire.post(json.dumps({**command, "action": "hold"}).encode()) == (
         404, '{"error": "this run is over; queue it again"}',
     )  # fmt: skip

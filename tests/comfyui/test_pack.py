@@ -17,7 +17,7 @@ INPUT_ORDER = {
         "required": [
             "model", "positive", "width", "height", "length", "seed", "steps", "shift", "chunk", "window", "sink",
         ],
-        "optional": ["latent_image", "taehv", "negative", "cfg", "state", "keep_state", "clip", "player"],
+        "optional": ["latent_image", "taehv", "negative", "cfg", "state", "keep_state", "clip", "player", "pace"],
     },
     "SelfForcingTAEHVLoader": {"required": ["vae_name"], "optional": ["latents"]},
     "SelfForcingTAEHVDecode": {"required": ["samples", "taehv"]},
@@ -46,7 +46,7 @@ INPUT_ORDER["SelfForcingStreamToFile"] = {
 OUTPUTS = {
     "SelfForcingModelLoader": ["MODEL"],
     "SelfForcingTextEncode": ["CONDITIONING"],
-    "SelfForcingStreamSampler": ["LATENT", "IMAGE", "SELFFORCING_STATE"],
+    "SelfForcingStreamSampler": ["LATENT", "IMAGE", "SELFFORCING_STATE", "STRING"],
     "SelfForcingTAEHVLoader": ["VAE"],
     "SelfForcingTAEHVDecode": ["IMAGE"],
     "SelfForcingPatchModel": ["MODEL"],
@@ -60,7 +60,7 @@ OUTPUTS = {
     "SelfForcingSnapshot": ["SELFFORCING_STATE"],
     "SelfForcingResume": ["SELFFORCING_STATE"],
     "SelfForcingPromptSchedule": ["CONDITIONING"],
-    "SelfForcingStreamToFile": ["LATENT", "STRING"],
+    "SelfForcingStreamToFile": ["LATENT", "STRING", "STRING"],
 }
 LISTS = {
     "SelfForcingModelLoader": "unet_name",

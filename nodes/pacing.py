@@ -1,0 +1,37 @@
+"""How far the page has shown the video, by its own word and, between two of them, by the video's clock."""
+
+from __future__ import annotations
+
+import time
+
+TRUSTED = 0.5  # seconds: a page whose picture moves says so at least this often
+
+
+class Viewer:
+    """The page in front of which a video plays. It may be silent (an older one, or none): then nothing is known."""
+
+    def __init__(self, fps: float) -> None:
+        self.fps = fps
+        self.frame: int | None = None
+        self.told_at = 0.0
+        self.is_moving = False
+
+    def tell(self, frame: int) -> None:
+        """This frame is on screen."""
+        self.is_moving = self.frame is not None and frame > self.frame
+        self.frame, self.told_at = frame, time.monotonic()
+
+    def forget(self) -> None:
+        """The page is gone; nothing is known until one speaks again."""
+        self.frame, self.is_moving = None, False
+
+    def seconds_ahead(self, made: int) -> float | None:
+        """Of `made` frames, those behind the one on screen, in seconds; None: unknown.
+
+        A moving picture is taken to have moved on since, for as long as a page may be silent about it.
+        """
+        frame = self.frame  # the server's thread may write it meanwhile
+        if frame is None:
+            return None
+        passed = min(time.monotonic() - self.told_at, TRUSTED) if self.is_moving else 0.0
+        return max(0.0, (made - 1 - frame) / self.fps - passed)
