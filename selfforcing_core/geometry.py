@@ -51,9 +51,9 @@ def whole_chunks(num_frames: int, chunk: int, *, independent_first_frame: bool =
 def rounded_length(num_pixel_frames: int, chunk: int, *, independent_first_frame: bool = False) -> int:
     """Return the largest length in pixel frames up to this one that is whole chunks, but at least one of them.
 
-    With chunks of 3 latent frames 81 -> 81, 85 -> 81, 2 -> 9; with a first frame of its own 85 -> 85, 81 -> 73.
+    With chunks of 3 latent frames 81 -> 81, 84 -> 81, 2 -> 9; with a first frame of its own 85 -> 85, 81 -> 73.
     """
-    frames = covered_latents(max(num_pixel_frames - TEMPORAL_FACTOR + 1, 1))  # a last one that is not full is left out
+    frames = covered_latents(max(num_pixel_frames, 1))
     return pixel_frames(whole_chunks(frames, chunk, independent_first_frame=independent_first_frame))
 
 
