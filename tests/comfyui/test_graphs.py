@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
-from selfforcing_core.checkpoint import save_checkpoint
-from selfforcing_core.config import TAEHVConfig, WanConfig
-from selfforcing_core.layout import taehv_shapes, wan_shapes
+from selfforcing_core.checkpoint import read_checkpoint, save_checkpoint
+from selfforcing_core.config import WanConfig
+from selfforcing_core.layout import wan_shapes
 from selfforcing_core.taehv_releases import WAN
 from selfforcing_core.text import umt5_config
 from tests.comfyui.graphs import SAMPLER, Prompt, add, fresh_seed, latents_of, read_mp4, tiny_prompt
@@ -22,8 +22,7 @@ from tests.comfyui.host_server import ROOT, Server, failure
 
 SIZES = {"dim": 256, "ffn_dim": 256, "num_heads": 2, "num_layers": 2}
 T2V, I2V = WanConfig(**SIZES), WanConfig(**SIZES, in_dim=36, model_type="i2v")
-DECODER = "taew2_1.safetensors"  # small and random, for Wan's latents
-SMALL_TAEHV = TAEHVConfig(encoder_width=8, decoder_widths=(16, 8, 8, 8))
+DECODER = "taew2_1.safetensors"  # the bundled one, as if it were made for Wan's latents
 SIDE = 64
 # Video frames in place of those of the workflow; the same chunks, fewer of them.
 SHORTER = {81: 21, 85: 25, 129: 33, 165: 33, 2001: 33}
@@ -32,10 +31,12 @@ FRAMES = {"i2v_1.3b_prefill": 25} | dict.fromkeys(
 )
 
 
-def random_weights(config: WanConfig | TAEHVConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+def random_weights(config: WanConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = wan_shapes(config) if isinstance(config, WanConfig) else taehv_shapes(config)
-    return {name: torch.randn(shape, generator=generator) / max(shape[-1], 1) ** 0.5 for name, shape in shapes.items()}
+    return {
+        name: torch.randn(shape, generator=generator) / max(shape[-1], 1) ** 0.5
+        for name, shape in wan_shapes(config).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,8 @@ def stocked(server: Server) -> Server:
     layer = {f"diffusion_model.blocks.0.self_attn.q.lora_{side}.weight": torch.randn(shape) for side, shape in (
         ("down", (2, T2V.dim)), ("up", (T2V.dim, 2)))}  # fmt: skip
     save_file(layer, models / "loras/selfforcing_lora.safetensors")
-    save_checkpoint(models / "vae_approx" / DECODER, random_weights(SMALL_TAEHV), SMALL_TAEHV, latent_space=WAN)
+    taehv = read_checkpoint(ROOT / "assets/tiny/taehv.safetensors")
+    save_checkpoint(models / "vae_approx" / DECODER, taehv.state_dict, taehv.config, latent_space=WAN)
     folder = models / "text_encoders/wide"
     shutil.copytree(ROOT / "assets/tiny/text_encoder", folder, dirs_exist_ok=True)
     (folder / "model.safetensors").unlink()
