@@ -34,7 +34,7 @@ function label(widget, meanings) {
   if (widget.label !== undefined && widget.label !== widget.name && widget.label !== given.get(widget)) return;
   const meaning = meanings[widget.value];
   if (!meaning && !given.has(widget)) return;
-  const text = meaning ? `${widget.name} · ${meaning}` : widget.name;
+  const text = meaning ? `${widget.name} \u00b7 ${meaning}` : widget.name;
   given.set(widget, text);
   widget.label = text;
 }

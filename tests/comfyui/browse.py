@@ -109,7 +109,7 @@ WIDGETS = """
   const node = window.app.graph._nodes.find(node => node.comfyClass === 'SelfForcingStreamToFile')
   const find = name => node.widgets.find(widget => widget.name === name)
   const set = (name, value) => { find(name).value = value, find(name).callback?.(value, window.app.canvas, node) }
-  const labels = () => node.widgets.map(widget => widget.label).filter(label => label?.includes(' · '))
+  const labels = () => node.widgets.map(widget => widget.label).filter(label => label?.includes(' \u00b7 '))
   const drawn = () => document.querySelector(`[data-node-id="${node.id}"]`)
   const before = labels(), values = node.serialize().widgets_values, {value: window_} = find('window')
   set('steps', 3), set('window', -1)

@@ -93,11 +93,11 @@ def test_widgets_at_auto_say_so_and_a_lengths_arrows_go_by_chunks(seen: dict[str
     if not seen[renderer]["is_shown"]:
         pytest.skip("this host's front end draws no DOM widgets in its Vue nodes")
     found = seen[renderer]["widgets"]
-    assert found["before"] == ["steps · auto", "shift · auto", "chunk · auto", "sink · none"]
-    assert found["after"] == ["shift · auto", "chunk · auto", "window · whole video", "sink · none"]
+    assert found["before"] == ["steps \u00b7 auto", "shift \u00b7 auto", "chunk \u00b7 auto", "sink \u00b7 none"]
+    assert found["after"] == ["shift \u00b7 auto", "chunk \u00b7 auto", "window \u00b7 whole video", "sink \u00b7 none"]
     if renderer == "vue":
-        assert "window · whole video" in found["text"]
-        assert "steps · auto" not in found["text"]
+        assert "window \u00b7 whole video" in found["text"]
+        assert "steps \u00b7 auto" not in found["text"]
     assert (found["typed"], found["stepped"]) == (35, 333)
     assert found["same"], "values of saved workflows stay as they are"
 

@@ -226,3 +226,23 @@ def test_a_scaled_8_bit_file_is_the_network_it_stands_for(found: dict[str, Any])
     assert 0 < found["bfloat16"] < 0.05
     assert found["weights"] == "torch.bfloat16"
     assert any("Patch Model (Self Forcing) keeps them in 8 bits" in line for line in found["lines"])
+
+
+def test_lighttaew2_1_decodes_as_in_the_host(found: dict[str, Any]) -> None:
+    """Wan's latents either way; its own are unscaled, which makes another video."""
+    assert found.pop("spaces") == ["wan2.1", "wan2.1"]
+    assert found.pop("matters") > 0.1
+    assert max(found.values()) < 0.01
+
+
+def test_vaes_of_other_spaces(found: dict[str, Any]) -> None:
+    assert found.pop("unknown") == ["", ""]
+    on_wan, on_tiny = found.pop("wan")
+    assert on_wan == ""
+    assert "made for latents of wan2.1, but the model makes those of tiny" in on_tiny
+    for name, word in {
+        "picture": "AutoencoderKL",
+        "cosmos": "CausalContinuousVideoTokenizer",
+        "float16": "hunyuan",
+    }.items():
+        assert all(word in sentence for sentence in found.get(name, [word])), name
