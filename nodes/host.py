@@ -252,7 +252,7 @@ def show_text(text: str) -> None:
     lines = _lines_on(context.prompt_id, context.node_id)
     if text not in lines:
         lines.append(text)
-    page.send_progress_text("\n".join(lines), context.node_id, getattr(page, "client_id", None))  # type: ignore[union-attr]
+    page.send_progress_text(".\n".join(lines), context.node_id, getattr(page, "client_id", None))  # type: ignore[union-attr]
 
 
 @functools.lru_cache(maxsize=1)
