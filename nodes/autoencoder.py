@@ -17,9 +17,11 @@ from torch import Tensor
 from ..selfforcing_core.checkpoint import Checkpoint
 from ..selfforcing_core.geometry import SPATIAL_FACTOR
 from ..selfforcing_core.taehv import TAEHV, StreamingDecoder
+from ..selfforcing_core.taehv_releases import WAN, WAN_RAW
 from . import host
 
 WAN_LATENTS = comfy.latent_formats.Wan21()
+SPACE = "selfforcing_space"  # entry of a LATENT, and attribute of its tensor: the latent space, where it is known
 
 
 # ---------------------------------------------------------------- latents --
@@ -54,6 +56,7 @@ def graph_images(frames_BVRHW: Tensor) -> Tensor:
 
 
 def check_channels(channels: int, what: str) -> None:
+    """Raise ValueError for a model or VAE of other latents than Wan 2.1's, as the number of their channels tells."""
     if channels != WAN_LATENTS.latent_channels:
         raise ValueError(
             f"this {what} is made for latents of {channels} channels, but Wan 2.1's have "
@@ -61,19 +64,97 @@ def check_channels(channels: int, what: str) -> None:
         )
 
 
+# ----------------------------------------------------------- latent spaces --
+#
+# A LATENT says of itself in two places which space it is of: an entry, which lasts while nodes copy the dictionary, and
+# an attribute of the tensor, which reaches nodes that get nothing else (VAE Decode) through samplers of the host. Where
+# neither is left the space is unknown, and nothing is refused.
+
+
+def marked(samples: Tensor, space: str | None) -> Tensor:
+    """Write the latent space on a LATENT's tensor, where it is known; the same tensor."""
+    if space is not None:
+        setattr(samples, SPACE, space)
+    return samples
+
+
+def graph_latent(samples: Tensor, space: str | None) -> dict[str, Any]:
+    """Return a LATENT that says which space it is of, where that is known."""
+    return {"samples": marked(samples, space), **({} if space is None else {SPACE: space})}
+
+
+def space_of(latent: dict[str, Any] | Tensor) -> str | None:
+    """Return the latent space of a LATENT or of its tensor; None where nobody knows."""
+    if isinstance(latent, dict):
+        return latent.get(SPACE) or space_of(latent["samples"])
+    return getattr(latent, SPACE, None)
+
+
+def space_of_vae(vae: Any) -> str | None:
+    """Return the latent space of a VAE of any loader; None for one that is not known here."""
+    if isinstance(vae, TAEHVAutoencoder):
+        return vae.latent_space
+    network = getattr(vae, "first_stage_model", None)
+    home, kind = type(network).__module__, type(network).__name__
+    if getattr(vae, "latent_channels", None) != WAN_LATENTS.latent_channels:
+        return None  # whatever it is, `check_channels` refuses it
+    if home.startswith("comfy.ldm.wan."):
+        return WAN
+    if home.startswith("comfy.ldm."):
+        return f"another model ({kind})"
+    if getattr(network, "latent_format", None) is comfy.latent_formats.HunyuanVideo:  # a TAEHV of the host
+        return "hunyuanvideo, for which Load VAE takes every TAEHV in float16"
+    return None
+
+
+def check_space(vae: Any, space: str | None, whose: str) -> None:
+    """Raise ValueError where a VAE is known to be of another latent space than `space`.
+
+    whose: whose latents they are, with its verb, as in "the model makes".
+    """
+    found = space_of_vae(vae)
+    if found is None or space is None or found == space:
+        return
+    name = getattr(vae, "name", "")
+    raise ValueError(
+        f"this VAE{f' ({name})' * bool(name)} is made for latents of {found}, but {whose} those of {space}: the "
+        f"frames would be wrong; {_own_vae(space)}"
+    )
+
+
+def check_latent(latent: dict[str, Any], space: str | None) -> None:
+    """Raise ValueError where a LATENT is known to be of another space than the MODEL that is to go on from it."""
+    found = space_of(latent)
+    if None not in (found, space) and found != space:
+        raise ValueError(
+            f"these latents are of {found}, but the model makes those of {space}; encode the video's frames with the "
+            f"model's own VAE: {_own_vae(str(space))}"
+        )
+
+
+def _own_vae(space: str) -> str:
+    if space == WAN:
+        return "choose a file such as taew2_1 in Load TAEHV (Self Forcing), or connect Load VAE with Wan's own VAE"
+    return f"choose the TAEHV of '{space}' in Load TAEHV (Self Forcing), for instance '{space}{host.BUNDLE_MARK}'"
+
+
 # -------------------------------------------------------------------- VAE --
 class TAEHVAutoencoder:
     """TAEHV with the methods of a ComfyUI VAE, so that it fits wherever a graph asks for one.
 
     Takes and returns the graph's conventions: LATENT in raw VAE space, IMAGE [.., H, W, R] in [0, 1].
+    name: as the user knows the file. latent_space: what it decodes, None where that is not known; WAN_RAW is WAN's
+    without the scaling by mean and deviation, which is done here.
     """
 
     latent_dim = 3
     output_channels = 3
     not_video = False
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, name: str = "", latent_space: str | None = None) -> None:
         check_channels(checkpoint.config.latent_channels, "TAEHV")
+        self.name, self.is_scaled = name, latent_space != WAN_RAW
+        self.latent_space = latent_space if self.is_scaled else WAN
         self.device = memory.vae_device()
         self.vae_dtype = memory.vae_dtype(self.device, [torch.float16, torch.bfloat16, torch.float32])
         operations = comfy.ops.manual_cast
@@ -83,6 +164,11 @@ class TAEHVAutoencoder:
         self.latent_channels = checkpoint.config.latent_channels
         self.patcher = host.patcher_of(self.first_stage_model, self.device, memory.vae_offload_device(), dynamic=False)
 
+    def own_latents(self, latents_BTCHW: Tensor) -> Tensor:
+        """Normalised latents as this file's weights expect them, where and in what type it computes."""
+        own = latents_BTCHW if self.is_scaled else rearrange(graph_latents(latents_BTCHW), "b c t h w -> b t c h w")
+        return own.to(self.device, self.vae_dtype)
+
     def working_bytes(self, latent_height: int, latent_width: int) -> float:
         """Memory that decoding one latent frame takes at most: its frames at full size in a few copies."""
         widest = max(self.first_stage_model.config.decoder_widths)
@@ -91,6 +177,7 @@ class TAEHVAutoencoder:
 
     def decode(self, samples_BCTHW: Tensor, **_: Any) -> Tensor:
         """LATENT samples to frames [B, V, H, W, R]; checks for interruption before every latent frame."""
+        check_space(self, space_of(samples_BCTHW), "these are")
         latents_BTCHW = network_latents(samples_BCTHW)
         host.load([self.patcher], working_bytes=self.working_bytes(*samples_BCTHW.shape[-2:]))
         decoder = StreamingDecoder(self.first_stage_model)
@@ -99,7 +186,7 @@ class TAEHVAutoencoder:
         for latent_BCHW in latents_BTCHW.unbind(1):
             host.check_interrupted()
             progress.step()
-            frames.append(host.to_graph(decoder.decode(latent_BCHW[:, None].to(self.device, self.vae_dtype))))
+            frames.append(host.to_graph(decoder.decode(self.own_latents(latent_BCHW[:, None]))))
         progress.finish()
         return rearrange(torch.cat(frames, 1), "b v r h w -> b v h w r")
 
@@ -115,7 +202,9 @@ class TAEHVAutoencoder:
             working_bytes=frames.shape[1] * self.working_bytes(*(side // SPATIAL_FACTOR for side in frames.shape[2:4])),
         )
         frames_BVRHW = rearrange(frames[..., :3], "b v h w r -> b v r h w").to(self.device, self.vae_dtype)
-        return host.to_graph(graph_latents(self.first_stage_model.encode(frames_BVRHW)))
+        made_BTCHW = self.first_stage_model.encode(frames_BVRHW)
+        raw = graph_latents(made_BTCHW) if self.is_scaled else rearrange(made_BTCHW, "b t c h w -> b c t h w")
+        return marked(host.to_graph(raw), self.latent_space)
 
     def encode_tiled(self, pixels: Tensor, **_: Any) -> Tensor:
         return self.encode(pixels)

@@ -28,18 +28,23 @@ from torch import Tensor
 from ..selfforcing_core.attention import attention_by
 from ..selfforcing_core.checkpoint import Checkpoint
 from ..selfforcing_core.config import CausalConfig, StepConfig, WanConfig
+from ..selfforcing_core.geometry import pixel_frames
 from ..selfforcing_core.kv_cache import KVCache
 from ..selfforcing_core.model import CausalWan
 from ..selfforcing_core.rope import PLAIN
 from ..selfforcing_core.scaled import ScaledWeights, stored_tensors
 from ..selfforcing_core.schedule import FlowSchedule
+from ..selfforcing_core.taehv_releases import WAN
+from ..selfforcing_core.variants import FIRST_LAST, not_supported, variant_among, variant_of_channels
 from . import host
-from .autoencoder import check_channels
+from .autoencoder import check_channels, marked
 from .patches import OVERRIDE, check_module, check_transformer_options, rope_axes, unapplied_weights
 
 log = logging.getLogger(__name__)
 KEY = "selfforcing"  # of our settings in model_options, and of a rollout's state in transformer_options
 CAUSAL, FEW_STEP, BASE, UNKNOWN = "causal", "few-step bidirectional", "base", "unknown"
+UMT5_TO_WAN = (4096, 16)  # width of Wan's text encoder and channels of its latents: only Wan's own models have both
+HOSTS_CAUSAL_SAMPLER = "sample_ar_video"  # SamplerARVideo's, which has a cache of its own
 HOST_COMPILE = "torch_compile_kwargs"  # where the host's TorchCompileModel leaves its choices
 
 
@@ -48,7 +53,7 @@ class Settings:
     """What a MODEL is and how it is sampled; travels in its model_options.
 
     kind: CAUSAL, FEW_STEP, BASE or UNKNOWN. cache_dtype, cache_device: None are those that the model computes in.
-    guidance: scale that the file says it is sampled with.
+    guidance: scale that the file says it is sampled with. latent_space: whose latents it makes; None is not known.
     """
 
     kind: str = UNKNOWN
@@ -57,6 +62,7 @@ class Settings:
     cache_dtype: torch.dtype | None = None
     cache_device: str | None = None
     guidance: float | None = None
+    latent_space: str | None = None
 
 
 def settings_of(patcher: Any) -> Settings:
@@ -72,7 +78,9 @@ def settings_of(patcher: Any) -> Settings:
 
 def with_settings(patcher: Any, settings: Settings) -> Any:
     """A clone of the MODEL that our samplers can run. Raises ValueError for networks other than Wan 2.1's."""
-    config_of(patcher.model.diffusion_model)
+    config = config_of(patcher.model.diffusion_model)
+    if settings.latent_space is None and (config.text_dim, config.out_dim) == UMT5_TO_WAN:
+        settings = replace(settings, latent_space=WAN)
     if settings.kind == CAUSAL:
         check_causal(patcher.model.diffusion_model)
     clone = patcher.clone()
@@ -80,10 +88,12 @@ def with_settings(patcher: Any, settings: Settings) -> Any:
     wrappers = (
         (WrappersMP.APPLY_MODEL, _slice_condition_channels),
         (WrappersMP.DIFFUSION_MODEL, _run_causally),
+        (WrappersMP.OUTER_SAMPLE, _check_and_mark),  # in this order: the first is the outermost
         (WrappersMP.OUTER_SAMPLE, _count_extra_bytes),
     )
-    for kind, wrapper in wrappers:
+    for kind in dict.fromkeys(kind for kind, _ in wrappers):
         clone.remove_wrappers_with_key(kind, KEY)
+    for kind, wrapper in wrappers:
         clone.add_wrapper_with_key(kind, KEY, wrapper)
     return clone
 
@@ -93,20 +103,19 @@ def model_from_checkpoint(
 ) -> Any:
     """A MODEL of the host from a checkpoint of kind "wan", prepared for our samplers.
 
-    kind: CAUSAL, FEW_STEP, BASE, or "auto": what the file says, UNKNOWN (with a warning) where it says nothing. Another
-    kind than the file's is used with a warning.
+    kind: CAUSAL, FEW_STEP, BASE, or "auto": what the file says, UNKNOWN (which is shown) where it says nothing. Another
+    kind than the file's is used, and that is shown.
     dtype: None lets the host choose what the device likes. is_fast_fp8: the host's own float8 products.
     """
     assert isinstance(checkpoint.config, WanConfig)
+    _check_variant(checkpoint.config)
     check_channels(checkpoint.config.out_dim, "model")
     steps = checkpoint.steps or StepConfig()
     said = kind_in(checkpoint)
     if kind == "auto":
         kind = said
-        if kind == UNKNOWN:
-            log.warning("the file does not say whether its model is causal; choose its kind in the loader to be sure")
     elif said not in (kind, UNKNOWN):
-        log.warning("the file says that its model is of kind '%s'; it is loaded as '%s'", said, kind)
+        host.show_text(f"the file says that its model is of kind '{said}'; it is loaded as '{kind}'")
     model_config = _host_config(checkpoint.config, is_causal=kind == CAUSAL)
     if checkpoint.steps is not None or kind != BASE:  # an undistilled model keeps the host's shift for Wan
         model_config.sampling_settings = {"shift": steps.shift}
@@ -123,8 +132,28 @@ def model_from_checkpoint(
     for note in checkpoint.notes:
         log.warning("%s", note)
     model.diffusion_model.eval().requires_grad_(False)
-    settings = Settings(kind, checkpoint.causal or CausalConfig(), steps, guidance=checkpoint.guidance)
+    settings = Settings(
+        kind, checkpoint.causal or CausalConfig(), steps, guidance=checkpoint.guidance,
+        latent_space=checkpoint.latent_space,
+    )  # fmt: skip
+    note = kind_note(settings)
+    if note is not None:
+        host.show_text(note)
     return with_settings(patcher, settings)
+
+
+def kind_note(settings: Settings) -> str | None:
+    """What the user should know of how the MODEL was trained; None where it is what our samplers are for."""
+    if settings.kind == UNKNOWN:
+        return (
+            "the file does not say how its model was trained; choose kind in Load Model to be sure (causal for Self "
+            "Forcing and its kin). A plain Wan 2.1 model, which was not distilled, gives blurred or broken videos here"
+        )
+    steps = settings.steps
+    if settings.kind == CAUSAL and steps.solver != "renoise":
+        guidance = "" if settings.guidance is None else f" and cfg {settings.guidance:g}"
+        return f"this model is not distilled: its file lists {len(steps.steps)} steps ({steps.solver}){guidance}"
+    return None
 
 
 def kind_in(checkpoint: Checkpoint) -> str:
@@ -178,12 +207,34 @@ def config_of(native: nn.Module) -> WanConfig:
     """Sizes of the host's network. Raises ValueError unless it is a plain Wan 2.1 transformer."""
     kind = type(native).__name__
     if kind not in ("WanModel", "CausalWanModel") or getattr(native, "ref_conv", None) is not None:
-        raise ValueError(
-            f"a network of kind {kind} cannot generate chunk by chunk; Wan 2.1 text-to-video and image-to-video can"
-        )
+        names = (name for name, _ in native.named_parameters() if FIRST_LAST not in name)
+        variant = variant_among(names) if "Wan" in kind else None
+        raise ValueError(not_supported(variant or f"a network of kind {kind}"))
     names = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim", "text_len", "freq_dim")
     sizes = {name: getattr(native, name) for name in names}
-    return WanConfig(**sizes, eps=native.eps, patch_size=tuple(native.patch_size), model_type=native.model_type)
+    config = WanConfig(**sizes, eps=native.eps, patch_size=tuple(native.patch_size), model_type=native.model_type)
+    _check_variant(config)
+    return config
+
+
+def _check_variant(config: WanConfig) -> None:
+    variant = variant_of_channels(config.in_dim, config.out_dim)
+    if variant is not None:
+        raise ValueError(not_supported(variant))
+
+
+def check_at_once(settings: Settings, num_frames: int, sampler: Any) -> None:
+    """Raise ValueError where a sampler of others would evaluate more frames together than the MODEL ever saw so."""
+    name = getattr(getattr(sampler, "sampler_function", sampler), "__name__", type(sampler).__name__)
+    wraps_ours = any(hasattr(option, "whole_frames") for option in getattr(sampler, "extra_options", {}).values())
+    if settings.kind != CAUSAL or num_frames <= settings.causal.chunk or name == HOSTS_CAUSAL_SAMPLER or wraps_ours:
+        return
+    raise ValueError(
+        f"this model generates chunk by chunk ({settings.causal.chunk} latent frames), but the sampler "
+        f"{name.removeprefix('sample_')} would denoise all {num_frames} latent frames at once, which it never learnt; "
+        "use Stream Sampler (Self Forcing), or Sampler (Self Forcing) in SamplerCustomAdvanced; if it was trained on "
+        "whole videos, choose kind 'few-step bidirectional' in its loader"
+    )
 
 
 def check_causal(native: nn.Module) -> None:
@@ -370,6 +421,36 @@ def _run_causally(
 
     inner = type(executor)(causal_pass, native, executor.wrappers, executor.idx)
     return inner(x, timestep, context, clip_fea, time_dim_concat, transformer_options, *args, **kwargs)
+
+
+def _check_and_mark(
+    executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor,
+    denoise_mask: Tensor | None = None, *args: Any, **kwargs: Any,
+) -> Any:  # fmt: skip
+    """Before anything is loaded: refuse what would go wrong, leave out what is no whole chunk. After: mark the result.
+
+    Samplers of ours have `check` and `whole_frames`; any other sees all frames at once.
+    """
+    guider = executor.class_obj
+    settings = settings_of(guider.model_patcher)
+    if not hasattr(sampler, "check"):
+        check_at_once(settings, noise.shape[2] if noise.ndim == 5 else 1, sampler)
+    else:
+        sampler.check(guider)
+        count = sampler.whole_frames(guider, noise.shape[2], denoise_mask) if noise.ndim == 5 else noise.shape[2]
+        if count < noise.shape[2]:
+            show_left_out(noise.shape[2], count)
+            noise, latent_image = noise[:, :, :count], latent_image[:, :, :count]
+            denoise_mask = None if denoise_mask is None else denoise_mask[:, :, :count]
+            kwargs |= {"latent_shapes": [latent_image.shape]} if "latent_shapes" in kwargs else {}
+    made = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+    return marked(made.to(memory.intermediate_device()), settings.latent_space)
+
+
+def show_left_out(given: int, count: int) -> None:
+    host.show_text(
+        f"length {pixel_frames(given)} is no whole number of chunks: the video has {pixel_frames(count)} frames"
+    )
 
 
 def _count_extra_bytes(

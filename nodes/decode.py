@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from einops import rearrange
 
 from . import host
-from .autoencoder import taehv_autoencoder
+from .autoencoder import check_space, graph_latent, space_of, taehv_autoencoder
 
 
 class SelfForcingTAEHVDecode(io.ComfyNode):
@@ -32,7 +32,9 @@ class SelfForcingTAEHVDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples: dict[str, Any], taehv: Any) -> io.NodeOutput:
-        frames_BVHWR = taehv_autoencoder(taehv).decode(samples["samples"])
+        autoencoder = taehv_autoencoder(taehv)
+        check_space(autoencoder, space_of(samples), "these are")
+        frames_BVHWR = autoencoder.decode(samples["samples"])
         return io.NodeOutput(rearrange(frames_BVHWR, "b v h w r -> (b v) h w r"))
 
 
@@ -56,4 +58,5 @@ class SelfForcingTAEHVEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, pixels: Any, taehv: Any) -> io.NodeOutput:
-        return io.NodeOutput({"samples": taehv_autoencoder(taehv).encode(pixels)})
+        autoencoder = taehv_autoencoder(taehv)
+        return io.NodeOutput(graph_latent(autoencoder.encode(pixels), autoencoder.latent_space))

@@ -77,8 +77,7 @@ class _TAEHVStream:
         return torch.cat([self._decode_one(latent_BCHW) for latent_BCHW in latents_BTCHW.unbind(1)], 1)
 
     def _decode_one(self, latent_BCHW: Tensor) -> Tensor:
-        latent_BTCHW = latent_BCHW[:, None].to(self.autoencoder.device, self.autoencoder.vae_dtype)
-        return host.to_graph(self.decoder.decode(latent_BTCHW))
+        return host.to_graph(self.decoder.decode(self.autoencoder.own_latents(latent_BCHW[:, None])))
 
     def counted(self, recipe: Recipe) -> Recipe:
         return replace(recipe, decoder="taehv", taehv=self.autoencoder.first_stage_model.config)

@@ -39,10 +39,19 @@ PREVIEW_SIZE = 512  # pixels of a preview's longer side; the host may shrink it 
 
 
 # ---------------------------------------------------------------- folders --
-def file_choices(*folders: str) -> list[str]:
-    """Bundled models first, then the files of the host's model folders, each name once."""
-    files = [name for folder in folders for name in folder_paths.get_filename_list(folder)]
-    return [name + BUNDLE_MARK for name in list_bundles()] + list(dict.fromkeys(files))
+def file_choices(*folders: str, likely: Sequence[str] = ()) -> list[str]:
+    """The files of the host's model folders, each name once, then the bundled models: a new node takes the first.
+
+    So whoever has files gets one of them, and never a bundled part beside a real one. likely: parts of the names that
+    come before others.
+    """
+    files = dict.fromkeys(name for folder in folders for name in folder_paths.get_filename_list(folder))
+    ranked = sorted(files, key=lambda name: _rank(Path(name).name.lower(), likely))
+    return ranked + [name + BUNDLE_MARK for name in list_bundles()]
+
+
+def _rank(name: str, likely: Sequence[str]) -> int:
+    return next((rank for rank, part in enumerate(likely) if part in name), len(likely))
 
 
 def file_of(choice: str, bundled: Callable[[str], Path], *folders: str) -> Path:
@@ -57,10 +66,10 @@ def file_of(choice: str, bundled: Callable[[str], Path], *folders: str) -> Path:
 
 
 def text_encoder_choices() -> list[str]:
-    """Bundled text encoders, then the subfolders of models/text_encoders in the layout of transformers."""
+    """Subfolders of models/text_encoders in the layout of transformers, then the bundled text encoders."""
     roots = [Path(root) for root in folder_paths.get_folder_paths("text_encoders")]
     found = [path.parent.name for root in roots if root.is_dir() for path in sorted(root.glob("*/config.json"))]
-    return [name + BUNDLE_MARK for name in list_bundles()] + list(dict.fromkeys(found))
+    return list(dict.fromkeys(found)) + [name + BUNDLE_MARK for name in list_bundles()]
 
 
 def text_encoder_folder(choice: str) -> Path:
@@ -235,11 +244,29 @@ def server() -> Any:
 
 
 def show_text(text: str) -> None:
-    """Show a line on the node that runs now, and in the log."""
+    """Show a line on the node that runs now, below those it shows already, and in the log."""
     log.warning("%s", text)
     context, page = get_executing_context(), server()
-    if context is not None and hasattr(page, "send_progress_text"):
-        page.send_progress_text(text, context.node_id)  # type: ignore[union-attr]
+    if context is None or not hasattr(page, "send_progress_text"):
+        return
+    lines = _lines_on(context.prompt_id, context.node_id)
+    if text not in lines:
+        lines.append(text)
+    page.send_progress_text(".\n".join(lines), context.node_id, getattr(page, "client_id", None))  # type: ignore[union-attr]
+
+
+@functools.lru_cache(maxsize=1)
+def _lines_on(prompt: str, node: str) -> list[str]:
+    """What the node that ran last shows: the host keeps one text for each node."""
+    return []
+
+
+def is_read(hidden: Any, output: int) -> bool:
+    """Whether another node of the running graph takes this output of the running node; False where nobody knows."""
+    context, prompt = get_executing_context(), getattr(hidden, "prompt", None)
+    if context is None or not isinstance(prompt, dict) or context.node_id not in prompt:
+        return False
+    return any([context.node_id, output] in node.get("inputs", {}).values() for node in prompt.values())
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from comfy_api.latest import io
 from node_helpers import conditioning_set_values
 from torch import Tensor
 
-from ..selfforcing_core.geometry import SPATIAL_FACTOR, VideoGeometry, covered_latents, latent_frames, pixel_frames
+from ..selfforcing_core.geometry import SPATIAL_FACTOR, VideoGeometry, covered_latents, pixel_frames, rounded_length
 from . import host
-from .autoencoder import WAN_LATENTS
-from .causal_model import config_of, settings_of
+from .autoencoder import WAN_LATENTS, check_channels, check_latent, check_space, graph_latent
+from .causal_model import CAUSAL, config_of, settings_of
+from .sampler import rounded_size
 from .sampling import layout
 
 GREY = 0.5  # what image-to-video models of Wan expect where no picture is given
@@ -39,11 +40,19 @@ class SelfForcingImageToVideo(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="From Load Model (Self Forcing) or Patch Model (Self Forcing)."),
                 io.Conditioning.Input("positive", tooltip="The prompt."),
-                io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Width in pixels."),
-                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Height in pixels."),
+                io.Int.Input(
+                    "width", default=832, min=16, max=8192, step=16,
+                    tooltip="Width in pixels; rounded down to a multiple of 16.",
+                ),
+                io.Int.Input(
+                    "height", default=480, min=16, max=8192, step=16,
+                    tooltip="Height in pixels; rounded down to a multiple of 16.",
+                ),
                 io.Int.Input(
                     "length", default=81, min=1, max=100001, step=4,
-                    tooltip="Length in video frames of the whole video, what it begins with included.",
+                    tooltip="Length in video frames of the whole video, what it begins with included. Any number, "
+                    "rounded down to whole chunks: behind one picture 13, 25, 37, ... 73, 85 for chunks of 3 latent "
+                    "frames. The node says what it took.",
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Videos that begin alike (a count)."),
                 io.Conditioning.Input("negative", optional=True, tooltip="What to avoid, for cfg other than 1."),
@@ -75,17 +84,32 @@ class SelfForcingImageToVideo(io.ComfyNode):
         latent: dict[str, Any] | None = None, clip_vision_output: Any = None,
     ) -> io.NodeOutput:  # fmt: skip
         prompts = (positive, negative if negative is not None else [])
-        if start_image is not None and vae is None:
-            raise ValueError("start_image needs an encoder; connect vae (Wan's VAE, or Load TAEHV)")
-        if start_image is not None and latent is not None:
-            raise ValueError("start_image and latent both say how the video begins; connect one of them")
+        _check_inputs(model, vae, start_image, latent)
+        settings = settings_of(model)
         if config_of(model.model.diffusion_model).model_type == "i2v":
-            values = _condition(vae, start_image, width, height, length, clip_vision_output)
-            size = VideoGeometry(width, height, length, chunk=1)
+            chunk = settings.causal.chunk if settings.kind == CAUSAL else 1
+            size = rounded_size(width, height, length, chunk)
+            values = _condition(vae, start_image, size, clip_vision_output)
             empty = _zeros(batch_size, size.latent_frames, size.latent_height, size.latent_width)
-            return io.NodeOutput(*(conditioning_set_values(prompt, values) for prompt in prompts), {"samples": empty})
+            prompts = tuple(conditioning_set_values(prompt, values) for prompt in prompts)
+            return io.NodeOutput(*prompts, graph_latent(empty, settings.latent_space))
         given = _given(vae, start_image, latent, width, height)
-        return io.NodeOutput(*prompts, _begun(given, settings_of(model).causal, length, batch_size))
+        begun = _begun(given, settings.causal, length, batch_size)
+        return io.NodeOutput(*prompts, {**begun, **graph_latent(begun["samples"], settings.latent_space)})
+
+
+def _check_inputs(model: Any, vae: Any, start_image: Tensor | None, latent: dict[str, Any] | None) -> None:
+    """Raise ValueError for inputs that do not go together, before anything is encoded."""
+    space = settings_of(model).latent_space
+    if start_image is not None and vae is None:
+        raise ValueError("start_image needs an encoder; connect vae (Wan's VAE, or Load TAEHV)")
+    if start_image is not None and latent is not None:
+        raise ValueError("start_image and latent both say how the video begins; connect one of them")
+    if start_image is not None:
+        check_channels(vae.latent_channels, "VAE")
+        check_space(vae, space, "the model reads")
+    if latent is not None:
+        check_latent(latent, space)
 
 
 def _given(vae: Any, start_image: Tensor | None, latent: dict[str, Any] | None, width: int, height: int) -> Tensor:
@@ -96,25 +120,29 @@ def _given(vae: Any, start_image: Tensor | None, latent: dict[str, Any] | None, 
         return latent["samples"]
     if start_image is None:
         raise ValueError("a text-to-video model begins with frames; connect start_image (and vae) or latent")
-    latent_frames(len(start_image))  # raises for counts that are not 4n+1
-    VideoGeometry(width, height, 1, chunk=1)
-    return vae.encode(_fitted(start_image, width, height))
+    count = rounded_length(len(start_image), chunk=1)
+    if count != len(start_image):
+        host.show_text(
+            f"start_image has {len(start_image)} frames; the first {count} are used: a count of the form 4n+1"
+        )
+    size = rounded_size(width, height, 1, chunk=1)
+    return vae.encode(_fitted(start_image[:count], size.width, size.height))
 
 
 def _begun(given_BCTHW: Tensor, causal: Any, length: int, batch_size: int) -> dict[str, Any]:
     """A LATENT whose first frames are known and whose others are to be generated, marked by the host's noise mask."""
     count, (latent_height, latent_width) = given_BCTHW.shape[2], given_BCTHW.shape[-2:]
     chunks = layout(count, causal)
-    size = VideoGeometry(
-        latent_width * SPATIAL_FACTOR, latent_height * SPATIAL_FACTOR, length,
-        chunk=chunks.chunk, independent_first_frame=chunks.independent_first_frame,
+    size = rounded_size(
+        latent_width * SPATIAL_FACTOR, latent_height * SPATIAL_FACTOR, length, chunks.chunk,
+        chunks.independent_first_frame,
     )  # fmt: skip
     ends = [start for start in size.chunk_starts if start]
     if count not in ends:
         names = ", ".join(str(pixel_frames(end)) for end in ends) or "none; make the video longer"
         raise ValueError(
             f"{pixel_frames(count)} given frames do not end where a chunk of {chunks.chunk} latent frames ends; a "
-            f"video of {length} frames can begin with {names} (or 1, with a length of 1 plus whole chunks)"
+            f"video of {size.frames} frames can begin with {names}, or with 1"
         )
     samples = _zeros(batch_size, size.latent_frames, latent_height, latent_width)
     samples[:, :, :count] = given_BCTHW.to(samples)
@@ -123,19 +151,16 @@ def _begun(given_BCTHW: Tensor, causal: Any, length: int, batch_size: int) -> di
     return {"samples": samples, "noise_mask": mask}
 
 
-def _condition(
-    vae: Any, start_image: Tensor | None, width: int, height: int, length: int, clip_vision_output: Any
-) -> dict[str, Any]:
+def _condition(vae: Any, start_image: Tensor | None, size: VideoGeometry, clip_vision_output: Any) -> dict[str, Any]:
     """What image-to-video models of Wan read: latents of pictures and then grey, what is known, and CLIP's features."""
     if start_image is None:
         raise ValueError(
             "this is an image-to-video model; connect start_image, vae and clip_vision_output (the pictures that it "
             "continues come as condition, so latent does not fit)"
         )
-    size = VideoGeometry(width, height, length, chunk=1)
-    frames_VHWR = torch.full((length, height, width, 3), GREY)
-    count = min(len(start_image), length)
-    frames_VHWR[:count] = _fitted(start_image[:count], width, height).to(frames_VHWR)
+    frames_VHWR = torch.full((size.frames, size.height, size.width, 3), GREY)
+    count = min(len(start_image), size.frames)
+    frames_VHWR[:count] = _fitted(start_image[:count], size.width, size.height).to(frames_VHWR)
     mask = torch.ones(1, 1, size.latent_frames, size.latent_height, size.latent_width)
     mask[:, :, : covered_latents(count)] = 0
     values = {"concat_latent_image": vae.encode(frames_VHWR), "concat_mask": mask}

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..selfforcing_core.checkpoint import Checkpoint, read_checkpoint
 from ..selfforcing_core.config import CACHE_SOURCES, CausalConfig, StepConfig
 from ..selfforcing_core.hub import resolve_model, resolve_taehv
-from ..selfforcing_core.taehv_releases import LATENT_SPACES, WAN, expect_latent_space
+from ..selfforcing_core.taehv_releases import LATENT_SPACES, WAN, WAN_RAW, expect_latent_space
 from . import host
 from .autoencoder import TAEHVAutoencoder
 from .causal_model import (
@@ -30,6 +30,9 @@ from .causal_model import (
 
 MODEL_FOLDER = "diffusion_models"
 TAEHV_FOLDERS = ("vae_approx", "vae")
+# Parts of file names that a new node chooses before others.
+LIKELY_MODELS = ("self_forcing", "self-forcing", "causal", "causvid", "wan2.1", "wan")
+LIKELY_TAEHVS = ("taew2_1", "taehv", "tae")
 WEIGHT_DTYPES = {
     "default": None,
     "float32": torch.float32,
@@ -54,6 +57,22 @@ def _expect(checkpoint: Checkpoint, kind: str, choice: str, remedy: str) -> None
         raise ValueError(f"{choice!r} holds a model of kind {checkpoint.kind!r}, not {kind!r}; {remedy}")
 
 
+def _latent_space(checkpoint: Checkpoint, chosen: str, name: str) -> str:
+    """Whose latents a TAEHV decodes: as it says itself, else as the widget says.
+
+    Raises ValueError where neither says so, and for the TAEHV of another released model than Wan 2.1. A name outside
+    the released ones is that of a small model's own space, which the decoders' users compare.
+    """
+    said = checkpoint.latent_space
+    if said is not None and chosen not in ("auto", said):
+        host.show_text(f"{name} says that it decodes latents of {said}; latents={chosen} is not followed")
+    if said is None or (said in LATENT_SPACES and said != WAN_RAW):
+        known = chosen if said is None and chosen != "auto" else said
+        expect_latent_space(known, checkpoint.config, WAN, name, say="latents")
+        return WAN
+    return said
+
+
 class SelfForcingModelLoader(io.ComfyNode):
     """Checkpoint to MODEL."""
 
@@ -69,8 +88,9 @@ class SelfForcingModelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "unet_name",
-                    options=host.file_choices(MODEL_FOLDER),
-                    tooltip="A bundled model, or a file of models/diffusion_models.",
+                    options=host.file_choices(MODEL_FOLDER, likely=LIKELY_MODELS),
+                    tooltip="A file of models/diffusion_models, or a bundled model (with its own TAEHV and text "
+                    "encoder).",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -95,7 +115,7 @@ class SelfForcingModelLoader(io.ComfyNode):
                     tooltip="How the model was trained. causal: chunk by chunk (Self Forcing, CausVid, Causal "
                     "Forcing). few-step bidirectional: all frames at once in 4 steps (Self-Forcing-Plus 14B). base: "
                     "not distilled. auto: what the file says, as exports of our trainer do; released files often say "
-                    "nothing. Where another kind than the file's is chosen, the log says so.",
+                    "nothing. Where another kind than the file's is chosen, the node says so.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model: an ordinary MODEL that our samplers can run too.")],
@@ -235,16 +255,18 @@ class SelfForcingTAEHVLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "vae_name",
-                    options=host.file_choices(*TAEHV_FOLDERS),
-                    tooltip="A bundled autoencoder, or a TAEHV file of models/vae_approx or models/vae.",
+                    options=host.file_choices(*TAEHV_FOLDERS, likely=LIKELY_TAEHVS),
+                    tooltip="A TAEHV file of models/vae_approx or models/vae (taew2_1, lighttaew2_1), or the bundled "
+                    "autoencoder of a bundled model.",
                 ),
                 io.Combo.Input(
                     "latents",
                     options=["auto", WAN],
                     default="auto",
                     optional=True,
-                    tooltip="Whose latents the file decodes. auto: what its header or its bytes say. The TAEHV of "
-                    "other models look the same and decode into wrong colours: choose wan2.1 only if you know it.",
+                    tooltip="Whose latents the file decodes. auto: what its header, its bytes or its name "
+                    "(lighttaew2_1) say. The TAEHV of other models look the same and decode into wrong colours: choose "
+                    "wan2.1 only if you know it. What a file says itself holds whatever is chosen.",
                 ),
             ],
             outputs=[io.Vae.Output(tooltip="The autoencoder, for the sampler's live decoding or any VAE input.")],
@@ -254,10 +276,8 @@ class SelfForcingTAEHVLoader(io.ComfyNode):
     def execute(cls, vae_name: str, latents: str = "auto") -> io.NodeOutput:
         checkpoint = read_checkpoint(host.file_of(vae_name, resolve_taehv, *TAEHV_FOLDERS))
         _expect(checkpoint, "taehv", vae_name, "choose a TAEHV file such as taew2_1; the host's Load VAE reads others")
-        # a name outside the released ones is that of a small model's own space, which only its own TAEHV decodes
-        if latents == "auto" and checkpoint.latent_space in (None, *LATENT_SPACES):
-            expect_latent_space(checkpoint.latent_space, checkpoint.config, WAN, vae_name)
-        return io.NodeOutput(TAEHVAutoencoder(checkpoint))
+        space = _latent_space(checkpoint, latents, vae_name)
+        return io.NodeOutput(TAEHVAutoencoder(checkpoint, name=vae_name, latent_space=space))
 
     @classmethod
     def fingerprint_inputs(cls, vae_name: str = "", **_: object) -> str:

@@ -29,6 +29,12 @@ REFUSED = {  # what a prompt may carry for other samplers, and where it comes fr
     "timestep_start": "Conditioning Set Timestep Range",
     "timestep_end": "Conditioning Set Timestep Range",
 }
+FOREIGN = {  # what a prompt may carry for Wan models of other kinds, and where it comes from
+    "vace_frames": "WanVaceToVideo",
+    "camera_conditions": "WanCameraImageToVideo",
+    "audio_embed": "WanSoundImageToVideo",
+}
+PICTURE = "concat_latent_image"
 Cond = dict[str, Any]  # a prompt as the host's samplers see it
 Reader = Callable[[str], list[Any]]
 
@@ -202,14 +208,43 @@ def later_prompts(guider: Any) -> list[tuple[Moment, list[Cond]]]:
 
 
 def check_prompts(conds: Sequence[Cond], config: WanConfig) -> None:
-    """Raise ValueError for prompts that a cached rollout would get wrong."""
+    """Raise ValueError for prompts that a cached rollout would get wrong, or that carry what this model ignores.
+
+    Asked twice: before the host has prepared them, when nothing is loaded yet, and of what is typed or comes later.
+    """
     for cond in conds:
         found = next((name for name in REFUSED if cond.get(name) is not None), None)
         if found is not None:
             raise ValueError(
                 f"the prompt comes from {REFUSED[found]}, which does not go with generating chunk by chunk"
             )
-        _check_text(cond["model_conds"]["c_crossattn"].cond, config)
+        _check_picture(cond, config)
+        prepared = cond["model_conds"].get("c_crossattn")
+        text = cond.get("cross_attn") if prepared is None else prepared.cond
+        if text is not None:
+            _check_text(text, config)
+
+
+def _check_picture(cond: Cond, config: WanConfig) -> None:
+    """Raise ValueError for what comes with a prompt and this model does not read, and for what is missing."""
+    foreign = next((name for name in FOREIGN if cond.get(name) is not None), None)
+    if foreign is not None:
+        raise ValueError(
+            f"the prompt comes from {FOREIGN[foreign]}, whose {foreign} this model does not read; connect the prompt "
+            "itself, without that node"
+        )
+    reads_pictures, has_picture = config.in_dim > config.out_dim, cond.get(PICTURE) is not None
+    if reads_pictures and not has_picture:
+        raise ValueError(
+            f"this is an image-to-video model ({config.in_dim} input channels), but no picture comes with the prompt; "
+            "put Image to Video (Self Forcing) or WanImageToVideo with a start_image before the sampler"
+        )
+    if not reads_pictures and (has_picture or cond.get("clip_vision_output") is not None):
+        raise ValueError(
+            "a picture comes with the prompt (from WanImageToVideo or a node like it), but this is a text-to-video "
+            "model, which does not read it that way; use Image to Video (Self Forcing), which makes it the first "
+            "frame, or load an image-to-video model"
+        )
 
 
 def _check_text(text: Any, config: WanConfig) -> None:

@@ -15,12 +15,20 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..selfforcing_core.config import CausalConfig
-from ..selfforcing_core.geometry import PIXEL_STEP, SPATIAL_FACTOR, VideoGeometry, pixel_frames
+from ..selfforcing_core.geometry import (
+    PIXEL_STEP,
+    SPATIAL_FACTOR,
+    VideoGeometry,
+    pixel_frames,
+    rounded_length,
+    rounded_side,
+    whole_chunks,
+)
 from ..selfforcing_core.rollout import Chunk
 from ..selfforcing_core.roofline import Meter, Recipe
 from . import host
-from .autoencoder import graph_images
-from .causal_model import AUTO, SINK_AUTO, causal_settings, config_of, settings_of, sigmas_of
+from .autoencoder import check_latent, check_space, graph_images, graph_latent, space_of
+from .causal_model import AUTO, SINK_AUTO, causal_settings, config_of, settings_of, show_left_out, sigmas_of
 from .frame_stream import FrameStream, frame_stream
 from .live import Live, open_live, times_steered
 from .prompts import planned, reader_of, text_in_graph
@@ -38,13 +46,17 @@ from .steering_record import SteeringRecord
 
 State = io.Custom("SELFFORCING_STATE")
 NO_FRAMES = "the sampler's IMAGE output needs an autoencoder; connect taehv, or decode the LATENT output instead"
+IMAGE_OUTPUT = 1  # its place among the outputs
 NO_STATE = "the sampler's state output is empty; switch keep_state on"
 
 
 def _empty_latent(
     latent_image: dict[str, Any] | None, width: int, height: int, length: int, causal: CausalConfig, channels: int
 ) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """A LATENT of the video's size and the chunks it is cut into. Raises ValueError naming the nearest valid sizes."""
+    """A LATENT of the video's size and the chunks it is cut into. What is rounded to get whole ones is shown.
+
+    Raises ValueError for a LATENT that is no Wan video, or shorter than a chunk.
+    """
     if latent_image is not None:
         samples = latent_image["samples"]
         if samples.ndim != 5 or samples.shape[1] != channels:
@@ -52,16 +64,45 @@ def _empty_latent(
                 f"latent_image of shape {tuple(samples.shape)} is not a Wan video's [batch, {channels}, frames, "
                 "height, width]; use Empty HunyuanVideo Latent or Empty AR Video Latent"
             )
-        frames, latent_height, latent_width = samples.shape[2:]
-        width, height, length = latent_width * SPATIAL_FACTOR, latent_height * SPATIAL_FACTOR, pixel_frames(frames)
         causal = layout(known_frames(latent_image.get("noise_mask")), causal)
-    size = VideoGeometry(
-        width, height, length, chunk=causal.chunk, independent_first_frame=causal.independent_first_frame
-    )
-    if latent_image is not None:
+        latent_image = _of_whole_chunks(latent_image, causal)
+        frames, latent_height, latent_width = latent_image["samples"].shape[2:]
+        width, height, length = latent_width * SPATIAL_FACTOR, latent_height * SPATIAL_FACTOR, pixel_frames(frames)
+        size = VideoGeometry(width, height, length, causal.chunk, causal.independent_first_frame)
         return latent_image, size.chunk_lengths
+    size = rounded_size(width, height, length, causal.chunk, causal.independent_first_frame)
     empty = torch.zeros(1, channels, size.latent_frames, size.latent_height, size.latent_width)
     return {"samples": empty}, size.chunk_lengths
+
+
+def rounded_size(
+    width: int, height: int, length: int, chunk: int, independent_first_frame: bool = False
+) -> VideoGeometry:
+    """The largest size up to this one that is whole chunks and tokens, at least one of each; what changes is shown."""
+    size = VideoGeometry(
+        rounded_side(width), rounded_side(height),
+        rounded_length(length, chunk, independent_first_frame=independent_first_frame), chunk, independent_first_frame,
+    )  # fmt: skip
+    first = "1 and then " if independent_first_frame else ""
+    for name, given, used, rule in (
+        ("width", width, size.width, f"multiples of {PIXEL_STEP} pixels"),
+        ("height", height, size.height, f"multiples of {PIXEL_STEP} pixels"),
+        ("length", length, size.frames, f"whole chunks ({first}{chunk} latent frames, 4 frames each but the first, 1)"),
+    ):
+        if given != used:
+            host.show_text(f"{name} {given} is rounded to {used}: {rule}")
+    return size
+
+
+def _of_whole_chunks(latent_image: dict[str, Any], causal: CausalConfig) -> dict[str, Any]:
+    """The same without the latent frames at its end that are no whole chunk."""
+    samples, mask = latent_image["samples"], latent_image.get("noise_mask")
+    count = whole_chunks(samples.shape[2], causal.chunk, independent_first_frame=causal.independent_first_frame)
+    if count >= samples.shape[2]:
+        return latent_image
+    show_left_out(samples.shape[2], count)
+    masks = {} if mask is None else {"noise_mask": mask[:, :, :count]}
+    return {**latent_image, "samples": samples[:, :, :count], **masks}
 
 
 log = logging.getLogger(__name__)
@@ -187,7 +228,7 @@ class SelfForcingStreamSampler(io.ComfyNode):
                     min=16,
                     max=8192,
                     step=16,
-                    tooltip="Width of the video in pixels, multiples of 16.",
+                    tooltip="Width of the video in pixels; rounded down to a multiple of 16.",
                 ),
                 io.Int.Input(
                     "height",
@@ -195,7 +236,7 @@ class SelfForcingStreamSampler(io.ComfyNode):
                     min=16,
                     max=8192,
                     step=16,
-                    tooltip="Height of the video in pixels, multiples of 16.",
+                    tooltip="Height of the video in pixels; rounded down to a multiple of 16.",
                 ),
                 io.Int.Input(
                     "length",
@@ -203,8 +244,8 @@ class SelfForcingStreamSampler(io.ComfyNode):
                     min=1,
                     max=100001,
                     step=4,
-                    tooltip="Length in video frames (16 per second), of the form 4n+1 with a whole number of chunks: "
-                    "for chunks of 3 latent frames 9, 21, 33, ... 81, 93.",
+                    tooltip="Length in video frames (16 per second). Any number, rounded down to whole chunks, at "
+                    "least one: for chunks of 3 latent frames 9, 21, 33, ... 81, 93. The node says what it took.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -333,35 +374,19 @@ class SelfForcingStreamSampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, width: int | None = None, height: int | None = None, length: int | None = None
-    ) -> bool | str:
-        """What holds for every checkpoint; an input that comes over a link is None here, its value not known yet.
-
-        Whole chunks are checked when the node runs, when the checkpoint's chunk and latent_image are known.
-        """
-        try:
-            VideoGeometry(
-                PIXEL_STEP if width is None else width,
-                PIXEL_STEP if height is None else height,
-                1 if length is None else length,
-                chunk=1,
-            )
-        except ValueError as error:
-            return str(error)
-        return True
-
-    @classmethod
     def fingerprint_inputs(cls, seed: int | None = None, **_: Any) -> int:
         """A result that was steered is not what these inputs give; the seed is None where it comes over a link."""
         return times_steered(seed)
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:
+        if inputs.get("taehv") is None and host.is_read(cls.hidden, IMAGE_OUTPUT):
+            raise ValueError(NO_FRAMES)
         frames: list[Tensor] = []
         made = sample(take=frames.append, hidden=cls.hidden, **inputs)
         images = graph_images(torch.cat(frames, 1)) if frames else host.blocked(NO_FRAMES)
-        return io.NodeOutput({"samples": made.samples}, images, made.kept, made.schedule)
+        latent = graph_latent(made.samples, space_of(made.samples))
+        return io.NodeOutput(latent, images, made.kept, made.schedule)
 
 
 def sample(
@@ -398,6 +423,11 @@ def sample(
     """
     causal = causal_settings(settings_of(model).causal, chunk, window, sink)
     channels = config_of(model.model.diffusion_model).out_dim
+    space = settings_of(model).latent_space
+    if taehv is not None:
+        check_space(taehv, space, "the model makes")
+    if latent_image is not None:
+        check_latent(latent_image, space)
     latent, lengths = _empty_latent(latent_image, width, height, length, causal, channels)
     stream = None if taehv is None else frame_stream(taehv)
     sigmas = sigmas_of(model, steps, shift)

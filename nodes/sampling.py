@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..selfforcing_core.conditioning import Conditioning
 from ..selfforcing_core.config import CausalConfig, StepConfig, WanConfig
-from ..selfforcing_core.geometry import chunk_lengths, tokens_per_frame
+from ..selfforcing_core.geometry import chunk_lengths, tokens_per_frame, whole_chunks
 from ..selfforcing_core.kv_cache import KVCache
 from ..selfforcing_core.prompt_schedule import seed_at
 from ..selfforcing_core.rollout import Chunk, NoiseSource, SeededNoise, is_past_known, new_caches, rollout
@@ -39,10 +39,11 @@ from .causal_model import (
     check_causal,
     config_of,
     forget_extra_bytes,
+    kind_note,
     settings_of,
 )
 from .patches import check_model_options, check_prompt_inputs, unapplied_names
-from .prompts import PromptPlan, Typed, check_prompts, conditions, later_prompts, scheduled_seeds
+from .prompts import Moment, PromptPlan, Typed, check_prompts, conditions, later_prompts, scheduled_seeds
 
 log = logging.getLogger(__name__)
 LatentShape = tuple[int, int, int, int]  # T, C, H, W
@@ -114,6 +115,25 @@ class ChunkSampler(comfy.samplers.KSAMPLER):
         super().__init__(sample_chunks, {"run": run})
         self.run = run
 
+    def check(self, guider: Any) -> None:
+        """Raise ValueError for a MODEL or prompts that cannot be sampled so; asked before the host loads anything."""
+        settings, native = settings_of(guider.model_patcher), guider.model_patcher.model.diffusion_model
+        _check_kind(settings.kind, self.run.is_whole)
+        if not self.run.is_whole:
+            check_causal(native)
+        later = [cond for cond in guider.conds.get("positive", []) if Moment.KEY in cond]
+        check_prompts([*conditions(guider), *later], config_of(native))
+        note = kind_note(settings)
+        if note is not None:
+            host.show_text(note)
+
+    def whole_frames(self, guider: Any, num_frames: int, mask: Tensor | None) -> int:
+        """How many of so many latent frames are whole chunks."""
+        if self.run.is_whole:
+            return num_frames
+        causal = layout(known_frames(mask), self._causal(guider))
+        return whole_chunks(num_frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
+
     def frames_at_once(self, guider: Any, noise_shape: tuple[int, ...]) -> int:
         """Latent frames of the largest evaluation, for which the host's memory estimate is to be made."""
         frames = noise_shape[2]
@@ -159,7 +179,7 @@ class ChunkGuider(comfy.samplers.CFGGuider):
             raise ValueError(f"cfg {cfg} needs a negative prompt; connect one, or set cfg to 1")
         said = settings_of(self.model_patcher).guidance
         if said is not None and said != cfg:
-            log.warning("the model's file says that it is sampled with cfg %g; cfg here is %g", said, cfg)
+            host.show_text(f"the model's file says that it is sampled with cfg {said:g}; cfg here is {cfg:g}")
         self.inner_set_conds(conds)
         self.set_cfg(cfg)
 

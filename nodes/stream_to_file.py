@@ -49,7 +49,6 @@ class _Files:
 class SelfForcingStreamToFile(io.ComfyNode):
     """Noise to a video file with the Self Forcing rollout. No child of the sampler: the host keeps schemas by class."""
 
-    validate_inputs = classmethod(SelfForcingStreamSampler.validate_inputs.__func__)  # type: ignore[attr-defined]
     fingerprint_inputs = classmethod(SelfForcingStreamSampler.fingerprint_inputs.__func__)  # type: ignore[attr-defined]
 
     @classmethod

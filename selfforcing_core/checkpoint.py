@@ -47,6 +47,7 @@ from .keymap import (
 from .layout import Shape, mismatch, taehv_config, taehv_shapes, wan_config, wan_shapes
 from .scaled import QUANTIZATION_ENTRY, ScaledWeights, chosen_tensors, split_scales, stored_tensors
 from .taehv_releases import WAN, latent_space
+from .variants import not_supported, variant_among
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # to store and compute in
@@ -588,6 +589,9 @@ def _latent_space(stored: Any, config: WanConfig | TAEHVConfig, path: Path) -> s
 
 def _kind(shapes: Mapping[str, Shape]) -> str:
     if "head.modulation" in shapes:
+        variant = variant_among(shapes)
+        if variant is not None:
+            raise ValueError(f"is of another kind: {not_supported(variant)}")
         return "wan"
     if "encoder.0.weight" in shapes and "decoder.3.conv.0.weight" in shapes:
         return "taehv"

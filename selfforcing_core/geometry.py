@@ -42,6 +42,26 @@ def chunk_lengths(num_frames: int, chunk: int, *, independent_first_frame: bool 
     return (1,) * first + (chunk,) * (rest // chunk)
 
 
+def whole_chunks(num_frames: int, chunk: int, *, independent_first_frame: bool = False) -> int:
+    """Return the largest count of latent frames up to `num_frames` that is whole chunks, but at least one of them."""
+    first = 1 if independent_first_frame else 0
+    return max(first + (num_frames - first) // chunk * chunk, first or chunk)
+
+
+def rounded_length(num_pixel_frames: int, chunk: int, *, independent_first_frame: bool = False) -> int:
+    """Return the largest length in pixel frames up to this one that is whole chunks, but at least one of them.
+
+    With chunks of 3 latent frames 81 -> 81, 84 -> 81, 2 -> 9; with a first frame of its own 85 -> 85, 81 -> 73.
+    """
+    frames = covered_latents(max(num_pixel_frames, 1))
+    return pixel_frames(whole_chunks(frames, chunk, independent_first_frame=independent_first_frame))
+
+
+def rounded_side(pixels: int) -> int:
+    """Return the largest width or height up to this one that is whole tokens, but at least one: 70 -> 64, 5 -> 16."""
+    return max(pixels // PIXEL_STEP, 1) * PIXEL_STEP
+
+
 def tokens_per_frame(latent_height: int, latent_width: int) -> int:
     """Tokens of one latent frame."""
     return (latent_height // PATCH) * (latent_width // PATCH)

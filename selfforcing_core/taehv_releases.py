@@ -14,6 +14,10 @@ from pathlib import Path
 from .config import TAEHVConfig
 
 WAN = "wan2.1"
+# Distilled from Wan's own VAE without the scaling of its latents by mean and deviation (github.com/ModelTC/LightX2V,
+# which tells it by the file's name, as ComfyUI does); its shapes are those of taew2_1.
+WAN_RAW = "wan2.1 unscaled"
+BY_NAME = {"lighttaew2_1": WAN_RAW}
 # (latent channels, patch size) -> the latent spaces of released files with these shapes
 BY_SHAPE = {
     (16, 1): (WAN, "hunyuanvideo", "cogvideox", "opensora1.3"),
@@ -39,15 +43,16 @@ BY_GIT_NAME = {
     "d1b7ab9b7e106aed3b1ca907dc3ec02ef8e61005": "ltx2.3",  # taeltx2_3.pth, 2026-03-06
     "9553c906cd3d2a1deb85574d5236d256d795aa50": "ltx2.3",  # safetensors/taeltx2_3.safetensors, 2026-03-06
 }
-LATENT_SPACES = tuple(dict.fromkeys(name for names in BY_SHAPE.values() for name in names))
+LATENT_SPACES = (*dict.fromkeys(name for names in BY_SHAPE.values() for name in names), WAN_RAW)
 
 
 def latent_space(config: TAEHVConfig, path: Path) -> str | None:
-    """The latent space of the file at `path`, None where neither shapes nor fingerprint decide."""
+    """The latent space of the file at `path`, None where neither shapes nor fingerprint nor a known name decide."""
     candidates = BY_SHAPE.get((config.latent_channels, config.patch_size), ())
     if len(candidates) == 1:
         return candidates[0]
-    return BY_GIT_NAME.get(git_name(path))
+    named = next((space for name, space in BY_NAME.items() if path.name.lower().startswith(name)), None)
+    return BY_GIT_NAME.get(git_name(path)) or (named if WAN in candidates else None)
 
 
 def git_name(path: Path) -> str:

@@ -360,6 +360,21 @@ def test_other_networks_are_named(tmp_path: Path, name: str, word: str) -> None:
     assert word in refusal(tmp_path / "m.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        ("vace_blocks.0.before_proj.weight", "Wan VACE"),
+        ("control_adapter.conv.weight", "camera control"),
+        ("face_adapter.fuser_blocks.0.k_norm.weight", "Wan 2.2 Animate"),
+        ("img_emb.emb_pos", "first-and-last-frame"),
+    ],
+)
+def test_wan_models_of_other_kinds_are_named(tmp_path: Path, more: str, word: str) -> None:
+    save_file({**weights_of(WAN, 1), more: torch.zeros(2, 2)}, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=f"{word}.* is not supported; Wan 2.1 text-to-video"):
+        read_checkpoint(tmp_path / "m.safetensors")
+
+
 def test_incomplete_and_foreign_variants_say_what_differs(tmp_path: Path) -> None:
     file = tmp_path / "m.safetensors"
 
@@ -369,7 +384,7 @@ def test_incomplete_and_foreign_variants_say_what_differs(tmp_path: Path) -> Non
         return refusal(file)
 
     assert "blocks.1.ffn.2.bias" in message_for({"blocks.1.ffn.2.bias": None})
-    assert "vace_blocks.0.weight" in message_for({"vace_blocks.0.weight": torch.zeros(2)})
+    assert "blocks.0.more.weight" in message_for({"blocks.0.more.weight": torch.zeros(2)})
     assert "blocks.0.ffn.0.weight has shape [1]" in message_for({"blocks.0.ffn.0.weight": torch.zeros(1)})
     assert "blocks.1.ffn.0.bias has shape [3], expected [64]" in message_for({"blocks.1.ffn.0.bias": torch.zeros(3)})
     assert "int8" in message_for({"blocks.1.ffn.0.bias": torch.zeros(64, dtype=torch.int8)})

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfforcing_core.config import CausalConfig, StepConfig
-from selfforcing_core.geometry import VideoGeometry, chunk_lengths, latent_frames, pixel_frames
+from selfforcing_core.geometry import (
+    VideoGeometry,
+    chunk_lengths,
+    latent_frames,
+    pixel_frames,
+    rounded_length,
+    rounded_side,
+)
 from selfforcing_core.schedule import FlowSchedule
 
 
@@ -116,3 +123,25 @@ def test_a_window_holds_sink_and_chunk_or_is_refused(chunk: int, window: int, si
         assert replace(CausalConfig(chunk), window=smallest, sink=sink).window == smallest
         return
     assert causal.window == -1 or causal.window >= causal.sink + causal.chunk
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7])
+@pytest.mark.parametrize("is_independent", [False, True])
+def test_a_rounded_length_is_the_largest_valid_one_below_and_at_least_one_chunk(
+    chunk: int, is_independent: bool
+) -> None:
+    def is_valid(length: int) -> bool:
+        try:
+            VideoGeometry(64, 64, length, chunk, is_independent)
+        except ValueError:
+            return False
+        return True
+
+    for length in range(-3, 120):
+        found = rounded_length(length, chunk, independent_first_frame=is_independent)
+        valid = [at for at in range(1, max(length, 4 * chunk + 1) + 1) if is_valid(at)]
+        assert found == max([at for at in valid if at <= length], default=valid[0])
+
+
+def test_a_rounded_side_is_a_multiple_of_16_and_at_least_one() -> None:
+    assert [rounded_side(pixels) for pixels in (-1, 5, 16, 31, 832, 847)] == [16, 16, 16, 16, 832, 832]

@@ -11,6 +11,7 @@ import torch
 from selfforcing_core import taehv_releases
 from selfforcing_core.checkpoint import read_checkpoint
 from selfforcing_core.config import TAEHVConfig
+from selfforcing_core.hub import check_taehv
 from selfforcing_core.layout import taehv_shapes
 from selfforcing_core.taehv_releases import expect_latent_space, git_name, latent_space
 
@@ -40,6 +41,16 @@ def test_shapes_decide_where_only_one_release_has_them(tmp_path: Path) -> None:
     wan22 = TAEHVConfig(latent_channels=48, patch_size=2, encoder_width=8, decoder_widths=(8, 8, 8, 8))
     assert read_checkpoint(write(tmp_path / "m.pth", wan22)).latent_space == "wan2.2"
     assert latent_space(TAEHVConfig(latent_channels=5), tmp_path / "m.pth") is None
+
+
+def test_lighttaew2_1_is_known_by_its_name_and_not_taken_for_scaled_latents(tmp_path: Path) -> None:
+    small = TAEHVConfig(encoder_width=8, decoder_widths=(8, 8, 8, 8))
+    path = write(tmp_path / "lighttaew2_1.pth", small)
+    assert read_checkpoint(path).latent_space == taehv_releases.WAN_RAW
+    with pytest.raises(ValueError, match=r"decodes latents of wan2\.1 unscaled"):
+        check_taehv(path, channels=16, latent_space="wan2.1", said="wan2.1")
+    wan22 = write(tmp_path / "lighttaew2_1_of_2.2.pth", TAEHVConfig(latent_channels=48, patch_size=2))
+    assert read_checkpoint(wan22).latent_space == "wan2.2"
 
 
 def test_undecided_asks_and_a_wrong_one_is_refused() -> None:

@@ -102,6 +102,34 @@ window.load_again = async times => {
 window.run = () => [...document.querySelectorAll('button')].find(b => /^Run$/.test(b.textContent.trim())).click()
 """
 
+# What widgets of the streaming node are called, and what an arrow of its length does; all is put back afterwards.
+WIDGETS = """
+(async () => {
+  const pause = () => new Promise(done => setTimeout(done, 500))
+  const node = window.app.graph._nodes.find(node => node.comfyClass === 'SelfForcingStreamToFile')
+  const find = name => node.widgets.find(widget => widget.name === name)
+  const set = (name, value) => { find(name).value = value, find(name).callback?.(value, window.app.canvas, node) }
+  const labels = () => node.widgets.map(widget => widget.label).filter(label => label?.includes(' \u00b7 '))
+  const drawn = () => document.querySelector(`[data-node-id="${node.id}"]`)
+  const before = labels(), values = node.serialize().widgets_values, {value: window_} = find('window')
+  set('steps', 3), set('window', -1)
+  await pause()
+  const after = labels(), text = drawn()?.innerText.replaceAll('\\n', ' ')
+  set('steps', 0), set('window', window_), set('length', 35)
+  const typed = find('length').value
+  set('length', values[2])
+  await pause()
+  const arrow = drawn()?.querySelectorAll('[aria-label="Increment"]')[2]
+  if (arrow) arrow.click()
+  else find('length').incrementValue({e: {}, node, canvas: window.app.canvas})
+  await pause()
+  const stepped = find('length').value
+  set('length', values[2])
+  const same = JSON.stringify(node.serialize().widgets_values) === JSON.stringify(values)
+  return {before, after, text, typed, stepped, same}
+})()
+"""
+
 
 class Page:
     """One tab. Requests to anything but the server are refused by the browser's own host rules."""
@@ -201,6 +229,7 @@ async def steer(page: Page, session: aiohttp.ClientSession, renderer: str, seed:
     found: dict[str, Any] = {"is_shown": await page.evaluate("!!window.player()?.isConnected")}
     if not found["is_shown"]:
         return found
+    found["widgets"] = await page.evaluate(WIDGETS)
     await page.evaluate(f"window.prepare(333, {seed}); window.run()")
     # In one step: between two, a fast host may end the run.
     await page.until("/chunk/.test(window.told()) && (window.control('hold').click(), true)")

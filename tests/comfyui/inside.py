@@ -561,9 +561,8 @@ class FrameByFrame(torch.nn.Module):
 def vaes_of_the_host_stream() -> dict[str, Any]:
     """A small random Wan VAE, chunk by chunk and with a chunk taken back, against its decode of the whole video.
 
-    The host's decode gives all latents at once to a pointwise convolution, whose sums a CPU may round in another
-    order for other lengths. So it is compared as it is, and again with that convolution frame by frame, where nothing
-    differs.
+    The host's decode gives all latents at once to a pointwise convolution, whose sums a CPU may round in another order
+    for other lengths. So it is compared as it is, and again with that convolution by frames, where nothing differs.
     """
     torch.manual_seed(0)
     vae = wan_vae()
@@ -1004,6 +1003,70 @@ def the_first_prompt_is_found_in_the_graph_or_not_guessed() -> dict[str, str]:
     return {**made, "none": found(None, "9")}
 
 
+def random_taehv() -> dict[str, torch.Tensor]:
+    """Weights of the released shapes, whose outputs are of the usual size."""
+    shapes = importlib.import_module(CORE + "layout").taehv_shapes(core["config"].TAEHVConfig())
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(shape, generator=generator) / max(torch.Size(shape[1:]).numel(), 1) ** 0.5
+        for name, shape in shapes.items()
+    }
+
+
+def lighttaew2_1_decodes_as_in_the_host() -> dict[str, Any]:
+    """By its name, under auto: its latents are unscaled. Apart from ComfyUI's own decode where it knows such files."""
+    loader, weights = importlib.import_module(PACKAGE + ".loader"), random_taehv()
+    made, names = {}, ("lighttaew2_1", "taew2_1")
+    latents = torch.randn(1, CHANNELS, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1))
+    for name, chosen in zip(names, ("auto", "wan2.1")):
+        path = FOLDER / f"{name}.safetensors"
+        save_file(weights, path)
+        checkpoint = core["checkpoint"].read_checkpoint(path)
+        space = loader._latent_space(checkpoint, chosen, path.name)
+        made[name] = autoencoder.TAEHVAutoencoder(checkpoint, name=path.name, latent_space=space)
+    light, usual = (made[name].decode(latents) for name in names)
+    stream = frame_stream.frame_stream(made["lighttaew2_1"])
+    normalised = autoencoder.network_latents(latents)
+    streamed = torch.cat([stream.decode(normalised[:, at : at + 1], is_last=at == 2) for at in range(3)], 1)
+    found = {
+        "spaces": [made[name].latent_space for name in names], "matters": apart(usual, light),
+        "streamed": apart(streamed.movedim(2, -1), light),
+    }  # fmt: skip
+    image = torch.rand(9, 32, 32, 3, generator=torch.Generator().manual_seed(2))
+    if hasattr(comfy, "taesd") and hasattr(comfy.taesd, "taehv"):
+        theirs = comfy.sd.VAE(sd={name: value.clone() for name, value in weights.items()}, dtype=torch.float32)
+        found["decoded"] = apart(theirs.decode(latents).cpu().clamp(0, 1), light)  # the host leaves that to its nodes
+        found["encoded"] = apart(theirs.encode(image).cpu(), made["lighttaew2_1"].encode(image))
+    return found
+
+
+def vaes_of_other_spaces() -> dict[str, Any]:
+    """The sentence for each VAE beside a model of Wan's latents and beside one of its own, "" where it fits."""
+    narrow = {name: value.half() for name, value in random_taehv().items()}
+    vaes = {"wan": wan_vae()}
+    for name, home in (
+        ("picture", "models.autoencoder.AutoencoderKL"),
+        ("cosmos", "cosmos.vae.CausalContinuousVideoTokenizer"),
+    ):
+        module, _, kind = home.rpartition(".")
+        network_class = getattr(importlib.import_module(f"comfy.ldm.{module}"), kind)
+        network_ = network_class.__new__(network_class)
+        vaes[name] = types.SimpleNamespace(first_stage_model=network_, latent_channels=16)
+    vaes["unknown"] = types.SimpleNamespace(first_stage_model=torch.nn.Identity(), latent_channels=16)
+    if hasattr(comfy, "taesd") and hasattr(comfy.taesd, "taehv"):
+        vaes["float16"] = comfy.sd.VAE(sd=narrow)
+    return {name: [refusal(autoencoder.check_space, vae, space, "the model makes") for space in ("wan2.1", "tiny")]
+            for name, vae in vaes.items()}  # fmt: skip
+
+
+def refusal(call: Callable[..., Any], *args: Any) -> str:
+    try:
+        call(*args)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 CHECKS: tuple[Callable[[], Any], ...] = (
     broken_packages,
     a_trained_lora_is_the_merged_network,
@@ -1032,6 +1095,8 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     a_run_waits_for_its_viewer,
     a_picture_that_moves_is_taken_to_move_on,
     the_first_prompt_is_found_in_the_graph_or_not_guessed,
+    lighttaew2_1_decodes_as_in_the_host,
+    vaes_of_other_spaces,
 )
 
 

@@ -5,9 +5,22 @@ python listen.py 127.0.0.1:8188 CLIENT_ID
 
 import asyncio
 import json
+import struct
 import sys
+from typing import Any
 
 import aiohttp
+
+TEXT = 3  # of the host's binary messages: a line for a node
+
+
+def described(data: bytes) -> dict[str, Any]:
+    """A binary message: what a node shows in words, or how long it is."""
+    kind, length = struct.unpack(">II", data[:8])
+    if kind != TEXT:
+        return {"type": "binary", "data": {"bytes": len(data)}}
+    node, text = data[8 : 8 + length].decode(), data[8 + length :].decode()
+    return {"type": "text", "data": {"node": node, "text": text}}
 
 
 async def listen(address: str, client_id: str) -> None:
@@ -16,7 +29,7 @@ async def listen(address: str, client_id: str) -> None:
         print(json.dumps({"type": "listening"}), flush=True)
         async for message in socket:
             is_text = message.type == aiohttp.WSMsgType.TEXT
-            line = message.data if is_text else json.dumps({"type": "binary", "data": {"bytes": len(message.data)}})
+            line = message.data if is_text else json.dumps(described(message.data))
             print(line, flush=True)
 
 

@@ -88,6 +88,20 @@ def test_the_player_shows_steers_and_stops_what_is_made(seen: dict[str, Any], re
     assert "stopped" in found["told_when_stopped"]
 
 
+@pytest.mark.parametrize("renderer", ["classic", "vue"])
+def test_widgets_at_auto_say_so_and_a_lengths_arrows_go_by_chunks(seen: dict[str, Any], renderer: str) -> None:
+    if not seen[renderer]["is_shown"]:
+        pytest.skip("this host's front end draws no DOM widgets in its Vue nodes")
+    found = seen[renderer]["widgets"]
+    assert found["before"] == ["steps \u00b7 auto", "shift \u00b7 auto", "chunk \u00b7 auto", "sink \u00b7 none"]
+    assert found["after"] == ["shift \u00b7 auto", "chunk \u00b7 auto", "window \u00b7 whole video", "sink \u00b7 none"]
+    if renderer == "vue":
+        assert "window \u00b7 whole video" in found["text"]
+        assert "steps \u00b7 auto" not in found["text"]
+    assert (found["typed"], found["stepped"]) == (35, 333)
+    assert found["same"], "values of saved workflows stay as they are"
+
+
 def test_a_queued_run_is_shown_in_its_own_workflow_alone_and_a_page_that_comes_back_sees_it(
     seen: dict[str, Any],
 ) -> None:

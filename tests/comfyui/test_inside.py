@@ -259,3 +259,23 @@ def test_a_picture_that_moves_is_taken_to_move_on(found: dict[str, float]) -> No
 
 def test_the_first_prompt_is_found_in_the_graph_or_not_guessed(found: dict[str, str]) -> None:
     assert found == {"direct": "a", "behind a picture": "a", "linked": "b", "concat": "", "none": ""}
+
+
+def test_lighttaew2_1_decodes_as_in_the_host(found: dict[str, Any]) -> None:
+    """Wan's latents either way; its own are unscaled, which makes another video."""
+    assert found.pop("spaces") == ["wan2.1", "wan2.1"]
+    assert found.pop("matters") > 0.1
+    assert max(found.values()) < 0.01
+
+
+def test_vaes_of_other_spaces(found: dict[str, Any]) -> None:
+    assert found.pop("unknown") == ["", ""]
+    on_wan, on_tiny = found.pop("wan")
+    assert on_wan == ""
+    assert "made for latents of wan2.1, but the model makes those of tiny" in on_tiny
+    for name, word in {
+        "picture": "AutoencoderKL",
+        "cosmos": "CausalContinuousVideoTokenizer",
+        "float16": "hunyuan",
+    }.items():
+        assert all(word in sentence for sentence in found.get(name, [word])), name

@@ -37,6 +37,7 @@ declare module "*/scripts/app.js" {
       name: string;
       setup?(): void;
       nodeCreated?(node: ComfyNode): void;
+      loadedGraphNode?(node: ComfyNode): void;
       afterConfigureGraph?(): void;
     }): void;
   };

@@ -1,0 +1,47 @@
+"""Wan models of other kinds, by the parameters that only they have (github.com/Wan-Video, and who built on it).
+
+All of them hold the layers of a plain Wan 2.1 transformer too, so that without a look at these names they pass for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+PLAIN = "Wan 2.1 text-to-video and image-to-video models of 1.3B and 14B are"
+FIRST_LAST = "img_emb.emb_pos"
+VARIANTS = {  # part of a parameter's name -> the model that has it
+    "vace_patch_embedding.": "Wan VACE",
+    "vace_blocks.": "Wan VACE",
+    "control_adapter.": "Wan Fun Camera (camera control)",
+    "cam_injector_layer": "LingBot-World (camera control)",
+    "patch_embedding_wancamctrl": "LingBot-World (camera control)",
+    "action_model.": "Matrix-Game (keyboard and mouse control)",
+    "ref_conv.": "Wan Fun Control (reference picture)",
+    "casual_audio_encoder.": "Wan 2.2 S2V (speech to video)",
+    "audio_proj.audio_proj_glob": "HuMo (sound to video)",
+    "face_adapter.": "Wan 2.2 Animate",
+    "patch_embedding_mask.": "SCAIL 2 (pose control)",
+    "patch_embedding_pose.": "SCAIL (pose control)",
+    "patch_embedding_global.": "WanDancer",
+    FIRST_LAST: "Wan first-and-last-frame (FLF2V)",
+}
+BY_CHANNELS = {  # (input channels, latent channels)
+    (48, 48): "Wan 2.2 5B (text and image to video)",
+    (48, 16): "Wan Fun Control (control video)",
+}
+
+
+def variant_among(names: Iterable[str]) -> str | None:
+    """Return which model of another kind parameters of these names belong to, None where they are plain Wan's."""
+    found = (VARIANTS[sign] for name in names for sign in VARIANTS if sign in name)
+    return next(found, None)
+
+
+def variant_of_channels(in_dim: int, out_dim: int) -> str | None:
+    """Return which model of another kind has so many input and latent channels, None for plain Wan and unknown ones."""
+    return BY_CHANNELS.get((in_dim, out_dim))
+
+
+def not_supported(variant: str) -> str:
+    """Return the sentence that refuses a model of another kind."""
+    return f"{variant} is not supported; {PLAIN}"
