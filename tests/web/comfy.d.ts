@@ -12,6 +12,7 @@ interface ComfyGraph {
   nodes?: ComfyNode[];
   extra?: Record<string, unknown>;
   getNodeById?(id: string | number): ComfyNode | null | undefined;
+  setDirtyCanvas?(foreground: boolean, background?: boolean): void;
 }
 
 interface ComfyNode {
@@ -19,12 +20,15 @@ interface ComfyNode {
   comfyClass?: string;
   widgets?: ComfyWidget[];
   subgraph?: ComfyGraph;
+  size?: ArrayLike<number>;
+  hideOutputImages?: boolean;
   onRemoved?: (this: ComfyNode) => void;
+  onExecuted?: (this: ComfyNode, output: unknown) => void;
   addDOMWidget?(
     name: string,
     type: string,
     element: HTMLElement,
-    options: { serialize?: boolean; hideOnZoom?: boolean; getMinHeight?: () => number },
+    options: { serialize?: boolean; hideOnZoom?: boolean; hideInPanel?: boolean; getMinHeight?: () => number },
   ): ComfyWidget;
 }
 
@@ -44,6 +48,8 @@ declare module "*/scripts/app.js" {
 
 declare module "*/scripts/api.js" {
   export const api: {
+    clientId?: string;
+    apiURL?(route: string): string;
     addEventListener?(type: string, listener: (event: CustomEvent<unknown>) => void): void;
     fetchApi?(route: string, options?: RequestInit): Promise<Response>;
     interrupt?(promptId: string | null): Promise<void>;
