@@ -61,7 +61,7 @@ function build() {
     reroll: button("reroll", "", "Re-roll"),
     seed: make("input", {
       type: "number", min: "0", max: String(MAX_SEED), step: "1", "data-action": "seed-value", "aria-label": "Seed",
-      placeholder: "random seed", title: `A whole number from 0 to ${MAX_SEED}; empty: a new one each time.`,
+      placeholder: "random", title: `A whole number from 0 to ${MAX_SEED}; empty: a new one each time.`,
     }),
     useSeed: button("seed", "", "Set seed"),
     stop: button("stop", "", "Stop"),
@@ -256,7 +256,7 @@ export class Desk {
       return entry;
     });
     list.replaceChildren(...[...taken, ...waiting].map((entry) => make("li", {}, entry)));
-    list.scrollTop = list.scrollHeight;
+    requestAnimationFrame(() => (list.scrollTop = list.scrollHeight)); // once it has its height
   }
 
   /** @param {string} when @param {string} text @param {string} title @param {string} kind */

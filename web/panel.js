@@ -20,7 +20,7 @@ import { Timeline } from "./timeline.js";
 const LOOK_AHEAD = 6; // bitmaps held: enough to hide a decoder's hiccup; each takes the size of a raw frame
 const REPORT_MS = 500; // between two reports of the frame on screen
 const TALLEST = 560; // pixels of the picture: a narrow node with an upright video would grow out of the page
-const LIST_HEIGHT = 96; // pixels of the list of what was sent, with its heading; more where the node has room
+const LIST_HEIGHT = 110; // pixels of the list of what was sent, with its heading; more where the node has room
 const IDLE = "The video plays here while it is made.";
 const FIRST = "The first chunk is being made.";
 
@@ -429,8 +429,9 @@ export class Panel {
   #keys(fps) {
     const { source, parts, film } = this;
     const { play, loop, sound, info, full, place } = parts;
-    play.show(source.playing ? "pause" : "play", source.playing ? "Pause" : "Play");
-    play.element.dataset.action = source.playing ? "pause" : "play";
+    const plays = source.playing && source.length > 0;
+    play.show(plays ? "pause" : "play", plays ? "Pause" : "Play");
+    play.element.dataset.action = plays ? "pause" : "play";
     play.element.disabled = !source.length;
     loop.element.setAttribute("aria-pressed", String(source.loop));
     info.element.setAttribute("aria-pressed", String(!parts.figures.hidden));
@@ -468,7 +469,7 @@ export class Panel {
   #status() {
     const { playback } = this;
     const { message } = playback;
-    if (!message) return [];
+    if (!message) return this.film ? [] : [["no run yet", "Queue the workflow to begin."]];
     const chunks = `chunk ${message.chunk} of ${message.numChunks || "?"}`;
     const explained = "Chunks finished: the parts of the video that are made one after the other.";
     return [...this.#state(message), [chunks, explained], ...(playback.over ? [] : this.#ahead(message))];
@@ -491,7 +492,7 @@ export class Panel {
   /** @param {Message} message @returns {[string, string][]} */
   #ahead(message) {
     const { playback } = this;
-    if (!playback.started) return [];
+    if (!playback.started || playback.waiting) return [];
     const seconds = Math.max(playback.end - playback.position, 0) / message.fps;
     const limit = message.pace === null ? "" : ` It waits from ${message.pace} s on.`;
     return [[`${seconds.toFixed(1)} s ahead`, `Made and not yet shown: a new prompt shows after that and the next chunk.${limit}`]];
