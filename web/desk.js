@@ -18,6 +18,14 @@ import { sayMark } from "./timeline.js";
 const MAX_SEED = Number.MAX_SAFE_INTEGER; // JSON numbers are exact up to here
 const COMPARED = 100; // letters: the server shortens prompts in its events to 120
 const NO_TEXT = "Nothing on the server can read a new prompt for this run; connect clip to the node.";
+const FINISH = "End after this chunk and keep what was made: it goes on to the other nodes.";
+const NO_FINISH = "This server cannot end a run early; restart it after an update.";
+const COPY = "Copy as Prompt Schedule";
+const HOLD = {
+  held: "Held: click to go on.",
+  asked: "Holds after this chunk; click to go on.",
+  free: "Wait after the chunk that is being made.",
+};
 const NOT_RUNNING = "There is no run; queue the workflow to begin one.";
 
 /** Whether an event is that of a prompt that was sent. @param {Happening} event @param {Sent} sent */
@@ -35,7 +43,11 @@ export function stillWaiting(sent, news) {
   return sent.slice(taken + 1);
 }
 
-/** Copy text where the page may use the clipboard, and also where it may not. @param {string} text @param {HTMLElement} place */
+/**
+ * Copy text where the page may use the clipboard, and also where it may not.
+ * @param {string} text
+ * @param {HTMLElement} place
+ */
 async function copy(text, place) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);
   const field = make("textarea", {}, text); // pages that are not served by https nor from this machine
@@ -50,23 +62,39 @@ function build() {
   const history = make("input", { type: "checkbox", "data-action": "history" });
   history.checked = true;
   return {
-    prompt: make("textarea", { rows: "2", "data-action": "prompt-text", "aria-label": "Prompt", "data-capture-wheel": "true" }),
+    prompt: make("textarea", {
+      rows: "2",
+      "data-action": "prompt-text",
+      "aria-label": "Prompt",
+      "data-capture-wheel": "true",
+    }),
     history,
-    historyLabel: make("label", {
-      title: "On: the frames so far are read again under the new prompt. Off: they are kept, the change is slower.",
-    }, history, "rewrite history"),
+    historyLabel: make(
+      "label",
+      {
+        title: "On: the frames so far are read again under the new prompt. Off: they are kept, the change is slower.",
+      },
+      history,
+      "rewrite history",
+    ),
     send: button("prompt", "", "Send"),
     hold: button("hold", "", "Hold"),
     goOn: button("go_on", "", "Go on"),
     reroll: button("reroll", "", "Re-roll"),
     seed: make("input", {
-      type: "number", min: "0", max: String(MAX_SEED), step: "1", "data-action": "seed-value", "aria-label": "Seed",
-      placeholder: "random", title: `A whole number from 0 to ${MAX_SEED}; empty: a new one each time.`,
+      type: "number",
+      min: "0",
+      max: String(MAX_SEED),
+      step: "1",
+      "data-action": "seed-value",
+      "aria-label": "Seed",
+      placeholder: "random",
+      title: `A whole number from 0 to ${MAX_SEED}; empty: a new one each time.`,
     }),
     useSeed: button("seed", "", "Set seed"),
     stop: button("stop", "", "Stop"),
     finish: button("finish", "", "Finish here"),
-    copy: button("copy", "Copy what was sent as text for the node Prompt Schedule: it repeats this run.", "Copy as Prompt Schedule"),
+    copy: button("copy", "Copy what was sent as text for the node Prompt Schedule: it repeats this run.", COPY),
     list: make("ol", { class: "selfforcing-list", "data-role": "sent", "data-capture-wheel": "true" }),
   };
 }
@@ -94,7 +122,11 @@ export class Desk {
     const seeds = box("group", seed, useSeed);
     const ends = box("group", stop, finish);
     this.controls = box("desk", write, box("controls", takes, seeds, ends));
-    this.log = box("log", box("row", make("span", { class: "selfforcing-quiet" }, "Sent"), box("gap"), this.parts.copy), list);
+    this.log = box(
+      "log",
+      box("row", make("span", { class: "selfforcing-quiet" }, "Sent"), box("gap"), this.parts.copy),
+      list,
+    );
     this.#listen();
     this.update(null, false);
   }
@@ -183,7 +215,7 @@ export class Desk {
     try {
       await copy(this.schedule, this.log);
       key.textContent = "Copied";
-      setTimeout(() => (key.textContent = "Copy as Prompt Schedule"), 1500);
+      setTimeout(() => (key.textContent = COPY), 1500);
     } catch (error) {
       this.orders.fail(error instanceof Error ? error.message : String(error));
     }
@@ -225,9 +257,12 @@ export class Desk {
     goOn.disabled = !waits;
     reroll.disabled = !held;
     hold.setAttribute("aria-pressed", String(waits));
-    explain(hold, !running ? NOT_RUNNING : held ? "Held: click to go on." : waits ? "Holds after this chunk; click to go on." : "Wait after the chunk that is being made.");
+    explain(hold, running ? HOLD[held ? "held" : waits ? "asked" : "free"] : NOT_RUNNING);
     explain(goOn, waits ? "Make the next chunk." : "Nothing is held.");
-    explain(reroll, held ? "Make the last chunk once more, with this seed." : "Only while a chunk is held: press Hold first.");
+    explain(
+      reroll,
+      held ? "Make the last chunk once more, with this seed." : "Only while a chunk is held: press Hold first.",
+    );
     explain(useSeed, running ? "Take this seed from the next chunk on." : NOT_RUNNING);
   }
 
@@ -238,7 +273,7 @@ export class Desk {
     finish.disabled = !running || !canFinish || this.isFinishAsked;
     finish.setAttribute("aria-busy", String(running && this.isFinishAsked));
     explain(stop, running ? "Interrupt the run and throw it away: nothing goes on to other nodes." : NOT_RUNNING);
-    explain(finish, !running ? NOT_RUNNING : canFinish ? "End after this chunk and keep what was made: it goes on to the other nodes." : "This server cannot end a run early; restart it after an update.");
+    explain(finish, running ? (canFinish ? FINISH : NO_FINISH) : NOT_RUNNING);
   }
 
   #drawList() {
@@ -249,19 +284,34 @@ export class Desk {
     key.hidden = !this.schedule;
     if (drawn === this.#drawn) return;
     this.#drawn = drawn;
-    const waiting = this.sent.map(({ text, chunk }) => this.#entry(this.message?.events ? "next" : `chunk ${chunk + 1}`, `Prompt: ${text}`, `Sent after chunk ${chunk}.`, "prompt"));
-    const taken = this.events.map((event) => {
-      const entry = this.#entry(clock(event.frame / fps), sayMark(event), `Chunk ${event.chunk + 1}: click to see it.`, event.kind);
-      entry.onclick = () => this.orders.seek(event.frame);
-      return entry;
-    });
+    const taken = this.events.map((event) => this.#event(event, fps));
+    const waiting = this.sent.map((sent) => this.#waiting(sent));
     list.replaceChildren(...[...taken, ...waiting].map((entry) => make("li", {}, entry)));
     requestAnimationFrame(() => (list.scrollTop = list.scrollHeight)); // once it has its height
+  }
+
+  /** @param {Happening} event @param {number} fps */
+  #event(event, fps) {
+    const title = `Chunk ${event.chunk + 1}: click to see it.`;
+    const entry = this.#entry(clock(event.frame / fps), sayMark(event), title, event.kind);
+    entry.onclick = () => this.orders.seek(event.frame);
+    return entry;
+  }
+
+  /** @param {Sent} sent */
+  #waiting({ text, chunk }) {
+    const when = this.message?.events ? "next" : `chunk ${chunk + 1}`; // servers that tell nothing more
+    return this.#entry(when, `Prompt: ${text}`, `Sent after chunk ${chunk}.`, "prompt");
   }
 
   /** @param {string} when @param {string} text @param {string} title @param {string} kind */
   #entry(when, text, title, kind) {
     const time = make("span", { class: "selfforcing-when" }, when);
-    return make("button", { type: "button", class: `selfforcing-entry selfforcing-${kind}`, title }, time, make("span", {}, text));
+    return make(
+      "button",
+      { type: "button", class: `selfforcing-entry selfforcing-${kind}`, title },
+      time,
+      make("span", {}, text),
+    );
   }
 }

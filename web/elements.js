@@ -6,7 +6,9 @@ const ICONS = {
   pause: "M4 3h3v10H4zM9 3h3v10H9z",
   loop: "M4 4.2h6.5V2L14 5l-3.5 3V5.8H5.6V9H4zM12 11.8H5.5V14L2 11l3.5-3v2.2h4.9V7H12z",
   full: "M2 2h5v1.6H3.6V7H2zM9 2h5v5h-1.6V3.6H9zM2 9h1.6v3.4H7V14H2zM12.4 9H14v5H9v-1.6h3.4z",
-  figures: "M8 1.5a6.5 6.5 0 1 0 0 13 6.5 6.5 0 0 0 0-13zm0 1.4a5.1 5.1 0 1 1 0 10.2A5.1 5.1 0 0 1 8 2.9zM7.2 7h1.6v4.4H7.2zM7.2 4.6h1.6v1.5H7.2z",
+  figures:
+    "M8 1.5a6.5 6.5 0 1 0 0 13 6.5 6.5 0 0 0 0-13zm0 1.4a5.1 5.1 0 1 1 0 10.2A5.1 5.1 0 0 1 8 2.9z" +
+    "M7.2 7h1.6v4.4H7.2zM7.2 4.6h1.6v1.5H7.2z",
   silent: "M2 6h2.6L8 3v10L4.6 10H2zM10 6l1-1 1.5 1.5L14 5l1 1-1.5 1.5L15 9l-1 1-1.5-1.5L11 10l-1-1 1.5-1.5z",
   sound: "M2 6h2.6L8 3v10L4.6 10H2zM10 5.2a4 4 0 0 1 0 5.6zM10 2.4a6.4 6.4 0 0 1 0 11.2v-1.5a5 5 0 0 0 0-8.2z",
 };
@@ -65,7 +67,7 @@ export class IconButton {
   }
 }
 
-/** Set an element's tooltip; an open one would close if it were set anew. @param {HTMLElement} element @param {string} title */
+/** Set a tooltip; an open one would close if it were set anew. @param {HTMLElement} element @param {string} title */
 export function explain(element, title) {
   if (element.title !== title) Object.assign(element, { title, ariaLabel: title });
 }

@@ -1,4 +1,4 @@
-/** A written video file as the player's picture: with every frame, and sound where it has some. No import of the host. */
+/** A written video file as the player's picture: with every frame, and sound where it has some. */
 
 /**
  * Plays as `Playback` does: places are frames, counted from 0 at `fps`.

@@ -5,6 +5,7 @@ import { IconButton, box, clock, explain, make } from "./elements.js";
 import { Film } from "./film.js";
 import { Playback } from "./playback.js";
 import { Timeline } from "./timeline.js";
+import { ESTIMATE, NO_RUN, sayFigures, sayStatus } from "./words.js";
 
 /** @typedef {import("./desk.js").Command} Command */
 /** @typedef {import("./playback.js").Message} Message */
@@ -59,6 +60,7 @@ export class Panel {
   disposed = false;
   note = ""; // what the user's last action led to; gone with the next chunk
   told = ""; // the server's last line; it comes in one message only
+  estimate = ""; // its line of what the run will take
   /** @type {SavedFile[]} */
   files = [];
   canReport = true; // servers of earlier versions do not know what is done with it
@@ -148,7 +150,10 @@ export class Panel {
     this.element.addEventListener("wheel", (event) => this.#keepWheel(event));
   }
 
-  /** A list that can be scrolled and a field that counts take the wheel; elsewhere it is the canvas' own. @param {WheelEvent} event */
+  /**
+   * A list that can be scrolled and a field that counts take the wheel; elsewhere it is the canvas' own.
+   * @param {WheelEvent} event
+   */
   #keepWheel(event) {
     const taker = event.target instanceof Element && event.target.closest("ol, dl, textarea, input[type=number]");
     if (!taker || event.ctrlKey) return;
@@ -198,12 +203,18 @@ export class Panel {
     if (message.run === this.former) return;
     if (message.run !== this.playback.run) this.#begin(message.run);
     const last = this.playback.message;
-    if (message.text || last?.chunk !== message.chunk || last.state !== message.state) this.note = "";
-    if (message.text) this.told = message.text;
+    if (last?.chunk !== message.chunk || last.state !== message.state) this.note = "";
+    this.#hear(message.text);
     this.desk.receive(message);
     this.playback.receive(message, frames);
     if (message.files.length) this.showFiles(message.files, message.fps);
     this.#refresh();
+  }
+
+  /** @param {string} text the server's line for the user, or "" */
+  #hear(text) {
+    if (ESTIMATE.test(text)) this.estimate = text;
+    else if (text) [this.told, this.note] = [text, ""];
   }
 
   /** A lost answer needs no words: the server sends less, and the next one makes up for it. @param {Message} message */
@@ -218,12 +229,13 @@ export class Panel {
     this.former = this.playback.run;
     const { loop } = this.source;
     this.#leaveFilm();
+    this.#clear();
     this.playback = Object.assign(new Playback(run), { loop });
     this.desk.begin();
     this.files = [];
     this.reported = { frame: -1, at: -Infinity };
     this.#fail("");
-    this.told = "";
+    this.told = this.estimate = "";
   }
 
   /** The host says that the prompt ended, in whatever way. @param {unknown} promptId */
@@ -394,6 +406,13 @@ export class Panel {
     canvas.getContext("2d")?.drawImage(picture, 0, 0);
   }
 
+  /** No picture, as before the first run: that of another one would be taken for this one's. */
+  #clear() {
+    const { canvas } = this.parts;
+    this.drawn = undefined;
+    canvas.getContext("2d")?.clearRect(0, 0, canvas.width, canvas.height);
+  }
+
   /** @param {Blob} picture */
   #decode(picture) {
     this.bitmaps.set(picture, null);
@@ -465,73 +484,22 @@ export class Panel {
     files.replaceChildren(...links.flatMap((link, place) => [place ? ", " : "File: ", link]));
   }
 
-  /** What happens now. @returns {[string, string][]} */
+  /** @returns {import("./words.js").Told[]} */
   #status() {
-    const { playback } = this;
-    const { message } = playback;
-    if (!message) return this.film ? [] : [["no run yet", "Queue the workflow to begin."]];
-    const chunks = `chunk ${message.chunk} of ${message.numChunks || "?"}`;
-    const explained = "Chunks finished: the parts of the video that are made one after the other.";
-    return [...this.#state(message), [chunks, explained], ...(playback.over ? [] : this.#ahead(message))];
-  }
-
-  /** @param {Message} message @returns {[string, string][]} */
-  #state(message) {
-    const { playback, desk } = this;
-    if (playback.over) return [ended(message)];
-    if (desk.isFinishAsked) return [["finishing", "The run ends after the chunk that is being made."]];
-    if (message.state === "held") return [["held", "The run waits for Go on or Re-roll."]];
-    if (desk.isHoldAsked) return [["holds after this chunk", "The chunk that is being made is finished first."]];
-    if (message.state === "ahead")
-      return [["waiting for you to watch", "Enough is made; the next chunk is begun when more of it was shown."]];
-    if (playback.waiting && playback.playing)
-      return [["waiting for the next chunk", "All that was received has been shown."]];
-    return [];
-  }
-
-  /** @param {Message} message @returns {[string, string][]} */
-  #ahead(message) {
-    const { playback } = this;
-    if (!playback.started || playback.waiting) return [];
-    const seconds = Math.max(playback.end - playback.position, 0) / message.fps;
-    const limit = message.pace === null ? "" : ` It waits from ${message.pace} s on.`;
-    return [[`${seconds.toFixed(1)} s ahead`, `Made and not yet shown: a new prompt shows after that and the next chunk.${limit}`]];
+    const { over, started, waiting, playing, end, position, message } = this.playback;
+    if (!message) return this.film ? [] : [NO_RUN];
+    const { isHoldAsked, isFinishAsked } = this.desk;
+    const secondsAhead = started && !waiting ? Math.max(end - position, 0) / message.fps : null;
+    return sayStatus(message, { over, isDry: waiting && playing, secondsAhead, isHoldAsked, isFinishAsked });
   }
 
   #sayFigures() {
     const { figures } = this.parts;
-    const told = this.#figures();
+    const told = sayFigures(this.playback.message, this.estimate);
     const key = JSON.stringify(told);
     if (figures.dataset.key === key) return;
     figures.dataset.key = key;
     const rows = told.flatMap(([name, value, title]) => [make("dt", { title }, name), make("dd", { title }, value)]);
     figures.replaceChildren(...rows);
   }
-
-  /** Name, value and explanation of each. @returns {[string, string, string][]} */
-  #figures() {
-    const { message } = this.playback;
-    if (!message) return [["No run yet", "", "The figures of a run come with its first chunk."]];
-    const { fps, firstFrameSeconds, realTime, shareOfLimit } = message.stats;
-    const { pace, numFrames } = message;
-    const known = /** @param {number | null} value @param {(value: number) => string} say */ (value, say) =>
-      value === null ? "not yet known" : say(value);
-    const percent = /** @param {number} share */ (share) => `${Math.round(share * 100)} %`;
-    return [
-      ["Speed", known(fps, (rate) => `${rate.toFixed(1)} FPS`), "Video frames made per second."],
-      ["First frame", known(firstFrameSeconds, (seconds) => `${seconds.toFixed(1)} s`), "From the start of the run to its first picture."],
-      ["Real time", known(realTime, percent), `Speed of making over speed of playing (${message.fps} frames per second); from 100 % on it never waits.`],
-      ["Of the limit", known(shareOfLimit, percent), "Of the frames per second that this device can reach at most: its own speed of products and copies, measured once."],
-      ["Length", numFrames ? `${numFrames} frames, ${clock(numFrames / message.fps)}` : "open", `At ${message.fps} frames per second.`],
-      ["Ahead at most", pace === null ? "no limit" : `${pace} s`, "How far the run may be ahead of what is shown; the node's input pace."],
-    ];
-  }
-}
-
-/** How a run ended: word and explanation. @param {Message} message @returns {[string, string]} */
-function ended(message) {
-  if (message.ending === "early") return ["finished here", "Ended by hand; what was made went on to the other nodes."];
-  const isWhole = message.state === "done" && message.chunk >= message.numChunks && message.ending !== "stopped";
-  if (isWhole) return ["done", "The video is whole."];
-  return ["stopped", "The run ended before the video was whole; nothing went on to other nodes."];
 }

@@ -98,7 +98,9 @@ function happening(given) {
 export function readFiles(files) {
   return records(files, MAX_FILES)
     .map(({ filename, subfolder, type }) => ({
-      filename: line(filename), subfolder: line(subfolder), type: line(type) || "output",
+      filename: line(filename),
+      subfolder: line(subfolder),
+      type: line(type) || "output",
     }))
     .filter(({ filename }) => filename);
 }

@@ -137,7 +137,7 @@ function numberOf(node, name) {
   return Number(node.widgets?.find((widget) => widget.name === name)?.value ?? NaN);
 }
 
-/** Until there is a picture, the screen has the shape that the node asks for. @param {ComfyNode} node @param {Panel} panel */
+/** Until there is a picture, the screen has the node's own ratio. @param {ComfyNode} node @param {Panel} panel */
 function shape(node, panel) {
   if (panel.isEmpty) panel.setSize(numberOf(node, "width"), numberOf(node, "height"));
 }
@@ -178,7 +178,7 @@ function keepOnePlayer(node) {
   node.hideOutputImages = true; // Nodes 2.0
 }
 
-/** What the host reports of a node that ran, or found its result unchanged. @param {ComfyNode} node @param {unknown} output */
+/** What the host reports of a node that ran. @param {ComfyNode} node @param {unknown} output */
 function showOutput(node, output) {
   const { images } = /** @type {{images?: unknown}} */ (output ?? {});
   panels.get(node)?.showFiles(readFiles(images), numberOf(node, "fps"));

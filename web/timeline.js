@@ -50,7 +50,12 @@ export class Timeline {
   marks = box("marks");
   bubble = box("bubble");
   bar = make("input", {
-    type: "range", min: "0", max: "0", step: "1", "data-action": "scrub", "aria-label": "Position",
+    type: "range",
+    min: "0",
+    max: "0",
+    step: "1",
+    "data-action": "scrub",
+    "aria-label": "Position",
   });
   element = box("timeline", box("track", this.received, this.played), this.marks, this.bar, this.bubble);
   isDragged = false;

@@ -6,8 +6,10 @@ import test from "node:test";
 import { stillWaiting } from "../../web/desk.js";
 import { clock } from "../../web/elements.js";
 import { nearestMark, placeOf } from "../../web/timeline.js";
+import { sayStatus } from "../../web/words.js";
 
-const prompt = (text, frame = 0) => ({ kind: "prompt", chunk: 0, frame, seconds: 0, text, history: "keep", seed: null });
+const PROMPT = { kind: "prompt", chunk: 0, seconds: 0, history: "keep", seed: null };
+const prompt = (text, frame = 0) => ({ ...PROMPT, frame, text });
 
 test("a sent prompt waits until its chunk is made, and those that it replaced go with it", () => {
   const sent = ["one", "two", "three"].map((text) => ({ text, chunk: 0 }));
@@ -36,4 +38,24 @@ test("the first and the last frame lie where the thumb stands at its ends", () =
   assert.deepEqual([placeOf(0, 33), placeOf(32, 33), placeOf(99, 33)], [
     "calc(6px + (100% - 12px) * 0.00000)", "calc(6px + (100% - 12px) * 1.00000)", "calc(6px + (100% - 12px) * 1.00000)",
   ]);
+});
+
+test("every state of a run has its words", () => {
+  const viewing = { over: false, isDry: false, secondsAhead: 2.14, isHoldAsked: false, isFinishAsked: false };
+  const newest = { state: "sampling", ending: null, chunk: 2, numChunks: 14, pace: 2 };
+  const say = (message, more = {}) =>
+    sayStatus({ ...newest, ...message }, { ...viewing, ...more })
+      .map(([words]) => words)
+      .join(" · ");
+  assert.equal(say({}), "chunk 2 of 14 · 2.1 s ahead");
+  assert.equal(say({ state: "ahead" }), "waiting for you to watch · chunk 2 of 14 · 2.1 s ahead");
+  assert.equal(say({ state: "held" }, { isHoldAsked: true }), "held · chunk 2 of 14 · 2.1 s ahead");
+  assert.equal(say({}, { isHoldAsked: true }), "holds after this chunk · chunk 2 of 14 · 2.1 s ahead");
+  assert.equal(say({}, { isFinishAsked: true }), "finishing · chunk 2 of 14 · 2.1 s ahead");
+  assert.equal(say({}, { isDry: true, secondsAhead: null }), "waiting for the next chunk · chunk 2 of 14");
+  const over = { over: true };
+  assert.equal(say({ state: "done", ending: "early" }, over), "finished here · chunk 2 of 14");
+  assert.equal(say({ state: "done", ending: "stopped", chunk: 14 }, over), "stopped · chunk 14 of 14");
+  assert.equal(say({ state: "done", ending: "whole", chunk: 14 }, over), "done · chunk 14 of 14");
+  assert.equal(say({}, over), "stopped · chunk 2 of 14"); // the last message never came
 });

@@ -214,8 +214,11 @@ test("a message without a run or a node is no message", () => {
 test("wrong fields become defaults and only whole frames with a valid number are taken", () => {
   const message = readMessage({
     run: "a", node: "5", number: -1, state: "?", chunk: 1e300, num_chunks: "7", num_frames: 10, fps: -3, stats: 4,
-    again: 1, ending: "so", ahead: "2", pace: -1, events: [3, null, { kind: "else", frame: 1 }, { kind: "seed" }, { kind: "seed", frame: 4 }],
-    files: [{}, "a.mp4", { filename: 3 }, { filename: "b.mp4" }], schedule: 7, can_finish: 1, indices: [0, 1.5, -2, 10, "3", 4, 5, null], jpegs: [JPEG, JPEG, JPEG, JPEG, JPEG, "%%", 7],
+    again: 1, ending: "so", ahead: "2", pace: -1, schedule: 7, can_finish: 1,
+    events: [3, null, { kind: "else", frame: 1 }, { kind: "seed" }, { kind: "seed", frame: 4 }],
+    files: [{}, "a.mp4", { filename: 3 }, { filename: "b.mp4" }],
+    indices: [0, 1.5, -2, 10, "3", 4, 5, null],
+    jpegs: [JPEG, JPEG, JPEG, JPEG, JPEG, "%%", 7],
   });
   assert.deepEqual(message.frames.map((frame) => frame.index), [0]);
   const { number, chunk, numChunks, fps, again } = message;
