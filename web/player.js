@@ -13,6 +13,7 @@ const MARGIN = 10; // pixels that the classic canvas puts around a widget
 const SHEET = new URL("player.css", import.meta.url).href;
 const TAB = "selfforcing_tab"; // where the server finds which of the open workflows queued a run
 const NO_ID = "00000000-0000-0000-0000-000000000000"; // of a graph until it is loaded from a workflow
+const OUTPUTS_MS = 1000;
 const AGAIN_MS = 100;
 const AGAIN_AT_MOST = 100; // ten seconds
 
@@ -49,7 +50,7 @@ const host = {
     const route = `/view?${new URLSearchParams(file)}`;
     return api.apiURL?.(route) ?? route;
   },
-  resized: () => rootGraph()?.setDirtyCanvas?.(true, true),
+  resized: () => app.canvas?.setDirty?.(true, true),
 };
 
 function rootGraph() {
@@ -184,6 +185,15 @@ function showOutput(node, output) {
   panels.get(node)?.showFiles(readFiles(images), numberOf(node, "fps"));
 }
 
+/** The host knows the files of earlier runs again some time after it has built the graph of their workflow. */
+function showOutputs() {
+  for (const [node, panel] of panels) {
+    const { graph, id } = node;
+    const place = !graph || graph === rootGraph() ? String(id) : `${graph.id}:${id}`;
+    if (panel.isEmpty) showOutput(node, app.nodeOutputs?.[place]);
+  }
+}
+
 /** @param {ComfyNode} node */
 function removePlayer(node) {
   panels.get(node)?.dispose();
@@ -214,5 +224,6 @@ app.registerExtension?.({
     removeLostPlayers();
     for (const [node, panel] of panels) shape(node, panel);
     deliverMissed(AGAIN_AT_MOST);
+    setTimeout(showOutputs, OUTPUTS_MS);
   },
 });

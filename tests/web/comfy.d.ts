@@ -12,13 +12,13 @@ interface ComfyGraph {
   nodes?: ComfyNode[];
   extra?: Record<string, unknown>;
   getNodeById?(id: string | number): ComfyNode | null | undefined;
-  setDirtyCanvas?(foreground: boolean, background?: boolean): void;
 }
 
 interface ComfyNode {
   id: string | number;
   comfyClass?: string;
   widgets?: ComfyWidget[];
+  graph?: ComfyGraph | null;
   subgraph?: ComfyGraph;
   size?: ArrayLike<number>;
   hideOutputImages?: boolean;
@@ -36,6 +36,8 @@ declare module "*/scripts/app.js" {
   export const app: {
     graph?: ComfyGraph;
     rootGraph?: ComfyGraph;
+    canvas?: { setDirty?(foreground: boolean, background?: boolean): void };
+    nodeOutputs?: Record<string, unknown>;
     extensionManager?: { workflow?: { activeWorkflow?: object | null } };
     registerExtension?(extension: {
       name: string;

@@ -212,3 +212,12 @@ test("a node has one player: the host's own finds its place taken, and ours play
   assert.deepEqual(node.panel.shown[0], [{ filename: "a.mp4", subfolder: "video", type: "output" }]);
   node.onExecuted(null);
 });
+
+test("a workflow that is opened again shows the file of its last run", () => {
+  page.open(workflow("a"));
+  page.app.nodeOutputs = { 5: { images: [{ filename: "b.mp4", subfolder: "", type: "output" }] } };
+  assert.equal(page.player().shown?.[0].length ?? 0, 0);
+  mock.timers.tick(1000);
+  assert.equal(page.player().shown[0][0].filename, "b.mp4");
+  page.app.nodeOutputs = undefined;
+});
