@@ -181,7 +181,11 @@ class Page:
 async def browse(page: Page, session: aiohttp.ClientSession) -> dict[str, Any]:
     await page.call("Page.enable")
     await page.call("Runtime.enable")
-    settings = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False}
+    settings = {
+        "Comfy.TutorialCompleted": True,
+        "Comfy.Workflow.ShowMissingModelsWarning": False,
+        "Comfy.VueNodes.Enabled": False,  # later front ends begin with it
+    }
     await session.post(f"http://{ADDRESS}/settings", json=settings)
     await visit(page, session)
     broken = await page.evaluate(HOST_LOADER)
