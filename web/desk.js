@@ -107,6 +107,7 @@ export class Desk {
   events = [];
   schedule = "";
   isHoldAsked = false;
+  isRerolled = false; // the held chunk is being made again
   isFinishAsked = false;
   /** @type {Message | null} */
   message = null;
@@ -142,7 +143,7 @@ export class Desk {
     };
     hold.onclick = () => (this.isHoldAsked ? this.#goOn() : this.#hold());
     goOn.onclick = () => this.#goOn();
-    reroll.onclick = () => this.#sendSeed("reroll", "for the last chunk once more");
+    reroll.onclick = () => this.#reroll();
     useSeed.onclick = () => this.#sendSeed("seed", "from the next chunk on");
     finish.onclick = () => this.#finish();
     stop.onclick = () => this.orders.stop();
@@ -154,7 +155,7 @@ export class Desk {
     this.sent = [];
     this.events = [];
     this.schedule = "";
-    this.isHoldAsked = this.isFinishAsked = false;
+    this.isHoldAsked = this.isRerolled = this.isFinishAsked = false;
   }
 
   /** @param {Message} message */
@@ -165,13 +166,16 @@ export class Desk {
     }
     if (message.schedule) this.schedule = message.schedule;
     if (message.state === "held") this.isHoldAsked = true;
-    if (/^the prompt was not taken/.test(message.text)) this.#giveBack();
+    else if (this.message?.state === "held") this.isHoldAsked = this.isRerolled; // the other attempt is held as well
+    if (message.state === "held") this.isRerolled = false;
+    if (/^the prompt was not taken/.test(message.text)) this.#giveBack(this.sent.at(-1));
   }
 
-  /** A prompt that the server could not read returns to the field, unless something else is written there. */
-  #giveBack() {
-    const refused = this.sent.pop();
+  /** A prompt that was not taken returns to the field, unless another is in it. @param {Sent} [refused] */
+  #giveBack(refused) {
+    this.sent = this.sent.filter((sent) => sent !== refused);
     if (refused && !this.parts.prompt.value) this.parts.prompt.value = refused.text;
+    this.#draw();
   }
 
   // ------------------------------------------------------------------- orders --
@@ -180,10 +184,11 @@ export class Desk {
     const text = prompt.value.trim();
     if (!text) return this.orders.fail("The prompt is empty; write what happens next.");
     const command = { action: "prompt", text, history: history.checked ? "recode" : "keep" };
-    if (!(await this.orders.act(command, "Prompt sent; the next chunk follows it."))) return;
-    if (prompt.value.trim() === text) prompt.value = "";
-    this.sent.push({ text, chunk: this.message?.chunk ?? 0 });
+    const sent = { text, chunk: this.message?.chunk ?? 0 };
+    this.sent = [...this.sent, sent]; // at once: the chunk that follows it may be quicker than the answer
+    prompt.value = "";
     this.#draw();
+    if (!(await this.orders.act(command, "Prompt sent; the next chunk follows it."))) this.#giveBack(sent);
   }
 
   async #hold() {
@@ -194,6 +199,11 @@ export class Desk {
   async #goOn() {
     if (await this.orders.act({ action: "go_on" }, "")) this.isHoldAsked = false;
     this.#draw();
+  }
+
+  async #reroll() {
+    this.isRerolled = true;
+    this.isRerolled = (await this.#sendSeed("reroll", "for the last chunk once more")) === true;
   }
 
   async #finish() {
