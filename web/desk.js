@@ -95,7 +95,7 @@ function build() {
     stop: button("stop", "", "Stop"),
     finish: button("finish", "", "Finish here"),
     copy: button("copy", "Copy what was sent as text for the node Prompt Schedule: it repeats this run.", COPY),
-    list: make("ol", { class: "selfforcing-list", "data-role": "sent", "data-capture-wheel": "true" }),
+    list: make("ol", { class: "selfforcing-list", "data-role": "sent" }),
   };
 }
 
@@ -126,7 +126,7 @@ export class Desk {
     this.log = box(
       "log",
       box("row", make("span", { class: "selfforcing-quiet" }, "Sent"), box("gap"), this.parts.copy),
-      list,
+      make("div", { class: "selfforcing-scroll", "data-capture-wheel": "true" }, list),
     );
     this.#listen();
     this.update(null, false);
@@ -297,7 +297,6 @@ export class Desk {
     const taken = this.events.map((event) => this.#event(event, fps));
     const waiting = this.sent.map((sent) => this.#waiting(sent));
     list.replaceChildren(...[...taken, ...waiting].map((entry) => make("li", {}, entry)));
-    requestAnimationFrame(() => (list.scrollTop = list.scrollHeight)); // once it has its height
   }
 
   /** @param {Happening} event @param {number} fps */
