@@ -155,7 +155,8 @@ export class Panel {
    * @param {WheelEvent} event
    */
   #keepWheel(event) {
-    const taker = event.target instanceof Element && event.target.closest(".selfforcing-scroll, dl, textarea, input[type=number]");
+    const taker =
+      event.target instanceof Element && event.target.closest(".selfforcing-scroll, dl, textarea, input[type=number]");
     if (!taker || event.ctrlKey) return;
     if (taker.scrollHeight > taker.clientHeight || taker === document.activeElement) event.stopPropagation();
   }
