@@ -136,7 +136,7 @@ class Page:
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self.socket, self.count = socket, 0
-        self.errors: list[str] = []  # what the page's scripts complained of
+        self.errors: list[str] = []
 
     async def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         self.count += 1
@@ -153,13 +153,11 @@ class Page:
                     return answer["result"]
 
     def _listen(self, event: dict[str, Any]) -> None:
+        """Note errors on whose stack there is a script of the pack; the front end has some of its own."""
         parameters = event.get("params", {})
-        if event.get("method") == "Runtime.exceptionThrown":
-            self.errors.append(json.dumps(parameters["exceptionDetails"])[:1000])
-        if event.get("method") == "Runtime.consoleAPICalled" and parameters["type"] == "error":
-            self.errors.append(
-                json.dumps([entry.get("description", entry.get("value")) for entry in parameters["args"]])
-            )
+        is_error = event.get("method") == "Runtime.exceptionThrown" or parameters.get("type") == "error"
+        if is_error and f"/extensions/{PACK}/" in (said := json.dumps(parameters)):
+            self.errors.append(said[:2000])
 
     async def evaluate(self, script: str) -> Any:
         found = await self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
@@ -266,7 +264,7 @@ async def visit(page: Page, session: aiohttp.ClientSession) -> None:
     await page.call("Page.navigate", url=f"http://{ADDRESS}/")
     await asyncio.sleep(1)
     await page.until(
-        "!!(window.app && window.app.graph && window.LiteGraph && document.querySelector('#graph-canvas'))"
+        "!!(window.LiteGraph && document.querySelector('#graph-canvas') && window.app?.canvas && window.app.graph)"
     )
     async with session.get(f"http://{ADDRESS}/object_info") as answer:
         known = json.dumps(list(await answer.json()))

@@ -150,7 +150,7 @@ def test_the_players_width_follows_the_node_while_the_side_panel_is_open(seen: d
         assert node - 32 <= player < node, (node, player)
 
 
-def test_no_script_of_the_page_complains(seen: dict[str, Any]) -> None:
+def test_no_script_of_the_pack_complains(seen: dict[str, Any]) -> None:
     assert seen["errors"] == []
 
 
