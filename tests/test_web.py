@@ -65,7 +65,9 @@ def test_the_players_types_agree_with_each_other_and_with_the_host(node: str, co
     assert done.returncode == 0, done.stdout[-5000:]
 
 
-@pytest.mark.parametrize("name", ["playback.js", "panel.js"])
+@pytest.mark.parametrize(
+    "name", ["playback.js", "panel.js", "desk.js", "elements.js", "film.js", "timeline.js", "words.js"]
+)
 def test_a_helper_module_does_nothing_when_the_host_imports_it(node: str, name: str) -> None:
     """The host's page imports every script of the folder. Node.js has no page: touching one would fail."""
     script = f"""

@@ -1,170 +1,184 @@
-/** The player's box on the page: the canvas, its controls, and the row that steers the run. No import of the host. */
+/** The player's box on the page: the picture, the line below it, what plays it, and the desk. No import of the host. */
 
+import { Desk } from "./desk.js";
+import { IconButton, box, clock, explain, make } from "./elements.js";
+import { Film } from "./film.js";
 import { Playback } from "./playback.js";
+import { Timeline } from "./timeline.js";
+import { ESTIMATE, NO_RUN, sayFigures, sayStatus } from "./words.js";
 
+/** @typedef {import("./desk.js").Command} Command */
 /** @typedef {import("./playback.js").Message} Message */
+/** @typedef {import("./playback.js").SavedFile} SavedFile */
 /**
  * @typedef {object} Host what the panel asks of ComfyUI
  * @property {(body: object) => Promise<Response>} post to the server's half of the player
  * @property {(promptId: string) => unknown} interrupt stop the prompt that is being executed
+ * @property {(file: SavedFile) => string} address where the server gives a file out
+ * @property {() => unknown} resized the player needs another height
  */
 
 const LOOK_AHEAD = 6; // bitmaps held: enough to hide a decoder's hiccup; each takes the size of a raw frame
-const MAX_SEED = Number.MAX_SAFE_INTEGER; // JSON numbers are exact up to here
-const NO_TEXT = "Nothing on the server can read a new prompt for this run; connect clip to the node.";
-/** Outlines on a 16 by 16 grid. */
-const ICONS = {
-  play: "M4 2.5v11l9-5.5z",
-  pause: "M4 3h3v10H4zM9 3h3v10H9z",
-  stop: "M3.5 3.5h9v9h-9z",
-  loop: "M4 4.2h6.5V2L14 5l-3.5 3V5.8H5.6V9H4zM12 11.8H5.5V14L2 11l3.5-3v2.2h4.9V7H12z",
-};
+const REPORT_MS = 500; // between two reports of the frame on screen
+const TALLEST = 560; // pixels of the picture: a narrow node with an upright video would grow out of the page
+const LIST_HEIGHT = 110; // pixels of the list of what was sent, with its heading; more where the node has room
+const IDLE = "The video plays here while it is made.";
+const FIRST = "The first chunk is being made.";
 
-/**
- * @template {keyof HTMLElementTagNameMap} Tag
- * @param {Tag} tag
- * @param {Record<string, string>} attributes
- * @param {(Node | string)[]} children
- * @returns {HTMLElementTagNameMap[Tag]}
- */
-function make(tag, attributes, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  element.append(...children);
-  return element;
-}
-
-/** @param {string} action @param {string} title @param {(Node | string)[]} children */
-function button(action, title, ...children) {
-  return make("button", { type: "button", "data-action": action, title, "aria-label": title }, ...children);
-}
-
-/** @param {keyof typeof ICONS} name */
-function icon(name) {
-  const [svg, path] = ["svg", "path"].map((tag) => document.createElementNS("http://www.w3.org/2000/svg", tag));
-  svg.setAttribute("viewBox", "0 0 16 16");
-  path.setAttribute("d", ICONS[name]);
-  svg.append(path);
-  return svg;
-}
-
-/** @param {Node[]} children */
-function row(...children) {
-  return make("div", { class: "selfforcing-row" }, ...children);
-}
-
-/** The parts of the player; those that never change are only in `element`. */
+/** The parts that the panel itself moves. */
 function build() {
-  const parts = {
+  return {
     canvas: make("canvas", { class: "selfforcing-canvas" }),
-    hint: make("div", { class: "selfforcing-hint" }),
-    play: button("play", "Play", icon("play")),
-    stop: button("stop", "Stop: end the run; what was received stays here.", icon("stop")),
-    loop: button("loop", "Loop: when the run is over, start again at the end.", icon("loop")),
-    scrub: make("input", {
-      type: "range", min: "0", max: "0", step: "1", "data-action": "scrub", "aria-label": "Position",
-      title: "The frames received so far; the oldest make room for new ones.",
-    }),
-    place: make("span", { class: "selfforcing-place", title: "Frame on screen / frames of the video" }),
+    hint: box("hint"),
+    figures: make("dl", { class: "selfforcing-figures", "data-role": "figures", "data-capture-wheel": "true" }),
+    play: new IconButton("play", "play", "Play"),
+    loop: new IconButton("loop", "loop", "Loop: start again at the end, when the run is over."),
+    sound: new IconButton("sound", "silent", "Sound"),
+    info: new IconButton("info", "figures", "Figures of this run"),
+    full: new IconButton("full", "full", "Full screen"),
+    place: make("span", { class: "selfforcing-place", "data-role": "place" }),
     status: make("div", { class: "selfforcing-status", "data-role": "status" }),
-    text: make("div", { class: "selfforcing-note", "data-role": "message" }),
-    error: make("div", { class: "selfforcing-error", "data-role": "error", role: "alert" }),
-    prompt: make("input", {
-      type: "text", "data-action": "prompt-text", "aria-label": "Prompt", placeholder: "What happens next",
-    }),
-    send: button("prompt", "", "Prompt"),
-    history: make("input", { type: "checkbox", "data-action": "history" }),
-    seed: make("input", {
-      type: "number", min: "0", max: String(MAX_SEED), step: "1", "data-action": "seed-value", "aria-label": "Seed",
-      placeholder: "random", title: `A whole number from 0 to ${MAX_SEED}; empty: a new one each time.`,
-    }),
-    useSeed: button("seed", "Take this seed from the next chunk on.", "Seed"),
-    hold: button("hold", "Wait after the chunk that is being made.", "Hold"),
-    goOn: button("go_on", "Make the next chunk.", "Go on"),
-    reroll: button("reroll", "While held: make the last chunk once more, with this seed.", "Re-roll"),
+    text: make("span", { "data-role": "message" }),
+    files: make("span", { "data-role": "files" }),
+    error: make("span", { class: "selfforcing-error", "data-role": "error", role: "alert" }),
   };
-  const { canvas, hint, play, stop, loop, scrub, place, status, text, error } = parts;
-  const title = "On: the frames so far are read again under the new prompt. Off: they are kept, the change is slower.";
-  parts.history.checked = true;
-  const steering = make(
-    "div",
-    { class: "selfforcing-steering" },
-    row(parts.prompt, make("label", { title }, parts.history, "rewrite history"), parts.send),
-    row(parts.seed, parts.useSeed, parts.hold, parts.goOn, parts.reroll),
-  );
-  const element = make(
-    "div",
-    { class: "selfforcing-player" },
-    make("div", { class: "selfforcing-screen" }, canvas, hint),
-    row(play, stop, loop, scrub, place),
-    status,
-    text,
-    error,
-    steering,
-  );
-  return { ...parts, steering, element };
 }
 
 /** One player: owns its element, its frames and its animation frame; dispose() lets go of all. */
 export class Panel {
   playback = new Playback();
+  /** @type {Film | null} the written file, once the run is over and the browser can play it */
+  film = null;
   former = ""; // the run before; its late messages are not a new run
   /** Messages are handled one after the other, each when the pictures of the one before are decoded. */
   queue = Promise.resolve();
   /** @type {Map<Blob, ImageBitmap | null>} the pictures due next; null: being decoded */
   bitmaps = new Map();
-  /** @type {Blob | undefined} the picture on the canvas */
+  /** @type {Blob | Film | undefined} what the picture on the canvas is of */
   drawn;
   animation = 0;
   disposed = false;
-  dragging = false;
   note = ""; // what the user's last action led to; gone with the next chunk
   told = ""; // the server's last line; it comes in one message only
+  estimate = ""; // its line of what the run will take
+  /** @type {SavedFile[]} */
+  files = [];
+  canReport = true; // servers of earlier versions do not know what is done with it
+  reported = { frame: -1, at: -Infinity };
+  /** @type {ReturnType<typeof setTimeout> | undefined} */
+  reporting;
+  ratio = 0;
+  fps = 16; // of the files
+  /** @type {Film | undefined} the file that was gone on in */
+  entered;
   parts = build();
 
-  /** @param {Host} host */
-  constructor(host) {
+  /** @param {Host} host @param {string} sheet address of player.css */
+  constructor(host, sheet) {
     this.host = host;
+    this.timeline = new Timeline((frame) => this.#seek(frame));
+    this.desk = new Desk({
+      act: (command, done) => this.#act(command, done),
+      fail: (error) => this.#fail(error),
+      stop: () => this.#try(async () => this.host.interrupt(this.playback.message?.promptId ?? "")),
+      seek: (frame) => this.#seek(frame),
+    });
+    const { canvas, hint, figures, play, loop, sound, info, full, place, status, text, files, error } = this.parts;
+    this.screen = box("screen", canvas, hint, figures);
+    const keys = box("row", play.element, loop.element, sound.element, place, box("gap"), info.element, full.element);
+    const words = box("words", status, box("note", text, files, error));
+    this.stack = box("stack", this.screen, this.timeline.element, keys, words, this.desk.controls);
+    // The sheet lies in the player itself: nothing of the page that is not its own is touched.
+    const link = make("link", { rel: "stylesheet", href: sheet });
+    this.element = box("player", link, this.stack, this.desk.log);
+    this.observer = typeof ResizeObserver === "undefined" ? null : new ResizeObserver(() => this.host.resized());
+    this.observer?.observe(this.stack);
+    figures.hidden = true;
+    this.setSize(16, 9);
     this.#listen();
     this.#refresh();
   }
 
-  get element() {
-    return this.parts.element;
+  /** The run that is watched can still be steered. */
+  get running() {
+    return this.playback.message !== null && !this.playback.over;
+  }
+
+  /** Whether there is neither a run nor a file. */
+  get isEmpty() {
+    return this.playback.message === null && !this.film;
+  }
+
+  /** What gives the picture. */
+  get source() {
+    return this.film?.isReady ? this.film : this.playback;
+  }
+
+  /** The pixels that the player needs in a node where it is `width` wide. @param {number} width */
+  minHeight(width) {
+    const rest = this.stack.offsetHeight - this.screen.offsetHeight;
+    const list = this.desk.log.hidden ? 0 : LIST_HEIGHT;
+    return Math.ceil(Math.min(width / this.ratio, TALLEST) + (rest > 0 ? rest : 190) + list);
+  }
+
+  /** The picture's ratio. @param {number} width @param {number} height in whatever unit */
+  setSize(width, height) {
+    if (!(width > 0 && height > 0)) return;
+    const ratio = width / height;
+    if (ratio === this.ratio) return;
+    this.ratio = ratio;
+    this.screen.style.setProperty("--selfforcing-ratio", String(ratio));
+    this.host.resized();
   }
 
   #listen() {
-    const { play, loop, stop, scrub, send, prompt, useSeed, reroll, hold, goOn, seed } = this.parts;
-    play.onclick = () => (this.playback.playing ? this.playback.pause() : this.playback.play(), this.#refresh());
-    loop.onclick = () => ((this.playback.loop = !this.playback.loop), this.#refresh());
-    stop.onclick = () => this.#try(async () => this.host.interrupt(this.playback.message?.promptId ?? ""));
-    scrub.oninput = () => {
-      this.dragging = true;
-      this.playback.seek(scrub.valueAsNumber);
-      this.#refresh();
-    };
-    scrub.onchange = () => ((this.dragging = false), this.#refresh());
-    send.onclick = () => this.#sendPrompt();
-    prompt.onkeydown = (event) => {
-      // Enter also ends the composition of a character; that one sends nothing.
-      if (event.key === "Enter" && !event.isComposing) this.#sendPrompt();
-    };
-    useSeed.onclick = () => this.#sendSeed("seed", "from the next chunk on");
-    reroll.onclick = () => this.#sendSeed("reroll", "for the last chunk once more");
-    hold.onclick = () => this.#act({ action: "hold" }, "Holds after this chunk.");
-    goOn.onclick = () => this.#act({ action: "go_on" }, "");
+    const { play, loop, sound, info, full, figures } = this.parts;
+    play.element.onclick = this.screen.onclick = () => this.#playOrPause();
+    loop.element.onclick = () => ((this.source.loop = !this.source.loop), this.#refresh());
+    sound.element.onclick = () => this.film && (this.film.element.muted = !this.film.element.muted);
+    info.element.onclick = () => ((figures.hidden = !figures.hidden), this.#refresh());
+    figures.onclick = (event) => event.stopPropagation();
+    full.element.onclick = this.screen.ondblclick = () => this.#try(() => this.#fullScreen());
+    this.element.addEventListener("fullscreenchange", () => this.#refresh());
     // The canvas below has shortcuts on plain keys and drags nodes; what is meant for a control ends here.
     for (const type of ["keydown", "keyup", "keypress", "pointerdown", "mousedown", "dblclick", "copy", "paste", "cut"])
       this.element.addEventListener(type, (event) => {
-        const control = event.target instanceof Element && event.target.closest("input, button, label");
+        const control = event.target instanceof Element && event.target.closest("input, textarea, button, label, a");
         const shortcut = event instanceof KeyboardEvent && control instanceof HTMLButtonElement;
         if (control && !(shortcut && ![" ", "Enter"].includes(event.key))) event.stopPropagation();
       });
-    seed.addEventListener("wheel", (event) => {
-      if (document.activeElement === seed) event.stopPropagation(); // it counts; the canvas would zoom as well
-    });
+    this.element.addEventListener("wheel", (event) => this.#keepWheel(event));
   }
 
+  /**
+   * A list that can be scrolled and a field that counts take the wheel; elsewhere it is the canvas' own.
+   * @param {WheelEvent} event
+   */
+  #keepWheel(event) {
+    const taker =
+      event.target instanceof Element && event.target.closest(".selfforcing-scroll, dl, textarea, input[type=number]");
+    if (!taker || event.ctrlKey) return;
+    if (taker.scrollHeight > taker.clientHeight || taker === document.activeElement) event.stopPropagation();
+  }
+
+  #playOrPause() {
+    if (this.source.playing) this.source.pause();
+    else this.source.play();
+    this.#refresh();
+  }
+
+  async #fullScreen() {
+    if (document.fullscreenElement === this.element) await document.exitFullscreen();
+    else await this.element.requestFullscreen();
+  }
+
+  /** @param {number} frame */
+  #seek(frame) {
+    this.source.seek(frame);
+    this.#refresh();
+  }
+
+  // ------------------------------------------------------- from the server --
   /**
    * Take a message of the server: decode its pictures, put them in the buffer, and acknowledge it.
    * @param {Message} message
@@ -186,25 +200,43 @@ export class Panel {
       bitmap?.close();
     }
     if (this.disposed) return;
-    const { run, number } = message;
-    // A lost answer needs no words: the server sends less, and the next one makes up for it.
-    if (number !== null) this.#post({ run, action: "ack", number }).catch(() => {});
+    this.#acknowledge(message);
     if (message.run === this.former) return;
     if (message.run !== this.playback.run) this.#begin(message.run);
     const last = this.playback.message;
-    if (message.text || last?.chunk !== message.chunk || last.state !== message.state) this.note = "";
-    if (message.text) this.told = message.text;
+    if (last?.chunk !== message.chunk || last.state !== message.state) this.note = "";
+    this.#hear(message.text);
+    this.desk.receive(message);
     this.playback.receive(message, frames);
+    if (message.files.length) this.showFiles(message.files, message.fps);
     this.#refresh();
+  }
+
+  /** @param {string} text the server's line for the user, or "" */
+  #hear(text) {
+    if (ESTIMATE.test(text)) this.estimate = text;
+    else if (text) [this.told, this.note] = [text, ""];
+  }
+
+  /** A lost answer needs no words: the server sends less, and the next one makes up for it. @param {Message} message */
+  #acknowledge({ run, number }) {
+    if (number === null) return;
+    const shown = run === this.playback.run ? this.playback.shown() : null;
+    this.#post({ run, action: "ack", number, ...(shown === null ? {} : { shown }) }).catch(() => {});
   }
 
   /** @param {string} run */
   #begin(run) {
     this.former = this.playback.run;
-    const { loop } = this.playback;
+    const { loop } = this.source;
+    this.#leaveFilm();
+    this.#clear();
     this.playback = Object.assign(new Playback(run), { loop });
+    this.desk.begin();
+    this.files = [];
+    this.reported = { frame: -1, at: -Infinity };
     this.#fail("");
-    this.told = "";
+    this.told = this.estimate = "";
   }
 
   /** The host says that the prompt ended, in whatever way. @param {unknown} promptId */
@@ -213,20 +245,64 @@ export class Panel {
     this.queue = this.queue.then(() => {
       if (this.disposed || !promptId || this.playback.message?.promptId !== promptId) return;
       this.playback.finish();
+      this.#openFilm();
       this.#refresh();
     });
+  }
+
+  /**
+   * Name the files of the run and, when it is over, play the first of them, which has every frame.
+   * @param {SavedFile[]} files
+   * @param {number} fps
+   */
+  showFiles(files, fps) {
+    if (this.disposed || !files.length) return;
+    this.files = files;
+    this.fps = fps > 0 ? fps : this.fps;
+    this.#openFilm();
+    this.#refresh();
+  }
+
+  #openFilm() {
+    if (this.running || !this.files.length) return;
+    const url = this.host.address(this.files[0]);
+    if (this.film?.url === url) return;
+    this.#leaveFilm();
+    // Where the browser cannot play the file, the frames that were received stay.
+    this.film = new Film(url, this.fps, () => (this.film?.isReady ? this.#enterFilm(this.film) : undefined));
+  }
+
+  /** Go on in the file where the frames are. @param {Film} film */
+  #enterFilm(film) {
+    if (this.entered !== film) {
+      this.entered = film;
+      const { playback } = this;
+      film.loop = playback.loop;
+      this.setSize(film.element.videoWidth, film.element.videoHeight);
+      film.seek(playback.ended ? film.end - 1 : playback.position);
+      if (playback.playing && playback.length) film.play();
+    }
+    this.#refresh();
+  }
+
+  #leaveFilm() {
+    this.film?.dispose();
+    this.film = null;
   }
 
   dispose() {
     this.disposed = true;
     cancelAnimationFrame(this.animation);
+    clearTimeout(this.reporting);
+    this.observer?.disconnect();
+    this.#leaveFilm();
     for (const bitmap of this.bitmaps.values()) bitmap?.close();
     this.bitmaps.clear();
     this.playback = new Playback(); // the host may keep the element
   }
 
   // ------------------------------------------------------------ to the server --
-  /** @param {{run: string, action: string} & Record<string, unknown>} body @returns {Promise<string>} error or "" */
+  /** @param {{run: string} & Command} body @returns {Promise<string>} error or "" */
   async #post(body) {
     const answer = await this.host.post(body);
     if (answer.ok) return "";
@@ -239,14 +315,21 @@ export class Panel {
     return reason || `The server answered ${answer.status} ${answer.statusText}`;
   }
 
-  /** @param {{action: string} & Record<string, unknown>} body @param {string} done what to say when it is accepted */
-  #act(body, done) {
-    return this.#try(async () => {
-      const error = await this.#post({ run: this.playback.run, ...body });
+  /**
+   * @param {Command} command
+   * @param {string} done what to say when it is accepted
+   * @returns {Promise<boolean>} whether it is
+   */
+  async #act(command, done) {
+    let isTaken = false;
+    await this.#try(async () => {
+      const error = await this.#post({ run: this.playback.run, ...command });
+      isTaken = !error;
       this.#fail(error);
-      if (!error) [this.note, this.told] = [done, ""];
+      if (isTaken) [this.note, this.told] = [done, ""];
       this.#refresh();
     });
+    return isTaken;
   }
 
   /** What goes wrong is said in the player. @param {() => Promise<unknown>} action */
@@ -264,20 +347,21 @@ export class Panel {
     if (error) this.parts.text.textContent = this.note = "";
   }
 
-  #sendPrompt() {
-    const text = this.parts.prompt.value.trim();
-    if (!text) return this.#fail("The prompt is empty; write what happens next.");
-    const history = this.parts.history.checked ? "recode" : "keep";
-    return this.#act({ action: "prompt", text, history }, "Prompt sent; the next chunk follows it.");
-  }
-
-  /** @param {"seed" | "reroll"} action @param {string} when */
-  #sendSeed(action, when) {
-    const { value, validity } = this.parts.seed;
-    const seed = value === "" ? Math.floor(Math.random() * 2 ** 32) : Number(value);
-    if (validity.badInput || !Number.isSafeInteger(seed) || seed < 0)
-      return this.#fail(`A seed is a whole number from 0 to ${MAX_SEED}.`);
-    return this.#act({ action, seed }, `Seed ${seed} ${when}.`);
+  /** Tell the server which frame is on screen: it waits where too much is made ahead. */
+  #report() {
+    clearTimeout(this.reporting);
+    const frame = this.playback.shown();
+    if (!this.canReport || !this.running || frame === null || frame === this.reported.frame) return;
+    const rest = this.reported.at + REPORT_MS - performance.now();
+    if (rest > 0) {
+      this.reporting = setTimeout(() => this.#report(), rest); // also when the picture stands still by then
+      return;
+    }
+    this.reported = { frame, at: performance.now() };
+    const refused = /** @param {string} error */ (error) => {
+      if (/^action 'shown' is unknown/.test(error)) this.canReport = false;
+    };
+    this.#post({ run: this.playback.run, action: "shown", frame }).then(refused, () => {});
   }
 
   // -------------------------------------------------------------- to the page --
@@ -285,14 +369,22 @@ export class Panel {
   #refresh() {
     if (this.disposed) return;
     cancelAnimationFrame(this.animation);
-    const now = performance.now();
-    if (!this.dragging) this.playback.tick(now);
-    this.#draw();
+    const { source, timeline } = this;
+    if (!timeline.isDragged) source.tick(performance.now());
+    if (source instanceof Film) this.#drawFilm(source);
+    else this.#drawFrames();
+    this.#report();
     this.#controls();
-    if (this.playback.moving && !this.dragging) this.animation = requestAnimationFrame(() => this.#refresh());
+    if (source.moving && !timeline.isDragged) this.animation = requestAnimationFrame(() => this.#refresh());
   }
 
-  #draw() {
+  /** @param {Film} film */
+  #drawFilm(film) {
+    this.#paint(film.element, film.element.videoWidth, film.element.videoHeight);
+    this.drawn = film;
+  }
+
+  #drawFrames() {
     const due = this.playback.ahead(LOOK_AHEAD).map((frame) => frame.picture);
     for (const [picture, bitmap] of this.bitmaps)
       if (!due.includes(picture)) {
@@ -302,11 +394,24 @@ export class Panel {
     for (const picture of due) if (!this.bitmaps.has(picture)) this.#decode(picture);
     const bitmap = due.length ? this.bitmaps.get(due[0]) : null;
     if (!bitmap || this.drawn === due[0]) return; // the previous picture stays until this one is decoded
-    const { canvas } = this.parts;
-    if (canvas.width !== bitmap.width) canvas.width = bitmap.width;
-    if (canvas.height !== bitmap.height) canvas.height = bitmap.height;
-    canvas.getContext("2d")?.drawImage(bitmap, 0, 0);
+    this.setSize(bitmap.width, bitmap.height);
+    this.#paint(bitmap, bitmap.width, bitmap.height);
     this.drawn = due[0];
+  }
+
+  /** @param {CanvasImageSource} picture @param {number} width @param {number} height */
+  #paint(picture, width, height) {
+    const { canvas } = this.parts;
+    if (canvas.width !== width) canvas.width = width;
+    if (canvas.height !== height) canvas.height = height;
+    canvas.getContext("2d")?.drawImage(picture, 0, 0);
+  }
+
+  /** No picture, as before the first run: that of another one would be taken for this one's. */
+  #clear() {
+    const { canvas } = this.parts;
+    this.drawn = undefined;
+    canvas.getContext("2d")?.clearRect(0, 0, canvas.width, canvas.height);
   }
 
   /** @param {Blob} picture */
@@ -324,79 +429,78 @@ export class Panel {
   }
 
   #controls() {
-    const { playback, parts } = this;
-    const { message } = playback;
-    const running = message !== null && !playback.over;
-    const held = running && message.state === "held";
-    const shown = playback.shown();
-    this.#playButton(playback.playing ? "pause" : "play");
-    parts.play.disabled = parts.scrub.disabled = !playback.length;
-    parts.stop.disabled = !running;
-    parts.loop.setAttribute("aria-pressed", String(playback.loop));
+    const { source, parts, desk, running } = this;
+    const { message } = this.playback;
+    const marks = desk.events;
+    const { first, end, total, position } = source;
+    const fps = source instanceof Film ? source.fps : (message?.fps ?? 16);
+    this.timeline.draw({ first, end, total, position, fps, marks });
+    this.#keys(fps);
     parts.hint.hidden = this.drawn !== undefined;
-    parts.hint.textContent = running ? "The first chunk is being made." : "The video plays here while it is made.";
-    parts.scrub.min = String(playback.first);
-    parts.scrub.max = String(Math.max(playback.end - 1, playback.first));
-    if (!this.dragging) parts.scrub.value = String(shown ?? 0);
-    parts.place.textContent = shown === null ? "" : `${shown + 1} / ${message?.numFrames || playback.end}`;
+    parts.hint.textContent = running ? FIRST : IDLE;
     parts.text.textContent = this.note || this.told;
-    this.#words(this.#told());
-    parts.steering.hidden = !running;
-    const canPrompt = message?.canPrompt ?? false;
-    parts.prompt.disabled = parts.send.disabled = parts.history.disabled = !canPrompt;
-    parts.send.title = canPrompt ? "The next chunk follows this prompt (Enter)." : NO_TEXT;
-    parts.prompt.title = canPrompt ? "A prompt for what comes next; Enter sends it." : NO_TEXT;
-    parts.hold.disabled = held;
-    parts.reroll.disabled = !held;
+    this.#sayFiles();
+    this.#say(parts.status, this.#status());
+    if (!parts.figures.hidden) this.#sayFigures();
+    desk.update(message, running);
   }
 
-  /** @param {"play" | "pause"} action what a click will do */
-  #playButton(action) {
-    const { play } = this.parts;
-    const title = action === "play" ? "Play" : "Pause";
-    if (play.title === title && play.dataset.action === action) return; // an open tooltip would close
-    Object.assign(play, { title, ariaLabel: title }).dataset.action = action;
-    play.replaceChildren(icon(action));
+  /** @param {number} fps */
+  #keys(fps) {
+    const { source, parts, film } = this;
+    const { play, loop, sound, info, full, place } = parts;
+    const plays = source.playing && source.length > 0;
+    play.show(plays ? "pause" : "play", plays ? "Pause" : "Play");
+    play.element.dataset.action = plays ? "pause" : "play";
+    play.element.disabled = !source.length;
+    loop.element.setAttribute("aria-pressed", String(source.loop));
+    info.element.setAttribute("aria-pressed", String(!parts.figures.hidden));
+    sound.element.hidden = !film?.isReady;
+    if (film) sound.show(film.element.muted ? "silent" : "sound", film.element.muted ? "Sound on" : "Sound off");
+    full.show("full", document.fullscreenElement === this.element ? "Leave full screen" : "Full screen");
+    const shown = source.shown();
+    place.textContent = shown === null ? "" : `${clock(source.position / fps)} / ${clock(source.total / fps)}`;
+    explain(place, shown === null ? "" : `Frame ${shown + 1} of ${source.total}`);
   }
 
-  /** The status line's parts, each with the sentence that explains it. @returns {[string, string][]} */
-  #told() {
-    const { playback } = this;
-    const { message } = playback;
-    if (!message) return [];
-    const { fps, firstFrameSeconds, realTime, shareOfLimit } = message.stats;
-    /** @type {[string, string][]} */
-    const told = [];
-    if (playback.over && (message.state !== "done" || message.chunk < message.numChunks)) told.push(["stopped", "The run ended before the video was whole."]);
-    else if (message.state === "held") told.push(["held", "The run waits for Go on or Re-roll."]);
-    else if (playback.waiting && playback.playing)
-      told.push(["waiting", "All that was received has been shown; it goes on with the next chunk."]);
-    told.push([
-      `chunk ${message.chunk} of ${message.numChunks || "?"}`,
-      "Chunks finished: the parts of the video that are made one after the other.",
-    ]);
-    if (fps !== null) told.push([`${fps.toFixed(1)} FPS generated`, "Video frames made per second."]);
-    if (firstFrameSeconds !== null)
-      told.push([`first frame ${firstFrameSeconds.toFixed(1)} s`, "From the start of the run to its first picture."]);
-    if (realTime !== null)
-      told.push([
-        `${Math.round(realTime * 100)} % of real time`,
-        `Speed of making over speed of playing (${message.fps} frames per second); from 100 % on it never waits.`,
-      ]);
-    if (shareOfLimit !== null)
-      told.push([
-        `${Math.round(shareOfLimit * 100)} % of the limit`,
-        "Of the frames per second that this device can reach at most: its own speed of products and copies, measured once.",
-      ]);
-    return told;
-  }
-
-  /** @param {[string, string][]} told */
-  #words(told) {
+  /** @param {HTMLElement} line @param {[string, string][]} told words, each with the sentence that explains them */
+  #say(line, told) {
     const text = told.map(([words]) => words).join(" · ");
-    if (text === this.parts.status.textContent) return;
-    this.parts.status.replaceChildren(
+    if (text === line.textContent) return;
+    line.replaceChildren(
       ...told.flatMap(([words, title], place) => [place ? " · " : "", make("span", { title }, words)]),
     );
+  }
+
+  #sayFiles() {
+    const { files } = this.parts;
+    const [named, key] = [this.running ? [] : this.files, JSON.stringify(this.running ? [] : this.files)];
+    if (files.dataset.key === key) return;
+    files.dataset.key = key;
+    const links = named.map((file) => {
+      const path = [file.subfolder, file.filename].filter(Boolean).join("/");
+      const href = this.host.address(file);
+      return make("a", { href, target: "_blank", rel: "noopener", title: `Open ${file.type}/${path}` }, file.filename);
+    });
+    files.replaceChildren(...links.flatMap((link, place) => [place ? ", " : "File: ", link]));
+  }
+
+  /** @returns {import("./words.js").Told[]} */
+  #status() {
+    const { over, started, waiting, playing, end, position, message } = this.playback;
+    if (!message) return this.film ? [] : [NO_RUN];
+    const { isHoldAsked, isFinishAsked } = this.desk;
+    const secondsAhead = started && !waiting ? Math.max(end - position, 0) / message.fps : null;
+    return sayStatus(message, { over, isDry: waiting && playing, secondsAhead, isHoldAsked, isFinishAsked });
+  }
+
+  #sayFigures() {
+    const { figures } = this.parts;
+    const told = sayFigures(this.playback.message, this.estimate);
+    const key = JSON.stringify(told);
+    if (figures.dataset.key === key) return;
+    figures.dataset.key = key;
+    const rows = told.flatMap(([name, value, title]) => [make("dt", { title }, name), make("dd", { title }, value)]);
+    figures.replaceChildren(...rows);
   }
 }

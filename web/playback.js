@@ -6,6 +6,17 @@
 
 /** @typedef {{index: number, picture: Blob}} Frame */
 /**
+ * @typedef {object} Happening what was done by hand, with the chunk that it first holds for
+ * @property {"prompt" | "seed" | "reroll"} kind
+ * @property {number} chunk from 0
+ * @property {number} frame that chunk's first
+ * @property {number} seconds of the video before that frame
+ * @property {string} text the prompt, shortened by the server
+ * @property {string} history what became of the frames before it: "recode", "keep"
+ * @property {number | null} seed
+ */
+/** @typedef {{filename: string, subfolder: string, type: string}} SavedFile in the words of ComfyUI's /view */
+/**
  * @typedef {object} Message one event of the server, checked
  * @property {string} run one execution of one node
  * @property {string} promptId
@@ -13,7 +24,8 @@
  * @property {string} workflow the id of the workflow that queued the run; "": unknown
  * @property {string} tab that workflow in the words of the page that queued it; "": unknown
  * @property {number | null} number of the message within the run; null: nothing to acknowledge
- * @property {"sampling" | "held" | "done"} state
+ * @property {"sampling" | "held" | "ahead" | "done"} state "ahead": waits until more of it was watched
+ * @property {"whole" | "early" | "stopped" | null} ending how a run ended; null: it has not, or nothing is known
  * @property {number} chunk finished chunks
  * @property {number} numChunks 0: unknown
  * @property {number} numFrames of the whole video; 0: unknown
@@ -22,6 +34,12 @@
  * @property {number | null} again forget what was received from this frame on
  * @property {{fps: number | null, firstFrameSeconds: number | null, realTime: number | null,
  *   shareOfLimit: number | null}} stats
+ * @property {number | null} ahead seconds made and not yet shown when the message was sent; null: unknown
+ * @property {number | null} pace at most so many seconds are made ahead; null: without limit
+ * @property {Happening[] | null} events all that was done by hand, in order; null from servers that do not tell
+ * @property {string} schedule Prompt Schedule text that repeats the run so far; "": not in this message
+ * @property {SavedFile[]} files that were written; in the last message
+ * @property {boolean} canFinish whether the server can end the run in an orderly way before its time
  * @property {boolean} canPrompt
  * @property {string} text a line for the user
  */
@@ -29,6 +47,9 @@
 export const MAX_FRAMES = 2000; // two minutes at 16 frames per second
 const MAX_INDEX = 1e7; // a week at 16 frames per second
 const MAX_TEXT = 500;
+const MAX_SCHEDULE = 1e6; // letters: a hundred prompts of the greatest length
+const MAX_EVENTS = 2000;
+const MAX_FILES = 100;
 // A page in the background gets no animation frames. Its player stands still instead of leaping ahead on return.
 const MAX_STEP_MS = 250;
 
@@ -42,9 +63,46 @@ function measure(value) {
   return typeof value === "number" && value >= 0 && value < 1e6 ? value : null;
 }
 
-/** @param {unknown} value */
-function line(value) {
-  return typeof value === "string" ? value.slice(0, MAX_TEXT) : "";
+/** @param {unknown} value @param {number} top */
+function line(value, top = MAX_TEXT) {
+  return typeof value === "string" ? value.slice(0, top) : "";
+}
+
+/**
+ * @template {string} Name
+ * @param {unknown} value
+ * @param {readonly Name[]} names
+ * @returns {Name | null}
+ */
+function oneOf(value, names) {
+  return names.find((name) => name === value) ?? null;
+}
+
+/** The entries of a list that are objects. @param {unknown} list @param {number} top */
+function records(list, top) {
+  const found = (Array.isArray(list) ? list.slice(0, top) : []).filter((each) => typeof each === "object" && each);
+  return /** @type {Record<string, unknown>[]} */ (found);
+}
+
+/** @param {Record<string, unknown>} given @returns {Happening[]} one, or none where it says too little */
+function happening(given) {
+  const kind = oneOf(given.kind, /** @type {const} */ (["prompt", "seed", "reroll"]));
+  const frame = count(given.frame, MAX_INDEX);
+  if (!kind || frame === null) return [];
+  const [chunk, seconds] = [count(given.chunk, MAX_INDEX) ?? 0, measure(given.seconds) ?? 0];
+  const seed = count(given.seed, Number.MAX_SAFE_INTEGER);
+  return [{ kind, chunk, frame, seconds, text: line(given.text), history: line(given.history), seed }];
+}
+
+/** @param {unknown} files @returns {SavedFile[]} */
+export function readFiles(files) {
+  return records(files, MAX_FILES)
+    .map(({ filename, subfolder, type }) => ({
+      filename: line(filename),
+      subfolder: line(subfolder),
+      type: line(type) || "output",
+    }))
+    .filter(({ filename }) => filename);
 }
 
 /** @param {unknown} base64 @returns {Blob | null} null where it is not base64 */
@@ -89,7 +147,8 @@ export function readMessage(detail) {
     workflow: line(given.workflow),
     tab: line(given.tab),
     number: count(given.number, Number.MAX_SAFE_INTEGER),
-    state: given.state === "held" || given.state === "done" ? given.state : "sampling",
+    state: oneOf(given.state, /** @type {const} */ (["held", "ahead", "done"])) ?? "sampling",
+    ending: oneOf(given.ending, /** @type {const} */ (["whole", "early", "stopped"])),
     chunk: count(given.chunk, MAX_INDEX) ?? 0,
     numChunks: count(given.num_chunks, MAX_INDEX) ?? 0,
     numFrames,
@@ -102,6 +161,12 @@ export function readMessage(detail) {
       realTime: measure(stats.real_time),
       shareOfLimit: measure(stats.share_of_limit),
     },
+    ahead: measure(given.ahead),
+    pace: measure(given.pace),
+    events: Array.isArray(given.events) ? records(given.events, MAX_EVENTS).flatMap(happening) : null,
+    schedule: line(given.schedule, MAX_SCHEDULE),
+    files: readFiles(given.files),
+    canFinish: given.can_finish === true,
     canPrompt: given.can_prompt === true,
     text: line(given.message),
   };
@@ -135,9 +200,16 @@ export class Playback {
     return this.#order[0] ?? 0;
   }
 
-  /** Behind the last frame: where it has been shown for its time. */
+  /** Behind the last frame: where it has been shown for its time. That of frames left out at the end is filled too. */
   get end() {
-    return this.#order.length ? this.#order[this.#order.length - 1] + 1 : 0;
+    const { chunk = 0, numChunks = 0, numFrames = 0 } = this.message ?? {};
+    const received = this.#order.length ? this.#order[this.#order.length - 1] + 1 : 0;
+    return received && this.over && numChunks && chunk === numChunks ? Math.max(numFrames, received) : received;
+  }
+
+  /** Frames of the whole video, as far as that is known. */
+  get total() {
+    return this.over && this.length ? this.end : Math.max(this.message?.numFrames ?? 0, this.end);
   }
 
   get length() {

@@ -3,15 +3,17 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { Panel } from "./panel.js";
-import { readMessage } from "./playback.js";
+import { readFiles, readMessage } from "./playback.js";
 
 const NODES = ["SelfForcingStreamSampler", "SelfForcingStreamToFile"];
 const EVENT = "selfforcing.live";
 const ROUTE = "/selfforcing/live";
 const ENDS = ["execution_success", "execution_error", "execution_interrupted"];
-const MIN_HEIGHT = 310; // that of player.css and the margins that the host puts around it
+const MARGIN = 10; // pixels that the classic canvas puts around a widget
+const SHEET = new URL("player.css", import.meta.url).href;
 const TAB = "selfforcing_tab"; // where the server finds which of the open workflows queued a run
 const NO_ID = "00000000-0000-0000-0000-000000000000"; // of a graph until it is loaded from a workflow
+const OUTPUTS_MS = 1000;
 const AGAIN_MS = 100;
 const AGAIN_AT_MOST = 100; // ten seconds
 
@@ -40,9 +42,15 @@ const host = {
   post: async (body) => {
     if (!api.fetchApi) throw new Error("This front end cannot send to its server.");
     const headers = { "Content-Type": "application/json" };
-    return api.fetchApi(ROUTE, { method: "POST", headers, body: JSON.stringify(body) });
+    const signed = { ...body, client: api.clientId }; // the server obeys the page alone that queued the run
+    return api.fetchApi(ROUTE, { method: "POST", headers, body: JSON.stringify(signed) });
   },
   interrupt: (promptId) => api.interrupt?.(promptId || null),
+  address: (file) => {
+    const route = `/view?${new URLSearchParams(file)}`;
+    return api.apiURL?.(route) ?? route;
+  },
+  resized: () => app.canvas?.setDirty?.(true, true),
 };
 
 function rootGraph() {
@@ -125,20 +133,65 @@ function onEnd(event) {
   for (const panel of panels.values()) panel.finish(detail?.prompt_id);
 }
 
+/** The value of a node's number widget; NaN where there is none. @param {ComfyNode} node @param {string} name */
+function numberOf(node, name) {
+  return Number(node.widgets?.find((widget) => widget.name === name)?.value ?? NaN);
+}
+
+/** Until there is a picture, the screen has the node's own ratio. @param {ComfyNode} node @param {Panel} panel */
+function shape(node, panel) {
+  if (panel.isEmpty) panel.setSize(numberOf(node, "width"), numberOf(node, "height"));
+}
+
 /** @param {ComfyNode} node */
 function addPlayer(node) {
   if (!node.addDOMWidget) return;
-  const panel = new Panel(host);
-  // The first flag keeps the widget out of prompts, the second out of saved workflows.
-  const options = { serialize: false, hideOnZoom: false, getMinHeight: () => MIN_HEIGHT };
+  const panel = new Panel(host, SHEET);
+  const getMinHeight = () => {
+    shape(node, panel);
+    return panel.minHeight((node.size?.[0] ?? 0) - 2 * MARGIN) + 2 * MARGIN;
+  };
+  // serialize: not in prompts. hideInPanel: the side panel would set a width that then stays.
+  const options = { serialize: false, hideOnZoom: false, hideInPanel: true, getMinHeight };
   const widget = node.addDOMWidget("live_player", "SELFFORCING_PLAYER", panel.element, options);
-  Object.assign(widget, { serialize: false, beforeQueued: sign });
+  Object.assign(widget, { serialize: false, beforeQueued: sign }); // not in saved workflows either
   panels.set(node, panel);
-  const { onRemoved } = node;
+  keepOnePlayer(node);
+  const { onRemoved, onExecuted } = node;
   node.onRemoved = function () {
     removePlayer(node);
     return onRemoved?.apply(this);
   };
+  node.onExecuted = function (output) {
+    showOutput(node, output);
+    return onExecuted?.call(this, output);
+  };
+}
+
+/**
+ * The host would show a written video in a second player, and in the classic canvas put that one's value into prompts,
+ * which makes an unchanged workflow run again. It adds none to a node that seems to have one, or wants none.
+ * @param {ComfyNode} node
+ */
+function keepOnePlayer(node) {
+  const unseen = document.createElement("div");
+  Object.defineProperty(node, "videoContainer", { get: () => unseen, set() {}, configurable: true });
+  node.hideOutputImages = true; // Nodes 2.0
+}
+
+/** What the host reports of a node that ran. @param {ComfyNode} node @param {unknown} output */
+function showOutput(node, output) {
+  const { images } = /** @type {{images?: unknown}} */ (output ?? {});
+  panels.get(node)?.showFiles(readFiles(images), numberOf(node, "fps"));
+}
+
+/** The host knows the files of earlier runs again some time after it has built the graph of their workflow. */
+function showOutputs() {
+  for (const [node, panel] of panels) {
+    const { graph, id } = node;
+    const place = !graph || graph === rootGraph() ? String(id) : `${graph.id}:${id}`;
+    if (panel.isEmpty) showOutput(node, app.nodeOutputs?.[place]);
+  }
 }
 
 /** @param {ComfyNode} node */
@@ -158,10 +211,8 @@ function removeLostPlayers() {
 }
 
 app.registerExtension?.({
-  name: "selfforcing.player",
+  name: "selfforcingstream.player", // under the pack's DisplayName
   setup() {
-    const href = new URL("player.css", import.meta.url).href;
-    document.head.append(Object.assign(document.createElement("link"), { rel: "stylesheet", href }));
     api.addEventListener?.(EVENT, onMessage);
     for (const type of ENDS) api.addEventListener?.(type, onEnd);
   },
@@ -171,6 +222,8 @@ app.registerExtension?.({
   afterConfigureGraph() {
     delete rootGraph()?.extra?.[TAB]; // of a workflow that was read from a video
     removeLostPlayers();
+    for (const [node, panel] of panels) shape(node, panel);
     deliverMissed(AGAIN_AT_MOST);
+    setTimeout(showOutputs, OUTPUTS_MS);
   },
 });

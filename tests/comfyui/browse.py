@@ -3,8 +3,9 @@
 python browse.py CHROMIUM ADDRESS PACK FOLDER NAME...
 
 Drops each named workflow of the pack on the canvas as a user's mouse would, reports what the page made of it, runs
-the tiny ones with the button, steers `tiny_endless` with the live player in both renderers, and leaves it for a copy
-while it waits in the queue. Prints one JSON object; screenshots go to FOLDER.
+the tiny ones with the button, runs `tiny_endless` twice without a change, steers it with the live player, ends it early
+and stops it in both renderers, and leaves it for a copy while it waits in the queue. Prints one JSON object;
+screenshots go to FOLDER.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ async (name, file) => {
   const {output} = await window.app.graphToPrompt()
   return {
     nodes: nodes.length, wanted: wanted.nodes.length,
-    missing: nodes.filter(node => node.has_errors || !window.LiteGraph.registered_node_types[node.type])
-      .map(node => node.type).filter(type => type !== 'MarkdownNote'),
+    missing: nodes.map(node => node.type)  // has_errors also tells of missing model files in later front ends
+      .filter(type => type !== 'MarkdownNote' && !window.LiteGraph.registered_node_types[type]),
     prompt: output,
   }
 }
@@ -62,6 +63,33 @@ HOST_LOADER = """
 PLAYER = """
 window.player = () => document.querySelector('.selfforcing-player')
 window.control = action => window.player().querySelector(`[data-action="${action}"]`)
+window.role = name => window.player().querySelector(`[data-role="${name}"]`).textContent
+window.figures = () => {  // behind the (i)
+  window.control('info').click()
+  const told = window.role('figures')
+  window.control('info').click()
+  return told
+}
+window.keys = () => Object.fromEntries(['hold', 'go_on', 'reroll', 'finish', 'stop'].map(action => {
+  const key = window.control(action)
+  return [action, key.getAttribute('aria-pressed') === 'true' ? 'pressed' : key.disabled ? 'off' : 'on']
+}))
+window.streaming = () => window.app.graph._nodes.find(node => node.comfyClass === 'SelfForcingStreamToFile')
+window.widths = async width => {  // of the node and of the player in it, with the side panel open
+  const {settings} = window.app.ui
+  await settings.setSettingValueAsync?.('Comfy.RightSidePanel.IsOpen', true)
+  window.app.canvas.selectNode(window.streaming())
+  await new Promise(done => setTimeout(done, 1000))
+  window.streaming().setSize([width, window.streaming().size[1]])
+  window.app.canvas.setDirty(true, true)
+  await new Promise(done => setTimeout(done, 1000))
+  return [window.streaming().size[0], window.player().offsetWidth]
+}
+window.videos = () => ({
+  widgets: window.streaming().widgets.map(widget => widget.name).filter(name => /preview/.test(name)),
+  elements: [...document.querySelectorAll('video')].filter(video => video.getClientRects().length).length,
+  players: document.querySelectorAll('.selfforcing-player').length,
+})
 window.told = () => window.player().querySelector('[data-role="status"]').textContent
 window.seen = () => {  // what the newest picture shows: the middle square of the canvas as 64 by 64 RGB
   const canvas = document.querySelector('.selfforcing-canvas'), small = new OffscreenCanvas(64, 64).getContext('2d')
@@ -77,9 +105,9 @@ window.to_the_end = async () => {
   await new Promise(done => setTimeout(done, 500))
 }
 window.prepare = (length, seed) => {
-  const node = window.app.graph._nodes.find(node => node.comfyClass === 'SelfForcingStreamToFile')
-  const set = (name, value) => { node.widgets.find(widget => widget.name === name).value = value }
-  set('length', length), set('seed', seed)
+  const set = {length, seed, pace: 0}  // as fast as it goes, whoever watches
+  const node = window.streaming()
+  for (const widget of node.widgets) if (widget.name in set) widget.value = set[widget.name]
   const {ds} = window.app.canvas
   ds.scale = 0.85
   ds.offset[0] = 480 - node.pos[0]
@@ -136,6 +164,7 @@ class Page:
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self.socket, self.count = socket, 0
+        self.errors: list[str] = []
 
     async def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         self.count += 1
@@ -146,9 +175,17 @@ class Page:
                 if answer.get("method") == "Page.javascriptDialogOpening":  # leaving a changed workflow
                     accept = {"id": 0, "method": "Page.handleJavaScriptDialog", "params": {"accept": True}}
                     await self.socket.send_json(accept)
+                self._listen(answer)
                 if answer.get("id") == self.count:
                     assert "error" not in answer, answer
                     return answer["result"]
+
+    def _listen(self, event: dict[str, Any]) -> None:
+        """Note errors on whose stack there is a script of the pack; the front end has some of its own."""
+        parameters = event.get("params", {})
+        is_error = event.get("method") == "Runtime.exceptionThrown" or parameters.get("type") == "error"
+        if is_error and f"/extensions/{PACK}/" in (said := json.dumps(parameters)):
+            self.errors.append(said[:2000])
 
     async def evaluate(self, script: str) -> Any:
         found = await self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
@@ -169,7 +206,12 @@ class Page:
 
 async def browse(page: Page, session: aiohttp.ClientSession) -> dict[str, Any]:
     await page.call("Page.enable")
-    settings = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False}
+    await page.call("Runtime.enable")
+    settings = {
+        "Comfy.TutorialCompleted": True,
+        "Comfy.Workflow.ShowMissingModelsWarning": False,
+        "Comfy.VueNodes.Enabled": False,  # later front ends begin with it
+    }
     await session.post(f"http://{ADDRESS}/settings", json=settings)
     await visit(page, session)
     broken = await page.evaluate(HOST_LOADER)
@@ -181,36 +223,76 @@ async def browse(page: Page, session: aiohttp.ClientSession) -> dict[str, Any]:
         await asyncio.sleep(0.5)
         await page.screenshot(name)
     runs = {name: await run_by_the_button(page, session, name) for name in NAMES if name.startswith("tiny")}
+    twice = {"classic": await run_twice(page, session)}
     classic = await steer(page, session, "classic", 2)
     left = await leave(page, session)
     await session.post(f"http://{ADDRESS}/settings", json={"Comfy.VueNodes.Enabled": True})
     await visit(page, session)
+    twice["vue"] = await run_twice(page, session)
     vue = await steer(page, session, "vue", 5)
-    return {"workflows": found, "runs": runs, "classic": classic, "left": left, "vue": vue}
+    return {
+        "workflows": found, "runs": runs, "twice": twice, "classic": classic, "left": left, "vue": vue,
+        "errors": page.errors,
+    }  # fmt: skip
 
 
 async def run_by_the_button(page: Page, session: aiohttp.ClientSession, name: str) -> Any:
     """What the history says of a dropped workflow."""
     await drop(page, name)
     await page.evaluate(PLAYER)
+    ran = await press(page, session)
+    await asyncio.sleep(1.5)
+    await page.screenshot(f"ran_{name}")
+    return ran
+
+
+async def press(page: Page, session: aiohttp.ClientSession) -> Any:
+    """Press the button Run; the history's entry when that run has ended."""
     before = set(await history(session))
     await page.evaluate("window.run()")
+    return await next_entry(session, before)
+
+
+async def next_entry(session: aiohttp.ClientSession, before: set[str]) -> Any:
+    after = await history(session)
     for _ in range(PATIENCE * 5):
         after = await history(session)
         if set(after) - before:
             break
         await asyncio.sleep(0.2)
     (ran,) = set(after) - before
-    await asyncio.sleep(1.5)
-    await page.screenshot(f"ran_{name}")
     return after[ran]
+
+
+async def run_twice(page: Page, session: aiohttp.ClientSession) -> dict[str, Any]:
+    """Run an endless workflow, and again without a change; what was made anew, and what plays its video."""
+    await drop(page, "tiny_endless")
+    await page.evaluate(PLAYER)
+    await page.evaluate(f"window.prepare(33, {random.randrange(2**32)})")
+    first = await press(page, session)
+    await asyncio.sleep(1.5)
+    second = await press(page, session)
+    await asyncio.sleep(1.5)
+    return {
+        "ran": [made(entry) for entry in (first, second)],
+        "videos": await page.evaluate("window.videos()"),
+        "place": await page.evaluate("window.to_the_end().then(() => window.role('place'))"),
+        "widths": [await page.evaluate(f"window.widths({width})") for width in (600, 320)],
+    }
+
+
+def made(entry: Any) -> bool:
+    """Whether a run made its video anew, by what the server says that it took from its cache."""
+    (cached,) = (data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
+    (stream,) = (key for key, node in entry["prompt"][2].items() if node["class_type"] == "SelfForcingStreamToFile")
+    return stream not in cached
 
 
 async def visit(page: Page, session: aiohttp.ClientSession) -> None:
     await page.call("Page.navigate", url=f"http://{ADDRESS}/")
     await asyncio.sleep(1)
     await page.until(
-        "!!(window.app && window.app.graph && window.LiteGraph && document.querySelector('#graph-canvas'))"
+        "!!(window.LiteGraph && document.querySelector('#graph-canvas') && window.app?.canvas && window.app.graph)"
     )
     async with session.get(f"http://{ADDRESS}/object_info") as answer:
         known = json.dumps(list(await answer.json()))
@@ -235,33 +317,46 @@ async def steer(page: Page, session: aiohttp.ClientSession, renderer: str, seed:
     await page.until("/chunk/.test(window.told()) && (window.control('hold').click(), true)")
     await page.until("/held/.test(window.told())")
     found["told"] = await page.evaluate("window.told()")
+    found["figures"] = await page.evaluate("window.figures()")
+    found["keys_when_held"] = await page.evaluate("window.keys()")
     await page.evaluate("window.to_the_end()")
     found["before"] = await page.evaluate("window.seen()")
     await page.evaluate("window.control('prompt-text').focus()")
     await page.call("Input.insertText", text="a blue square moving left slowly on a black background")
     await page.screenshot(f"held_{renderer}")
-    await page.evaluate("window.control('prompt').click()")
+    for kind in ("keyDown", "keyUp"):
+        await page.call("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13)
     await asyncio.sleep(0.5)
+    found["written"] = await page.evaluate("window.control('prompt-text').value")
     await page.evaluate("window.control('go_on').click()")
-    await page.until("/chunk 28 of 28/.test(window.told())")
-    await asyncio.sleep(1)
+    await page.until("!/held/.test(window.told()) && (window.keys_then = window.keys(), true)")
+    found["keys_when_on"] = await page.evaluate("window.keys_then")
+    await page.until("/chunk 28 of 28/.test(window.told()) && (window.to_the_end(), true)")
+    await asyncio.sleep(1.5)
     await page.evaluate("window.to_the_end()")
     found["after"] = await page.evaluate("window.seen()")
-    found["error"] = await page.evaluate("window.player().querySelector('[data-role=\"error\"]').textContent")
+    found["sent"] = await page.evaluate("window.role('sent')")
+    found["error"] = await page.evaluate("window.role('error')")
     await page.screenshot(f"steered_{renderer}")
-    before = await history(session)
-    await page.evaluate(f"window.prepare(2001, {random.randrange(2**32)}); window.run()")
-    await page.until("/chunk [1-9][0-9]* of 167/.test(window.told())")
-    await page.evaluate("window.control('stop').click()")
-    for _ in range(PATIENCE * 5):
-        stopped = set(await history(session)) - set(before)
-        if stopped:
-            found["stopped"] = (await history(session))[stopped.pop()]["status"]
-            break
-        await asyncio.sleep(0.2)
-    await asyncio.sleep(1)
-    found["told_when_stopped"] = await page.evaluate("window.told()")
+    found["finished"] = await end(page, session, "finish", renderer)
+    found["stopped"] = await end(page, session, "stop", renderer)
     return found
+
+
+async def end(page: Page, session: aiohttp.ClientSession, key: str, renderer: str) -> dict[str, Any]:
+    """End a long run by a key of the player: the history's entry, the player's words, and the file that it names."""
+    before = set(await history(session))
+    await page.evaluate(f"window.prepare(2001, {random.randrange(2**32)}); window.run()")
+    going = "window.keys().stop === 'on' && /chunk [1-9][0-9]* of 167/.test(window.told())"
+    await page.until(f"{going} && (window.control('{key}').click(), true)")
+    entry = await next_entry(session, before)
+    await asyncio.sleep(1.5)
+    await page.screenshot(f"{key}_{renderer}")
+    return {
+        "entry": entry,
+        "told": await page.evaluate("window.told()"),
+        "files": await page.evaluate("[...window.player().querySelectorAll('a')].map(link => link.href)"),
+    }
 
 
 async def leave(page: Page, session: aiohttp.ClientSession) -> dict[str, Any]:
@@ -292,7 +387,7 @@ async def leave(page: Page, session: aiohttp.ClientSession) -> dict[str, Any]:
     for _ in range(60):
         await asyncio.sleep(0.5)
         found["told_when_back"] = await page.evaluate("window.told()")
-        if re.search("first frame", found["told_when_back"]):
+        if re.search("chunk [1-9]", found["told_when_back"]):
             break
     await page.screenshot("back")
     found["is_running"] = await queued(session, "queue_running") == [waiting]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +71,21 @@ def test_the_run_button_makes_the_video_of_the_prompt(
     assert max(set(found.shapes_V), key=found.shapes_V.count) == "square"
 
 
-@pytest.mark.parametrize("renderer", ["classic", "vue"])
-def test_the_player_shows_steers_and_stops_what_is_made(seen: dict[str, Any], renderer: str) -> None:
-    """By the page's own pixels: a red square until another prompt is typed, then a blue one."""
+RENDERERS = pytest.mark.parametrize("renderer", ["classic", "vue"])
+
+
+def steered(seen: dict[str, Any], renderer: str) -> dict[str, Any]:
     found = seen[renderer]
     if renderer == "vue" and not found["is_shown"]:
         pytest.skip("this host's front end draws no DOM widgets in its Vue nodes")
     assert found["is_shown"]
+    return found
+
+
+@RENDERERS
+def test_the_player_shows_and_steers_what_is_made(seen: dict[str, Any], renderer: str) -> None:
+    """By the page's own pixels: a red square until another prompt is typed, then a blue one."""
+    found = steered(seen, renderer)
     before, after = (
         detect(torch.tensor(found[name]).reshape(1, 64, 64, 3).permute(0, 3, 1, 2) / 255)
         for name in ("before", "after")
@@ -83,9 +93,65 @@ def test_the_player_shows_steers_and_stops_what_is_made(seen: dict[str, Any], re
     assert (before.colour, before.shape) == ("red", "square")
     assert after.colour == "blue"
     assert found["error"] == ""
-    assert "first frame" in found["told"]
-    assert found["stopped"]["messages"][-1][0] == "execution_interrupted"
-    assert "stopped" in found["told_when_stopped"]
+    assert "First frame" in found["figures"]
+    assert found["written"] == ""  # sent, so it makes room
+    assert "a blue square moving left slowly on a black background" in found["sent"]
+
+
+@RENDERERS
+def test_the_keys_of_the_player_show_what_can_be_done(seen: dict[str, Any], renderer: str) -> None:
+    found = steered(seen, renderer)
+    assert found["keys_when_held"] == {"hold": "pressed", "go_on": "on", "reroll": "on", "finish": "on", "stop": "on"}
+    assert found["keys_when_on"] == {"hold": "on", "go_on": "off", "reroll": "off", "finish": "on", "stop": "on"}
+
+
+@RENDERERS
+def test_finish_here_keeps_exactly_the_chunks_that_were_made(
+    seen: dict[str, Any], server: Server, renderer: str
+) -> None:
+    found = steered(seen, renderer)["finished"]
+    assert found["entry"]["status"]["status_str"] == "success"
+    words = re.fullmatch(r"finished here · chunk (\d+) of 167", found["told"])
+    assert words, found["told"]
+    (file,) = (file for output in found["entry"]["outputs"].values() for file in server._files(output))
+    frames_VRHW, _ = read_mp4(file)
+    assert len(frames_VRHW) == 12 * int(words[1]) - 3  # a chunk is 3 latent frames, the video's first one is alone
+    (link,) = found["files"]
+    assert file.name in link
+
+
+@RENDERERS
+def test_a_stopped_run_names_the_file_that_was_written_until_then(
+    seen: dict[str, Any], server: Server, renderer: str
+) -> None:
+    found = steered(seen, renderer)["stopped"]
+    assert found["entry"]["status"]["messages"][-1][0] == "execution_interrupted"
+    assert "stopped" in found["told"]
+    (link,) = found["files"]
+    with urllib.request.urlopen(link, timeout=30) as answer:
+        assert answer.read(8)[4:] == b"ftyp"
+
+
+@RENDERERS
+def test_an_unchanged_workflow_does_not_run_again_for_its_players_sake(seen: dict[str, Any], renderer: str) -> None:
+    assert seen["twice"][renderer]["ran"] == [True, False]
+
+
+@RENDERERS
+def test_a_node_has_one_player_and_it_plays_the_file_to_its_last_frame(seen: dict[str, Any], renderer: str) -> None:
+    found = seen["twice"][renderer]
+    assert found["videos"] == {"widgets": [], "elements": 0, "players": 1}
+    assert found["place"] == "0:02.0 / 0:02.0"  # 33 frames
+
+
+@RENDERERS
+def test_the_players_width_follows_the_node_while_the_side_panel_is_open(seen: dict[str, Any], renderer: str) -> None:
+    for node, player in seen["twice"][renderer]["widths"]:
+        assert node - 32 <= player < node, (node, player)
+
+
+def test_no_script_of_the_pack_complains(seen: dict[str, Any]) -> None:
+    assert seen["errors"] == []
 
 
 @pytest.mark.parametrize("renderer", ["classic", "vue"])
@@ -106,8 +172,8 @@ def test_a_queued_run_is_shown_in_its_own_workflow_alone_and_a_page_that_comes_b
     seen: dict[str, Any],
 ) -> None:
     found = seen["left"]
-    assert found["told_in_the_copy"] == ""
-    assert "first frame" in found["told_when_back"]
+    assert found["told_in_the_copy"] == "no run yet"
+    assert re.search("chunk [1-9]", found["told_when_back"])
     assert found["is_running"]
 
 

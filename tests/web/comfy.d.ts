@@ -18,13 +18,17 @@ interface ComfyNode {
   id: string | number;
   comfyClass?: string;
   widgets?: ComfyWidget[];
+  graph?: ComfyGraph | null;
   subgraph?: ComfyGraph;
+  size?: ArrayLike<number>;
+  hideOutputImages?: boolean;
   onRemoved?: (this: ComfyNode) => void;
+  onExecuted?: (this: ComfyNode, output: unknown) => void;
   addDOMWidget?(
     name: string,
     type: string,
     element: HTMLElement,
-    options: { serialize?: boolean; hideOnZoom?: boolean; getMinHeight?: () => number },
+    options: { serialize?: boolean; hideOnZoom?: boolean; hideInPanel?: boolean; getMinHeight?: () => number },
   ): ComfyWidget;
 }
 
@@ -32,6 +36,8 @@ declare module "*/scripts/app.js" {
   export const app: {
     graph?: ComfyGraph;
     rootGraph?: ComfyGraph;
+    canvas?: { setDirty?(foreground: boolean, background?: boolean): void };
+    nodeOutputs?: Record<string, unknown>;
     extensionManager?: { workflow?: { activeWorkflow?: object | null } };
     registerExtension?(extension: {
       name: string;
@@ -45,6 +51,8 @@ declare module "*/scripts/app.js" {
 
 declare module "*/scripts/api.js" {
   export const api: {
+    clientId?: string;
+    apiURL?(route: string): string;
     addEventListener?(type: string, listener: (event: CustomEvent<unknown>) => void): void;
     fetchApi?(route: string, options?: RequestInit): Promise<Response>;
     interrupt?(promptId: string | null): Promise<void>;

@@ -114,6 +114,21 @@ test("a video at its end stops, starts over on play, and loops where that is wis
   assert.deepEqual([playback.playing, playback.moving], [true, true]);
 });
 
+test("the time of frames that were left out at the end is shown too, so a whole video ends at its length", () => {
+  const playback = new Playback("a1");
+  receive(playback, 0, 0, { indices: [0, 2, 4, 6], jpegs: [JPEG, JPEG, JPEG, JPEG], num_frames: 9, chunk: 2 });
+  assert.deepEqual([playback.end, playback.total], [7, 9]);
+  receive(playback, 0, 0, { state: "done", chunk: 3, num_frames: 9 });
+  assert.deepEqual(watch(playback, 0, 2), [0, 2, 4, 6]);
+  assert.deepEqual([playback.position, playback.total, playback.playing], [9, 9, false]);
+});
+
+test("a run that ended early is as long as what was made", () => {
+  const playback = new Playback("a1");
+  receive(playback, 0, 21, { state: "done", ending: "early", chunk: 2 });
+  assert.deepEqual([playback.end, playback.total], [21, 21]);
+});
+
 test("a last message without frames ends the wait", () => {
   const playback = new Playback("a1");
   receive(playback, 0, 4);
@@ -171,12 +186,18 @@ test("a run that ended without a last message can be watched and waits for nothi
 });
 
 test("every field of a message is read", () => {
-  const more = { node: 7, workflow: "w", tab: "t", again: true, number: 4, message: "hello" };
+  const event = { kind: "prompt", chunk: 2, frame: 21, seconds: 1.3125, text: "rain", history: "keep", seed: 7 };
+  const file = { filename: "a_00001_.mp4", subfolder: "video", type: "output" };
+  const more = {
+    node: 7, workflow: "w", tab: "t", again: true, number: 4, message: "hello", state: "done", ending: "early",
+    ahead: 2.1, pace: 2, events: [event], schedule: "0: rain", files: [file], can_finish: true,
+  };
   const message = readMessage(sent(0, 2, more));
   const { frames, ...rest } = message;
   assert.deepEqual(rest, {
-    run: "a1", promptId: "p", node: "7", workflow: "w", tab: "t", number: 4, state: "sampling", chunk: 1, numChunks: 3,
-    numFrames: 33, fps: 16, again: 0, stats: { fps: 12.3, firstFrameSeconds: 0.81, realTime: 0.77, shareOfLimit: 0.3 },
+    run: "a1", promptId: "p", node: "7", workflow: "w", tab: "t", number: 4, state: "done", ending: "early", chunk: 1,
+    numChunks: 3, numFrames: 33, fps: 16, again: 0, ahead: 2.1, pace: 2, events: [event], schedule: "0: rain",
+    files: [file], canFinish: true, stats: { fps: 12.3, firstFrameSeconds: 0.81, realTime: 0.77, shareOfLimit: 0.3 },
     canPrompt: true, text: "hello",
   });
   assert.deepEqual(frames.map((frame) => [frame.index, frame.picture.size, frame.picture.type]), [
@@ -193,11 +214,19 @@ test("a message without a run or a node is no message", () => {
 test("wrong fields become defaults and only whole frames with a valid number are taken", () => {
   const message = readMessage({
     run: "a", node: "5", number: -1, state: "?", chunk: 1e300, num_chunks: "7", num_frames: 10, fps: -3, stats: 4,
-    again: 1, indices: [0, 1.5, -2, 10, "3", 4, 5, null], jpegs: [JPEG, JPEG, JPEG, JPEG, JPEG, "%%", 7],
+    again: 1, ending: "so", ahead: "2", pace: -1, schedule: 7, can_finish: 1,
+    events: [3, null, { kind: "else", frame: 1 }, { kind: "seed" }, { kind: "seed", frame: 4 }],
+    files: [{}, "a.mp4", { filename: 3 }, { filename: "b.mp4" }],
+    indices: [0, 1.5, -2, 10, "3", 4, 5, null],
+    jpegs: [JPEG, JPEG, JPEG, JPEG, JPEG, "%%", 7],
   });
   assert.deepEqual(message.frames.map((frame) => frame.index), [0]);
   const { number, chunk, numChunks, fps, again } = message;
   assert.deepEqual([number, chunk, numChunks, fps, again], [null, 0, 0, 16, null]);
+  const { ending, ahead, pace, events, files, schedule, canFinish } = message;
+  assert.deepEqual([ending, ahead, pace, schedule, canFinish], [null, null, null, "", false]);
+  const seed = { kind: "seed", chunk: 0, frame: 4, seconds: 0, text: "", history: "", seed: null };
+  assert.deepEqual([events, files], [[seed], [{ filename: "b.mp4", subfolder: "", type: "output" }]]);
   assert.deepEqual(message.stats, { fps: null, firstFrameSeconds: null, realTime: null, shareOfLimit: null });
 });
 

@@ -23,17 +23,33 @@ class Page {
   listeners = {};
   panels = [];
   app = { registerExtension: (extension) => (this.extension = extension), extensionManager: { workflow: {} } };
-  api = { addEventListener: (type, listener) => (this.listeners[type] = listener) };
+  posted = [];
+  api = {
+    clientId: "c1",
+    addEventListener: (type, listener) => (this.listeners[type] = listener),
+    fetchApi: async (route, { body }) => this.posted.push([route, JSON.parse(body)]),
+  };
   Panel = class {
     element = { isConnected: true };
     received = [];
-    constructor() {
+    isEmpty = true;
+    constructor(host) {
+      this.host = host;
       page.panels.push(this);
     }
     receive(message) {
       this.received.push(message);
     }
     finish() {}
+    setSize(width, height) {
+      this.size = [width, height];
+    }
+    showFiles(files, fps) {
+      this.shown = [files, fps];
+    }
+    minHeight(width) {
+      return width / 2;
+    }
     dispose() {
       this.disposed = true;
     }
@@ -51,7 +67,7 @@ class Page {
   build({ id, nodes, extra = {} }, mounted) {
     const built = nodes.map((given) => {
       const node = { id: given.id, comfyClass: given.type, widgets: [] };
-      node.addDOMWidget = () => (node.widgets.push({}), node.widgets.at(-1));
+      node.addDOMWidget = (name, type, element, options) => (node.widgets.push({ name, options }), node.widgets.at(-1));
       if (given.inner) node.subgraph = this.build(given.inner, mounted);
       this.extension.nodeCreated(node);
       if (given.type === "SelfForcingStreamSampler") node.panel = this.panels.at(-1);
@@ -79,7 +95,7 @@ class Page {
 }
 
 const page = (globalThis.page = new Page());
-globalThis.document = { createElement: () => ({}), head: { append() {} } };
+globalThis.document = { createElement: () => ({}) };
 await import("../../web/player.js");
 page.extension.setup();
 
@@ -169,4 +185,39 @@ test("players inside subgraphs are let go with their workflow", () => {
   assert.deepEqual(page.panels.slice(-3).map((panel) => [panel.disposed, panel.received.length]), [
     [undefined, 0], [undefined, 1], [undefined, 0],
   ]);
+});
+
+test("every command tells the server which page it is from", async () => {
+  page.open(workflow("a"));
+  await page.player().host.post({ run: "r", action: "hold" });
+  assert.deepEqual(page.posted.at(-1), ["/selfforcing/live", { run: "r", action: "hold", client: "c1" }]);
+});
+
+test("the player's height follows the node's width, and no side panel sets either", () => {
+  page.open(workflow("a"));
+  const node = page.app.graph.getNodeById("5");
+  const { options } = node.widgets.find(({ name }) => name === "live_player");
+  node.size = [520, 300];
+  assert.equal(options.getMinHeight(), 270); // ten pixels around it on each side
+  assert.deepEqual([options.hideInPanel, options.serialize], [true, false]);
+});
+
+test("a node has one player: the host's own finds its place taken, and ours plays the file", () => {
+  page.open(workflow("a"));
+  const node = page.app.graph.getNodeById("5");
+  const container = node.videoContainer;
+  node.videoContainer = undefined; // what the host does when a file cannot be loaded
+  assert.ok(container && node.videoContainer === container && node.hideOutputImages);
+  node.onExecuted({ images: [{ filename: "a.mp4", subfolder: "video", type: "output" }], animated: [true] });
+  assert.deepEqual(node.panel.shown[0], [{ filename: "a.mp4", subfolder: "video", type: "output" }]);
+  node.onExecuted(null);
+});
+
+test("a workflow that is opened again shows the file of its last run", () => {
+  page.open(workflow("a"));
+  page.app.nodeOutputs = { 5: { images: [{ filename: "b.mp4", subfolder: "", type: "output" }] } };
+  assert.equal(page.player().shown?.[0].length ?? 0, 0);
+  mock.timers.tick(1000);
+  assert.equal(page.player().shown[0][0].filename, "b.mp4");
+  page.app.nodeOutputs = undefined;
 });
