@@ -97,13 +97,15 @@ def with_settings(patcher: Any, settings: Settings) -> Any:
 
 
 def model_from_checkpoint(
-    checkpoint: Checkpoint, *, kind: str = "auto", dtype: torch.dtype | None = None, is_fast_fp8: bool = False
-) -> Any:
+    checkpoint: Checkpoint, *, kind: str = "auto", dtype: torch.dtype | None = None, is_fast_fp8: bool = False,
+    is_dynamic: bool = True,
+) -> Any:  # fmt: skip
     """A MODEL of the host from a checkpoint of kind "wan", prepared for our samplers.
 
     kind: CAUSAL, FEW_STEP, BASE, or "auto": what the file says, UNKNOWN (with a warning) where it says nothing. Another
     kind than the file's is used with a warning.
     dtype: None lets the host choose what the device likes. is_fast_fp8: the host's own float8 products.
+    is_dynamic: let the host bring weights in by pieces, where it can.
     """
     assert isinstance(checkpoint.config, WanConfig)
     check_channels(checkpoint.config.out_dim, "model")
@@ -122,12 +124,12 @@ def model_from_checkpoint(
     if is_fast_fp8:
         model_config.optimizations["fp8"] = True
     model = model_config.get_model(checkpoint.state_dict, "")
-    patcher = host.patcher_of(model, memory.get_torch_device(), memory.unet_offload_device(), dynamic=True)
-    is_dynamic = getattr(patcher, "is_dynamic", lambda: False)()
+    patcher = host.patcher_of(model, memory.get_torch_device(), memory.unet_offload_device(), dynamic=is_dynamic)
+    assign = getattr(patcher, "is_dynamic", lambda: False)()
     if isinstance(checkpoint.state_dict, ScaledWeights):
-        _fill_scaled(model.diffusion_model, checkpoint.state_dict, assign=is_dynamic)
+        _fill_scaled(model.diffusion_model, checkpoint.state_dict, assign=assign)
     else:
-        model.diffusion_model.load_state_dict(checkpoint.state_dict, assign=is_dynamic)
+        model.diffusion_model.load_state_dict(checkpoint.state_dict, assign=assign)
     for note in checkpoint.notes:
         log.warning("%s", note)
     model.diffusion_model.eval().requires_grad_(False)
