@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import comfy.ldm.modules.attention as attentions
 import comfy.model_management as memory
 import comfy.supported_models
 import torch
@@ -468,11 +469,21 @@ def _places(network: CausalWan, *, has_image: bool, is_compiled: bool) -> Iterat
 
 
 def _attend_by(function: Callable[..., Tensor], told: dict[str, Any], places: Iterator[tuple[int, bool]]) -> Attend:
-    """`attend` by a function of the host, called as the host's Wan calls it."""
+    """`attend` by a function of the host, called as the host's Wan calls it.
+
+    Its own functions take heads apart as they lie in a cache, which saves copying all that is visible; what a node or
+    another pack has set need not.
+    """
+    takes_heads = OVERRIDE not in told and function.__module__ == attentions.__name__
 
     def attend(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask_LS: Tensor | None) -> Tensor:
         told["block_index"], is_image = next(places)
         exact = {"low_precision_attention": False} if is_image else {}  # as newer hosts ask for
+        if takes_heads:
+            return function(
+                *(x.transpose(1, 2) for x in (q_BLNK, k_BSNK, v_BSNK)), heads=q_BLNK.shape[2], mask=mask_LS,
+                skip_reshape=True, skip_output_reshape=True, transformer_options=told, **exact,
+            ).transpose(1, 2)  # fmt: skip
         attended = function(
             *(x.flatten(2) for x in (q_BLNK, k_BSNK, v_BSNK)), heads=q_BLNK.shape[2], mask=mask_LS,
             transformer_options=told, **exact,
