@@ -17,6 +17,7 @@ from typing import Any
 import comfy.ldm.modules.attention as attentions
 import comfy.ldm.wan.model
 import comfy.lora
+import comfy.model_sampling
 import torch
 import torch.nn as nn
 from comfy.cli_args import args as cli_args
@@ -36,6 +37,7 @@ WITHOUT_EFFECT = {
 SETTERS = {
     "attn1_patch": "InfiniteTalk, HyperTile, ToMe or a hypernetwork",
     "attn2_patch": "InfiniteTalk or a hypernetwork",
+    "double_block": "Uni3C or another control network",
 }
 STEP_SAVERS = {"easycache": "EasyCache", "lazycache": "LazyCache"}  # keys of their wrappers
 # Inputs of a prompt that ComfyUI's forward pass joins to the frames of the whole video.
@@ -81,6 +83,16 @@ def check_model_options(model_options: Mapping[str, Any]) -> None:
     check_transformer_options(options)
     for name in sorted(set(options.get("patches", {})) & WITHOUT_EFFECT):
         log.warning("%s has no effect on a Wan model, here as in ComfyUI's own sampling", name)
+
+
+def check_model_sampling(model_sampling: Any) -> None:
+    """Raise ValueError for noise that is not mixed in as the rollout does: (1 - sigma) of the video, sigma of noise."""
+    kinds = [base.__name__ for base in type(model_sampling).__mro__[1:3]]  # the first is made by each node anew
+    if not isinstance(model_sampling, comfy.model_sampling.CONST):
+        raise _refuse(f"a model sampling that is not of flow matching ({', '.join(kinds)}); ModelSamplingSD3 sets one that is")
+    scale = getattr(model_sampling, "noise_scale", 1.0)
+    if scale != 1:
+        raise _refuse(f"a noise scale of {scale:g} (ModelNoiseScale)")
 
 
 def check_transformer_options(options: Mapping[str, Any]) -> None:

@@ -40,7 +40,13 @@ from .causal_model import (
     forget_extra_bytes,
     settings_of,
 )
-from .patches import check_model_options, check_prompt_inputs, has_wrappers, unapplied_names
+from .patches import (
+    check_model_options,
+    check_model_sampling,
+    check_prompt_inputs,
+    has_wrappers,
+    unapplied_names,
+)
 from .prompts import PromptPlan, Typed, check_prompts, conditions, later_prompts
 
 log = logging.getLogger(__name__)
@@ -183,6 +189,7 @@ def sample_chunks(
     patcher = guider.model_patcher
     settings, native = settings_of(patcher), patcher.model.diffusion_model
     _check_kind(settings.kind, run.is_whole)
+    check_model_sampling(patcher.get_model_object("model_sampling"))
     later = later_prompts(guider)
     conds = [*conditions(guider), *(cond for _, conds in later for cond in conds)]
     check_prompts(conds, config_of(native))

@@ -40,6 +40,7 @@ comfy.options.enable_args_parsing()
 import comfy.k_diffusion.sampling  # noqa: E402
 import comfy.ldm.wan.model  # noqa: E402
 import comfy.model_management  # noqa: E402
+import comfy.model_sampling  # noqa: E402
 import comfy.ops  # noqa: E402
 import comfy.patcher_extension  # noqa: E402
 import comfy.samplers  # noqa: E402
@@ -675,7 +676,8 @@ def once(
     guider.set_cfg(cfg)
     noise = torch.randn(1, CHANNELS, FRAMES, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(7))
     euler = comfy.samplers.KSAMPLER(comfy.k_diffusion.sampling.sample_euler)
-    return guider.sample(noise, torch.zeros_like(noise), sampler or euler, torch.tensor(sigmas), disable_pbar=True)
+    latent = torch.zeros_like(noise)
+    return guider.sample(noise, latent, sampler or euler, torch.tensor(sigmas), disable_pbar=True, seed=5)
 
 
 TELLS_BLOCK = "block_index" in inspect.getsource(comfy.ldm.wan.model.WanModel)  # as newer hosts do
@@ -917,6 +919,12 @@ def what_cannot_be_followed_is_refused() -> dict[str, str]:
 
         clone.set_model_sampler_post_cfg_function(post_cfg)
 
+    def other_sampling(kind: Any) -> Any:
+        class Sampling(comfy.model_sampling.ModelSamplingDiscreteFlow, kind):
+            pass
+
+        return Sampling(patcher.model.model_config)
+
     def put(key: str, value: Any) -> Callable[[Any], Any]:
         return lambda clone: clone.model_options.__setitem__(key, value)
 
@@ -942,6 +950,7 @@ def what_cannot_be_followed_is_refused() -> dict[str, str]:
         "twice": told(twice),
         "longer": told(longer),
         "another prompt": told(another_prompt),
+        "noise": told(lambda clone: clone.add_object_patch("model_sampling", other_sampling(comfy.model_sampling.EPS))),
         "devices": told(put("multigpu_clones", {"cuda:0": None, "cuda:1": None})),
         "easycache": told(
             lambda clone: clone.add_wrapper_with_key(diffusion_model, "easycache", lambda call, *a: call(*a))

@@ -222,6 +222,7 @@ def test_what_cannot_be_followed_is_refused(found: dict[str, str]) -> None:
         "context windows": "window and sink", "rope": "scale_z", "joined frames": "time_dim_concat",
         "skip around": "was skipped", "skip by function": "was skipped", "twice": "twice in one step",
         "longer": "1 x 6 frames", "another prompt": "not the sampler's", "devices": "choose one device",
+        "noise": "not of flow matching",
         "easycache": "EasyCache, which skips", "hook": "a forward hook on blocks.0.self_attn",
     }  # fmt: skip
     assert found.keys() == words.keys()
