@@ -89,7 +89,9 @@ def check_model_sampling(model_sampling: Any) -> None:
     """Raise ValueError for noise that is not mixed in as the rollout does: (1 - sigma) of the video, sigma of noise."""
     kinds = [base.__name__ for base in type(model_sampling).__mro__[1:3]]  # the first is made by each node anew
     if not isinstance(model_sampling, comfy.model_sampling.CONST):
-        raise _refuse(f"a model sampling that is not of flow matching ({', '.join(kinds)}); ModelSamplingSD3 sets one that is")
+        raise _refuse(
+            f"a model sampling that is not of flow matching ({', '.join(kinds)}); ModelSamplingSD3 sets one that is"
+        )
     scale = getattr(model_sampling, "noise_scale", 1.0)
     if scale != 1:
         raise _refuse(f"a noise scale of {scale:g} (ModelNoiseScale)")

@@ -23,12 +23,12 @@ from unittest.mock import MagicMock
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path.cwd()))  # the host's own `nodes` comes first
-import inside  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+import inside
+import torch
+from comfy_api.latest import io
+from safetensors.torch import save_file
 
-import nodes as host_nodes  # noqa: E402
-from comfy_api.latest import io  # noqa: E402
+import nodes as host_nodes
 
 # Other inputs than the defaults, which change nothing or are made for larger networks than the one here.
 VALUES: dict[str, dict[str, Any]] = {
@@ -67,7 +67,14 @@ def init_nodes() -> list[str]:
     try:
         importlib.import_module("kornia")
     except ImportError:  # of nodes for pictures, which share a file with one for models
-        for name in ("kornia", "kornia.filters", "kornia.morphology", "kornia.color", "kornia.enhance", "kornia.geometry"):
+        for name in (
+            "kornia",
+            "kornia.filters",
+            "kornia.morphology",
+            "kornia.color",
+            "kornia.enhance",
+            "kornia.geometry",
+        ):
             sys.modules[name] = MagicMock(__spec__=None)
     return asyncio.run(host_nodes.init_builtin_extra_nodes())
 
@@ -190,7 +197,9 @@ def main() -> None:
         VALUES.setdefault(name, {})
         if "lora_name" in kind.INPUT_TYPES().get("required", {}):
             VALUES[name]["lora_name"] = FILE
-        theirs = tried(lambda kind=kind, name=name: inside.once(apply(kind, name, whole, whole_other), **options), plain)
+        theirs = tried(
+            lambda kind=kind, name=name: inside.once(apply(kind, name, whole, whole_other), **options), plain
+        )
         results = {"theirs": theirs}
         if "not_built" not in theirs:
             for title, sampler, expected in (("ours", at_once, plain), ("in_chunks", in_chunks, plain_in_chunks)):
