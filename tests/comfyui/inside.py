@@ -560,7 +560,7 @@ def vaes_of_the_host_stream() -> dict[str, Any]:
     """A small random Wan VAE, chunk by chunk and with a chunk taken back, against its decode of the whole video.
 
     The host's decode gives all latents at once to a pointwise convolution, whose sums a CPU may round in another order
-    for other lengths. So it is compared as it is, and again with that convolution frame by frame, where nothing differs.
+    for other lengths. So it is compared as it is, and again with that convolution frame by frame: nothing differs.
     """
     torch.manual_seed(0)
     vae = wan_vae()

@@ -31,6 +31,7 @@ NOT_BUILT = {
     "WanUni3CControlnetApply": NEEDS_PATCH,
     "ZImageFunControlnet": NEEDS_PATCH,
     "HypernetworkLoader": "needs a file; the patches that it sets between the layers are refused by name",
+    "TrainLoraNode": "trains for a while; what it returns is a LoRA on the MODEL",
     "LTXVReferenceAudio": "needs LTX-Video's audio; sets a function after guidance, as LTXVModalityGuidance does",
 }
 FAILS_ON_WAN = {
@@ -76,7 +77,8 @@ UNEQUAL = {  # changed in both, and not the same
     "ModelMergeAdd": "adds modulation too, which ComfyUI's own pass leaves out",
     "ModelMergeSubtract": "subtracts modulation too, which ComfyUI's own pass leaves out",
 }
-WITHOUT_MODEL_NODES = {"nodes_glsl.py", "nodes_replacements.py"}  # that need a graphics library, or a server
+# Files of nodes that need a graphics library, or a server, and hold none for models.
+WITHOUT_MODEL_NODES = {"nodes_glsl.py", "nodes_images.py", "nodes_replacements.py"}
 REFUSAL = ("remove it", "remove the node")
 
 
