@@ -217,7 +217,7 @@ def test_what_cannot_be_followed_is_refused(found: dict[str, str]) -> None:
     words = {
         "block": "replacement of block 1", "block in a step": "replacement of block 0", "attn1": "attn1_patch",
         "unknown": "a_new_one", "cross": "set cfg to 1", "self": "Patch Sage Attention",
-        "whole": "another forward_orig of the network", "rope table": "another rope_embedder (torch.nn",
+        "whole": "another forward_orig of the network", "rope table": "another rope_embedder: torch.nn",
         "norm": "another forward of blocks.1.norm1", "skip": "was skipped", "skip the cache": "was skipped",
         "context windows": "window and sink", "rope": "scale_z", "joined frames": "time_dim_concat",
         "skip around": "was skipped", "skip by function": "was skipped", "twice": "twice in one step",
