@@ -9,23 +9,22 @@ Letters: B batch, C channels, T latent frames, H W latent size, X text tokens, E
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import comfy.ldm.modules.attention as attentions
 import comfy.model_management as memory
 import comfy.supported_models
 import torch
 import torch.nn as nn
-from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 from einops import rearrange
 from torch import Tensor
 
-from ..selfforcing_core.attention import attention_by
+from ..selfforcing_core.attention import Attend, attention_by
 from ..selfforcing_core.checkpoint import Checkpoint
 from ..selfforcing_core.config import CausalConfig, StepConfig, WanConfig
 from ..selfforcing_core.geometry import pixel_frames
@@ -38,7 +37,17 @@ from ..selfforcing_core.taehv_releases import WAN
 from ..selfforcing_core.variants import FIRST_LAST, not_supported, variant_among, variant_of_channels
 from . import host
 from .autoencoder import check_channels, marked
-from .patches import OVERRIDE, check_module, check_transformer_options, rope_axes, unapplied_weights
+from .patches import (
+    FOLLOWED,
+    OVERRIDE,
+    attention_note,
+    check_module,
+    check_transformer_options,
+    hosts_attention,
+    is_changed,
+    rope_axes,
+    unapplied_weights,
+)
 
 log = logging.getLogger(__name__)
 KEY = "selfforcing"  # of our settings in model_options, and of a rollout's state in transformer_options
@@ -99,13 +108,15 @@ def with_settings(patcher: Any, settings: Settings) -> Any:
 
 
 def model_from_checkpoint(
-    checkpoint: Checkpoint, *, kind: str = "auto", dtype: torch.dtype | None = None, is_fast_fp8: bool = False
-) -> Any:
+    checkpoint: Checkpoint, *, kind: str = "auto", dtype: torch.dtype | None = None, is_fast_fp8: bool = False,
+    is_dynamic: bool = True,
+) -> Any:  # fmt: skip
     """A MODEL of the host from a checkpoint of kind "wan", prepared for our samplers.
 
     kind: CAUSAL, FEW_STEP, BASE, or "auto": what the file says, UNKNOWN (which is shown) where it says nothing. Another
     kind than the file's is used, and that is shown.
     dtype: None lets the host choose what the device likes. is_fast_fp8: the host's own float8 products.
+    is_dynamic: let the host bring weights in by pieces, where it can.
     """
     assert isinstance(checkpoint.config, WanConfig)
     _check_variant(checkpoint.config)
@@ -123,12 +134,12 @@ def model_from_checkpoint(
     if is_fast_fp8:
         model_config.optimizations["fp8"] = True
     model = model_config.get_model(checkpoint.state_dict, "")
-    patcher = host.patcher_of(model, memory.get_torch_device(), memory.unet_offload_device(), dynamic=True)
-    is_dynamic = getattr(patcher, "is_dynamic", lambda: False)()
+    patcher = host.patcher_of(model, memory.get_torch_device(), memory.unet_offload_device(), dynamic=is_dynamic)
+    assign = getattr(patcher, "is_dynamic", lambda: False)()
     if isinstance(checkpoint.state_dict, ScaledWeights):
-        _fill_scaled(model.diffusion_model, checkpoint.state_dict, assign=is_dynamic)
+        _fill_scaled(model.diffusion_model, checkpoint.state_dict, assign=assign)
     else:
-        model.diffusion_model.load_state_dict(checkpoint.state_dict, assign=is_dynamic)
+        model.diffusion_model.load_state_dict(checkpoint.state_dict, assign=assign)
     for note in checkpoint.notes:
         log.warning("%s", note)
     model.diffusion_model.eval().requires_grad_(False)
@@ -257,6 +268,43 @@ class _InFloat32(nn.Module):
         return self.embedding(x.float()).to(x.dtype)
 
 
+class _HostsCrossAttention(nn.Module):
+    """A block's cross-attention that is not ComfyUI's own (NAG of other packs), called as ComfyUI's block calls it."""
+
+    theirs: Callable[..., Tensor]
+
+    def __init__(self, theirs: nn.Module, index: int) -> None:
+        super().__init__()
+        self.__dict__["theirs"] = theirs  # no child of ours
+        self.index = index
+        self.options: dict[str, Any] = {}  # what the network's layers are told of the present evaluation
+
+    def keys_values(self, text_BXD: Tensor, image_BID: Tensor | None) -> tuple[Any, ...]:
+        """Embedded text and image, from which it makes keys and values anew each time."""
+        return text_BXD, image_BID
+
+    def attend_to(self, x_GPD: Tensor, length: int, keys_values: tuple[Any, ...]) -> Tensor:
+        text_BXD, image_BID = keys_values
+        context_BXD = text_BXD if image_BID is None else torch.cat([image_BID, text_BXD], 1)
+        self.options["block_index"] = self.index
+        attended = self.theirs(
+            x_GPD.reshape(-1, length, x_GPD.shape[-1]), context_BXD,
+            context_img_len=None if image_BID is None else image_BID.shape[1], transformer_options=self.options,
+        )  # fmt: skip
+        return attended.reshape(x_GPD.shape)
+
+
+class _HostsFeedForward:
+    """A block's feed-forward network that is not ComfyUI's own; it is given whole rows, as there."""
+
+    def __init__(self, theirs: nn.Module) -> None:
+        self.theirs = theirs
+        self.batch = 1
+
+    def __call__(self, x_GPD: Tensor) -> Tensor:
+        return self.theirs(x_GPD.reshape(self.batch, -1, x_GPD.shape[-1])).reshape(x_GPD.shape)
+
+
 class SharedNetwork:
     """CausalWan over the modules of the host's network: the same layers, none of its own.
 
@@ -270,6 +318,8 @@ class SharedNetwork:
             self.network = CausalWan(config_of(native)).eval()
         check_causal(native)
         self._modulated: dict[str, tuple[nn.Module, nn.Module]] = {}
+        self.cross_attentions: list[_HostsCrossAttention] = []
+        self.feed_forwards: list[_HostsFeedForward] = []
         self._share(self.network, native, "")
         self.network.patch_embedding = _InFloat32(native.patch_embedding)  # type: ignore[arg-type]
         names = (f"{path}modulation" for path in self._modulated)
@@ -286,10 +336,29 @@ class SharedNetwork:
             if name not in ours._modules:  # without weights: norms, activations, the host's table of positions
                 check_module(path + name, child, is_hosts=name == "rope_embedder")
         for name, child in list(ours.named_children()):
-            if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or type(child).__module__ == CausalWan.__module__:
+            if name in FOLLOWED and is_changed(getattr(theirs, name)):
+                self._follow(ours, f"{path}{name}", getattr(theirs, name))
+            elif isinstance(child, (nn.ModuleList, nn.ModuleDict)) or type(child).__module__ == CausalWan.__module__:
                 self._share(child, getattr(theirs, name), f"{path}{name}.")
             else:
                 setattr(ours, name, getattr(theirs, name))
+
+    def _follow(self, block: Any, path: str, theirs: nn.Module) -> None:
+        """Call their module as a whole in this block."""
+        _, index, name = path.split(".")  # blocks.3.ffn
+        delattr(block, name)
+        if name == "ffn":
+            block.feed = _HostsFeedForward(theirs)
+            self.feed_forwards.append(block.feed)
+        else:
+            block.cross_attn = _HostsCrossAttention(theirs, int(index))
+            self.cross_attentions.append(block.cross_attn)
+        log.info("%s is not ComfyUI's own; it is called as it is", path)
+
+    @property
+    def follows(self) -> bool:
+        """Whether modules of others are called whole."""
+        return bool(self.cross_attentions or self.feed_forwards)
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
         for path, (ours, theirs) in self._modulated.items():  # a hook or an offload may have put another tensor there
@@ -300,26 +369,55 @@ class SharedNetwork:
 
 
 class RolloutState:
-    """What sampler and network share during one rollout. The host copies dictionaries and lists, but not this."""
+    """What sampler and network share during one rollout. The host copies dictionaries and lists, but not this.
+
+    is_watched: others stand around each evaluation, so that prompts may differ from one to the next.
+    """
 
     def __init__(
-        self, caches: Sequence[KVCache], index_of: dict[Any, int], compile_options: dict[str, Any] | None, patcher: Any
-    ) -> None:
+        self, caches: Sequence[KVCache], index_of: dict[Any, int], compile_options: dict[str, Any] | None, patcher: Any,
+        *, is_watched: bool = False,
+    ) -> None:  # fmt: skip
         self.caches, self.index_of, self.compile_options, self.patcher = caches, index_of, compile_options, patcher
+        self.is_watched = is_watched
         self.start_frame: int | None = None  # of the chunk being evaluated; None: the host's own forward pass
         self.num_frames = 0
         self.evaluated: set[int] = set()  # caches of the conditions that the latest call came to
+        self._prompts: dict[int, tuple[Tensor, Tensor | None]] = {}  # from which a cache's text was made
         self._shared: SharedNetwork | None = None
+        self._is_compiled = False
+
+    def begin_call(self, start_frame: int, num_frames: int) -> None:
+        """The guider is about to be asked for these frames."""
+        self.start_frame, self.num_frames, self.evaluated = start_frame, num_frames, set()
 
     def share(self, native: nn.Module, options: dict[str, Any]) -> SharedNetwork:
         """Our network over the host's modules. Raises ValueError where they carry what ours would ignore."""
         if self._shared is None or self._shared.native is not native:
             self._shared = SharedNetwork(native, self.patcher)
-            if self.compile_options is not None and OVERRIDE in options:
-                log.warning("blocks are not compiled: another attention is set on the model, which runs outside them")
-            elif self.compile_options is not None:
-                self._shared.network.compile_blocks(**self.compile_options)
+            if self._shared.cross_attentions and len(self.index_of) > 1:
+                raise ValueError(
+                    "this model carries another cross-attention (as WanVideoNAG of KJNodes sets one), which "
+                    f"ComfyUI's sampling shows {len(self.index_of)} prompts at once, and generating chunk by chunk one "
+                    "at a time; set cfg to 1 and use a single prompt, or remove it"
+                )
+            log.info("%s", attention_note(options))
+            self._compile(options)
         return self._shared
+
+    def _compile(self, options: dict[str, Any]) -> None:
+        """Compile the blocks if the MODEL is to be compiled and nothing in them is another pack's."""
+        assert self._shared is not None
+        if self.compile_options is None:
+            return
+        if OVERRIDE in options or self._shared.follows:
+            what = "attention" if OVERRIDE in options else "cross-attention or feed-forward network"
+            log.warning("blocks are not compiled: another %s is set on the model, which runs outside them", what)
+            return
+        if hosts_attention(options) is not None:
+            log.info("cross-attention is inside the compiled blocks, and stays torch's")
+        self._shared.network.compile_blocks(**self.compile_options)
+        self._is_compiled = True
 
     @torch.compiler.disable
     def evaluate(
@@ -337,45 +435,113 @@ class RolloutState:
         clips = [None] * count if clip_BIX is None else clip_BIX.chunk(count)
         rows = zip(ids, x_BCTHW.chunk(count), t_B.chunk(count), context_BXE.chunk(count), clips)
         for row, (identity, x, t, context, clip) in enumerate(rows):
-            index = self.index_of[identity]
-            self.evaluated.add(index)
-            with _attention_of(options, shared.network, row, x, clip is not None):
+            cache = self._cache_for(identity, x)
+            if self.is_watched:
+                self._renew_text(identity, context, clip)
+            with self._hosts_layers(shared, options, row, x, clip is not None):
                 flows.append(
                     shared(
                         rearrange(x, "b c t h w -> b t c h w"), t.float()[:, None].expand(-1, x.shape[2]),
                         context[:, : shared.network.config.text_len], clip_BIX=clip,
-                        cache=self.caches[index], start_frame=self.start_frame,
+                        cache=cache, start_frame=self.start_frame,
                     )
                 )  # fmt: skip
         return rearrange(torch.cat(flows), "b t c h w -> b c t h w")
 
+    def _cache_for(self, identity: Any, x_BCTHW: Tensor) -> KVCache:
+        """The cache of a condition. Raises ValueError where an evaluation is not the one that the rollout asked for."""
+        index = self.index_of.get(identity)
+        if index is None:
+            raise _not_followed("evaluates a prompt that is not the sampler's, as PerpNeg and others do")
+        if index in self.evaluated:
+            raise _not_followed("evaluates a prompt twice in one step, as perturbed and self-attention guidance do")
+        if x_BCTHW.shape[2] != self.num_frames or x_BCTHW.shape[0] != self.caches[index].batch:
+            raise _not_followed(
+                f"evaluates {x_BCTHW.shape[0]} x {x_BCTHW.shape[2]} frames where {self.caches[index].batch} x "
+                f"{self.num_frames} are to be made"
+            )
+        self.evaluated.add(index)
+        return self.caches[index]
 
-def _attention_of(
-    options: dict[str, Any], network: CausalWan, row: int, x_BCTHW: Tensor, has_image: bool
-) -> AbstractContextManager[None]:
-    """The host's attention in the place of ours where a node has set another one, called as the host's Wan calls it.
+    def _renew_text(self, identity: Any, context_BXE: Tensor, clip_BIX: Tensor | None) -> None:
+        """Forget the text in a cache where a wrapper gives the network another one than before."""
+        index, prompt = self.index_of[identity], (context_BXE, clip_BIX)
+        before = self._prompts.get(index)
+        if before is not None and not all(a is b or _is_equal(a, b) for a, b in zip(before, prompt)):
+            self.caches[index].cross.clear()
+        self._prompts[index] = prompt
 
-    It is told what the host tells: which condition this is, the block, and the size of the grid.
+    @contextmanager
+    def _hosts_layers(
+        self, shared: SharedNetwork, options: dict[str, Any], row: int, x_BCTHW: Tensor, has_image: bool
+    ) -> Iterator[None]:
+        """Modules and attention of the host in the places of ours while the block runs, told what the host's Wan tells.
+
+        That is: which condition this is, the block, and the size of the grid.
+        """
+        function = hosts_attention(options)
+        if function is None and not shared.follows:
+            yield
+            return
+        network = shared.network
+        told = {
+            **options, "total_blocks": len(network.blocks), "block_type": "double",
+            "grid_sizes": torch.Size(size // side for size, side in zip(x_BCTHW.shape[2:], network.config.patch_size)),
+            "uuids": options["uuids"][row : row + 1], "cond_or_uncond": options["cond_or_uncond"][row : row + 1],
+        }  # fmt: skip
+        for module in shared.cross_attentions:
+            module.options = told
+        for feed in shared.feed_forwards:
+            feed.batch = x_BCTHW.shape[0]
+        places = _places(network, has_image=has_image, is_compiled=self._is_compiled)
+        with nullcontext() if function is None else attention_by(_attend_by(function, told, places)):
+            yield
+
+
+def _not_followed(what: str) -> ValueError:
+    return ValueError(
+        f"a node on this model {what}, which the cache of a video made chunk by chunk cannot follow; remove it, or "
+        "sample the whole video with ComfyUI's own sampler"
+    )
+
+
+def _is_equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and torch.equal(a, b)
+
+
+def _places(network: CausalWan, *, has_image: bool, is_compiled: bool) -> Iterator[tuple[int, bool]]:
+    """Block, and whether it is to the image, of each call of attention in an evaluation, in their order."""
+    for index, block in enumerate(network.blocks):
+        yield index, False  # a block's own tokens
+        if not is_compiled and not isinstance(block.cross_attn, _HostsCrossAttention):
+            yield index, False  # text
+            if has_image:
+                yield index, True
+
+
+def _attend_by(function: Callable[..., Tensor], told: dict[str, Any], places: Iterator[tuple[int, bool]]) -> Attend:
+    """`attend` by a function of the host, called as the host's Wan calls it.
+
+    Its own functions take heads apart as they lie in a cache, which saves copying all that is visible; what a node or
+    another pack has set need not.
     """
-    if OVERRIDE not in options:
-        return nullcontext()
-    patch = network.config.patch_size
-    told = {
-        **options, "total_blocks": len(network.blocks), "block_type": "double",
-        "grid_sizes": torch.Size(size // side for size, side in zip(x_BCTHW.shape[2:], patch)),
-        "uuids": options["uuids"][row : row + 1], "cond_or_uncond": options["cond_or_uncond"][row : row + 1],
-    }  # fmt: skip
-    calls: Iterator[int] = itertools.count()
+    takes_heads = OVERRIDE not in told and function.__module__ == attentions.__name__
 
     def attend(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask_LS: Tensor | None) -> Tensor:
-        told["block_index"] = next(calls) // (3 if has_image else 2)  # a block's own tokens, text and image
-        attended = optimized_attention(
+        told["block_index"], is_image = next(places)
+        exact = {"low_precision_attention": False} if is_image else {}  # as newer hosts ask for
+        if takes_heads:
+            return function(
+                *(x.transpose(1, 2) for x in (q_BLNK, k_BSNK, v_BSNK)), heads=q_BLNK.shape[2], mask=mask_LS,
+                skip_reshape=True, skip_output_reshape=True, transformer_options=told, **exact,
+            ).transpose(1, 2)  # fmt: skip
+        attended = function(
             *(x.flatten(2) for x in (q_BLNK, k_BSNK, v_BSNK)), heads=q_BLNK.shape[2], mask=mask_LS,
-            transformer_options=told,
+            transformer_options=told, **exact,
         )  # fmt: skip
         return attended.unflatten(2, q_BLNK.shape[2:])
 
-    return attention_by(attend)
+    return attend
 
 
 # --------------------------------------------------------------- wrappers --

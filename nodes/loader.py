@@ -73,6 +73,18 @@ def _latent_space(checkpoint: Checkpoint, chosen: str, name: str) -> str:
     return said
 
 
+def load_model(unet_name: str, weight_dtype: str, weights: str, kind: str, disable_dynamic: bool = False) -> Any:
+    """The MODEL of a file. ComfyUI calls this again, by its own name for the last, for a copy on another device."""
+    checkpoint = read_checkpoint(host.file_of(unet_name, resolve_model, MODEL_FOLDER), weights=weights)
+    _expect(checkpoint, "wan", unet_name, "choose a video model")
+    model = model_from_checkpoint(
+        checkpoint, kind=kind, dtype=WEIGHT_DTYPES[weight_dtype], is_fast_fp8=weight_dtype.endswith("_fast"),
+        is_dynamic=not disable_dynamic,
+    )  # fmt: skip
+    model.cached_patcher_init = load_model, (unet_name, weight_dtype, weights, kind)
+    return model
+
+
 class SelfForcingModelLoader(io.ComfyNode):
     """Checkpoint to MODEL."""
 
@@ -123,12 +135,7 @@ class SelfForcingModelLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, unet_name: str, weight_dtype: str, weights: str, kind: str = "auto") -> io.NodeOutput:
-        checkpoint = read_checkpoint(host.file_of(unet_name, resolve_model, MODEL_FOLDER), weights=weights)
-        _expect(checkpoint, "wan", unet_name, "choose a video model")
-        model = model_from_checkpoint(
-            checkpoint, kind=kind, dtype=WEIGHT_DTYPES[weight_dtype], is_fast_fp8=weight_dtype.endswith("_fast")
-        )
-        return io.NodeOutput(model)
+        return io.NodeOutput(load_model(unet_name, weight_dtype, weights, kind))
 
     @classmethod
     def fingerprint_inputs(cls, unet_name: str = "", **_: object) -> str:

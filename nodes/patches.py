@@ -4,18 +4,23 @@ The causal pass runs the MODEL's own layers in the order of our network, so what
 so do wrappers around an evaluation. What acts on the passes between the layers would be lost: each such thing is looked
 for before anything is sampled, and again at every evaluation, since some nodes put theirs there only then.
 
-Honoured: another attention (`optimized_attention_override`), RoPE scaling (`rope_options`). Refused: the rest by name.
+Honoured: another attention (of a node, or of ComfyUI's command line), RoPE scaling (`rope_options`), another
+cross-attention or feed-forward network of a block. Refused: the rest by name.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import comfy.ldm.modules.attention as attentions
+import comfy.ldm.wan.model
 import comfy.lora
+import comfy.model_sampling
 import torch
 import torch.nn as nn
+from comfy.cli_args import args as cli_args
 from torch import Tensor
 
 from ..selfforcing_core.rope import Axes
@@ -32,6 +37,7 @@ WITHOUT_EFFECT = {
 SETTERS = {
     "attn1_patch": "InfiniteTalk, HyperTile, ToMe or a hypernetwork",
     "attn2_patch": "InfiniteTalk or a hypernetwork",
+    "double_block": "Uni3C or another control network",
 }
 STEP_SAVERS = {"easycache": "EasyCache", "lazycache": "LazyCache"}  # keys of their wrappers
 # Inputs of a prompt that ComfyUI's forward pass joins to the frames of the whole video.
@@ -40,6 +46,14 @@ WHOLE_VIDEO_INPUTS = {
     "context_latents": "reference latents beside the video, as Bernini's nodes set them",
 }
 ROPE_AXES = ("t", "y", "x")
+FOLLOWED = ("cross_attn", "ffn")  # modules of a block that may be anything, since they see no other tokens
+HINTS = {
+    "self_attn": "Enhance-A-Video or a sage attention of KJNodes for this block; Patch Sage Attention and "
+    "--use-sage-attention are followed",
+    "rope_embedder": "RIFLEx of KJNodes",
+    "network": "TeaCache or another node that skips evaluations",
+}
+HARMLESS_WRAPPERS = {"selfforcing", "torch.compile"}  # keys of ours, and of ComfyUI's own compilation
 _TORCH_METHODS = frozenset(vars(nn.Module)) - {"forward"}
 
 
@@ -54,6 +68,13 @@ def check_model_options(model_options: Mapping[str, Any]) -> None:
             "this model carries context windows (Context Windows), which generating chunk by chunk does not need; "
             "remove the node, and set window and sink in Cache Options (Self Forcing)"
         )
+    devices = model_options.get("multigpu_clones", {})
+    if len(devices) > 1:
+        raise ValueError(
+            f"this model is split between {len(devices)} devices (MultiGPU CFG Split: {', '.join(map(str, devices))}), "
+            "which generating chunk by chunk cannot follow, since the cache of a prompt lies on one of them; remove "
+            "the node, and choose one device with Select Model Device"
+        )
     options = model_options.get("transformer_options", {})
     for wrappers in options.get("wrappers", {}).values():
         found = next((name for key, name in STEP_SAVERS.items() if wrappers.get(key)), None)
@@ -62,6 +83,18 @@ def check_model_options(model_options: Mapping[str, Any]) -> None:
     check_transformer_options(options)
     for name in sorted(set(options.get("patches", {})) & WITHOUT_EFFECT):
         log.warning("%s has no effect on a Wan model, here as in ComfyUI's own sampling", name)
+
+
+def check_model_sampling(model_sampling: Any) -> None:
+    """Raise ValueError for noise that is not mixed in as the rollout does: (1 - sigma) of the video, sigma of noise."""
+    kinds = [base.__name__ for base in type(model_sampling).__mro__[1:3]]  # the first is made by each node anew
+    if not isinstance(model_sampling, comfy.model_sampling.CONST):
+        raise _refuse(
+            f"a model sampling that is not of flow matching ({', '.join(kinds)}); ModelSamplingSD3 sets one that is"
+        )
+    scale = getattr(model_sampling, "noise_scale", 1.0)
+    if scale != 1:
+        raise _refuse(f"a noise scale of {scale:g} (ModelNoiseScale)")
 
 
 def check_transformer_options(options: Mapping[str, Any]) -> None:
@@ -105,6 +138,44 @@ def rope_axes(options: Mapping[str, Any]) -> Axes | None:
     return t, y, x
 
 
+def has_wrappers(model_options: Mapping[str, Any]) -> bool:
+    """Whether others stand around an evaluation, who may change what the network is given from one to the next."""
+    kinds = model_options.get("transformer_options", {}).get("wrappers", {}).values()
+    others = any(functions for keys in kinds for key, functions in keys.items() if key not in HARMLESS_WRAPPERS)
+    return others or any(
+        model_options.get(name) is not None for name in ("model_function_wrapper", "sampler_calc_cond_batch_function")
+    )
+
+
+# -------------------------------------------------------------- attention --
+def hosts_attention(options: Mapping[str, Any]) -> Callable[..., Tensor] | None:
+    """The attention of ComfyUI's own Wan where the user chose one; None where torch's own is as good.
+
+    It is chosen by a node (`optimized_attention_override`), by an option of the command line, by an installed xformers,
+    or by a pack that replaces the function. Torch's, and what ComfyUI takes by itself where it does not trust torch's,
+    are left to the network's own door.
+    """
+    function = comfy.ldm.wan.model.optimized_attention
+    plain = [attentions.attention_pytorch]
+    if not cli_args.use_quad_cross_attention:
+        plain += [attentions.attention_sub_quad, attentions.attention_basic]
+    return None if OVERRIDE not in options and function in plain else function
+
+
+def attention_note(options: Mapping[str, Any]) -> str:
+    """Which attention the passes of a run use, for the log."""
+    function = hosts_attention(options)
+    if function is None:
+        return "attention: torch's scaled_dot_product_attention"
+    if OVERRIDE in options:
+        return f"attention: {_name(options[OVERRIDE])}, set on the model ({OVERRIDE}) in the place of {_name(function)}"
+    return f"attention: ComfyUI's {_name(function)}, as it was started or another pack chose"
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
+
+
 # ---------------------------------------------------------------- modules --
 def check_module(path: str, module: nn.Module, *, is_hosts: bool = True) -> None:
     """Raise ValueError if a module whose place our network takes does not do what ComfyUI's own does.
@@ -114,14 +185,26 @@ def check_module(path: str, module: nn.Module, *, is_hosts: bool = True) -> None
     module = getattr(module, "_orig_mod", module)  # compiled: the same function
     kind = type(module)
     where = path or "the network"
+    setter = HINTS.get(path.rpartition(".")[2] or "network")
+    hint = "" if setter is None else f" ({setter})"
     changed = next(_changed_methods(module), None)
     if changed is not None:
-        hint = " (WanVideoNAG of KJNodes sets one)" if path.endswith("cross_attn") else ""
         raise _refuse(f"another {changed} of {where}{hint}")
     if module._forward_hooks or module._forward_pre_hooks:
         raise _refuse(f"a forward hook on {where}")
-    if is_hosts and not kind.__module__.startswith(("comfy.", "torch.nn.modules.container")):
-        raise _refuse(f"another {where} ({kind.__module__}.{kind.__qualname__})")
+    if is_hosts and not _is_of_comfyui(module):
+        raise _refuse(f"another {where}: {kind.__module__}.{kind.__qualname__}{hint}")
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Whether a module of a block is another one than ComfyUI's, or does something else than its class has it do."""
+    module = getattr(module, "_orig_mod", module)
+    has_hooks = bool(module._forward_hooks or module._forward_pre_hooks)
+    return has_hooks or not _is_of_comfyui(module) or next(_changed_methods(module), None) is not None
+
+
+def _is_of_comfyui(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(("comfy.", "torch.nn.modules.container"))
 
 
 def _changed_methods(module: nn.Module) -> Iterator[str]:

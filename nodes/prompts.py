@@ -182,12 +182,15 @@ class Network(Protocol):
 
 # ------------------------------------------------------------------- guider --
 def conditions(guider: Any) -> list[Cond]:
-    """The prompts that the guider evaluates at first, positive ones before others; at cfg 1 negative ones are left out.
+    """The prompts that the guider evaluates at first, positive ones before others.
+
+    At cfg 1 negative ones are left out, unless a node on the MODEL needs them there too.
 
     Once a later prompt's time has come it is the only positive one, whatever it carries.
     """
     conds = {name: _at_first(found) for name, found in guider.conds.items() if found}
-    if getattr(guider, "cfg", None) == 1 and "positive" in conds:
+    needs_all = getattr(guider, "model_options", {}).get("disable_cfg1_optimization", False)
+    if getattr(guider, "cfg", None) == 1 and "positive" in conds and not needs_all:
         conds.pop("negative", None)
     return [cond for name in sorted(conds, key=lambda name: name != "positive") for cond in conds[name]]
 

@@ -42,7 +42,13 @@ from .causal_model import (
     kind_note,
     settings_of,
 )
-from .patches import check_model_options, check_prompt_inputs, unapplied_names
+from .patches import (
+    check_model_options,
+    check_model_sampling,
+    check_prompt_inputs,
+    has_wrappers,
+    unapplied_names,
+)
 from .prompts import Moment, PromptPlan, Typed, check_prompts, conditions, later_prompts, scheduled_seeds
 
 log = logging.getLogger(__name__)
@@ -210,6 +216,7 @@ def sample_chunks(
     patcher = guider.model_patcher
     settings, native = settings_of(patcher), patcher.model.diffusion_model
     _check_kind(settings.kind, run.is_whole)
+    check_model_sampling(patcher.get_model_object("model_sampling"))
     later = later_prompts(guider)
     conds = [*conditions(guider), *(cond for _, conds in later for cond in conds)]
     check_prompts(conds, config_of(native))
@@ -412,7 +419,10 @@ class _GuidedNetwork:
         caches = new_caches(self, self.conditioning, self.num_caches, shape, causal)
         forget_extra_bytes(self.guider.model_patcher.model)
         patcher = self.guider.model_patcher
-        self.state = RolloutState(caches, self._index_of(), self.model_options.get(HOST_COMPILE), patcher)
+        self.state = RolloutState(
+            caches, self._index_of(), self.model_options.get(HOST_COMPILE), patcher,
+            is_watched=has_wrappers(self.model_options),
+        )  # fmt: skip
         inner = {**self.model_options.get("transformer_options", {}), KEY: self.state}
         self.state.share(patcher.model.diffusion_model, inner)
         self.model_options = {**self.model_options, "transformer_options": inner}
@@ -453,8 +463,7 @@ class _GuidedNetwork:
         self, x_BTCHW: Tensor, timesteps_BT: Tensor, *_: Any, cache: Any = None, start_frame: int = 0
     ) -> Tensor:
         if self.state is not None:
-            self.state.start_frame, self.state.num_frames = start_frame, x_BTCHW.shape[1]
-            self.state.evaluated = set()
+            self.state.begin_call(start_frame, x_BTCHW.shape[1])
         sigma_B = timesteps_BT[:, 0] / TIMESTEPS
         x0_BCTHW = self.guider(
             rearrange(x_BTCHW, "b t c h w -> b c t h w"), sigma_B,

@@ -193,8 +193,11 @@ class _Block(nn.Module):
         gate1, shift, scale, gate2 = later
         x_GPD = torch.addcmul(x_GPD, self.self_attn.o(attended_BLNK.reshape(x_GPD.shape)), gate1)
         x_GPD = x_GPD + self.cross_attn.attend_to(self.norm3(x_GPD), attended_BLNK.shape[1], keys_values)
-        fed = F.gelu(self.ffn["0"](_modulated(x_GPD, shift, scale, self.eps)), approximate="tanh")
-        return torch.addcmul(x_GPD, self.ffn["2"](fed), gate2)
+        return torch.addcmul(x_GPD, self.feed(_modulated(x_GPD, shift, scale, self.eps)), gate2)
+
+    def feed(self, x_GPD: Tensor) -> Tensor:
+        """The feed-forward network, of each token alone."""
+        return self.ffn["2"](F.gelu(self.ffn["0"](x_GPD), approximate="tanh"))
 
     def _keys_values(self, context: _Context | None, cache: KVCache | None, layer: int) -> KeysValues:
         def compute() -> KeysValues:

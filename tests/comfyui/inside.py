@@ -1,6 +1,7 @@
 """Run by the host's Python with its checkout on the path: what cannot be asked over HTTP, measured and printed as JSON.
 
-python inside.py PACK FOLDER      PACK: this repository; FOLDER: where random weights may be written
+python inside.py PACK FOLDER [OPTION ...]
+PACK: this repository; FOLDER: where random weights may be written; OPTION: of the host's command line
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path.cwd()))
 PACK, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
-sys.argv = ["inside", "--cpu"]
+sys.argv = ["inside", "--cpu", *sys.argv[3:]]
 
 # Optional packages that are installed but broken, as flash-attn often is, must not keep the pack from loading.
 BROKEN = FOLDER / "broken"
 BROKEN.mkdir(parents=True, exist_ok=True)
 PLANTED = ("flash_attn", "lmdb", "omegaconf", "diffusers")
 for package in PLANTED:
-    (BROKEN / f"{package}.py").write_text(f'raise ImportError("{package} is broken")')
+    if package not in sys.modules:
+        (BROKEN / f"{package}.py").write_text(f'raise ImportError("{package} is broken")')
 sys.path.insert(0, str(BROKEN))
 
 import comfy.options  # noqa: E402
@@ -40,6 +42,7 @@ comfy.options.enable_args_parsing()
 import comfy.k_diffusion.sampling  # noqa: E402
 import comfy.ldm.wan.model  # noqa: E402
 import comfy.model_management  # noqa: E402
+import comfy.model_sampling  # noqa: E402
 import comfy.ops  # noqa: E402
 import comfy.patcher_extension  # noqa: E402
 import comfy.samplers  # noqa: E402
@@ -68,8 +71,8 @@ def load_pack() -> Any:
 PACKAGE = load_pack()
 causal_model = importlib.import_module(PACKAGE + ".causal_model")
 sampling = importlib.import_module(PACKAGE + ".sampling")
-autoencoder, frame_stream, host, text_nodes = (
-    importlib.import_module(f"{PACKAGE}.{name}") for name in ("autoencoder", "frame_stream", "host", "text")
+autoencoder, frame_stream, host, loader, text_nodes = (
+    importlib.import_module(f"{PACKAGE}.{name}") for name in ("autoencoder", "frame_stream", "host", "loader", "text")
 )
 CORE = PACKAGE.rpartition(".")[0] + ".selfforcing_core."
 core = {
@@ -562,7 +565,7 @@ def vaes_of_the_host_stream() -> dict[str, Any]:
     """A small random Wan VAE, chunk by chunk and with a chunk taken back, against its decode of the whole video.
 
     The host's decode gives all latents at once to a pointwise convolution, whose sums a CPU may round in another order
-    for other lengths. So it is compared as it is, and again with that convolution by frames, where nothing differs.
+    for other lengths. So it is compared as it is, and again with that convolution frame by frame: nothing differs.
     """
     torch.manual_seed(0)
     vae = wan_vae()
@@ -678,17 +681,20 @@ def a_network_that_had_to_leave_comes_back() -> dict[str, Any]:
     }
 
 
-def once(patcher: Any, sampler: Any = None, *, values: Any = None) -> Any:
+def once(
+    patcher: Any, sampler: Any = None, *, values: Any = None, cfg: float = 3.0, sigmas: tuple[float, ...] = (1.0, 0.0)
+) -> Any:
     """Latents after one step from noise to nothing: by the host's Euler, or by a sampler of ours.
 
     The host attends to as many rows of text as it is given, our network to all of them: 512, as a text encoder gives.
     """
     guider = comfy.samplers.CFGGuider(patcher)
     guider.set_conds([[text(1, 512), dict(values or {})]], [[text(2, 512), dict(values or {})]])
-    guider.set_cfg(3.0)
+    guider.set_cfg(cfg)
     noise = torch.randn(1, CHANNELS, FRAMES, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(7))
     euler = comfy.samplers.KSAMPLER(comfy.k_diffusion.sampling.sample_euler)
-    return guider.sample(noise, torch.zeros_like(noise), sampler or euler, torch.tensor([1.0, 0.0]), disable_pbar=True)
+    latent = torch.zeros_like(noise)
+    return guider.sample(noise, latent, sampler or euler, torch.tensor(sigmas), disable_pbar=True, seed=5)
 
 
 TELLS_BLOCK = "block_index" in inspect.getsource(comfy.ldm.wan.model.WanModel)  # as newer hosts do
@@ -742,6 +748,114 @@ def what_is_set_on_the_forward_pass_is_followed() -> dict[str, Any]:
     return found
 
 
+SEVERAL = (1.0, 0.8, 0.5, 0.0)  # noise levels
+
+
+def guided_to(module: Any) -> Any:
+    """Another forward of a cross-attention, which leads away from a text of its own, as NAG of other packs does."""
+    away = module.norm_k.weight.new_ones(1, 4, module.q.in_features) * 0.1
+    own = type(module).forward
+
+    def forward(self: Any, x: Any, context: Any, *args: Any, **options: Any) -> Any:
+        assert context.shape[0] == 1
+        assert x.shape[1] in (FRAMES * HEIGHT * WIDTH // 4, 3 * HEIGHT * WIDTH // 4), "rows of all frames"
+        assert not TELLS_BLOCK or options["transformer_options"]["block_index"] in range(SIZES["num_layers"])
+        told = own(self, x, context, *args, **options)
+        return told * 4 - own(self, x, torch.cat([context[:, : context.shape[1] - 512], away], 1), *args, **options) * 3
+
+    return types.MethodType(forward, module)
+
+
+def in_parts(module: Any) -> Any:
+    """Another forward of a feed-forward network: half of a row at a time, and half as much of it."""
+
+    def forward(self: Any, x: Any) -> Any:
+        return torch.cat([torch.nn.Sequential.forward(self, part) for part in x.chunk(2, 1)], 1) * 0.5
+
+    return types.MethodType(forward, module)
+
+
+def with_blocks(patcher: Any, name: str, make: Callable[[Any], Any]) -> Any:
+    clone = patcher.clone()
+    for index, block in enumerate(patcher.model.diffusion_model.blocks):
+        clone.add_object_patch(f"diffusion_model.blocks.{index}.{name}.forward", make(getattr(block, name)))
+    return clone
+
+
+def with_fading_prompt(patcher: Any) -> Any:
+    """A wrapper gives the network another text at every noise level."""
+
+    def wrapper(executor: Any, x: Any, timestep: Any, context: Any, *args: Any, **options: Any) -> Any:
+        return executor(x, timestep, context * (timestep[:, None, None] / 1000), *args, **options)
+
+    clone = patcher.clone()
+    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "fading", wrapper)
+    return clone
+
+
+def modules_and_prompts_of_others_are_followed() -> dict[str, float]:
+    """Cross-attention and feed-forward networks replaced, and texts that change: as one chunk the host's own pass."""
+    made, image = network(), network(in_dim=36, model_type="i2v")
+    euler = replace(STEPS, solver="euler")
+    at_once = sampling.ChunkSampler(sampling.Run(causal=CausalConfig(chunk=FRAMES)))
+    generator = torch.Generator().manual_seed(3)
+
+    class Seen:
+        penultimate_hidden_states = torch.randn(1, 257, 1280, generator=generator)
+
+    values = {
+        "concat_latent_image": torch.randn(1, CHANNELS, FRAMES, HEIGHT, WIDTH, generator=generator),
+        "concat_mask": torch.zeros(1, 1, FRAMES, HEIGHT, WIDTH), "clip_vision_output": Seen(),
+    }  # fmt: skip
+    ways = {
+        "cross": lambda patcher: with_blocks(patcher, "cross_attn", guided_to),
+        "feed": lambda patcher: with_blocks(patcher, "ffn", in_parts),
+        "prompt": with_fading_prompt,
+    }
+    found: dict[str, float] = {}
+    for kind, net, given in (("t2v", made, {}), ("i2v", image, values)):
+        whole = loaded(saved(f"{kind} whole", net, causal=None), kind="base")
+        causal = loaded(saved(kind, net))
+        causal = causal_model.with_settings(causal, causal_model.Settings("causal", CHUNKS, euler))
+        options: dict[str, Any] = {"values": given, "cfg": 1.0, "sigmas": SEVERAL}
+        plain = once(whole, **options)
+        found[f"{kind}_plain"] = apart(once(causal, at_once, **options), plain)
+        for name, change in ways.items():
+            theirs = once(change(whole), **options)
+            found[f"{kind}_{name}"] = apart(once(change(causal), at_once, **options), theirs)
+            found[f"{kind}_{name}_matters"] = min(
+                apart(theirs, plain), apart(sampled(change(causal), values=given), sampled(causal, values=given))
+            )
+    compiled_one = ways["cross"](causal)
+    set_torch_compile_wrapper(compiled_one, backend="eager")
+    found["compiled"] = apart(sampled(compiled_one, values=values), sampled(ways["cross"](causal), values=values))
+    return found
+
+
+def a_model_can_be_loaded_again() -> dict[str, Any] | None:
+    """As ComfyUI does for a copy on another device, which it takes along with LoRA, settings and wrappers."""
+    sys.modules["folder_paths"].add_model_folder_path("diffusion_models", str(FOLDER))
+    made = network()
+    saved("again", made)
+    patcher = loader.load_model("again.safetensors", "float32", "auto", "auto")
+    if not hasattr(patcher, "deepclone_multigpu"):
+        return None  # an older host, which never asks
+    change = torch.randn(made.get_parameter("blocks.0.ffn.0.weight").shape, generator=torch.Generator().manual_seed(1))
+    lora = {"diffusion_model.blocks.0.ffn.0.diff": change * 0.02}
+    patched = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0)[0]
+    settings = replace(causal_model.settings_of(patched), cache_dtype=torch.bfloat16)
+    patched = causal_model.with_settings(patched, settings)
+    wanted = sampled(patched)
+    copies = {
+        "another device": patched.deepclone_multigpu(torch.device("cpu")),
+        "deep": patched.clone(True, None, True),
+    }
+    found: dict[str, Any] = {name: apart(sampled(copy), wanted) for name, copy in copies.items()}
+    found["own weights"] = all(copy.model is not patched.model for copy in copies.values())
+    found["matters"] = apart(wanted, sampled(patcher))
+    return found
+
+
 def what_cannot_be_followed_is_refused() -> dict[str, str]:
     """The sentence with which each is refused, "" if it is not; and that the MODEL runs as before without it."""
     patcher = loaded(saved("t2v", network()))
@@ -782,6 +896,52 @@ def what_cannot_be_followed_is_refused() -> dict[str, str]:
 
     diffusion_model = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
 
+    def skipping_around(kind: str) -> Callable[[Any], Any]:
+        """A wrapper of another kind that returns what it likes for every third evaluation."""
+        calls: list[int] = []
+
+        def wrapper(executor: Any, x: Any, *args: Any, **options: Any) -> Any:
+            calls.append(1)
+            return executor(x, *args, **options) if len(calls) % 3 else torch.zeros_like(x)
+
+        return lambda clone: clone.add_wrapper_with_key(kind, "another", wrapper)
+
+    def skipping_function(clone: Any) -> None:
+        calls: list[int] = []
+
+        def function(apply: Any, args: dict[str, Any]) -> Any:
+            calls.append(1)
+            given = args["input"], args["timestep"]
+            return apply(*given, **args["c"]) if len(calls) % 3 else torch.zeros_like(args["input"])
+
+        clone.set_model_unet_function_wrapper(function)
+
+    def twice(clone: Any) -> None:
+        def wrapper(executor: Any, x: Any, *args: Any, **options: Any) -> Any:
+            return executor(x, *args, **options) - executor(x * 0.5, *args, **options)
+
+        clone.add_wrapper_with_key(diffusion_model, "another", wrapper)
+
+    def longer(clone: Any) -> None:
+        def wrapper(executor: Any, x: Any, *args: Any, **options: Any) -> Any:
+            return executor(torch.cat([x, x], 2), *args, **options)[:, :, : x.shape[2]]
+
+        clone.add_wrapper_with_key(diffusion_model, "another", wrapper)
+
+    def another_prompt(clone: Any) -> None:
+        def post_cfg(args: dict[str, Any]) -> Any:
+            conds = [[{**cond, "uuid": "another"} for cond in args["cond"]]]
+            comfy.samplers.calc_cond_batch(args["model"], conds, args["input"], args["sigma"], args["model_options"])
+            return args["denoised"]
+
+        clone.set_model_sampler_post_cfg_function(post_cfg)
+
+    def other_sampling(kind: Any) -> Any:
+        class Sampling(comfy.model_sampling.ModelSamplingDiscreteFlow, kind):
+            pass
+
+        return Sampling(patcher.model.model_config)
+
     def put(key: str, value: Any) -> Callable[[Any], Any]:
         return lambda clone: clone.model_options.__setitem__(key, value)
 
@@ -791,7 +951,9 @@ def what_cannot_be_followed_is_refused() -> dict[str, str]:
         "attn1": told(lambda clone: clone.set_model_patch(lambda args: args["x"], "attn1_patch")),
         "unknown": told(lambda clone: clone.set_model_patch(lambda args: args["x"], "a_new_one")),
         "without effect": told(lambda clone: clone.set_model_patch(lambda x, extra: x * 2, "attn1_output_patch")),
-        "cross": told(method("blocks.0.cross_attn.forward", blocks[0].cross_attn)),
+        "cross": told(method("blocks.0.cross_attn.forward", blocks[0].cross_attn), cfg=3.0),
+        "cross alone": told(method("blocks.0.cross_attn.forward", blocks[0].cross_attn)),
+        "self": told(method("blocks.0.self_attn.forward", blocks[0].self_attn)),
         "whole": told(method("forward_orig", patcher.model.diffusion_model)),
         "rope table": told(
             lambda clone: clone.add_object_patch("diffusion_model.rope_embedder", torch.nn.Identity().to("cpu"))
@@ -800,6 +962,13 @@ def what_cannot_be_followed_is_refused() -> dict[str, str]:
         "layer": told(method("blocks.1.ffn.0.forward", blocks[1].ffn[0])),  # is called, so it is followed
         "skip": told(skipping(3)),
         "skip the cache": told(skipping(5)),  # the last of a chunk's passes
+        "skip around": told(skipping_around(comfy.patcher_extension.WrappersMP.APPLY_MODEL)),
+        "skip by function": told(skipping_function),
+        "twice": told(twice),
+        "longer": told(longer),
+        "another prompt": told(another_prompt),
+        "noise": told(lambda clone: clone.add_object_patch("model_sampling", other_sampling(comfy.model_sampling.EPS))),
+        "devices": told(put("multigpu_clones", {"cuda:0": None, "cuda:1": None})),
         "easycache": told(
             lambda clone: clone.add_wrapper_with_key(diffusion_model, "easycache", lambda call, *a: call(*a))
         ),
@@ -1088,6 +1257,8 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     a_prompt_typed_into_a_resumed_run,
     the_hosts_own_causal_sampler,
     what_is_set_on_the_forward_pass_is_followed,
+    modules_and_prompts_of_others_are_followed,
+    a_model_can_be_loaded_again,
     what_cannot_be_followed_is_refused,
     a_loras_modulation_is_the_merged_network,
     first_and_last_frame_models_are_not_made_causal,

@@ -194,15 +194,35 @@ def test_what_is_set_on_the_forward_pass_is_followed(found: dict[str, Any]) -> N
         assert max(found["rope"], found["rope_in_chunks"]) < 2 * ROUNDING
 
 
+def test_modules_and_prompts_of_others_are_followed(found: dict[str, float]) -> None:
+    """NAG-type cross-attention, feed-forward networks and changing texts: as one chunk exactly ComfyUI's own pass."""
+    assert found.pop("compiled") < ROUNDING, "they go before compiled blocks"
+    matters = {name: found.pop(name) for name in list(found) if name.endswith("_matters")}
+    assert max(found.values()) < ROUNDING < min(matters.values()) / 100
+    assert len(matters) == 6
+
+
+def test_a_model_can_be_loaded_again(found: dict[str, Any] | None) -> None:
+    """The copies that ComfyUI makes for other devices give the same video, with LoRA and settings."""
+    if found is None:
+        pytest.skip("this version of ComfyUI never loads a model again")
+    assert found.pop("own weights")
+    assert found.pop("matters") > 0.01
+    assert found == {"another device": 0.0, "deep": 0.0}
+
+
 def test_what_cannot_be_followed_is_refused(found: dict[str, str]) -> None:
     assert found.pop("afterwards") == "same"
-    assert found.pop("layer") == found.pop("without effect") == ""
+    assert found.pop("layer") == found.pop("without effect") == found.pop("cross alone") == ""
     words = {
         "block": "replacement of block 1", "block in a step": "replacement of block 0", "attn1": "attn1_patch",
-        "unknown": "a_new_one", "cross": "another forward of blocks.0.cross_attn (WanVideoNAG",
-        "whole": "another forward_orig of the network", "rope table": "another rope_embedder (torch.nn",
+        "unknown": "a_new_one", "cross": "set cfg to 1", "self": "Patch Sage Attention",
+        "whole": "another forward_orig of the network", "rope table": "another rope_embedder: torch.nn",
         "norm": "another forward of blocks.1.norm1", "skip": "was skipped", "skip the cache": "was skipped",
         "context windows": "window and sink", "rope": "scale_z", "joined frames": "time_dim_concat",
+        "skip around": "was skipped", "skip by function": "was skipped", "twice": "twice in one step",
+        "longer": "1 x 6 frames", "another prompt": "not the sampler's", "devices": "choose one device",
+        "noise": "not of flow matching",
         "easycache": "EasyCache, which skips", "hook": "a forward hook on blocks.0.self_attn",
     }  # fmt: skip
     assert found.keys() == words.keys()
