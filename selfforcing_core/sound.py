@@ -85,11 +85,10 @@ def sound_of(path: str | Path) -> tuple[Sound, float]:
     """
     with _open(path) as file:
         track = file.streams.best("audio")
-        begin = end = None
+        begin, end = (track.start_time or 0) * track.time_base, None  # packets may begin before what is heard
         for packet in _packets(file, track, Path(path)):
-            begin = packet.pts * packet.time_base if begin is None else begin
             end = (packet.pts + (packet.duration or 0)) * packet.time_base
-    if begin is None or end is None:
+    if end is None:
         raise ValueError(f"{path}: holds no sound that can be read")
     return Sound(Path(path), begin, end - begin), float(end - begin)
 

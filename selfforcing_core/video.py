@@ -7,6 +7,7 @@ Letters: V video frames, R RGB, H W height and width in pixels. Values of frames
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from fractions import Fraction
@@ -93,6 +94,7 @@ class _Writer:
         if not self.keeps_no_entries:
             file.metadata.update(as_texts(metadata))
         self.track: Track | None = None
+        os.environ.setdefault("SVT_LOG", "1")  # its encoder asks; else it prints pages
         self.rate = Fraction(fps).limit_denominator(1001)
         self.stream = file.add_stream(made.encoder, rate=self.rate, options=made.chosen(quality, grows=grows))
         self.stream.pix_fmt = made.pixels
@@ -131,10 +133,13 @@ def _coded(picture_HWR: np.ndarray, made: VideoFormat) -> Any:
     frame = av.VideoFrame.from_ndarray(picture_HWR, format="rgb24" if made.bits == 8 else "rgb48le")
     if made.matrix == RGB_MATRIX:
         return frame.reformat(format=made.pixels)
-    return frame.reformat(
+    frame = frame.reformat(
         format=made.pixels, src_colorspace=made.matrix, dst_colorspace=made.matrix, src_color_range=FULL,
         dst_color_range=made.range, interpolation=SCALER,
     )  # fmt: skip
+    if hasattr(frame, "color_trc"):  # from PyAV 17 on; ProRes repeats in each frame what its container says
+        frame.color_primaries = frame.color_trc = BT709
+    return frame
 
 
 def _with_palette(picture_HWR: np.ndarray) -> Any:
@@ -181,6 +186,8 @@ class VideoStream:
         usual, movflags, more = _STREAMED[ending]
         made = check_video(path, codec or usual, quality, fps, has_sound=sound is not None)
         check_writable(self.path, overwrite=False)
+        if sound is not None and movflags:
+            movflags += "+delay_moov"  # else the silence that AAC begins with is not cut off
         options = {**muxer_options(CONTAINERS[ending], movflags), **more, "flush_packets": "1"}
         self._grown = GrowingFile(self.path)
         try:

@@ -99,16 +99,20 @@ def _copy(source: Path, target: Path, entries: Mapping[str, str]) -> None:
             file_name(target), "w", format=container, options=muxer_options(container)
         ) as made:  # fmt: skip
             made.metadata.update(entries)
-            copies = {}
-            for stream in (*given.streams.video, *given.streams.audio):
-                copies[stream.index] = made.add_stream_from_template(stream)
-                copies[stream.index].time_base = stream.time_base
+            copies = {stream.index: _added(made, stream) for stream in (*given.streams.video, *given.streams.audio)}
             for packet in given.demux(*(given.streams[index] for index in copies)):
-                if packet.dts is not None:
+                if packet.size:  # the last ones only say that it ends
                     packet.stream = copies[packet.stream.index]
                     made.mux(packet)
     except FFmpegError as error:
         raise ValueError(f"{source}: cannot be copied ({error.strerror})") from error
+
+
+def _added(made: Any, stream: Any) -> Any:
+    """A stream like the given one: without its tag an H.265 file is none for Apple's players."""
+    copy = made.add_stream_from_template(stream, opaque=True)  # decoders of AV1 have no encoder of their name
+    copy.codec_context.codec_tag = stream.codec_context.codec_tag
+    return copy
 
 
 # --------------------------------------------------------------------- webp --

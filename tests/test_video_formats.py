@@ -42,9 +42,9 @@ RATE = 32_000
 
 
 def tone(seconds: float, channels: int = 2, rate: int = RATE) -> Samples:
-    """A sine of 440 Hz whose loudness grows, the same in all channels."""
+    """A sine that rises from 200 Hz by 1500 Hz a second, the same in all channels: like itself at one place only."""
     times = torch.arange(round(seconds * rate)) / rate
-    wave = torch.sin(2 * torch.pi * 440 * times) * (0.2 + 0.6 * times / seconds)
+    wave = 0.5 * torch.sin(2 * torch.pi * (200 * times + 750 * times**2))
     return Samples(wave.expand(channels, -1), rate)
 
 
@@ -108,7 +108,7 @@ def test_moving_pictures_come_back_and_equal_ones_become_equal_files(
     assert len(files) == 1
     found = frames_of(path)
     assert found.shape == frames.shape
-    assert (found - frames).abs().mean() * 255 < (3.5 if codec == "gif" else 1.5)
+    assert (found - frames).abs().mean() * 255 < (5 if codec == "gif" else 1.5)
 
 
 def test_prores_holds_more_than_eight_bits(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_sound_file_is_muxed_in(tmp_path: Path, source: str, codec: str, endin
     wave = given.waveform_CS[0, :RATE].numpy()
     alike = [np.corrcoef(wave, np.pad(samples, (1500, 0))[at : at + RATE])[0, 1] for at in range(0, 3001, 4)]
     assert max(alike) > 0.98
-    assert abs(4 * int(np.argmax(alike)) - 1500) <= 0.04 * RATE
+    assert abs(4 * int(np.argmax(alike)) - 1500) <= 0.005 * RATE
 
 
 def video_sound(sound: Any) -> Any:
@@ -281,11 +281,13 @@ def packets(path: Path) -> list[tuple[Any, ...]]:
     if path.suffix in (".webp", ".gif"):
         return [(frame.numpy().tobytes(),) for frame in (frames_of(path) * 255).round().byte()]
     with av.open(str(path)) as file:
-        return sorted(
-            (packet.stream_index, packet.pts * packet.time_base, packet.dts * packet.time_base,
-             packet.is_keyframe, bytes(packet))
-            for packet in file.demux() if packet.dts is not None
-        )  # fmt: skip
+        found = [
+            (packet.stream_index, float(packet.pts * packet.time_base), packet.is_keyframe, bytes(packet))
+            for packet in file.demux() if packet.size
+        ]  # fmt: skip
+        is_pcm = [stream.type == "audio" and stream.codec_context.name.startswith("pcm") for stream in file.streams]
+    pcm = b"".join(data for index, *_, data in found if is_pcm[index])  # which readers cut as they like
+    return [*sorted(each for each in found if not is_pcm[each[0]]), (pcm,)]
 
 
 @pytest.mark.parametrize(("codec", "ending"), CASES)
