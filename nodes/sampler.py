@@ -18,7 +18,7 @@ from ..selfforcing_core.geometry import PIXEL_STEP, SPATIAL_FACTOR, VideoGeometr
 from ..selfforcing_core.rollout import Chunk
 from ..selfforcing_core.roofline import Meter, Recipe
 from . import host
-from .autoencoder import graph_images
+from .autoencoder import graph_clips
 from .causal_model import AUTO, SINK_AUTO, causal_settings, config_of, settings_of, sigmas_of
 from .frame_stream import FrameStream, frame_stream
 from .live import Live, open_live, times_steered
@@ -266,7 +266,9 @@ class SelfForcingStreamSampler(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output(tooltip="The video's latents, for VAE Decode or Decode TAEHV."),
-                io.Image.Output(tooltip="The video's frames. Needs taehv."),
+                io.Image.Output(
+                    is_output_list=True, tooltip="The video's frames, one clip for each row of a batch. Needs taehv."
+                ),
                 State.Output(display_name="state", tooltip="Where the run ended. Needs keep_state."),
             ],
             hidden=[io.Hidden.extra_pnginfo],
@@ -300,7 +302,7 @@ class SelfForcingStreamSampler(io.ComfyNode):
     def execute(cls, **inputs: Any) -> io.NodeOutput:
         frames: list[Tensor] = []
         samples, kept = sample(take=frames.append, hidden=cls.hidden, **inputs)
-        images = graph_images(torch.cat(frames, 1)) if frames else host.blocked(NO_FRAMES)
+        images = graph_clips(torch.cat(frames, 1)) if frames else [host.blocked(NO_FRAMES)]
         return io.NodeOutput({"samples": samples}, images, kept)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..selfforcing_core.geometry import SPATIAL_FACTOR
+from ..selfforcing_core.geometry import PIXEL_STEP, SPATIAL_FACTOR
 from ..selfforcing_core.sound import Samples
 from ..selfforcing_core.video import VideoStream, retag
 from ..selfforcing_core.video_formats import AUTO_QUALITY, FORMATS, check_video
@@ -200,7 +200,7 @@ class SelfForcingStreamToFile(io.ComfyNode):
         if latent_image is not None:
             batch, *_, height, width = latent_image["samples"].shape
             size = (width * SPATIAL_FACTOR, height * SPATIAL_FACTOR)
-        FORMATS[codec].check_size(*size)
+        FORMATS[codec].check_size(*(side // PIXEL_STEP * PIXEL_STEP for side in size))
         files = _Files(
             filename_prefix, format, fps, quality, host.graph_metadata(cls.hidden), size, _sounds(audio, batch)
         )
