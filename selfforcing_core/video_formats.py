@@ -96,8 +96,8 @@ class VideoFormat:
             raise ValueError(f"quality {quality}: {self.title} takes {self.quality.in_words}")
         if av.library_versions["libavcodec"][0] < self.quality.libavcodec and quality != self.quality.default:
             raise ValueError(
-                f"quality {quality}: this PyAV ({av.__version__}) encodes {self.title} in its default only; leave it there, "
-                "or install PyAV 18"
+                f"quality {quality}: this PyAV ({av.__version__}) encodes {self.title} in its default only; leave it "
+                "there, or install PyAV 18"
             )
 
     def check_size(self, width: int, height: int) -> None:
@@ -130,7 +130,7 @@ def _has_encoder(name: str) -> bool:
 
 _EVEN = (2, 2)
 # x265 draws other pictures with another number of frame threads, and writes the size of its pool into the file. Its
-# preset "fast" is not repeatable, with one thread neither (8 different files of 25), and was seen to draw a frame wrong.
+# preset "fast" is not repeatable, not even with one thread, and was seen to draw a frame wrong.
 _X265 = "frame-threads=1:wpp=1:info=0:log-level=error"
 FORMATS = {
     made.name: made
@@ -160,7 +160,8 @@ FORMATS = {
             "prores", "ProRes", (".mov", ".mkv"), "prores_ks", "yuv422p10le",
             {"profile": "3", "vendor": "apl0"}, grows={}, bits=16, even=(2, 1),
             sound="pcm_s16le",
-            quality=Quality("profile", 3, 0, 3, "0 proxy, 1 LT, 2 standard, 3 HQ:", libavcodec=62), note="10 bit, large, for editing",
+            quality=Quality("profile", 3, 0, 3, "0 proxy, 1 LT, 2 standard, 3 HQ:", libavcodec=62),
+            note="10 bit, large, for editing",
         ),
         VideoFormat(
             "ffv1", "FFV1", (".mkv",), "ffv1", "bgr0", {"level": "3", "g": "1", "slices": "4"}, grows={},

@@ -120,15 +120,15 @@ def test_a_file_has_the_codec_the_quality_and_the_sound_that_were_asked_for(
             file.mux(stream.encode(frame))
             file.mux(stream.encode(None))
         out = tmp_path / f"{seconds}.mov"
-        more = ["--out", str(out), "--codec", "prores", "--quality", "0", "--audio", str(tmp_path / "a.wav")]
+        more = ["--out", str(out), "--codec", "prores", "--quality", "3", "--audio", str(tmp_path / "a.wav")]
         assert main([*options, *more]) == 0
         with av.open(str(out)) as file:
             assert file.streams.video[0].codec_context.name == "prores"
-            track = file.streams.audio[0]
+            track: Any = file.streams.audio[0]
             assert abs(float(track.duration * track.time_base) - min(seconds, 21 / 16)) < 0.07
         assert words in caplog.text
         settings = json.loads(read_metadata(out)["selfforcing"])
-        assert (settings["codec"], settings["quality"]) == ("prores", 0)
+        assert (settings["codec"], settings["quality"]) == ("prores", 3)
 
 
 def test_several_videos_have_the_ending_of_their_codec(options: list[str], tmp_path: Path) -> None:
