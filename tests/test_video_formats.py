@@ -77,13 +77,13 @@ def written(path: Path, frames: Tensor, *, grows: bool = False, **options: Any) 
 def test_the_colours_are_those_that_were_given(tmp_path: Path, codec: str, ending: str, grows: bool) -> None:
     colours = torch.tensor(SWATCHES).float() / 255
     frames = colours[:, :, None, None].expand(-1, -1, 64, 64)
-    path = written(tmp_path / f"a{ending}", frames, grows=grows, codec=codec, metadata={"comment": "ä: b"})
+    path = written(tmp_path / f"a{ending}", frames, grows=grows, codec=codec, metadata={"comment": "\u00e4: b"})
     found = frames_of(path).mean((-1, -2))
     assert found.shape == colours.shape
     most, mean = LIKENESS[codec]
     assert (found - colours).abs().max() * 255 <= most + 1e-3
     assert (found - colours).abs().mean() * 255 <= mean + 1e-3
-    assert {name.lower(): value for name, value in read_metadata(path).items()}["comment"] == "ä: b"
+    assert {name.lower(): value for name, value in read_metadata(path).items()}["comment"] == "\u00e4: b"
     if ending in (".mp4", ".mov", ".mkv"):
         with av.open(str(path)) as file:
             context = file.streams.video[0].codec_context
@@ -307,18 +307,18 @@ def test_entries_are_added_to_a_finished_file_and_no_packet_changes(
     sound = tone(0.9) if FORMATS[codec].sound else None
     path = written(
         tmp_path / f"a{ending}", moving_gradient(20, 96, 64), grows=grows, codec=codec, sound=sound, fps=12,
-        metadata={"prompt": {"1": "ä"}, "comment": "b: c"},
+        metadata={"prompt": {"1": "\u00e4"}, "comment": "b: c"},
     )  # fmt: skip
     before, said, frames = packets(path), about(path), frames_of(path)
-    retag(path, {"selfforcing_schedule": "0s: a\n3s: ü", "comment": "new"})
+    retag(path, {"selfforcing_schedule": "0s: a\n3s: \u00fc", "comment": "new"})
     retag(path, {"further": [1]})
     assert packets(path) == before
     assert about(path)[1:] == said[1:]
     assert float(about(path)[0]) == pytest.approx(float(said[0]), rel=0.01)  # Matroska rounds to milliseconds
     assert torch.equal(frames_of(path), frames)
     found = {name.lower(): value for name, value in read_metadata(path).items()}
-    assert found["selfforcing_schedule"] == "0s: a\n3s: ü"
-    assert (found["comment"], json.loads(found["prompt"]), found["further"]) == ("new", {"1": "ä"}, "[1]")
+    assert found["selfforcing_schedule"] == "0s: a\n3s: \u00fc"
+    assert (found["comment"], json.loads(found["prompt"]), found["further"]) == ("new", {"1": "\u00e4"}, "[1]")
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
