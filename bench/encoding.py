@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +27,7 @@ from torch import Tensor
 from bench.report import now, write
 from bench.rollout import hardware
 from selfforcing_core import video
+from selfforcing_core.video_formats import FORMATS
 
 ASSEMBLY = {"auto": "", "avx2": "avx2", "sse4.2": "sse4.2", "none": "0"}
 SIZE, FRAMES = (480, 832), 33
@@ -42,13 +44,12 @@ def pictures() -> Tensor:
 
 def encoded(frames_VRHW: Tensor, folder: Path, params: str | None) -> bytes:
     """The file that `write_video` makes with these parameters of x264; None leaves them as they are."""
-    coding = video.H264
+    coding = FORMATS["h264"]
     if params is not None:
         options = {name: value for name, value in coding.options.items() if name != "x264-params"}
-        coding = video.Coding("libx264", "yuv420p", {**options, **({"x264-params": params} if params else {})},
-                              coding.matrix, coding.range)  # fmt: skip
+        coding = replace(coding, options={**options, **({"x264-params": params} if params else {})})
     path = folder / "encoding.mp4"
-    with patch.object(video, "H264", coding):
+    with patch.dict(FORMATS, h264=coding):
         video.write_video(path, frames_VRHW, overwrite=True)
     data = path.read_bytes()
     path.unlink()

@@ -50,9 +50,9 @@ def graph_latents(latents_BTCHW: Tensor) -> Tensor:
     return WAN_LATENTS.process_out(rearrange(latents_BTCHW, "b t c h w -> b c t h w"))
 
 
-def graph_images(frames_BVRHW: Tensor) -> Tensor:
-    """Frames in [0, 1] to the graph's IMAGE [B*V, H, W, R]; the videos of a batch follow one another."""
-    return rearrange(frames_BVRHW, "b v r h w -> (b v) h w r")
+def graph_clips(frames_BVRHW: Tensor) -> list[Tensor]:
+    """Frames in [0, 1] to one IMAGE [V, H, W, R] for each video of a batch: what follows runs once for each."""
+    return list(rearrange(frames_BVRHW, "b v r h w -> b v h w r"))
 
 
 def check_channels(channels: int, what: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from comfy_api.latest import io
-from einops import rearrange
 
 from . import host
 from .autoencoder import check_space, graph_latent, space_of, taehv_autoencoder
@@ -27,15 +26,19 @@ class SelfForcingTAEHVDecode(io.ComfyNode):
                 io.Latent.Input("samples", tooltip="Video latents, as samplers give and VAE Decode takes them."),
                 io.Vae.Input("taehv", tooltip="From the node Load TAEHV (Self Forcing)."),
             ],
-            outputs=[io.Image.Output(tooltip="Frames; 4 per latent frame, 1 for the first.")],
+            outputs=[
+                io.Image.Output(
+                    is_output_list=True,
+                    tooltip="Frames; 4 per latent frame, 1 for the first. One clip for each row of a batch.",
+                )
+            ],
         )
 
     @classmethod
     def execute(cls, samples: dict[str, Any], taehv: Any) -> io.NodeOutput:
         autoencoder = taehv_autoencoder(taehv)
         check_space(autoencoder, space_of(samples), "these are")
-        frames_BVHWR = autoencoder.decode(samples["samples"])
-        return io.NodeOutput(rearrange(frames_BVHWR, "b v h w r -> (b v) h w r"))
+        return io.NodeOutput(list(autoencoder.decode(samples["samples"])))
 
 
 class SelfForcingTAEHVEncode(io.ComfyNode):

@@ -27,7 +27,7 @@ from ..selfforcing_core.geometry import (
 from ..selfforcing_core.rollout import Chunk
 from ..selfforcing_core.roofline import Meter, Recipe
 from . import host
-from .autoencoder import check_latent, check_space, graph_images, graph_latent, space_of
+from .autoencoder import check_latent, check_space, graph_clips, graph_latent, space_of
 from .causal_model import AUTO, SINK_AUTO, causal_settings, config_of, settings_of, show_left_out, sigmas_of
 from .frame_stream import FrameStream, frame_stream
 from .live import Live, open_live, times_steered
@@ -107,7 +107,7 @@ def _of_whole_chunks(latent_image: dict[str, Any], causal: CausalConfig) -> dict
 
 log = logging.getLogger(__name__)
 Take = Callable[[Tensor], object]  # what becomes of a chunk's frames [B, V, R, H, W] in [0, 1]
-# Closes what was written, with the Prompt Schedule text of what was done, and names it as the host names saved files.
+# Closes what was written, with the Prompt Schedule text of a run that was steered, else ""; names it as the host does.
 Written = Callable[[str], list[dict[str, Any]]]
 
 
@@ -362,7 +362,9 @@ class SelfForcingStreamSampler(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output(tooltip="The video's latents, for VAE Decode or Decode TAEHV."),
-                io.Image.Output(tooltip="The video's frames. Needs taehv."),
+                io.Image.Output(
+                    is_output_list=True, tooltip="The video's frames, one clip for each row of a batch. Needs taehv."
+                ),
                 State.Output(display_name="state", tooltip="Where the run ended. Needs keep_state."),
                 io.String.Output(
                     display_name="schedule",
@@ -384,7 +386,7 @@ class SelfForcingStreamSampler(io.ComfyNode):
             raise ValueError(NO_FRAMES)
         frames: list[Tensor] = []
         made = sample(take=frames.append, hidden=cls.hidden, **inputs)
-        images = graph_images(torch.cat(frames, 1)) if frames else host.blocked(NO_FRAMES)
+        images = graph_clips(torch.cat(frames, 1)) if frames else [host.blocked(NO_FRAMES)]
         latent = graph_latent(made.samples, space_of(made.samples))
         return io.NodeOutput(latent, images, made.kept, made.schedule)
 
@@ -477,7 +479,7 @@ def _close(live: Live | None, written: Written, record: SteeringRecord, ending: 
     files: list[dict[str, Any]] = []
     is_written = False
     try:
-        files, is_written = written(record.text()), True
+        files, is_written = written(record.text() if record.events else ""), True
     finally:
         if live is not None:
             live.close(ending if is_written else "stopped", files)

@@ -2,48 +2,115 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..selfforcing_core.geometry import SPATIAL_FACTOR
-from ..selfforcing_core.video import VideoStream
+from ..selfforcing_core.geometry import PIXEL_STEP, SPATIAL_FACTOR
+from ..selfforcing_core.sound import Samples
+from ..selfforcing_core.video import VideoStream, retag
+from ..selfforcing_core.video_formats import AUTO_QUALITY, FORMATS, check_video
 from . import host
+from .autoencoder import graph_latent, space_of
 from .sampler import SelfForcingStreamSampler, sample
 
+log = logging.getLogger(__name__)
 NEEDS_TAEHV = "Stream to File decodes while it samples; connect taehv (Load TAEHV, or Load VAE with Wan's own VAE)"
-FORMATS = {"mp4 (H.264)": ".mp4", "mkv (lossless)": ".mkv"}
+# What the list offers: the file's ending and the format's name in the core.
+CHOICES = {
+    "mp4 (H.264)": (".mp4", "h264"),
+    "mkv (lossless)": (".mkv", "ffv1"),
+    "mp4 (H.265)": (".mp4", "h265"),
+    "mp4 (AV1)": (".mp4", "av1"),
+    "mov (ProRes)": (".mov", "prores"),
+    "webp (loops)": (".webp", "webp"),
+    "gif (loops)": (".gif", "gif"),
+}
+SCHEDULE_KEY = "selfforcing_schedule"
 
 
 class _Files:
     """One growing file per video of the batch, made when the first frames are there."""
 
-    def __init__(self, prefix: str, ending: str, fps: float, metadata: dict[str, Any], size: tuple[int, int]) -> None:
-        self.prefix, self.ending, self.fps, self.metadata, self.size = prefix, ending, fps, metadata, size
+    def __init__(
+        self, prefix: str, choice: str, fps: float, quality: int, metadata: dict[str, Any], size: tuple[int, int],
+        sounds: list[Samples],
+    ) -> None:  # fmt: skip
+        self.prefix, self.fps, self.quality, self.metadata, self.size = prefix, fps, quality, metadata, size
+        self.ending, self.codec = CHOICES[choice]
+        self.sounds = sounds  # one for each video, one for all, or none
         self.streams: list[VideoStream] = []
         self.open = ExitStack()
         self.subfolder = ""
 
     def take(self, frames_BVRHW: Tensor) -> None:
+        """Append a chunk's frames to the files."""
         while len(self.streams) < len(frames_BVRHW):
             path, self.subfolder = host.output_file(self.prefix, self.ending, *self.size)
-            self.streams.append(self.open.enter_context(VideoStream(path, self.fps, self.metadata)))
+            sound = self.sounds[min(len(self.streams), len(self.sounds) - 1)] if self.sounds else None
+            stream = VideoStream(path, self.fps, self.metadata, codec=self.codec, quality=self.quality, sound=sound)
+            self.streams.append(self.open.enter_context(stream))
         for stream, frames_VRHW in zip(self.streams, frames_BVRHW):
             stream.write(frames_VRHW)
 
-    def finished(self, schedule: str) -> list[dict[str, Any]]:
-        """Closes all of them; what the host's pages call saved files."""
+    def finished(self, schedule: str) -> list[dict[str, str]]:
+        """Close all of them, with what was done by hand as a schedule, "" if nothing; what the page lists."""
         self.close()
-        return [dict(each) for each in self.saved()]
+        self.keep_schedule(schedule)
+        return self.written()
 
-    def saved(self) -> list[ui.SavedResult]:
-        return [ui.SavedResult(each.path.name, self.subfolder, io.FolderType.output) for each in self.streams]
+    def written(self) -> list[dict[str, str]]:
+        """What the page lists: every file that holds a frame, whole or as far as it was made."""
+        return [
+            dict(ui.SavedResult(stream.path.name, self.subfolder, io.FolderType.output))
+            for stream in self.streams
+            if stream.num_frames
+        ]
 
     def close(self) -> None:
         """All of them, whatever one of them says to that."""
         self.open.close()
+
+    def keep_schedule(self, schedule: str) -> None:
+        """Write the prompts of a run that was steered into its closed files; nothing for "", where none was."""
+        for path in self._paths() if schedule else ():
+            retag(path, {SCHEDULE_KEY: schedule})
+
+    def say_kept(self) -> None:
+        """Name in the log what a run that was stopped leaves."""
+        for stream in self.streams:
+            if stream.num_frames:
+                log.warning("stopped: %s holds the %d frames made so far", stream.path, stream.num_frames)
+
+    def say_sound(self) -> None:
+        """Say on the node where a sound did not last as long as its video."""
+        for sound, stream in zip(self.sounds, self.streams):
+            end = stream.num_frames / self.fps
+            if sound.seconds > end + 1 / self.fps:
+                host.show_text(f"audio of {sound.seconds:.2f} s is cut at the video's end, {end:.2f} s")
+            elif sound.seconds < end - 1 / self.fps:
+                host.show_text(
+                    f"audio of {sound.seconds:.2f} s is shorter than the video, {end:.2f} s: silence follows"
+                )
+
+    def _paths(self) -> list[Path]:
+        return [stream.path for stream in self.streams if stream.num_frames]
+
+
+def _sounds(audio: dict[str, Any] | None, batch: int) -> list[Samples]:
+    """The rows of an AUDIO: one for each video of the batch, or one for all. Raises ValueError for other numbers."""
+    if audio is None:
+        return []
+    sounds = [Samples(waveform_CS, int(audio["sample_rate"])) for waveform_CS in audio["waveform"]]
+    if len(sounds) not in (1, batch):
+        raise ValueError(f"audio has {len(sounds)} rows for {batch} videos; give one for all, or one for each")
+    for sound in sounds:
+        sound.check()
+    return sounds
 
 
 class SelfForcingStreamToFile(io.ComfyNode):
@@ -70,13 +137,29 @@ class SelfForcingStreamToFile(io.ComfyNode):
             ),
             io.Combo.Input(
                 "format",
-                options=list(FORMATS),
-                tooltip="mp4: H.264, small, plays everywhere. mkv: lossless (FFV1), large.",
+                options=[choice for choice, (_, name) in CHOICES.items() if FORMATS[name].is_here],
+                tooltip="; ".join(f"{choice}: {FORMATS[name].note}" for choice, (_, name) in CHOICES.items()) + ".",
             ),
             io.Float.Input(
                 "fps", default=16.0, min=1.0, max=240.0, step=0.5, tooltip="Frames per second; Wan is trained at 16."
             ),
             pace,
+            io.Int.Input(
+                "quality",
+                default=AUTO_QUALITY,
+                min=AUTO_QUALITY,
+                max=100,
+                optional=True,
+                tooltip=f"The format's own number; {AUTO_QUALITY} is auto. "
+                + ". ".join(f"{made.title}: {made.quality.in_words}" for made in FORMATS.values() if made.quality)
+                + ". Lossless mkv and gif have none.",
+            ),
+            io.Audio.Input(
+                "audio",
+                optional=True,
+                tooltip="Sound of the video from its first frame on, cut at the video's end; silence follows a shorter "
+                "one. A batch of sounds gives each video its own. webp and gif have none.",
+            ),
         ]
         schedule = schema.outputs[-1]
         schema.outputs = [
@@ -89,27 +172,55 @@ class SelfForcingStreamToFile(io.ComfyNode):
         return schema
 
     @classmethod
+    def validate_inputs(  # type: ignore[override]
+        cls, format: str | None = None, quality: int | None = None
+    ) -> bool | str:
+        """What format and quality allow; ComfyUI leaves the check of the inputs that are named here to us."""
+        if format is not None:
+            if format not in CHOICES:
+                return f"format {format!r} is unknown; use {', '.join(CHOICES)}"
+            ending, codec = CHOICES[format]
+            try:
+                check_video(f"video{ending}", codec, quality, fps=1)
+            except ValueError as error:
+                return str(error)
+        return True
+
+    @classmethod
     def execute(  # type: ignore[override]
         cls,
         filename_prefix: str,
         format: str,
         fps: float,
+        quality: int = AUTO_QUALITY,
+        audio: dict[str, Any] | None = None,
         taehv: Any = None,
         latent_image: dict[str, Any] | None = None,
         **inputs: Any,
     ) -> io.NodeOutput:
         if taehv is None:
             raise ValueError(NEEDS_TAEHV)
-        size = (inputs["width"], inputs["height"])
+        ending, codec = CHOICES[format]
+        check_video(f"video{ending}", codec, quality, fps, has_sound=audio is not None)
+        size, batch = (inputs["width"], inputs["height"]), 1
         if latent_image is not None:
-            size = tuple(side * SPATIAL_FACTOR for side in latent_image["samples"].shape[:2:-1])  # type: ignore[assignment]
-        files = _Files(filename_prefix, FORMATS[format], fps, host.graph_metadata(cls.hidden), size)
+            batch, *_, height, width = latent_image["samples"].shape
+            size = (width * SPATIAL_FACTOR, height * SPATIAL_FACTOR)
+        FORMATS[codec].check_size(*(side // PIXEL_STEP * PIXEL_STEP for side in size))
+        files = _Files(
+            filename_prefix, format, fps, quality, host.graph_metadata(cls.hidden), size, _sounds(audio, batch)
+        )
         try:
             made = sample(
                 take=files.take, taehv=taehv, latent_image=latent_image, fps=fps, hidden=cls.hidden,
                 written=files.finished, **inputs,
             )  # fmt: skip
-        finally:
+        except BaseException:
             files.close()
-        path = str(files.streams[0].path)
-        return io.NodeOutput({"samples": made.samples}, path, made.schedule, ui=ui.PreviewVideo(files.saved()))
+            files.say_kept()
+            raise
+        files.say_sound()
+        shown = [ui.SavedResult(each["filename"], each["subfolder"], io.FolderType.output) for each in files.written()]
+        page = ui.PreviewVideo(shown) if ending not in (".webp", ".gif") else ui.SavedImages(shown, ending == ".webp")
+        latent = graph_latent(made.samples, space_of(made.samples))
+        return io.NodeOutput(latent, str(files.streams[0].path), made.schedule, ui=page)

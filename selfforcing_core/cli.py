@@ -130,7 +130,23 @@ def _add_generate(make: argparse.ArgumentParser) -> None:
 
     files = make.add_argument_group("files to write")
     files.add_argument(
-        "--out", required=True, type=Path, help="video file (.mp4, .mov, .mkv); a folder for several videos"
+        "--out",
+        required=True,
+        type=Path,
+        help="video file (.mp4, .mov, .mkv; .webp and .gif loop, without sound); a folder for several videos",
+    )
+    files.add_argument(
+        "--codec",
+        help="h264, h265, av1, prores (10 bit, .mov), ffv1 (lossless, .mkv), webp, gif (256 colours a frame) "
+        "(default: h264; in .webp and .gif their own)",
+    )
+    files.add_argument(
+        "--quality", type=int,
+        help="crf of h264 (1 best to 51, default 18), h265 (1 to 51, 21) and av1 (1 to 63, 25); of webp 0 to 100 "
+        "(best, 85); of prores 0 proxy to 3 HQ (3); ffv1 and gif have none",
+    )  # fmt: skip
+    files.add_argument(
+        "--audio", type=Path, help="file whose sound the video gets, from its beginning on, cut at the video's end"
     )
     files.add_argument("--sheet", type=Path, help="also write a contact sheet of the frames (PNG)")
     files.add_argument("--latents", type=Path, help="also keep the latents (safetensors), for --extend")
@@ -263,6 +279,7 @@ def _takes(options: argparse.Namespace) -> list[Any]:
     """What this process is to generate. Several videos go into a folder, under names made from their prompts."""
     from .generate import Take
     from .prompts import output_name, read_extended, read_prompts
+    from .video_formats import usual_ending
 
     if (options.prompt is None) == (options.prompt_file is None):
         raise ValueError("give either --prompt or --prompt-file")
@@ -278,9 +295,10 @@ def _takes(options: argparse.Namespace) -> list[Any]:
     else:
         if options.out.suffix:
             raise ValueError(f"{options.out}: several videos need a folder; give a name without an ending")
-        names = enumerate(prompts)
+        ending = usual_ending(options.codec)
         outs = [
-            [options.out / output_name(i, prompt, sample) for sample in range(options.samples)] for i, prompt in names
+            [options.out / output_name(index, prompt, sample, ending) for sample in range(options.samples)]
+            for index, prompt in enumerate(prompts)
         ]
     mine = slice(int(os.environ.get("RANK", "0")), None, int(os.environ.get("WORLD_SIZE", "1")))
     takes = []

@@ -44,6 +44,7 @@ from .start import (
 from .taehv import TAEHV, StreamingDecoder, StreamingEncoder
 from .text import encoder_bytes
 from .video import write_contact_sheet, write_video
+from .video_formats import video_format
 from .wan_vae import StreamingWanDecoder, WanVAE, load_wan_vae
 
 log = logging.getLogger(__name__)
@@ -398,23 +399,23 @@ class _Cast:
 def _write(request: Request, take: Take, chunks: Iterator[Tensor], settings: dict[str, Any], plan: Plan) -> None:
     """One file per row. A single video is written while it is made, several from memory when they are complete."""
     metadata = {"comment": take.prompt, "selfforcing": settings}
+    has_sound = video_format(take.outs[0], request.codec).sound is not None
+    write = functools.partial(
+        write_video, fps=request.fps, overwrite=request.overwrite, sound=plan.sound if has_sound else None,
+        codec=request.codec, quality=request.quality,
+    )  # fmt: skip
     if len(take.outs) == 1:
         kept: list[Tensor] = []
         single = (chunk[0] for chunk in chunks)
         frames = _keeping(single, plan, kept) if request.sheet else single
-        write_video(
-            take.outs[0], frames, fps=request.fps, metadata=metadata, overwrite=request.overwrite, sound=plan.sound
-        )
+        write(take.outs[0], frames, metadata=metadata)
         if request.sheet:
             write_contact_sheet(request.sheet, torch.stack(kept), overwrite=request.overwrite)
         return
     whole = list(chunks)
     for row, out in enumerate(take.outs):
-        write_video(
-            out, (chunk[row] for chunk in whole), fps=request.fps,
-            metadata={**metadata, "selfforcing": {**settings, "sample": take.first_row + row}},
-            overwrite=request.overwrite, sound=plan.sound,
-        )  # fmt: skip
+        of_row = {**metadata, "selfforcing": {**settings, "sample": take.first_row + row}}
+        write(out, (chunk[row] for chunk in whole), metadata=of_row)
 
 
 def _keeping(chunks: Iterator[Tensor], plan: Plan, kept: list[Tensor]) -> Iterator[Tensor]:
@@ -442,10 +443,17 @@ def _described(request: Request, plan: Plan) -> dict[str, Any]:
         "causal": asdict(plan.causal),
         "steps": plan.steps.to_dict(),
         **more,
+        **_file_described(request),
         "decoder": plan.decoder,
         "device": str(plan.device),
         "dtype": str(plan.dtype).removeprefix("torch."),
     }
+
+
+def _file_described(request: Request) -> dict[str, Any]:
+    """What was asked for of the file; nothing where that was its ending alone."""
+    asked = {"codec": request.codec, "quality": request.quality, "audio": request.audio and str(request.audio)}
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def _measured(seconds: list[float], frames: int) -> dict[str, Any]:

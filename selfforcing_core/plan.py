@@ -31,9 +31,9 @@ from .hub import check_taehv, list_bundles, resolve_model
 from .image import read_image
 from .prompt_schedule import parse_schedule, schedule_note, start_frames
 from .roofline import Recipe
-from .sound import Sound
+from .sound import Sound, sound_of
 from .start import context_frames, read_latents
-from .video import check_video_path
+from .video_formats import check_video, video_format
 from .video_reader import TRAINED_FPS, GivenVideo, given_video
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ class Request:
     where its file does not say. A prompt may be a schedule (see `prompt_schedule`); history: what becomes of
     the frames so far where it changes, "recode" or "keep". roofline: measure the device first and say what share of
     its limit the run reached. embeddings: folder where the prompts' embeddings are kept and looked up.
-    cache_dtype: of CACHE_DTYPES; None is the type that the model computes in.
+    cache_dtype: of CACHE_DTYPES; None is the type that the model computes in. codec, quality: of `video_formats`; None
+    is what the file's ending stands for, and its default. audio: a file whose sound the video gets.
     """
 
     prompt: str
@@ -96,6 +97,9 @@ class Request:
     roofline: bool = False
     embeddings: Path | None = None
     cache_dtype: str | None = None
+    codec: str | None = None
+    quality: int | None = None
+    audio: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -128,10 +132,13 @@ class Plan:
     is_latent: bool
     cache_dtype: torch.dtype
     cfg: float
+    audio: Sound | None = None  # of a file that was given for it, cut at the video's end
 
     @property
     def sound(self) -> Sound | None:
-        """Of the extended video, for as long as that lasts."""
+        """The given one; else that of the extended video, for as long as that lasts."""
+        if self.audio is not None:
+            return self.audio
         if not isinstance(self.source, GivenVideo) or self.source.findings.sound is None:
             return None
         findings = self.source.findings
@@ -165,11 +172,12 @@ class Plan:
 
 def plan_request(request: Request, takes: Sequence[Take]) -> Plan:
     """Every check that needs no computing, cheapest first. Raises ValueError for whatever cannot work."""
-    _check_files(request, takes)
     if not LEAST_FPS <= request.fps <= MOST_FPS:
         raise ValueError(
             f"fps {request.fps} is not a rate between {LEAST_FPS} and {MOST_FPS}; Wan models are trained at 16"
         )
+    _check_files(request, takes)
+    audio = None if request.audio is None else sound_of(request.audio)
     if request.cfg is not None and not 0 < request.cfg < float("inf"):
         raise ValueError(
             f"--cfg {request.cfg} is not a positive number; 1 is no guidance, undistilled models take about 5"
@@ -188,6 +196,7 @@ def plan_request(request: Request, takes: Sequence[Take]) -> Plan:
     causal, steps, cfg = _settings(request, checkpoint, notes)
     source, is_latent = _source(request, config)
     geometry, given = _geometry(request, config, causal, source, is_latent, is_whole=_is_whole(request, checkpoint))
+    video_format(takes[0].outs[0], request.codec).check_size(geometry.width, geometry.height)
     if request.latents is not None and source is not None and not is_latent and pixel_frames(given) < len(source):
         raise ValueError(
             f"--latents would begin only with the last {pixel_frames(given)} of the {len(source)} frames of "
@@ -212,9 +221,23 @@ def plan_request(request: Request, takes: Sequence[Take]) -> Plan:
     for note in notes:
         log.warning("%s %s", request.model, note)
     plan = Plan(geometry, config, causal, steps, device, dtype, decoder, given, image, source, is_latent, cache, cfg)
+    if audio is not None:
+        plan = _with_audio(request, plan, *audio)
     for note in _notes(request, plan):
         log.warning("%s: %s", request.extend, note)
     return plan
+
+
+def _with_audio(request: Request, plan: Plan, sound: Sound, seconds: float) -> Plan:
+    """The plan with a given sound, which begins with the video and ends no later; what becomes of it is said."""
+    end = plan.shown_frames / Fraction(request.fps).limit_denominator(1001)
+    if seconds > end:
+        log.warning("%s: its %.2f s are cut at the video's end, %.2f s", request.audio, seconds, end)
+    elif seconds < end:
+        log.warning("%s: lasts %.2f s; the rest of the video's %.2f s is silent", request.audio, seconds, end)
+    if plan.sound is not None:
+        log.warning("%s: is heard in place of the sound of %s", request.audio, request.extend)
+    return replace(plan, audio=replace(sound, seconds=min(sound.seconds, end)))
 
 
 def _check_files(request: Request, takes: Sequence[Take]) -> None:
@@ -229,7 +252,7 @@ def _check_files(request: Request, takes: Sequence[Take]) -> None:
     if len({path.resolve() for path in [*outs, *more]}) < len(outs) + len(more):
         raise ValueError(f"{outs[0]}: video, contact sheet and latents cannot be one file; name two or three")
     for out in outs:
-        check_video_path(out)
+        check_video(out, request.codec, request.quality, request.fps, has_sound=request.audio is not None)
     for path in [*outs, *more]:
         check_writable(path, overwrite=request.overwrite)
 
@@ -364,9 +387,12 @@ def _notes(request: Request, plan: Plan) -> list[str]:
     if not isinstance(plan.source, GivenVideo):
         return []
     notes = plan.source.findings.in_words()
+    is_silent = video_format(request.out, request.codec).sound is None
     if request.fps != TRAINED_FPS:
         notes.append(f"goes on at {request.fps:g} fps; Wan models know motion at {TRAINED_FPS}")
-    if plan.sound is not None:
+    if plan.sound is not None and is_silent:
+        notes.append(f"its sound is lost: {request.out.name} has none")
+    elif plan.sound is not None and plan.audio is None:
         notes.append(f"its sound is kept for its {float(plan.sound.seconds):.2f} s; what is added is silent")
         if request.latents is not None:
             notes.append(f"{request.latents} keeps no sound; a video that goes on from it has none")

@@ -74,9 +74,9 @@ def safe_name(prompt: str) -> str:
     return "video" if not name else f"{name}-" if name in RESERVED else name
 
 
-def output_name(index: int, prompt: str, sample: int) -> str:
+def output_name(index: int, prompt: str, sample: int, ending: str = ".mp4") -> str:
     """Name of a prompt's video among many: sorted by prompt, then by sample."""
-    return f"{index:04d}-{safe_name(prompt)}-{sample}.mp4"
+    return f"{index:04d}-{safe_name(prompt)}-{sample}{ending}"
 
 
 # ---------------------------------------------------------------- extension --

@@ -1,4 +1,4 @@
-"""Video files through PyAV: H.264 in yuv420p, which every browser and player shows, and contact sheets as PNG.
+"""Video files through PyAV, in the formats of video_formats.py, and contact sheets as PNG.
 
 Equal frames become equal files, and the file says how its colours are coded, so that players show those that were made.
 Reading is in video_reader.py.
@@ -7,10 +7,9 @@ Letters: V video frames, R RGB, H W height and width in pixels. Values of frames
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,21 +21,15 @@ from PIL import Image
 from torch import Tensor
 
 from .atomic import GrowingFile, check_writable, replacing, writing
-from .sound import Sound, SoundTrack
-from .video_reader import BT709, FULL, LIMITED, RGB_MATRIX, SCALER, file_name
-from .video_reader import read_metadata as read_metadata
+from .sound import Samples, Sound, Track, sound_track
+from .video_formats import CONTAINERS, VideoFormat, check_video
+from .video_metadata import as_texts, muxer_options, put_entries
+from .video_metadata import read_metadata as read_metadata
+from .video_metadata import retag as retag
+from .video_reader import BT709, FULL, RGB_MATRIX, SCALER, file_name
 from .video_reader import read_video as read_video
 
-CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
-
-
-def encoder_options(**more: str) -> dict[str, str]:
-    """Return the options of x264: crf 18 is visually lossless (0 is exact, 51 is worst).
-
-    Its AVX-512 assembly encodes equal frames into files that differ, with one thread too; up to AVX2 it does not.
-    """
-    repeatable = {"x264-params": "asm=avx2"} if torch.cpu._is_avx2_supported() else {}  # x264 does not ask the CPU
-    return {"crf": "18", "preset": "medium", **repeatable, **more}
+PALETTE_SIDE = 160  # pixels of the thumbnail whose colours become a gif frame's palette
 
 
 def write_video(
@@ -45,27 +38,37 @@ def write_video(
     fps: float = 16,
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-    sound: Sound | None = None,
+    sound: Sound | Samples | None = None,
+    codec: str | None = None,
+    quality: int | None = None,
 ) -> int:
-    """Write frames as H.264 and return their number; the file appears when it is complete, or not at all.
+    """Write frames and return their number; the file appears when it is complete, or not at all.
 
     frames: [V,R,H,W], [1,V,R,H,W], or an iterable of such chunks, which is consumed one chunk at a time.
     metadata: entries for the container; values that are not text are stored as JSON. sound: what is heard meanwhile.
-    Raises ValueError for odd sizes (yuv420p halves both), for chunks that differ in size, for no frames, and for a
-    path that cannot be written or already exists.
+    codec: of FORMATS, by default what the ending stands for (H.264 in .mp4, .mov and .mkv); quality: its own number.
+    Raises ValueError for sizes that the codec cannot hold (most halve both sides), for chunks that differ in size, for
+    no frames, for a path that cannot be written or already exists, and for whatever `check_video` refuses.
     """
     path = Path(path)
-    check_video_path(path)
-    if fps <= 0:
-        raise ValueError(f"fps {fps} is not positive; Wan models are trained at 16")
-    with replacing(path, overwrite=overwrite) as temporary:
-        return _encode(temporary, CONTAINERS[path.suffix.lower()], _chunks(frames), fps, metadata or {}, sound)
-
-
-def check_video_path(path: str | Path) -> None:
-    """Raise ValueError when the ending of `path` names no container that is written here."""
-    if Path(path).suffix.lower() not in CONTAINERS:
-        raise ValueError(f"{path}: unknown kind of video file; use an ending of {', '.join(CONTAINERS)}")
+    made = check_video(path, codec, quality, fps, has_sound=sound is not None)
+    container = CONTAINERS[path.suffix.lower()]
+    with replacing(path, overwrite=overwrite) as temporary, ExitStack() as stack:
+        file = stack.enter_context(
+            av.open(file_name(temporary), "w", format=container, options=muxer_options(container))
+        )
+        writer = _Writer(file, fps, metadata or {}, made, quality)
+        if sound is not None:
+            writer.track = stack.enter_context(closing(sound_track(file, sound, made)))
+        for chunk_VRHW in _chunks(frames):
+            writer.add(chunk_VRHW)
+        writer.finish()
+        stack.close()
+        if writer.count == 0:
+            raise ValueError("a video needs at least one frame")
+        if writer.keeps_no_entries:
+            put_entries(temporary, metadata or {})
+    return writer.count
 
 
 def _chunks(frames: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
@@ -79,85 +82,42 @@ def _chunks(frames: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         yield chunk
 
 
-def _encode(
-    path: Path, container: str, chunks: Iterator[Tensor], fps: float, metadata: Mapping[str, Any], sound: Sound | None
-) -> int:
-    with ExitStack() as stack:
-        file = stack.enter_context(av.open(file_name(path), "w", format=container, options=_muxer(container)))
-        writer = _Writer(file, fps, metadata, H264)
-        if sound is not None:
-            writer.track = stack.enter_context(closing(SoundTrack(file, sound)))
-        for chunk_VRHW in chunks:
-            writer.add(chunk_VRHW)
-        writer.finish()
-    if writer.count == 0:
-        raise ValueError("a video needs at least one frame")
-    return writer.count
-
-
-def _muxer(container: str, movflags: str = "faststart") -> dict[str, str]:
-    """Options of a container. Without use_metadata_tags mp4 keeps few names, without bitexact Matroska is never twice
-    the same.
-    """
-    more = {} if container == "matroska" else {"movflags": f"use_metadata_tags+{movflags}"}
-    return {"fflags": "+bitexact", **more}
-
-
-@dataclass(frozen=True)
-class Coding:
-    """How frames are encoded: the codec, its pixels and options, and by which matrix and range RGB becomes them."""
-
-    codec: str
-    pixels: str
-    options: dict[str, str]
-    matrix: int
-    range: int
-
-
-H264 = Coding("libx264", "yuv420p", encoder_options(), BT709, LIMITED)
-# A key frame, and with it a fragment, at least every 12 frames.
-H264_STREAM = Coding("libx264", "yuv420p", encoder_options(tune="zerolatency", g="12"), BT709, LIMITED)
-FFV1 = Coding("ffv1", "bgr0", {"level": "3", "g": "1", "slices": "4"}, RGB_MATRIX, FULL)
-
-
 class _Writer:
     """Frames into an open container; the first chunk says their size. track: the sound beside them."""
 
-    def __init__(self, file: Any, fps: float, metadata: Mapping[str, Any], coding: Coding) -> None:
-        for name, value in metadata.items():
-            file.metadata[name] = value if isinstance(value, str) else json.dumps(value)
-        self.file, self.count, self.coding = file, 0, coding
-        self.track: SoundTrack | None = None
+    def __init__(
+        self, file: Any, fps: float, metadata: Mapping[str, Any], made: VideoFormat, quality: int | None = None,
+        *, grows: bool = False,
+    ) -> None:  # fmt: skip
+        self.file, self.count, self.format = file, 0, made
+        self.keeps_no_entries = file.format.name in ("webp", "gif")
+        if not self.keeps_no_entries:
+            file.metadata.update(as_texts(metadata))
+        self.track: Track | None = None
+        os.environ.setdefault("SVT_LOG", "1")  # its encoder asks; else it prints pages
         self.rate = Fraction(fps).limit_denominator(1001)
-        self.stream = file.add_stream(coding.codec, rate=self.rate, options=coding.options)
-        self.stream.pix_fmt = coding.pixels
+        self.stream = file.add_stream(made.encoder, rate=self.rate, options=made.chosen(quality, grows=grows))
+        self.stream.pix_fmt = made.pixels
         context = self.stream.codec_context
         context.thread_count = 1  # their number changes what x264 writes; that of a machine's cores must not
+        if made.tag is not None and file.format.name in ("mp4", "mov"):
+            context.codec_tag = made.tag
         context.color_primaries = context.color_trc = BT709
-        context.colorspace, context.color_range = coding.matrix, coding.range
+        context.colorspace, context.color_range = made.matrix, made.range
 
     def add(self, frames_VRHW: Tensor) -> None:
         """Encode a chunk. Raises ValueError if its size is odd or not that of the ones before."""
         height, width = frames_VRHW.shape[-2:]
         if self.count == 0:
-            _check_even(width, height)
+            self.format.check_size(width, height)
             self.stream.width, self.stream.height = width, height
         elif (width, height) != (self.stream.width, self.stream.height):
             raise ValueError(f"a chunk of {width}x{height} follows frames of {self.stream.width}x{self.stream.height}")
-        for picture in _to_bytes(frames_VRHW):
-            self.file.mux(self.stream.encode(self._coded(picture)))
+        for picture in _to_integers(frames_VRHW, self.format.bits):
+            self.file.mux(self.stream.encode(_coded(picture, self.format)))
             self.count += 1
             if self.track is not None:
                 self.track.until(self.count / self.rate)
-
-    def _coded(self, picture_HWR: np.ndarray) -> Any:
-        frame, coding = av.VideoFrame.from_ndarray(picture_HWR, format="rgb24"), self.coding
-        if coding.matrix == RGB_MATRIX:
-            return frame.reformat(format=coding.pixels)
-        return frame.reformat(
-            format=coding.pixels, src_colorspace=coding.matrix, dst_colorspace=coding.matrix, src_color_range=FULL,
-            dst_color_range=coding.range, interpolation=SCALER,
-        )  # fmt: skip
 
     def finish(self) -> None:
         if self.count:
@@ -166,30 +126,75 @@ class _Writer:
             self.track.until(None)
 
 
-_STREAMS = {
-    ".mp4": (H264_STREAM, _muxer("mp4", "frag_keyframe+empty_moov+default_base_moof")),
-    ".mkv": (FFV1, {**_muxer("matroska"), "cluster_time_limit": "500"}),
+def _coded(picture_HWR: np.ndarray, made: VideoFormat) -> Any:
+    """A picture as the encoder takes it."""
+    if made.pixels == "pal8":
+        return _with_palette(picture_HWR)
+    frame = av.VideoFrame.from_ndarray(picture_HWR, format="rgb24" if made.bits == 8 else "rgb48le")
+    if made.matrix == RGB_MATRIX:
+        return frame.reformat(format=made.pixels)
+    frame = frame.reformat(
+        format=made.pixels, src_colorspace=made.matrix, dst_colorspace=made.matrix, src_color_range=FULL,
+        dst_color_range=made.range, interpolation=SCALER,
+    )  # fmt: skip
+    if hasattr(frame, "color_trc"):  # from PyAV 17 on; ProRes repeats in each frame what its container says
+        frame.color_primaries = frame.color_trc = BT709
+    return frame
+
+
+def _with_palette(picture_HWR: np.ndarray) -> Any:
+    """A picture in the 256 colours that suit it, their error spread over neighbouring pixels."""
+    picture = Image.fromarray(picture_HWR)
+    small = picture.copy()
+    small.thumbnail((PALETTE_SIDE, PALETTE_SIDE), Image.Resampling.BOX)  # of all pixels takes ten times as long
+    chosen = small.quantize(256, method=Image.Quantize.MEDIANCUT)
+    colours = np.array(chosen.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    palette = np.zeros((256, 4), np.uint8)
+    palette[:, 0], palette[: len(colours), 1:] = 255, colours  # opaque, as ARGB
+    indices = np.asarray(picture.quantize(palette=chosen, dither=Image.Dither.FLOYDSTEINBERG))
+    return av.VideoFrame.from_ndarray((indices, palette), format="pal8")  # type: ignore[arg-type]
+
+
+# What a growing file of each container is made with, and the format where none is asked for.
+_STREAMED = {
+    ".mp4": ("h264", "frag_keyframe+empty_moov+default_base_moof", {}),
+    ".mov": ("prores", "frag_keyframe+empty_moov+default_base_moof", {}),
+    ".mkv": ("ffv1", "", {"cluster_time_limit": "500"}),
+    ".webp": ("webp", "", {}),
+    ".gif": ("gif", "", {}),
 }
 
 
 class VideoStream:
     """A video file that grows while it is made: what it holds at any moment can be played, whatever happens next.
 
-    .mp4 is H.264 in fragments, .mkv is lossless (FFV1). Memory does not grow with the length. The file is written where
-    it is to be, not aside. Raises ValueError for another ending, and for a path that exists or cannot be written.
+    .mp4 is H.264 in fragments, .mov ProRes in fragments, .mkv lossless (FFV1), unless a codec of FORMATS is asked for.
+    Memory does not grow with the length. A .webp is the exception: its bytes are written when it is closed. The file is
+    written where it is to be, not aside. sound: begins with the first frame, is cut where the video ends, and silent
+    where it is shorter. Raises ValueError for another ending, for a path that exists or cannot be written, and for
+    whatever `check_video` refuses.
     """
 
-    def __init__(self, path: str | Path, fps: float = 16, metadata: Mapping[str, Any] | None = None) -> None:
-        self.path = Path(path)
-        if self.path.suffix.lower() not in _STREAMS:
-            raise ValueError(f"{path}: cannot be streamed to; use an ending of {', '.join(_STREAMS)}")
+    def __init__(
+        self, path: str | Path, fps: float = 16, metadata: Mapping[str, Any] | None = None, *,
+        codec: str | None = None, quality: int | None = None, sound: Samples | None = None,
+    ) -> None:  # fmt: skip
+        self.path, self.metadata = Path(path), dict(metadata or {})
+        ending = self.path.suffix.lower()
+        if ending not in _STREAMED:
+            raise ValueError(f"{path}: cannot be streamed to; use an ending of {', '.join(_STREAMED)}")
+        usual, movflags, more = _STREAMED[ending]
+        made = check_video(path, codec or usual, quality, fps, has_sound=sound is not None)
         check_writable(self.path, overwrite=False)
-        coding, muxer = _STREAMS[self.path.suffix.lower()]
-        container = CONTAINERS[self.path.suffix.lower()]
+        if sound is not None and movflags:
+            movflags += "+delay_moov"  # else the silence that AAC begins with is not cut off
+        options = {**muxer_options(CONTAINERS[ending], movflags), **more, "flush_packets": "1"}
         self._grown = GrowingFile(self.path)
         try:
-            self._file = av.open(self._grown, "w", format=container, options={**muxer, "flush_packets": "1"})
-            self._writer = _Writer(self._file, fps, metadata or {}, coding)
+            self._file = av.open(self._grown, "w", format=CONTAINERS[ending], options=options)
+            self._writer = _Writer(self._file, fps, self.metadata, made, quality, grows=True)
+            if sound is not None:
+                self._writer.track = sound_track(self._file, sound, made)
         except BaseException:
             self._grown.close()  # without a byte it is removed
             raise
@@ -220,6 +225,8 @@ class VideoStream:
                     self._grown.close()
                     if self._writer.count == 0:
                         self.path.unlink(missing_ok=True)
+        if self._writer.count and self._writer.keeps_no_entries and self.metadata:
+            retag(self.path, self.metadata)
 
     def __enter__(self) -> VideoStream:
         return self
@@ -228,18 +235,11 @@ class VideoStream:
         self.close()
 
 
-def _check_even(width: int, height: int) -> None:
-    if width % 2 or height % 2:
-        raise ValueError(
-            f"frames of {width}x{height} have an odd side, H.264 needs even ones; "
-            f"use {width - width % 2}x{height - height % 2} or {width + width % 2}x{height + height % 2}"
-        )
-
-
-def _to_bytes(frames_VRHW: Tensor) -> np.ndarray:
-    """[V,R,H,W] in [0, 1] to uint8 [V,H,W,R] on the CPU."""
-    scaled = frames_VRHW.detach().float().clamp(0, 1) * 255
-    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+def _to_integers(frames_VRHW: Tensor, bits: int = 8) -> np.ndarray:
+    """[V,R,H,W] in [0, 1] to uint8 or uint16 [V,H,W,R] on the CPU."""
+    scaled = frames_VRHW.detach().float().clamp(0, 1) * (2**bits - 1)
+    whole = scaled.round().to(torch.uint8 if bits == 8 else torch.int32).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return whole if bits == 8 else whole.astype(np.uint16)
 
 
 def write_contact_sheet(path: str | Path, frames_VRHW: Tensor, columns: int = 8, overwrite: bool = False) -> None:
@@ -251,7 +251,7 @@ def write_contact_sheet(path: str | Path, frames_VRHW: Tensor, columns: int = 8,
         raise ValueError(
             f"frames {list(frames_VRHW.shape)} in {columns} columns make no sheet; give [V, 3, H, W], V > 0"
         )
-    pictures = _to_bytes(frames_VRHW)
+    pictures = _to_integers(frames_VRHW)
     count, height, width, _ = pictures.shape
     columns = min(columns, count)
     sheet = Image.new("RGB", (columns * width, -(-count // columns) * height), "white")

@@ -293,12 +293,6 @@ def read_video(path: str | Path, fps: float | None = None) -> Tensor:
     return torch.stack(frames)
 
 
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """Return the entries of a video file's container. Raises ValueError when it is not a readable video."""
-    with open_video(path) as file:
-        return dict(file.metadata)
-
-
 def open_video(path: str | Path) -> Any:
     """Open a file that holds a video. Raises ValueError when it does not, or cannot be read."""
     try:
@@ -311,6 +305,9 @@ def open_video(path: str | Path) -> Any:
     if file.format.name == "tty":
         file.close()
         raise ValueError(f"{path}: cannot be read as a video (it is text)")
+    if file.format.name == "webp_pipe":
+        file.close()
+        raise ValueError(f"{path}: FFmpeg reads no moving webp; encode it as mp4, or give a picture as --image")
     if file.format.name.endswith("_pipe") or file.format.name == "image2":
         file.close()
         raise ValueError(f"{path}: is a picture, not a video; give it as --image")

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -101,6 +103,40 @@ def test_seed_and_options_decide_the_video(options: list[str], tmp_path: Path) -
         assert (first - latents("--seed", "1", *change)).abs().mean() > 0.05, change
 
 
+def test_a_file_has_the_codec_the_quality_and_the_sound_that_were_asked_for(
+    options: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The sound is cut at the video's end, or ends before it, and that is said."""
+    for seconds, words in (
+        (2.0, "are cut at the video's end, 1.31 s"),
+        (0.5, "the rest of the video's 1.31 s is silent"),
+    ):
+        with av.open(str(tmp_path / "a.wav"), "w") as file:
+            stream = file.add_stream("pcm_s16le", rate=16000)
+            stream.layout = "mono"
+            silence = np.zeros((1, round(16000 * seconds)), np.int16)
+            frame = av.AudioFrame.from_ndarray(silence, format="s16", layout="mono")
+            frame.sample_rate = 16000
+            file.mux(stream.encode(frame))
+            file.mux(stream.encode(None))
+        out = tmp_path / f"{seconds}.mov"
+        more = ["--out", str(out), "--codec", "prores", "--quality", "3", "--audio", str(tmp_path / "a.wav")]
+        assert main([*options, *more]) == 0
+        with av.open(str(out)) as file:
+            assert file.streams.video[0].codec_context.name == "prores"
+            track: Any = file.streams.audio[0]
+            assert abs(float(track.duration * track.time_base) - min(seconds, 21 / 16)) < 0.07
+        assert words in caplog.text
+        settings = json.loads(read_metadata(out)["selfforcing"])
+        assert (settings["codec"], settings["quality"]) == ("prores", 3)
+
+
+def test_several_videos_have_the_ending_of_their_codec(options: list[str], tmp_path: Path) -> None:
+    more = ["--out", str(tmp_path / "all"), "--samples", "2", "--batch", "2", "--codec", "gif"]
+    assert main([*options, *more]) == 0
+    assert [path.suffix for path in (tmp_path / "all").iterdir()] == [".gif", ".gif"]
+
+
 def test_last_words_are_the_measurements(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(options) == 0
     words = capsys.readouterr().out.splitlines()
@@ -139,7 +175,14 @@ def test_last_words_are_the_measurements(options: list[str], capsys: pytest.Capt
         (["--text-encoder", "FOLDER"], "not a text encoder folder"),
         (["--out", "FOLDER/absent/a.mp4"], "cannot be written"),
         (["--out", "FOLDER"], "unknown kind of video file"),
-        (["--out", "FOLDER/a.gif"], "unknown kind of video file"),
+        (["--out", "FOLDER/a.avi"], "unknown kind of video file"),
+        (["--out", "FOLDER/a.mp4", "--codec", "prores"], "ProRes is not written into .mp4; use .mov or .mkv"),
+        (["--codec", "vp9"], "codec 'vp9' is unknown; use h264"),
+        (["--codec", "h265"], "H.265 needs a width of 64 or more"),
+        (["--quality", "52"], "crf from 51 (worst) to 1 (best), 18 by default"),
+        (["--out", "FOLDER/a.gif", "--audio", "JUNK"], "gif has no sound"),
+        (["--out", "FOLDER/a.gif", "--fps", "60"], "slow gif down beyond 50"),
+        (["--audio", "JUNK"], "cannot be read as a sound"),
         (["--sheet", "FOLDER/absent/a.png"], "cannot be written"),
         (["--out", "FOLDER/a.mp4", "--sheet", "FOLDER/a.mp4"], "name two"),
         (["--device", "abacus"], "abacus"),

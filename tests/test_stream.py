@@ -63,7 +63,7 @@ def test_what_cannot_be_streamed_to_is_refused_and_nothing_is_lost(tmp_path: Pat
     there = tmp_path / "there.mp4"
     write_video(there, FRAMES[:9])
     before = there.read_bytes()
-    for path, words in ((there, "exists already"), (tmp_path / "x.gif", "use an ending of .mp4, .mkv")):
+    for path, words in ((there, "exists already"), (tmp_path / "x.avi", "use an ending of .mp4, .mov, .mkv")):
         with pytest.raises(ValueError, match=re.escape(words)):
             VideoStream(path)
     assert there.read_bytes() == before

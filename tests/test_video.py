@@ -123,7 +123,7 @@ def test_existing_file_is_kept_unless_asked(tmp_path: Path) -> None:
         write(overwrite=True)
 
 
-@pytest.mark.parametrize("path", ["absent/a.mp4", "a.gif", "a", "folder.mp4"])
+@pytest.mark.parametrize("path", ["absent/a.mp4", "a.avi", "a", "folder.mp4"])
 def test_unwritable_path_is_said_before_any_frame_is_made(tmp_path: Path, path: str) -> None:
     (tmp_path / "folder.mp4").mkdir()
     with pytest.raises(ValueError, match=str(tmp_path)):

@@ -492,7 +492,7 @@ def test_equal_frames_become_equal_files(tmp_path: Path, ending: str) -> None:
 
 def test_x264_never_uses_what_makes_it_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever a CPU has AVX2 the assembly is held to it; one without gets none of that code."""
-    from selfforcing_core.video import encoder_options
+    from selfforcing_core.video_formats import encoder_options
 
     for has_avx2, expected in ((True, "asm=avx2"), (False, None)):
         monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda value=has_avx2: value)

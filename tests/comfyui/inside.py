@@ -47,6 +47,7 @@ import comfy.ops  # noqa: E402
 import comfy.patcher_extension  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
+import folder_paths  # noqa: E402
 import torch  # noqa: E402
 from comfy_api.torch_helpers import set_torch_compile_wrapper  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -1236,6 +1237,32 @@ def refusal(call: Callable[..., Any], *args: Any) -> str:
     return ""
 
 
+def a_steered_run_is_kept_in_its_files() -> dict[str, Any]:
+    """Two rows with one sound, closed; then the prompts are written into both."""
+    to_file = importlib.import_module(PACKAGE + ".stream_to_file")
+    core_video = importlib.import_module(CORE + "video")
+    sound = to_file._sounds({"waveform": torch.zeros(1, 1, 16000), "sample_rate": 16000}, 2)
+    refusal = ""
+    try:
+        to_file._sounds({"waveform": torch.zeros(3, 1, 16000), "sample_rate": 16000}, 2)
+    except ValueError as error:
+        refusal = str(error)
+    folder_paths.set_output_directory(str(FOLDER / "output"))
+    files = to_file._Files("clips/a", "mp4 (H.264)", 16.0, -1, {"prompt": {"1": 2}}, (64, 64), sound)
+    files.take(torch.rand(2, 9, 3, 64, 64))
+    files.close()
+    paths = [FOLDER / "output/clips" / each["filename"] for each in files.written()]
+    before = [path.read_bytes() for path in paths]
+    files.keep_schedule("")
+    is_untouched = before == [path.read_bytes() for path in paths]
+    files.keep_schedule("0s: a\n3s: b")
+    return {
+        "refusal": refusal, "written": files.written(), "is_untouched": is_untouched,
+        "metadata": [core_video.read_metadata(path) for path in paths],
+        "frames": [len(core_video.read_video(path)) for path in paths],
+    }  # fmt: skip
+
+
 CHECKS: tuple[Callable[[], Any], ...] = (
     broken_packages,
     a_trained_lora_is_the_merged_network,
@@ -1268,6 +1295,7 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     the_first_prompt_is_found_in_the_graph_or_not_guessed,
     lighttaew2_1_decodes_as_in_the_host,
     vaes_of_other_spaces,
+    a_steered_run_is_kept_in_its_files,
 )
 
 

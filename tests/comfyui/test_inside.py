@@ -299,3 +299,14 @@ def test_vaes_of_other_spaces(found: dict[str, Any]) -> None:
         "float16": "hunyuan",
     }.items():
         assert all(word in sentence for sentence in found.get(name, [word])), name
+
+
+def test_a_steered_run_is_kept_in_its_files(found: dict[str, Any]) -> None:
+    """The prompts stand beside the workflow in every row's file; a run that nobody steered changes none."""
+    listed = [{"filename": f"a_0000{n}_.mp4", "subfolder": "clips", "type": "output"} for n in (1, 2)]
+    assert found["written"] == listed
+    assert found["is_untouched"]
+    assert found["frames"] == [9, 9]
+    for metadata in found["metadata"]:
+        assert (metadata["selfforcing_schedule"], json.loads(metadata["prompt"])) == ("0s: a\n3s: b", {"1": 2})
+    assert "audio has 3 rows for 2 videos" in found["refusal"]

@@ -41,8 +41,11 @@ INPUT_ORDER = {
 }  # fmt: skip
 INPUT_ORDER["SelfForcingStreamToFile"] = {
     "required": [*INPUT_ORDER["SelfForcingStreamSampler"]["required"], "filename_prefix", "format", "fps"],
-    "optional": [name for name in INPUT_ORDER["SelfForcingStreamSampler"]["optional"] if name != "keep_state"],
-}
+    "optional": [
+        *(name for name in INPUT_ORDER["SelfForcingStreamSampler"]["optional"] if name != "keep_state"),
+        "quality", "audio",
+    ],
+}  # fmt: skip
 OUTPUTS = {
     "SelfForcingModelLoader": ["MODEL"],
     "SelfForcingTextEncode": ["CONDITIONING"],

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -186,6 +187,89 @@ def test_a_stopped_file_plays_as_far_as_it_was_made(server: Server) -> None:
     assert 9 <= len(read_video(path)) < 417
 
 
+def with_sound(server: Server, prompt: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The workflow with a tone as the sound of its file."""
+    (server.folder / "input").mkdir(exist_ok=True)
+    with av.open(str(server.folder / f"input/{seconds}.wav"), "w") as file:
+        stream = file.add_stream("pcm_s16le", rate=16000)
+        stream.layout = "mono"
+        tone = 0.5 * np.sin(np.arange(round(16000 * seconds), dtype=np.float32) / 6)
+        frame = av.AudioFrame.from_ndarray((tone[None] * 32767).astype(np.int16), format="s16", layout="mono")
+        frame.sample_rate = 16000
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    prompt["file"]["inputs"]["audio"] = ["sound", 0]
+    add(prompt, "sound", "LoadAudio", audio=f"{seconds}.wav")
+    return prompt
+
+
+def loudness(path: Path) -> list[float]:
+    """The mean size of the samples of each packet of a file's sound."""
+    with av.open(str(path)) as file:
+        return [float(np.abs(frame.to_ndarray().astype(np.float64)).mean()) for frame in file.decode(audio=0)]
+
+
+def test_every_format_of_the_list_is_written_and_sound_is_muxed_in(server: Server) -> None:
+    kinds = server.get("/object_info/SelfForcingStreamToFile")["SelfForcingStreamToFile"]["input"]["required"]["format"]
+    choices = kinds[0] if isinstance(kinds[0], list) else kinds[1]["options"]
+    assert choices[:2] == ["mp4 (H.264)", "mkv (lossless)"]
+    assert len(choices) == 7
+    seed, frames = fresh_seed(), {}
+    for choice in choices:
+        prompt = to_file(tiny_prompt(seed=seed, length=21), format=choice, filename_prefix="kinds/a", quality=-1)
+        is_silent = "loops" in choice
+        (path,) = server.run(prompt if is_silent else with_sound(server, prompt, 5.0))["file"]
+        if path.suffix == ".webp":
+            with Image.open(path) as file:
+                assert file.n_frames == 21
+            continue
+        frames[choice] = read_video(path)
+        assert "prompt" in {name.lower() for name in read_metadata(path)}
+        if not is_silent:
+            assert min(loudness(path)[2:-1]) > 0.1 * max(loudness(path))
+    for choice, found in frames.items():
+        assert found.shape == (21, 3, 64, 64)
+        assert (found - frames["mkv (lossless)"]).abs().mean() < 0.03, choice
+    assert "is cut at the video's end, 1.31 s" in server.log()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"quality": 60}, "crf from 51 (worst) to 1 (best), 18 by default"),
+        ({"format": "mkv (lossless)", "quality": 18}, "FFV1 has no such choice"),
+        ({"format": "mpg"}, "use mp4 (H.264)"),
+        ({"width": 65}, "use 64 or 80"),
+    ],
+)
+def test_a_file_that_cannot_be_is_refused_before_anything_runs(
+    server: Server, wrong: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(Refused) as refusal:
+        server.submit(to_file(tiny_prompt(seed=fresh_seed()), **{"format": "mp4 (H.264)", **wrong}))
+    assert words in json.dumps(json.loads(str(refusal.value))["node_errors"])
+
+
+def test_a_sound_for_a_silent_format_is_refused_before_sampling(server: Server) -> None:
+    prompt = to_file(tiny_prompt(seed=fresh_seed(), length=2001), format="gif (loops)")
+    assert "gif has no sound" in failure(server.result(server.submit(with_sound(server, prompt, 1.0))))
+
+
+def test_a_stopped_file_has_its_sound_and_is_named(server: Server) -> None:
+    prompt = to_file(tiny_prompt(seed=fresh_seed(), length=417), filename_prefix="loud/a", format="mp4 (H.264)")
+    with server.events() as events:
+        server.submit(with_sound(server, prompt, 60.0), events.client_id)
+        while not list((server.folder / "output/loud").glob("*.mp4")):
+            events.until("progress")
+        server.post("/interrupt")
+        events.until("execution_interrupted")
+    (path,) = (server.folder / "output/loud").glob("*.mp4")
+    count = len(read_video(path))
+    assert 9 <= count < 417
+    assert len(loudness(path)) >= count / 16 * 16000 / 1024 - 1
+    assert f"a_00001_.mp4 holds the {count} frames made so far" in server.log()
+
+
 def test_streaming_to_a_file_needs_a_decoder(server: Server) -> None:
     prompt = to_file(tiny_prompt(seed=fresh_seed()))
     del prompt["file"]["inputs"]["taehv"]
@@ -246,7 +330,9 @@ def test_batch_rows_are_different_videos_and_the_first_is_that_of_a_single_run(s
     assert len(both) == 2
     assert (both[:1] - alone).abs().max() < 1e-3  # matrix products round differently by batch size
     assert (both[1:] - alone).abs().max() > 0.1
-    assert len(read_mp4(server.run(prompt)[SAVE][0])[0]) == 2 * 21
+    clips = [read_mp4(path)[0] for path in server.run(prompt)[SAVE]]
+    assert [len(clip) for clip in clips] == [21, 21], "a clip for each row, not one of both"
+    assert (clips[0] - clips[1]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(

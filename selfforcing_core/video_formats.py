@@ -1,0 +1,222 @@
+"""The kinds of video file that are written, as data: which encoder, in which containers, with which colours and sound.
+
+What a row cannot do is refused here in a sentence, before anything is computed.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import torch
+
+from .video_reader import BT709, FULL, LIMITED, RGB_MATRIX
+
+CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".webp": "webp", ".gif": "gif"}
+AUTO_QUALITY = -1  # the format's default
+
+
+def encoder_options(**more: str) -> dict[str, str]:
+    """Return the options of x264: crf 18 is visually lossless (0 is exact, 51 is worst).
+
+    Its AVX-512 assembly encodes equal frames into files that differ, with one thread too; up to AVX2 it does not.
+    """
+    repeatable = {"x264-params": "asm=avx2"} if torch.cpu._is_avx2_supported() else {}  # x264 does not ask the CPU
+    return {"crf": "18", "preset": "medium", **repeatable, **more}
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A number that trades size for likeness: the encoder's option, its default, and its ends."""
+
+    option: str
+    default: int
+    worst: int
+    best: int
+    words: str
+    libavcodec: int = 0  # the first version that obeys it
+
+    @property
+    def in_words(self) -> str:
+        """Return what may be chosen."""
+        return f"{self.words} from {self.worst} (worst) to {self.best} (best), {self.default} by default"
+
+
+@dataclass(frozen=True)
+class VideoFormat:
+    """One way to encode a video.
+
+    name: as it is asked for. title: as people know it. endings: of its files, the usual one first. pixels: what the
+    encoder takes, made from pictures of `bits` per colour. matrix, range: by which RGB becomes them (ITU-T H.273).
+    grows: options that make every moment of an unfinished file playable; None where its bytes come at the end. tag: the
+    codec's name in .mp4 and .mov. sound: encoder of given samples; None where files are silent. even: what width and
+    height are multiples of. least_width in pixels. most_fps: what players still show at its speed. note: what people
+    choose it for.
+    """
+
+    name: str
+    title: str
+    endings: tuple[str, ...]
+    encoder: str
+    pixels: str
+    options: dict[str, str]
+    grows: dict[str, str] | None = None
+    matrix: int = BT709
+    range: int = LIMITED
+    bits: int = 8
+    tag: str | None = None
+    sound: str | None = None
+    quality: Quality | None = None
+    even: tuple[int, int] = (1, 1)
+    least_width: int = 1
+    most_fps: float | None = None
+    note: str = ""
+
+    @property
+    def is_here(self) -> bool:
+        """Return whether this FFmpeg has the encoder."""
+        return _has_encoder(self.encoder)
+
+    def chosen(self, quality: int | None, *, grows: bool) -> dict[str, str]:
+        """Return the encoder's options for a quality of `check_quality`."""
+        more = (self.grows or {}) if grows else {}
+        if self.quality is None or quality in (None, AUTO_QUALITY):
+            return {**self.options, **more}
+        return {**self.options, **more, self.quality.option: str(quality)}
+
+    def check_quality(self, quality: int | None) -> None:
+        """Raise ValueError for a number that this format does not know."""
+        if quality is None or quality == AUTO_QUALITY:
+            return
+        if self.quality is None:
+            raise ValueError(f"quality {quality}: {self.title} has no such choice; leave it at its default")
+        if not min(self.quality.worst, self.quality.best) <= quality <= max(self.quality.worst, self.quality.best):
+            raise ValueError(f"quality {quality}: {self.title} takes {self.quality.in_words}")
+        if av.library_versions["libavcodec"][0] < self.quality.libavcodec and quality != self.quality.default:
+            raise ValueError(
+                f"quality {quality}: this PyAV ({av.__version__}) encodes {self.title} in its default only; leave it "
+                "there, or install PyAV 18"
+            )
+
+    def check_size(self, width: int, height: int) -> None:
+        """Raise ValueError for frames that cannot be encoded, naming the nearest sizes."""
+        over_x, over_y = width % self.even[0], height % self.even[1]
+        if over_x or over_y:
+            raise ValueError(
+                f"frames of {width}x{height} have an odd side, {self.title} needs even ones; "
+                f"use {width - over_x}x{height - over_y} or {width + over_x}x{height + over_y}"
+            )
+        if width < self.least_width:
+            raise ValueError(f"frames of {width}x{height}: {self.title} needs a width of {self.least_width} or more")
+
+    def check_fps(self, fps: float) -> None:
+        """Raise ValueError for a rate that is none, or that players of this format do not show."""
+        if fps <= 0:
+            raise ValueError(f"fps {fps} is not positive; Wan models are trained at 16")
+        if self.most_fps is not None and fps > self.most_fps:
+            raise ValueError(f"fps {fps:g}: players slow {self.title} down beyond {self.most_fps:g}; use mp4 or webp")
+
+
+@functools.cache
+def _has_encoder(name: str) -> bool:
+    try:
+        av.Codec(name, "w")
+    except ValueError:  # av.codec.codec.UnknownCodecError
+        return False
+    return True
+
+
+_EVEN = (2, 2)
+# x265 draws other pictures with another number of frame threads, and writes the size of its pool into the file. Its
+# preset "fast" is not repeatable, not even with one thread, and was seen to draw a frame wrong.
+_X265 = "frame-threads=1:wpp=1:info=0:log-level=error"
+FORMATS = {
+    made.name: made
+    for made in (
+        VideoFormat(
+            "h264", "H.264", (".mp4", ".mov", ".mkv"), "libx264", "yuv420p", encoder_options(),
+            # A key frame, and with it a fragment, at least every 12 frames.
+            grows={"tune": "zerolatency", "g": "12"}, sound="aac", even=_EVEN,
+            quality=Quality("crf", 18, 51, 1, "crf"), note="small, plays everywhere",
+        ),
+        VideoFormat(
+            "h265", "H.265", (".mp4", ".mov", ".mkv"), "libx265", "yuv420p",
+            {"crf": "21", "preset": "medium", "x265-params": _X265},
+            grows={"preset": "veryfast", "tune": "zerolatency",
+                   "x265-params": f"{_X265}:keyint=12:min-keyint=12:scenecut=0"},
+            tag="hvc1",  # Apple's players take no other
+            sound="aac", even=_EVEN, least_width=64,  # at 48 pixels it writes beyond its own memory
+            quality=Quality("crf", 21, 51, 1, "crf"), note="smaller, for newer players",
+        ),
+        VideoFormat(
+            "av1", "AV1", (".mp4", ".mkv"), "libsvtav1", "yuv420p",
+            {"crf": "25", "preset": "8", "svtav1-params": "lp=1"},
+            grows={"g": "12", "svtav1-params": "lp=1:pred-struct=1:lookahead=0"}, sound="aac", even=_EVEN,
+            quality=Quality("crf", 25, 63, 1, "crf"), note="smaller, for newest players",
+        ),
+        VideoFormat(
+            "prores", "ProRes", (".mov", ".mkv"), "prores_ks", "yuv422p10le",
+            {"profile": "3", "vendor": "apl0"}, grows={}, bits=16, even=(2, 1),
+            sound="pcm_s16le",
+            quality=Quality("profile", 3, 0, 3, "0 proxy, 1 LT, 2 standard, 3 HQ:", libavcodec=62),
+            note="10 bit, large, for editing",
+        ),
+        VideoFormat(
+            "ffv1", "FFV1", (".mkv",), "ffv1", "bgr0", {"level": "3", "g": "1", "slices": "4"}, grows={},
+            matrix=RGB_MATRIX, range=FULL, sound="flac", note="lossless, large",
+        ),
+        VideoFormat(
+            "webp", "animated webp", (".webp",), "libwebp_anim", "bgra", {"quality": "85"},
+            matrix=RGB_MATRIX, range=FULL, quality=Quality("quality", 85, 0, 100, "quality"),
+            note="loops, without sound; written when the run ends",
+        ),
+        VideoFormat(
+            "gif", "gif", (".gif",), "gif", "pal8", {}, grows={}, matrix=RGB_MATRIX, range=FULL,
+            most_fps=50, note="loops, without sound, 256 colours a frame and large",
+        ),
+    )
+}  # fmt: skip
+
+
+def usual_ending(codec: str | None) -> str:
+    """Return the ending of files of a codec. Raises ValueError for one that is not known."""
+    return ".mp4" if codec is None else _named(codec).endings[0]
+
+
+def _named(codec: str) -> VideoFormat:
+    if codec not in FORMATS:
+        raise ValueError(f"codec {codec!r} is unknown; use {', '.join(FORMATS)}")
+    return FORMATS[codec]
+
+
+def video_format(path: str | Path, codec: str | None = None) -> VideoFormat:
+    """Return how a file is to be encoded, by its ending and the codec that is asked for.
+
+    Raises ValueError for an ending or a codec that is not known, for two that do not go together, and for a codec
+    that this FFmpeg lacks; each says what there is.
+    """
+    ending = Path(path).suffix.lower()
+    if ending not in CONTAINERS:
+        raise ValueError(f"{path}: unknown kind of video file; use an ending of {', '.join(CONTAINERS)}")
+    usual = next(each.name for each in FORMATS.values() if ending in each.endings)
+    found = _named(codec or usual)
+    if not found.is_here:
+        here = ", ".join(each.name for each in FORMATS.values() if each.is_here)
+        raise ValueError(f"codec {found.name}: this FFmpeg has no {found.encoder}; it has {here}")
+    if ending not in found.endings:
+        raise ValueError(f"{path}: {found.title} is not written into {ending}; use {' or '.join(found.endings)}")
+    return found
+
+
+def check_video(
+    path: str | Path, codec: str | None, quality: int | None, fps: float, *, has_sound: bool = False
+) -> VideoFormat:
+    """Return `video_format` after raising ValueError for whatever of this it cannot do."""
+    found = video_format(path, codec)
+    found.check_quality(quality)
+    found.check_fps(fps)
+    if has_sound and found.sound is None:
+        raise ValueError(f"{path}: {found.title} has no sound; leave the audio out, or use .mp4, .mov or .mkv")
+    return found
