@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from selfforcing_core.generate import Request, generate
 from selfforcing_core.video import read_video, write_contact_sheet
@@ -26,7 +26,7 @@ from tests.comfyui.host_server import ROOT, Server, find_checkouts
 PLAYER_ROWS = 4  # as high as so many texts
 PICTURE_ROOM = 240  # below Load Image's widgets
 PACE, LIVE = 2.0, ("live_t2v_1.3b", "endless_1.3b", "tiny_endless")  # seconds that a run may be ahead of the player
-NOTE_COLOURS = {"color": "#1d3a4a", "bgcolor": "#14242e"}  # title and text: white on both is read in any theme
+NOTE_COLOURS = {"color": "#1d3a4a", "bgcolor": "#0f1b22"}  # title and text: white on both is read in any theme
 HUB = "https://huggingface.co/"
 COMFY = HUB + "Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/"
 DISTILLED = HUB + "lightx2v/Wan2.1-Distill-Models/resolve/main/"
@@ -66,6 +66,22 @@ PICTURES: dict[str, dict[str, Any]] = {  # what the tiny model is asked for
         "prompt": "a green square moving right slowly on a navy background", "frames": 37, "image": Path("first.png"),
     },
 }  # fmt: skip
+CARD, TINY = 256, "sample of the tiny model"  # pixels; whose video a picture shows
+CARDS = {  # what is written above and below a picture in the list of templates
+    "tiny_t2v": ("Text to video, bundled", TINY),
+    "tiny_prompt_schedule": ("Prompts over time, bundled", TINY),
+    "tiny_endless": ("Endless video, bundled", TINY),
+    "t2v_1.3b_stream": ("Text to video, streamed", TINY),
+    "t2v_1.3b_native": ("With ComfyUI's own nodes", TINY),
+    "live_t2v_1.3b": ("Live: type new prompts", TINY),
+    "prompt_schedule_1.3b": ("Prompts over time", TINY),
+    "endless_1.3b": ("Endless video to disk", TINY),
+    "lora_fp8_1.3b": ("LoRA on fp8 weights", TINY),
+    "extend_1.3b": ("Make a video longer", TINY),
+    "i2v_1.3b_prefill": ("Picture as first frame", TINY),
+    "few_step_t2v_14b": ("14B text to video, 4 steps", "no sample: a 14B model"),
+    "few_step_i2v_14b": ("14B picture to video, 4 steps", "no sample: a 14B model"),
+}
 NOTES = {
     "tiny_t2v": """## Prompt in, video out
 
@@ -333,7 +349,27 @@ def picture(name: str, folder: Path) -> None:
     places = [round(place * (len(frames) - 1) / 3) for place in range(4)]
     write_contact_sheet(folder / "sheet.png", frames[places], columns=2, overwrite=True)
     with Image.open(folder / "sheet.png") as sheet:
-        sheet.resize((256, 256), Image.Resampling.BICUBIC).save(ROOT / "workflows" / f"{name}.jpg", quality=85)
+        save_card(name, sheet.convert("RGB").resize((CARD, CARD), Image.Resampling.BICUBIC))
+
+
+def plain_card() -> Image.Image:
+    """For models that work in a way that the tiny one cannot."""
+    image = Image.new("RGB", (CARD, CARD), (29, 58, 74))
+    words = "all frames\nat once,\nnot streamed"
+    ImageDraw.Draw(image).multiline_text(
+        (CARD / 2, CARD / 2), words, fill="white", anchor="mm", align="center", font=ImageFont.load_default(26)
+    )
+    return image
+
+
+def save_card(name: str, image: Image.Image) -> None:
+    """workflows/NAME.jpg: a picture with the name of the workflow above, since the list of templates shows file names."""
+    draw = ImageDraw.Draw(image)
+    title, sample = CARDS[name]
+    for top, height, text, size in ((0, 30, title, 17), (CARD - 26, 26, sample, 15)):
+        draw.rectangle((0, top, CARD, top + height), fill=(15, 27, 34))
+        draw.text((CARD / 2, top + height / 2), text, fill="white", anchor="mm", font=ImageFont.load_default(size))
+    image.save(ROOT / "workflows" / f"{name}.jpg", quality=88)
 
 
 def main() -> None:
@@ -350,8 +386,11 @@ def main() -> None:
         drawn = draw(path.stem, json.loads(path.read_text()), known)
         (ROOT / "workflows" / path.name).write_text(json.dumps(drawn, indent=1) + "\n")
     with tempfile.TemporaryDirectory() as folder:
-        for name in PICTURES:
-            picture(name, Path(folder))
+        for name in CARDS:
+            if name in PICTURES:
+                picture(name, Path(folder))
+            else:
+                save_card(name, plain_card())
 
 
 if __name__ == "__main__":
