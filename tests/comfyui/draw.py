@@ -26,7 +26,8 @@ from tests.comfyui.host_server import ROOT, Server, find_checkouts
 PLAYER_ROWS = 4  # as high as so many texts
 PICTURE_ROOM = 240  # below Load Image's widgets
 PACE, LIVE = 2.0, ("live_t2v_1.3b", "endless_1.3b", "tiny_endless")  # seconds that a run may be ahead of the player
-NOTE_COLOURS = {"color": "#1d3a4a", "bgcolor": "#0f1b22"}  # title and text: white on both is read in any theme
+# Dark amber. The light theme adds 0.5 to the lightness: text and links are read on both (test_layout.py measures it).
+NOTE_COLOURS = {"color": "#3a310a", "bgcolor": "#251f04"}
 HUB = "https://huggingface.co/"
 COMFY = HUB + "Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/"
 DISTILLED = HUB + "lightx2v/Wan2.1-Distill-Models/resolve/main/"
@@ -290,7 +291,8 @@ def draw(name: str, twin: dict[str, Any], known: dict[str, Any]) -> dict[str, An
     text = note_text(name, [model["name"] for node in nodes for model in node["properties"].get("models", [])])
     note = {
         "id": max(by_id) + 1, "type": "MarkdownNote", "pos": [], "size": [], "flags": {}, "order": len(nodes),
-        "mode": 0, "inputs": [], "outputs": [], "title": "Read me", "properties": {}, "widgets_values": [text], **NOTE_COLOURS,
+        "mode": 0, "inputs": [], "outputs": [], "title": "Read me", "properties": {},
+        "widgets_values": [text], **NOTE_COLOURS,
     }  # fmt: skip
     plan = arrange(
         twin,
@@ -363,7 +365,7 @@ def plain_card() -> Image.Image:
 
 
 def save_card(name: str, image: Image.Image) -> None:
-    """workflows/NAME.jpg: a picture with the name of the workflow above, since the list of templates shows file names."""
+    """workflows/NAME.jpg: a picture with what the workflow is for; the list of templates itself shows file names."""
     draw = ImageDraw.Draw(image)
     title, sample = CARDS[name]
     for top, height, text, size in ((0, 30, title, 17), (CARD - 26, 26, sample, 15)):

@@ -1,9 +1,9 @@
 """Run by the host's Python: how each workflow of the pack looks as it opens, measured in a headless Chromium.
 
-python layout.py CHROMIUM ADDRESS PACK FOLDER NAME...
+python layout.py CHROMIUM ADDRESS PACK FOLDER QUERIES NAME...
 
-Opens each workflow in the classic renderer and in Nodes 2.0, and asks the front end's own search for the node that a
-user means by some words. Prints one JSON object; screenshots go to FOLDER.
+Opens each workflow in the classic renderer and in Nodes 2.0, the first also in the light theme, and asks the front
+end's own search for QUERIES (a JSON list). Prints one JSON object; screenshots go to FOLDER.
 """
 
 from __future__ import annotations
@@ -28,60 +28,66 @@ async name => {
 }
 """
 
-# Boxes are in pixels of the canvas: left, top, width, height with the title.
-LOOK = """
+# Boxes in pixels of the graph at 100 %: left, top, width, height, the title included.
+BOXES = """
 () => {
   const {scale, offset} = window.app.canvas.ds
-  const over = element => {
-    const box = element.getBoundingClientRect()
-    return [box.left / scale - offset[0], box.top / scale - offset[1], box.width / scale, box.height / scale]
+  const measured = element => {
+    const {left, top, width, height} = element.getBoundingClientRect()
+    return [left / scale - offset[0], top / scale - offset[1], width / scale, height / scale]
   }
-  const boxes = window.app.graph._nodes.map(node => {
+  const nodes = window.app.graph._nodes.map(node => {
     const element = document.querySelector(`[data-node-id="${node.id}"]`)
-    const drawn = [...node.boundingRect]
-    return {id: node.id, type: node.type, box: element ? over(element) : drawn, in_vue: !!element}
+    return {type: node.type, is_dom: !!element, box: element ? measured(element) : [...node.boundingRect]}
   })
-  const note = window.app.graph._nodes.find(node => node.type === 'MarkdownNote')
-  const vue = document.querySelector(`[data-node-id="${note.id}"]`)
-  const root = vue ?? document.querySelector('.comfy-markdown')
-  const rgb = text => (text.match(/[\\d.]+/g) ?? []).map(Number)
-  const hex = text => { const c = document.createElement('canvas').getContext('2d'); c.fillStyle = text; c.fillRect(0, 0, 1, 1)
-    return [...c.getImageData(0, 0, 1, 1).data].slice(0, 3) }
-  const light = ([r, g, b]) => { const f = v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4
-    return .2126 * f(r) + .7152 * f(g) + .0722 * f(b) }
-  const behind = element => {
-    for (let at = element; at; at = at.parentElement) {
-      const colour = hex(getComputedStyle(at).backgroundColor), alpha = rgb(getComputedStyle(at).backgroundColor)[3] ?? 1
-      if (alpha > .9 && getComputedStyle(at).backgroundColor !== 'rgba(0, 0, 0, 0)') return colour
-      if (at === root && !vue) break
-    }
-    return hex(note.bgcolor)
-  }
-  const text = []
-  const walk = document.createTreeWalker(root, NodeFilter.SHOW_TEXT)
-  while (walk.nextNode()) {
-    const element = walk.currentNode.parentElement
-    if (!walk.currentNode.data.trim() || !element.closest('.comfy-markdown, .comfy-markdown-content, .widget-markdown')) continue
-    if (!element.getClientRects().length) continue
-    const style = getComputedStyle(element), one = light(hex(style.color)), two = light(behind(element))
-    text.push({words: walk.currentNode.data.slice(0, 30), size: parseFloat(style.fontSize) * (vue ? 1 : 1), colour: style.color, behind: behind(element),
-      contrast: (Math.max(one, two) + .05) / (Math.min(one, two) + .05)})
-  }
-  const scroller = root.querySelector('.comfy-markdown-content') ?? root
-  return {scale, offset: [...offset], boxes, text, title: note.title,
-    groups: window.app.graph._groups.map(group => ({title: group.title, box: [...group._bounding]})),
-    hidden_text: Math.max(0, scroller.scrollHeight - scroller.clientHeight), window: [innerWidth, innerHeight]}
+  const groups = window.app.graph._groups.map(({title, _bounding}) => ({title, box: [..._bounding]}))
+  return {scale, offset: [...offset], nodes, groups}
 }
 """
 
-# The front end's own service, found by what it can do: its files have other names in every release.
+# Contrast (WCAG 2) of each run of text in the note with what is painted behind it: in the classic renderer the canvas.
+NOTE = """
+() => {
+  const note = window.app.graph._nodes.find(node => node.type === 'MarkdownNote')
+  const root = document.querySelector(`[data-node-id="${note.id}"]`) ?? document.querySelector('.comfy-markdown')
+  const pen = new OffscreenCanvas(1, 1).getContext('2d', {willReadFrequently: true})
+  const read = colour => {
+    pen.clearRect(0, 0, 1, 1), pen.fillStyle = colour, pen.fillRect(0, 0, 1, 1)
+    return [...pen.getImageData(0, 0, 1, 1).data]
+  }
+  const painted = () => {
+    const {scale, offset} = window.app.canvas.ds, {canvas} = window.app, ratio = canvas.canvas.width / innerWidth
+    const x = (note.pos[0] + 4 + offset[0]) * scale * ratio, y = (note.pos[1] + 4 + offset[1]) * scale * ratio
+    return [...canvas.canvas.getContext('2d').getImageData(Math.round(x), Math.round(y), 1, 1).data]
+  }
+  const behind = element => {
+    for (let at = element; at && at !== document.body; at = at.parentElement) {
+      const colour = read(getComputedStyle(at).backgroundColor)
+      if (colour[3] > 230) return colour
+      if (at === root && !root.dataset.nodeId) break
+    }
+    return painted()
+  }
+  const linear = value => (value /= 255) <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4
+  const luminance = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b)
+  const found = [], walk = document.createTreeWalker(root, NodeFilter.SHOW_TEXT)
+  while (walk.nextNode()) {
+    const element = walk.currentNode.parentElement, words = walk.currentNode.data.trim()
+    if (!words || !element.getClientRects().length || !element.closest('[class*="markdown"]')) continue
+    const text = read(getComputedStyle(element).color), ground = behind(element)
+    const [dark, bright] = [luminance(text), luminance(ground)].sort((a, b) => a - b)
+    found.push({words, text, ground, contrast: (bright + 0.05) / (dark + 0.05)})
+  }
+  const scroller = root.querySelector('.comfy-markdown-content') ?? root
+  return {text: found, hidden: scroller.scrollHeight - scroller.clientHeight}
+}
+"""
+
 SEARCH = """
-async queries => {
-  const store = [...window.app.extensionManager ? [0] : []]
-  const pinia = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia
-  const service = pinia._s.get('nodeDef').nodeSearchService
-  return Object.fromEntries(queries.map(query =>
-    [query, service.searchNode(query).map(node => node.name).slice(0, 200)]))
+queries => {
+  const {$pinia} = document.querySelector('#vue-app').__vue_app__.config.globalProperties
+  const {nodeSearchService} = $pinia._s.get('nodeDef')
+  return Object.fromEntries(queries.map(query => [query, nodeSearchService.searchNode(query).map(({name}) => name)]))
 }
 """
 
@@ -89,11 +95,13 @@ async queries => {
 async def look(page: Tab) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for renderer, is_vue in (("classic", False), ("vue", True)):
-        await page.open(**SETTINGS, **{"Comfy.VueNodes.Enabled": is_vue})
-        for name in NAMES:
-            await page.evaluate(f"({OPEN.replace('PACK', PACK)})({json.dumps(name)})")
-            found[f"{renderer} {name}"] = await page.evaluate(f"({LOOK})()")
-            await page.screenshot(Path(FOLDER) / f"{renderer}_{name}.png")
+        for theme, names in (("light", NAMES[:1]), ("dark", NAMES)):
+            await page.open(**SETTINGS, **{"Comfy.VueNodes.Enabled": is_vue, "Comfy.ColorPalette": theme})
+            for name in names:
+                await page.evaluate(f"({OPEN.replace('PACK', PACK)})({json.dumps(name)})")
+                key = f"{renderer} {theme} {name}"
+                found[key] = {**await page.evaluate(f"({BOXES})()"), "note": await page.evaluate(f"({NOTE})()")}
+                await page.screenshot(Path(FOLDER) / f"{key.replace(' ', '_')}.png")
     found["search"] = await page.evaluate(f"({SEARCH})({QUERIES})")
     return found
 
