@@ -375,7 +375,8 @@ def save_card(name: str, image: Image.Image) -> None:
 
 
 def main() -> None:
-    checkout = find_checkouts()[0]
+    # The oldest: slots that it lacks are added when a later one loads the graph, and none would go missing there.
+    checkout = min(find_checkouts(), key=lambda found: [int(part) for part in found.version.split(".")])
     with tempfile.TemporaryDirectory() as folder:
         server = Server(checkout, Path(folder) / "base")
         try:
