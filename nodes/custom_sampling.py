@@ -11,7 +11,7 @@ from .causal_model import AUTO, settings_of, sigmas_of
 from .sampler import NO_STATE, State
 from .sampling import ChunkGuider, ChunkSampler, Run, StateHolder
 
-ALIASES = ["self forcing", "causal video", "autoregressive sampler"]
+ALIASES = ["self forcing", "autoregressive causal video"]
 
 
 class SelfForcingSampler(io.ComfyNode):
@@ -23,7 +23,7 @@ class SelfForcingSampler(io.ComfyNode):
             node_id="SelfForcingSampler",
             display_name="Sampler (Self Forcing)",
             category="SelfForcing/custom sampling",
-            search_aliases=[*ALIASES, "SamplerARVideo"],
+            search_aliases=[*ALIASES, "autoregressive sampler", "SamplerARVideo"],
             description="For Sampler Custom (Advanced): generates a video chunk by chunk with a KV cache. Chunks, "
             "window and cache are the model's settings; change them with Cache Options (Self Forcing).",
             inputs=[

@@ -33,7 +33,7 @@ class SelfForcingImageToVideo(io.ComfyNode):
             node_id="SelfForcingImageToVideo",
             display_name="Image to Video (Self Forcing)",
             category="SelfForcing",
-            search_aliases=["i2v", "first frame", "extend video", "continue video", "WanImageToVideo", "ARVideoI2V"],
+            search_aliases=["i2v", "first frame", "extend video", "continue video", "as WanImageToVideo", "ARVideoI2V"],
             description="Gives a video its beginning. Text-to-video models take it as their first frames, which fill "
             "the KV cache: one picture, several frames, or the latents of a video to continue. Image-to-video models "
             "(14B) take one or more pictures as condition, as from WanImageToVideo.",

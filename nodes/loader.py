@@ -94,7 +94,7 @@ class SelfForcingModelLoader(io.ComfyNode):
             node_id="SelfForcingModelLoader",
             display_name="Load Model (Self Forcing)",
             category="SelfForcing",
-            search_aliases=["self forcing", "causal wan", "causvid", "causal forcing", "autoregressive video"],
+            search_aliases=["self forcing", "load wan 2.1 causal model", "causvid", "autoregressive video"],
             description="Loads a Wan 2.1 model that was trained to generate chunk by chunk: safetensors or the "
             "released .pt files, as they are. The result is an ordinary MODEL: LoRA and other model nodes apply.",
             inputs=[
@@ -151,7 +151,7 @@ class SelfForcingPatchModel(io.ComfyNode):
             node_id="SelfForcingPatchModel",
             display_name="Patch Model (Self Forcing)",
             category="SelfForcing",
-            search_aliases=["causal wan", "gguf self forcing", "make causal"],
+            search_aliases=["gguf self forcing", "make a wan model causal"],
             description="Lets the samplers of this pack run a Wan 2.1 model from any loader (Load Diffusion Model, "
             "GGUF, quantised). Its layers stay as they are; other samplers see the same model as before.",
             inputs=[
@@ -257,6 +257,7 @@ class SelfForcingTAEHVLoader(io.ComfyNode):
             node_id="SelfForcingTAEHVLoader",
             display_name="Load TAEHV (Self Forcing)",
             category="SelfForcing",
+            search_aliases=["taehv", "taew2_1", "tiny vae", "fast vae", "load vae"],
             description="Loads a tiny video autoencoder for Wan 2.1 latents (taew2_1), which decodes a stream while it "
             "is being generated. The result is an ordinary VAE; video latents only.",
             inputs=[

@@ -22,7 +22,7 @@ class SelfForcingPromptSchedule(io.ComfyNode):
             node_id="SelfForcingPromptSchedule",
             display_name="Prompt Schedule (Self Forcing)",
             category="SelfForcing",
-            search_aliases=["prompt travel", "prompt switch", "multi prompt", "timeline"],
+            search_aliases=["prompt travel", "prompt switch", "multi prompt", "timeline", "prompts over time"],
             description="Changes the prompt while a video is made. Goes where CLIP Text Encode goes, into the positive "
             "input of Stream Sampler, Guider or BasicGuider.",
             inputs=[

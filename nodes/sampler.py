@@ -47,6 +47,13 @@ from .steering_record import SteeringRecord
 State = io.Custom("SELFFORCING_STATE")
 NO_FRAMES = "the sampler's IMAGE output needs an autoencoder; connect taehv, or decode the LATENT output instead"
 IMAGE_OUTPUT = 1  # its place among the outputs
+# Where words are not in a name, ComfyUI's search prefers aliases that begin with them, then nodes with short names. So
+# no other node of the pack has an alias that begins with one of these.
+SEARCH_ALIASES = (
+    "self forcing", "realtime", "real time video", "live", "live video", "streaming", "streaming video", "endless",
+    "endless video", "text to video", "t2v", "wan", "wan 2.1", "causal", "causal video", "autoregressive video",
+    "long video",
+)  # fmt: skip
 NO_STATE = "the sampler's state output is empty; switch keep_state on"
 
 
@@ -210,9 +217,9 @@ class SelfForcingStreamSampler(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return host.schema(
             node_id="SelfForcingStreamSampler",
-            display_name="Stream Sampler (Self Forcing)",
+            display_name="Self Forcing Stream Sampler",  # begins with the method: that is how its search ranks first
             category="SelfForcing",
-            search_aliases=["self forcing", "causal video", "autoregressive video", "streaming video", "long video"],
+            search_aliases=SEARCH_ALIASES,
             description="Generates a video chunk by chunk with a KV cache, each chunk in a few steps, and shows every "
             "chunk as soon as it is done. Settings at auto are those the checkpoint was trained with.",
             inputs=[

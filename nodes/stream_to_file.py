@@ -123,6 +123,8 @@ class SelfForcingStreamToFile(io.ComfyNode):
         schema = SelfForcingStreamSampler.define_schema()
         schema.node_id = "SelfForcingStreamToFile"
         schema.display_name = "Stream to File (Self Forcing)"
+        # None begins as the sampler's do: a search for those words lists the sampler first.
+        schema.search_aliases = ["stream to disk", "write streaming video", "write endless video", "very long video"]
         schema.description = (
             "Generates a video chunk by chunk and writes every chunk to disk as soon as it is decoded, so memory does "
             "not grow with the length. The file can be played after a stop or a crash as far as it was made."

@@ -68,6 +68,7 @@ class SelfForcingTextEncode(io.ComfyNode):
             node_id="SelfForcingTextEncode",
             display_name="Text Encode (Self Forcing)",
             category="SelfForcing",
+            search_aliases=["umt5", "prompt for wan", "clip text encode"],
             description="Turns a prompt into conditioning. For a single-file Wan encoder use the host's Load CLIP "
             "(type wan) and CLIP Text Encode instead: both kinds of conditioning fit the sampler.",
             inputs=[

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+TITLE = 30  # pixels above a node's place
 
 
 def ids(paths: list[Path]) -> list[str]:
@@ -26,9 +27,28 @@ def test_there_is_a_workflow_and_each_has_a_twin_for_scripts() -> None:
     assert ids(WORKFLOWS) == ids(sorted((ROOT / "workflows" / "api").glob("*.json")))
 
 
-def test_what_the_tiny_model_can_show_has_a_picture() -> None:
-    pictures = ids(sorted((ROOT / "workflows").glob("*.jpg")))
-    assert pictures == [name for name in ids(WORKFLOWS) if "14b" not in name]
+def test_every_workflow_has_a_picture() -> None:
+    assert ids(sorted((ROOT / "workflows").glob("*.jpg"))) == ids(WORKFLOWS)
+
+
+def test_the_note_comes_first_and_every_other_node_stands_in_one_titled_group(graph: dict[str, Any]) -> None:
+    note, *nodes = graph["nodes"]
+    assert note["type"] == "MarkdownNote"
+    assert note["pos"][0] == min(node["pos"][0] for node in graph["nodes"])
+    assert all(group["title"] for group in graph["groups"])
+    for node in nodes:
+        (left, top), (width, height) = node["pos"], node["size"]
+        inside = [
+            group for group in graph["groups"]
+            if _is_inside([left, top - TITLE, width, height + TITLE], group["bounding"])
+        ]  # fmt: skip
+        assert len(inside) == 1, node["type"]
+
+
+def _is_inside(box: list[float], frame: list[float]) -> bool:
+    return all(
+        frame[axis] <= box[axis] and box[axis] + box[axis + 2] <= frame[axis] + frame[axis + 2] for axis in (0, 1)
+    )
 
 
 def test_links_agree_with_the_slots_at_both_ends(graph: dict[str, Any]) -> None:

@@ -1,0 +1,98 @@
+"""A headless Chromium with one tab on a ComfyUI server, driven over the DevTools protocol.
+
+Run by the host's Python, which has aiohttp. Requests to anything but the server are refused by the browser's own host
+rules, so that a page shows what a machine without network sees.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import re
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+PATIENCE = 120  # seconds
+WINDOW = (1600, 1000)
+
+
+class Tab:
+    """One tab of a running browser, and the session that talks to the server behind it."""
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse, session: aiohttp.ClientSession, address: str) -> None:
+        self.socket, self.session, self.address, self.count = socket, session, address, 0
+
+    async def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        self.count += 1
+        await self.socket.send_json({"id": self.count, "method": method, "params": parameters})
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                answer = await self.socket.receive_json()
+                if answer.get("id") == self.count:
+                    assert "error" not in answer, answer
+                    return answer["result"]
+
+    async def evaluate(self, script: str) -> Any:
+        found = await self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in found, json.dumps(found["exceptionDetails"])[:2000]
+        return found["result"].get("value")
+
+    async def until(self, script: str) -> None:
+        for _ in range(PATIENCE * 5):
+            if await self.evaluate(script):
+                return
+            await asyncio.sleep(0.2)
+        raise AssertionError(f"never true: {script}")
+
+    async def open(self, **settings: Any) -> None:
+        """Load the front end with these settings of its own, up to a canvas that knows every node of the server."""
+        await self.session.post(f"http://{self.address}/settings", json=settings)
+        await self.call("Page.navigate", url=f"http://{self.address}/")
+        await asyncio.sleep(1)
+        await self.until("!!(window.app?.graph && window.LiteGraph && document.querySelector('#graph-canvas'))")
+        async with self.session.get(f"http://{self.address}/object_info") as answer:
+            known = json.dumps(list(await answer.json()))
+        await self.until(f"{known}.every(name => name in window.LiteGraph.registered_node_types)")
+
+    async def screenshot(self, path: Path) -> None:
+        shot = await self.call("Page.captureScreenshot", format="png")
+        path.write_bytes(base64.b64decode(shot["data"]))
+
+
+@asynccontextmanager
+async def tab(chromium: str, address: str) -> AsyncIterator[Tab]:
+    """The only tab of a browser that ends with the block."""
+    with tempfile.TemporaryDirectory() as profile:
+        process = await asyncio.create_subprocess_exec(
+            chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+            "--remote-debugging-port=0", f"--user-data-dir={profile}", f"--window-size={WINDOW[0]},{WINDOW[1]}",
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "about:blank",
+            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            devtools = await _devtools_address(process)
+            async with aiohttp.ClientSession() as session:
+                async with session.get(f"http://{devtools}/json") as answer:
+                    (entry,) = [entry for entry in await answer.json() if entry["type"] == "page"]
+                async with session.ws_connect(entry["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+                    made = Tab(socket, session, address)
+                    await made.call("Page.enable")
+                    yield made
+        finally:
+            process.kill()
+            await process.wait()
+
+
+async def _devtools_address(process: asyncio.subprocess.Process) -> str:
+    assert process.stderr is not None
+    while True:
+        line = (await asyncio.wait_for(process.stderr.readline(), PATIENCE)).decode()
+        assert line, "the browser ended"
+        if found := re.search(r"ws://([\d.:]+)/", line):
+            return found[1]

@@ -1,0 +1,92 @@
+"""Workflows as they open in a real browser: nothing lies over anything, notes are read, search finds the sampler."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.comfyui.arrange import SCALES
+from tests.comfyui.host_server import PACK_NAME, ROOT, Server
+
+NAMES = [path.stem for path in sorted((ROOT / "workflows").glob("*.json"))]
+RENDERERS = ("classic", "vue")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+QUERIES = ["realtime", "live", "streaming", "endless", "text to video", "wan", "causal", "self forcing"]
+READABLE = 4.5  # contrast of text, WCAG 2 level AA
+
+
+@pytest.fixture(scope="module")
+def seen(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What was measured of each workflow. Screenshots stay in SELFFORCING_SCREENSHOTS, if that is set."""
+    browser = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip("no Chromium found: install the package chromium, or set CHROMIUM")
+    if server.checkout.version.startswith("0.3."):
+        pytest.skip("this host's front end has no Nodes 2.0 and no search aliases")
+    Image.new("RGB", (512, 768)).save(server.folder / "input/example.png")  # a portrait: the highest preview
+    folder = os.environ.get("SELFFORCING_SCREENSHOTS") or str(tmp_path_factory.mktemp("layout"))
+    script = Path(__file__).with_name("layout.py")
+    command = [server.checkout.python, script, browser, server.address, PACK_NAME, folder, json.dumps(QUERIES)]
+    done = subprocess.run([*map(str, command), *NAMES], capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def overlap(one: list[float], other: list[float]) -> bool:
+    """Whether two boxes (left, top, width, height) share more than a line."""
+    return all(
+        min(one[axis] + one[axis + 2], other[axis] + other[axis + 2]) - max(one[axis], other[axis]) > 1
+        for axis in (0, 1)
+    )
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+@pytest.mark.parametrize("name", NAMES)
+def test_no_node_lies_over_another(seen: dict[str, Any], name: str, renderer: str) -> None:
+    nodes = seen[f"{renderer} dark {name}"]["nodes"]
+    assert {node["is_dom"] for node in nodes} == {renderer == "vue"}, "measured in the other renderer"
+    over = [
+        (one["type"], other["type"])
+        for one, other in itertools.combinations(nodes, 2)
+        if overlap(one["box"], other["box"])
+    ]
+    assert not over
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workflow_opens_readable_and_whole_in_a_window_of_1920_by_1080(
+    seen: dict[str, Any], name: str, renderer: str
+) -> None:
+    found = seen[f"{renderer} dark {name}"]
+    assert found["scale"] >= SCALES[0]
+    for left, top, width, height in (node["box"] for node in found["nodes"]):
+        assert (left + found["offset"][0]) * found["scale"] >= 60, "behind the side bar"
+        assert (top + found["offset"][1]) * found["scale"] >= 90, "behind the menus"
+        assert (left + width + found["offset"][0]) * found["scale"] <= 1920
+        assert (top + height + found["offset"][1]) * found["scale"] <= 940, "below the browser's edge"
+
+
+def test_notes_can_be_read_in_both_renderers_and_themes(seen: dict[str, Any]) -> None:
+    notes = {key: found["note"] for key, found in seen.items() if key != "search"}
+    assert len(notes) == len(RENDERERS) * (len(NAMES) + 1)
+    for key, note in notes.items():
+        assert note["text"], f"{key}: no text found"
+        faint = [text for text in note["text"] if text["contrast"] < READABLE]
+        assert not faint, key
+        assert note["hidden"] <= 1, f"{key}: {note['hidden']} pixels of the note are hidden"
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_search_lists_the_sampler_first_of_the_pack(seen: dict[str, Any], query: str) -> None:
+    """Nodes of ComfyUI with the word in their names, or used often, come before."""
+    ours = [name for name in seen["search"][query] if name.startswith("SelfForcing")]
+    assert ours[:1] == ["SelfForcingStreamSampler"]
