@@ -192,3 +192,12 @@ def test_the_map_names_every_file() -> None:
     names = {path.name for path in files if path.name not in ("__init__.py", "__main__.py")}
     missing = sorted(name for name in names if f"{name}`" not in told)
     assert not missing, f"docs/map.md says nothing of {', '.join(missing)}"
+
+
+def test_files_that_drive_a_browser_are_marked_for_it() -> None:
+    """.ci/run picks them by their mark: with a newer front end those alone, on an older ComfyUI all but those."""
+    files = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests/comfyui").glob("test_*.py")}
+    driving = {path.name for path, text in files.items() if re.search(r"\bchromium\b|browse\.py", text, re.IGNORECASE)}
+    marked = {path.name for path, text in files.items() if "\npytestmark = pytest.mark.browser\n" in text}
+    assert "test_browser.py" in driving
+    assert driving == marked

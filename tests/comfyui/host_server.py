@@ -78,10 +78,12 @@ class Server:
 
     def _arguments(self) -> list[str]:
         host, port = self.address.split(":")
-        return [
+        arguments = [
             "--cpu", "--listen", host, "--port", port, "--base-directory", str(self.folder),
             "--disable-api-nodes", "--database-url", "sqlite:///:memory:", "--preview-method", "latent2rgb",
         ]  # fmt: skip
+        frontend = os.environ.get("COMFYUI_FRONTEND")  # the folder `static` of another comfyui-frontend-package
+        return [*arguments, "--front-end-root", frontend] if frontend else arguments
 
     def wait_until_up(self) -> None:
         deadline = time.monotonic() + START_SECONDS
