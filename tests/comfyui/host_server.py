@@ -68,6 +68,7 @@ class Server:
         for name in ("custom_nodes", "models/loras", "input", "output", "temp", "user"):
             (folder / name).mkdir(parents=True)
         (folder / "custom_nodes" / PACK_NAME).symlink_to(ROOT, target_is_directory=True)
+        (folder / "custom_nodes/waiting_node.py").symlink_to(Path(__file__).with_name("waiting_node.py"))
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         self.log_path = folder / "log.txt"
         with self.log_path.open("wb") as log:

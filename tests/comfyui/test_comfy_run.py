@@ -1,6 +1,6 @@
 """Every workflow and every twin, as real clients hand them in: the server takes them, and so does `comfy run`.
 
-They are only looked at, not run: a long run keeps the queue busy until they are taken out again.
+They are only looked at, not run: a node that waits keeps the queue busy until they are taken out again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.comfyui.graphs import CREATE, SAMPLER, SAVE, TAEHV, Prompt, add, fresh_seed, tiny_prompt
 from tests.comfyui.host_server import ROOT, RUN_SECONDS, Refused, Server
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
@@ -54,23 +53,10 @@ def catalogued(server: Server) -> Iterator[Server]:
         path.unlink()
 
 
-def endless_prompt() -> Prompt:
-    """A run that does not end by itself while the others are handed in, and keeps latents only.
-
-    Large frames leave the server time to answer: its threads take turns between operations, not within one.
-    """
-    prompt = tiny_prompt(seed=fresh_seed(), length=100005, width=256, height=256)
-    for name in (TAEHV, CREATE, SAVE):
-        del prompt[name]
-    del prompt[SAMPLER]["inputs"]["taehv"]
-    add(prompt, "latents", "SaveLatent", samples=[SAMPLER, 0], filename_prefix="latents/endless")
-    return prompt
-
-
 @contextmanager
 def busy(server: Server) -> Iterator[None]:
     """Nothing that is queued in here begins; afterwards the queue is empty and the server idle."""
-    server.submit(endless_prompt())
+    server.submit({"wait": {"class_type": "WaitForInterrupt", "inputs": {"name": "busy"}}})
     try:
         yield
         assert server.get("/queue")["queue_running"], "it was busy all the time"
