@@ -556,10 +556,8 @@ class FrameByFrame(torch.nn.Module):
 def vaes_of_the_host_stream() -> dict[str, Any]:
     """A small random Wan VAE, chunk by chunk and with a chunk taken back, against its decode of the whole video.
 
-    The host's decode gives all latents at once to a pointwise convolution, a matrix product whose sums some CPUs add in
-    another order for other lengths: MKL restricted to AVX2 (MKL_ENABLE_INSTRUCTIONS=AVX2) differs by 3e-6 in every
-    version of ComfyUI, with AVX-512 by nothing. So it is compared as it is, and again with that convolution frame by
-    frame, where nothing differs.
+    The host's decode gives all latents at once to a pointwise convolution, whose sums a CPU may round in another order
+    for other lengths. So it is compared as it is, and again with that convolution frame by frame: nothing differs.
     """
     torch.manual_seed(0)
     vae = wan_vae()
