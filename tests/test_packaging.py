@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -192,3 +194,39 @@ def test_the_map_names_every_file() -> None:
     names = {path.name for path in files if path.name not in ("__init__.py", "__main__.py")}
     missing = sorted(name for name in names if f"{name}`" not in told)
     assert not missing, f"docs/map.md says nothing of {', '.join(missing)}"
+
+
+def test_files_that_drive_a_browser_are_marked_for_it() -> None:
+    """.ci/run picks them by their mark: with a newer front end those alone, on an older ComfyUI all but those."""
+    files = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests/comfyui").glob("test_*.py")}
+    driving = {path.name for path, text in files.items() if re.search(r"\bchromium\b|browse\.py", text, re.IGNORECASE)}
+    marked = {path.name for path, text in files.items() if "\npytestmark = pytest.mark.browser\n" in text}
+    assert "test_browser.py" in driving
+    assert driving == marked
+
+
+def copy_release(folder: Path) -> None:
+    """Write there what the registry would publish: the files under version control but for those in .comfyignore."""
+    lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
+    left_out = tuple(line for line in lines if not line.startswith("#"))
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if not name.startswith(left_out) and (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+
+
+def test_the_lint_of_comfy_test_objects_to_training_code_alone(tmp_path: Path) -> None:
+    """It asks every layer to be one of ComfyUI's; training knows no ComfyUI, and no node imports it."""
+    program = os.environ.get("COMFY_TEST") or shutil.which("comfy-test")
+    if program is None:
+        pytest.skip(
+            "no comfy-test: python3 -m venv V && V/bin/pip install comfy-test, then COMFY_TEST=V/bin/comfy-test"
+        )
+    copy_release(tmp_path)
+    lint = [program, "lint", "--json", str(tmp_path)]
+    results = json.loads(subprocess.run(lint, capture_output=True, text=True, check=False).stdout)["results"]
+    assert results["javascript"]["passed"], results["javascript"].get("details")
+    named = re.findall(r"^(\S+\.py):$", results["syntax"].get("details") or "", re.MULTILINE)
+    assert results["syntax"]["passed"] or named
+    assert all(name.startswith("train/") for name in named), results["syntax"]["details"]

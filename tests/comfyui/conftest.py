@@ -21,6 +21,11 @@ def checkouts() -> list[object]:
     return [pytest.param(checkout, id=f"ComfyUI-{checkout.version}") for checkout in CHECKOUTS]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "browser: drives a headless Chromium on ComfyUI's front end")
+    config.addinivalue_line("markers", "smoke: enough to say that the pack loads and runs on an old ComfyUI")
+
+
 @pytest.fixture(scope="session", params=checkouts())
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A running server of each checkout in turn."""

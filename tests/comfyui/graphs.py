@@ -40,6 +40,15 @@ def add(prompt: Prompt, name: str, class_type: str, **inputs: Any) -> None:
     prompt[name] = {"class_type": class_type, "inputs": inputs}
 
 
+def of_one_codec(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return SaveVideo's inputs with the codec under one name: later hosts call it `format.codec`; twins have both."""
+    codecs = {inputs[name] for name in ("codec", "format.codec") if name in inputs}
+    if not codecs:
+        return inputs
+    (codec,) = codecs
+    return {name: value for name, value in inputs.items() if name != "format.codec"} | {"codec": codec}
+
+
 def latents_of(server: Server, prompt: Prompt) -> Tensor:
     """Run a prompt and give what its sampler made, [B, C, T, H, W], exactly: H.264 under load is not repeatable."""
     prompt = {**prompt, "latents": {"class_type": "SaveLatent", "inputs": {"samples": [SAMPLER, 0]}}}

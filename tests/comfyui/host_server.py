@@ -68,6 +68,7 @@ class Server:
         for name in ("custom_nodes", "models/loras", "input", "output", "temp", "user"):
             (folder / name).mkdir(parents=True)
         (folder / "custom_nodes" / PACK_NAME).symlink_to(ROOT, target_is_directory=True)
+        (folder / "custom_nodes/waiting_node.py").symlink_to(Path(__file__).with_name("waiting_node.py"))
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         self.log_path = folder / "log.txt"
         with self.log_path.open("wb") as log:
@@ -78,10 +79,12 @@ class Server:
 
     def _arguments(self) -> list[str]:
         host, port = self.address.split(":")
-        return [
+        arguments = [
             "--cpu", "--listen", host, "--port", port, "--base-directory", str(self.folder),
             "--disable-api-nodes", "--database-url", "sqlite:///:memory:", "--preview-method", "latent2rgb",
         ]  # fmt: skip
+        frontend = os.environ.get("COMFYUI_FRONTEND")  # the folder `static` of another comfyui-frontend-package
+        return [*arguments, "--front-end-root", frontend] if frontend else arguments
 
     def wait_until_up(self) -> None:
         deadline = time.monotonic() + START_SECONDS

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.comfyui.graphs import of_one_codec
 from tests.comfyui.host_server import PACK_NAME, ROOT, Server
 
 # Saved workflows store widget values by position: new inputs go to the end of their group, and nothing ever moves.
@@ -65,6 +66,7 @@ OUTPUTS = {
     "SelfForcingPromptSchedule": ["CONDITIONING"],
     "SelfForcingStreamToFile": ["LATENT", "STRING", "STRING"],
 }
+DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # a combo whose choice brings inputs of its own
 LISTS = {
     "SelfForcingModelLoader": "unet_name",
     "SelfForcingTextEncode": "text_encoder",
@@ -83,10 +85,19 @@ def inputs_of(description: dict[str, Any]) -> dict[str, tuple[Any, dict[str, Any
 
 
 def is_widget(kind: Any, options: dict[str, Any]) -> bool:
-    kinds = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
+    kinds = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC)
     return (isinstance(kind, list) or kind in kinds) and not options.get("forceInput")
 
 
+def chosen_inputs(name: str, kind: Any, options: dict[str, Any], value: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Return the inputs that a widget brings with it once it holds a value, as a dynamic combo does."""
+    if kind != DYNAMIC:
+        return {}
+    (option,) = [option for option in options["options"] if option["key"] == value]
+    return {f"{name}.{inner}": entry for inner, entry in inputs_of({"input": option["inputs"]}).items()}
+
+
+@pytest.mark.smoke
 def test_all_nodes_are_there_and_nothing_failed_to_import(server: Server) -> None:
     known = server.get("/object_info")
     assert {name for name in known if name.startswith("SelfForcing")} == set(INPUT_ORDER) == set(OUTPUTS)
@@ -128,13 +139,16 @@ def _api_inputs(server: Server, node: dict[str, Any], links: dict[int, Any]) -> 
     linked = {entry["name"]: links[entry["link"]] for entry in node["inputs"] if entry["link"] is not None}
     values = list(node["widgets_values"])
     inputs: dict[str, Any] = {}
-    for name, (kind, options) in found.items():
+    while found:
+        name = next(iter(found))
+        kind, options = found.pop(name)
         if not is_widget(kind, options):
             continue
         if not values:
-            assert name in server.get(f"/object_info/{node['type']}")[node["type"]]["input_order"]["optional"]
+            assert name in schema(server, node["type"])["input_order"]["optional"]
             continue
         inputs[name] = values.pop(0)
+        found = chosen_inputs(name, kind, options, inputs[name]) | found
         if options.get("control_after_generate"):
             assert values.pop(0) in ("fixed", "increment", "decrement", "randomize")
         if options.get("image_upload"):
@@ -150,9 +164,8 @@ def test_dragged_workflow_means_what_its_twin_says(server: Server, path: Any) ->
     links = {link: [str(source), slot] for link, source, slot, *_ in graph["links"]}
     drawn = [node for node in graph["nodes"] if node["type"] not in ("MarkdownNote", "Note")]
     converted = {str(node["id"]): _api_inputs(server, node, links) for node in drawn}
-    # What a choice brings with it ("format.codec" of later hosts) is no widget of its own that is stored by position.
-    assert converted == {
-        name: {key: value for key, value in node["inputs"].items() if "." not in key} for name, node in twin.items()
+    assert {name: of_one_codec(inputs) for name, inputs in converted.items()} == {
+        name: of_one_codec(node["inputs"]) for name, node in twin.items()
     }
     assert {str(node["id"]): node["type"] for node in drawn} == {n: node["class_type"] for n, node in twin.items()}
 

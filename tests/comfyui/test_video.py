@@ -37,7 +37,7 @@ SCENES = [
 ]
 
 
-@pytest.mark.parametrize(("colour", "shape", "text"), SCENES)
+@pytest.mark.parametrize(("colour", "shape", "text"), [pytest.param(*SCENES[0], marks=pytest.mark.smoke), *SCENES[1:]])
 def test_saved_video_shows_what_the_prompt_says(server: Server, colour: str, shape: str, text: str) -> None:
     saved = server.run(tiny_prompt(text, seed=1))[SAVE]
     frames, fps = read_mp4(saved[0])
