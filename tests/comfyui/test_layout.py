@@ -16,6 +16,8 @@ from PIL import Image
 from tests.comfyui.arrange import SCALES
 from tests.comfyui.host_server import PACK_NAME, ROOT, Server
 
+pytestmark = pytest.mark.browser
+
 NAMES = [path.stem for path in sorted((ROOT / "workflows").glob("*.json"))]
 RENDERERS = ("classic", "vue")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
