@@ -239,7 +239,6 @@ def test_every_format_of_the_list_is_written_and_sound_is_muxed_in(server: Serve
         ({"quality": 60}, "crf from 51 (worst) to 1 (best), 18 by default"),
         ({"format": "mkv (lossless)", "quality": 18}, "FFV1 has no such choice"),
         ({"format": "mpg"}, "use mp4 (H.264)"),
-        ({"width": 65}, "use 64 or 80"),
     ],
 )
 def test_a_file_that_cannot_be_is_refused_before_anything_runs(
