@@ -12,7 +12,8 @@ import { app } from "../../scripts/app.js";
 const MEANINGS = {
   SelfForcingStreamSampler: {
     steps: { 0: "auto" }, shift: { 0: "auto" }, chunk: { 0: "auto" },
-    window: { 0: "auto", [-1]: "whole video" }, sink: { [-1]: "auto", 0: "none" },
+    window: { 0: "auto", [-1]: "whole video" }, sink: { [-1]: "auto", 0: "none" }, pace: { 0: "no limit" },
+    quality: { [-1]: "auto" },
   },
   SelfForcingCacheOptions: {
     chunk: { 0: "auto" }, window: { 0: "auto", [-1]: "whole video" }, sink: { [-1]: "auto", 0: "none" },

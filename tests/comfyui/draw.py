@@ -20,10 +20,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from selfforcing_core.generate import Request, generate
 from selfforcing_core.video import read_video, write_contact_sheet
-from tests.comfyui.arrange import arrange
+from tests.comfyui.arrange import SAMPLER_WIDTH, arrange
 from tests.comfyui.host_server import ROOT, Server, find_checkouts
 
-PLAYER_ROWS = 4  # as high as so many texts
+PLAYER_MARGIN, TALLEST, DESK = 20, 560, 230  # of the player: beside its picture; the picture; what is below it
 PICTURE_ROOM = 240  # below Load Image's widgets
 PACE, LIVE = 2.0, ("live_t2v_1.3b", "endless_1.3b", "tiny_endless")  # seconds that a run may be ahead of the player
 # Dark amber. The light theme adds 0.5 to the lightness: text and links are read on both (test_layout.py measures it).
@@ -240,24 +240,27 @@ def widget_values(inputs: dict[str, Any], description: dict[str, Any]) -> list[A
     return values
 
 
-def height(description: dict[str, Any]) -> int:
+def height(description: dict[str, Any], values: dict[str, Any]) -> int:
+    """As a node is saved. values: its inputs in the twin."""
     rows = sum(not is_widget(kind) for _, kind, _ in slots(description))
     tall = sum(bool(options.get("multiline")) for _, _, options in slots(description))
     widgets = num_widgets(description)
-    tall += PLAYER_ROWS if any(slot == "player" for slot, _, _ in slots(description)) else 0
-    return 40 + 20 * max(rows, len(description["output"])) + 26 * widgets + 90 * tall
+    player = 0
+    if any(slot == "player" for slot, _, _ in slots(description)):
+        player = min(TALLEST, round((SAMPLER_WIDTH - PLAYER_MARGIN) * values["height"] / values["width"])) + DESK
+    return 40 + 20 * max(rows, len(description["output"])) + 26 * widgets + 90 * tall + player
 
 
 def num_widgets(description: dict[str, Any]) -> int:
     return sum(is_widget(kind) + bool(options.get("control_after_generate")) for _, kind, options in slots(description))
 
 
-def room(description: dict[str, Any]) -> int:
+def room(description: dict[str, Any], values: dict[str, Any]) -> int:
     """The height that a node may grow to: Nodes 2.0 has taller widgets, badges and a line for errors below them."""
     if any(slot == "player" for slot, *_ in slots(description)):
-        return height(description) + 40  # it gives way itself
+        return height(description, values) + 40
     has_picture = any(options.get("image_upload") for _, _, options in slots(description))
-    return height(description) + 24 + 12 * num_widgets(description) + (PICTURE_ROOM if has_picture else 0)
+    return height(description, values) + 24 + 12 * num_widgets(description) + (PICTURE_ROOM if has_picture else 0)
 
 
 def draw(name: str, twin: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
@@ -296,8 +299,8 @@ def draw(name: str, twin: dict[str, Any], known: dict[str, Any]) -> dict[str, An
     }  # fmt: skip
     plan = arrange(
         twin,
-        {key: height(description) for key, description in described.items()},
-        {key: room(description) for key, description in described.items()},
+        {key: height(description, twin[key]["inputs"]) for key, description in described.items()},
+        {key: room(description, twin[key]["inputs"]) for key, description in described.items()},
         (str(note["id"]), note_height(text)),
     )
     for node in (note, *nodes):
@@ -330,12 +333,14 @@ def properties(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def paced(text: str, name: str, known: dict[str, Any]) -> str:
-    """The text of a twin; a live one stays within PACE of its player, where the host's node can."""
-    twin = json.loads(text)
-    for node in twin.values():
-        has_pace = any(slot == "pace" for slot, *_ in slots(known[node["class_type"]]))
-        if name in LIVE and has_pace and "pace" not in node["inputs"]:
-            text = text.replace('"player": true', f'"player": true,\n      "pace": {PACE}')
+    """The text of a twin in which every streaming node names its pace, and its file's quality where it has one."""
+    new = [("pace", '"player": true', PACE if name in LIVE else 0.0), ("quality", '"fps": 16.0', -1)]
+    for slot, behind, value in new:
+        nodes = [
+            node for node in json.loads(text).values() if slot in known[node["class_type"]]["input"].get("optional", ())
+        ]
+        if any(slot not in node["inputs"] for node in nodes):
+            text = text.replace(behind, f'{behind},\n      "{slot}": {value}')
     return text
 
 

@@ -160,8 +160,20 @@ def test_widgets_at_auto_say_so_and_a_lengths_arrows_go_by_chunks(seen: dict[str
     if not seen[renderer]["is_shown"]:
         pytest.skip("this host's front end draws no DOM widgets in its Vue nodes")
     found = seen[renderer]["widgets"]
-    assert found["before"] == ["steps \u00b7 auto", "shift \u00b7 auto", "chunk \u00b7 auto", "sink \u00b7 none"]
-    assert found["after"] == ["shift \u00b7 auto", "chunk \u00b7 auto", "window \u00b7 whole video", "sink \u00b7 none"]
+    assert found["before"] == [
+        "steps \u00b7 auto",
+        "shift \u00b7 auto",
+        "chunk \u00b7 auto",
+        "sink \u00b7 none",
+        "quality \u00b7 auto",
+    ]
+    assert found["after"] == [
+        "shift \u00b7 auto",
+        "chunk \u00b7 auto",
+        "window \u00b7 whole video",
+        "sink \u00b7 none",
+        "quality \u00b7 auto",
+    ]
     if renderer == "vue":
         assert "window \u00b7 whole video" in found["text"]
         assert "steps \u00b7 auto" not in found["text"]
