@@ -33,13 +33,15 @@ async (name, file) => {
   const data = new DataTransfer()
   data.items.add(new File([text], `${file}.json`, {type: 'application/json'}))
   const canvas = document.querySelector('#graph-canvas')
+  const [former] = window.app.graph._nodes  // of a copy that may be open
   for (const kind of ['dragenter', 'dragover', 'drop'])
     canvas.dispatchEvent(new DragEvent(kind, {dataTransfer: data, bubbles: true, cancelable: true}))
   const ids = wanted.nodes.map(node => node.id).sort().join()
   for (let i = 0; i < 100; i++) {
     await new Promise(done => setTimeout(done, 100))
     const graph = window.app.graph
-    if (graph.id === wanted.id && graph._nodes.map(node => node.id).sort().join() === ids) break
+    const isNew = graph.id === wanted.id && graph._nodes[0] !== former
+    if (isNew && graph._nodes.map(node => node.id).sort().join() === ids) break
   }
   const nodes = window.app.graph._nodes
   const {output} = await window.app.graphToPrompt()
@@ -103,6 +105,14 @@ window.to_the_end = async () => {
   bar.dispatchEvent(new Event('input', {bubbles: true}))
   bar.dispatchEvent(new Event('change', {bubbles: true}))
   await new Promise(done => setTimeout(done, 500))
+}
+window.last_place = async () => {  // the file takes the place of the frames as soon as the browser has opened it
+  for (let i = 0; i < 20; i++) {
+    await window.to_the_end()
+    const [shown, whole] = window.role('place').split(' / ')
+    if (i > 2 && shown === whole) break
+  }
+  return window.role('place')
 }
 window.prepare = (length, seed) => {
   const set = {length, seed, pace: 0}  // as fast as it goes, whoever watches
@@ -276,7 +286,7 @@ async def run_twice(page: Page, session: aiohttp.ClientSession) -> dict[str, Any
     return {
         "ran": [made(entry) for entry in (first, second)],
         "videos": await page.evaluate("window.videos()"),
-        "place": await page.evaluate("window.to_the_end().then(() => window.role('place'))"),
+        "place": await page.evaluate("window.last_place()"),
         "widths": [await page.evaluate(f"window.widths({width})") for width in (600, 320)],
     }
 
