@@ -17,6 +17,7 @@ import random
 import re
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,25 @@ window.seen = () => {  // what the newest picture shows: the middle square of th
   small.drawImage(canvas, left, top, size, size, 0, 0, 64, 64)
   return [...small.getImageData(0, 0, 64, 64).data].filter((_, place) => place % 4 < 3)
 }
+window.colour = () => {  // of most pixels that have one
+  const counts = [0, 0, 0], pixels = window.seen()
+  for (let i = 0; i < pixels.length; i += 3)
+    for (const c of [0, 1, 2])
+      if (pixels[i + c] > 60 + Math.max(pixels[i + (c + 1) % 3], pixels[i + (c + 2) % 3])) counts[c]++
+  const most = Math.max(...counts)
+  return most < 40 ? '' : ['red', 'green', 'blue'][counts.indexOf(most)]
+}
+window.send = async (text, colour) => {  // seconds until the picture has the colour; null: not within half a minute
+  const field = window.control('prompt-text'), began = performance.now()
+  field.value = text
+  field.dispatchEvent(new Event('input', {bubbles: true}))
+  window.control('prompt').click()
+  while (performance.now() < began + 30000) {
+    await new Promise(done => setTimeout(done, 50))
+    if (window.colour() === colour) return (performance.now() - began) / 1000
+  }
+  return null
+}
 window.to_the_end = async () => {
   const bar = window.control('scrub')
   bar.value = bar.max
@@ -114,8 +134,8 @@ window.last_place = async () => {  // the file takes the place of the frames as 
   }
   return window.role('place')
 }
-window.prepare = (length, seed) => {
-  const set = {length, seed, pace: 0}  // as fast as it goes, whoever watches
+window.prepare = (length, seed, pace = 0) => {  // 0: as fast as it goes, whoever watches
+  const set = {length, seed, pace}
   const node = window.streaming()
   for (const widget of node.widgets) if (widget.name in set) widget.value = set[widget.name]
   const {ds} = window.app.canvas
@@ -240,9 +260,10 @@ async def browse(page: Page, session: aiohttp.ClientSession) -> dict[str, Any]:
     await visit(page, session)
     twice["vue"] = await run_twice(page, session)
     vue = await steer(page, session, "vue", 5)
+    delays = await send_late(page)
     return {
         "workflows": found, "runs": runs, "twice": twice, "classic": classic, "left": left, "vue": vue,
-        "errors": page.errors,
+        "errors": page.errors, "delays": delays,
     }  # fmt: skip
 
 
@@ -289,6 +310,22 @@ async def run_twice(page: Page, session: aiohttp.ClientSession) -> dict[str, Any
         "place": await page.evaluate("window.last_place()"),
         "widths": [await page.evaluate(f"window.widths({width})") for width in (600, 320)],
     }
+
+
+async def send_late(page: Page) -> list[list[Any]]:
+    """Prompts sent at seconds 1, 12 and 60 of a run that keeps its pace: how long until each shows, and the status."""
+    await drop(page, "tiny_endless")
+    await page.evaluate(PLAYER)
+    await page.evaluate("window.prepare(2001, 5, 2); window.run()")
+    await page.until("window.colour() === 'red'")
+    began, found = time.monotonic(), []
+    for second, colour in ((1, "blue"), (12, "green"), (60, "red")):
+        await asyncio.sleep(max(0.0, began + second - time.monotonic()))
+        text = json.dumps(f"a {colour} square moving left slowly on a black background")
+        found.append([await page.evaluate(f"window.send({text}, '{colour}')"), await page.evaluate("window.told()")])
+    await page.evaluate("window.control('finish').click()")
+    await page.until("/finished here/.test(window.told())")
+    return found
 
 
 def made(entry: Any) -> bool:

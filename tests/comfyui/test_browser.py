@@ -111,7 +111,7 @@ def test_finish_here_keeps_exactly_the_chunks_that_were_made(
 ) -> None:
     found = steered(seen, renderer)["finished"]
     assert found["entry"]["status"]["status_str"] == "success"
-    words = re.fullmatch(r"finished here · chunk (\d+) of 167", found["told"])
+    words = re.fullmatch(r"finished here \u00b7 chunk (\d+) of 167", found["told"])
     assert words, found["told"]
     (file,) = (file for output in found["entry"]["outputs"].values() for file in server._files(output))
     frames_VRHW, _ = read_mp4(file)
@@ -178,6 +178,16 @@ def test_widgets_at_auto_say_so_and_a_lengths_arrows_go_by_chunks(seen: dict[str
         assert "steps \u00b7 auto" not in found["text"]
     assert (found["typed"], found["stepped"]) == (35, 333)
     assert found["same"], "values of saved workflows stay as they are"
+
+
+def test_a_typed_prompt_shows_within_the_pace_and_a_chunk_whenever_it_is_sent(seen: dict[str, Any]) -> None:
+    if not seen["vue"]["is_shown"]:
+        pytest.skip("this host's front end draws no DOM widgets in its Vue nodes")
+    delays = [delay for delay, _ in seen["delays"]]
+    most = (
+        2 + 12 / 16 + 1.5
+    )  # the pace, a chunk's frames, and the time to make and send one on a machine with other work
+    assert all(delay is not None and delay < most for delay in delays), seen["delays"]
 
 
 def test_a_queued_run_is_shown_in_its_own_workflow_alone_and_a_page_that_comes_back_sees_it(
