@@ -313,16 +313,18 @@ async def run_twice(page: Page, session: aiohttp.ClientSession) -> dict[str, Any
 
 
 async def send_late(page: Page) -> list[list[Any]]:
-    """Prompts sent at seconds 1, 12 and 60 of a run that keeps its pace: how long until each shows, and the status."""
+    """Prompts at seconds 1, 12 and 60 of a run that keeps its pace: how long until each shows, the status, and when."""
     await drop(page, "tiny_endless")
     await page.evaluate(PLAYER)
+    await asyncio.sleep(1)
     await page.evaluate("window.prepare(2001, 5, 2); window.run()")
-    await page.until("window.colour() === 'red'")
+    await page.until("/chunk [1-9]/.test(window.told()) && window.colour() === 'red'")
     began, found = time.monotonic(), []
     for second, colour in ((1, "blue"), (12, "green"), (60, "red")):
         await asyncio.sleep(max(0.0, began + second - time.monotonic()))
         text = json.dumps(f"a {colour} square moving left slowly on a black background")
-        found.append([await page.evaluate(f"window.send({text}, '{colour}')"), await page.evaluate("window.told()")])
+        delay, told = await page.evaluate(f"window.send({text}, '{colour}')"), await page.evaluate("window.told()")
+        found.append([delay, told, time.monotonic() - began])
     await page.evaluate("window.control('finish').click()")
     await page.until("/finished here/.test(window.told())")
     return found
