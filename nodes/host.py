@@ -35,6 +35,11 @@ log = logging.getLogger(__name__)
 BUNDLE_MARK = " (bundled)"
 COMPANIONS = "selfforcing"  # under which a MODEL keeps the networks that are loaded together with it
 Interrupted = memory.InterruptProcessingException  # what the stop button raises
+# Where files of models and of tiny decoders lie, and how those of ours are called.
+MODEL_FOLDER = "diffusion_models"
+TAEHV_FOLDERS = ("vae_approx", "vae")
+LIKELY_MODELS = ("self_forcing", "self-forcing", "causal", "causvid", "wan2.1", "wan")
+LIKELY_TAEHVS = ("taew2_1", "taehv", "tae")
 PREVIEW_SIZE = 512  # pixels of a preview's longer side; the host may shrink it further
 
 
@@ -42,12 +47,31 @@ PREVIEW_SIZE = 512  # pixels of a preview's longer side; the host may shrink it 
 def file_choices(*folders: str, likely: Sequence[str] = ()) -> list[str]:
     """The files of the host's model folders, each name once, then the bundled models: a new node takes the first.
 
-    So whoever has files gets one of them, and never a bundled part beside a real one. likely: parts of the names that
-    come before others.
+    So whoever has a real model and a decoder for it gets those, and nobody a bundled part beside a real one. likely:
+    parts of the names that come before others.
     """
     files = dict.fromkeys(name for folder in folders for name in folder_paths.get_filename_list(folder))
     ranked = sorted(files, key=lambda name: _rank(Path(name).name.lower(), likely))
-    return ranked + [name + BUNDLE_MARK for name in list_bundles()]
+    return _in_order(ranked)
+
+
+def _in_order(real: list[str]) -> list[str]:
+    """What a new node takes comes first: real parts only where there is one of each kind that the nodes load."""
+    bundled = [name + BUNDLE_MARK for name in list_bundles()]
+    return real + bundled if _has_real_parts() else bundled + real
+
+
+def _has_real_parts() -> bool:
+    """Whether there is a likely video model, a TAEHV and a text encoder in the layout of transformers."""
+    names = {
+        kind: [Path(name).name.lower() for folder in folders for name in folder_paths.get_filename_list(folder)]
+        for kind, folders in (("model", (MODEL_FOLDER,)), ("decoder", TAEHV_FOLDERS))
+    }
+    found = [
+        any(_rank(name, likely) < len(likely) for name in names[kind])
+        for kind, likely in (("model", LIKELY_MODELS), ("decoder", LIKELY_TAEHVS))
+    ]
+    return all(found) and bool(_text_encoder_folders())
 
 
 def _rank(name: str, likely: Sequence[str]) -> int:
@@ -67,9 +91,13 @@ def file_of(choice: str, bundled: Callable[[str], Path], *folders: str) -> Path:
 
 def text_encoder_choices() -> list[str]:
     """Subfolders of models/text_encoders in the layout of transformers, then the bundled text encoders."""
+    return _in_order(_text_encoder_folders())
+
+
+def _text_encoder_folders() -> list[str]:
     roots = [Path(root) for root in folder_paths.get_folder_paths("text_encoders")]
     found = [path.parent.name for root in roots if root.is_dir() for path in sorted(root.glob("*/config.json"))]
-    return list(dict.fromkeys(found)) + [name + BUNDLE_MARK for name in list_bundles()]
+    return list(dict.fromkeys(found))
 
 
 def text_encoder_folder(choice: str) -> Path:
@@ -126,6 +154,13 @@ def graph_metadata(hidden: Any) -> dict[str, Any]:
         return {}
     found = dict(hidden.extra_pnginfo or {})
     return {**found, **({"prompt": hidden.prompt} if hidden.prompt is not None else {})}
+
+
+def add_metadata(hidden: Any, **entries: str) -> None:
+    """Let the nodes that save what comes of this prompt write more entries beside the workflow."""
+    known = getattr(hidden, "extra_pnginfo", None)
+    if isinstance(known, dict):  # one for all nodes of the prompt
+        known.update(entries)
 
 
 # ------------------------------------------------------ devices and memory --

@@ -379,6 +379,8 @@ class Live:
             raise ValueError("nothing here can read a new prompt; connect clip to the sampler")
         if not isinstance(text, str) or not text.strip() or len(text) > PROMPT_LETTERS:
             raise ValueError(f"a prompt is 1 to {PROMPT_LETTERS} letters")
+        if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError("the prompt holds NUL or half a character, which no file can keep; leave it out")
         if history not in HISTORIES:
             raise ValueError(f"history {str(history)[:40]!r} is unknown; use {' or '.join(HISTORIES)}")
         return text.strip(), history

@@ -28,11 +28,7 @@ from .causal_model import (
     with_settings,
 )
 
-MODEL_FOLDER = "diffusion_models"
-TAEHV_FOLDERS = ("vae_approx", "vae")
 # Parts of file names that a new node chooses before others.
-LIKELY_MODELS = ("self_forcing", "self-forcing", "causal", "causvid", "wan2.1", "wan")
-LIKELY_TAEHVS = ("taew2_1", "taehv", "tae")
 WEIGHT_DTYPES = {
     "default": None,
     "float32": torch.float32,
@@ -75,7 +71,7 @@ def _latent_space(checkpoint: Checkpoint, chosen: str, name: str) -> str:
 
 def load_model(unet_name: str, weight_dtype: str, weights: str, kind: str, disable_dynamic: bool = False) -> Any:
     """The MODEL of a file. ComfyUI calls this again, by its own name for the last, for a copy on another device."""
-    checkpoint = read_checkpoint(host.file_of(unet_name, resolve_model, MODEL_FOLDER), weights=weights)
+    checkpoint = read_checkpoint(host.file_of(unet_name, resolve_model, host.MODEL_FOLDER), weights=weights)
     _expect(checkpoint, "wan", unet_name, "choose a video model")
     model = model_from_checkpoint(
         checkpoint, kind=kind, dtype=WEIGHT_DTYPES[weight_dtype], is_fast_fp8=weight_dtype.endswith("_fast"),
@@ -100,7 +96,7 @@ class SelfForcingModelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "unet_name",
-                    options=host.file_choices(MODEL_FOLDER, likely=LIKELY_MODELS),
+                    options=host.file_choices(host.MODEL_FOLDER, likely=host.LIKELY_MODELS),
                     tooltip="A file of models/diffusion_models, or a bundled model (with its own TAEHV and text "
                     "encoder).",
                 ),
@@ -139,7 +135,7 @@ class SelfForcingModelLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, unet_name: str = "", **_: object) -> str:
-        return host.fingerprint(host.file_of(unet_name, resolve_model, MODEL_FOLDER)) if unet_name else ""
+        return host.fingerprint(host.file_of(unet_name, resolve_model, host.MODEL_FOLDER)) if unet_name else ""
 
 
 class SelfForcingPatchModel(io.ComfyNode):
@@ -263,7 +259,7 @@ class SelfForcingTAEHVLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "vae_name",
-                    options=host.file_choices(*TAEHV_FOLDERS, likely=LIKELY_TAEHVS),
+                    options=host.file_choices(*host.TAEHV_FOLDERS, likely=host.LIKELY_TAEHVS),
                     tooltip="A TAEHV file of models/vae_approx or models/vae (taew2_1, lighttaew2_1), or the bundled "
                     "autoencoder of a bundled model.",
                 ),
@@ -282,11 +278,11 @@ class SelfForcingTAEHVLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae_name: str, latents: str = "auto") -> io.NodeOutput:
-        checkpoint = read_checkpoint(host.file_of(vae_name, resolve_taehv, *TAEHV_FOLDERS))
+        checkpoint = read_checkpoint(host.file_of(vae_name, resolve_taehv, *host.TAEHV_FOLDERS))
         _expect(checkpoint, "taehv", vae_name, "choose a TAEHV file such as taew2_1; the host's Load VAE reads others")
         space = _latent_space(checkpoint, latents, vae_name)
         return io.NodeOutput(TAEHVAutoencoder(checkpoint, name=vae_name, latent_space=space))
 
     @classmethod
     def fingerprint_inputs(cls, vae_name: str = "", **_: object) -> str:
-        return host.fingerprint(host.file_of(vae_name, resolve_taehv, *TAEHV_FOLDERS)) if vae_name else ""
+        return host.fingerprint(host.file_of(vae_name, resolve_taehv, *host.TAEHV_FOLDERS)) if vae_name else ""

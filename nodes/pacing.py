@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 TRUSTED = 0.5  # seconds: a page whose picture moves says so at least this often
+SILENT = 6.0  # seconds: one whose picture stands still says so every two, if it is still there
 
 
 class Viewer:
@@ -30,8 +31,8 @@ class Viewer:
 
         A moving picture is taken to have moved on since, for as long as a page may be silent about it.
         """
-        frame = self.frame  # the server's thread may write it meanwhile
-        if frame is None:
+        frame, since = self.frame, time.monotonic() - self.told_at  # the server's thread may write it meanwhile
+        if frame is None or since > SILENT:
             return None
-        passed = min(time.monotonic() - self.told_at, TRUSTED) if self.is_moving else 0.0
+        passed = min(since, TRUSTED) if self.is_moving else 0.0
         return max(0.0, (made - 1 - frame) / self.fps - passed)

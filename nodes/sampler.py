@@ -54,6 +54,7 @@ SEARCH_ALIASES = (
     "endless video", "text to video", "t2v", "wan", "wan 2.1", "causal", "causal video", "autoregressive video",
     "long video",
 )  # fmt: skip
+SCHEDULE_KEY = "selfforcing_schedule"  # of saved files: the Prompt Schedule text that repeats a steered run
 NO_STATE = "the sampler's state output is empty; switch keep_state on"
 
 
@@ -364,7 +365,7 @@ class SelfForcingStreamSampler(io.ComfyNode):
                     optional=True,
                     tooltip="Seconds of video that may be made and not yet shown by the player: with 2 the run waits "
                     "for the player, and a typed prompt shows within 2 seconds and one chunk. 0: no limit. A paused "
-                    "player, or one in a page in the background, makes the run wait; without a player it never does.",
+                    "player makes the run wait; a page that is closed, loaded anew or shows another workflow does not.",
                 ),
             ],
             outputs=[
@@ -476,6 +477,8 @@ def sample(
             seed=seed,
         )
         ending = "whole" if samples.shape[2] == sum(lengths) else "early"
+        if record.events:
+            host.add_metadata(hidden, **{SCHEDULE_KEY: record.text()})
     finally:
         _close(live, written, record, ending)
     return Sampled(host.to_graph(samples), host.blocked(NO_STATE) if kept is None else kept, record.text(), ending)

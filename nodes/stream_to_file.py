@@ -16,7 +16,7 @@ from ..selfforcing_core.video import VideoStream, retag
 from ..selfforcing_core.video_formats import AUTO_QUALITY, FORMATS, check_video
 from . import host
 from .autoencoder import graph_latent, space_of
-from .sampler import SelfForcingStreamSampler, sample
+from .sampler import SCHEDULE_KEY, SelfForcingStreamSampler, sample
 
 log = logging.getLogger(__name__)
 NEEDS_TAEHV = "Stream to File decodes while it samples; connect taehv (Load TAEHV, or Load VAE with Wan's own VAE)"
@@ -30,7 +30,6 @@ CHOICES = {
     "webp (loops)": (".webp", "webp"),
     "gif (loops)": (".gif", "gif"),
 }
-SCHEDULE_KEY = "selfforcing_schedule"
 
 
 class _Files:
@@ -60,7 +59,10 @@ class _Files:
     def finished(self, schedule: str) -> list[dict[str, str]]:
         """Close all of them, with what was done by hand as a schedule, "" if nothing; what the page lists."""
         self.close()
-        self.keep_schedule(schedule)
+        try:
+            self.keep_schedule(schedule)
+        except (ValueError, OSError) as error:  # the video is whole, and the schedule goes out as text
+            host.show_text(f"the file has no entry {SCHEDULE_KEY}: {error}")
         return self.written()
 
     def written(self) -> list[dict[str, str]]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import av
 import numpy as np
+import torch
 from av.error import FFmpegError
 from torch import Tensor
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000)
 AAC_LAYOUTS = ("mono", "stereo", "5.1", "7.1")
-LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}  # of so many channels
+LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1"}  # of so many channels
+LEAST_RATE = 4000  # samples a second
 BIT_RATE = 192_000
 PCM_IN_MP4 = "pcm"  # which no browser plays
 
@@ -71,11 +73,13 @@ class Samples:
     def check(self) -> None:
         """Raise ValueError for what is no sound that can be encoded."""
         shape = list(self.waveform_CS.shape)
-        if len(shape) != 2 or shape[0] not in LAYOUTS or not 1 <= self.rate <= 655_350:
+        if len(shape) != 2 or shape[0] not in LAYOUTS or not LEAST_RATE <= self.rate <= 655_350:
             raise ValueError(
-                f"audio of shape {shape} with {self.rate} samples a second is not [channels, samples] of 1, 2, 6 or 8 "
-                "channels; mix it down to stereo first"
+                f"audio of shape {shape} with {self.rate} samples a second is not [channels, samples] of 1, 2 or 6 "
+                f"channels and {LEAST_RATE} samples a second or more; mix it down to stereo, or resample it, first"
             )
+        if not torch.isfinite(self.waveform_CS).all():
+            raise ValueError("audio holds NaN or Inf; look at the node that it comes from")
 
 
 def sound_of(path: str | Path) -> tuple[Sound, float]:

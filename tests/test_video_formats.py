@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -358,3 +359,12 @@ def test_loops_go_on_for_ever_at_the_asked_rate_and_say_what_made_them(tmp_path:
             assert file.getexif()[0x010F] == 'workflow:{"nodes": [1]}', "where ComfyUI's page looks for it"
     single = written(tmp_path / f"one{ending}", moving_gradient(1, 64, 48), metadata={"workflow": {"nodes": [1]}})
     assert json.loads(read_metadata(single)["workflow"]) == {"nodes": [1]}
+
+
+@pytest.mark.parametrize(
+    ("channels", "rate", "value", "words"),
+    [(8, 48000, 0.0, "1, 2 or 6 channels"), (2, 8, 0.0, "4000 samples a second"), (2, 48000, math.nan, "NaN or Inf")],
+)
+def test_samples_that_are_no_sound_are_refused(channels: int, rate: int, value: float, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Samples(torch.full((channels, 100), value), rate).check()

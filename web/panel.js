@@ -20,6 +20,7 @@ import { ESTIMATE, NO_RUN, sayFigures, sayStatus } from "./words.js";
 
 const LOOK_AHEAD = 6; // bitmaps held: enough to hide a decoder's hiccup; each takes the size of a raw frame
 const REPORT_MS = 500; // between two reports of the frame on screen
+const STILL_MS = 2000; // between two of the same frame: a run that keeps its pace does not wait for a silent page
 const TALLEST = 560; // pixels of the picture: a narrow node with an upright video would grow out of the page
 const LIST_HEIGHT = 110; // pixels of the list of what was sent, with its heading; more where the node has room
 const IDLE = "The video plays here while it is made.";
@@ -351,13 +352,15 @@ export class Panel {
   #report() {
     clearTimeout(this.reporting);
     const frame = this.playback.shown();
-    if (!this.canReport || !this.running || frame === null || frame === this.reported.frame) return;
-    const rest = this.reported.at + REPORT_MS - performance.now();
+    if (!this.canReport || !this.running || frame === null || !this.element.isConnected) return;
+    const pause = frame === this.reported.frame ? STILL_MS : REPORT_MS;
+    const rest = this.reported.at + pause - performance.now();
     if (rest > 0) {
       this.reporting = setTimeout(() => this.#report(), rest); // also when the picture stands still by then
       return;
     }
     this.reported = { frame, at: performance.now() };
+    this.reporting = setTimeout(() => this.#report(), STILL_MS);
     const refused = /** @param {string} error */ (error) => {
       if (/^action 'shown' is unknown/.test(error)) this.canReport = false;
     };

@@ -1133,11 +1133,40 @@ def a_run_waits_for_its_viewer() -> dict[str, Any]:
         found["still gone"] = waited()[0]
         stage.is_here = True
         stage.run.command({"action": "shown", "frame": 0})
+        pacing, usual = importlib.import_module(PACKAGE + ".pacing"), 0.0
+        usual, pacing.SILENT = pacing.SILENT, 0.4
+        found["page silent"] = waited()[0]
+        pacing.SILENT = usual
+        stage.run.command({"action": "shown", "frame": 0})
         found["until finished"] = waited((0.3, stage.command("finish")))[0]
     finally:
         stage.close()
     found["states"] = list(dict.fromkeys(message["state"] for message in stage.messages))
     found["last"] = {name: stage.messages[-1].get(name) for name in ("ending", "files", "schedule", "pace")}
+    return found
+
+
+def a_new_loader_never_pairs_a_bundled_part_with_a_real_one() -> dict[str, list[str]]:
+    """The first choices for model, decoder and text encoder, by the files that there are."""
+    folders, before = host.folder_paths, (host.folder_paths.get_filename_list, host._text_encoder_folders)
+    found = {}
+    model, decoder = {"diffusion_models": ["self_forcing_dmd.pt"]}, {"vae_approx": ["taew2_1.safetensors"]}
+    for name, files, encoders in (
+        ("model", model, []),
+        ("no decoder", {**model, "vae": ["wan_2.1_vae.safetensors"]}, ["umt5"]),
+        ("no encoder", {**model, **decoder}, []),
+        ("all", {**model, **decoder}, ["umt5"]),
+    ):
+        folders.get_filename_list = lambda folder, files=files: files.get(folder, [])
+        host._text_encoder_folders = lambda encoders=encoders: encoders
+        try:
+            choices = (
+                host.file_choices(host.MODEL_FOLDER, likely=host.LIKELY_MODELS),
+                host.file_choices(*host.TAEHV_FOLDERS, likely=host.LIKELY_TAEHVS), host.text_encoder_choices(),
+            )  # fmt: skip
+        finally:
+            folders.get_filename_list, host._text_encoder_folders = before
+        found[name] = [choice[0] for choice in choices]
     return found
 
 
@@ -1292,6 +1321,7 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     a_scaled_8_bit_file_is_the_network_it_stands_for,
     a_run_waits_for_its_viewer,
     a_picture_that_moves_is_taken_to_move_on,
+    a_new_loader_never_pairs_a_bundled_part_with_a_real_one,
     the_first_prompt_is_found_in_the_graph_or_not_guessed,
     lighttaew2_1_decodes_as_in_the_host,
     vaes_of_other_spaces,

@@ -257,7 +257,7 @@ def test_a_run_waits_for_its_viewer(found: dict[str, Any]) -> None:
     bounds = {
         "nobody has said what is shown": (0, 0.1), "until shown": (0.3, 0.6),
         "a prompt does not break the bound": (0.4, 0.7), "held while ahead": (0.3, 0.6), "paused": (1.0, 2.2),
-        "page gone": (0.4, 0.9), "still gone": (0, 0.1), "until finished": (0.3, 0.6),
+        "page gone": (0.4, 0.9), "still gone": (0, 0.1), "page silent": (0.2, 0.6), "until finished": (0.3, 0.6),
     }  # fmt: skip
     assert found.keys() == bounds.keys()
     for name, (least, most) in bounds.items():
@@ -269,6 +269,12 @@ def test_a_run_waits_for_its_viewer(found: dict[str, Any]) -> None:
         "schedule": "0s [10 fps]: a\n6.1s [seed 7]:\n9.3s [seed own]:",
         "pace": 1.0,
     }
+
+
+def test_a_new_loader_never_pairs_a_bundled_part_with_a_real_one(found: dict[str, list[str]]) -> None:
+    real = found.pop("all")
+    assert real == ["self_forcing_dmd.pt", "taew2_1.safetensors", "umt5"]
+    assert set(map(tuple, found.values())) == {("tiny (bundled)",) * 3}
 
 
 def test_a_picture_that_moves_is_taken_to_move_on(found: dict[str, float]) -> None:
