@@ -167,18 +167,19 @@ class MediaFuzzer:
         return None if len(read_video(out)) == 12 else f"{path.name}: the frames are lost"
 
     def rate(self) -> str | None:
-        """A good video of a random rate at another: it lasts as long, and no nearer frame was at hand."""
+        """A good video of a random rate at another: it lasts as long, and each frame is held until the next one's moment."""
         rate, fps, count = self.random.uniform(4, 60), self.random.choice([8, 16, 24, 30]), self.random.randrange(2, 30)
         path = make(self.folder / f"a.{self.random.choice(['mp4', 'mkv', 'mov'])}", constant(rate, count))
         found = numbers(VideoReader(path, fps).frames())
         self.answers["rate read"] += 1
         is_long = abs(len(found) / fps - count / rate) <= 1 / fps
-        near = 0.5 / rate + 0.004
-        is_near = all(
-            abs(number / rate - at / fps) <= near or (number == count - 1 and at / fps >= number / rate)
+        early = min(1 / rate, 1 / fps) / 2  # by which a frame's moment may be rounded
+        is_held = all(
+            number / rate - early - 0.004 <= at / fps
+            and (at / fps <= (number + 1) / rate - early + 0.004 or number == count - 1)
             for at, number in enumerate(found)
         )
-        return None if is_long and is_near and max(found) < count else f"{rate=} {fps=} {count=}: {found}"
+        return None if is_long and is_held and max(found) < count else f"{rate=} {fps=} {count=}: {found}"
 
     def command(self) -> str | None:
         """The command line on a damaged video or picture: a video that plays, or one line and no file."""
