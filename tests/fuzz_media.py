@@ -167,7 +167,7 @@ class MediaFuzzer:
         return None if len(read_video(out)) == 12 else f"{path.name}: the frames are lost"
 
     def rate(self) -> str | None:
-        """A good video of a random rate at another: it lasts as long, and each frame is held until the next one's moment."""
+        """A good video of a random rate at another: as long, each frame until the next one's moment."""
         rate, fps, count = self.random.uniform(4, 60), self.random.choice([8, 16, 24, 30]), self.random.randrange(2, 30)
         path = make(self.folder / f"a.{self.random.choice(['mp4', 'mkv', 'mov'])}", constant(rate, count))
         found = numbers(VideoReader(path, fps).frames())
