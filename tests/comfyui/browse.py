@@ -11,21 +11,20 @@ screenshots go to FOLDER.
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import random
 import re
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+from chromium import PATIENCE, Tab, tab
 
 CHROMIUM, ADDRESS, PACK, FOLDER = sys.argv[1:5]
 NAMES = sys.argv[5:]
-PATIENCE = 120  # seconds
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False}
 
 DROP = """
 async (name, file) => {
@@ -119,13 +118,14 @@ window.send = async (text, colour) => {  // seconds until the picture has the co
   }
   return null
 }
-window.to_the_end = async () => {
+window.go_to = async frame => {
   const bar = window.control('scrub')
-  bar.value = bar.max
+  bar.value = frame
   bar.dispatchEvent(new Event('input', {bubbles: true}))
   bar.dispatchEvent(new Event('change', {bubbles: true}))
   await new Promise(done => setTimeout(done, 500))
 }
+window.to_the_end = () => window.go_to(window.control('scrub').max)
 window.last_place = async () => {  // the file takes the place of the frames as soon as the browser has opened it
   for (let i = 0; i < 20; i++) {
     await window.to_the_end()
@@ -189,61 +189,12 @@ WIDGETS = """
 """
 
 
-class Page:
-    """One tab. Requests to anything but the server are refused by the browser's own host rules."""
-
-    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
-        self.socket, self.count = socket, 0
-        self.errors: list[str] = []
-
-    async def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        self.count += 1
-        await self.socket.send_json({"id": self.count, "method": method, "params": parameters})
-        async with asyncio.timeout(PATIENCE):
-            while True:
-                answer = await self.socket.receive_json()
-                if answer.get("method") == "Page.javascriptDialogOpening":  # leaving a changed workflow
-                    accept = {"id": 0, "method": "Page.handleJavaScriptDialog", "params": {"accept": True}}
-                    await self.socket.send_json(accept)
-                self._listen(answer)
-                if answer.get("id") == self.count:
-                    assert "error" not in answer, answer
-                    return answer["result"]
-
-    def _listen(self, event: dict[str, Any]) -> None:
-        """Note errors on whose stack there is a script of the pack; the front end has some of its own."""
-        parameters = event.get("params", {})
-        is_error = event.get("method") == "Runtime.exceptionThrown" or parameters.get("type") == "error"
-        if is_error and f"/extensions/{PACK}/" in (said := json.dumps(parameters)):
-            self.errors.append(said[:2000])
-
-    async def evaluate(self, script: str) -> Any:
-        found = await self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in found, json.dumps(found["exceptionDetails"])[:2000]
-        return found["result"].get("value")
-
-    async def until(self, script: str) -> None:
-        for _ in range(PATIENCE * 5):
-            if await self.evaluate(script):
-                return
-            await asyncio.sleep(0.2)
-        raise AssertionError(f"never true: {script}")
-
-    async def screenshot(self, name: str) -> None:
-        shot = await self.call("Page.captureScreenshot", format="png")
-        (Path(FOLDER) / f"{name}.png").write_bytes(base64.b64decode(shot["data"]))
+def picture(name: str) -> Path:
+    return Path(FOLDER) / f"{name}.png"
 
 
-async def browse(page: Page, session: aiohttp.ClientSession) -> dict[str, Any]:
-    await page.call("Page.enable")
-    await page.call("Runtime.enable")
-    settings = {
-        "Comfy.TutorialCompleted": True,
-        "Comfy.Workflow.ShowMissingModelsWarning": False,
-        "Comfy.VueNodes.Enabled": False,  # later front ends begin with it
-    }
-    await session.post(f"http://{ADDRESS}/settings", json=settings)
-    await visit(page, session)
+async def browse(page: Tab, session: aiohttp.ClientSession) -> dict[str, Any]:
+    await page.open(**SETTINGS, **{"Comfy.VueNodes.Enabled": False})  # later front ends begin with it
     broken = await page.evaluate(HOST_LOADER)
     if broken:
         return {"broken": broken}
@@ -251,13 +202,12 @@ async def browse(page: Page, session: aiohttp.ClientSession) -> dict[str, Any]:
     for name in NAMES:
         found[name] = await drop(page, name)
         await asyncio.sleep(0.5)
-        await page.screenshot(name)
+        await page.screenshot(picture(name))
     runs = {name: await run_by_the_button(page, session, name) for name in NAMES if name.startswith("tiny")}
     twice = {"classic": await run_twice(page, session)}
     classic = await steer(page, session, "classic", 2)
     left = await leave(page, session)
-    await session.post(f"http://{ADDRESS}/settings", json={"Comfy.VueNodes.Enabled": True})
-    await visit(page, session)
+    await page.open(**{"Comfy.VueNodes.Enabled": True})
     twice["vue"] = await run_twice(page, session)
     vue = await steer(page, session, "vue", 5)
     delays = await send_late(page)
@@ -267,17 +217,17 @@ async def browse(page: Page, session: aiohttp.ClientSession) -> dict[str, Any]:
     }  # fmt: skip
 
 
-async def run_by_the_button(page: Page, session: aiohttp.ClientSession, name: str) -> Any:
+async def run_by_the_button(page: Tab, session: aiohttp.ClientSession, name: str) -> Any:
     """What the history says of a dropped workflow."""
     await drop(page, name)
     await page.evaluate(PLAYER)
     ran = await press(page, session)
     await asyncio.sleep(1.5)
-    await page.screenshot(f"ran_{name}")
+    await page.screenshot(picture(f"ran_{name}"))
     return ran
 
 
-async def press(page: Page, session: aiohttp.ClientSession) -> Any:
+async def press(page: Tab, session: aiohttp.ClientSession) -> Any:
     """Press the button Run; the history's entry when that run has ended."""
     before = set(await history(session))
     await page.evaluate("window.run()")
@@ -295,7 +245,7 @@ async def next_entry(session: aiohttp.ClientSession, before: set[str]) -> Any:
     return after[ran]
 
 
-async def run_twice(page: Page, session: aiohttp.ClientSession) -> dict[str, Any]:
+async def run_twice(page: Tab, session: aiohttp.ClientSession) -> dict[str, Any]:
     """Run an endless workflow, and again without a change; what was made anew, and what plays its video."""
     await drop(page, "tiny_endless")
     await page.evaluate(PLAYER)
@@ -312,7 +262,7 @@ async def run_twice(page: Page, session: aiohttp.ClientSession) -> dict[str, Any
     }
 
 
-async def send_late(page: Page) -> list[list[Any]]:
+async def send_late(page: Tab) -> list[list[Any]]:
     """Prompts at seconds 1, 12 and 60 of a run that keeps its pace: how long until each shows, the status, and when."""
     await drop(page, "tiny_endless")
     await page.evaluate(PLAYER)
@@ -337,22 +287,11 @@ def made(entry: Any) -> bool:
     return stream not in cached
 
 
-async def visit(page: Page, session: aiohttp.ClientSession) -> None:
-    await page.call("Page.navigate", url=f"http://{ADDRESS}/")
-    await asyncio.sleep(1)
-    await page.until(
-        "!!(window.LiteGraph && document.querySelector('#graph-canvas') && window.app?.canvas && window.app.graph)"
-    )
-    async with session.get(f"http://{ADDRESS}/object_info") as answer:
-        known = json.dumps(list(await answer.json()))
-    await page.until(f"{known}.every(name => name in window.LiteGraph.registered_node_types)")
-
-
-async def drop(page: Page, name: str, file: str | None = None) -> Any:
+async def drop(page: Tab, name: str, file: str | None = None) -> Any:
     return await page.evaluate(f"({DROP.replace('PACK', PACK)})({json.dumps(name)}, {json.dumps(file or name)})")
 
 
-async def steer(page: Page, session: aiohttp.ClientSession, renderer: str, seed: int) -> dict[str, Any]:
+async def steer(page: Tab, session: aiohttp.ClientSession, renderer: str, seed: int) -> dict[str, Any]:
     """Hold a chunk, type another prompt, go on to the end; then stop a second run. Pictures are the canvas' own."""
     await drop(page, "tiny_endless")
     await page.evaluate(PLAYER)
@@ -368,11 +307,11 @@ async def steer(page: Page, session: aiohttp.ClientSession, renderer: str, seed:
     found["told"] = await page.evaluate("window.told()")
     found["figures"] = await page.evaluate("window.figures()")
     found["keys_when_held"] = await page.evaluate("window.keys()")
-    await page.evaluate("window.to_the_end()")
+    await page.evaluate("window.go_to(8)")
     found["before"] = await page.evaluate("window.seen()")
     await page.evaluate("window.control('prompt-text').focus()")
     await page.call("Input.insertText", text="a blue square moving left slowly on a black background")
-    await page.screenshot(f"held_{renderer}")
+    await page.screenshot(picture(f"held_{renderer}"))
     for kind in ("keyDown", "keyUp"):
         await page.call("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13)
     await asyncio.sleep(0.5)
@@ -386,13 +325,13 @@ async def steer(page: Page, session: aiohttp.ClientSession, renderer: str, seed:
     found["after"] = await page.evaluate("window.seen()")
     found["sent"] = await page.evaluate("window.role('sent')")
     found["error"] = await page.evaluate("window.role('error')")
-    await page.screenshot(f"steered_{renderer}")
+    await page.screenshot(picture(f"steered_{renderer}"))
     found["finished"] = await end(page, session, "finish", renderer)
     found["stopped"] = await end(page, session, "stop", renderer)
     return found
 
 
-async def end(page: Page, session: aiohttp.ClientSession, key: str, renderer: str) -> dict[str, Any]:
+async def end(page: Tab, session: aiohttp.ClientSession, key: str, renderer: str) -> dict[str, Any]:
     """End a long run by a key of the player: the history's entry, the player's words, and the file that it names."""
     before = set(await history(session))
     await page.evaluate(f"window.prepare(2001, {random.randrange(2**32)}); window.run()")
@@ -400,7 +339,7 @@ async def end(page: Page, session: aiohttp.ClientSession, key: str, renderer: st
     await page.until(f"{going} && (window.control('{key}').click(), true)")
     entry = await next_entry(session, before)
     await asyncio.sleep(1.5)
-    await page.screenshot(f"{key}_{renderer}")
+    await page.screenshot(picture(f"{key}_{renderer}"))
     return {
         "entry": entry,
         "told": await page.evaluate("window.told()"),
@@ -408,7 +347,7 @@ async def end(page: Page, session: aiohttp.ClientSession, key: str, renderer: st
     }
 
 
-async def leave(page: Page, session: aiohttp.ClientSession) -> dict[str, Any]:
+async def leave(page: Tab, session: aiohttp.ClientSession) -> dict[str, Any]:
     """Open a copy of a queued workflow, let the run begin meanwhile, and come back; then load a subgraph again."""
     await drop(page, "tiny_endless")
     await page.evaluate(PLAYER)
@@ -438,7 +377,7 @@ async def leave(page: Page, session: aiohttp.ClientSession) -> dict[str, Any]:
         found["told_when_back"] = await page.evaluate("window.told()")
         if re.search("chunk [1-9]", found["told_when_back"]):
             break
-    await page.screenshot("back")
+    await page.screenshot(picture("back"))
     found["is_running"] = await queued(session, "queue_running") == [waiting]
     await session.post(f"http://{ADDRESS}/interrupt")
     await page.evaluate("window.convert()")
@@ -458,7 +397,7 @@ async def queued(session: aiohttp.ClientSession, state: str) -> list[str]:
     return found
 
 
-async def players(page: Page) -> int:
+async def players(page: Tab) -> int:
     """How many players are alive, by the browser's own count of objects."""
     script = f"import('/extensions/{PACK}/panel.js').then(module => module.Panel.prototype)"
     prototype = await page.call("Runtime.evaluate", expression=script, awaitPromise=True)
@@ -476,29 +415,8 @@ async def history(session: aiohttp.ClientSession) -> dict[str, Any]:
 
 
 async def main() -> None:
-    with tempfile.TemporaryDirectory() as profile:
-        process = await asyncio.create_subprocess_exec(
-            CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-            "--remote-debugging-port=0", f"--user-data-dir={profile}", "--window-size=1600,1000",
-            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "about:blank",
-            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        try:
-            assert process.stderr is not None
-            address = None
-            while address is None:
-                line = (await asyncio.wait_for(process.stderr.readline(), PATIENCE)).decode()
-                assert line, "the browser ended"
-                address = re.search(r"ws://([\d.:]+)/", line)
-            async with aiohttp.ClientSession() as session:
-                async with session.get(f"http://{address[1]}/json") as answer:
-                    (tab,) = [entry for entry in await answer.json() if entry["type"] == "page"]
-                async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-                    page = Page(socket)
-                    print("\n" + json.dumps(await browse(page, session)))
-        finally:
-            process.kill()
-            await process.wait()
+    async with tab(CHROMIUM, ADDRESS, PACK) as page:
+        print("\n" + json.dumps(await browse(page, page.session)))
 
 
 asyncio.run(main())

@@ -23,10 +23,16 @@ WINDOW = (1600, 1000)
 
 
 class Tab:
-    """One tab of a running browser, and the session that talks to the server behind it."""
+    """One tab of a running browser, and the session that talks to the server behind it.
 
-    def __init__(self, socket: aiohttp.ClientWebSocketResponse, session: aiohttp.ClientSession, address: str) -> None:
-        self.socket, self.session, self.address, self.count = socket, session, address, 0
+    errors: those of the page on whose stack there is a script of the pack; the front end has some of its own.
+    """
+
+    def __init__(
+        self, socket: aiohttp.ClientWebSocketResponse, session: aiohttp.ClientSession, address: str, pack: str
+    ) -> None:
+        self.socket, self.session, self.address, self.pack, self.count = socket, session, address, pack, 0
+        self.errors: list[str] = []
 
     async def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         self.count += 1
@@ -34,9 +40,19 @@ class Tab:
         async with asyncio.timeout(PATIENCE):
             while True:
                 answer = await self.socket.receive_json()
+                await self._listen(answer)
                 if answer.get("id") == self.count:
                     assert "error" not in answer, answer
                     return answer["result"]
+
+    async def _listen(self, event: dict[str, Any]) -> None:
+        if event.get("method") == "Page.javascriptDialogOpening":  # leaving a changed workflow
+            accept = {"id": 0, "method": "Page.handleJavaScriptDialog", "params": {"accept": True}}
+            await self.socket.send_json(accept)
+        parameters = event.get("params", {})
+        is_error = event.get("method") == "Runtime.exceptionThrown" or parameters.get("type") == "error"
+        if is_error and f"/extensions/{self.pack}/" in (said := json.dumps(parameters)):
+            self.errors.append(said[:2000])
 
     async def evaluate(self, script: str) -> Any:
         found = await self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
@@ -55,7 +71,9 @@ class Tab:
         await self.session.post(f"http://{self.address}/settings", json=settings)
         await self.call("Page.navigate", url=f"http://{self.address}/")
         await asyncio.sleep(1)
-        await self.until("!!(window.app?.graph && window.LiteGraph && document.querySelector('#graph-canvas'))")
+        await self.until(
+            "!!(window.app?.graph && window.app.canvas && window.LiteGraph && document.querySelector('#graph-canvas'))"
+        )
         async with self.session.get(f"http://{self.address}/object_info") as answer:
             known = json.dumps(list(await answer.json()))
         await self.until(f"{known}.every(name => name in window.LiteGraph.registered_node_types)")
@@ -66,7 +84,7 @@ class Tab:
 
 
 @asynccontextmanager
-async def tab(chromium: str, address: str) -> AsyncIterator[Tab]:
+async def tab(chromium: str, address: str, pack: str) -> AsyncIterator[Tab]:
     """The only tab of a browser that ends with the block."""
     with tempfile.TemporaryDirectory() as profile:
         process = await asyncio.create_subprocess_exec(
@@ -81,8 +99,9 @@ async def tab(chromium: str, address: str) -> AsyncIterator[Tab]:
                 async with session.get(f"http://{devtools}/json") as answer:
                     (entry,) = [entry for entry in await answer.json() if entry["type"] == "page"]
                 async with session.ws_connect(entry["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-                    made = Tab(socket, session, address)
+                    made = Tab(socket, session, address, pack)
                     await made.call("Page.enable")
+                    await made.call("Runtime.enable")
                     yield made
         finally:
             process.kill()

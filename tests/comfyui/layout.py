@@ -107,7 +107,7 @@ async def look(page: Tab) -> dict[str, Any]:
 
 
 async def main() -> None:
-    async with tab(CHROMIUM, ADDRESS) as page:
+    async with tab(CHROMIUM, ADDRESS, PACK) as page:
         print("\n" + json.dumps(await look(page)))
 
 

@@ -85,13 +85,14 @@ def steered(seen: dict[str, Any], renderer: str) -> dict[str, Any]:
 
 @RENDERERS
 def test_the_player_shows_and_steers_what_is_made(seen: dict[str, Any], renderer: str) -> None:
-    """By the page's own pixels: red until another prompt is typed, then blue. Which chunk is held is the machine's."""
+    """By the page's own pixels: a red square until another prompt is typed, then a blue one."""
     found = steered(seen, renderer)
     before, after = (
         detect(torch.tensor(found[name]).reshape(1, 64, 64, 3).permute(0, 3, 1, 2) / 255)
         for name in ("before", "after")
     )
-    assert (before.colour, after.colour) == ("red", "blue")
+    assert (before.colour, before.shape) == ("red", "square")
+    assert after.colour == "blue"
     assert found["error"] == ""
     assert "First frame" in found["figures"]
     assert found["written"] == ""  # sent, so it makes room
