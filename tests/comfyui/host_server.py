@@ -123,9 +123,10 @@ class Server:
             raise Refused(error.read().decode()) from error
         return json.loads(text) if text else None
 
-    def submit(self, prompt: dict[str, Any], client_id: str = "") -> str:
-        """Queue a prompt in API format; its id. Raises Refused with the server's reasons."""
-        return self.post("/prompt", {"prompt": prompt, "client_id": client_id})["prompt_id"]
+    def submit(self, prompt: dict[str, Any], client_id: str = "", workflow: dict[str, Any] | None = None) -> str:
+        """Queue a prompt in API format; its id. Raises Refused with the reasons. workflow: as a page sends it."""
+        extra = {} if workflow is None else {"extra_data": {"extra_pnginfo": {"workflow": workflow}}}
+        return self.post("/prompt", {"prompt": prompt, "client_id": client_id, **extra})["prompt_id"]
 
     def result(self, prompt_id: str) -> dict[str, Any]:
         """The history entry of a prompt, once it has ended in whatever way."""

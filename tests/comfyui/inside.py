@@ -1285,7 +1285,9 @@ def a_steered_run_is_kept_in_its_files() -> dict[str, Any]:
     files.keep_schedule("")
     is_untouched = before == [path.read_bytes() for path in paths]
     files.keep_schedule("0s: a\n3s: b")
+    unkept = files.finished("0s: half a character, \ud800")  # no file can hold it
     return {
+        "unkept": unkept,
         "refusal": refusal, "written": files.written(), "is_untouched": is_untouched,
         "metadata": [core_video.read_metadata(path) for path in paths],
         "frames": [len(core_video.read_video(path)) for path in paths],

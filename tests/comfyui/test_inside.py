@@ -312,6 +312,7 @@ def test_a_steered_run_is_kept_in_its_files(found: dict[str, Any]) -> None:
     """The prompts stand beside the workflow in every row's file; a run that nobody steered changes none."""
     listed = [{"filename": f"a_0000{n}_.mp4", "subfolder": "clips", "type": "output"} for n in (1, 2)]
     assert found["written"] == listed
+    assert found["unkept"] == listed, "what cannot be written beside a video costs no video"
     assert found["is_untouched"]
     assert found["frames"] == [9, 9]
     for metadata in found["metadata"]:

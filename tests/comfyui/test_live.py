@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from selfforcing_core.video import read_metadata
 from tests.comfyui.graphs import SAMPLER, SAVE, TEXT, fresh_seed, latents_of, read_mp4, tiny_prompt
 from tests.comfyui.host_server import ROOT, RUN_SECONDS, Server
 from tests.comfyui.page import Page, page
@@ -312,6 +313,22 @@ def test_what_was_done_by_hand_is_told_and_its_schedule_repeats_the_run_bitwise(
     assert torch.equal(latents_of(server, repeated), steered)
     repeated[TEXT]["inputs"]["text"] = f"0s: a red {REST}"
     assert not torch.equal(latents_of(server, repeated), steered)
+
+
+def test_a_steered_video_that_comfyui_saves_tells_what_was_done(server: Server) -> None:
+    """Beside the workflow that a page sends; a run that nobody steered has no such entry."""
+    typed = {"action": "prompt", "text": f"a blue {REST}", "history": "recode"}
+    held = {"when": {"state": "held", "chunk": 1}, "do": [typed, {"action": "go_on"}]}
+    for reactions in ([{"when": {"chunk": 0}, "do": [{"action": "hold"}]}, held], []):
+        prompt = tiny_prompt(f"a red {REST}", seed=fresh_seed() % 2**53, length=57)
+        with page(server, reactions) as seen:
+            entry = server.result(server.submit(prompt, seen.client_id, workflow={"nodes": []}))
+        assert entry["status"]["status_str"] == "success", entry
+        (file,) = server._files(entry["outputs"][SAVE])
+        found = {name.lower(): value for name, value in read_metadata(file).items()}
+        assert json.loads(found["workflow"]) == {"nodes": []}
+        assert (f"a blue {REST}" in found.get("selfforcing_schedule", "")) == bool(reactions)
+        assert ("selfforcing_schedule" in found) == bool(reactions)
 
 
 def endless(**inputs: Any) -> tuple[dict[str, Any], str]:
