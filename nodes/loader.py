@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..selfforcing_core.checkpoint import Checkpoint, read_checkpoint
 from ..selfforcing_core.config import CACHE_SOURCES, CausalConfig, StepConfig
 from ..selfforcing_core.hub import resolve_model, resolve_taehv
-from ..selfforcing_core.taehv_releases import LATENT_SPACES, WAN, WAN_RAW, expect_latent_space
+from ..selfforcing_core.taehv_releases import LATENT_SPACES, WAN, WAN_UNSCALED, expect_latent_space
 from . import host
 from .autoencoder import TAEHVAutoencoder
 from .causal_model import (
@@ -62,7 +62,7 @@ def _latent_space(checkpoint: Checkpoint, chosen: str, name: str) -> str:
     said = checkpoint.latent_space
     if said is not None and chosen not in ("auto", said):
         host.show_text(f"{name} says that it decodes latents of {said}; latents={chosen} is not followed")
-    if said is None or (said in LATENT_SPACES and said != WAN_RAW):
+    if said is None or (said in LATENT_SPACES and said != WAN_UNSCALED):
         known = chosen if said is None and chosen != "auto" else said
         expect_latent_space(known, checkpoint.config, WAN, name, say="latents")
         return WAN

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic import check_new_folder, check_writable, replacing, replacing_folder
-from .checkpoint import DTYPES, Checkpoint, file_header, inspect_checkpoint, read_checkpoint, save_checkpoint
+from .checkpoint import DTYPES, Checkpoint, inspect_checkpoint, read_checkpoint, save_checkpoint
+from .checkpoint_header import COMFYUI_KEY, HEADER_KEY, file_header
 from .config import CLIP_DIM, BidirectionalConfig, CausalConfig, StepConfig, WanConfig
 from .hub import resolve_model
 from .keymap import DIALECTS, DIFFUSERS, EMA_CONTAINERS, RAW_CONTAINERS, from_wan
@@ -117,13 +118,21 @@ def _cast(state_dict: MutableMapping[str, Tensor], dtype: torch.dtype) -> None:
 
 
 def _write_safetensors(checkpoint: Checkpoint, out: Path, dialect: str, overwrite: bool) -> None:
-    ours = {"selfforcing", "config"}
-    metadata = {name: text for name, text in checkpoint.metadata.items() if name not in ours}
+    # Both entries are written anew from the config; everything else that the source says of itself is kept.
+    metadata = {name: text for name, text in checkpoint.metadata.items() if name not in (HEADER_KEY, COMFYUI_KEY)}
     save_checkpoint(
-        out, checkpoint.state_dict, checkpoint.config, metadata, causal=checkpoint.causal, steps=checkpoint.steps,
-        latent_space=checkpoint.latent_space, bidirectional=checkpoint.bidirectional, guidance=checkpoint.guidance,
-        dialect=dialect, overwrite=overwrite,
-    )  # fmt: skip
+        out,
+        checkpoint.state_dict,
+        checkpoint.config,
+        metadata,
+        causal=checkpoint.causal,
+        steps=checkpoint.steps,
+        latent_space=checkpoint.latent_space,
+        bidirectional=checkpoint.bidirectional,
+        guidance=checkpoint.guidance,
+        dialect=dialect,
+        overwrite=overwrite,
+    )
 
 
 def _write_torch(checkpoint: Checkpoint, out: Path, dialect: str, overwrite: bool) -> None:
@@ -146,10 +155,7 @@ def _write_folder(checkpoint: Checkpoint, out: Path, dialect: str, overwrite: bo
     assert isinstance(checkpoint.config, WanConfig)
     tensors = {from_wan(name, dialect): tensor.contiguous() for name, tensor in checkpoint.state_dict.items()}
     plan = split_torch_state_dict_into_shards(tensors, filename_pattern=SHARD_NAME, max_shard_size=SHARD_SIZE)
-    header = file_header(
-        checkpoint.config, checkpoint.causal, checkpoint.steps, checkpoint.latent_space, checkpoint.bidirectional,
-        checkpoint.guidance,
-    )  # fmt: skip
+    header = file_header(checkpoint.config, checkpoint.settings, checkpoint.latent_space)
     with replacing_folder(out) as temporary:
         for name, keys in plan.filename_to_tensors.items():
             save_file({key: tensors[key] for key in keys}, temporary / name, {"format": "pt", **header})
