@@ -24,7 +24,7 @@ PART = ".part"  # ending of temporary names
 TEMPORARY = re.compile(r"\..+\.(?P<place>[0-9a-f]{8})-(?P<process>[0-9]+)\.part")
 STALE = 24 * 3600  # seconds after which the temporary file of a process that cannot be asked for counts as left behind
 LONGEST = 160  # bytes of a name that its temporary name repeats; file systems take 255
-PROBE = bytes(1 << 16)
+PROBE = bytes(1 << 16)  # more than one block, so that a full disk shows
 
 # Libraries whose errors while they write are no OSError, by the beginning of their modules' names, and what torch says.
 WRITERS = ("safetensors", "av.", "lmdb.")
@@ -70,7 +70,7 @@ def print_result(text: str) -> None:
 
 
 def not_written(path: str | Path, cause: OSError) -> NotWritten:
-    """The sentence for a cause."""
+    """Return the error whose sentence names the file, the cause and a remedy."""
     words = " ".join(str(cause.strerror or cause).split())
     remedy = REMEDIES.get(cause.errno or 0, "look at the disk, or write to another")
     return NotWritten(f"{path}: cannot be written ({words}); {remedy}")
@@ -83,7 +83,7 @@ def make_folder(path: Path) -> None:
 
 
 def _cause(error: BaseException, path: Path, temporary: Path | None) -> OSError | None:
-    """What the disk said, if this is an error of a writer of `path`; None for any other error."""
+    """Return what the disk said, if this is an error of a writer of `path`; None for any other error."""
     if isinstance(error, OSError):
         names = [os.fspath(name) for name in (error.filename, error.filename2) if isinstance(name, (str, os.PathLike))]
         is_ours = not names or any(_is_at(name, temporary or path) for name in names)
@@ -91,8 +91,10 @@ def _cause(error: BaseException, path: Path, temporary: Path | None) -> OSError 
     words = " ".join(str(error).split())[:200] or type(error).__name__
     is_torchs = isinstance(error, RuntimeError) and any(mark in words.lower() for mark in TORCH_SAYS)
     if is_torchs or f"{type(error).__module__}.".startswith(WRITERS):  # they may keep the cause for themselves
-        named = [code for code in REMEDIES if os.strerror(code) in words]
-        return OSError(named[0], os.strerror(named[0])) if named else _asked(path, temporary) or OSError(words)
+        codes = [code for code in REMEDIES if os.strerror(code) in words]
+        if codes:
+            return OSError(codes[0], os.strerror(codes[0]))
+        return _probe_error(path, temporary) or OSError(words)
     return None
 
 
@@ -100,8 +102,8 @@ def _is_at(name: str, place: Path) -> bool:
     return name == str(place) or name.startswith(f"{place}{os.sep}")
 
 
-def _asked(path: Path, temporary: Path | None) -> OSError | None:
-    """What the disk says to some more bytes, at the end of what is given up if it is a file, else beside it."""
+def _probe_error(path: Path, temporary: Path | None) -> OSError | None:
+    """Return what the disk says to some more bytes, at the end of what is given up if it is a file, else beside it."""
     probe = temporary_name((temporary or path.parent) / "probe")
     if temporary is not None and not temporary.is_dir():
         probe = temporary
@@ -142,6 +144,7 @@ class GrowingFile:
             self._file = path.open("xb", buffering=0)
 
     def write(self, data: bytes) -> int:
+        """Write all of the data and return its length. Raises the first OSError at this call and all that follow."""
         view = memoryview(data)
         try:
             while view and self.error is None:
@@ -153,9 +156,11 @@ class GrowingFile:
         return len(data)
 
     def seek(self, offset: int, whence: int = 0) -> int:
+        """Move as files do: muxers go back to fill in what they did not know at the beginning."""
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
+        """Return the place of the next byte."""
         return self._file.tell()
 
     def check(self) -> None:
@@ -244,7 +249,7 @@ def check_new_folder(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """The name beside `path` under which this process writes it; short enough wherever the name itself is."""
+    """Return the name beside `path` under which this process writes it; short enough wherever the name itself is."""
     name = path.name
     if len(os.fsencode(name)) > LONGEST:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
@@ -261,7 +266,7 @@ def _claim(path: Path, overwrite: bool) -> Path:
     with writing(path), _unnamed():
         _check_place(path, overwrite)
         sweep(path.parent)
-        temporary.touch()
+        temporary.touch()  # says now what would else be said after hours of work
     return temporary
 
 
@@ -278,7 +283,10 @@ def _check_place(path: Path, overwrite: bool) -> None:
 
 
 def _mode(path: Path) -> int | None:
-    """What is at a path, None for nothing; of a link what it leads to, or the link itself where that is nothing."""
+    """Return the mode of what is at a path, None for nothing.
+
+    Of a link it is that of what it leads to, or the link's own where that is nothing.
+    """
     try:
         return os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -302,7 +310,7 @@ def _sync(descriptor: int) -> None:
 
 # ------------------------------------------------------------ left behind ----
 def _place() -> str:
-    """Where process numbers mean the same: one machine, and one container of it."""
+    """Return a name of where process numbers mean the same: one machine, and one container of it."""
     try:
         space = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -314,15 +322,15 @@ def _place() -> str:
 def _swept(folder: Path) -> None:
     with suppress(OSError):  # a folder that may be written, and not be listed
         for name in os.listdir(folder):
-            found = TEMPORARY.fullmatch(name)
-            if found is not None and _is_left_behind(folder / name, found["place"], int(found["process"])):
+            match = TEMPORARY.fullmatch(name)
+            if match is not None and _is_left_behind(folder / name, match["place"], int(match["process"])):
                 shutil.rmtree(folder / name, ignore_errors=True)
                 with suppress(OSError):
                     (folder / name).unlink()
 
 
 def _is_left_behind(path: Path, place: str, process: int) -> bool:
-    """Whether the process that wrote a temporary file is gone, or cannot be asked for and has not written for a day."""
+    """Return whether the process that wrote a temporary file is gone, or is elsewhere and has not written for a day."""
     if place == _place() and os.name == "posix":
         return not _is_alive(process)
     return time.time() - path.stat().st_mtime > STALE
@@ -330,7 +338,7 @@ def _is_left_behind(path: Path, place: str, process: int) -> bool:
 
 def _is_alive(process: int) -> bool:
     try:
-        os.kill(process, 0)
+        os.kill(process, 0)  # signal 0 only asks
     except ProcessLookupError:
         return False
     except (OSError, OverflowError):  # another user's

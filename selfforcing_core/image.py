@@ -1,6 +1,6 @@
-"""Pictures as the start of a video: reading files, fitting sizes, and Wan's image-to-video condition channels.
+"""Images as the start of a video: reading files, fitting sizes, and Wan's image-to-video condition channels.
 
-Letters: B batch, R RGB, H W height and width, V video frames, T latent frames, C channels. Pixels are in [0, 1].
+Letters: B batch, T latent frames, C latent channels, H W height and width, V video frames, R RGB. Pixels are in [0, 1].
 """
 
 from __future__ import annotations
@@ -25,44 +25,46 @@ MASK_CHANNELS = TEMPORAL_FACTOR  # one per pixel frame that a latent frame stand
 
 
 class Encoder(Protocol):
-    """WanVAE or TAEHV."""
+    """What both WanVAE and TAEHV do with frames."""
 
-    def encode(self, frames_BVRHW: Tensor) -> Tensor: ...
+    def encode(self, frames_BVRHW: Tensor) -> Tensor:
+        """Return latents [B, T, C, H/8, W/8] of frames in [0, 1]."""
+        ...
 
 
 def read_image(path: str | Path) -> Tensor:
-    """Return a picture file as [R, H, W], turned upright, transparency over white; of several pictures the first.
+    """Return an image file as [R, H, W], turned upright, transparency over white; of several images the first.
 
     Whole numbers beyond 8 bits count from 0 to 65535, fractions from 0 to 1. Raises ValueError for other ranges, and
-    for what is no picture.
+    for what is no image.
     """
     try:
         with warnings.catch_warnings(), Image.open(path) as file:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused at twice that size
             count = getattr(file, "n_frames", 1)
-            picture = ImageOps.exif_transpose(file)
+            image = ImageOps.exif_transpose(file)
             if count > 1:
-                log.warning("%s: holds %d pictures; the first is read", path, count)
-            profile = _profile(picture)
+                log.warning("%s: holds %d images; the first is read", path, count)
+            profile = _profile(image)
             if "srgb" not in profile.lower():
                 log.warning("%s: its colour profile (%s) is not applied; its colours are read as sRGB", path, profile)
-            return _pixels(picture, path)
+            return _pixels(image, path)
     except _Refusal:
         raise
     except Exception as error:  # PIL's readers of many formats raise nearly everything for damaged files
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
         raise ValueError(
-            f"{path}: cannot be read as a picture ({' '.join(reason.split())[:200]}); use PNG, JPEG or WebP"
+            f"{path}: cannot be read as an image ({' '.join(reason.split())[:200]}); use PNG, JPEG or WebP"
         ) from error
 
 
 class _Refusal(ValueError):
-    """Of a picture that was read, for what is in it."""
+    """The refusal of an image that was read, for what is in it; the reader's own errors get another sentence."""
 
 
-def _profile(picture: Image.Image) -> str:
-    """The name of the embedded colour profile; sRGB where there is none."""
-    data = picture.info.get("icc_profile")
+def _profile(image: Image.Image) -> str:
+    """Return the name of the embedded colour profile; sRGB where there is none."""
+    data = image.info.get("icc_profile")
     if not data:
         return "sRGB"
     try:
@@ -71,41 +73,41 @@ def _profile(picture: Image.Image) -> str:
         return "damaged"
 
 
-def _pixels(picture: Image.Image, path: str | Path) -> Tensor:
-    """[R, H, W] of a picture of any mode."""
-    if picture.mode == "F" or picture.mode.startswith("I"):
-        return _scaled(picture, path).expand(3, -1, -1).clone()
-    if picture.mode == "LAB":
+def _pixels(image: Image.Image, path: str | Path) -> Tensor:
+    """Return an image of any of PIL's modes as [R, H, W] in [0, 1]."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _scaled(image, path).expand(3, -1, -1).clone()
+    if image.mode == "LAB":
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(picture, *profiles, outputMode="RGB")
+        converted = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
         assert converted is not None
-        picture = converted
-    if picture.mode == "La":  # premultiplied
-        picture = picture.convert("LA")
-    picture = (picture.convert("RGB") if picture.mode in ("HSV", "YCbCr") else picture).convert("RGBA")
-    ground = Image.new("RGBA", picture.size, "white")
-    pixels = np.asarray(Image.alpha_composite(ground, picture).convert("RGB"))
+        image = converted
+    if image.mode == "La":  # premultiplied, which PIL converts to LA only
+        image = image.convert("LA")
+    image = (image.convert("RGB") if image.mode in ("HSV", "YCbCr") else image).convert("RGBA")
+    ground = Image.new("RGBA", image.size, "white")
+    pixels = np.asarray(Image.alpha_composite(ground, image).convert("RGB"))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
 
-def _scaled(picture: Image.Image, path: str | Path) -> Tensor:
-    """Grey [1, H, W] of a picture of numbers beyond 8 bits. Raises ValueError for a range of unknown meaning."""
-    values_HW = np.asarray(picture).astype(np.float64)
-    full = 1 if picture.mode == "F" else 65535
+def _scaled(image: Image.Image, path: str | Path) -> Tensor:
+    """Return an image of numbers beyond 8 bits as grey [1, H, W]. Raises ValueError for a range of unknown meaning."""
+    values_HW = np.asarray(image).astype(np.float64)
+    full = 1 if image.mode == "F" else 65535
     low, high = float(values_HW.min()), float(values_HW.max())
     if not 0 <= low <= high <= full:  # nor for NaN
         raise _Refusal(
-            f"{path}: holds numbers from {low:g} to {high:g}, where pictures of this kind have 0 to {full}; "
+            f"{path}: holds numbers from {low:g} to {high:g}, where images of this kind have 0 to {full}; "
             f"scale them, or save it with 8 bits"
         )
     grey_HW = values_HW / full
-    if "transparency" in picture.info:  # the one value that is
-        grey_HW[values_HW == picture.info["transparency"]] = 1
+    if "transparency" in image.info:  # the one value that is, over white
+        grey_HW[values_HW == image.info["transparency"]] = 1
     return torch.from_numpy(grey_HW).float()[None]
 
 
 def fit_image(image_RHW: Tensor, width: int, height: int) -> Tensor:
-    """The picture scaled until it covers width x height, the overhang cut evenly; nothing is distorted."""
+    """Return an image scaled until it covers width x height, the overhang cut evenly; nothing is distorted."""
     _, own_height, own_width = image_RHW.shape
     scale = max(width / own_width, height / own_height)
     size = (max(height, round(own_height * scale)), max(width, round(own_width * scale)))
@@ -116,7 +118,10 @@ def fit_image(image_RHW: Tensor, width: int, height: int) -> Tensor:
 
 
 def size_for_image(image_RHW: Tensor, area: int) -> tuple[int, int]:
-    """Width and height, multiples of 16, of about `area` pixels with the picture's aspect (rule of Wan 2.1)."""
+    """Return width and height, multiples of 16, of about `area` pixels with the image's aspect.
+
+    The rule is Wan 2.1's (wan/image2video.py).
+    """
     _, height, width = image_RHW.shape
     ideal = math.sqrt(area * width / height), math.sqrt(area * height / width)
     wide, high = (max(1, int(side // PIXEL_STEP)) * PIXEL_STEP for side in ideal)
@@ -124,9 +129,10 @@ def size_for_image(image_RHW: Tensor, area: int) -> tuple[int, int]:
 
 
 def first_frame_condition(vae: Encoder, image_BRHW: Tensor, num_latent_frames: int) -> Tensor:
-    """Condition channels [B, T, 4 mask + 16 latent, H/8, W/8] of a video that starts with the image (Wan 2.1 I2V).
+    """Return the condition channels [B, T, 4 mask + 16 latent, H/8, W/8] of a video that starts with an image.
 
-    The mask is 1 on the first latent frame; the latents are those of the image followed by grey frames.
+    The mask is 1 on the first latent frame; the latents are those of the image followed by grey frames, as in Wan 2.1
+    (wan/image2video.py).
     """
     grey = torch.full_like(image_BRHW, 0.5)[:, None].expand(-1, pixel_frames(num_latent_frames) - 1, -1, -1, -1)
     latents = vae.encode(torch.cat([image_BRHW[:, None], grey], 1))

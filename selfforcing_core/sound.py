@@ -1,7 +1,4 @@
-"""The sound of a video: carried over from the file that it goes on from, from a given file, or made of samples.
-
-Letters: C channels, S samples.
-"""
+"""The sound of a video: carried over from the file that it goes on from, from a given file, or made of samples."""
 
 from __future__ import annotations
 
@@ -19,22 +16,24 @@ import torch
 from av.error import FFmpegError
 from torch import Tensor
 
-from .video_reader import file_name
+from .video_reader import LOCAL_ONLY, file_name
 
 if TYPE_CHECKING:
     from .video_formats import VideoFormat
 
 log = logging.getLogger(__name__)
+# What AAC has a number for in its header (sampling frequency index, ISO/IEC 14496-3); other rates become 48000.
 AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000)
 AAC_LAYOUTS = ("mono", "stereo", "5.1", "7.1")
 LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1"}  # of so many channels
 LEAST_RATE = 4000  # samples a second
-BIT_RATE = 192_000
+MOST_RATE = 655_350  # what FLAC's frame header can say: 16 bits of 10 Hz (RFC 9639)
+BIT_RATE = 192_000  # of AAC, bits a second
 PCM_IN_MP4 = "pcm"  # which no browser plays
 
 
 def _is_taken(container: str, track: Any) -> bool:
-    """Whether a container holds the codec of this sound as it is: some say so only when they are begun."""
+    """Return whether a container holds the codec of this sound as it is: some say so only when they are begun."""
     if container == "mp4" and track.codec_context.name.startswith(PCM_IN_MP4):
         return False
     try:
@@ -48,37 +47,34 @@ def _is_taken(container: str, track: Any) -> bool:
 
 @dataclass(frozen=True)
 class Sound:
-    """The first sound track of a file, from the moment of its first frame on.
-
-    start: that moment on the file's own clock, in seconds. seconds: how long the given part lasts.
-    """
+    """The first sound track of a file, from the moment of its first frame on."""
 
     path: Path
-    start: Fraction
-    seconds: Fraction
+    start: Fraction  # that moment on the file's own clock, in seconds
+    seconds: Fraction  # how long the part lasts that is used
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Sound as numbers in [-1, 1]: waveform [C, S] with `rate` samples per second."""
+    """Sound as numbers."""
 
-    waveform_CS: Tensor
-    rate: int
+    waveform: Tensor  # [channels, samples] in [-1, 1]
+    rate: int  # samples per second of each channel
 
     @property
     def seconds(self) -> float:
-        """Return how long it lasts."""
-        return self.waveform_CS.shape[1] / self.rate
+        """Return how many seconds it lasts."""
+        return self.waveform.shape[1] / self.rate
 
     def check(self) -> None:
         """Raise ValueError for what is no sound that can be encoded."""
-        shape = list(self.waveform_CS.shape)
-        if len(shape) != 2 or shape[0] not in LAYOUTS or not LEAST_RATE <= self.rate <= 655_350:
+        shape = list(self.waveform.shape)
+        if len(shape) != 2 or shape[0] not in LAYOUTS or not LEAST_RATE <= self.rate <= MOST_RATE:
             raise ValueError(
                 f"audio of shape {shape} with {self.rate} samples a second is not [channels, samples] of 1, 2 or 6 "
                 f"channels and {LEAST_RATE} samples a second or more; mix it down to stereo, or resample it, first"
             )
-        if not torch.isfinite(self.waveform_CS).all():
+        if not torch.isfinite(self.waveform).all():
             raise ValueError("audio holds NaN or Inf; look at the node that it comes from")
 
 
@@ -99,7 +95,7 @@ def sound_of(path: str | Path) -> tuple[Sound, float]:
 
 def _open(path: str | Path) -> Any:
     try:
-        file = av.open(file_name(path), options={"protocol_whitelist": "file,crypto,data"})
+        file = av.open(file_name(path), options=LOCAL_ONLY)
     except (FFmpegError, OSError) as error:
         raise ValueError(f"{path}: cannot be read as a sound ({error.strerror})") from error
     if not file.streams.audio:
@@ -109,7 +105,7 @@ def _open(path: str | Path) -> Any:
 
 
 def _packets(file: Any, track: Any, path: Path) -> Iterator[Any]:
-    """The packets of a track whose time stamps run forwards, as far as it can be read."""
+    """Yield the packets of a track whose time stamps run forwards, as far as it can be read."""
     last: int | None = None
     try:
         for packet in file.demux(track):
@@ -134,27 +130,27 @@ class Track(Protocol):
         """Let go of what the sound came from."""
 
 
-def sound_track(file: Any, sound: Sound | Samples, made: VideoFormat) -> Track:
+def sound_track(file: Any, sound: Sound | Samples, video_format: VideoFormat) -> Track:
     """Return the track that adds a sound to a container."""
     if isinstance(sound, Sound):
         return SoundTrack(file, sound)
-    assert made.sound is not None
-    return SamplesTrack(file, sound, made.sound)
+    assert video_format.sound is not None, "check_video refuses sound for such a format"
+    return SamplesTrack(file, sound, video_format.sound)
 
 
 class SamplesTrack:
-    """Given samples, encoded as far as the video has come; silence where they have ended."""
+    """A track of samples, encoded as far as the video has come; silence where they have ended."""
 
     def __init__(self, file: Any, samples: Samples, codec: str) -> None:
         samples.check()
         self._file, self._samples = file, samples
-        self._layout = LAYOUTS[samples.waveform_CS.shape[0]]
+        self._layout = LAYOUTS[samples.waveform.shape[0]]
         rate = samples.rate if codec != "aac" or samples.rate in AAC_RATES else 48000
         self._out = file.add_stream(codec, rate=rate)
         self._out.layout = self._layout
         if codec == "aac":
             self._out.bit_rate = BIT_RATE
-        self._taken = 0  # samples
+        self._num_encoded = 0  # samples of each channel
 
     def until(self, seconds: Fraction | None) -> None:
         """Write what is heard before `seconds` of the video; None is its end."""
@@ -162,20 +158,21 @@ class SamplesTrack:
             self._file.mux(self._out.encode(None))
             return
         end = round(seconds * self._samples.rate)
-        wanted = np.zeros((self._samples.waveform_CS.shape[0], end - self._taken), np.float32)
-        given = self._samples.waveform_CS[:, self._taken : end].detach().float().clamp(-1, 1).cpu().numpy()
-        wanted[:, : given.shape[1]] = given
-        frame = av.AudioFrame.from_ndarray(wanted, format="fltp", layout=self._layout)
-        frame.sample_rate, frame.pts, frame.time_base = self._samples.rate, self._taken, Fraction(1, self._samples.rate)
-        self._taken = end
+        piece = np.zeros((self._samples.waveform.shape[0], end - self._num_encoded), np.float32)
+        sound = self._samples.waveform[:, self._num_encoded : end].detach().float().clamp(-1, 1).cpu().numpy()
+        piece[:, : sound.shape[1]] = sound
+        frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout=self._layout)
+        frame.sample_rate, frame.time_base = self._samples.rate, Fraction(1, self._samples.rate)
+        frame.pts = self._num_encoded
+        self._num_encoded = end
         self._file.mux(self._out.encode(frame))
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: samples are in memory."""
 
 
 class SoundTrack:
-    """A sound that is added to an open container beside its frames: as it is stored, or as AAC, which is said."""
+    """A track of a file's sound: as it is stored, or encoded again as AAC where the container asks for it."""
 
     def __init__(self, file: Any, sound: Sound) -> None:
         self._file, self._sound, self._source = file, sound, _open(sound.path)
@@ -199,6 +196,7 @@ class SoundTrack:
             self._next = next(self._packets, None)
 
     def close(self) -> None:
+        """Close the file that the sound came from."""
         self._source.close()
 
     def _aac(self, file: Any) -> Any:
@@ -208,12 +206,12 @@ class SoundTrack:
         return stream
 
     def _demuxed(self) -> Iterator[tuple[Fraction, Any]]:
-        """Packets of the given part and when they begin, in seconds of the new video."""
+        """Yield the packets of the used part and when they begin, in seconds of the new video."""
         for packet in _packets(self._source, self._track, self._sound.path):
             begin = packet.pts * packet.time_base - self._sound.start
             if begin >= self._sound.seconds:
                 return
-            if begin + (packet.duration or 0) * packet.time_base >= 0:  # with the one that a decoder begins with
+            if begin + (packet.duration or 0) * packet.time_base >= 0:  # a decoder begins with the one before
                 yield begin, packet
 
     def _copied(self) -> Iterator[tuple[Fraction, Any]]:
@@ -231,5 +229,5 @@ class SoundTrack:
                 continue
             for frame in frames:
                 frame.pts = None if frame.pts is None else frame.pts - round(self._sound.start / frame.time_base)
-                yield from ((begin, made) for made in self._out.encode(frame))
-        yield from ((self._sound.seconds, made) for made in self._out.encode(None))
+                yield from ((begin, encoded) for encoded in self._out.encode(frame))
+        yield from ((self._sound.seconds, encoded) for encoded in self._out.encode(None))

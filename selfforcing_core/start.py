@@ -89,7 +89,7 @@ def shown_frames(start: Start, decoder: Decoder, piece: int) -> Iterator[Tensor]
     if start.shown_BTCHW is not None:
         yield from (decoder.decode(latents_BTCHW) for latents_BTCHW in start.shown_BTCHW.split(piece, 1))
     elif start.video is not None:
-        pictures = start.video.pictures()
+        pictures = start.video.iter_frames()
         while frames := list(itertools.islice(pictures, TEMPORAL_FACTOR * piece)):
             yield torch.stack(frames)[None]
 

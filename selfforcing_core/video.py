@@ -2,6 +2,7 @@
 
 Equal frames become equal files, and the file says how its colours are coded, so that players show those that were made.
 Reading is in video_reader.py.
+
 Letters: V video frames, R RGB, H W height and width in pixels. Values of frames are in [0, 1].
 """
 
@@ -51,19 +52,19 @@ def write_video(
     no frames, for a path that cannot be written or already exists, and for whatever `check_video` refuses.
     """
     path = Path(path)
-    made = check_video(path, codec, quality, fps, has_sound=sound is not None)
+    video_format = check_video(path, codec, quality, fps, has_sound=sound is not None)
     container = CONTAINERS[path.suffix.lower()]
     with replacing(path, overwrite=overwrite) as temporary, ExitStack() as stack:
         file = stack.enter_context(
             av.open(file_name(temporary), "w", format=container, options=muxer_options(container))
         )
-        writer = _Writer(file, fps, metadata or {}, made, quality)
+        writer = _Writer(file, fps, metadata or {}, video_format, quality)
         if sound is not None:
-            writer.track = stack.enter_context(closing(sound_track(file, sound, made)))
+            writer.track = stack.enter_context(closing(sound_track(file, sound, video_format)))
         for chunk_VRHW in _chunks(frames):
             writer.add(chunk_VRHW)
         writer.finish()
-        stack.close()
+        stack.close()  # before anything else is written into the file
         if writer.count == 0:
             raise ValueError("a video needs at least one frame")
         if writer.keeps_no_entries:
@@ -83,27 +84,34 @@ def _chunks(frames: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 class _Writer:
-    """Frames into an open container; the first chunk says their size. track: the sound beside them."""
+    """A writer of frames into an open container; the first chunk says their size. track: the sound beside them."""
 
     def __init__(
-        self, file: Any, fps: float, metadata: Mapping[str, Any], made: VideoFormat, quality: int | None = None,
-        *, grows: bool = False,
-    ) -> None:  # fmt: skip
-        self.file, self.count, self.format = file, 0, made
+        self,
+        file: Any,
+        fps: float,
+        metadata: Mapping[str, Any],
+        video_format: VideoFormat,
+        quality: int | None = None,
+        *,
+        grows: bool = False,
+    ) -> None:
+        self.file, self.count, self.format = file, 0, video_format
         self.keeps_no_entries = file.format.name in ("webp", "gif")
         if not self.keeps_no_entries:
             file.metadata.update(as_texts(metadata))
         self.track: Track | None = None
         os.environ.setdefault("SVT_LOG", "1")  # its encoder asks; else it prints pages
-        self.rate = Fraction(fps).limit_denominator(1001)
-        self.stream = file.add_stream(made.encoder, rate=self.rate, options=made.chosen(quality, grows=grows))
-        self.stream.pix_fmt = made.pixels
+        self.rate = Fraction(fps).limit_denominator(1001)  # holds 24000/1001 and its like
+        options = video_format.encoder_options(quality, grows=grows)
+        self.stream = file.add_stream(video_format.encoder, rate=self.rate, options=options)
+        self.stream.pix_fmt = video_format.pixels
         context = self.stream.codec_context
         context.thread_count = 1  # their number changes what x264 writes; that of a machine's cores must not
-        if made.tag is not None and file.format.name in ("mp4", "mov"):
-            context.codec_tag = made.tag
+        if video_format.tag is not None and file.format.name in ("mp4", "mov"):
+            context.codec_tag = video_format.tag
         context.color_primaries = context.color_trc = BT709
-        context.colorspace, context.color_range = made.matrix, made.range
+        context.colorspace, context.color_range = video_format.matrix, video_format.range
 
     def add(self, frames_VRHW: Tensor) -> None:
         """Encode a chunk. Raises ValueError if its size is odd or not that of the ones before."""
@@ -113,49 +121,55 @@ class _Writer:
             self.stream.width, self.stream.height = width, height
         elif (width, height) != (self.stream.width, self.stream.height):
             raise ValueError(f"a chunk of {width}x{height} follows frames of {self.stream.width}x{self.stream.height}")
-        for picture in _to_integers(frames_VRHW, self.format.bits):
-            self.file.mux(self.stream.encode(_coded(picture, self.format)))
+        for image in _to_integers(frames_VRHW, self.format.bits):
+            self.file.mux(self.stream.encode(_coded(image, self.format)))
             self.count += 1
             if self.track is not None:
                 self.track.until(self.count / self.rate)
 
     def finish(self) -> None:
+        """Encode what the encoder still holds back, and the rest of the sound; without frames do nothing."""
         if self.count:
             self.file.mux(self.stream.encode(None))
         if self.count and self.track is not None:
             self.track.until(None)
 
 
-def _coded(picture_HWR: np.ndarray, made: VideoFormat) -> Any:
-    """A picture as the encoder takes it."""
-    if made.pixels == "pal8":
-        return _with_palette(picture_HWR)
-    frame = av.VideoFrame.from_ndarray(picture_HWR, format="rgb24" if made.bits == 8 else "rgb48le")
-    if made.matrix == RGB_MATRIX:
-        return frame.reformat(format=made.pixels)
+def _coded(image_HWR: np.ndarray, video_format: VideoFormat) -> Any:
+    """Return an image as the encoder takes it."""
+    if video_format.pixels == "pal8":
+        return _with_palette(image_HWR)
+    frame = av.VideoFrame.from_ndarray(image_HWR, format="rgb24" if video_format.bits == 8 else "rgb48le")
+    if video_format.matrix == RGB_MATRIX:
+        return frame.reformat(format=video_format.pixels)
     frame = frame.reformat(
-        format=made.pixels, src_colorspace=made.matrix, dst_colorspace=made.matrix, src_color_range=FULL,
-        dst_color_range=made.range, interpolation=SCALER,
-    )  # fmt: skip
+        format=video_format.pixels,
+        src_colorspace=video_format.matrix,
+        dst_colorspace=video_format.matrix,
+        src_color_range=FULL,
+        dst_color_range=video_format.range,
+        interpolation=SCALER,
+    )
     if hasattr(frame, "color_trc"):  # from PyAV 17 on; ProRes repeats in each frame what its container says
         frame.color_primaries = frame.color_trc = BT709
     return frame
 
 
-def _with_palette(picture_HWR: np.ndarray) -> Any:
-    """A picture in the 256 colours that suit it, their error spread over neighbouring pixels."""
-    picture = Image.fromarray(picture_HWR)
-    small = picture.copy()
+def _with_palette(image_HWR: np.ndarray) -> Any:
+    """Return an image in the 256 colours that suit it, their error spread over neighbouring pixels."""
+    image = Image.fromarray(image_HWR)
+    small = image.copy()
     small.thumbnail((PALETTE_SIDE, PALETTE_SIDE), Image.Resampling.BOX)  # of all pixels takes ten times as long
-    chosen = small.quantize(256, method=Image.Quantize.MEDIANCUT)
-    colours = np.array(chosen.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    quantised = small.quantize(256, method=Image.Quantize.MEDIANCUT)
+    colours = np.array(quantised.getpalette("RGB"), np.uint8).reshape(-1, 3)
     palette = np.zeros((256, 4), np.uint8)
     palette[:, 0], palette[: len(colours), 1:] = 255, colours  # opaque, as ARGB
-    indices = np.asarray(picture.quantize(palette=chosen, dither=Image.Dither.FLOYDSTEINBERG))
+    indices = np.asarray(image.quantize(palette=quantised, dither=Image.Dither.FLOYDSTEINBERG))
     return av.VideoFrame.from_ndarray((indices, palette), format="pal8")  # type: ignore[arg-type]
 
 
-# What a growing file of each container is made with, and the format where none is asked for.
+# By ending: the codec where none is asked for, and how the container is told to keep what is written playable. Half a
+# second is the longest that Matroska's clusters wait; fragments begin with each key frame.
 _STREAMED = {
     ".mp4": ("h264", "frag_keyframe+empty_moov+default_base_moof", {}),
     ".mov": ("prores", "frag_keyframe+empty_moov+default_base_moof", {}),
@@ -176,31 +190,38 @@ class VideoStream:
     """
 
     def __init__(
-        self, path: str | Path, fps: float = 16, metadata: Mapping[str, Any] | None = None, *,
-        codec: str | None = None, quality: int | None = None, sound: Samples | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        path: str | Path,
+        fps: float = 16,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        codec: str | None = None,
+        quality: int | None = None,
+        sound: Samples | None = None,
+    ) -> None:
         self.path, self.metadata = Path(path), dict(metadata or {})
         ending = self.path.suffix.lower()
         if ending not in _STREAMED:
             raise ValueError(f"{path}: cannot be streamed to; use an ending of {', '.join(_STREAMED)}")
         usual, movflags, more = _STREAMED[ending]
-        made = check_video(path, codec or usual, quality, fps, has_sound=sound is not None)
+        video_format = check_video(path, codec or usual, quality, fps, has_sound=sound is not None)
         check_writable(self.path, overwrite=False)
         if sound is not None and movflags:
             movflags += "+delay_moov"  # else the silence that AAC begins with is not cut off
         options = {**muxer_options(CONTAINERS[ending], movflags), **more, "flush_packets": "1"}
-        self._grown = GrowingFile(self.path)
+        self._growing_file = GrowingFile(self.path)
         try:
-            self._file = av.open(self._grown, "w", format=CONTAINERS[ending], options=options)
-            self._writer = _Writer(self._file, fps, self.metadata, made, quality, grows=True)
+            self._file = av.open(self._growing_file, "w", format=CONTAINERS[ending], options=options)
+            self._writer = _Writer(self._file, fps, self.metadata, video_format, quality, grows=True)
             if sound is not None:
-                self._writer.track = sound_track(self._file, sound, made)
+                self._writer.track = sound_track(self._file, sound, video_format)
         except BaseException:
-            self._grown.close()  # without a byte it is removed
+            self._growing_file.close()  # without a byte it is removed
             raise
 
     @property
     def num_frames(self) -> int:
+        """Return how many frames were written."""
         return self._writer.count
 
     def write(self, frames_VRHW: Tensor) -> None:
@@ -208,10 +229,10 @@ class VideoStream:
 
         Raises NotWritten when the disk is full; what was written before can be played.
         """
-        self._grown.check()
+        self._growing_file.check()
         with writing(self.path):
             self._writer.add(frames_VRHW)
-        self._grown.check()
+        self._growing_file.check()
 
     def close(self) -> None:
         """Finish the file, also where its last frames cannot be encoded; without any frame it is removed."""
@@ -222,7 +243,7 @@ class VideoStream:
                 try:
                     self._file.close()
                 finally:
-                    self._grown.close()
+                    self._growing_file.close()
                     if self._writer.count == 0:
                         self.path.unlink(missing_ok=True)
         if self._writer.count and self._writer.keeps_no_entries and self.metadata:
@@ -236,7 +257,7 @@ class VideoStream:
 
 
 def _to_integers(frames_VRHW: Tensor, bits: int = 8) -> np.ndarray:
-    """[V,R,H,W] in [0, 1] to uint8 or uint16 [V,H,W,R] on the CPU."""
+    """Return frames [V,R,H,W] in [0, 1] as uint8 or uint16 [V,H,W,R] on the CPU."""
     scaled = frames_VRHW.detach().float().clamp(0, 1) * (2**bits - 1)
     whole = scaled.round().to(torch.uint8 if bits == 8 else torch.int32).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return whole if bits == 8 else whole.astype(np.uint16)
@@ -251,11 +272,11 @@ def write_contact_sheet(path: str | Path, frames_VRHW: Tensor, columns: int = 8,
         raise ValueError(
             f"frames {list(frames_VRHW.shape)} in {columns} columns make no sheet; give [V, 3, H, W], V > 0"
         )
-    pictures = _to_integers(frames_VRHW)
-    count, height, width, _ = pictures.shape
+    images = _to_integers(frames_VRHW)
+    count, height, width, _ = images.shape
     columns = min(columns, count)
     sheet = Image.new("RGB", (columns * width, -(-count // columns) * height), "white")
-    for index, picture in enumerate(pictures):
-        sheet.paste(Image.fromarray(picture), (index % columns * width, index // columns * height))
+    for index, image in enumerate(images):
+        sheet.paste(Image.fromarray(image), (index % columns * width, index // columns * height))
     with replacing(path, overwrite=overwrite) as temporary:
         sheet.save(temporary, format="PNG")

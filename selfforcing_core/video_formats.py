@@ -1,4 +1,4 @@
-"""The kinds of video file that are written, as data: which encoder, in which containers, with which colours and sound.
+"""The kinds of video files that are written, as data: which encoder, in which containers, with which colours and sound.
 
 What a row cannot do is refused here in a sentence, before anything is computed.
 """
@@ -18,7 +18,7 @@ CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".webp": "webp",
 AUTO_QUALITY = -1  # the format's default
 
 
-def encoder_options(**more: str) -> dict[str, str]:
+def x264_options(**more: str) -> dict[str, str]:
     """Return the options of x264: crf 18 is visually lossless (0 is exact, 51 is worst).
 
     Its AVX-512 assembly encodes equal frames into files that differ, with one thread too; up to AVX2 it does not.
@@ -29,13 +29,13 @@ def encoder_options(**more: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Quality:
-    """A number that trades size for likeness: the encoder's option, its default, and its ends."""
+    """A number that trades size for likeness, with its default and its ends."""
 
-    option: str
+    option: str  # of the encoder
     default: int
     worst: int
     best: int
-    words: str
+    words: str  # what the number is called
     libavcodec: int = 0  # the first version that obeys it
 
     @property
@@ -46,40 +46,33 @@ class Quality:
 
 @dataclass(frozen=True)
 class VideoFormat:
-    """One way to encode a video.
+    """One way to encode a video."""
 
-    name: as it is asked for. title: as people know it. endings: of its files, the usual one first. pixels: what the
-    encoder takes, made from pictures of `bits` per colour. matrix, range: by which RGB becomes them (ITU-T H.273).
-    grows: options that make every moment of an unfinished file playable; None where its bytes come at the end. tag: the
-    codec's name in .mp4 and .mov. sound: encoder of given samples; None where files are silent. even: what width and
-    height are multiples of. least_width in pixels. most_fps: what players still show at its speed. note: what people
-    choose it for.
-    """
-
-    name: str
-    title: str
-    endings: tuple[str, ...]
-    encoder: str
-    pixels: str
-    options: dict[str, str]
+    name: str  # as it is asked for
+    title: str  # as people know it
+    endings: tuple[str, ...]  # of its files, the usual one first
+    encoder: str  # FFmpeg's name of it
+    pixels: str  # FFmpeg's name of what the encoder takes
+    options: dict[str, str]  # of the encoder
+    # Options that make every moment of an unfinished file playable; None where its bytes come at the end.
     grows: dict[str, str] | None = None
-    matrix: int = BT709
+    matrix: int = BT709  # by which RGB becomes what the encoder takes (ITU-T H.273)
     range: int = LIMITED
-    bits: int = 8
-    tag: str | None = None
-    sound: str | None = None
+    bits: int = 8  # per colour of the images that are handed over
+    tag: str | None = None  # the codec's name in .mp4 and .mov
+    sound: str | None = None  # encoder of samples; None where files are silent
     quality: Quality | None = None
-    even: tuple[int, int] = (1, 1)
-    least_width: int = 1
-    most_fps: float | None = None
-    note: str = ""
+    even: tuple[int, int] = (1, 1)  # what width and height are multiples of
+    least_width: int = 1  # pixels
+    most_fps: float | None = None  # what players still show at its speed
+    note: str = ""  # what people choose it for
 
     @property
     def is_here(self) -> bool:
         """Return whether this FFmpeg has the encoder."""
         return _has_encoder(self.encoder)
 
-    def chosen(self, quality: int | None, *, grows: bool) -> dict[str, str]:
+    def encoder_options(self, quality: int | None, *, grows: bool) -> dict[str, str]:
         """Return the encoder's options for a quality of `check_quality`."""
         more = (self.grows or {}) if grows else {}
         if self.quality is None or quality in (None, AUTO_QUALITY):
@@ -129,14 +122,14 @@ def _has_encoder(name: str) -> bool:
 
 
 _EVEN = (2, 2)
-# x265 draws other pictures with another number of frame threads, and writes the size of its pool into the file. Its
-# preset "fast" is not repeatable, not even with one thread, and was seen to draw a frame wrong.
+# x265 encodes other frames with another number of frame threads, and writes the size of its pool into the file. Its
+# preset "fast" is not repeatable, not even with one thread, and once encoded a frame wrongly.
 _X265 = "frame-threads=1:wpp=1:info=0:log-level=error"
 FORMATS = {
-    made.name: made
-    for made in (
+    each.name: each
+    for each in (
         VideoFormat(
-            "h264", "H.264", (".mp4", ".mov", ".mkv"), "libx264", "yuv420p", encoder_options(),
+            "h264", "H.264", (".mp4", ".mov", ".mkv"), "libx264", "yuv420p", x264_options(),
             # A key frame, and with it a fragment, at least every 12 frames.
             grows={"tune": "zerolatency", "g": "12"}, sound="aac", even=_EVEN,
             quality=Quality("crf", 18, 51, 1, "crf"), note="small, plays everywhere",
@@ -201,22 +194,23 @@ def video_format(path: str | Path, codec: str | None = None) -> VideoFormat:
     if ending not in CONTAINERS:
         raise ValueError(f"{path}: unknown kind of video file; use an ending of {', '.join(CONTAINERS)}")
     usual = next(each.name for each in FORMATS.values() if ending in each.endings)
-    found = _named(codec or usual)
-    if not found.is_here:
+    candidate = _named(codec or usual)
+    if not candidate.is_here:
         here = ", ".join(each.name for each in FORMATS.values() if each.is_here)
-        raise ValueError(f"codec {found.name}: this FFmpeg has no {found.encoder}; it has {here}")
-    if ending not in found.endings:
-        raise ValueError(f"{path}: {found.title} is not written into {ending}; use {' or '.join(found.endings)}")
-    return found
+        raise ValueError(f"codec {candidate.name}: this FFmpeg has no {candidate.encoder}; it has {here}")
+    if ending not in candidate.endings:
+        endings = " or ".join(candidate.endings)
+        raise ValueError(f"{path}: {candidate.title} is not written into {ending}; use {endings}")
+    return candidate
 
 
 def check_video(
     path: str | Path, codec: str | None, quality: int | None, fps: float, *, has_sound: bool = False
 ) -> VideoFormat:
     """Return `video_format` after raising ValueError for whatever of this it cannot do."""
-    found = video_format(path, codec)
-    found.check_quality(quality)
-    found.check_fps(fps)
-    if has_sound and found.sound is None:
-        raise ValueError(f"{path}: {found.title} has no sound; leave the audio out, or use .mp4, .mov or .mkv")
-    return found
+    checked = video_format(path, codec)
+    checked.check_quality(quality)
+    checked.check_fps(fps)
+    if has_sound and checked.sound is None:
+        raise ValueError(f"{path}: {checked.title} has no sound; leave the audio out, or use .mp4, .mov or .mkv")
+    return checked

@@ -1,4 +1,4 @@
-"""Entries beside the pictures of a video file, such as the workflow that made it: read, and added without encoding.
+"""Entries beside the frames of a video file, such as the workflow that made it: read, and added without encoding.
 
 .mp4, .mov and .mkv keep them in their containers. .webp has EXIF texts "name:value", as ComfyUI writes and reads them;
 .gif has comments, one JSON object each.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def muxer_options(container: str, movflags: str = "faststart") -> dict[str, str]
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """Return the entries of a video file. Raises ValueError when it is not a readable video."""
-    kind = _picture_kind(path)
+    kind = _image_kind(path)
     if kind == "webp":
         return _read_webp(path)
     if kind == "gif":
@@ -55,7 +56,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def retag(path: str | Path, entries: Mapping[str, Any]) -> None:
-    """Add entries to a finished video file, or replace those of the same names; no picture or sound is encoded again.
+    """Add entries to a finished video file, or replace those of the same names; no frame or sound is encoded again.
 
     The file is replaced when the new one is whole. Raises ValueError when it is not a readable video, NotWritten when
     it cannot be written.
@@ -63,7 +64,7 @@ def retag(path: str | Path, entries: Mapping[str, Any]) -> None:
     path = Path(path)
     before = read_metadata(path)
     with replacing(path, overwrite=True) as temporary:
-        if _picture_kind(path) is None:
+        if _image_kind(path) is None:
             replaced = {name.lower() for name in entries} | OWN_ENTRIES
             kept = {name: value for name, value in before.items() if name.lower() not in replaced}
             _copy(path, temporary, {**kept, **as_texts(entries)})
@@ -75,12 +76,12 @@ def retag(path: str | Path, entries: Mapping[str, Any]) -> None:
 def put_entries(path: Path, entries: Mapping[str, Any]) -> None:
     """Write entries into a .webp or .gif where it is; those that it had go."""
     if entries:
-        put = _with_exif if _picture_kind(path) == "webp" else _with_comment
+        put = _with_exif if _image_kind(path) == "webp" else _with_comment
         path.write_bytes(put(path, as_texts(entries)))
 
 
-def _picture_kind(path: str | Path) -> str | None:
-    """Whether a file is a webp or a gif, whose entries FFmpeg does not keep."""
+def _image_kind(path: str | Path) -> str | None:
+    """Return whether a file is a "webp" or a "gif", whose entries FFmpeg does not keep; None for any other."""
     try:
         with Path(path).open("rb") as file:
             head = file.read(12)
@@ -92,25 +93,27 @@ def _picture_kind(path: str | Path) -> str | None:
 
 
 def _copy(source: Path, target: Path, entries: Mapping[str, str]) -> None:
-    """Every packet of a file into another with these entries."""
+    """Copy every packet of a file into another with these entries."""
     container = CONTAINERS[source.suffix.lower()]
     try:
-        with open_video(source) as given, av.open(
-            file_name(target), "w", format=container, options=muxer_options(container)
-        ) as made:  # fmt: skip
-            made.metadata.update(entries)
-            copies = {stream.index: _added(made, stream) for stream in (*given.streams.video, *given.streams.audio)}
-            for packet in given.demux(*(given.streams[index] for index in copies)):
+        with ExitStack() as stack:
+            original = stack.enter_context(open_video(source))
+            options = muxer_options(container)
+            copy = stack.enter_context(av.open(file_name(target), "w", format=container, options=options))
+            copy.metadata.update(entries)
+            streams = (*original.streams.video, *original.streams.audio)
+            copies = {stream.index: _added(copy, stream) for stream in streams}
+            for packet in original.demux(*(original.streams[index] for index in copies)):
                 if packet.size:  # the last ones only say that it ends
                     packet.stream = copies[packet.stream.index]
-                    made.mux(packet)
+                    copy.mux(packet)
     except FFmpegError as error:
         raise ValueError(f"{source}: cannot be copied ({error.strerror})") from error
 
 
-def _added(made: Any, stream: Any) -> Any:
-    """A stream like the given one: without its tag an H.265 file is none for Apple's players."""
-    copy = made.add_stream_from_template(stream, opaque=True)  # decoders of AV1 have no encoder of their name
+def _added(file: Any, stream: Any) -> Any:
+    """Add a stream like the given one and return it: without its tag an H.265 file is none for Apple's players."""
+    copy = file.add_stream_from_template(stream, opaque=True)  # decoders of AV1 have no encoder of their name
     copy.codec_context.codec_tag = stream.codec_context.codec_tag
     return copy
 
@@ -124,25 +127,25 @@ def _opened(path: str | Path) -> Any:
 
 
 def _read_webp(path: str | Path) -> dict[str, str]:
-    with _opened(path) as picture:
-        texts = [value for value in picture.getexif().values() if isinstance(value, str) and ":" in value]
-    found = {}
+    with _opened(path) as image:
+        texts = [value for value in image.getexif().values() if isinstance(value, str) and ":" in value]
+    entries = {}
     for text in texts:
         name, _, value = text.partition(":")
-        found[name] = json.loads(value) if value.startswith('"') else value
-    return found
+        entries[name] = json.loads(value) if value.startswith('"') else value
+    return entries
 
 
 def _with_exif(path: Path, entries: Mapping[str, str]) -> bytes:
-    """The webp's bytes with an EXIF chunk, which holds ASCII only: other texts are JSON strings."""
-    with _opened(path) as picture:
-        width, height = picture.size
+    """Return the webp's bytes with an EXIF chunk, which holds ASCII only: other texts are JSON strings."""
+    with _opened(path) as image:
+        width, height = image.size
     exif = Image.Exif()
     for number, (name, value) in enumerate(entries.items()):
         is_plain = value.isascii() and not value.startswith('"')
         exif[EXIF_TAGS.get(name, EXIF_FURTHER + number)] = f"{name}:{value if is_plain else json.dumps(value)}"
     chunks = [(name, data) for name, data in _riff_chunks(path.read_bytes()) if name != b"EXIF"]
-    if chunks[0][0] != b"VP8X":  # a single frame
+    if chunks[0][0] != b"VP8X":  # a single frame, whose file has no chunk of flags
         sides = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
         chunks.insert(0, (b"VP8X", bytes(4) + sides))
     chunks[0] = (b"VP8X", bytes([chunks[0][1][0] | HAS_EXIF]) + chunks[0][1][1:])
@@ -152,27 +155,27 @@ def _with_exif(path: Path, entries: Mapping[str, str]) -> bytes:
 
 
 def _riff_chunks(data: bytes) -> list[tuple[bytes, bytes]]:
-    chunks, at = [], 12
+    chunks, at = [], 12  # behind "RIFF", the file's length and "WEBP"
     while at + 8 <= len(data):
         size = struct.unpack_from("<I", data, at + 4)[0]
         chunks.append((data[at : at + 4], data[at + 8 : at + 8 + size]))
-        at += 8 + size + size % 2
+        at += 8 + size + size % 2  # chunks begin at even places
     return chunks
 
 
 # ---------------------------------------------------------------------- gif --
 def _read_gif(path: str | Path) -> dict[str, str]:
-    with _opened(path) as picture:
-        comments = picture.info.get("comment", b"").decode("utf-8", "replace")
+    with _opened(path) as image:
+        comments = image.info.get("comment", b"").decode("utf-8", "replace")
     try:
-        found = json.loads(comments) if comments else {}
+        entries = json.loads(comments) if comments else {}
     except ValueError:
-        found = None
-    return found if isinstance(found, dict) else {"comment": comments}
+        entries = None
+    return entries if isinstance(entries, dict) else {"comment": comments}  # somebody else's words
 
 
 def _with_comment(path: Path, entries: Mapping[str, str]) -> bytes:
-    """The gif's bytes with a comment behind its header, in place of the one that was written there."""
+    """Return the gif's bytes with a comment behind its header, in place of the one that was written there."""
     data = path.read_bytes()
     start = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)  # behind the table of colours, if it has one
     rest = start

@@ -1,7 +1,8 @@
 """Video files read as they are meant to be seen: upright, in their own colours, at the rate that is asked for.
 
 Whatever was guessed, left out or changed on the way is a note, one sentence each. Nothing is kept but what is asked
-for: a long video is decoded again rather than held.
+for: a long video is decoded again rather than kept in memory.
+
 Letters: V video frames, R RGB, H W height and width in pixels. Values of frames are in [0, 1].
 """
 
@@ -24,16 +25,18 @@ from torch import Tensor
 from .cuts import SIDE, CutDetector
 
 log = logging.getLogger(__name__)
-TRAINED_FPS = 16  # Wan models
+TRAINED_FPS = 16  # of the clips that Wan 2.1 was trained on (sample_fps in its configs)
 
 # What the numbers in a frame's tags mean (ITU-T H.273), and what swscale calls these matrices.
-BT709, UNSPECIFIED, BT601, BT2020 = 1, 2, 5, 9
+BT709, UNSPECIFIED, RESERVED, BT601, BT2020 = 1, 2, 3, 5, 9
 MATRICES = {BT709: BT709, 4: 4, BT601: BT601, 6: BT601, 7: 7, BT2020: BT2020}
 RGB_MATRIX = 0
 UNKNOWN, LIMITED, FULL = 0, 1, 2
 HDR_CURVES = {16: "PQ", 18: "HLG"}
 SCALER = 0x2 | 0x2000 | 0x40000  # bilinear, chroma at full width, accurate rounding
 AREA = 0x20  # every pixel counts in a thumbnail
+
+LOCAL_ONLY = {"protocol_whitelist": "file,crypto,data"}  # a playlist must not make FFmpeg ask other machines
 
 LONGEST_HOLD = 60  # seconds; a longer pause between two frames is taken for damaged time stamps
 STRANGEST_PIXEL = 8  # pixels more oblong than this are taken for a damaged header
@@ -42,33 +45,27 @@ SPREAD = Fraction(3, 2)  # longest over shortest distance of frames that still c
 
 @dataclass
 class Findings:
-    """What a pass over a video came across; complete when the pass is.
-
-    fps: as asked, None for every frame once. rate: what the file says, None if nothing. width, height: of the upright
-    picture; square: of the stored one; both with square pixels. sound: its codec, None without. start: the first
-    frame's moment on the file's clock. seconds: from the first frame to the end of the last one that was read. read,
-    given: frames of the file and at the asked rate.
-    """
+    """What a pass over a video came across; complete when the pass is. Times are in seconds."""
 
     path: Path
-    fps: Fraction | None
-    rate: Fraction | None
-    width: int = 0
+    fps: Fraction | None  # the rate at which frames are given, None for every frame of the file once
+    rate: Fraction | None  # what the file says, None if nothing
+    width: int = 0  # of an upright frame with square pixels
     height: int = 0
-    square: tuple[int, int] = (0, 0)
-    sound: str | None = None
-    start: Fraction = Fraction(0)
-    seconds: Fraction = Fraction(0)
-    read: int = 0
-    given: int = 0
+    square: tuple[int, int] = (0, 0)  # width and height as stored, with square pixels
+    sound: str | None = None  # codec of the sound, None without one
+    start: Fraction = Fraction(0)  # the first frame's moment on the file's clock
+    seconds: Fraction = Fraction(0)  # from the first frame to the end of the last one that was read
+    read: int = 0  # frames of the file
+    given: int = 0  # frames at `fps`
     repeated: int = 0
     skipped: int = 0
-    shortest: Fraction | None = None
+    shortest: Fraction | None = None  # distance of two frames
     longest: Fraction = Fraction(0)
-    unstamped: int = 0
-    backwards: int = 0
-    damaged: int = 0
-    interlaced: int = 0
+    unstamped: int = 0  # frames without a time stamp
+    backwards: int = 0  # time stamps before the one before
+    damaged: int = 0  # places that could not be decoded
+    interlaced: int = 0  # frames
     cut_detector: CutDetector = field(default_factory=CutDetector)
     notes: list[str] = field(default_factory=list)
 
@@ -79,26 +76,28 @@ class Findings:
 
     def in_words(self) -> list[str]:
         """Return one sentence for everything the reader of a result has to know."""
-        found = [*self.notes]
+        sentences = [*self.notes]
         if self.unstamped:
-            found.append(f"{self.unstamped} frames have no time stamp and are taken at {self._rate_in_words()}")
+            sentences.append(f"{self.unstamped} frames have no time stamp and are taken at {self._rate_in_words()}")
         if self.backwards:
-            found.append(
+            sentences.append(
                 f"{self.backwards} time stamps run backwards; these frames are taken at {self._rate_in_words()}"
             )
         if self.repeated or self.skipped or self._is_of_another_rate():
-            found.append(
+            sentences.append(
                 f"has {self._own_rate_in_words()}; so that it lasts as long as before ({float(self.seconds):.2f} s), "
                 f"its {self.read} frames are read as {self.given} at {float(self.fps or 0):g} fps"
             )
         if self.damaged:
-            found.append(f"{self.damaged} places are damaged; what could not be decoded is left out or patched")
+            sentences.append(f"{self.damaged} places are damaged; what could not be decoded is left out or patched")
         if self.interlaced:
-            found.append(f"{self.interlaced} frames are interlaced; their rows of two moments are read as one picture")
+            sentences.append(
+                f"{self.interlaced} frames are interlaced; their rows of two moments are read as one image"
+            )
         if self.cuts:
             where = ", ".join(f"{cut:.2f}" for cut in self.cuts[:5]) + (", ..." if len(self.cuts) > 5 else "")
-            found.append(f"is cut at {where} s; the models know scenes without cuts")
-        return found
+            sentences.append(f"is cut at {where} s; the models know scenes without cuts")
+        return sentences
 
     def _is_of_another_rate(self) -> bool:
         return bool(self.fps) and self.read > 1 and abs(self.read / self.seconds / self.fps - 1) > Fraction(1, 50)
@@ -112,7 +111,7 @@ class Findings:
         return f"{self.read / float(self.seconds):.4g} fps"
 
 
-_DEFAULT_RATE = Fraction(25)  # of a file that says nothing
+_DEFAULT_RATE = Fraction(25)  # of a file that says nothing, as FFmpeg's own readers of such formats assume
 
 
 class VideoReader:
@@ -128,39 +127,41 @@ class VideoReader:
         self.fps = None if fps is None else Fraction(fps).limit_denominator(1001)
 
     def survey(self) -> Findings:
-        """Decode all of it and say what it holds."""
+        """Decode all of it and return what it holds."""
         findings = self.findings()
         for _ in self._at_rate(findings):
             pass
         return findings
 
-    def pictures(self, start: int = 0, count: int | None = None, findings: Findings | None = None) -> Iterator[Tensor]:
-        """Yield pictures [R,H,W] at the asked rate from number `start` on; decoding stops behind the last of `count`.
+    def iter_frames(
+        self, start: int = 0, count: int | None = None, findings: Findings | None = None
+    ) -> Iterator[Tensor]:
+        """Yield frames [R,H,W] in [0, 1] from number `start` on; decoding stops behind the last of `count`.
 
         A repeated frame is the same tensor again. findings: is filled on the way.
         """
         findings = self.findings() if findings is None else findings
-        last, picture = None, None
+        last, image = None, None  # a repeated frame is converted once
         for number, frame in enumerate(self._at_rate(findings)):
             if count is not None and number >= start + count:
                 return
             if number < start:
                 continue
             if frame is not last:
-                last, picture = frame, _picture(frame, findings)
-            assert picture is not None
-            yield torch.from_numpy(picture).permute(2, 0, 1).float() / 255
+                last, image = frame, _image(frame, findings)
+            assert image is not None
+            yield torch.from_numpy(image).permute(2, 0, 1).float() / 255
             if count is not None and number == start + count - 1:
                 return
 
     def frames(self, start: int = 0, count: int | None = None) -> Tensor:
-        """Return frames [V,R,H,W] from number `start` on."""
-        return torch.stack(list(self.pictures(start, count)))
+        """Return frames [V,R,H,W] in [0, 1] from number `start` on."""
+        return torch.stack(list(self.iter_frames(start, count)))
 
     def first_frames(self, count: int) -> tuple[Tensor, Findings]:
         """Return at most `count` frames from the beginning, and what was found as far as it was decoded."""
         findings = self.findings()
-        return torch.stack(list(self.pictures(0, count, findings))), findings
+        return torch.stack(list(self.iter_frames(0, count, findings))), findings
 
     def findings(self) -> Findings:
         """Return an empty record for a pass to fill."""
@@ -168,31 +169,31 @@ class VideoReader:
 
     # ------------------------------------------------------------------ passes --
     def _at_rate(self, findings: Findings) -> Iterator[Any]:
-        """Frames in the order and number in which they are shown at the asked rate."""
-        held: tuple[Fraction, Any] | None = None
-        uses = 0  # of the held frame
+        """Yield decoded frames in the order and number in which they are shown at the asked rate."""
+        current: tuple[Fraction, Any] | None = None  # what is shown until the next frame's moment
+        uses = 0  # of the current frame
         for time, frame in self._stamped(findings):
             if self.fps is None:
                 findings.given += 1
                 yield frame
                 continue
-            if held is not None:
+            if current is not None:
                 uses = 0
-                early = min(time - held[0], 1 / self.fps) / 2  # the nearest moment, but no pause ends before its time
+                early = min(time - current[0], 1 / self.fps) / 2
                 while findings.given <= (time - early) * self.fps:
                     findings.given, uses = findings.given + 1, uses + 1
-                    yield held[1]
+                    yield current[1]
                 _count_uses(findings, uses)
-            held = time, frame
-        if held is not None:
+            current = time, frame
+        if current is not None:
             uses = 0
             while findings.given < round(findings.seconds * (self.fps or 0)) or findings.given == 0:
                 findings.given, uses = findings.given + 1, uses + 1
-                yield held[1]
+                yield current[1]
             _count_uses(findings, uses)
 
     def _stamped(self, findings: Findings) -> Iterator[tuple[Fraction, Any]]:
-        """Decoded frames with their moments in seconds from the first, which only grow."""
+        """Yield decoded frames with their moments in seconds from the first, which only grow."""
         last: Fraction | None = None
         for frame, stamp, duration in self._decoded(findings):
             step = 1 / (findings.rate or _DEFAULT_RATE)
@@ -223,11 +224,11 @@ class VideoReader:
             yield time, frame
 
     def _decoded(self, findings: Findings) -> Iterator[tuple[Any, Fraction | None, Fraction | None]]:
-        """Frames as they are decoded, with what is stored of their time stamps and durations in seconds."""
+        """Yield frames as they are decoded, with what is stored of their time stamps and durations in seconds."""
         with open_video(self.path) as file:
             stream = file.streams.best("video")
             assert stream is not None
-            stream.thread_type = "AUTO"
+            stream.thread_type = "AUTO"  # frames at once, not only slices of one
             _look_at_other_streams(file, findings)
             findings.rate = stream.average_rate or stream.base_rate or stream.guessed_rate
             first: Any = None
@@ -262,14 +263,17 @@ class GivenVideo:
     findings: Findings
 
     def __len__(self) -> int:
+        """Return the number of frames at the asked rate."""
         return self.findings.given
 
     @property
     def width(self) -> int:
+        """Return the width of an upright frame, in pixels."""
         return self.findings.width
 
     @property
     def height(self) -> int:
+        """Return the height of an upright frame, in pixels."""
         return self.findings.height
 
 
@@ -286,7 +290,7 @@ def read_video(path: str | Path, fps: float | None = None) -> Tensor:
     """
     reader = VideoReader(path, fps)
     findings = reader.findings()
-    frames = list(reader.pictures(findings=findings))
+    frames = list(reader.iter_frames(findings=findings))
     sound = [] if findings.sound is None else ["its sound is not read"]
     for note in [*findings.in_words(), *sound]:
         log.warning("%s: %s", path, note)
@@ -296,7 +300,7 @@ def read_video(path: str | Path, fps: float | None = None) -> Tensor:
 def open_video(path: str | Path) -> Any:
     """Open a file that holds a video. Raises ValueError when it does not, or cannot be read."""
     try:
-        file = av.open(file_name(path), options={"protocol_whitelist": "file,crypto,data"})
+        file = av.open(file_name(path), options=LOCAL_ONLY)
     except (FFmpegError, OSError) as error:
         raise ValueError(f"{path}: cannot be read as a video ({error.strerror})") from error
     if not file.streams.video:
@@ -307,10 +311,10 @@ def open_video(path: str | Path) -> Any:
         raise ValueError(f"{path}: cannot be read as a video (it is text)")
     if file.format.name == "webp_pipe":
         file.close()
-        raise ValueError(f"{path}: FFmpeg reads no moving webp; encode it as mp4, or give a picture as --image")
+        raise ValueError(f"{path}: FFmpeg reads no moving webp; encode it as mp4, or give an image as --image")
     if file.format.name.endswith("_pipe") or file.format.name == "image2":
         file.close()
-        raise ValueError(f"{path}: is a picture, not a video; give it as --image")
+        raise ValueError(f"{path}: is an image, not a video; give it as --image")
     return file
 
 
@@ -321,7 +325,7 @@ def file_name(path: str | Path) -> str:
 
 # ------------------------------------------------------------------- frames --
 def _frames(file: Any, stream: Any, findings: Findings) -> Iterator[Any]:
-    """All frames that can be decoded; damage is counted."""
+    """Yield all frames that can be decoded; damage is counted."""
     try:
         for packet in file.demux(stream):
             findings.damaged += packet.is_corrupt
@@ -351,13 +355,13 @@ def _look_at_other_streams(file: Any, findings: Findings) -> None:
         findings.notes.append("holds a sound of an unknown codec, which is left out")
     elif sound is not None:
         findings.sound = sound.codec_context.name
-    others = len(file.streams) - 1 - (sound is not None)
-    if others:
-        findings.notes.append(f"holds {others} more streams (sound, pictures, subtitles or data), which are not read")
+    num_others = len(file.streams) - 1 - (sound is not None)
+    if num_others:
+        findings.notes.append(f"holds {num_others} more streams (sound, images, subtitles or data), which are not read")
 
 
 def _begin(frame: Any, stream: Any, findings: Findings) -> None:
-    """Look at everything that holds for all frames. Raises ValueError for colours that cannot be shown rightly."""
+    """Note everything that holds for all frames. Raises ValueError for colours that cannot be shown rightly."""
     path, context = findings.path, stream.codec_context
     curve = getattr(frame, "color_trc", None) or context.color_trc
     if curve in HDR_CURVES:
@@ -365,7 +369,7 @@ def _begin(frame: Any, stream: Any, findings: Findings) -> None:
             f"{path}: is high dynamic range ({HDR_CURVES[curve]}), whose colours need to be mapped; "
             f"convert it to SDR first"
         )
-    if _is_yuv(frame) and frame.colorspace not in (*MATRICES, UNSPECIFIED, RGB_MATRIX, 3):
+    if _is_yuv(frame) and frame.colorspace not in (*MATRICES, UNSPECIFIED, RGB_MATRIX, RESERVED):
         raise ValueError(
             f"{path}: its colour matrix (number {frame.colorspace}) is not known; convert it to BT.709 first"
         )
@@ -377,7 +381,7 @@ def _begin(frame: Any, stream: Any, findings: Findings) -> None:
     if "alpha_mode" in stream.metadata:
         findings.notes.append("is transparent in parts, which is not read")
     matrix = _display_matrix(frame)
-    if matrix is not None and _turned(matrix) is None:
+    if matrix is not None and _turn(matrix) is None:
         findings.notes.append("is to be shown at a slant; it is read unturned")
     shape = stream.sample_aspect_ratio
     if shape and not 1 / STRANGEST_PIXEL <= shape <= STRANGEST_PIXEL:
@@ -388,7 +392,7 @@ def _begin(frame: Any, stream: Any, findings: Findings) -> None:
             f"has oblong pixels ({shape.numerator}:{shape.denominator}); it is read as {width}x{height}"
         )
     findings.square = width, height
-    is_swapped = matrix is not None and (_turned(matrix) or (False,))[0]
+    is_swapped = matrix is not None and (_turn(matrix) or (False,))[0]
     findings.width, findings.height = (height, width) if is_swapped else (width, height)
 
 
@@ -399,13 +403,13 @@ def _check_end(file: Any, stream: Any, findings: Findings) -> None:
         announced = stream.duration * stream.time_base
     elif file.duration and len(file.streams) == 1:  # Matroska counts from 0, not from the first frame
         announced = Fraction(file.duration, av.time_base) - max(findings.start, Fraction(0))
-    slack = max(Fraction(1, 4), 3 * findings.longest)
+    slack = max(Fraction(1, 4), 3 * findings.longest)  # seconds; the last frames of whole files may last less
     if announced is not None and findings.seconds + slack < announced:
         findings.notes.append(f"ends after {float(findings.seconds):.2f} of {float(announced):.2f} s; it is cut off")
 
 
 def _square_size(frame: Any, shape: Fraction | None) -> tuple[int, int]:
-    """Width and height of a frame whose pixels are made square, of which none are lost."""
+    """Return width and height of a frame whose pixels are made square, of which none are lost."""
     if not shape or not 1 / STRANGEST_PIXEL <= shape <= STRANGEST_PIXEL:
         return frame.width, frame.height
     return max(frame.width, round(frame.width * shape)), max(frame.height, round(frame.height / shape))
@@ -416,7 +420,7 @@ def _is_yuv(frame: Any) -> bool:
 
 
 def _matrix(frame: Any) -> int:
-    """The coefficients between YUV and RGB, as swscale numbers them; without a tag by size, as players do."""
+    """Return the coefficients between YUV and RGB, as swscale numbers them; without a tag by size, as players do."""
     if frame.colorspace in MATRICES:
         return MATRICES[frame.colorspace]
     return BT709 if frame.width >= 1280 or frame.height > 576 else BT601
@@ -429,40 +433,45 @@ def _range(frame: Any) -> int:
 
 
 def _converted(frame: Any, width: int, height: int, pixels: str, scaler: int = SCALER) -> np.ndarray:
-    """A frame in another size as 8-bit RGB or RGBA [H, W, channels], by the colours that it is tagged with."""
+    """Return a frame in another size as 8-bit RGB or RGBA [H, W, channels], by the colours that it is tagged with."""
     matrix, levels = _matrix(frame), _range(frame)
     return frame.reformat(
-        width, height, pixels, src_colorspace=matrix, dst_colorspace=matrix, src_color_range=levels,
+        width,
+        height,
+        pixels,
+        src_colorspace=matrix,
+        dst_colorspace=matrix,
+        src_color_range=levels,
         dst_color_range=UNKNOWN if levels == FULL else FULL,  # PyAV before 17 overlooks ranges that are the same
         interpolation=scaler,
-    ).to_ndarray()  # fmt: skip
+    ).to_ndarray()
 
 
 def _thumbnail(frame: Any) -> np.ndarray:
     return _converted(frame, SIDE, SIDE, "rgb24", AREA)
 
 
-def _picture(frame: Any, findings: Findings) -> np.ndarray:
-    """The upright picture as uint8 [H, W, R], transparency over white."""
+def _image(frame: Any, findings: Findings) -> np.ndarray:
+    """Return the upright image of a frame as uint8 [H, W, R], transparency over white."""
     size = findings.square
     if any(component.is_alpha for component in frame.format.components):
         pixels = _converted(frame, *size, "rgba").astype(np.uint16)
         colours, alpha = pixels[..., :3], pixels[..., 3:]
-        picture = ((colours * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+        image = ((colours * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
     else:
-        picture = _converted(frame, *size, "rgb24")
+        image = _converted(frame, *size, "rgb24")
     matrix = _display_matrix(frame)
-    turned = None if matrix is None else _turned(matrix)
-    if turned is not None:
-        is_swapped, is_mirrored, is_upside_down = turned
-        picture = picture.transpose(1, 0, 2) if is_swapped else picture
-        picture = picture[:, ::-1] if is_mirrored else picture
-        picture = picture[::-1] if is_upside_down else picture
-    return np.ascontiguousarray(picture)
+    turn = None if matrix is None else _turn(matrix)
+    if turn is not None:
+        is_swapped, is_mirrored, is_upside_down = turn
+        image = image.transpose(1, 0, 2) if is_swapped else image
+        image = image[:, ::-1] if is_mirrored else image
+        image = image[::-1] if is_upside_down else image
+    return np.ascontiguousarray(image)
 
 
 def _display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
-    """How a pixel's place is mapped to where it is shown: x' = a x + c y, y' = b x + d y, in 1/65536."""
+    """Return how a pixel's place is mapped to where it is shown: x' = a x + c y, y' = b x + d y, in 1/65536."""
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return None
@@ -470,10 +479,13 @@ def _display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
     return a, b, c, d
 
 
-def _turned(matrix: tuple[int, int, int, int]) -> tuple[bool, bool, bool] | None:
-    """Whether rows and columns change places, then whether each row and each column runs backwards; None at a slant."""
+def _turn(matrix: tuple[int, int, int, int]) -> tuple[bool, bool, bool] | None:
+    """Return whether rows and columns change places, and whether each row and each column runs backwards.
+
+    None at a slant.
+    """
     a, b, c, d = matrix
-    small = max(map(abs, matrix)) / 100
+    small = max(map(abs, matrix)) / 100  # half a degree
     if abs(b) <= small and abs(c) <= small and a and d:
         return False, a < 0, d < 0
     if abs(a) <= small and abs(d) <= small and b and c:

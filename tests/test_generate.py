@@ -392,7 +392,7 @@ def test_torchrun_splits_a_prompt_file(
         (["--prompt", "a", "--out", "x.mp4", "--decoder", "magic"], "use taehv or vae"),
         (["--prompt", "a", "--out", "x.mp4", "--attention", "none"], "attention 'none' is unknown"),
         (["--prompt", "a", "--out", "x.mp4", "--solver", "none"], "solver 'none' is unknown"),
-        (["--prompt", "a", "--out", "x.mp4", "--image", "absent.png"], "cannot be read as a picture"),
+        (["--prompt", "a", "--out", "x.mp4", "--image", "absent.png"], "cannot be read as an image"),
         (["--prompt", "a", "--out", "x.mp4", "--extend", "absent.mp4"], "cannot be read"),
         (["--prompt", "a", "--out", "x.mp4", "--extend-prompt"], "needs a language model"),
         (["--prompt", "a", "--out", "x.mp4", "--extend-prompt", "absent"], "is neither a folder of a chat model"),

@@ -173,7 +173,7 @@ def test_a_picture_file_is_read_upright_over_white(tmp_path: Path) -> None:
     assert read_image(tmp_path / "b.jpg").shape == (3, 4, 2)
     (tmp_path / "c.png").write_bytes(b"no picture")
     for name in ("c.png", "missing.png"):
-        with pytest.raises(ValueError, match="cannot be read as a picture"):
+        with pytest.raises(ValueError, match="cannot be read as an image"):
             read_image(tmp_path / name)
 
 
@@ -248,9 +248,9 @@ def test_every_mode_that_pil_writes_is_read_as_what_it_shows(tmp_path: Path, mod
 @pytest.mark.parametrize(
     ("dtype", "low", "high", "words"),
     [
-        ("int32", 0, 65536, "numbers from 0 to 65536, where pictures of this kind have 0 to 65535"),
+        ("int32", 0, 65536, "numbers from 0 to 65536, where images of this kind have 0 to 65535"),
         ("int32", -1, 9, "numbers from -1 to 9"),
-        ("float32", 0, 255, "numbers from 0 to 255, where pictures of this kind have 0 to 1"),
+        ("float32", 0, 255, "numbers from 0 to 255, where images of this kind have 0 to 1"),
         ("float32", -0.5, 1, "numbers from -0.5 to 1"),
         ("float32", 0, float("nan"), "numbers from nan to nan"),
         ("float32", 0, float("inf"), "numbers from 0 to inf"),
@@ -315,7 +315,7 @@ def test_what_of_a_picture_is_not_read_is_said(tmp_path: Path, caplog: pytest.Lo
         )
         caplog.clear()
         assert (read_image(tmp_path / f"a.{ending}")[0, 3, 1] * 255).round() == pytest.approx(200, abs=12)
-        assert "holds 2 pictures; the first is read" in caplog.text
+        assert "holds 2 images; the first is read" in caplog.text
     caplog.clear()
     colours.save(tmp_path / "b.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     read_image(tmp_path / "b.png")
@@ -330,7 +330,7 @@ def test_a_damaged_or_immense_picture_is_one_line(tmp_path: Path, monkeypatch: p
     data = (tmp_path / "a.png").read_bytes()
     for size in (0, 7, 30, len(data) // 2, len(data) - 30):
         (tmp_path / "b.png").write_bytes(data[:size])
-        with pytest.raises(ValueError, match=r"b\.png: cannot be read as a picture") as caught:
+        with pytest.raises(ValueError, match=r"b\.png: cannot be read as an image") as caught:
             read_image(tmp_path / "b.png")
         assert "\n" not in str(caught.value)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)

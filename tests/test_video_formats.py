@@ -230,7 +230,7 @@ def test_samples_are_heard_from_the_first_frame_to_the_end_of_the_video(
     samples, end = heard(path)
     assert abs(end - 20 / 16) < 0.04, "to within a packet"
     count = round(min(seconds, 1.2) * RATE)
-    wave = given.waveform_CS[0, :count].numpy()
+    wave = given.waveform[0, :count].numpy()
     alike = [np.corrcoef(wave, np.pad(samples, (64, 0))[at : at + count])[0, 1] for at in range(129)]
     assert max(alike) > 0.98, "the same wave"
     assert abs(int(np.argmax(alike)) - 64) <= 16, "within half a millisecond of its place"
@@ -247,7 +247,7 @@ def test_a_sound_file_is_muxed_in(tmp_path: Path, source: str, codec: str, endin
     with av.open(str(tmp_path / source), "w") as file:
         stream: Any = file.add_stream(codec, rate=RATE)
         stream.layout = "stereo"
-        frame = av.AudioFrame.from_ndarray(given.waveform_CS.contiguous().numpy(), format="fltp", layout="stereo")
+        frame = av.AudioFrame.from_ndarray(given.waveform.contiguous().numpy(), format="fltp", layout="stereo")
         frame.sample_rate, frame.pts, frame.time_base = RATE, 0, Fraction(1, RATE)
         file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
@@ -259,7 +259,7 @@ def test_a_sound_file_is_muxed_in(tmp_path: Path, source: str, codec: str, endin
         assert file.streams.audio[0].codec_context.name.startswith(kept)
     samples, end = heard(path)
     assert abs(end - 20 / 16) < 0.2, "to within a packet"
-    wave = given.waveform_CS[0, :RATE].numpy()
+    wave = given.waveform[0, :RATE].numpy()
     alike = [np.corrcoef(wave, np.pad(samples, (1500, 0))[at : at + RATE])[0, 1] for at in range(0, 3001, 4)]
     assert max(alike) > 0.98
     assert abs(4 * int(np.argmax(alike)) - 1500) <= 0.005 * RATE

@@ -351,7 +351,7 @@ def test_what_is_no_video_is_one_line(tmp_path: Path) -> None:
     from PIL import Image
 
     Image.new("RGB", (32, 16)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="is a picture, not a video"):
+    with pytest.raises(ValueError, match="is an image, not a video"):
         read_video(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("words\n" * 100, encoding="utf-8")
     with pytest.raises(ValueError, match="cannot be read as a video"):
@@ -492,10 +492,10 @@ def test_equal_frames_become_equal_files(tmp_path: Path, ending: str) -> None:
 
 def test_x264_never_uses_what_makes_it_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever a CPU has AVX2 the assembly is held to it; one without gets none of that code."""
-    from selfforcing_core.video_formats import encoder_options
+    from selfforcing_core.video_formats import x264_options
 
     for has_avx2, expected in ((True, "asm=avx2"), (False, None)):
         monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda value=has_avx2: value)
-        assert encoder_options().get("x264-params") == expected
+        assert x264_options().get("x264-params") == expected
     write_video(tmp_path / "a.mp4", torch.rand(3, 3, 64, 64))
     assert b" threads=1 " in (tmp_path / "a.mp4").read_bytes(), "more cores must not make another file"

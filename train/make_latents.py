@@ -42,7 +42,7 @@ def first_frames(path: Path, geometry: VideoGeometry, fps: float = TRAINED_FPS) 
     """
     reader, frames = VideoReader(path, fps), []
     findings = reader.findings()
-    for picture in reader.pictures(0, geometry.frames, findings):
+    for picture in reader.iter_frames(0, geometry.frames, findings):
         frames.append(fit_image(picture, geometry.width, geometry.height))
     if len(frames) < geometry.frames:
         raise ValueError(f"{path}: has {len(frames)} frames at {fps:g} fps, clips take {geometry.frames}")
