@@ -33,7 +33,7 @@ $(STAMP): $(REQUIREMENTS)
 demo: setup
 	@mkdir -p out
 	@$(PY) -m selfforcing_core generate --model tiny --prompt "a red square moving left slowly" \
-	  --frames 33 --seed 2 --out out/demo.mp4 --sheet out/demo.png --overwrite --roofline
+	  --frames 33 --seed 2 --out out/demo.mp4 --sheet out/demo.png --overwrite
 	@echo out/demo.mp4
 	@echo out/demo.png
 
