@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..selfforcing_core.geometry import SPATIAL_FACTOR
-from ..selfforcing_core.roofline import Recipe
+from ..selfforcing_core.meter import Recipe
 from ..selfforcing_core.taehv import StreamingDecoder
 from . import host
 from .autoencoder import TAEHVAutoencoder, check_channels, graph_latents

@@ -28,8 +28,8 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
+from ..selfforcing_core.device import Card, measured_card
 from ..selfforcing_core.hub import list_bundles, resolve_text_encoder
-from ..selfforcing_core.roofline import Card, measured_card
 
 log = logging.getLogger(__name__)
 BUNDLE_MARK = " (bundled)"

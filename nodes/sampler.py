@@ -24,8 +24,8 @@ from ..selfforcing_core.geometry import (
     rounded_side,
     whole_chunks,
 )
+from ..selfforcing_core.meter import Meter, Recipe
 from ..selfforcing_core.rollout import Chunk
-from ..selfforcing_core.roofline import Meter, Recipe
 from . import host
 from .autoencoder import check_latent, check_space, graph_clips, graph_latent, space_of
 from .causal_model import AUTO, SINK_AUTO, causal_settings, config_of, settings_of, show_left_out, sigmas_of

@@ -19,12 +19,15 @@ from safetensors.torch import load_file, save_file
 
 from selfforcing_core import generate as generate_module
 from selfforcing_core import plan as plan_module
+from selfforcing_core import write as write_module
 from selfforcing_core.checkpoint import read_checkpoint, save_checkpoint
 from selfforcing_core.cli import _own_device, main
 from selfforcing_core.config import CausalConfig, StepConfig, TAEHVConfig, WanConfig
-from selfforcing_core.hub import bundle_path, load_taehv
+from selfforcing_core.hub import bundle_path
+from selfforcing_core.load import load_taehv
 from selfforcing_core.model import CausalWan
-from selfforcing_core.plan import Request, Take, _dtype, memory_in_words, plan_request
+from selfforcing_core.plan import _dtype, plan_request
+from selfforcing_core.request import PromptBatch, Request
 from selfforcing_core.rollout import SeededNoise
 from selfforcing_core.start import context_frames, read_latents
 from selfforcing_core.taehv import TAEHV, StreamingDecoder, StreamingEncoder
@@ -280,7 +283,7 @@ def test_an_earlier_video_passes_in_pieces_and_none_is_lost(
     spy(StreamingDecoder, "decode")
     spy(StreamingEncoder, "encode")
     pieces: list[torch.Tensor] = []
-    monkeypatch.setattr(generate_module, "write_video", lambda path, frames, **_: pieces.extend(frames))
+    monkeypatch.setattr(write_module, "write_video", lambda path, frames, **_: pieces.extend(frames))
     extend = tmp_path / "a.mp4" if source == "video" else kept["a"]
     told = run([*options, "--extend", str(extend), "--frames", "12", "--out", str(tmp_path / "b.mp4"),
                 "--latents", str(kept["b"])], capsys)[0]  # fmt: skip
@@ -359,7 +362,7 @@ def test_any_batch_makes_the_same_videos(
     def keep(path: Path, chunks: Any, **_: Any) -> None:
         frames["/".join(path.parts[-2:])] = torch.cat(list(chunks))
 
-    monkeypatch.setattr(generate_module, "write_video", keep)
+    monkeypatch.setattr(write_module, "write_video", keep)
     options = [*options, "--prompt", "a", "--samples", "3", "--frames", "9"]
     for folder, batch in (("one", "1"), ("two", "2")):
         run([*options, "--batch", batch, "--out", str(tmp_path / folder)], capsys)
@@ -543,7 +546,7 @@ def test_kernels_are_measured_once_for_all_videos(
 # ---------------------------------------------------------- memory and types --
 def planned(**options: Any) -> tuple[Any, Request]:
     request = Request("a", **{"out": Path("out.mp4"), **options})
-    return plan_request(request, [Take("a", "a", (request.out,))]), request
+    return plan_request(request, [PromptBatch("a", "a", (request.out,))]), request
 
 
 @pytest.mark.parametrize(
@@ -561,33 +564,32 @@ def test_the_text_encoder_is_counted_and_gone_before_the_model_comes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, request = planned(embeddings=tmp_path / "kept", out=tmp_path / "a.mp4")
-    takes = [Take("a", "a", (request.out,))]
     alive: list[Any] = []
-    load_text, load_model = generate_module.load_text_encoder, generate_module.load_model
+    load_text, build_model = generate_module.load_text_encoder, generate_module.build_model
 
     def load_cyclic(*args: Any, **kwargs: Any) -> Any:
         encoder: Any = load_text(*args, **kwargs)
         encoder.model.itself = [encoder]
         alive.append(weakref.ref(encoder))
         stored = sum(weight.nbytes for weight in encoder.model.parameters())
-        assert stored == generate_module._text_encoder_bytes(request, plan, takes) > 0
+        assert stored == generate_module._PromptEncoding(plan).encoder_bytes > 0
         return encoder
 
-    def load_alone(*args: Any, **kwargs: Any) -> Any:
+    def build_alone(*args: Any, **kwargs: Any) -> Any:
         assert [encoder() for encoder in alive] == [None]
-        return load_model(*args, **kwargs)
+        return build_model(*args, **kwargs)
 
     monkeypatch.setattr(generate_module, "load_text_encoder", load_cyclic)
-    monkeypatch.setattr(generate_module, "load_model", load_alone)
+    monkeypatch.setattr(generate_module, "build_model", build_alone)
     gc.disable()
     try:
         generate_module.generate(replace(request, frames=33))
     finally:
         gc.enable()
-    assert "text encoder 11.4 GB, gone before" in memory_in_words(plan, request, 1, 11_400_000_000)
-    known = generate_module._text_encoder_bytes(request, plan, takes)
+    assert "text encoder 11.4 GB, gone before" in plan.memory_in_words(11_400_000_000)
+    known = generate_module._PromptEncoding(plan).encoder_bytes
     assert known == 0, "the prompt's embeddings are kept, no encoder is loaded"
-    assert "text encoder" not in memory_in_words(plan, request, 1, known)
+    assert "text encoder" not in plan.memory_in_words(known)
 
 
 def test_8_bit_floats_are_refused_on_mps(monkeypatch: pytest.MonkeyPatch) -> None:

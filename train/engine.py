@@ -27,9 +27,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from selfforcing_core.atomic import NotWritten, print_result
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import WanConfig
+from selfforcing_core.device import Card, measured_card
 from selfforcing_core.geometry import PATCH, chunk_lengths
 from selfforcing_core.hub import check_taehv
-from selfforcing_core.roofline import Card, Work, measured_card
+from selfforcing_core.roofline import Work
 from train import distributed, finite, logs, resume, state
 from train.args import ClipArgs, TrainArgs, mistake, parse, to_yaml
 from train.conditions import Prompts, read_texts

@@ -21,8 +21,9 @@ import torch
 
 from selfforcing_core.atomic import print_result
 from selfforcing_core.config import PRESETS, WanConfig
+from selfforcing_core.device import CARDS, Card
 from selfforcing_core.geometry import SPATIAL_FACTOR
-from selfforcing_core.roofline import CARDS, Card, Work
+from selfforcing_core.roofline import Work
 from train.args import ClipArgs, DiffusionArgs, DmdArgs, OdeArgs, TrainArgs, mistake, parse
 from train.work import clip_work, copies_of, distillation_work, parameters, sizes_in_bytes, trained_parameters
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from selfforcing_core.generate import Request, generate
+from selfforcing_core.generate import generate
+from selfforcing_core.request import Request
 from selfforcing_core.video import read_metadata, read_video
 from tests.comfyui.graphs import (
     CREATE,
