@@ -45,27 +45,27 @@ CARDS = {  # the makers' data sheets
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.3) -> float:
-    """FLOP per second of a square product on this device, the median over about `seconds` after a warm-up."""
+    """Return the FLOP per second of a square product here, the median over about `seconds` after a warm-up."""
 
     def product(size: int) -> Callable[[], Tensor]:
         a = torch.randn(size, size, device=device).to(dtype)
         return lambda: torch.mm(a, a)
 
     is_slow = _median_seconds(product(SMALL), 0) > SLOW  # a CPU that emulates the type: minutes for the usual size
-    size, taken = _grown(product, (SMALL, SMALL) if is_slow else MATMUL_SIZES, seconds)
-    return 2 * size**3 / taken
+    size, duration = _grown(product, (SMALL, SMALL) if is_slow else MATMUL_SIZES, seconds)
+    return 2 * size**3 / duration
 
 
 def copy_rate(device: torch.device, *, seconds: float = 0.3) -> float:
-    """Bytes read and written per second by a long copy on this device, measured likewise."""
+    """Return the bytes read and written per second by a long copy on this device, measured likewise."""
 
     def copy(size: int) -> Callable[[], Tensor]:
         a = torch.zeros(size, dtype=torch.uint8, device=device)
         b = torch.empty_like(a)
         return lambda: b.copy_(a)
 
-    size, taken = _grown(copy, COPY_BYTES, seconds)
-    return 2 * size / taken
+    size, duration = _grown(copy, COPY_BYTES, seconds)
+    return 2 * size / duration
 
 
 def _grown(make: Callable[[int], Callable[[], Tensor]], sizes: tuple[int, int], seconds: float) -> tuple[int, float]:
@@ -80,7 +80,7 @@ def _grown(make: Callable[[int], Callable[[], Tensor]], sizes: tuple[int, int], 
 
 
 def measured_card(device: torch.device, dtype: torch.dtype, *, seconds: float = 2.0) -> Card:
-    """This device, by `seconds` of products and copies; the shares are 1, since they are in the measurement."""
+    """Return this device, by `seconds` of products and copies; the shares are 1: they are in the measurement."""
     return Card(matmul_rate(device, dtype, seconds=seconds / 2), copy_rate(device, seconds=seconds / 2), 1.0, 1.0)
 
 
@@ -88,14 +88,14 @@ def _median_seconds(work: Callable[[], Tensor], seconds: float) -> float:
     def several(count: int) -> float:
         start = time.perf_counter()
         for _ in range(count):
-            made = work()
-        made.flatten()[0].item()  # reading a number waits for the device, whichever it is
+            result = work()
+        result.flatten()[0].item()  # reading a number waits for the device, whichever it is
         return (time.perf_counter() - start) / count
 
     several(1)
     count = max(1, int(TOGETHER / several(1)))  # so many that launching and waiting do not count
-    taken: list[float] = []
-    began = time.perf_counter()
-    while not taken or time.perf_counter() - began < seconds:
-        taken.append(several(count))
-    return statistics.median(taken)
+    durations: list[float] = []
+    start = time.perf_counter()
+    while not durations or time.perf_counter() - start < seconds:
+        durations.append(several(count))
+    return statistics.median(durations)

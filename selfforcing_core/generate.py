@@ -269,8 +269,8 @@ class Run:
         Raises ValueError for a chunk with numbers that are NaN or Inf.
         """
         plan, request, start, size = self.plan, self.plan.request, self.start, self.plan.geometry
-        is_wan_vae = isinstance(self.autoencoder, WanVAE)
-        stream = StreamingWanDecoder(self.autoencoder) if is_wan_vae else StreamingDecoder(self.autoencoder)
+        coder = self.autoencoder
+        stream = StreamingWanDecoder(coder) if isinstance(coder, WanVAE) else StreamingDecoder(coder)
         kept: list[Tensor] = []  # latents for the request's file of them
         with tqdm(total=len(size.chunk_lengths), unit="chunk", disable=not self.show_progress, ascii=True) as bar:
 

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .catalogue import CATALOGUE, downloaded
+from .catalogue import RELEASES, downloaded
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -25,7 +25,7 @@ PARTS = (MODEL_FILE, TAEHV_FILE, TEXT_ENCODER_FOLDER)
 
 # -------------------------------------------------------------------- names --
 def list_bundles() -> list[str]:
-    """Names of the bundles at hand, sorted."""
+    """Return the names of the bundles at hand, sorted."""
     if not ASSETS.is_dir():
         return []
     return sorted(name for name in os.listdir(ASSETS) if is_bundle(name))
@@ -39,24 +39,24 @@ def is_bundle(name: str | Path) -> bool:
 
 
 def bundle_path(name: str = "tiny") -> Path:
-    """Folder of a bundle; raises ValueError naming the bundles there are."""
+    """Return the folder of a bundle. Raises ValueError naming the bundles there are."""
     if not is_bundle(name):
         raise ValueError(f"there is no bundle {name!r}; {_choices()}")
     return ASSETS / name
 
 
 def resolve_model(name_or_path: str | Path) -> Path:
-    """File of a video model, from a bundle's name or a path; a bundle's name wins over a file of that name."""
+    """Return the file of a video model, from a bundle's name, which wins over a file of that name, or a path."""
     return _resolve(name_or_path, MODEL_FILE)
 
 
 def resolve_taehv(name_or_path: str | Path) -> Path:
-    """File of a tiny video autoencoder, from a bundle's name or a path."""
+    """Return the file of a tiny video autoencoder, from a bundle's name or a path."""
     return _resolve(name_or_path, TAEHV_FILE)
 
 
 def resolve_text_encoder(name_or_path: str | Path) -> Path:
-    """Folder (in the layout of transformers) or file of a text encoder, from a bundle's name or a path."""
+    """Return the folder (in the layout of transformers) or file of a text encoder, from a bundle's name or a path."""
     return _resolve(name_or_path, TEXT_ENCODER_FOLDER)
 
 
@@ -65,7 +65,7 @@ def _resolve(name_or_path: str | Path, part: str) -> Path:
     path = ASSETS / str(name_or_path) / part if is_name else Path(name_or_path).expanduser()
     if str(name_or_path).strip() and os.path.exists(path):  # unlike Path.exists it takes names that no file can have
         return path
-    if name_or_path in CATALOGUE:
+    if name_or_path in RELEASES:
         return downloaded(str(name_or_path))
     if is_name:
         raise ValueError(f"the bundle {str(name_or_path)!r} has no {part}; {path} is missing")

@@ -53,13 +53,18 @@ class Recipe:
         return list(itertools.accumulate(self.lengths))
 
     def a_pass(self, chunk: int) -> Work:
-        """One pass of a chunk, at the cache's length there."""
-        seen = self._ends[chunk]
-        visible = seen if self.window == -1 else min(seen, self.window)
+        """Return one pass of a chunk, at the cache's length there."""
+        end = self._ends[chunk]
+        visible = end if self.window == -1 else min(end, self.window)
         return pass_work(
-            self.config, self.lengths[chunk] * self.tokens_per_frame, visible * self.tokens_per_frame, batch=self.batch,
-            weight_bytes=self.weight_bytes, cache_bytes=self.cache_bytes, activation_bytes=self.activation_bytes,
-        )  # fmt: skip
+            self.config,
+            self.lengths[chunk] * self.tokens_per_frame,
+            visible * self.tokens_per_frame,
+            batch=self.batch,
+            weight_bytes=self.weight_bytes,
+            cache_bytes=self.cache_bytes,
+            activation_bytes=self.activation_bytes,
+        )
 
     def decode(self, chunk: int) -> Work:
         length, size = self.lengths[chunk], (self.latent_height, self.latent_width)
@@ -69,11 +74,11 @@ class Recipe:
         return Work(decode_flops=self.batch * wan_vae_flops(1, *size) * frames if self.decoder == "vae" else 0)
 
     def until_shown(self, chunk: int) -> Work:
-        """From a chunk's noise to its pictures."""
+        """Return the work from a chunk's noise to its frames."""
         return self.a_pass(chunk) * (self.steps * (1 + self.guided)) + self.decode(chunk)
 
     def chunk(self, chunk: int) -> Work:
-        """Everything that a chunk costs: its pictures, and the clean pass if another chunk follows."""
+        """Return everything that a chunk costs: its frames, and the clean pass if another chunk follows."""
         more = self.writes and (self.commit_last or chunk + 1 < len(self.lengths))
         return self.until_shown(chunk) + self.a_pass(chunk) * (more * (1 + self.guided))
 
@@ -83,8 +88,11 @@ class Recipe:
         return "" if self.decoder == "taehv" else ", without the decoder"
 
     def peak_bytes(self) -> dict[str, int]:
-        """What the device holds at once while chunks are made: weights, caches, and the larger of what the network's
-        widest place (a block's feed-forward, with what is alive beside it) and the decoder's last stage take."""
+        """Return what the device holds at once while chunks are made: weights, caches, and what is worked with.
+
+        The last is the larger of what the network's widest place (a block's feed-forward, with what is alive beside
+        it) and the decoder's last stage take.
+        """
         config, rows = self.config, self.batch * max(self.lengths) * self.tokens_per_frame
         numbers = sum(math.prod(shape) for shape in wan_shapes(config).values())
         frames = sum(self.lengths) if self.window == -1 else min(sum(self.lengths), self.window)
@@ -100,7 +108,7 @@ class Recipe:
         }
 
     def limits(self, card: Card) -> dict[str, Any]:
-        """Floors on a card: seconds to the first frame, of every chunk, frames per second, and seconds by group."""
+        """Return floors on a card: seconds to the first frame, of every chunk, frames per second, seconds by group."""
         chunks = [self.chunk(index).seconds(card) for index in range(len(self.lengths))]
         seconds = [sum(groups.values()) for groups in chunks]
         return {
@@ -130,20 +138,21 @@ class Meter:
         }
 
     def in_words(self) -> str:
-        """The prediction as the end of a sentence."""
-        told = self.predicted()
+        """Return the prediction as the end of a sentence."""
+        prediction = self.predicted()
         return (
-            f"by estimate at most {told['fps']:.3g} FPS, first frame in at least {told['first_frame_seconds']:.3g} s, "
-            f"memory about {told['peak_bytes'] / 1e9:.3g} GB{self.recipe.without}"
+            f"by estimate at most {prediction['fps']:.3g} FPS, "
+            f"first frame in at least {prediction['first_frame_seconds']:.3g} s, "
+            f"memory about {prediction['peak_bytes'] / 1e9:.3g} GB{self.recipe.without}"
         )
 
     def reached(self, chunk_seconds: Sequence[float]) -> dict[str, Any]:
-        """From the seconds of every chunk, decode included; `above_limit` is whatever else they went into."""
+        """Return shares of the seconds of every chunk, decode included; `above_limit` is whatever else they went into."""
         floors = self.recipe.limits(self.card)
-        by_group, taken = floors["seconds_by_group"], sum(chunk_seconds)
-        shares = {name: seconds / taken for name, seconds in by_group.items()}
+        by_group, total = floors["seconds_by_group"], sum(chunk_seconds)
+        shares = {name: seconds / total for name, seconds in by_group.items()}
         return {
-            "share_of_limit": sum(by_group.values()) / taken,
+            "share_of_limit": sum(by_group.values()) / total,
             "first_frame_share_of_limit": floors["first_frame_seconds"] / chunk_seconds[0],
             "time_by_group": {**shares, "above_limit": 1 - sum(shares.values())},
             **{name: value for name, value in self.predicted().items() if name.startswith("device")},

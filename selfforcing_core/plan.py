@@ -172,8 +172,7 @@ def plan_request(request: Request, batches: Sequence[PromptBatch]) -> Plan:
     source = _source(request, config)
     geometry, given = _geometry(request, config, causal, source, is_whole=_is_whole(request, checkpoint))
     video_format(batches[0].outs[0], request.codec).check_size(geometry.width, geometry.height)
-    is_cut = isinstance(source, GivenVideo) and pixel_frames(given) < len(source)
-    if request.latents is not None and is_cut:
+    if request.latents is not None and isinstance(source, GivenVideo) and pixel_frames(given) < len(source):
         raise ValueError(
             f"--latents would begin only with the last {pixel_frames(given)} of the {len(source)} frames of "
             f"{request.extend}; extend latents that were kept with it, or leave --latents out"
@@ -337,53 +336,54 @@ def _settings(request: Request, checkpoint: Checkpoint, notes: list[str]) -> tup
 
 
 def _causal(request: Request, checkpoint: Checkpoint, notes: list[str]) -> CausalConfig:
-    chosen = {name: getattr(request, name) for name in ("chunk", "window", "sink", "cache_source")}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
+    options = {name: getattr(request, name) for name in ("chunk", "window", "sink", "cache_source")}
+    options = {name: value for name, value in options.items() if value is not None}
     if checkpoint.bidirectional is None:
-        said = checkpoint.causal
-        notes += _replaced(said, chosen, ()) if said else []
-        return replace(said or CausalConfig(), **chosen)
-    if "chunk" in chosen:
-        notes.append(f"says that it is bidirectional; --chunk {chosen['chunk']} is used")
-        return replace(CausalConfig(), **chosen)
+        stored = checkpoint.causal
+        notes += _replaced(stored, options, ()) if stored else []
+        return replace(stored or CausalConfig(), **options)
+    if "chunk" in options:
+        notes.append(f"says that it is bidirectional; --chunk {options['chunk']} is used")
+        return replace(CausalConfig(), **options)
     trained, frames = checkpoint.bidirectional.latent_frames, BUNDLE_SIZES.get(request.model, WAN_SIZE)[2]
     count = _or(trained, latent_frames(frames)) if request.frames is None else latent_frames(request.frames)
     if trained is None:
         notes.append(f"is taken for a bidirectional model: all {count} latent frames are made at once (else --chunk 3)")
     elif count != trained:
         notes.append(f"was trained on {pixel_frames(trained)} frames at once; --frames {request.frames} is used")
-    return replace(CausalConfig(count), **chosen)
+    return replace(CausalConfig(count), **options)
 
 
-def _steps(request: Request, said: StepConfig | None, notes: list[str]) -> StepConfig:
-    usual = said or StepConfig()
-    chosen = {name: getattr(request, name) for name in ("shift", "solver") if getattr(request, name) is not None}
+def _steps(request: Request, stored: StepConfig | None, notes: list[str]) -> StepConfig:
+    usual = stored or StepConfig()
+    options = {name: getattr(request, name) for name in ("shift", "solver") if getattr(request, name) is not None}
     if isinstance(request.steps, int):  # evenly spaced ones are warped, whatever the checkpoint's own list is
-        chosen["steps"] = StepConfig.even(request.steps, shift=_or(request.shift, usual.shift)).steps
-        chosen["warp"] = True
+        options["steps"] = StepConfig.even(request.steps, shift=_or(request.shift, usual.shift)).steps
+        options["warp"] = True
     elif request.steps is not None:
-        chosen["steps"] = request.steps
-    made = replace(usual, **chosen)
-    if said is not None:
-        notes += _replaced(said, chosen, ("warp",))
-    if "shift" in chosen and not made.warp and made.sigma == "exact":
-        notes.append(f"gives its timesteps as they are, so that --shift {made.shift:g} changes nothing")
-    elif isinstance(request.steps, tuple) and not made.warp:
+        options["steps"] = request.steps
+    steps = replace(usual, **options)
+    if stored is not None:
+        notes += _replaced(stored, options, ("warp",))
+    if "shift" in options and not steps.warp and steps.sigma == "exact":
+        notes.append(f"gives its timesteps as they are, so that --shift {steps.shift:g} changes nothing")
+    elif isinstance(request.steps, tuple) and not steps.warp:
         notes.append("takes timesteps as they are: --steps are not warped by the shift")
-    return made
+    return steps
 
 
-def _replaced(said: CausalConfig | StepConfig, chosen: dict[str, Any], hidden: tuple[str, ...]) -> list[str]:
-    """A line for every setting that another value was chosen for."""
+def _replaced(stored: CausalConfig | StepConfig, options: dict[str, Any], hidden: tuple[str, ...]) -> list[str]:
+    """A line for every setting that another value was given for."""
 
     def words(value: Any) -> str:
         listed = value if isinstance(value, tuple) else (value,)
         return ",".join(f"{item:g}" if isinstance(item, (int, float)) else str(item) for item in listed)
 
     return [
-        f"says {name.replace('_', ' ')} {words(getattr(said, name))}; --{name.replace('_', '-')} {words(value)} is used"
-        for name, value in chosen.items()
-        if name not in hidden and value != getattr(said, name)
+        f"says {name.replace('_', ' ')} {words(getattr(stored, name))}; "
+        f"--{name.replace('_', '-')} {words(value)} is used"
+        for name, value in options.items()
+        if name not in hidden and value != getattr(stored, name)
     ]
 
 
@@ -475,8 +475,8 @@ def _taehv(request: Request, model: Checkpoint) -> Checkpoint:
     )
 
 
-def _or(chosen: Any, default: Any) -> Any:
-    return default if chosen is None else chosen
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
 
 
 def _device(name: str) -> torch.device:

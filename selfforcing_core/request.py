@@ -58,6 +58,16 @@ class Request:
         required=True,
     )
 
+    # models
+    model: str = _option("tiny", MODELS, f"{MODEL_NAMES} (default: tiny)")
+    weights: str = _option("auto", MODELS, "of a training file", choices=["auto", "ema", "raw"])
+    taehv: str | None = _option(None, MODELS, "bundle or file of the tiny autoencoder (default: the model's bundle)")
+    taehv_latents: str | None = _option(None, MODELS, "whose latents the TAEHV decodes, if its file does not say")
+    vae: Path | None = _option(None, MODELS, "file or diffusers folder of the Wan VAE")
+    decoder: str | None = _option(None, MODELS, "taehv or vae (default: taehv, or vae if only that is given)")
+    clip: Path | None = _option(None, MODELS, "image encoder, for image-to-video models")
+    text_encoder: str | None = _option(None, MODELS, "bundle, folder or UMT5 file (default: the model's bundle)")
+
     # what to show
     history: str = _option(
         "recode",
@@ -94,16 +104,6 @@ class Request:
     latents: Path | None = _option(None, WRITTEN, "also keep the latents (safetensors), for --extend")
     overwrite: bool = _option(False, WRITTEN, "replace files that exist")
     fps: float = _option(16, WRITTEN, "frames per second of the file (default: 16)")
-
-    # models
-    model: str = _option("tiny", MODELS, f"{MODEL_NAMES} (default: tiny)")
-    weights: str = _option("auto", MODELS, "of a training file", choices=["auto", "ema", "raw"])
-    taehv: str | None = _option(None, MODELS, "bundle or file of the tiny autoencoder (default: the model's bundle)")
-    taehv_latents: str | None = _option(None, MODELS, "whose latents the TAEHV decodes, if its file does not say")
-    vae: Path | None = _option(None, MODELS, "file or diffusers folder of the Wan VAE")
-    decoder: str | None = _option(None, MODELS, "taehv or vae (default: taehv, or vae if only that is given)")
-    clip: Path | None = _option(None, MODELS, "image encoder, for image-to-video models")
-    text_encoder: str | None = _option(None, MODELS, "bundle, folder or UMT5 file (default: the model's bundle)")
 
     # how to sample
     chunk: int | None = _option(None, SAMPLED, f"latent frames denoised together {AS_STORED}")

@@ -41,7 +41,7 @@ class Work:
         return Work(*(times * value for value in vars(self).values()))
 
     def seconds(self, card: Card) -> dict[str, float]:
-        """The floor of each group on this card, as it is (see `Card.attainable`)."""
+        """Return the floor of each group on this card, as it is (see `Card.attainable`)."""
         return {
             "linears": max(self.linear_flops / card.flops, self.linear_bytes / card.bandwidth),
             "attention": max(self.attention_flops / card.flops, self.attention_bytes / card.bandwidth),
@@ -51,7 +51,7 @@ class Work:
 
 
 def pass_flops(config: WanConfig, num_tokens: int, num_visible: int) -> int:
-    """FLOPs of one pass over `num_tokens` tokens that see `num_visible` tokens, themselves included.
+    """Return the FLOPs of one pass over `num_tokens` tokens that see `num_visible` tokens, themselves included.
 
     Counted: the linear layers (self-attention q k v o, cross-attention q o, feed-forward, patch embedding, head) and
     the attentions' products. Not counted: the time embedding, and what depends on the prompt alone (`prompt_flops`).
@@ -79,8 +79,10 @@ def pass_work(
     cache_bytes: int = 2,
     activation_bytes: int = 2,
 ) -> Work:
-    """`pass_flops` by group, for `batch` rows, and the least traffic: weights once, inputs and outputs of every layer
-    (one read for queries, keys and values together), the visible cache read, the chunk's own part written.
+    """Return `pass_flops` by group, for `batch` rows, and the least traffic.
+
+    That is weights once, inputs and outputs of every layer (one read for queries, keys and values together), the
+    visible cache read, the chunk's own part written.
 
     weight_bytes, cache_bytes, activation_bytes: of one number.
     """
@@ -98,7 +100,7 @@ def pass_work(
 
 
 def prompt_flops(config: WanConfig) -> int:
-    """FLOPs of a prompt's embedding, keys and values: once per video with a cache, else in every pass."""
+    """Return the FLOPs of a prompt's embedding, keys and values: once per video with a cache, else in every pass."""
     D, text, image = config.dim, config.text_len, image_tokens(config)
     embedding = text * (config.text_dim * D + D * D) + image * (CLIP_DIM * CLIP_DIM + CLIP_DIM * D)
     return 2 * (embedding + (text + image) * 2 * D * D * config.num_layers)
@@ -111,7 +113,7 @@ def image_tokens(config: WanConfig) -> int:
 
 # ------------------------------------------------------------------ decoders --
 def taehv_flops(config: TAEHVConfig, latent_frames: int, latent_height: int, latent_width: int) -> int:
-    """FLOPs of decoding this many latent frames, start-up frames included."""
+    """Return the FLOPs of decoding this many latent frames, start-up frames included."""
     widths, pixels = config.decoder_widths, latent_frames * latent_height * latent_width
     total = 9 * config.latent_channels * widths[0] * pixels
     stages = zip(widths, widths[1:], config.decoder_time, config.decoder_space)
@@ -129,7 +131,7 @@ def taehv_flops(config: TAEHVConfig, latent_frames: int, latent_height: int, lat
 def wan_vae_flops(
     latent_frames: int, latent_height: int, latent_width: int, *, dim: int = 96, channels: int = 16
 ) -> int:
-    """FLOPs of Wan 2.1's VAE decoding latent frames behind the first one of a video, 4 frames of pictures each."""
+    """Return the FLOPs of Wan 2.1's VAE decoding latent frames behind the first of a video, 4 video frames each."""
     widest, frame = 4 * dim, latent_height * latent_width
     pixels = latent_frames * frame
 

@@ -129,8 +129,12 @@ def test_what_is_extended_keeps_its_time_its_sound_and_its_place(
 ) -> None:
     """Thirty frames a second from a phone held upright, with sound, under a name that looks like an address."""
     given, out = tmp_path / "take1:cat.mp4", tmp_path / "b.mp4"
-    make(given, constant(30, 62), pictures=[np.full((32, 16, 3), STEP * (index // 2), np.uint8) for index in range(62)],
-         sound="aac")  # fmt: skip
+    make(
+        given,
+        constant(30, 62),
+        pictures=[np.full((32, 16, 3), STEP * (index // 2), np.uint8) for index in range(62)],
+        sound="aac",
+    )
     lie(given, (0, 1, -1, 0))
     more = ["--prompt", "a", "--extend", str(given), "--frames", "12", "--out", str(out), "--window", "-1"]
     kept = tmp_path / "b.safetensors"
@@ -144,9 +148,10 @@ def test_what_is_extended_keeps_its_time_its_sound_and_its_place(
     assert name == "aac"
     assert (begin, end) == (pytest.approx(0, abs=0.05), pytest.approx(33 / 16, abs=0.06))
     for words in (
-        "its 62 frames are read as 33 at 16 fps", "its sound is kept for its 2.06 s; what is added is silent",
+        "its 62 frames are read as 33 at 16 fps",
+        "its sound is kept for its 2.06 s; what is added is silent",
         "b.safetensors keeps no sound",
-    ):  # fmt: skip
+    ):
         assert words in caplog.text
     caplog.clear()
     run([*options, *more[:-4], "--out", str(tmp_path / "c.mkv"), "--fps", "30", "--window", "-1"], capsys)
@@ -231,8 +236,10 @@ def test_a_model_whose_first_frame_stands_alone_goes_on(
         ("joined", "12", ["--extend", str(tmp_path / "part.safetensors")]),
     ):
         kept = tmp_path / f"{name}.safetensors"
-        told = run([*options, "--frames", frames, *more, "--out", str(tmp_path / f"{name}.mp4"),
-                    "--latents", str(kept)], capsys)[0]  # fmt: skip
+        told = run(
+            [*options, "--frames", frames, *more, "--out", str(tmp_path / f"{name}.mp4"), "--latents", str(kept)],
+            capsys,
+        )[0]
         latents[name] = load_file(kept)["latents"]
     assert told["frames"] == 37
     torch.testing.assert_close(latents["joined"], latents["whole"])
@@ -267,9 +274,13 @@ def test_an_extension_repeats_no_noise(
 
 @pytest.mark.parametrize("source", ["video", "latents"])
 def test_an_earlier_video_passes_in_pieces_and_none_is_lost(
-    options: list[str], models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch, source: str,
-) -> None:  # fmt: skip
+    options: list[str],
+    models: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+) -> None:
     """No call sees more than a chunk, and yet latents and frames are those of the whole video in one call."""
     kept = {name: tmp_path / f"{name}.safetensors" for name in ("a", "b")}
     options = [*options, "--prompt", "a", "--window", "-1"]
@@ -285,8 +296,20 @@ def test_an_earlier_video_passes_in_pieces_and_none_is_lost(
     pieces: list[torch.Tensor] = []
     monkeypatch.setattr(write_module, "write_video", lambda path, frames, **_: pieces.extend(frames))
     extend = tmp_path / "a.mp4" if source == "video" else kept["a"]
-    told = run([*options, "--extend", str(extend), "--frames", "12", "--out", str(tmp_path / "b.mp4"),
-                "--latents", str(kept["b"])], capsys)[0]  # fmt: skip
+    told = run(
+        [
+            *options,
+            "--extend",
+            str(extend),
+            "--frames",
+            "12",
+            "--out",
+            str(tmp_path / "b.mp4"),
+            "--latents",
+            str(kept["b"]),
+        ],
+        capsys,
+    )[0]
     assert max(sizes) == (12 if source == "video" else 3)
     assert max(len(piece) for piece in pieces) == 12
     assert min(told[name] for name in ("seconds_to_first_frame", "seconds_per_chunk")) > 0
@@ -345,9 +368,13 @@ def test_prompts_of_a_file_get_safe_names(
     told = run([*options, "--out", str(tmp_path / "one")], capsys)
     names = sorted(os.listdir(tmp_path / "one"))
     assert names == [
-        "0000-etc-passwd-0.mp4", "0000-etc-passwd-1.mp4", "0001-con--0.mp4", "0001-con--1.mp4",
-        "0002-a-b-c-0.mp4", "0002-a-b-c-1.mp4",
-    ]  # fmt: skip
+        "0000-etc-passwd-0.mp4",
+        "0000-etc-passwd-1.mp4",
+        "0001-con--0.mp4",
+        "0001-con--1.mp4",
+        "0002-a-b-c-0.mp4",
+        "0002-a-b-c-1.mp4",
+    ]
     assert [Path(row["out"]).name for row in told] == names
     assert read_metadata(tmp_path / "one" / names[0])["comment"] == "../../etc/passwd"
     assert json.loads(read_metadata(tmp_path / "one" / names[0])["selfforcing"])["extended_prompt"] == "one"
@@ -404,9 +431,13 @@ def test_torchrun_splits_a_prompt_file(
     ],
 )
 def test_what_does_not_go_together_is_said(
-    options: list[str], more: list[str], words: str, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    options: list[str],
+    more: list[str],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert words in refusal([*options, *more], capsys)
     assert os.listdir(tmp_path) == []
@@ -428,8 +459,21 @@ def test_float8_is_close_to_the_stored_weights(
     latents = []
     for index, more in enumerate(([], ["--fp8"], ["--seed", "5"])):
         kept = tmp_path / f"{index}.safetensors"
-        run([*options, "--prompt", "a", "--frames", "9", *more, "--out", str(tmp_path / f"{index}.mp4"),
-             "--latents", str(kept)], capsys)  # fmt: skip
+        run(
+            [
+                *options,
+                "--prompt",
+                "a",
+                "--frames",
+                "9",
+                *more,
+                "--out",
+                str(tmp_path / f"{index}.mp4"),
+                "--latents",
+                str(kept),
+            ],
+            capsys,
+        )
         latents.append(load_file(kept)["latents"])
     exact, float8, other = latents
     assert 0 < (exact - float8).abs().mean() < 0.2 * (exact - other).abs().mean()
@@ -443,8 +487,21 @@ def test_compiled_blocks_make_the_same_video_and_their_failure_is_one_line(
     latents = []
     for index, more in enumerate(([], ["--compile"])):
         kept = tmp_path / f"{index}.safetensors"
-        run([*options, "--prompt", "a", "--frames", "9", *more, "--out", str(tmp_path / f"{index}.mp4"),
-             "--latents", str(kept)], capsys)  # fmt: skip
+        run(
+            [
+                *options,
+                "--prompt",
+                "a",
+                "--frames",
+                "9",
+                *more,
+                "--out",
+                str(tmp_path / f"{index}.mp4"),
+                "--latents",
+                str(kept),
+            ],
+            capsys,
+        )
         latents.append(load_file(kept)["latents"])
     torch.testing.assert_close(*latents)
 
@@ -551,9 +608,14 @@ def planned(**options: Any) -> tuple[Any, Request]:
 
 @pytest.mark.parametrize(
     ("device", "stored", "expected"),
-    [("cpu", "bfloat16", "float32"), ("cuda", "float32", "bfloat16"), ("cuda", "bfloat16", "bfloat16"),
-     ("mps", "float16", "float16"), ("cuda", "float8_e4m3fn", "bfloat16")],
-)  # fmt: skip
+    [
+        ("cpu", "bfloat16", "float32"),
+        ("cuda", "float32", "bfloat16"),
+        ("cuda", "bfloat16", "bfloat16"),
+        ("mps", "float16", "float16"),
+        ("cuda", "float8_e4m3fn", "bfloat16"),
+    ],
+)
 def test_off_the_cpu_numbers_have_16_bits_unless_more_are_asked_for(device: str, stored: str, expected: str) -> None:
     checkpoint = replace(read_checkpoint(bundle_path("tiny") / "model.safetensors"), dtype=stored)
     assert _dtype(None, checkpoint, torch.device(device)) == getattr(torch, expected)
