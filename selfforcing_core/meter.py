@@ -147,7 +147,7 @@ class Meter:
         )
 
     def reached(self, chunk_seconds: Sequence[float]) -> dict[str, Any]:
-        """Return shares of the seconds of every chunk, decode included; `above_limit` is whatever else they went into."""
+        """Return shares of every chunk's seconds, decode included; `above_limit` is whatever else they went into."""
         floors = self.recipe.limits(self.card)
         by_group, total = floors["seconds_by_group"], sum(chunk_seconds)
         shares = {name: seconds / total for name, seconds in by_group.items()}

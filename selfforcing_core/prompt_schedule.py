@@ -50,8 +50,9 @@ class Entry:
 def parse_schedule(text: str) -> tuple[Entry, ...]:
     """Return the entries of a text.
 
-    One that does not begin with a time, or whose only time is not 0, is a single prompt. Entries are separated by lines or semicolons. Raises ValueError for times that do not rise from 0, for an entry
-    without prompt and seed, and for options that contradict. `schedule_note` says what may have been meant otherwise.
+    One that does not begin with a time, or whose only time is not 0, is a single prompt. Entries are separated by lines
+    or semicolons. Raises ValueError for times that do not rise from 0, for an entry without prompt and seed, and for
+    options that contradict. `schedule_note` says what may have been meant otherwise.
     """
     stripped = text.strip()
     marks = list(_MARK.finditer(stripped))

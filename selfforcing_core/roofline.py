@@ -82,9 +82,7 @@ def pass_work(
     """Return `pass_flops` by group, for `batch` rows, and the least traffic.
 
     That is weights once, inputs and outputs of every layer (one read for queries, keys and values together), the
-    visible cache read, the chunk's own part written.
-
-    weight_bytes, cache_bytes, activation_bytes: of one number.
+    visible cache read, the chunk's own part written. weight_bytes, cache_bytes, activation_bytes: of one number.
     """
     D, layers, rows = config.dim, config.num_layers, batch * num_tokens
     attention = batch * _attention_flops(config, num_tokens, num_visible)
