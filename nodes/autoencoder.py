@@ -181,7 +181,7 @@ class TAEHVAutoencoder:
         latents_BTCHW = network_latents(samples_BCTHW)
         host.load([self.patcher], working_bytes=self.working_bytes(*samples_BCTHW.shape[-2:]))
         decoder = StreamingDecoder(self.first_stage_model)
-        progress = host.Progress(latents_BTCHW.shape[1])
+        progress = host.ProgressBar(latents_BTCHW.shape[1])
         frames = []
         for latent_BCHW in latents_BTCHW.unbind(1):
             host.check_interrupted()

@@ -7,9 +7,10 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import host
-from .causal_model import AUTO, settings_of, sigmas_of
-from .sampler import NO_STATE, State
-from .sampling import ChunkGuider, ChunkSampler, Run, StateHolder
+from .model_settings import AUTO, settings_of, sigmas_of
+from .sampler import State
+from .sampling import ChunkGuider, ChunkSampler, Run, SnapshotHolder
+from .stream_run import NO_STATE
 
 ALIASES = ["self forcing", "autoregressive causal video"]
 
@@ -45,8 +46,8 @@ class SelfForcingSampler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, state: StateHolder | None = None, keep_state: bool = False) -> io.NodeOutput:
-        run = Run(resume=state, keep=StateHolder() if keep_state else None)
+    def execute(cls, state: SnapshotHolder | None = None, keep_state: bool = False) -> io.NodeOutput:
+        run = Run(resume=state, keep=SnapshotHolder() if keep_state else None)
         return io.NodeOutput(ChunkSampler(run), host.blocked(NO_STATE) if run.keep is None else run.keep)
 
 

@@ -235,7 +235,7 @@ def blocked(reason: str) -> Any:
 
 
 # ---------------------------------------------------- progress and previews --
-class Progress:
+class ProgressBar:
     """The bar of the running node. Counts network calls; a preview is shown with the count reached so far."""
 
     def __init__(self, total: int) -> None:

@@ -17,9 +17,10 @@ from torch import Tensor
 from ..selfforcing_core.geometry import SPATIAL_FACTOR, VideoGeometry, covered_latents, pixel_frames, rounded_length
 from . import host
 from .autoencoder import WAN_LATENTS, check_channels, check_latent, check_space, graph_latent
-from .causal_model import CAUSAL, config_of, settings_of
-from .sampler import rounded_size
+from .model_settings import CAUSAL, settings_of
 from .sampling import layout
+from .shared_network import config_of
+from .stream_run import rounded_size
 
 GREY = 0.5  # what image-to-video models of Wan expect where no picture is given
 

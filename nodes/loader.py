@@ -14,7 +14,9 @@ from ..selfforcing_core.hub import resolve_model, resolve_taehv
 from ..selfforcing_core.taehv_releases import LATENT_SPACES, WAN, WAN_RAW, expect_latent_space
 from . import host
 from .autoencoder import TAEHVAutoencoder
-from .causal_model import (
+from .causal_model import with_settings
+from .model_file import model_from_checkpoint
+from .model_settings import (
     AUTO,
     BASE,
     CAUSAL,
@@ -23,9 +25,7 @@ from .causal_model import (
     SINK_AUTO,
     Settings,
     causal_settings,
-    model_from_checkpoint,
     settings_of,
-    with_settings,
 )
 
 # Parts of file names that a new node chooses before others.

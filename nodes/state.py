@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..selfforcing_core.snapshot import Snapshot
 from . import host
 from .sampler import State
-from .sampling import StateHolder
+from .sampling import SnapshotHolder
 
 SUFFIX = ".state.safetensors"
 
@@ -47,7 +47,7 @@ class SelfForcingSnapshot(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, state: StateHolder, filename_prefix: str, after: Any = None) -> io.NodeOutput:
+    def execute(cls, state: SnapshotHolder, filename_prefix: str, after: Any = None) -> io.NodeOutput:
         snapshot = state.filled()
         folder, name, counter, _, _ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory()
@@ -56,7 +56,7 @@ class SelfForcingSnapshot(io.ComfyNode):
         while f"{name}_{counter:05}{SUFFIX}" in taken:
             counter += 1
         snapshot.save(Path(folder) / f"{name}_{counter:05}{SUFFIX}")
-        return io.NodeOutput(StateHolder(snapshot))
+        return io.NodeOutput(SnapshotHolder(snapshot))
 
 
 class SelfForcingResume(io.ComfyNode):
@@ -82,7 +82,7 @@ class SelfForcingResume(io.ComfyNode):
 
     @classmethod
     def execute(cls, state_name: str) -> io.NodeOutput:
-        return io.NodeOutput(StateHolder(Snapshot.load(host.state_file(state_name))))
+        return io.NodeOutput(SnapshotHolder(Snapshot.load(host.state_file(state_name))))
 
     @classmethod
     def fingerprint_inputs(cls, state_name: str = "", **_: object) -> str:

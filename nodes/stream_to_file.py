@@ -16,7 +16,8 @@ from ..selfforcing_core.video import VideoStream, retag
 from ..selfforcing_core.video_formats import AUTO_QUALITY, FORMATS, check_video
 from . import host
 from .autoencoder import graph_latent, space_of
-from .sampler import SCHEDULE_KEY, SelfForcingStreamSampler, sample
+from .sampler import SelfForcingStreamSampler
+from .stream_run import SCHEDULE_KEY, sample
 
 log = logging.getLogger(__name__)
 NEEDS_TAEHV = "Stream to File decodes while it samples; connect taehv (Load TAEHV, or Load VAE with Wan's own VAE)"

@@ -70,10 +70,19 @@ def load_pack() -> Any:
 
 
 PACKAGE = load_pack()
-causal_model = importlib.import_module(PACKAGE + ".causal_model")
-sampling = importlib.import_module(PACKAGE + ".sampling")
-autoencoder, frame_stream, host, loader, text_nodes = (
-    importlib.import_module(f"{PACKAGE}.{name}") for name in ("autoencoder", "frame_stream", "host", "loader", "text")
+
+
+def part(name: str) -> Any:
+    """A module of the pack's nodes or, in a folder of its own, of what they stand on."""
+    folder = "" if (PACK / f"nodes/{name}.py").is_file() else ".adapter"
+    return importlib.import_module(f"{PACKAGE}{folder}.{name}")
+
+
+autoencoder, causal_model, causal_pass, frame_stream, guided_network, host, loader = map(
+    part, ("autoencoder", "causal_model", "causal_pass", "frame_stream", "guided_network", "host", "loader")
+)
+model_file, model_settings, sampling, shared_network, text_nodes = map(
+    part, ("model_file", "model_settings", "sampling", "shared_network", "text")
 )
 CORE = PACKAGE.rpartition(".")[0] + ".selfforcing_core."
 core = {
@@ -107,7 +116,7 @@ def saved(name: str, made: Any, causal: Any = CHUNKS) -> Path:
 
 def loaded(path: Path, **options: Any) -> Any:
     options = {"dtype": torch.float32, **options}
-    return causal_model.model_from_checkpoint(core["checkpoint"].read_checkpoint(path), **options)
+    return model_file.model_from_checkpoint(core["checkpoint"].read_checkpoint(path), **options)
 
 
 def text(seed: int, rows: int = 7) -> torch.Tensor:
@@ -125,9 +134,9 @@ def sampled(
     guider.set_cfg(cfg)
     latent = {"samples": torch.zeros(1, CHANNELS, FRAMES, HEIGHT, WIDTH)} if latent is None else latent
     lengths = core["rollout"].chunk_lengths(latent["samples"].shape[2], chunk)
-    noise = sampling.SeededHostNoise(5, lengths).generate_noise(latent)
+    noise = guided_network.SeededGraphNoise(5, lengths).generate_noise(latent)
     raw = guider.sample(
-        noise, latent["samples"], sampling.ChunkSampler(sampling.Run(**run)), causal_model.sigmas_of(patcher, 0, 0.0),
+        noise, latent["samples"], sampling.ChunkSampler(sampling.Run(**run)), model_settings.sigmas_of(patcher, 0, 0.0),
         denoise_mask=latent.get("noise_mask"), disable_pbar=True, seed=5,
     )  # fmt: skip
     return patcher.model.process_latent_in(raw).transpose(1, 2)
@@ -166,7 +175,7 @@ def the_hosts_model_gives_the_cores_video() -> dict[str, float]:
     made = network()
     patcher = loaded(saved("t2v", made))
     window = CausalConfig(chunk=1, window=3, sink=1, context_noise=100.0)
-    windowed = causal_model.with_settings(patcher, causal_model.Settings("causal", window, STEPS))
+    windowed = causal_model.with_settings(patcher, model_settings.Settings("causal", window, STEPS))
     return {
         "plain": apart(sampled(patcher), core_rollout(made)),
         "cfg": apart(sampled(patcher, cfg=3.0), core_rollout(made, guidance=3.0)),
@@ -213,12 +222,12 @@ def a_model_of_the_hosts_loader_is_patched() -> dict[str, Any]:
     state = {name: value.clone() for name, value in made.state_dict().items()}
     foreign = comfy.sd.load_diffusion_model_state_dict(state, model_options={"custom_operations": Counting})
     before = {name: id(module) for name, module in foreign.model.diffusion_model.named_modules()}
-    patched = causal_model.with_settings(foreign, causal_model.Settings("causal", CHUNKS, STEPS))
-    with_shift = importlib.import_module(PACKAGE + ".host").with_shift
+    patched = causal_model.with_settings(foreign, model_settings.Settings("causal", CHUNKS, STEPS))
+    with_shift = part("host").with_shift
     video = sampled(with_shift(patched, 5.0))
     after = {name: id(module) for name, module in foreign.model.diffusion_model.named_modules()}
     try:
-        causal_model.settings_of(foreign)
+        model_settings.settings_of(foreign)
         refusal = ""
     except ValueError as error:
         refusal = str(error)
@@ -244,8 +253,8 @@ def exports_are_what_they_say() -> dict[str, Any]:
     for name, header in files.items():
         core["checkpoint"].save_checkpoint(FOLDER / f"{name}.safetensors", made.state_dict(), made.config, **header)
         patcher = loaded(FOLDER / f"{name}.safetensors")
-        kinds[name] = [causal_model.settings_of(patcher).kind, type(patcher.model).__name__]
-    told = loaded(FOLDER / "nothing.safetensors", kind=causal_model.FEW_STEP)
+        kinds[name] = [model_settings.settings_of(patcher).kind, type(patcher.model).__name__]
+    told = loaded(FOLDER / "nothing.safetensors", kind=model_settings.FEW_STEP)
     expected = sampled(told, chunk=FRAMES, is_whole=True)
     found = sampled(loaded(FOLDER / "few-step.safetensors"), chunk=FRAMES, is_whole=True)
     euler, chosen = (
@@ -253,10 +262,10 @@ def exports_are_what_they_say() -> dict[str, Any]:
         loaded(FOLDER / "few-step.safetensors", kind="causal"),
     )
     return {
-        "kinds": kinds, "explicit": causal_model.settings_of(chosen).kind,
+        "kinds": kinds, "explicit": model_settings.settings_of(chosen).kind,
         "few-step": apart(found, expected), "euler": apart(sampled(euler), core_rollout(made, steps=teacher)),
         "solver_matters": apart(sampled(euler), core_rollout(made, steps=replace(teacher, solver="renoise"))),
-        "guidance": causal_model.settings_of(euler).guidance,
+        "guidance": model_settings.settings_of(euler).guidance,
     }  # fmt: skip
 
 
@@ -270,7 +279,7 @@ def number_types() -> dict[str, float]:
     }
     narrow = {"bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn, "int8": torch.int8}
     for name, dtype in narrow.items():
-        settings = causal_model.Settings("causal", CHUNKS, STEPS, cache_dtype=dtype, cache_device="cpu")
+        settings = model_settings.Settings("causal", CHUNKS, STEPS, cache_dtype=dtype, cache_device="cpu")
         found[f"cache_{name}"] = sampled(causal_model.with_settings(loaded(path), settings))
     apart_by = {name: float((video - exact).abs().mean() / exact.std()) for name, video in found.items()}
     for name, dtype in narrow.items():
@@ -288,7 +297,7 @@ def layers_without_casting_compute_in_bfloat16() -> float:
         **{name: getattr(made.config, name) for name in SIZES}, text_dim=4096, in_dim=16, out_dim=16,
     )  # fmt: skip
     native.load_state_dict(made.state_dict())
-    shared = causal_model.SharedNetwork(native.eval().requires_grad_(False))
+    shared = shared_network.SharedNetwork(native.eval().requires_grad_(False))
     x = torch.randn(1, 3, CHANNELS, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
     times = torch.full((1, 3), 500.0)
     found = shared(x.bfloat16(), times, text(1).bfloat16())
@@ -324,7 +333,7 @@ def memory_estimate() -> dict[str, Any]:
     told = []
 
     def settings(**options: Any) -> Any:
-        return causal_model.with_settings(patcher, causal_model.Settings("causal", CHUNKS, STEPS, **options))
+        return causal_model.with_settings(patcher, model_settings.Settings("causal", CHUNKS, STEPS, **options))
 
     original = comfy.model_management.load_models_gpu
 
@@ -339,7 +348,7 @@ def memory_estimate() -> dict[str, Any]:
         sampled(patcher, latent=long, causal=CausalConfig(chunk=3, window=6))
         sampled(settings(cache_dtype=torch.bfloat16))
         sampled(settings(cache_device="cpu"))
-        sampled(causal_model.with_settings(patcher, causal_model.Settings("unknown", CHUNKS, STEPS)), is_whole=True)
+        sampled(causal_model.with_settings(patcher, model_settings.Settings("unknown", CHUNKS, STEPS)), is_whole=True)
     finally:
         comfy.model_management.load_models_gpu = original
     names = ("one", "two", "long", "narrow", "elsewhere", "whole")
@@ -387,7 +396,7 @@ def interrupts(count: int = 50) -> dict[str, int]:
     stopped = same = late = 0
     for _ in range(count):
         at, calls = draw.randrange(9), []
-        evaluate = causal_model.RolloutState.evaluate
+        evaluate = causal_pass.CausalPass.evaluate
 
         def counted(self: Any, *args: Any, at: int = at, calls: list[int] = calls, evaluate: Any = evaluate) -> Any:
             if len(calls) == at:
@@ -395,13 +404,13 @@ def interrupts(count: int = 50) -> dict[str, int]:
             calls.append(1)
             return evaluate(self, *args)
 
-        causal_model.RolloutState.evaluate = counted
+        causal_pass.CausalPass.evaluate = counted
         try:
             sampled(patcher)
         except comfy.model_management.InterruptProcessingException:
             stopped += 1
         finally:
-            causal_model.RolloutState.evaluate = evaluate
+            causal_pass.CausalPass.evaluate = evaluate
             comfy.model_management.interrupt_current_processing(False)
         late += len(calls) - at > 1
         same += bool(torch.equal(sampled(patcher), before))
@@ -413,7 +422,7 @@ def states() -> dict[str, Any]:
     patcher = loaded(saved("t2v", network()))
     long = {"samples": torch.zeros(1, CHANNELS, 9, HEIGHT, WIDTH)}
     whole = sampled(patcher, latent=long)
-    kept, copied, moved = sampling.StateHolder(), [], []
+    kept, copied, moved = sampling.SnapshotHolder(), [], []
     cache, state = core["kv_cache"].KVCache, core["snapshot"].Snapshot
     snapshot, to = cache.snapshot, state.to
     cache.snapshot = lambda self, device=None: (copied.append(str(device)), snapshot(self, device))[1]
@@ -422,7 +431,7 @@ def states() -> dict[str, Any]:
         sampled(patcher, keep=kept)
         assert kept.snapshot is not None
         kept.snapshot.save(FOLDER / "state.safetensors")
-        read = sampling.StateHolder(state.load(FOLDER / "state.safetensors"))
+        read = sampling.SnapshotHolder(state.load(FOLDER / "state.safetensors"))
         moved.clear()
         found = {
             "is_same": bool(torch.equal(sampled(patcher, latent=long, resume=kept), whole)),
@@ -461,11 +470,11 @@ def a_prompt_typed_into_a_resumed_run() -> dict[str, Any]:
     """Of a state whose history cannot be written again: it is left as it is, and said so; a schedule is refused."""
     patcher = loaded(saved("t2v", network()))
     last_step = CausalConfig(chunk=3, cache_source="last_step")
-    long, kept = {"samples": torch.zeros(1, CHANNELS, 12, HEIGHT, WIDTH)}, sampling.StateHolder()
+    long, kept = {"samples": torch.zeros(1, CHANNELS, 12, HEIGHT, WIDTH)}, sampling.SnapshotHolder()
     sampled(patcher, keep=kept, causal=last_step)
     hands = {history: Hand(1, history) for history in ("recode", "keep")}
     videos = [sampled(patcher, latent=long, resume=kept, causal=last_step, steering=hand) for hand in hands.values()]
-    moment = importlib.import_module(PACKAGE + ".prompts").Moment
+    moment = part("prompts").Moment
 
     def refusal(seconds: float) -> str:
         guider = comfy.samplers.CFGGuider(patcher)
@@ -473,10 +482,10 @@ def a_prompt_typed_into_a_resumed_run() -> dict[str, Any]:
         guider.inner_set_conds({"positive": [[text(1), {}], [text(3), {moment.KEY: later}]]})
         guider.set_cfg(1.0)
         run = sampling.Run(resume=kept, causal=last_step)
-        noise = sampling.SeededHostNoise(5, (3, 3, 3, 3)).generate_noise(long)
+        noise = guided_network.SeededGraphNoise(5, (3, 3, 3, 3)).generate_noise(long)
         try:
             guider.sample(
-                noise, long["samples"], sampling.ChunkSampler(run), causal_model.sigmas_of(patcher, 0, 0.0),
+                noise, long["samples"], sampling.ChunkSampler(run), model_settings.sigmas_of(patcher, 0, 0.0),
                 disable_pbar=True, seed=5,
             )  # fmt: skip
         except ValueError as error:
@@ -509,10 +518,10 @@ def the_hosts_own_causal_sampler() -> float | None:
     guider.set_conds([[text(1, 512), {}]], [[text(2, 512), {}]])
     guider.set_cfg(1.0)
     latent = {"samples": torch.zeros(1, CHANNELS, FRAMES, HEIGHT, WIDTH)}
-    noise = sampling.SeededHostNoise(5, (3, 3)).generate_noise(latent)
+    noise = guided_network.SeededGraphNoise(5, (3, 3)).generate_noise(latent)
     theirs = guider.sample(
         noise, latent["samples"], comfy.samplers.ksampler("ar_video", {"num_frame_per_block": 3}),
-        causal_model.sigmas_of(patcher, 0, 0.0), disable_pbar=True, seed=5,
+        model_settings.sigmas_of(patcher, 0, 0.0), disable_pbar=True, seed=5,
     )  # fmt: skip
     return apart(ours, patcher.model.process_latent_in(theirs).transpose(1, 2))
 
@@ -620,7 +629,7 @@ def taehv_streams_latent_by_latent() -> dict[str, Any]:
         frames = torch.cat([stream.decode(chunk, is_last=not chunk.shape[1]) for chunk in chunks], 1)
         found[str(length)] = bool(torch.equal(frames, whole))
     pieces: list[torch.Tensor] = []
-    progress = importlib.import_module(PACKAGE + ".sampler")._StreamProgress
+    progress = part("progress").StreamProgress
     progress(1, 9, frame_stream.frame_stream(vae), None, None, pieces.append).resumed(latents)
     found["resumed"] = bool(torch.equal(torch.cat(pieces, 1), whole))
     return {"is_same": found, "largest": max(piece.shape[1] for piece in pieces), "shape": list(whole.shape)}
@@ -741,7 +750,9 @@ def what_is_set_on_the_forward_pass_is_followed() -> dict[str, Any]:
     if with_rope(causal) is not None:
         made.axes = ((1.5, 3.0), (0.5, 0.0), (2.0, 1.0))
         found["rope_in_chunks"] = apart(sampled(with_rope(causal)), core_rollout(made))
-    narrow = causal_model.with_settings(causal, causal_model.Settings("causal", CHUNKS, STEPS, cache_dtype=torch.int8))
+    narrow = causal_model.with_settings(
+        causal, model_settings.Settings("causal", CHUNKS, STEPS, cache_dtype=torch.int8)
+    )
     exact = sampled(with_override(causal))
     found["attention_from_int8"] = float((sampled(with_override(narrow)) - exact).abs().mean() / exact.std())
     compiled_one = with_override(causal)
@@ -818,7 +829,7 @@ def modules_and_prompts_of_others_are_followed() -> dict[str, float]:
     for kind, net, given in (("t2v", made, {}), ("i2v", image, values)):
         whole = loaded(saved(f"{kind} whole", net, causal=None), kind="base")
         causal = loaded(saved(kind, net))
-        causal = causal_model.with_settings(causal, causal_model.Settings("causal", CHUNKS, euler))
+        causal = causal_model.with_settings(causal, model_settings.Settings("causal", CHUNKS, euler))
         options: dict[str, Any] = {"values": given, "cfg": 1.0, "sigmas": SEVERAL}
         plain = once(whole, **options)
         found[f"{kind}_plain"] = apart(once(causal, at_once, **options), plain)
@@ -845,7 +856,7 @@ def a_model_can_be_loaded_again() -> dict[str, Any] | None:
     change = torch.randn(made.get_parameter("blocks.0.ffn.0.weight").shape, generator=torch.Generator().manual_seed(1))
     lora = {"diffusion_model.blocks.0.ffn.0.diff": change * 0.02}
     patched = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0)[0]
-    settings = replace(causal_model.settings_of(patched), cache_dtype=torch.bfloat16)
+    settings = replace(model_settings.settings_of(patched), cache_dtype=torch.bfloat16)
     patched = causal_model.with_settings(patched, settings)
     wanted = sampled(patched)
     copies = {
@@ -997,7 +1008,7 @@ def a_loras_modulation_is_the_merged_network() -> dict[str, Any]:
     made.load_state_dict({**plain, **{name: plain[name] + 0.5 * value for name, value in change.items()}})
     wanted = core_rollout(made)
     lora = {f"diffusion_model.{name}.diff": value for name, value in change.items()}
-    settings = causal_model.Settings("causal", CHUNKS, STEPS)
+    settings = model_settings.Settings("causal", CHUNKS, STEPS)
     foreign = comfy.sd.load_diffusion_model_state_dict(dict(plain))
     found: dict[str, Any] = {"matters": apart(wanted, first)}
     for name, patcher in (("ours", loaded(path)), ("hosts", causal_model.with_settings(foreign, settings))):
@@ -1014,7 +1025,7 @@ def first_and_last_frame_models_are_not_made_causal() -> dict[str, str]:
     found = {}
     for kind in ("causal", "few-step bidirectional", "unknown"):
         try:
-            patched = causal_model.with_settings(foreign, causal_model.Settings(kind, CHUNKS, STEPS))
+            patched = causal_model.with_settings(foreign, model_settings.Settings(kind, CHUNKS, STEPS))
             if kind == "unknown":
                 sampled(patched)
             found[kind] = ""
@@ -1040,11 +1051,11 @@ def a_scaled_8_bit_file_is_the_network_it_stands_for() -> dict[str, Any]:
     made.load_state_dict(exact)
     wanted = core_rollout(made)
     lines: list[str] = []
-    warning, causal_model.log.warning = causal_model.log.warning, lambda line, *args: lines.append(line % args)
+    warning, model_file.log.warning = model_file.log.warning, lambda line, *args: lines.append(line % args)
     try:
         ours = loaded(path)
     finally:
-        causal_model.log.warning = warning
+        model_file.log.warning = warning
     narrow = loaded(path, dtype=torch.bfloat16)
     return {
         "ours": apart(sampled(ours), wanted),
@@ -1058,18 +1069,17 @@ class Stage:
     """A live run without a server: its page is here, or gone, and its messages are kept."""
 
     def __init__(self, pace: float) -> None:
-        self.live_module = importlib.import_module(PACKAGE + ".live")
-        record_module, prompts = (
-            importlib.import_module(f"{PACKAGE}.{name}") for name in ("steering_record", "prompts")
-        )
+        self.waiting_modules = part("live"), part("outbox")
+        record_module, prompts = part("steering_record"), part("prompts")
         self.run, self.is_here, self.messages = None, True, []
-        self.before = host.send, host.is_listening, self.live_module.PATIENCE
+        self.before = host.send, host.is_listening, self.waiting_modules[0].PATIENCE
         host.send = lambda event, data, client: self.receive(data)
         host.is_listening = lambda client: self.is_here
-        self.live_module.PATIENCE = 0.4
+        for module in self.waiting_modules:
+            module.PATIENCE = 0.4
         lengths = (8,) * 9
         record = record_module.SteeringRecord(prompts.Planned("a"), lengths, 10.0)
-        self.run = self.live_module.Live(
+        self.run = self.waiting_modules[0].Live(
             host.Audience("page", "prompt", "1"), record, fps=10.0, lengths=lengths, read=lambda text: [], seed=0,
             pace=pace, hidden=None,
         )  # fmt: skip
@@ -1102,7 +1112,9 @@ class Stage:
     def close(self) -> None:
         self.run.close("stopped", [])
         self.run.outbox.thread.join(5)
-        host.send, host.is_listening, self.live_module.PATIENCE = self.before
+        host.send, host.is_listening, patience = self.before
+        for module in self.waiting_modules:
+            module.PATIENCE = patience
 
 
 def a_run_waits_for_its_viewer() -> dict[str, Any]:
@@ -1134,7 +1146,7 @@ def a_run_waits_for_its_viewer() -> dict[str, Any]:
         found["still gone"] = waited()[0]
         stage.is_here = True
         stage.run.command({"action": "shown", "frame": 0})
-        pacing, usual = importlib.import_module(PACKAGE + ".pacing"), 0.0
+        pacing, usual = part("pacing"), 0.0
         usual, pacing.SILENT = pacing.SILENT, 0.4
         found["page silent"] = waited()[0]
         pacing.SILENT = usual
@@ -1173,8 +1185,8 @@ def a_new_loader_never_pairs_a_bundled_part_with_a_real_one() -> dict[str, list[
 
 def a_picture_that_moves_is_taken_to_move_on() -> dict[str, float]:
     """Seconds ahead 0.2 s and 1.2 s after the last word: only a while, and only if the picture moved before."""
-    viewer, found = importlib.import_module(PACKAGE + ".pacing").Viewer(10.0), {}
-    clock = importlib.import_module(PACKAGE + ".pacing").time
+    viewer, found = part("pacing").Viewer(10.0), {}
+    clock = part("pacing").time
     now, clock_before = [100.0], clock.monotonic
     clock.monotonic = lambda: now[0]
     try:
@@ -1190,7 +1202,7 @@ def a_picture_that_moves_is_taken_to_move_on() -> dict[str, float]:
 
 
 def the_first_prompt_is_found_in_the_graph_or_not_guessed() -> dict[str, str]:
-    found = importlib.import_module(PACKAGE + ".prompts").text_in_graph
+    found = part("prompts").text_in_graph
     graph = {
         "1": {"class_type": "CLIPTextEncode", "inputs": {"text": "a"}},
         "2": {"class_type": "WanImageToVideo", "inputs": {"positive": ["1", 0]}},
@@ -1215,7 +1227,7 @@ def random_taehv() -> dict[str, torch.Tensor]:
 
 def lighttaew2_1_decodes_as_in_the_host() -> dict[str, Any]:
     """By its name, under auto: its latents are unscaled. Apart from ComfyUI's own decode where it knows such files."""
-    loader, weights = importlib.import_module(PACKAGE + ".loader"), random_taehv()
+    loader, weights = part("loader"), random_taehv()
     made, names = {}, ("lighttaew2_1", "taew2_1")
     latents = torch.randn(1, CHANNELS, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1))
     for name, chosen in zip(names, ("auto", "wan2.1")):
@@ -1269,7 +1281,7 @@ def refusal(call: Callable[..., Any], *args: Any) -> str:
 
 def a_steered_run_is_kept_in_its_files() -> dict[str, Any]:
     """Two rows with one sound, closed; then the prompts are written into both."""
-    to_file = importlib.import_module(PACKAGE + ".stream_to_file")
+    to_file = part("stream_to_file")
     core_video = importlib.import_module(CORE + "video")
     sound = to_file._sounds({"waveform": torch.zeros(1, 1, 16000), "sample_rate": 16000}, 2)
     refusal = ""

@@ -86,7 +86,7 @@ class Lines(logging.Handler):
 
 def main() -> None:
     lines = Lines()
-    logger = logging.getLogger(inside.causal_model.__name__)
+    logger = logging.getLogger(inside.causal_pass.__name__)
     logger.setLevel(logging.INFO)
     logger.addHandler(lines)
     at_once = inside.sampling.ChunkSampler(inside.sampling.Run(causal=inside.CausalConfig(chunk=inside.FRAMES)))
@@ -113,7 +113,7 @@ def main() -> None:
     F.scaled_dot_product_attention = torch_attention
     exact = inside.core_rollout(made)
     found["in_chunks"] = inside.apart(video, exact)
-    settings = inside.causal_model.Settings("causal", inside.CHUNKS, inside.STEPS, cache_dtype=torch.int8)
+    settings = inside.model_settings.Settings("causal", inside.CHUNKS, inside.STEPS, cache_dtype=torch.int8)
     narrow, found["from_int8_calls"] = calls_of(
         lambda: inside.sampled(inside.causal_model.with_settings(patcher, settings))
     )

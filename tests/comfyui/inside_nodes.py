@@ -179,7 +179,7 @@ def main() -> None:
     save_file(LORA, inside.FOLDER / FILE)
     sys.modules["folder_paths"].add_model_folder_path("loras", str(inside.FOLDER), is_default=True)  # type: ignore[attr-defined]
     euler = replace(inside.STEPS, solver="euler")
-    settings = inside.causal_model.Settings("causal", inside.CHUNKS, euler)
+    settings = inside.model_settings.Settings("causal", inside.CHUNKS, euler)
 
     def model(kind: str, net: Any) -> Any:
         """What the host's own loader makes of the weights, for our sampler with Patch Model behind it."""
