@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import threading
 import time
 import uuid
 from collections import Counter
@@ -27,8 +26,10 @@ from torch import Tensor
 from ..selfforcing_core.geometry import pixel_frames
 from ..selfforcing_core.prompt_schedule import HISTORIES
 from . import host
+from .figures import Figures
 from .outbox import AGAIN_AFTER, EVENT, PATIENCE, Outbox, thumbnails
 from .pacing import Viewer
+from .page_steering import PageSteering
 from .prompts import Reader
 from .steering_record import SteeringRecord
 
@@ -49,36 +50,41 @@ class Live:
     """One run of a sampler as its page sees and steers it. Made by `open_live`; `close` ends it."""
 
     def __init__(
-        self, audience: host.Audience, record: SteeringRecord, *, fps: float, lengths: Sequence[int],
-        read: Reader | None, seed: int, pace: float, hidden: Any,
-    ) -> None:  # fmt: skip
-        self.client, self.prompt, self.fps, self.read = audience.client, audience.prompt, fps, read
-        self.name, self.record, self.own_seed, self.is_steered = uuid.uuid4().hex, record, seed, False
-        self.pace = pace or None
-        self.viewer, self.made = Viewer(fps), 0
-        fixed = {
-            "run": self.name, "prompt_id": audience.prompt, "node": audience.node, "num_chunks": len(lengths),
-            "num_frames": pixel_frames(sum(lengths)), "fps": fps, "can_prompt": read is not None, "can_finish": True,
-            "pace": self.pace, **_queued_from(hidden),
-        }  # fmt: skip
-        self.began, self.paused, self.first_seconds, self.first_frames = time.perf_counter(), 0.0, 0.0, 0
-        self.chunk_began = self.began
-        self.limit_fps: float | None = None  # what this device can reach at most
-        self.seed: int | None = None  # of chunks that have not begun
-        self.is_reseeded = False  # since the last chunk began
-        self.chunk_seed: int | None = None
-        self.chunk_start = -1
-        self.next_seed: int | None = None  # of the held chunk, to be made once more
-        self.typed: tuple[str, str] | None = None
-        self.read_text = ""
-        self.is_held, self.is_released, self.is_waiting = False, False, False
-        self.is_again, self.is_finishing = False, False
-        self.changed = threading.Condition()
+        self,
+        audience: host.Audience,
+        record: SteeringRecord,
+        *,
+        fps: float,
+        lengths: Sequence[int],
+        read: Reader | None,
+        seed: int,
+        pace: float,
+        hidden: Any,
+    ) -> None:
+        self.name = uuid.uuid4().hex  # a secret: whoever knows it may steer
+        self.audience, self.record, self.read = audience, record, read
+        self.own_seed, self.pace = seed, pace or None
+        self.viewer, self.figures, self.steering = Viewer(fps), Figures(fps), PageSteering()
+        self.read_text = ""  # the text of the prompt that was read last
+        self.is_steered = False  # the result is another than that of the node's inputs
+        self.is_again = False  # the coming frames replace those of the chunk shown last
         _runs[self.name] = self
+        unchanging = {
+            "run": self.name,
+            "prompt_id": audience.prompt,
+            "node": audience.node,
+            "num_chunks": len(lengths),
+            "num_frames": pixel_frames(sum(lengths)),
+            "fps": fps,
+            "can_prompt": read is not None,
+            "can_finish": True,
+            "pace": self.pace,
+            **_queued_from(hidden),
+        }
         self.outbox = Outbox(
             lambda message: host.send(EVENT, message, audience.client),
-            fixed,
-            lambda: {"ahead": self.viewer.seconds_ahead(self.made), "events": record.events},
+            unchanging,
+            lambda: {"ahead": self.viewer.seconds_ahead(self.figures.num_frames), "events": record.events},
             lambda: _runs.pop(self.name, None),
         )
         self.outbox.put(
@@ -92,104 +98,101 @@ class Live:
         """Whether a player has answered."""
         return self.outbox.answered > 0
 
+    @property
+    def is_finishing(self) -> bool:
+        """Whether the present chunk is to be the last."""
+        return self.steering.is_finishing
+
     # ---------------------------------------------------- the sampling thread --
     def show(self, frames_VRHW: Tensor, first_frame: int, chunk: int) -> None:
-        """Finished frames in [0, 1] of a chunk, numbered from `first_frame`; chunk counts the finished ones."""
-        self.made = first_frame + len(frames_VRHW)
+        """Show finished frames in [0, 1] of a chunk, numbered from `first_frame`; chunk counts the finished ones."""
+        num_frames = first_frame + len(frames_VRHW)
         if not len(frames_VRHW):
+            self.figures.num_frames = num_frames
             self.outbox.put(chunk=chunk)
             return
-        seconds = time.perf_counter() - self.began - self.paused
-        if not self.first_frames:
-            self.first_seconds, self.first_frames = seconds, first_frame + len(frames_VRHW)
-        made, taken = first_frame + len(frames_VRHW) - self.first_frames, seconds - self.first_seconds
-        rate = made / taken if made and taken else None
+        rate = self.figures.count(num_frames)
         every = max(1, math.ceil((rate or 0) / FRAME_RATE))
-        frames = list(zip(range(first_frame, first_frame + len(frames_VRHW), every), thumbnails(frames_VRHW[::every])))
-        stats = {
-            "fps": rate, "first_frame_seconds": self.first_seconds, "real_time": rate and rate / self.fps,
-            "share_of_limit": rate / self.limit_fps if rate and self.limit_fps else None,
-        }  # fmt: skip
-        self.outbox.put(frames, is_again=self.is_again, chunk=chunk, stats=stats)
+        frames = list(zip(range(first_frame, num_frames, every), thumbnails(frames_VRHW[::every])))
+        self.outbox.put(frames, is_again=self.is_again, chunk=chunk, stats=self.figures.stats(rate))
         self.is_again = False
 
     def wants_again(self, *, can_hold: bool = True, is_last: bool = False) -> bool:
-        """Waits while the chunk that was just shown is held, or far ahead; whether it is to be made once more.
+        """Wait while the chunk that was just shown is held, or far ahead; return whether it is to be made once more.
 
         can_hold: it was made, not given. is_last: nothing follows, so nothing can be ahead.
         """
-        began = time.perf_counter()
-        with self.changed:
-            self.next_seed, self.is_released = None, False
+        waited_from, steering = time.perf_counter(), self.steering
+        with steering.changed:
+            steering.next_seed, steering.is_released = None, False
             self._wait(can_hold=can_hold, is_last=is_last)
             self.outbox.put(state="sampling")  # before what else there is to tell, which nobody is to take for a hold
-            self.is_again = self.next_seed is not None and not self.is_finishing
+            self.is_again = steering.next_seed is not None and not steering.is_finishing
             if self.is_again:
-                self._roll_again(began)
-            self.paused += time.perf_counter() - began
-            self.chunk_began = time.perf_counter()
+                self._roll_again(waited_from)
+            self.figures.go_on(waited_from)
             return self.is_again
 
     def _wait(self, *, can_hold: bool, is_last: bool) -> None:
-        """Until there is no reason left to wait; says the reason, and again for a page that was loaded anew."""
-        said, told_at, lost_at = "", 0.0, time.monotonic() + PATIENCE
+        """Wait until there is no reason left; say the reason, and again for a page that was loaded anew."""
+        latest_reason, told_at, lost_at = "", 0.0, time.monotonic() + PATIENCE
         while reason := self._reason(can_hold=can_hold, is_last=is_last):
-            self.is_waiting = reason == "held"
-            if reason != said or time.monotonic() > told_at + AGAIN_AFTER:
-                said, told_at = reason, time.monotonic()
+            self.steering.is_waiting = reason == "held"
+            if reason != latest_reason or time.monotonic() > told_at + AGAIN_AFTER:
+                latest_reason, told_at = reason, time.monotonic()
                 self.outbox.put(state=reason)
-            self.changed.wait(LISTEN)
+            self.steering.changed.wait(LISTEN)  # lets go of the lock meanwhile
             host.check_interrupted()
-            if host.is_listening(self.client):
+            if host.is_listening(self.audience.client):
                 lost_at = time.monotonic() + PATIENCE
             elif time.monotonic() > lost_at:
                 log.warning("the page that the run waited for (%s) is gone; the run goes on", reason)
-                self.is_held = False
+                self.steering.is_held = False
                 self.viewer.forget()
-        self.is_waiting = False
+        self.steering.is_waiting = False
 
     def _reason(self, *, can_hold: bool, is_last: bool) -> str:
-        """Why to wait before the next chunk; "" if there is no reason."""
-        if self.is_finishing or self.next_seed is not None:
+        """Return why to wait before the next chunk; "" if there is no reason."""
+        steering = self.steering
+        if steering.is_finishing or steering.next_seed is not None:
             return ""
-        if can_hold and self.is_held and not self.is_released:
+        if can_hold and steering.is_held and not steering.is_released:
             return "held"
-        ahead = None if is_last or self.pace is None else self.viewer.seconds_ahead(self.made)
+        ahead = None if is_last or self.pace is None else self.viewer.seconds_ahead(self.figures.num_frames)
         return "ahead" if ahead is not None and self.pace is not None and ahead > self.pace else ""
 
     def _roll_again(self, waited_from: float) -> None:
-        assert self.next_seed is not None
-        self.chunk_seed = self.next_seed
-        self.record.reroll(self.chunk_start, self.next_seed)
-        self.record.use(self.chunk_start, self.next_seed)
-        self.paused += waited_from - self.chunk_began  # the attempt that is thrown away counts as little as the wait
+        start, seed = self.steering.chunk_start, self.steering.next_seed
+        assert seed is not None
+        self.steering.chunk_seed = seed
+        self.record.reroll(start, seed)
+        self.record.use(start, seed)
+        self.figures.throw_away(waited_from)
         self._tell_schedule()
 
     def seed_at(self, start_frame: int) -> int | None:
-        with self.changed:
-            if start_frame != self.chunk_start:
-                self.chunk_start, self.chunk_seed = start_frame, self.seed
-                self.record.use(start_frame, self.seed)
-                self._tell_seed()
-            if self.chunk_seed is not None:
-                self._count()
-            return self.chunk_seed
-
-    def _tell_seed(self) -> None:
-        is_reseeded, self.is_reseeded = self.is_reseeded, False
-        if is_reseeded and self.seed is not None:
-            self.record.seed(self.chunk_start, self.seed)
+        """Return the seed of this chunk's noise; None is the run's own."""
+        seed, is_reseeded = self.steering.begin(start_frame)
+        self.record.use(start_frame, seed)
+        if is_reseeded and seed is not None:
+            self.record.seed(start_frame, seed)
             self._tell_schedule()
+        if seed is not None:
+            self._count()
+        return seed
 
     def read_prompt(self, check: Callable[[list[Any]], None]) -> tuple[list[Any], str] | None:
-        with self.changed:
-            typed, self.typed = self.typed, None
+        """Return the CONDITIONING of the prompt that was typed and what becomes of the history; None if there is none.
+
+        One that cannot be read, or that `check` refuses, is said to be refused and is none.
+        """
+        typed = self.steering.take_prompt()
         if typed is None or self.read is None:
             return None
         text, history = typed
         try:
-            made = self.read(text)
-            check(made)
+            conditioning = self.read(text)
+            check(conditioning)
         except host.Interrupted:
             raise
         except Exception as error:  # a long run does not end because of a sentence typed into it
@@ -198,9 +201,10 @@ class Live:
             return None
         self._count()
         self.read_text = text
-        return made, history
+        return conditioning, history
 
     def took_prompt(self, start_frame: int, history: str) -> None:
+        """Note that the prompt that was read last holds from this chunk on."""
         self.record.use(start_frame, None)
         self.record.prompt(start_frame, self.read_text, history)
         self._tell_schedule()
@@ -237,29 +241,25 @@ class Live:
             return
         if self.outbox.is_closed:
             raise ValueError("the run is over; queue it again")
-        with self.changed:
-            if action == "prompt":
-                self.typed = self._typed(message)
-            elif action == "seed":
-                self.seed, self.is_reseeded = _whole(message, "seed"), True
-            elif action == "hold":
-                self.is_held = True
-            elif action == "go_on":
-                self.is_held, self.is_released = False, True  # also where the next chunk is to be held at once
-            elif action == "reroll":
-                if not self.is_waiting:
-                    raise ValueError("no chunk is held; press Hold first and wait until it is")
-                self.next_seed = _whole(message, "seed")
-            elif action == "finish":
-                self.is_finishing = True
-            else:
-                raise ValueError(f"action {str(action)[:40]!r} is unknown; use {', '.join(ACTIONS)}")
-            self.changed.notify_all()
+        if action == "prompt":
+            self.steering.type_prompt(*self._typed(message))
+        elif action == "seed":
+            self.steering.reseed(_whole(message, "seed"))
+        elif action == "hold":
+            self.steering.hold()
+        elif action == "go_on":
+            self.steering.go_on()
+        elif action == "reroll":
+            self.steering.reroll(_whole(message, "seed"))
+        elif action == "finish":
+            self.steering.finish()
+        else:
+            raise ValueError(f"action {str(action)[:40]!r} is unknown; use {', '.join(ACTIONS)}")
 
     def refusal(self, message: dict[str, Any]) -> str | None:
         """Why this command is not taken from whoever sent it; None: it is. An older page's answers harm nobody."""
         client = message.get("client")
-        if client == self.client or (client is None and message.get("action") == "ack"):
+        if client == self.audience.client or (client is None and message.get("action") == "ack"):
             return None
         if client is None:
             return "this page's player is older than its server and does not say who it is; reload the page"
@@ -272,9 +272,9 @@ class Live:
             self._saw(frame)
 
     def _saw(self, frame: int) -> None:
-        with self.changed:
+        with self.steering.changed:  # whoever waits because too much is ahead looks again
             self.viewer.tell(frame)
-            self.changed.notify_all()
+            self.steering.changed.notify_all()
 
     def _typed(self, message: dict[str, Any]) -> tuple[str, str]:
         text, history = message.get("text"), message.get("history", HISTORIES[0])
@@ -346,7 +346,7 @@ def _named(message: dict[str, Any]) -> Live | None:
     if "run" in message or message.get("action") != "finish":
         return _runs.get(str(message.get("run")))
     running = (live for live in list(_runs.values()) if not live.outbox.is_closed)
-    return next((live for live in running if live.prompt == message.get("prompt_id")), None)
+    return next((live for live in running if live.audience.prompt == message.get("prompt_id")), None)
 
 
 def _not_running(message: dict[str, Any]) -> str:

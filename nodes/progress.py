@@ -18,7 +18,7 @@ from . import host
 from .frame_stream import FrameStream
 from .live import Live
 
-Take = Callable[[Tensor], object]  # what becomes of a chunk's frames [B, V, R, H, W] in [0, 1]
+OnFrames = Callable[[Tensor], object]  # what becomes of a chunk's frames [B, V, R, H, W] in [0, 1]
 
 
 class Progress(Protocol):
@@ -75,12 +75,20 @@ class StreamProgress(host.ProgressBar):
     """Counts network calls, decodes each chunk as soon as it is there, shows it, and waits while it is held."""
 
     def __init__(
-        self, total: int, num_frames: int, stream: FrameStream | None, latent_format: Any, live: Live | None, take: Take
+        self,
+        total: int,
+        num_frames: int,
+        *,
+        stream: FrameStream | None,
+        latent_format: Any,
+        live: Live | None,
+        on_frames: OnFrames,
     ) -> None:
         super().__init__(total)
         self.num_frames, self.stream, self.latent_format = num_frames, stream, latent_format
-        self.live, self.take = live, take
-        self.taken = self.calls = 0
+        self.live, self.on_frames = live, on_frames
+        self.num_accepted = 0  # video frames that nothing replaces any more
+        self.calls = 0  # network calls up to the last chunk that was accepted
         self.is_finished = False
 
     def resumed(self, video_BTCHW: Tensor) -> None:
@@ -134,7 +142,7 @@ class StreamProgress(host.ProgressBar):
                 self._accept(frames_BVRHW)
 
     def _show(self, frames_BVRHW: Tensor, chunk: Chunk) -> None:
-        first = self.taken
+        first = self.num_accepted
         if not frames_BVRHW.shape[1] and (self.stream is None or self.stream.note):  # no pictures before the end
             frames_BVRHW = host.rough_frames(chunk.latents_BTCHW[:1, -1:], self.latent_format)
             first = pixel_frames(chunk.start_frame + chunk.latents_BTCHW.shape[1]) - 1
@@ -144,6 +152,6 @@ class StreamProgress(host.ProgressBar):
             self.show(frames_BVRHW[0, -1])
 
     def _accept(self, frames_BVRHW: Tensor) -> None:
-        self.taken += frames_BVRHW.shape[1]
+        self.num_accepted += frames_BVRHW.shape[1]
         if frames_BVRHW.shape[1] and self.stream is not None:
-            self.take(frames_BVRHW)
+            self.on_frames(frames_BVRHW)

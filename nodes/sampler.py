@@ -16,7 +16,7 @@ from . import host
 from .autoencoder import graph_clips, graph_latent, space_of
 from .live import times_steered
 from .model_settings import AUTO, SINK_AUTO
-from .stream_run import sample
+from .stream_run import StreamInputs, sample
 
 State = io.Custom("SELFFORCING_STATE")
 NO_FRAMES = "the sampler's IMAGE output needs an autoencoder; connect taehv, or decode the LATENT output instead"
@@ -215,7 +215,7 @@ class SelfForcingStreamSampler(io.ComfyNode):
         if inputs.get("taehv") is None and host.is_read(cls.hidden, IMAGE_OUTPUT):
             raise ValueError(NO_FRAMES)
         frames: list[Tensor] = []
-        made = sample(take=frames.append, hidden=cls.hidden, **inputs)
+        result = sample(StreamInputs(hidden=cls.hidden, **inputs), on_frames=frames.append)
         images = graph_clips(torch.cat(frames, 1)) if frames else [host.blocked(NO_FRAMES)]
-        latent = graph_latent(made.samples, space_of(made.samples))
-        return io.NodeOutput(latent, images, made.kept, made.schedule)
+        latent = graph_latent(result.samples, space_of(result.samples))
+        return io.NodeOutput(latent, images, result.kept, result.schedule)

@@ -31,7 +31,7 @@ from .frame_stream import FrameStream, frame_stream
 from .guided_network import SeededGraphNoise, compute_dtype
 from .live import Live, open_live
 from .model_settings import causal_settings, settings_of, sigmas_of
-from .progress import StreamProgress, Take
+from .progress import OnFrames, StreamProgress
 from .prompts import planned, reader_of, text_in_graph
 from .sampling import ChunkGuider, ChunkSampler, Run, SnapshotHolder, known_frames, layout
 from .shared_network import config_of
@@ -40,156 +40,193 @@ from .steering_record import SteeringRecord
 log = logging.getLogger(__name__)
 SCHEDULE_KEY = "selfforcing_schedule"  # of saved files: the Prompt Schedule text that repeats a steered run
 NO_STATE = "the sampler's state output is empty; switch keep_state on"
-# Closes what was written, with the Prompt Schedule text of a run that was steered, else ""; names it as the host does.
-Written = Callable[[str], list[dict[str, Any]]]
+# Closes what was written, with the Prompt Schedule text of a run that was steered, else ""; returns the files as
+# ComfyUI lists them for the page.
+OnEnd = Callable[[str], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """What a run of a streaming node gave.
+class StreamInputs:
+    """The inputs of a streaming node under the names of its sockets and widgets, and what ComfyUI adds to them."""
 
-    samples: LATENT samples [B, C, T, H, W], T shorter than asked for where the run was finished early. kept: where it
-    ended, or what stands for that. schedule: Prompt Schedule text that repeats it. ending: "whole" or "early".
+    model: Any  # MODEL that our loader or our patch node has seen
+    positive: list[Any]  # CONDITIONING, perhaps with the times from which its prompts hold
+    width: int  # pixels, rounded down to whole tokens
+    height: int  # likewise
+    length: int  # video frames, rounded down to whole chunks
+    seed: int  # of all noise
+    steps: int  # per chunk; AUTO is the MODEL's own list
+    shift: float  # of the timesteps; AUTO is the MODEL's own
+    chunk: int  # latent frames; AUTO likewise
+    window: int  # latent frames in the KV cache, -1 for all; AUTO likewise
+    sink: int  # latent frames that never leave it; SINK_AUTO likewise
+    latent_image: dict[str, Any] | None = None  # its size replaces width, height and length
+    taehv: Any = None  # a VAE of any loader; without one nothing is decoded
+    negative: list[Any] | None = None  # CONDITIONING; only with a cfg other than 1
+    cfg: float = 1.0  # guidance scale
+    state: SnapshotHolder | None = None  # to go on from
+    keep_state: bool = False  # whether the result holds a snapshot
+    clip: Any = None  # reads typed prompts where positive brings no reader
+    player: bool = True  # whether a page may watch and steer
+    pace: float = 0.0  # seconds of video that may be made and not yet shown; 0 is no limit
+    fps: float = 16.0  # of the player's clock, and of times in prompts
+    hidden: Any = None  # what ComfyUI adds: the queued graph, and what saved files are given
+
+
+@dataclass(frozen=True)
+class StreamResult:
+    """What a run of a streaming node gave."""
+
+    samples: Tensor  # of a LATENT [B, C, T, H, W]; T is shorter than asked for where the run was finished early
+    kept: Any  # the snapshot where it ended, or what stands for that in the graph
+    schedule: str  # Prompt Schedule text that repeats the run
+    ending: str  # "whole" or "early"
+
+
+def sample(inputs: StreamInputs, *, on_frames: OnFrames, on_end: OnEnd = lambda schedule: []) -> StreamResult:
+    """Run a streaming node; `on_frames` gets every chunk's frames as soon as they are decoded.
+
+    on_end: called once when nothing more comes, however the run ended, before the page hears that it did.
+    Raises ValueError for inputs that do not go together, before the first network call.
     """
-
-    samples: Tensor
-    kept: Any
-    schedule: str
-    ending: str
-
-
-def sample(
-    *,
-    model: Any,
-    positive: list[Any],
-    width: int,
-    height: int,
-    length: int,
-    seed: int,
-    steps: int,
-    shift: float,
-    chunk: int,
-    window: int,
-    sink: int,
-    take: Take,
-    latent_image: dict[str, Any] | None = None,
-    taehv: Any = None,
-    negative: list[Any] | None = None,
-    cfg: float = 1.0,
-    state: SnapshotHolder | None = None,
-    keep_state: bool = False,
-    clip: Any = None,
-    player: bool = True,
-    pace: float = 0.0,
-    fps: float = 16.0,
-    hidden: Any = None,
-    written: Written = lambda schedule: [],
-) -> Sampled:
-    """What the run gave; `take` gets every chunk's frames as soon as they are decoded.
-
-    The arguments are the inputs of the nodes; fps is the clock of the player, hidden what the host adds to them.
-    written: called once when nothing more comes, however the run ended, before the page hears that it did.
-    """
-    causal = causal_settings(settings_of(model).causal, chunk, window, sink)
-    channels = config_of(model.model.diffusion_model).out_dim
-    space = settings_of(model).latent_space
-    if taehv is not None:
-        check_space(taehv, space, "the model makes")
-    if latent_image is not None:
-        check_latent(latent_image, space)
-    latent, lengths = _empty_latent(latent_image, width, height, length, causal, channels)
-    stream = None if taehv is None else frame_stream(taehv)
-    sigmas = sigmas_of(model, steps, shift)
+    model, latent, lengths, causal = _video(inputs)
+    stream = None if inputs.taehv is None else frame_stream(inputs.taehv)
+    sigmas = sigmas_of(model, inputs.steps, inputs.shift)
     guider = ChunkGuider(host.with_companions(model, stream.patchers if stream else []))
-    guider.set_prompts(positive, negative, cfg)
-    meter = _meter(model, stream, lengths, latent["samples"], sigmas, causal, cfg)
-    predicted = meter.predicted()
+    guider.set_prompts(inputs.positive, inputs.negative, inputs.cfg)
+    meter = Meter(
+        _recipe(inputs, stream, lengths, latent["samples"], causal, num_steps=len(sigmas) - 1),
+        host.card(model.load_device, compute_dtype(model.model)),
+    )
     log.info("%s", meter.in_words())
-    working = stream.working_bytes(*latent["samples"].shape[-2:]) if stream else 0
-    record = _record(positive, lengths, fps, hidden)
-    live = None
-    if player:
-        live = open_live(
-            record, fps=fps, lengths=lengths, read=reader_of(positive, clip), seed=seed, pace=pace, hidden=hidden
-        )  # fmt: skip
+    record = _record(inputs, lengths)
+    live = _live(inputs, lengths, record)
 
     def progress(total: int) -> StreamProgress:
-        made = StreamProgress(total, sum(lengths), stream, model.model.latent_format, live, take)
-        if state is not None:
-            made.resumed(state.filled().video_BTCHW)
-        return made
+        watcher = StreamProgress(
+            total, sum(lengths), stream=stream, latent_format=model.model.latent_format, live=live, on_frames=on_frames
+        )
+        if inputs.state is not None:
+            watcher.resumed(inputs.state.filled().video_BTCHW)
+        return watcher
 
-    kept = SnapshotHolder() if keep_state else None
-    run = Run(causal=causal, progress=progress, resume=state, keep=kept, steering=live, working_bytes=working)
+    kept = SnapshotHolder() if inputs.keep_state else None
+    run = Run(
+        causal=causal,
+        progress=progress,
+        resume=inputs.state,
+        keep=kept,
+        steering=live,
+        working_bytes=stream.working_bytes(*latent["samples"].shape[-2:]) if stream else 0,
+    )
     ending = "stopped"
     try:
         if live is not None:
-            live.limit_fps = predicted["fps"] / latent["samples"].shape[0]  # of one video
+            live.figures.limit_fps = meter.predicted()["fps"] / latent["samples"].shape[0]  # of one video
             live.say(stream.note if stream is not None and stream.note else meter.in_words())
         samples = guider.sample(
-            SeededGraphNoise(seed, lengths).generate_noise(latent),
+            SeededGraphNoise(inputs.seed, lengths).generate_noise(latent),
             latent["samples"],
             ChunkSampler(run),
             sigmas,
             denoise_mask=latent.get("noise_mask"),
             disable_pbar=True,
-            seed=seed,
+            seed=inputs.seed,
         )
         ending = "whole" if samples.shape[2] == sum(lengths) else "early"
         if record.events:
-            host.add_metadata(hidden, **{SCHEDULE_KEY: record.text()})
+            host.add_metadata(inputs.hidden, **{SCHEDULE_KEY: record.text()})
     finally:
-        _close(live, written, record, ending)
-    return Sampled(host.to_graph(samples), host.blocked(NO_STATE) if kept is None else kept, record.text(), ending)
+        _close(live, on_end, record, ending)
+    snapshot = host.blocked(NO_STATE) if kept is None else kept
+    return StreamResult(host.to_graph(samples), snapshot, record.text(), ending)
 
 
-def _close(live: Live | None, written: Written, record: SteeringRecord, ending: str) -> None:
+def _video(inputs: StreamInputs) -> tuple[Any, dict[str, Any], tuple[int, ...], CausalConfig]:
+    """Return the MODEL, an empty LATENT of the video's size, its chunks' lengths and how they are made.
+
+    Raises ValueError for a VAE or latents of another latent space than the MODEL's.
+    """
+    model, settings = inputs.model, settings_of(inputs.model)
+    causal = causal_settings(settings.causal, inputs.chunk, inputs.window, inputs.sink)
+    channels = config_of(model.model.diffusion_model).out_dim
+    if inputs.taehv is not None:
+        check_space(inputs.taehv, settings.latent_space, "the model makes")
+    if inputs.latent_image is not None:
+        check_latent(inputs.latent_image, settings.latent_space)
+    latent, lengths = _empty_latent(inputs, causal, channels)
+    return model, latent, lengths, causal
+
+
+def _live(inputs: StreamInputs, lengths: Sequence[int], record: SteeringRecord) -> Live | None:
+    """Return the run as its page sees it; None where the player is off or no page queued it."""
+    if not inputs.player:
+        return None
+    return open_live(
+        record,
+        fps=inputs.fps,
+        lengths=lengths,
+        read=reader_of(inputs.positive, inputs.clip),
+        seed=inputs.seed,
+        pace=inputs.pace,
+        hidden=inputs.hidden,
+    )
+
+
+def _close(live: Live | None, on_end: OnEnd, record: SteeringRecord, ending: str) -> None:
     """First what was written, then the page, which hears of that; a file that cannot be closed is no good ending."""
     files: list[dict[str, Any]] = []
     is_written = False
     try:
-        files, is_written = written(record.text() if record.events else ""), True
+        files, is_written = on_end(record.text() if record.events else ""), True
     finally:
         if live is not None:
             live.close(ending if is_written else "stopped", files)
 
 
-def _record(positive: list[Any], lengths: Sequence[int], fps: float, hidden: Any) -> SteeringRecord:
-    """What the run begins with, to which is added what is done by hand."""
-    plan, audience = planned(positive, lengths), host.audience()
+def _record(inputs: StreamInputs, lengths: Sequence[int]) -> SteeringRecord:
+    """Return what the run begins with, to which is added what is done by hand."""
+    plan, audience = planned(inputs.positive, lengths), host.audience()
     if not plan.first and audience is not None:
-        plan = replace(plan, first=text_in_graph(getattr(hidden, "prompt", None), audience.node))
-    return SteeringRecord(plan, lengths, fps)
+        plan = replace(plan, first=text_in_graph(getattr(inputs.hidden, "prompt", None), audience.node))
+    return SteeringRecord(plan, lengths, inputs.fps)
 
 
-def _meter(
-    model: Any,
+def _recipe(
+    inputs: StreamInputs,
     stream: FrameStream | None,
     lengths: Sequence[int],
-    samples: Tensor,
-    sigmas: Tensor,
+    samples_BCTHW: Tensor,
     causal: CausalConfig,
-    cfg: float,
-) -> Meter:
-    """What this run should take on the MODEL's device."""
-    dtype = compute_dtype(model.model)
-    kept = settings_of(model).cache_dtype or dtype
+    *,
+    num_steps: int,
+) -> Recipe:
+    """Return the work of this run, from which follows what it should take on the MODEL's device."""
+    model = inputs.model.model
+    dtype = compute_dtype(model)
     recipe = Recipe(
-        config_of(model.model.diffusion_model), lengths, *samples.shape[-2:], steps=len(sigmas) - 1,
-        window=causal.window, writes=causal.cache_source == "clean",
-        decoder="none", guided=cfg != 1, batch=samples.shape[0], weight_bytes=model.model.get_dtype().itemsize,
-        cache_bytes=kept.itemsize, activation_bytes=dtype.itemsize,
-    )  # fmt: skip
-    return Meter(recipe if stream is None else stream.counted(recipe), host.card(model.load_device, dtype))
+        config_of(model.diffusion_model),
+        lengths,
+        *samples_BCTHW.shape[-2:],
+        steps=num_steps,
+        window=causal.window,
+        writes=causal.cache_source == "clean",
+        decoder="none",
+        guided=inputs.cfg != 1,
+        batch=samples_BCTHW.shape[0],
+        weight_bytes=model.get_dtype().itemsize,
+        cache_bytes=(settings_of(inputs.model).cache_dtype or dtype).itemsize,
+        activation_bytes=dtype.itemsize,
+    )
+    return recipe if stream is None else stream.counted(recipe)
 
 
-def _empty_latent(
-    latent_image: dict[str, Any] | None, width: int, height: int, length: int, causal: CausalConfig, channels: int
-) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """A LATENT of the video's size and the chunks it is cut into. What is rounded to get whole ones is shown.
+def _empty_latent(inputs: StreamInputs, causal: CausalConfig, channels: int) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Return a LATENT of the video's size and the chunks it is cut into; show what is rounded to get whole ones.
 
     Raises ValueError for a LATENT that is no Wan video, or shorter than a chunk.
     """
+    latent_image = inputs.latent_image
     if latent_image is not None:
         samples = latent_image["samples"]
         if samples.ndim != 5 or samples.shape[1] != channels:
@@ -203,7 +240,7 @@ def _empty_latent(
         width, height, length = latent_width * SPATIAL_FACTOR, latent_height * SPATIAL_FACTOR, pixel_frames(frames)
         size = VideoGeometry(width, height, length, causal.chunk, causal.independent_first_frame)
         return latent_image, size.chunk_lengths
-    size = rounded_size(width, height, length, causal.chunk, causal.independent_first_frame)
+    size = rounded_size(inputs.width, inputs.height, inputs.length, causal.chunk, causal.independent_first_frame)
     empty = torch.zeros(1, channels, size.latent_frames, size.latent_height, size.latent_width)
     return {"samples": empty}, size.chunk_lengths
 

@@ -17,7 +17,7 @@ from ..selfforcing_core.video_formats import AUTO_QUALITY, FORMATS, check_video
 from . import host
 from .autoencoder import graph_latent, space_of
 from .sampler import SelfForcingStreamSampler
-from .stream_run import SCHEDULE_KEY, sample
+from .stream_run import SCHEDULE_KEY, StreamInputs, sample
 
 log = logging.getLogger(__name__)
 NEEDS_TAEHV = "Stream to File decodes while it samples; connect taehv (Load TAEHV, or Load VAE with Wan's own VAE)"
@@ -47,7 +47,7 @@ class _Files:
         self.open = ExitStack()
         self.subfolder = ""
 
-    def take(self, frames_BVRHW: Tensor) -> None:
+    def append(self, frames_BVRHW: Tensor) -> None:
         """Append a chunk's frames to the files."""
         while len(self.streams) < len(frames_BVRHW):
             path, self.subfolder = host.output_file(self.prefix, self.ending, *self.size)
@@ -216,10 +216,8 @@ class SelfForcingStreamToFile(io.ComfyNode):
             filename_prefix, format, fps, quality, host.graph_metadata(cls.hidden), size, _sounds(audio, batch)
         )
         try:
-            made = sample(
-                take=files.take, taehv=taehv, latent_image=latent_image, fps=fps, hidden=cls.hidden,
-                written=files.finished, **inputs,
-            )  # fmt: skip
+            run = StreamInputs(taehv=taehv, latent_image=latent_image, fps=fps, hidden=cls.hidden, **inputs)
+            result = sample(run, on_frames=files.append, on_end=files.finished)
         except BaseException:
             files.close()
             files.say_kept()
@@ -227,5 +225,5 @@ class SelfForcingStreamToFile(io.ComfyNode):
         files.say_sound()
         shown = [ui.SavedResult(each["filename"], each["subfolder"], io.FolderType.output) for each in files.written()]
         page = ui.PreviewVideo(shown) if ending not in (".webp", ".gif") else ui.SavedImages(shown, ending == ".webp")
-        latent = graph_latent(made.samples, space_of(made.samples))
-        return io.NodeOutput(latent, str(files.streams[0].path), made.schedule, ui=page)
+        latent = graph_latent(result.samples, space_of(result.samples))
+        return io.NodeOutput(latent, str(files.streams[0].path), result.schedule, ui=page)

@@ -64,6 +64,7 @@ F.scaled_dot_product_attention = counted  # type: ignore[assignment]
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path.cwd()))  # the host's own `nodes` comes first
 import inside  # noqa: E402
+from comfy_api.torch_helpers import set_torch_compile_wrapper  # noqa: E402
 
 
 def calls_of(sample: Any) -> tuple[Any, dict[str, int]]:
@@ -119,7 +120,7 @@ def main() -> None:
     )
     found["from_int8"] = float((narrow - exact).abs().mean() / exact.std())
     compiled = patcher.clone()
-    inside.set_torch_compile_wrapper(compiled, backend="eager")
+    set_torch_compile_wrapper(compiled, backend="eager")
     video, found["compiled_calls"] = calls_of(lambda: inside.sampled(compiled))
     found["compiled"] = inside.apart(video, exact)
     found["lines"] = lines.lines

@@ -1,4 +1,4 @@
-"""What our MODELs do inside the host's own sampling code, measured there by tests/comfyui/inside.py."""
+"""What our MODELs do inside the host's own sampling code, measured there by tests/comfyui/inside_checks.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROUNDING = 1e-5  # share of the values' spread; both sides compute in float32, i
 def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     checkout: Checkout = request.param
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [checkout.python, Path(__file__).with_name("inside.py"), ROOT, tmp_path_factory.mktemp("weights")]
+    command = [checkout.python, Path(__file__).with_name("inside_checks.py"), ROOT, tmp_path_factory.mktemp("weights")]
     done = subprocess.run(
         command, cwd=checkout.path, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
