@@ -1,8 +1,8 @@
-"""A Wan MODEL of the host made causal: its own modules, run in the order of our network, with our cache.
+"""A Wan MODEL of ComfyUI made causal: its own modules, run in the order of our network, with our cache.
 
-Nothing in the MODEL is replaced. Two wrappers on it look for a rollout's state in transformer_options; without one the
-host's own forward pass runs, as for any MODEL. Since its own layers are called, whatever the host or another pack does
-to those that have weights (LoRA, offloading, quantised layers, casting) holds in the causal pass too.
+Nothing in the MODEL is replaced. Two wrappers on it look for a rollout's state in transformer_options; without one
+ComfyUI's own forward pass runs, as for any MODEL. Since its own layers are called, whatever ComfyUI or another pack
+does to those that have weights (LoRA, offloading, quantised layers, casting) holds in the causal pass too.
 
 Letters: B batch, C channels, T latent frames, H W latent size, X text tokens, E text width, I image tokens.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..selfforcing_core.geometry import pixel_frames
 from ..selfforcing_core.taehv_releases import WAN
-from . import host
+from . import page
 from .autoencoder import marked
 from .causal_pass import CausalPass
 from .model_settings import CAUSAL, KEY, Settings, settings_of
@@ -29,11 +29,11 @@ from .shared_network import check_causal, config_of
 
 log = logging.getLogger(__name__)
 UMT5_TO_WAN = (4096, 16)  # width of Wan's text encoder and channels of its latents: only Wan's own models have both
-HOSTS_CAUSAL_SAMPLER = "sample_ar_video"  # SamplerARVideo's, which has a cache of its own
+COMFYUI_CAUSAL_SAMPLER = "sample_ar_video"  # SamplerARVideo's, which has a cache of its own
 
 
 def with_settings(patcher: Any, settings: Settings) -> Any:
-    """A clone of the MODEL that our samplers can run. Raises ValueError for networks other than Wan 2.1's."""
+    """Return a clone of the MODEL that our samplers can run. Raises ValueError for networks other than Wan 2.1's."""
     config = config_of(patcher.model.diffusion_model)
     if settings.latent_space is None and (config.text_dim, config.out_dim) == UMT5_TO_WAN:
         settings = replace(settings, latent_space=WAN)
@@ -61,7 +61,7 @@ def check_at_once(settings: Settings, num_frames: int, sampler: Any) -> None:
     """Raise ValueError where a sampler of others would evaluate more frames together than the MODEL ever saw so."""
     name = getattr(getattr(sampler, "sampler_function", sampler), "__name__", type(sampler).__name__)
     wraps_ours = any(hasattr(option, "whole_frames") for option in getattr(sampler, "extra_options", {}).values())
-    if settings.kind != CAUSAL or num_frames <= settings.causal.chunk or name == HOSTS_CAUSAL_SAMPLER or wraps_ours:
+    if settings.kind != CAUSAL or num_frames <= settings.causal.chunk or name == COMFYUI_CAUSAL_SAMPLER or wraps_ours:
         return
     raise ValueError(
         f"this model generates chunk by chunk ({settings.causal.chunk} latent frames), but the sampler "
@@ -80,7 +80,7 @@ def _state_in(transformer_options: dict[str, Any] | None) -> CausalPass | None:
 def _slice_condition_channels(
     executor: Any, x: Tensor, t: Tensor, c_concat: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """Condition channels span the whole video; a chunk takes its own frames of them."""
+    """Give a chunk its own frames of the condition channels, which span the whole video."""
     options = kwargs.get("transformer_options") or next((a for a in args if isinstance(a, dict) and KEY in a), None)
     state = _state_in(options)
     if state is not None and c_concat is not None:
@@ -100,16 +100,22 @@ def _run_causally(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Our forward pass where a rollout is under way, else the host's own; wrappers of others stay around either."""
+    """Run our forward pass where a rollout is under way, else ComfyUI's own; wrappers of others stay around either."""
     state = _state_in(transformer_options)
     if state is None:
         return executor(x, timestep, context, clip_fea, time_dim_concat, transformer_options or {}, *args, **kwargs)
     native = executor.class_obj
 
     def causal_pass(
-        x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None, time_dim_concat: Tensor | None,
-        transformer_options: dict[str, Any], *_: Any, **__: Any,
-    ) -> Tensor:  # fmt: skip
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        clip_fea: Tensor | None,
+        time_dim_concat: Tensor | None,
+        transformer_options: dict[str, Any],
+        *_: Any,
+        **__: Any,
+    ) -> Tensor:
         return state.evaluate(native, x, timestep, context, clip_fea, transformer_options)
 
     inner = type(executor)(causal_pass, native, executor.wrappers, executor.idx)
@@ -117,10 +123,16 @@ def _run_causally(
 
 
 def _check_and_mark(
-    executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor,
-    denoise_mask: Tensor | None = None, *args: Any, **kwargs: Any,
-) -> Any:  # fmt: skip
-    """Before anything is loaded: refuse what would go wrong, leave out what is no whole chunk. After: mark the result.
+    executor: Any,
+    noise: Tensor,
+    latent_image: Tensor,
+    sampler: Any,
+    sigmas: Tensor,
+    denoise_mask: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Refuse what would go wrong and leave out what is no whole chunk before anything is loaded; mark the result.
 
     Samplers of ours have `check` and `whole_frames`; any other sees all frames at once.
     """
@@ -130,26 +142,28 @@ def _check_and_mark(
         check_at_once(settings, noise.shape[2] if noise.ndim == 5 else 1, sampler)
     else:
         sampler.check(guider)
-        count = sampler.whole_frames(guider, noise.shape[2], denoise_mask) if noise.ndim == 5 else noise.shape[2]
-        if count < noise.shape[2]:
-            show_left_out(noise.shape[2], count)
-            noise, latent_image = noise[:, :, :count], latent_image[:, :, :count]
-            denoise_mask = None if denoise_mask is None else denoise_mask[:, :, :count]
+        num_kept = sampler.whole_frames(guider, noise.shape[2], denoise_mask) if noise.ndim == 5 else noise.shape[2]
+        if num_kept < noise.shape[2]:
+            show_left_out(noise.shape[2], num_kept)
+            noise, latent_image = noise[:, :, :num_kept], latent_image[:, :, :num_kept]
+            denoise_mask = None if denoise_mask is None else denoise_mask[:, :, :num_kept]
             kwargs |= {"latent_shapes": [latent_image.shape]} if "latent_shapes" in kwargs else {}
-    made = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
-    return marked(made.to(memory.intermediate_device()), settings.latent_space)
+    samples = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+    return marked(samples.to(memory.intermediate_device()), settings.latent_space)
 
 
-def show_left_out(given: int, count: int) -> None:
-    host.show_text(
-        f"length {pixel_frames(given)} is no whole number of chunks: the video has {pixel_frames(count)} frames"
+def show_left_out(num_latents: int, num_kept: int) -> None:
+    """Show that a length of so many latent frames is cut to the whole chunks in it."""
+    page.show_text(
+        f"length {pixel_frames(num_latents)} is no whole number of chunks: "
+        f"the video has {pixel_frames(num_kept)} frames"
     )
 
 
 def _count_extra_bytes(
     executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """While the host decides how much of the model fits, its estimate is that of the coming rollout.
+    """Make ComfyUI's estimate that of the coming rollout while it decides how much of the model fits.
 
     One chunk is evaluated at a time, not the whole video; caches and decoder come on top.
     """
@@ -171,7 +185,7 @@ def _count_extra_bytes(
 
 
 def forget_extra_bytes(model: nn.Module) -> None:
-    """The caches lie in memory now, or are gone: the estimate is again the host's own."""
+    """Give ComfyUI its own estimate back: the caches lie in memory now, or are gone."""
     model.__dict__.pop("memory_required", None)
 
 

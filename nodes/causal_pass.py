@@ -21,26 +21,31 @@ from ..selfforcing_core.attention import Attend, attention_by
 from ..selfforcing_core.kv_cache import KVCache
 from ..selfforcing_core.model import CausalWan
 from ..selfforcing_core.rope import PLAIN
-from .patches import OVERRIDE, attention_note, check_module, check_transformer_options, hosts_attention, rope_axes
+from .patches import OVERRIDE, attention_note, check_module, check_transformer_options, comfyui_attention, rope_axes
 from .shared_network import ForeignCrossAttention, SharedNetwork
 
 log = logging.getLogger(__name__)
-COMPILE_OPTIONS = "torch_compile_kwargs"  # where the host's TorchCompileModel leaves its choices
+COMPILE_OPTIONS = "torch_compile_kwargs"  # where ComfyUI's TorchCompileModel leaves its choices
 
 
 class CausalPass:
-    """What sampler and network share during one rollout. The host copies dictionaries and lists, but not this.
+    """What sampler and network share during one rollout. ComfyUI copies dictionaries and lists, but not this.
 
     is_watched: others stand around each evaluation, so that prompts may differ from one to the next.
     """
 
     def __init__(
-        self, caches: Sequence[KVCache], index_of: dict[Any, int], compile_options: dict[str, Any] | None, patcher: Any,
-        *, is_watched: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        caches: Sequence[KVCache],
+        index_of: dict[Any, int],
+        compile_options: dict[str, Any] | None,
+        patcher: Any,
+        *,
+        is_watched: bool = False,
+    ) -> None:
         self.caches, self.index_of, self.compile_options, self.patcher = caches, index_of, compile_options, patcher
         self.is_watched = is_watched
-        self.start_frame: int | None = None  # of the chunk being evaluated; None: the host's own forward pass
+        self.start_frame: int | None = None  # of the chunk being evaluated; None: ComfyUI's own forward pass
         self.num_frames = 0
         self.evaluated: set[int] = set()  # caches of the conditions that the latest call came to
         self._prompts: dict[int, tuple[Tensor, Tensor | None]] = {}  # from which a cache's text was made
@@ -48,11 +53,11 @@ class CausalPass:
         self._is_compiled = False
 
     def begin_call(self, start_frame: int, num_frames: int) -> None:
-        """The guider is about to be asked for these frames."""
+        """Note that the guider is about to be asked for these frames."""
         self.start_frame, self.num_frames, self.evaluated = start_frame, num_frames, set()
 
     def share(self, native: nn.Module, options: dict[str, Any]) -> SharedNetwork:
-        """Our network over the host's modules. Raises ValueError where they carry what ours would ignore."""
+        """Return our network over ComfyUI's modules. Raises ValueError where they carry what ours would ignore."""
         if self._shared is None or self._shared.native is not native:
             self._shared = SharedNetwork(native, self.patcher)
             if self._shared.cross_attentions and len(self.index_of) > 1:
@@ -74,17 +79,22 @@ class CausalPass:
             what = "attention" if OVERRIDE in options else "cross-attention or feed-forward network"
             log.warning("blocks are not compiled: another %s is set on the model, which runs outside them", what)
             return
-        if hosts_attention(options) is not None:
+        if comfyui_attention(options) is not None:
             log.info("cross-attention is inside the compiled blocks, and stays torch's")
         self._shared.network.compile_blocks(**self.compile_options)
         self._is_compiled = True
 
     @torch.compiler.disable
     def evaluate(
-        self, native: nn.Module, x_BCTHW: Tensor, t_B: Tensor, context_BXE: Tensor, clip_BIX: Tensor | None,
+        self,
+        native: nn.Module,
+        x_BCTHW: Tensor,
+        t_B: Tensor,
+        context_BXE: Tensor,
+        clip_BIX: Tensor | None,
         options: dict[str, Any],
-    ) -> Tensor:  # fmt: skip
-        """Flow [B, C, T, H, W] of one chunk. The batch holds one or more conditions, each with a cache of its own."""
+    ) -> Tensor:
+        """Return the flow [B, C, T, H, W] of one chunk for one or more conditionings, each with a cache of its own."""
         assert self.start_frame is not None
         check_transformer_options(options)
         check_module("", native)  # some nodes replace its methods for the time of an evaluation
@@ -98,18 +108,21 @@ class CausalPass:
             cache = self._cache_for(identity, x)
             if self.is_watched:
                 self._renew_text(identity, context, clip)
-            with self._hosts_layers(shared, options, row, x, clip is not None):
+            with self._foreign_layers(shared, options, row, x, clip is not None):
                 flows.append(
                     shared(
-                        rearrange(x, "b c t h w -> b t c h w"), t.float()[:, None].expand(-1, x.shape[2]),
-                        context[:, : shared.network.config.text_len], clip_BIX=clip,
-                        cache=cache, start_frame=self.start_frame,
+                        rearrange(x, "b c t h w -> b t c h w"),
+                        t.float()[:, None].expand(-1, x.shape[2]),
+                        context[:, : shared.network.config.text_len],
+                        clip_BIX=clip,
+                        cache=cache,
+                        start_frame=self.start_frame,
                     )
-                )  # fmt: skip
+                )
         return rearrange(torch.cat(flows), "b t c h w -> b c t h w")
 
     def _cache_for(self, identity: Any, x_BCTHW: Tensor) -> KVCache:
-        """The cache of a condition. Raises ValueError where an evaluation is not the one that the rollout asked for."""
+        """Return the cache of a conditioning. Raises ValueError for an evaluation that the rollout did not ask for."""
         index = self.index_of.get(identity)
         if index is None:
             raise _not_followed("evaluates a prompt that is not the sampler's, as PerpNeg and others do")
@@ -132,29 +145,32 @@ class CausalPass:
         self._prompts[index] = prompt
 
     @contextmanager
-    def _hosts_layers(
+    def _foreign_layers(
         self, shared: SharedNetwork, options: dict[str, Any], row: int, x_BCTHW: Tensor, has_image: bool
     ) -> Iterator[None]:
-        """Modules and attention of the host in the places of ours while the block runs, told what the host's Wan tells.
+        """Put modules and attention of ComfyUI in the places of ours meanwhile, and tell them where they stand.
 
         That is: which condition this is, the block, and the size of the grid.
         """
-        function = hosts_attention(options)
+        function = comfyui_attention(options)
         if function is None and not shared.follows:
             yield
             return
         network = shared.network
-        told = {
-            **options, "total_blocks": len(network.blocks), "block_type": "double",
+        place = {
+            **options,
+            "total_blocks": len(network.blocks),
+            "block_type": "double",
             "grid_sizes": torch.Size(size // side for size, side in zip(x_BCTHW.shape[2:], network.config.patch_size)),
-            "uuids": options["uuids"][row : row + 1], "cond_or_uncond": options["cond_or_uncond"][row : row + 1],
-        }  # fmt: skip
+            "uuids": options["uuids"][row : row + 1],
+            "cond_or_uncond": options["cond_or_uncond"][row : row + 1],
+        }
         for module in shared.cross_attentions:
-            module.options = told
+            module.options = place
         for feed in shared.feed_forwards:
             feed.batch = x_BCTHW.shape[0]
         places = _places(network, has_image=has_image, is_compiled=self._is_compiled)
-        with nullcontext() if function is None else attention_by(_attend_by(function, told, places)):
+        with nullcontext() if function is None else attention_by(_attend_by(function, place, places)):
             yield
 
 
@@ -170,7 +186,7 @@ def _is_equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _places(network: CausalWan, *, has_image: bool, is_compiled: bool) -> Iterator[tuple[int, bool]]:
-    """Block, and whether it is to the image, of each call of attention in an evaluation, in their order."""
+    """Yield block, and whether it is to the image, of each call of attention in an evaluation, in their order."""
     for index, block in enumerate(network.blocks):
         yield index, False  # a block's own tokens
         if not is_compiled and not isinstance(block.cross_attn, ForeignCrossAttention):
@@ -179,26 +195,34 @@ def _places(network: CausalWan, *, has_image: bool, is_compiled: bool) -> Iterat
                 yield index, True
 
 
-def _attend_by(function: Callable[..., Tensor], told: dict[str, Any], places: Iterator[tuple[int, bool]]) -> Attend:
-    """`attend` by a function of the host, called as the host's Wan calls it.
+def _attend_by(function: Callable[..., Tensor], place: dict[str, Any], places: Iterator[tuple[int, bool]]) -> Attend:
+    """Return `attend` by a function of ComfyUI, called as ComfyUI's Wan calls it.
 
     Its own functions take heads apart as they lie in a cache, which saves copying all that is visible; what a node or
     another pack has set need not.
     """
-    takes_heads = OVERRIDE not in told and function.__module__ == attentions.__name__
+    takes_heads = OVERRIDE not in place and function.__module__ == attentions.__name__
 
     def attend(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask_LS: Tensor | None) -> Tensor:
-        told["block_index"], is_image = next(places)
-        exact = {"low_precision_attention": False} if is_image else {}  # as newer hosts ask for
+        place["block_index"], is_image = next(places)
+        exact = {"low_precision_attention": False} if is_image else {}  # as newer versions ask for
         if takes_heads:
             return function(
-                *(x.transpose(1, 2) for x in (q_BLNK, k_BSNK, v_BSNK)), heads=q_BLNK.shape[2], mask=mask_LS,
-                skip_reshape=True, skip_output_reshape=True, transformer_options=told, **exact,
-            ).transpose(1, 2)  # fmt: skip
+                *(x.transpose(1, 2) for x in (q_BLNK, k_BSNK, v_BSNK)),
+                heads=q_BLNK.shape[2],
+                mask=mask_LS,
+                skip_reshape=True,
+                skip_output_reshape=True,
+                transformer_options=place,
+                **exact,
+            ).transpose(1, 2)
         attended = function(
-            *(x.flatten(2) for x in (q_BLNK, k_BSNK, v_BSNK)), heads=q_BLNK.shape[2], mask=mask_LS,
-            transformer_options=told, **exact,
-        )  # fmt: skip
+            *(x.flatten(2) for x in (q_BLNK, k_BSNK, v_BSNK)),
+            heads=q_BLNK.shape[2],
+            mask=mask_LS,
+            transformer_options=place,
+            **exact,
+        )
         return attended.unflatten(2, q_BLNK.shape[2:])
 
     return attend

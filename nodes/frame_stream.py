@@ -41,7 +41,7 @@ class FrameStream(Protocol):
     def decode(self, latents_BTCHW: Tensor, *, is_last: bool) -> Tensor: ...
 
     def counted(self, recipe: Recipe) -> Recipe:
-        """The same with this decoder's work in it, where that is known."""
+        """Return the same with this decoder's work in it, where that is known."""
         ...
 
     def state(self) -> Any: ...
@@ -50,7 +50,7 @@ class FrameStream(Protocol):
 
 
 def frame_stream(vae: Any) -> FrameStream:
-    """A new stream by a VAE of any loader. Raises ValueError for a VAE of other latents."""
+    """Return a new stream by a VAE of any loader. Raises ValueError for a VAE of other latents."""
     if isinstance(vae, TAEHVAutoencoder):
         return _TAEHVStream(vae)
     check_channels(vae.latent_channels, "VAE")
@@ -59,7 +59,7 @@ def frame_stream(vae: Any) -> FrameStream:
 
 
 class _TAEHVStream:
-    """One latent frame after the other; bitwise the decode of the whole."""
+    """One latent frame after the other; bit-exact the decode of the whole."""
 
     note = ""
 
@@ -91,9 +91,9 @@ class _TAEHVStream:
 
 
 def _group(network: Any) -> tuple[int, int] | None:
-    """Latent frames that the host's Wan VAE decodes together, and the places of its cache; None for other networks.
+    """Return how many latent frames ComfyUI's Wan VAE decodes together, and its cache's places; None for others.
 
-    The host decodes the first latent frame alone and then, later versions, two at a time.
+    ComfyUI decodes the first latent frame alone and then, later versions, two at a time.
     """
     home = sys.modules.get(type(network).__module__)
     if type(network).__name__ != "WanVAE" or not hasattr(network, "conv2") or not hasattr(network, "decoder"):
@@ -105,7 +105,7 @@ def _group(network: Any) -> tuple[int, int] | None:
 
 
 class _WanStream:
-    """The host's own Wan VAE, driven group by group as its `decode` drives it."""
+    """ComfyUI's own Wan VAE, driven group by group as its `decode` drives it."""
 
     note = ""
 
@@ -116,7 +116,7 @@ class _WanStream:
         self.is_first = True
 
     def working_bytes(self, latent_height: int, latent_width: int) -> float:
-        long = 100  # latent frames: the host's estimate of a video's decode does not grow with its length
+        long = 100  # latent frames: ComfyUI's estimate of a video's decode does not grow with its length
         shape = (1, self.vae.latent_channels, long, latent_height, latent_width)
         return self.vae.memory_used_decode(shape, self.vae.vae_dtype)
 
@@ -139,9 +139,9 @@ class _WanStream:
     def _decode_group(self, latents_BCTHW: Tensor) -> Tensor:
         network = self.vae.first_stage_model
         with torch.no_grad():
-            made = network.decoder(network.conv2(latents_BCTHW), feat_cache=self.memory, feat_idx=[0])
-        made = torch.cat(made, 2) if isinstance(made, list) else made
-        return self.vae.process_output(host.to_graph(made))
+            frames_BRVHW = network.decoder(network.conv2(latents_BCTHW), feat_cache=self.memory, feat_idx=[0])
+        frames_BRVHW = torch.cat(frames_BRVHW, 2) if isinstance(frames_BRVHW, list) else frames_BRVHW
+        return self.vae.process_output(host.to_graph(frames_BRVHW))
 
     def counted(self, recipe: Recipe) -> Recipe:
         return replace(recipe, decoder="vae")

@@ -26,28 +26,28 @@ from .causal_model import forget_extra_bytes
 from .causal_pass import COMPILE_OPTIONS, CausalPass
 from .model_settings import KEY, Settings
 from .patches import has_wrappers
-from .prompts import Typed, conditions
+from .prompts import PromptSource, conditionings_of
 from .shared_network import config_of
 
 LatentShape = tuple[int, int, int, int]  # T, C, H, W
 
 
-class Steering(Typed, Protocol):
+class Steering(PromptSource, Protocol):
     """A person's hand on a rollout."""
 
     def seed_at(self, start_frame: int) -> int | None:
-        """The seed of this chunk's noise; None is the run's own."""
+        """Return the seed of this chunk's noise; None is the run's own."""
         ...
 
 
 def compute_dtype(model: Any) -> torch.dtype:
-    """The type that activations of the host's model have."""
+    """Return the type that activations of ComfyUI's model have."""
     return model.manual_cast_dtype or model.get_dtype()
 
 
 @dataclass
 class GuidedNetwork:
-    """The host's guider in the shape that `rollout` calls a network in: flow from latents and timesteps.
+    """ComfyUI's guider in the shape that `rollout` calls a network in: flow from latents and timesteps.
 
     chunk_shape: [B, C, T, H, W] of the largest evaluation. working_bytes: of whoever follows the progress.
     """
@@ -58,67 +58,77 @@ class GuidedNetwork:
     chunk_shape: tuple[int, ...]
     working_bytes: float = 0
     state: CausalPass | None = field(default=None, init=False)
-    latest: tuple[int, set[int]] | None = field(default=None, init=False)  # first frame and conditions of the last call
-    used: set[int] = field(default_factory=set, init=False)  # conditions that have been evaluated at all
+    latest: tuple[int, set[int]] | None = field(
+        default=None, init=False
+    )  # first frame and conditionings of the last call
+    used: set[int] = field(default_factory=set, init=False)  # conditionings that have been evaluated at all
 
     def __post_init__(self) -> None:
         patcher = self.guider.model_patcher
         native = config_of(patcher.model.diffusion_model)
-        # condition channels and CLIP features are the host's: to the rollout this is a text-to-video network
+        # condition channels and CLIP features are ComfyUI's: to the rollout this is a text-to-video network
         self.config = replace(native, model_type="t2v", in_dim=native.out_dim)
         self.device, self.dtype = patcher.load_device, compute_dtype(patcher.model)
         self.cache_dtype = self.settings.cache_dtype or self.dtype
-        self.num_caches = max(1, len(conditions(self.guider)))
+        self.num_caches = max(1, len(conditionings_of(self.guider)))
         self.model_options = self.extra_args.get("model_options", {})
 
     @property
     def conditioning(self) -> Conditioning:
-        """Rows, type and place of what is computed; the prompts themselves are the guider's."""
+        """Return rows, type and place of what is computed; the prompts themselves are the guider's."""
         return Conditioning(
             torch.zeros(self.chunk_shape[0], 1, self.config.text_dim, device=self.device, dtype=self.dtype)
         )
 
     def allocate(self, shape: LatentShape, causal: CausalConfig) -> list[KVCache]:
-        """A cache for every prompt that the guider evaluates."""
+        """Make a cache for every prompt that the guider evaluates."""
         caches = new_caches(self, self.conditioning, self.num_caches, shape, causal)
         forget_extra_bytes(self.guider.model_patcher.model)
         patcher = self.guider.model_patcher
         self.state = CausalPass(
-            caches, self._index_of(), self.model_options.get(COMPILE_OPTIONS), patcher,
+            caches,
+            self._index_of(),
+            self.model_options.get(COMPILE_OPTIONS),
+            patcher,
             is_watched=has_wrappers(self.model_options),
-        )  # fmt: skip
+        )
         inner = {**self.model_options.get("transformer_options", {}), KEY: self.state}
         self.state.share(patcher.model.diffusion_model, inner)
         self.model_options = {**self.model_options, "transformer_options": inner}
         return caches
 
     def renew(self) -> Conditioning:
-        """The guider's prompts have changed: their caches are those of the ones before."""
+        """Take the guider's prompts anew, since they have changed: their caches are those of the ones before."""
         assert self.state is not None
         self.state.index_of = self._index_of()
         self.latest, self.used = None, set()
         return self.conditioning
 
     def kept_loaded(self) -> AbstractContextManager[None]:
-        """For work that may bring in other networks of the host."""
+        """Keep the MODEL loaded over work that may bring in other networks of ComfyUI."""
         patcher = self.guider.model_patcher
         shape = (self.num_caches * self.chunk_shape[0], *self.chunk_shape[1:])
         return host.kept_loaded(patcher, working_bytes=patcher.memory_required(shape) + self.working_bytes)
 
     def _index_of(self) -> dict[Any, int]:
-        return {cond["uuid"]: index for index, cond in enumerate(conditions(self.guider))}
+        return {conditioning["uuid"]: index for index, conditioning in enumerate(conditionings_of(self.guider))}
 
     def new_cache(
         self, *, batch: int, latent_height: int, latent_width: int, capacity: int, sink: int, like: Tensor
     ) -> KVCache:
         device = like.device if self.settings.cache_device is None else torch.device(self.settings.cache_device)
         return KVCache(
-            self.config, batch=batch, tokens_per_frame=tokens_per_frame(latent_height, latent_width),
-            capacity=capacity, sink=sink, device=device, dtype=self.cache_dtype,
-        )  # fmt: skip
+            self.config,
+            batch=batch,
+            tokens_per_frame=tokens_per_frame(latent_height, latent_width),
+            capacity=capacity,
+            sink=sink,
+            device=device,
+            dtype=self.cache_dtype,
+        )
 
     def release(self) -> None:
-        """Let go of the caches, also where the host keeps the options of a run that failed."""
+        """Let go of the caches, also where ComfyUI keeps the options of a run that failed."""
         if self.state is not None:
             self.state.caches, self.state.patcher = (), None
             self.state.start_frame = None
@@ -130,9 +140,11 @@ class GuidedNetwork:
             self.state.begin_call(start_frame, x_BTCHW.shape[1])
         sigma_B = timesteps_BT[:, 0] / TIMESTEPS
         x0_BCTHW = self.guider(
-            rearrange(x_BTCHW, "b t c h w -> b c t h w"), sigma_B,
-            model_options=self.model_options, seed=self.extra_args.get("seed"),
-        )  # fmt: skip
+            rearrange(x_BTCHW, "b t c h w -> b c t h w"),
+            sigma_B,
+            model_options=self.model_options,
+            seed=self.extra_args.get("seed"),
+        )
         x0_BTCHW = rearrange(x0_BCTHW, "b c t h w -> b t c h w")
         if self.state is not None:
             self._check_evaluated(start_frame, self.state.evaluated)
@@ -156,7 +168,7 @@ class GuidedNetwork:
 
 
 class RunNoise:
-    """The first draw of a chunk is its part of the host's noise; later ones come from another source.
+    """The first draw of a chunk is its part of ComfyUI's noise; later ones come from another source.
 
     A chunk whose seed is steered, or else one of the schedule's `seeds`, has all its noise from that.
     """
@@ -193,7 +205,7 @@ class SeededGraphNoise:
 
 @contextmanager
 def memory_explained(network: GuidedNetwork, causal: CausalConfig, shape: LatentShape, batch: int) -> Iterator[None]:
-    """Out of memory: say what would help and by how much; whoever holds the caches lets go of them."""
+    """Say what would help, and by how much, where memory runs out; whoever holds the caches lets go of them."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:

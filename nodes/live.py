@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..selfforcing_core.geometry import pixel_frames
 from ..selfforcing_core.prompt_schedule import HISTORIES
-from . import host
+from . import host, page
 from .figures import Figures
 from .outbox import AGAIN_AFTER, EVENT, PATIENCE, Outbox, thumbnails
 from .pacing import Viewer
@@ -51,7 +51,7 @@ class Live:
 
     def __init__(
         self,
-        audience: host.Audience,
+        audience: page.Audience,
         record: SteeringRecord,
         *,
         fps: float,
@@ -82,7 +82,7 @@ class Live:
             **_queued_from(hidden),
         }
         self.outbox = Outbox(
-            lambda message: host.send(EVENT, message, audience.client),
+            lambda message: page.send(EVENT, message, audience.client),
             unchanging,
             lambda: {"ahead": self.viewer.seconds_ahead(self.figures.num_frames), "events": record.events},
             lambda: _runs.pop(self.name, None),
@@ -95,12 +95,12 @@ class Live:
 
     @property
     def has_page(self) -> bool:
-        """Whether a player has answered."""
+        """Return whether a player has answered."""
         return self.outbox.answered > 0
 
     @property
     def is_finishing(self) -> bool:
-        """Whether the present chunk is to be the last."""
+        """Return whether the present chunk is to be the last."""
         return self.steering.is_finishing
 
     # ---------------------------------------------------- the sampling thread --
@@ -143,7 +143,7 @@ class Live:
                 self.outbox.put(state=reason)
             self.steering.changed.wait(LISTEN)  # lets go of the lock meanwhile
             host.check_interrupted()
-            if host.is_listening(self.audience.client):
+            if page.is_listening(self.audience.client):
                 lost_at = time.monotonic() + PATIENCE
             elif time.monotonic() > lost_at:
                 log.warning("the page that the run waited for (%s) is gone; the run goes on", reason)
@@ -213,17 +213,17 @@ class Live:
         self.outbox.put(schedule=self.record.text())
 
     def _count(self) -> None:
-        """From here on the result is another than that of the node's inputs."""
+        """Note that the result is another than that of the node's inputs from here on."""
         if not self.is_steered:
             self.is_steered = True
             _steered[self.own_seed] += 1
 
     def say(self, message: str) -> None:
-        """A line for the user below the player."""
+        """Show the user a line below the player."""
         self.outbox.put(message=message)
 
     def close(self, ending: str, files: list[dict[str, Any]]) -> None:
-        """The run is over, whole, finished early or stopped, and has written these files; returns at once."""
+        """End the run, whole, finished early or stopped, that has written these files; return at once."""
         if ending == "early":
             self._count()
         self.outbox.put(state="done", ending=ending, files=files, schedule=self.record.text())
@@ -231,7 +231,7 @@ class Live:
 
     # ------------------------------------------------------ the server's loop --
     def command(self, message: dict[str, Any]) -> None:
-        """What the page asks for. Raises ValueError with value, rule and remedy."""
+        """Do what the page asks for. Raises ValueError with value, rule and remedy."""
         action = message.get("action")
         if action == "ack":
             self._acknowledged(message)
@@ -257,7 +257,7 @@ class Live:
             raise ValueError(f"action {str(action)[:40]!r} is unknown; use {', '.join(ACTIONS)}")
 
     def refusal(self, message: dict[str, Any]) -> str | None:
-        """Why this command is not taken from whoever sent it; None: it is. An older page's answers harm nobody."""
+        """Return why a command is not taken from whoever sent it; None: it is. An older page's answers harm nobody."""
         client = message.get("client")
         if client == self.audience.client or (client is None and message.get("action") == "ack"):
             return None
@@ -290,31 +290,37 @@ class Live:
 
 
 def open_live(
-    record: SteeringRecord, *, fps: float, lengths: Sequence[int], read: Reader | None, seed: int, pace: float,
+    record: SteeringRecord,
+    *,
+    fps: float,
+    lengths: Sequence[int],
+    read: Reader | None,
+    seed: int,
+    pace: float,
     hidden: Any,
-) -> Live | None:  # fmt: skip
-    """A player for the node that runs now, with this seed and these hidden inputs; None where no page queued it.
+) -> Live | None:
+    """Return a player for the node that runs now, with this seed and hidden inputs; None where no page queued it.
 
     lengths: latent frames of each chunk. pace: seconds of video that may be made and not yet shown; 0 is no limit.
     """
-    audience = host.audience()
+    audience = page.audience()
     if audience is None:
         return None
     return Live(audience, record, fps=fps, lengths=lengths, read=read, seed=seed, pace=pace, hidden=hidden)
 
 
 def times_steered(seed: int | None) -> int:
-    """How many runs with this seed became something else by what was done in their players; None: with any.
+    """Return how many runs with this seed became something else by what was done in their players; None: any seed.
 
-    The host files a result under its node's inputs. With this count among them a steered one is never found again. By
-    the seed and not by the node, since the host finds results of equal inputs for every node.
+    ComfyUI files a result under its node's inputs. With this count among them a steered one is never found again. By
+    the seed and not by the node, since ComfyUI finds results of equal inputs for every node.
     """
     return _steered.total() if seed is None else _steered[seed]
 
 
 def add_route() -> None:
-    """Once, while the host loads the pack."""
-    server = host.server()
+    """Add the route of the page's commands; once, while ComfyUI loads the pack."""
+    server = page.server()
     if server is not None:
         server.routes.post(ROUTE)(_answer)
 
@@ -342,7 +348,7 @@ async def _answer(request: web.Request) -> web.Response:
 
 
 def _named(message: dict[str, Any]) -> Live | None:
-    """The run that a command is for: by its name, or, to finish it, by the prompt that is being executed."""
+    """Return the run that a command is for: by its name, or, to finish it, by the prompt that is being executed."""
     if "run" in message or message.get("action") != "finish":
         return _runs.get(str(message.get("run")))
     running = (live for live in list(_runs.values()) if not live.outbox.is_closed)
@@ -359,14 +365,14 @@ def _not_running(message: dict[str, Any]) -> str:
 
 
 def _queued_from(hidden: Any) -> dict[str, str]:
-    """Which of a page's open workflows queued the run: the workflow's id and the page's own mark; {} from scripts."""
+    """Return which of a page's workflows queued the run: the workflow's id, the page's own mark; {} from scripts."""
     pnginfo = getattr(hidden, "extra_pnginfo", None)
     workflow = pnginfo.get("workflow") if isinstance(pnginfo, dict) else None
     if not isinstance(workflow, dict):
         return {}
     extra = workflow.get("extra")
-    found = {"workflow": workflow.get("id"), "tab": extra.get(TAB) if isinstance(extra, dict) else None}
-    return {name: value for name, value in found.items() if isinstance(value, str)}
+    origin = {"workflow": workflow.get("id"), "tab": extra.get(TAB) if isinstance(extra, dict) else None}
+    return {name: value for name, value in origin.items() if isinstance(value, str)}
 
 
 def _parsed(body: bytes) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch.nn as nn
 from ..selfforcing_core.checkpoint import Checkpoint
 from ..selfforcing_core.config import CausalConfig, StepConfig, WanConfig
 from ..selfforcing_core.scaled import ScaledWeights, stored_tensors
-from . import host
+from . import host, page
 from .autoencoder import check_channels
 from .causal_model import with_settings
 from .model_settings import BASE, CAUSAL, FEW_STEP, UNKNOWN, Settings, kind_note
@@ -24,27 +24,31 @@ log = logging.getLogger(__name__)
 
 
 def model_from_checkpoint(
-    checkpoint: Checkpoint, *, kind: str = "auto", dtype: torch.dtype | None = None, is_fast_fp8: bool = False,
+    checkpoint: Checkpoint,
+    *,
+    kind: str = "auto",
+    dtype: torch.dtype | None = None,
+    is_fast_fp8: bool = False,
     is_dynamic: bool = True,
-) -> Any:  # fmt: skip
-    """A MODEL of the host from a checkpoint of kind "wan", prepared for our samplers.
+) -> Any:
+    """Return a MODEL of ComfyUI from a checkpoint of kind "wan", prepared for our samplers.
 
     kind: CAUSAL, FEW_STEP, BASE, or "auto": what the file says, UNKNOWN (which is shown) where it says nothing. Another
     kind than the file's is used, and that is shown.
-    dtype: None lets the host choose what the device likes. is_fast_fp8: the host's own float8 products.
-    is_dynamic: let the host bring weights in by pieces, where it can.
+    dtype: None lets ComfyUI choose what the device likes. is_fast_fp8: ComfyUI's own float8 products.
+    is_dynamic: let ComfyUI bring weights in by pieces, where it can.
     """
     assert isinstance(checkpoint.config, WanConfig)
     check_variant(checkpoint.config)
     check_channels(checkpoint.config.out_dim, "model")
     steps = checkpoint.steps or StepConfig()
-    said = kind_in(checkpoint)
+    file_kind = kind_in(checkpoint)
     if kind == "auto":
-        kind = said
-    elif said not in (kind, UNKNOWN):
-        host.show_text(f"the file says that its model is of kind '{said}'; it is loaded as '{kind}'")
-    model_config = _host_config(checkpoint.config, is_causal=kind == CAUSAL)
-    if checkpoint.steps is not None or kind != BASE:  # an undistilled model keeps the host's shift for Wan
+        kind = file_kind
+    elif file_kind not in (kind, UNKNOWN):
+        page.show_text(f"the file says that its model is of kind '{file_kind}'; it is loaded as '{kind}'")
+    model_config = _comfyui_config(checkpoint.config, is_causal=kind == CAUSAL)
+    if checkpoint.steps is not None or kind != BASE:  # an undistilled model keeps ComfyUI's shift for Wan
         model_config.sampling_settings = {"shift": steps.shift}
     _choose_dtype(model_config, checkpoint, dtype)
     if is_fast_fp8:
@@ -60,17 +64,20 @@ def model_from_checkpoint(
         log.warning("%s", note)
     model.diffusion_model.eval().requires_grad_(False)
     settings = Settings(
-        kind, checkpoint.causal or CausalConfig(), steps, guidance=checkpoint.guidance,
+        kind,
+        checkpoint.causal or CausalConfig(),
+        steps,
+        guidance=checkpoint.guidance,
         latent_space=checkpoint.latent_space,
-    )  # fmt: skip
+    )
     note = kind_note(settings)
     if note is not None:
-        host.show_text(note)
+        page.show_text(note)
     return with_settings(patcher, settings)
 
 
 def kind_in(checkpoint: Checkpoint) -> str:
-    """The kind that a file says its model is of; UNKNOWN where it says nothing."""
+    """Return the kind that a file says its model is of; UNKNOWN where it says nothing."""
     if checkpoint.causal is not None:
         return CAUSAL
     if checkpoint.bidirectional is None:
@@ -82,30 +89,31 @@ def _fill_scaled(network: nn.Module, weights: ScaledWeights, *, assign: bool) ->
     """Multiply one weight at a time into its place: nothing but that one is held in float32."""
     log.warning(
         "%d weights in 8 bits are widened to the model's number type, which takes twice the memory or more; Load "
-        "Diffusion Model with Patch Model (Self Forcing) keeps them in 8 bits", len(weights.scales),
-    )  # fmt: skip
+        "Diffusion Model with Patch Model (Self Forcing) keeps them in 8 bits",
+        len(weights.scales),
+    )
     places = dict(network.named_parameters())
     if places.keys() != weights.keys():  # as a checkpoint is complete, this is a network of another kind
         raise AssertionError(f"parameters differ: {sorted(places.keys() ^ weights.keys())[:3]}")
     if assign:
-        made = {name: tensor.to(places[name].dtype) for name, tensor in weights.items()}
-        network.load_state_dict(made, assign=True)
+        widened = {name: tensor.to(places[name].dtype) for name, tensor in weights.items()}
+        network.load_state_dict(widened, assign=True)
         return
     for name, tensor in weights.items():
         places[name].data.copy_(tensor)
 
 
-def _host_config(config: WanConfig, *, is_causal: bool) -> Any:
-    """The host's own class for this network; with is_causal the one that its own causal nodes ask for, if it has it."""
+def _comfyui_config(config: WanConfig, *, is_causal: bool) -> Any:
+    """Return ComfyUI's class for this network; with is_causal the one that its causal nodes ask for, if it has it."""
     classes = comfy.supported_models
-    found = classes.WAN21_I2V if config.model_type == "i2v" else classes.WAN21_T2V
+    config_class = classes.WAN21_I2V if config.model_type == "i2v" else classes.WAN21_T2V
     if is_causal and config.model_type == "t2v":
-        found = getattr(classes, "WAN21_CausalAR_T2V", found)
-    return found({"image_model": "wan2.1", **asdict(config)})
+        config_class = getattr(classes, "WAN21_CausalAR_T2V", config_class)
+    return config_class({"image_model": "wan2.1", **asdict(config)})
 
 
 def _choose_dtype(model_config: Any, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
-    """The host's own rule: weights as stored where the device computes in that type, else cast at use."""
+    """Follow ComfyUI's rule: weights as stored where the device computes in that type, else cast at use."""
     supported = model_config.supported_inference_dtypes
     num_parameters = sum(weight.numel() for weight in stored_tensors(checkpoint.state_dict).values())
     stored = getattr(torch, checkpoint.dtype)

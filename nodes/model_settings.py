@@ -36,7 +36,7 @@ class Settings:
 
 
 def settings_of(patcher: Any) -> Settings:
-    """Raises ValueError for a MODEL that neither our loader nor our patch node has seen."""
+    """Return what our loader or patch node left on a MODEL. Raises ValueError for a MODEL that neither has seen."""
     settings = patcher.model_options.get(KEY)
     if isinstance(settings, Settings):
         return settings
@@ -47,7 +47,7 @@ def settings_of(patcher: Any) -> Settings:
 
 
 def kind_note(settings: Settings) -> str | None:
-    """What the user should know of how the MODEL was trained; None where it is what our samplers are for."""
+    """Return what the user should know of how the MODEL was trained; None where our samplers are made for it."""
     if settings.kind == UNKNOWN:
         return (
             "the file does not say how its model was trained; choose kind in Load Model to be sure (causal for Self "
@@ -61,28 +61,28 @@ def kind_note(settings: Settings) -> str | None:
 
 
 def causal_settings(trained: CausalConfig, chunk: int, window: int, sink: int) -> CausalConfig:
-    """The widgets' values, the MODEL's own where they say auto; what they replace is said."""
+    """Return the widgets' values, the MODEL's own where they say auto; log what they replace."""
     widgets = (("chunk", chunk, AUTO), ("window", window, AUTO), ("sink", sink, SINK_AUTO))
-    chosen = {name: value for name, value, auto in widgets if value not in (auto, getattr(trained, name))}
-    for name, value in chosen.items():
+    overrides = {name: value for name, value, auto in widgets if value not in (auto, getattr(trained, name))}
+    for name, value in overrides.items():
         log.info("the model's own %s is %d; %d is used", name, getattr(trained, name), value)
-    return replace(trained, **chosen)
+    return replace(trained, **overrides)
 
 
 def sigmas_of(patcher: Any, num_steps: int, shift: float) -> Tensor:
-    """SIGMAS of the graph, 0 at the end: the MODEL's own list at auto, else `num_steps` evenly spaced ones.
+    """Return SIGMAS, 0 at the end: the MODEL's own list at auto, else `num_steps` evenly spaced ones.
 
     shift: AUTO is the MODEL's own, or what a ModelSamplingSD3 node set.
     """
     trained = settings_of(patcher).steps
     keeps_list = num_steps in (AUTO, len(trained.steps))
-    chosen = shift or getattr(patcher.get_model_object("model_sampling"), "shift", trained.shift)
+    used_shift = shift or getattr(patcher.get_model_object("model_sampling"), "shift", trained.shift)
     if keeps_list:
-        schedule = FlowSchedule(replace(trained, shift=chosen))
-        if not trained.warp and trained.sigma == "exact" and chosen != trained.shift:
-            log.warning("the model gives its timesteps as they are, so that shift %g changes nothing", chosen)
+        schedule = FlowSchedule(replace(trained, shift=used_shift))
+        if not trained.warp and trained.sigma == "exact" and used_shift != trained.shift:
+            log.warning("the model gives its timesteps as they are, so that shift %g changes nothing", used_shift)
     else:  # evenly spaced ones are warped, whatever the model's own list is
         log.info("the model's own steps are %d; %d even ones are used", len(trained.steps), num_steps)
-        even = StepConfig.even(num_steps, shift=chosen)
-        schedule = FlowSchedule(replace(trained, steps=even.steps, shift=chosen, warp=True))
+        even = StepConfig.even(num_steps, shift=used_shift)
+        schedule = FlowSchedule(replace(trained, steps=even.steps, shift=used_shift, warp=True))
     return torch.tensor([*schedule.sigmas, 0.0], dtype=torch.float32)

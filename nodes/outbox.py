@@ -52,7 +52,10 @@ class Outbox:
         self.thread.start()
 
     def put(self, frames: list[tuple[int, Tensor]] | None = None, *, is_again: bool = False, **status: Any) -> None:
-        """Frames [H, W, R] in bytes with their numbers, and figures. is_again: they replace those from there on."""
+        """Send frames [H, W, R] in bytes with their numbers, and figures.
+
+        is_again: they replace those from the first one's number on.
+        """
         with self.changed:
             if is_again and frames:
                 self.is_again = True
@@ -64,7 +67,7 @@ class Outbox:
             self.changed.notify_all()
 
     def acknowledge(self, number: int) -> None:
-        """The page has taken message `number`. Raises ValueError for one that was not sent."""
+        """Note that the page has taken message `number`. Raises ValueError for one that was not sent."""
         with self.changed:
             if not 0 <= number < self.sent:
                 raise ValueError(f"message {number} was never sent; there are {self.sent}")
@@ -72,22 +75,22 @@ class Outbox:
             self.changed.notify_all()
 
     def close(self) -> None:
-        """Nothing more comes; what waits is sent if the page takes it within a few seconds. Does not wait for that."""
+        """End the sending: what waits is sent if the page takes it within a few seconds. Does not wait for that."""
         with self.changed:
             self.is_closed = True
             self.changed.notify_all()
 
     def _work(self) -> None:
         try:
-            while (taken := self._next()) is not None:
-                message, frames = taken
-                found = {"indices": [number for number, _ in frames], "jpegs": [_jpeg(frame) for _, frame in frames]}
-                self.send({**message, **found})
+            while (batch := self._next()) is not None:
+                message, frames = batch
+                pictures = {"indices": [number for number, _ in frames], "jpegs": [_jpeg(frame) for _, frame in frames]}
+                self.send({**message, **pictures})
         finally:
             self.ended()
 
     def _next(self) -> tuple[dict[str, Any], list[tuple[int, Tensor]]] | None:
-        """What to send next, as soon as there is anything and the page is ready for it; None at the end."""
+        """Return what to send next, as soon as there is anything and the page is ready for it; None at the end."""
         with self.changed:
             while not self.changed.wait_for(lambda: self.is_closed or self._is_due(), timeout=AGAIN_AFTER):
                 pass
@@ -118,7 +121,7 @@ class Outbox:
 
 
 def thumbnails(frames_VRHW: Tensor) -> list[Tensor]:
-    """Frames in bytes [H, W, R] in main memory, no side longer than FRAME_SIZE."""
+    """Return frames in bytes [H, W, R] in CPU memory, no side longer than FRAME_SIZE."""
     longest = max(frames_VRHW.shape[-2:])
     if longest > FRAME_SIZE:
         height, width = (max(1, round(side * FRAME_SIZE / longest)) for side in frames_VRHW.shape[-2:])

@@ -37,14 +37,16 @@ class Progress(Protocol):
 
 
 class CallbackProgress:
-    """The host's callback: its bar counts sigmas, so evaluations are scaled to them; the last call has all frames."""
+    """ComfyUI's callback: its bar counts sigmas, so evaluations are scaled to them; the last call has all frames."""
 
     is_finished = False
 
-    def __init__(self, callback: Any, sigmas: Tensor, like_BTCHW: Tensor, begun: list[Tensor], num_calls: int) -> None:
+    def __init__(
+        self, callback: Any, sigmas: Tensor, like_BTCHW: Tensor, earlier: list[Tensor], num_calls: int
+    ) -> None:
         self.callback, self.sigmas, self.num_calls, self.calls = callback, sigmas, num_calls, 0
         self.latest_BCTHW = host.to_graph(torch.zeros(like_BTCHW.transpose(1, 2).shape))
-        for latents_BTCHW in begun:  # what a resumed state brings along
+        for latents_BTCHW in earlier:  # what a resumed state brings along
             self._put(latents_BTCHW, 0)
 
     def _put(self, latents_BTCHW: Tensor, start_frame: int) -> Tensor:
@@ -62,13 +64,13 @@ class CallbackProgress:
         is_last = chunk.start_frame + new.shape[2] == self.latest_BCTHW.shape[2]
         steps = len(self.sigmas) - 1
         index = steps - 1 if is_last else min(steps - 1, self.calls * steps // max(self.num_calls, 1))
-        # the host shows the first frame of what it is given: the newest one
+        # ComfyUI shows the first frame of what it is given: the newest one
         shown = self.latest_BCTHW if is_last else new[:, :, -1:]
         self.callback({"i": index, "denoised": shown, "x": shown, "sigma": self.sigmas[0], "sigma_hat": self.sigmas[0]})
         return False
 
     def finish(self) -> None:
-        """Nothing is left to tell."""
+        """Do nothing: the last call has told all."""
 
 
 class StreamProgress(host.ProgressBar):
@@ -92,7 +94,7 @@ class StreamProgress(host.ProgressBar):
         self.is_finished = False
 
     def resumed(self, video_BTCHW: Tensor) -> None:
-        """What a run that goes on from a state has already."""
+        """Decode what a run that goes on from a snapshot has already."""
         if self.stream is not None:
             for latent_BTCHW in video_BTCHW.split(1, 1):  # a file takes them one by one, however many there are
                 host.check_interrupted()
@@ -121,7 +123,7 @@ class StreamProgress(host.ProgressBar):
         return False
 
     def _wants_again(self, frames_BVRHW: Tensor, may_repeat: bool) -> bool:
-        """Waits as long as the page wishes; a chunk that it waits with is kept where the run is interrupted."""
+        """Wait as long as the page wishes; keep the chunk that waits where the run is interrupted."""
         if self.live is None:
             return False
         try:
@@ -134,7 +136,7 @@ class StreamProgress(host.ProgressBar):
         return self.live is not None and self.live.is_finishing
 
     def _flush(self, chunk: Chunk) -> None:
-        """The frames that the decoder kept back for a chunk that does not come."""
+        """Show and keep the frames that the decoder kept back for a chunk that does not come."""
         if self.stream is not None:
             frames_BVRHW = self.stream.decode(chunk.latents_BTCHW[:, :0], is_last=True)
             if frames_BVRHW.shape[1]:

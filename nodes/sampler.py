@@ -12,7 +12,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from . import host
+from . import host, page
 from .autoencoder import graph_clips, graph_latent, space_of
 from .live import times_steered
 from .model_settings import AUTO, SINK_AUTO
@@ -176,7 +176,7 @@ class SelfForcingStreamSampler(io.ComfyNode):
                     default=True,
                     optional=True,
                     tooltip="Show the chunks in the node's player while they are made, at most 512 pixels wide or "
-                    "high. Off: the host's usual preview.",
+                    "high. Off: ComfyUI's usual preview.",
                 ),
                 io.Float.Input(
                     "pace",
@@ -207,12 +207,12 @@ class SelfForcingStreamSampler(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, seed: int | None = None, **_: Any) -> int:
-        """A result that was steered is not what these inputs give; the seed is None where it comes over a link."""
+        """Return how often such a run was steered, which these inputs do not give; seed is None over a link."""
         return times_steered(seed)
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:
-        if inputs.get("taehv") is None and host.is_read(cls.hidden, IMAGE_OUTPUT):
+        if inputs.get("taehv") is None and page.is_read(cls.hidden, IMAGE_OUTPUT):
             raise ValueError(NO_FRAMES)
         frames: list[Tensor] = []
         result = sample(StreamInputs(hidden=cls.hidden, **inputs), on_frames=frames.append)

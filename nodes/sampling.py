@@ -1,6 +1,6 @@
-"""The core's rollout as a SAMPLER of the host, and the GUIDER that goes with it.
+"""The core's rollout as a SAMPLER of ComfyUI, and the GUIDER that goes with it.
 
-The host's guider evaluates its prompts and combines them; the rollout sees one guided network. What is denoised,
+ComfyUI's guider evaluates its prompts and combines them; the rollout sees one guided network. What is denoised,
 noised and written into a cache, and when, is the core's alone.
 
 Letters: B batch, T latent frames, C channels, H W latent size.
@@ -9,7 +9,7 @@ Letters: B batch, T latent frames, C channels, H W latent size.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,15 +21,23 @@ from torch import Tensor
 from ..selfforcing_core.config import CausalConfig, StepConfig, WanConfig
 from ..selfforcing_core.geometry import chunk_lengths, tokens_per_frame, whole_chunks
 from ..selfforcing_core.kv_cache import KVCache
-from ..selfforcing_core.rollout import NoiseSource, SeededNoise, is_past_known, rollout
+from ..selfforcing_core.rollout import Chunk, NoiseSource, SeededNoise, is_past_known, rollout
 from ..selfforcing_core.schedule import TIMESTEPS
 from ..selfforcing_core.snapshot import Snapshot
-from . import host
+from . import host, page
 from .guided_network import GuidedNetwork, LatentShape, RunNoise, Steering, compute_dtype, memory_explained
 from .model_settings import BASE, CAUSAL, FEW_STEP, kind_note, settings_of
 from .patches import check_model_options, check_model_sampling, check_prompt_inputs, unapplied_names
 from .progress import CallbackProgress, Progress
-from .prompts import Moment, PromptPlan, check_prompts, conditions, later_prompts, scheduled_seeds
+from .prompts import (
+    GuiderConditioning,
+    GuiderTimeline,
+    PromptStart,
+    check_conditionings,
+    conditionings_of,
+    later_conditionings,
+    scheduled_seeds,
+)
 from .shared_network import check_causal, config_of
 
 log = logging.getLogger(__name__)
@@ -42,7 +50,7 @@ class SnapshotHolder:
     snapshot: Snapshot | None = None
 
     def filled(self) -> Snapshot:
-        """Raises ValueError if it is still empty."""
+        """Return the snapshot. Raises ValueError if the socket is still empty."""
         if self.snapshot is None or self.snapshot.video_BTCHW is None:
             raise ValueError(
                 "the state is empty: its sampler has not run yet, or did not keep it; switch keep_state on, and "
@@ -56,7 +64,7 @@ class Run:
     """How one rollout differs from what the MODEL's settings say.
 
     is_whole: one bidirectional chunk of all frames. causal: in place of the settings'. noise: for the draws after the
-    first of each chunk; None is by the host's seed. progress: made for a number of evaluations. resume: go on from
+    first of each chunk; None is by ComfyUI's seed. progress: made for a number of evaluations. resume: go on from
     there. keep: put the final state here. steering: new prompts and seeds on the way.
     working_bytes: what whoever follows the progress needs on the device.
     """
@@ -79,38 +87,38 @@ class ChunkSampler(comfy.samplers.KSAMPLER):
         self.run = run
 
     def check(self, guider: Any) -> None:
-        """Raise ValueError for a MODEL or prompts that cannot be sampled so; asked before the host loads anything."""
+        """Raise ValueError for a MODEL or prompts that cannot be sampled so; asked before ComfyUI loads anything."""
         settings, native = settings_of(guider.model_patcher), guider.model_patcher.model.diffusion_model
         _check_kind(settings.kind, self.run.is_whole)
         if not self.run.is_whole:
             check_causal(native)
-        later = [cond for cond in guider.conds.get("positive", []) if Moment.KEY in cond]
-        check_prompts([*conditions(guider), *later], config_of(native))
+        later = [conditioning for conditioning in guider.conds.get("positive", []) if PromptStart.KEY in conditioning]
+        check_conditionings([*conditionings_of(guider), *later], config_of(native))
         note = kind_note(settings)
         if note is not None:
-            host.show_text(note)
+            page.show_text(note)
 
     def whole_frames(self, guider: Any, num_frames: int, mask: Tensor | None) -> int:
-        """How many of so many latent frames are whole chunks."""
+        """Return how many of so many latent frames are whole chunks."""
         if self.run.is_whole:
             return num_frames
         causal = layout(known_frames(mask), self._causal(guider))
         return whole_chunks(num_frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
 
     def frames_at_once(self, guider: Any, noise_shape: tuple[int, ...]) -> int:
-        """Latent frames of the largest evaluation, for which the host's memory estimate is to be made."""
+        """Return the latent frames of the largest evaluation, for which ComfyUI is to estimate its memory."""
         frames = noise_shape[2]
         return frames if self.run.is_whole else min(frames, self._causal(guider).chunk)
 
     def extra_bytes(self, guider: Any, noise_shape: tuple[int, ...]) -> float:
-        """What the host's memory estimate does not know of such a run: above all its caches."""
+        """Return what ComfyUI's memory estimate does not know of such a run: above all its caches."""
         return self.run.working_bytes + (0 if self.run.is_whole else self._cache_bytes(guider, noise_shape))
 
     def _causal(self, guider: Any) -> CausalConfig:
         return self.run.causal or settings_of(guider.model_patcher).causal
 
     def _cache_bytes(self, guider: Any, noise_shape: tuple[int, ...]) -> int:
-        """Of the caches, where they lie on the MODEL's device; of what is copied there for one layer, where not all is.
+        """Return the bytes of the caches, if on the MODEL's device, and of what is copied there for one layer.
 
         The past of a layer is joined with the new keys and values where the two are of different types.
         """
@@ -121,29 +129,32 @@ class ChunkSampler(comfy.samplers.KSAMPLER):
 
         def size(config: WanConfig, dtype: torch.dtype) -> int:
             return KVCache.num_bytes(
-                config, batch=batch, tokens_per_frame=tokens_per_frame(height, width),
-                capacity=frames if window == -1 else min(frames, window), dtype=dtype,
-            )  # fmt: skip
+                config,
+                batch=batch,
+                tokens_per_frame=tokens_per_frame(height, width),
+                capacity=frames if window == -1 else min(frames, window),
+                dtype=dtype,
+            )
 
-        held = size(config, stored) if settings.cache_device is None else 0
+        cache_bytes = size(config, stored) if settings.cache_device is None else 0
         is_copied = settings.cache_device is not None or stored != computed
-        copied = 2 * size(replace(config, num_layers=1), computed) if is_copied else 0
-        return max(1, len(conditions(guider))) * held + copied
+        copied_bytes = 2 * size(replace(config, num_layers=1), computed) if is_copied else 0
+        return max(1, len(conditionings_of(guider))) * cache_bytes + copied_bytes
 
 
 class ChunkGuider(comfy.samplers.CFGGuider):
     """GUIDER with classifier-free guidance; a negative prompt that has no effect is not kept."""
 
     def set_prompts(self, positive: list[Any], negative: list[Any] | None, cfg: float) -> None:
-        conds = {"positive": positive}
+        conditionings = {"positive": positive}
         if negative and cfg != 1:
-            conds["negative"] = negative
+            conditionings["negative"] = negative
         elif cfg != 1:
             raise ValueError(f"cfg {cfg} needs a negative prompt; connect one, or set cfg to 1")
-        said = settings_of(self.model_patcher).guidance
-        if said is not None and said != cfg:
-            host.show_text(f"the model's file says that it is sampled with cfg {said:g}; cfg here is {cfg:g}")
-        self.inner_set_conds(conds)
+        trained_cfg = settings_of(self.model_patcher).guidance
+        if trained_cfg is not None and trained_cfg != cfg:
+            page.show_text(f"the model's file says that it is sampled with cfg {trained_cfg:g}; cfg here is {cfg:g}")
+        self.inner_set_conds(conditionings)
         self.set_cfg(cfg)
 
 
@@ -158,38 +169,24 @@ def sample_chunks(
     disable: bool | None = None,
     run: Run,
 ) -> Tensor:
-    """A sampler function of the host: normalised latents [B, C, T, H, W] from noise scaled for the first sigma.
+    """Sample as ComfyUI's sampler functions do: normalised latents [B, C, T, H, W] from noise of the first sigma.
 
     T is shorter than the noise where whoever follows the progress ends the run early, after a whole chunk.
     Frames at the beginning that the noise mask declares known are given to the rollout as its prefix.
     Raises ValueError for whatever the rollout or the model cannot do, before the first network call.
     """
     guider = model_k.inner_model
-    patcher = guider.model_patcher
-    settings, native = settings_of(patcher), patcher.model.diffusion_model
+    settings = settings_of(guider.model_patcher)
     _check_kind(settings.kind, run.is_whole)
-    check_model_sampling(patcher.get_model_object("model_sampling"))
-    later = later_prompts(guider)
-    conds = [*conditions(guider), *(cond for _, conds in later for cond in conds)]
-    check_prompts(conds, config_of(native))
-    if run.is_whole:  # the host's own forward pass, which follows whatever is set on it
-        lost = unapplied_names(patcher, (name for name, _ in native.named_parameters() if name.endswith("modulation")))
-        if lost:
-            log.warning(
-                "%d modulation entries of a LoRA are not applied (%s, ...): ComfyUI's own forward pass leaves them out",
-                len(lost), lost[0],
-            )  # fmt: skip
-    else:
-        check_causal(native)
-        check_model_options(extra_args.get("model_options", {}))
-        for cond in conds:
-            check_prompt_inputs(cond["model_conds"])
+    check_model_sampling(guider.model_patcher.get_model_object("model_sampling"))
+    later = later_conditionings(guider)
+    _check_passes(guider, later, run, extra_args.get("model_options", {}))
     x_BTCHW = rearrange(noise_BCTHW, "b c t h w -> b t c h w")
     batch, frames = x_BTCHW.shape[:2]
     shape: LatentShape = tuple(x_BTCHW.shape[1:])  # type: ignore[assignment]
     prefix = None if run.is_whole else _given_frames(extra_args.get("denoise_mask"), model_k.latent_image)
-    given = 0 if prefix is None else prefix.shape[1]
-    causal = layout(given, run.causal or settings.causal)
+    num_known = 0 if prefix is None else prefix.shape[1]
+    causal = layout(num_known, run.causal or settings.causal)
     if run.is_whole:
         causal = CausalConfig(chunk=frames)
     steps = replace(steps_of(sigmas), solver=settings.steps.solver)
@@ -216,9 +213,9 @@ def sample_chunks(
 
     prompts = None
     if later or run.steering is not None:
-        fixed = 0 if resumed is None or is_past_known(resumed, causal) else resumed.end_frame
-        begun = 0 if resumed is None else resumed.end_frame
-        prompts = PromptPlan(network, later, lengths, run.steering, fixed_frames=fixed, resumed_at=begun)
+        resumed_at = 0 if resumed is None else resumed.end_frame
+        fixed = 0 if resumed is None or is_past_known(resumed, causal) else resumed_at
+        prompts = GuiderTimeline(network, later, lengths, run.steering, fixed_frames=fixed, resumed_at=resumed_at)
     with memory_explained(network, causal, shape, batch):
         caches = None if run.is_whole else network.allocate(shape, causal)
         chunks = rollout(
@@ -227,26 +224,67 @@ def sample_chunks(
             prompt_at=prompts and prompts.at,
         )  # fmt: skip
         try:
-            for chunk in chunks:
-                while progress.chunk(chunk):
-                    chunk = chunks.send(True)
-                done.append(host.to_graph(chunk.latents_BTCHW))
-                is_last = progress.is_finished or chunk.start_frame + chunk.latents_BTCHW.shape[1] == frames
-                if run.keep is not None and is_last:
-                    state = chunk.snapshot(torch.device("cpu"))
-                    run.keep.snapshot = replace(state, video_BTCHW=torch.cat(done, 1)).to("cpu")
-                if is_last:
-                    break
-            host.check_interrupted()
-            progress.finish()
+            _collect(chunks, done, frames, progress, run.keep)
         finally:
             chunks.close()
             network.release()
     return rearrange(torch.cat(done, 1).to(noise_BCTHW.device), "b t c h w -> b c t h w")
 
 
+def _check_passes(
+    guider: Any,
+    later: list[tuple[PromptStart, list[GuiderConditioning]]],
+    run: Run,
+    model_options: dict[str, Any],
+) -> None:
+    """Raise ValueError for prompts, or for what is set on the MODEL, that passes over it cannot follow."""
+    patcher = guider.model_patcher
+    native = patcher.model.diffusion_model
+    all_conditionings = [*conditionings_of(guider), *(each for _, conditionings in later for each in conditionings)]
+    check_conditionings(all_conditionings, config_of(native))
+    if not run.is_whole:
+        check_causal(native)
+        check_model_options(model_options)
+        for conditioning in all_conditionings:
+            check_prompt_inputs(conditioning["model_conds"])
+        return
+    # ComfyUI's own forward pass follows whatever is set on it, but for one kind of parameters in a LoRA.
+    lost = unapplied_names(patcher, (name for name, _ in native.named_parameters() if name.endswith("modulation")))
+    if lost:
+        log.warning(
+            "%d modulation entries of a LoRA are not applied (%s, ...): ComfyUI's own forward pass leaves them out",
+            len(lost),
+            lost[0],
+        )
+
+
+def _collect(
+    chunks: Generator[Chunk, bool | None, None],
+    done: list[Tensor],
+    num_frames: int,
+    progress: Progress,
+    keep: SnapshotHolder | None,
+) -> None:
+    """Add the latents of every chunk to `done` until the last of the video, or the one that is to be its last.
+
+    A chunk is made again as long as whoever follows the progress wants that. keep: takes the final snapshot.
+    """
+    for chunk in chunks:
+        while progress.chunk(chunk):
+            chunk = chunks.send(True)
+        done.append(host.to_graph(chunk.latents_BTCHW))
+        is_last = progress.is_finished or chunk.start_frame + chunk.latents_BTCHW.shape[1] == num_frames
+        if keep is not None and is_last:
+            snapshot = chunk.snapshot(torch.device("cpu"))  # nothing on the device: it may be full by now
+            keep.snapshot = replace(snapshot, video_BTCHW=torch.cat(done, 1)).to("cpu")
+        if is_last:
+            break
+    host.check_interrupted()
+    progress.finish()
+
+
 def steps_of(sigmas: Tensor) -> StepConfig:
-    """SIGMAS of the graph, falling from noise to 0. Raises ValueError if they do not end at 0."""
+    """Return the steps of SIGMAS, falling from noise to 0. Raises ValueError if they do not end at 0."""
     levels = sigmas.tolist()
     if len(levels) < 2 or levels[-1] != 0:
         raise ValueError(
@@ -256,14 +294,14 @@ def steps_of(sigmas: Tensor) -> StepConfig:
     return StepConfig(tuple(TIMESTEPS * level for level in levels[:-1]), shift=1.0, warp=False)
 
 
-def layout(given: int, causal: CausalConfig) -> CausalConfig:
-    """Chunks for a video that begins with `given` frames: with a single picture, frame 0 is a chunk of its own."""
-    is_single = given % causal.chunk == 1 and causal.chunk > 1
+def layout(num_known: int, causal: CausalConfig) -> CausalConfig:
+    """Return how a video that begins with known frames is cut: behind a single one, frame 0 is a chunk of its own."""
+    is_single = num_known % causal.chunk == 1 and causal.chunk > 1
     return replace(causal, independent_first_frame=True) if is_single else causal
 
 
 def _given_frames(mask: Tensor | None, latent_image: Tensor | None) -> Tensor | None:
-    """Latents [B, T, C, H, W] of the first frames, as far as the noise mask says that they are known (0)."""
+    """Return latents [B, T, C, H, W] of the first frames, as far as the noise mask says that they are known (0)."""
     if mask is None or latent_image is None:
         return None
     count = known_frames(mask)
@@ -271,7 +309,7 @@ def _given_frames(mask: Tensor | None, latent_image: Tensor | None) -> Tensor | 
 
 
 def known_frames(mask_BCTHW: Tensor | None) -> int:
-    """How many frames at the beginning a noise mask declares known (0). Raises ValueError for any other mask."""
+    """Return how many first frames a noise mask declares known (0). Raises ValueError for any other mask."""
     if mask_BCTHW is None:
         return 0
     values = rearrange(mask_BCTHW, "b c t h w -> t (b c h w)") if mask_BCTHW.ndim == 5 else mask_BCTHW.flatten(1)

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def config_of(native: nn.Module) -> WanConfig:
-    """Sizes of the host's network. Raises ValueError unless it is a plain Wan 2.1 transformer."""
+    """Return the sizes of ComfyUI's network. Raises ValueError unless it is a plain Wan 2.1 transformer."""
     kind = type(native).__name__
     if kind not in ("WanModel", "CausalWanModel") or getattr(native, "ref_conv", None) is not None:
         names = (name for name, _ in native.named_parameters() if FIRST_LAST not in name)
@@ -51,7 +51,7 @@ def check_causal(native: nn.Module) -> None:
 
 
 class _InFloat32(nn.Module):
-    """The host keeps the patch embedding in float32 whatever the rest is in."""
+    """ComfyUI keeps the patch embedding in float32 whatever the rest is in."""
 
     def __init__(self, embedding: nn.Module) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class ForeignCrossAttention(nn.Module):
         self.options: dict[str, Any] = {}  # what the network's layers are told of the present evaluation
 
     def keys_values(self, text_BXD: Tensor, image_BID: Tensor | None) -> tuple[Any, ...]:
-        """Embedded text and image, from which it makes keys and values anew each time."""
+        """Return embedded text and image, from which it makes keys and values anew each time."""
         return text_BXD, image_BID
 
     def attend_to(self, x_GPD: Tensor, length: int, keys_values: tuple[Any, ...]) -> Tensor:
@@ -81,9 +81,11 @@ class ForeignCrossAttention(nn.Module):
         context_BXD = text_BXD if image_BID is None else torch.cat([image_BID, text_BXD], 1)
         self.options["block_index"] = self.index
         attended = self.theirs(
-            x_GPD.reshape(-1, length, x_GPD.shape[-1]), context_BXD,
-            context_img_len=None if image_BID is None else image_BID.shape[1], transformer_options=self.options,
-        )  # fmt: skip
+            x_GPD.reshape(-1, length, x_GPD.shape[-1]),
+            context_BXD,
+            context_img_len=None if image_BID is None else image_BID.shape[1],
+            transformer_options=self.options,
+        )
         return attended.reshape(x_GPD.shape)
 
 
@@ -99,9 +101,9 @@ class ForeignFeedForward:
 
 
 class SharedNetwork:
-    """CausalWan over the modules of the host's network: the same layers, none of its own.
+    """CausalWan over the modules of ComfyUI's network: the same layers, none of its own.
 
-    patcher: the MODEL, whose LoRA may hold parameters that the host does not apply. Raises ValueError where a module
+    patcher: the MODEL, whose LoRA may hold parameters that ComfyUI does not apply. Raises ValueError where a module
     whose place ours take has been changed.
     """
 
@@ -126,8 +128,8 @@ class SharedNetwork:
             del ours._parameters["modulation"]
             self._modulated[path] = ours, theirs
         for name, child in theirs.named_children():
-            if name not in ours._modules:  # without weights: norms, activations, the host's table of positions
-                check_module(path + name, child, is_hosts=name == "rope_embedder")
+            if name not in ours._modules:  # without weights: norms, activations, ComfyUI's table of positions
+                check_module(path + name, child, is_comfyuis=name == "rope_embedder")
         for name, child in list(ours.named_children()):
             if name in FOLLOWED and is_changed(getattr(theirs, name)):
                 self._follow(ours, f"{path}{name}", getattr(theirs, name))
@@ -150,7 +152,7 @@ class SharedNetwork:
 
     @property
     def follows(self) -> bool:
-        """Whether modules of others are called whole."""
+        """Return whether modules of others are called whole."""
         return bool(self.cross_attentions or self.feed_forwards)
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:

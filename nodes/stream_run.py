@@ -24,7 +24,7 @@ from ..selfforcing_core.geometry import (
     whole_chunks,
 )
 from ..selfforcing_core.roofline import Meter, Recipe
-from . import host
+from . import host, page
 from .autoencoder import check_latent, check_space
 from .causal_model import show_left_out
 from .frame_stream import FrameStream, frame_stream
@@ -32,7 +32,7 @@ from .guided_network import SeededGraphNoise, compute_dtype
 from .live import Live, open_live
 from .model_settings import causal_settings, settings_of, sigmas_of
 from .progress import OnFrames, StreamProgress
-from .prompts import planned, reader_of, text_in_graph
+from .prompts import reader_of, text_in_graph, timeline_of
 from .sampling import ChunkGuider, ChunkSampler, Run, SnapshotHolder, known_frames, layout
 from .shared_network import config_of
 from .steering_record import SteeringRecord
@@ -135,7 +135,7 @@ def sample(inputs: StreamInputs, *, on_frames: OnFrames, on_end: OnEnd = lambda 
         )
         ending = "whole" if samples.shape[2] == sum(lengths) else "early"
         if record.events:
-            host.add_metadata(inputs.hidden, **{SCHEDULE_KEY: record.text()})
+            page.add_metadata(inputs.hidden, **{SCHEDULE_KEY: record.text()})
     finally:
         _close(live, on_end, record, ending)
     snapshot = host.blocked(NO_STATE) if kept is None else kept
@@ -174,7 +174,7 @@ def _live(inputs: StreamInputs, lengths: Sequence[int], record: SteeringRecord) 
 
 
 def _close(live: Live | None, on_end: OnEnd, record: SteeringRecord, ending: str) -> None:
-    """First what was written, then the page, which hears of that; a file that cannot be closed is no good ending."""
+    """Close what was written, then tell the page, which hears of it; a file that cannot be closed is no good ending."""
     files: list[dict[str, Any]] = []
     is_written = False
     try:
@@ -186,7 +186,7 @@ def _close(live: Live | None, on_end: OnEnd, record: SteeringRecord, ending: str
 
 def _record(inputs: StreamInputs, lengths: Sequence[int]) -> SteeringRecord:
     """Return what the run begins with, to which is added what is done by hand."""
-    plan, audience = planned(inputs.positive, lengths), host.audience()
+    plan, audience = timeline_of(inputs.positive, lengths), page.audience()
     if not plan.first and audience is not None:
         plan = replace(plan, first=text_in_graph(getattr(inputs.hidden, "prompt", None), audience.node))
     return SteeringRecord(plan, lengths, inputs.fps)
@@ -248,24 +248,27 @@ def _empty_latent(inputs: StreamInputs, causal: CausalConfig, channels: int) -> 
 def rounded_size(
     width: int, height: int, length: int, chunk: int, independent_first_frame: bool = False
 ) -> VideoGeometry:
-    """The largest size up to this one that is whole chunks and tokens, at least one of each; what changes is shown."""
+    """Return the largest size up to this one of whole chunks and tokens, at least one of each; show what changes."""
     size = VideoGeometry(
-        rounded_side(width), rounded_side(height),
-        rounded_length(length, chunk, independent_first_frame=independent_first_frame), chunk, independent_first_frame,
-    )  # fmt: skip
+        rounded_side(width),
+        rounded_side(height),
+        rounded_length(length, chunk, independent_first_frame=independent_first_frame),
+        chunk,
+        independent_first_frame,
+    )
     first = "1 and then " if independent_first_frame else ""
-    for name, given, used, rule in (
+    for name, wish, used, rule in (
         ("width", width, size.width, f"multiples of {PIXEL_STEP} pixels"),
         ("height", height, size.height, f"multiples of {PIXEL_STEP} pixels"),
         ("length", length, size.frames, f"whole chunks ({first}{chunk} latent frames, 4 frames each but the first, 1)"),
     ):
-        if given != used:
-            host.show_text(f"{name} {given} is rounded to {used}: {rule}")
+        if wish != used:
+            page.show_text(f"{name} {wish} is rounded to {used}: {rule}")
     return size
 
 
 def _of_whole_chunks(latent_image: dict[str, Any], causal: CausalConfig) -> dict[str, Any]:
-    """The same without the latent frames at its end that are no whole chunk."""
+    """Return the same without the latent frames at its end that are no whole chunk."""
     samples, mask = latent_image["samples"], latent_image.get("noise_mask")
     count = whole_chunks(samples.shape[2], causal.chunk, independent_first_frame=causal.independent_first_frame)
     if count >= samples.shape[2]:

@@ -14,7 +14,7 @@ from ..selfforcing_core.geometry import PIXEL_STEP, SPATIAL_FACTOR
 from ..selfforcing_core.sound import Samples
 from ..selfforcing_core.video import VideoStream, retag
 from ..selfforcing_core.video_formats import AUTO_QUALITY, FORMATS, check_video
-from . import host
+from . import folders, page
 from .autoencoder import graph_latent, space_of
 from .sampler import SelfForcingStreamSampler
 from .stream_run import SCHEDULE_KEY, StreamInputs, sample
@@ -37,9 +37,15 @@ class _Files:
     """One growing file per video of the batch, made when the first frames are there."""
 
     def __init__(
-        self, prefix: str, choice: str, fps: float, quality: int, metadata: dict[str, Any], size: tuple[int, int],
+        self,
+        prefix: str,
+        choice: str,
+        fps: float,
+        quality: int,
+        metadata: dict[str, Any],
+        size: tuple[int, int],
         sounds: list[Samples],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.prefix, self.fps, self.quality, self.metadata, self.size = prefix, fps, quality, metadata, size
         self.ending, self.codec = CHOICES[choice]
         self.sounds = sounds  # one for each video, one for all, or none
@@ -50,7 +56,7 @@ class _Files:
     def append(self, frames_BVRHW: Tensor) -> None:
         """Append a chunk's frames to the files."""
         while len(self.streams) < len(frames_BVRHW):
-            path, self.subfolder = host.output_file(self.prefix, self.ending, *self.size)
+            path, self.subfolder = folders.output_file(self.prefix, self.ending, *self.size)
             sound = self.sounds[min(len(self.streams), len(self.sounds) - 1)] if self.sounds else None
             stream = VideoStream(path, self.fps, self.metadata, codec=self.codec, quality=self.quality, sound=sound)
             self.streams.append(self.open.enter_context(stream))
@@ -63,11 +69,11 @@ class _Files:
         try:
             self.keep_schedule(schedule)
         except (ValueError, OSError) as error:  # the video is whole, and the schedule goes out as text
-            host.show_text(f"the file has no entry {SCHEDULE_KEY}: {error}")
+            page.show_text(f"the file has no entry {SCHEDULE_KEY}: {error}")
         return self.written()
 
     def written(self) -> list[dict[str, str]]:
-        """What the page lists: every file that holds a frame, whole or as far as it was made."""
+        """Return what the page lists: every file that holds a frame, whole or as far as it was made."""
         return [
             dict(ui.SavedResult(stream.path.name, self.subfolder, io.FolderType.output))
             for stream in self.streams
@@ -75,7 +81,7 @@ class _Files:
         ]
 
     def close(self) -> None:
-        """All of them, whatever one of them says to that."""
+        """Close all files, whatever one of them says to that."""
         self.open.close()
 
     def keep_schedule(self, schedule: str) -> None:
@@ -94,9 +100,9 @@ class _Files:
         for sound, stream in zip(self.sounds, self.streams):
             end = stream.num_frames / self.fps
             if sound.seconds > end + 1 / self.fps:
-                host.show_text(f"audio of {sound.seconds:.2f} s is cut at the video's end, {end:.2f} s")
+                page.show_text(f"audio of {sound.seconds:.2f} s is cut at the video's end, {end:.2f} s")
             elif sound.seconds < end - 1 / self.fps:
-                host.show_text(
+                page.show_text(
                     f"audio of {sound.seconds:.2f} s is shorter than the video, {end:.2f} s: silence follows"
                 )
 
@@ -105,7 +111,7 @@ class _Files:
 
 
 def _sounds(audio: dict[str, Any] | None, batch: int) -> list[Samples]:
-    """The rows of an AUDIO: one for each video of the batch, or one for all. Raises ValueError for other numbers."""
+    """Return the rows of an AUDIO: one for each video, or one for all. Raises ValueError for other numbers."""
     if audio is None:
         return []
     sounds = [Samples(waveform_CS, int(audio["sample_rate"])) for waveform_CS in audio["waveform"]]
@@ -117,7 +123,7 @@ def _sounds(audio: dict[str, Any] | None, batch: int) -> list[Samples]:
 
 
 class SelfForcingStreamToFile(io.ComfyNode):
-    """Noise to a video file with the Self Forcing rollout. No child of the sampler: the host keeps schemas by class."""
+    """Noise to a video file with the Self Forcing rollout. No child of the sampler: ComfyUI keeps schemas by class."""
 
     fingerprint_inputs = classmethod(SelfForcingStreamSampler.fingerprint_inputs.__func__)  # type: ignore[attr-defined]
 
@@ -156,7 +162,7 @@ class SelfForcingStreamToFile(io.ComfyNode):
                 max=100,
                 optional=True,
                 tooltip=f"The format's own number; {AUTO_QUALITY} is auto. "
-                + ". ".join(f"{made.title}: {made.quality.in_words}" for made in FORMATS.values() if made.quality)
+                + ". ".join(f"{each.title}: {each.quality.in_words}" for each in FORMATS.values() if each.quality)
                 + ". Lossless mkv and gif have none.",
             ),
             io.Audio.Input(
@@ -180,7 +186,7 @@ class SelfForcingStreamToFile(io.ComfyNode):
     def validate_inputs(  # type: ignore[override]
         cls, format: str | None = None, quality: int | None = None
     ) -> bool | str:
-        """What format and quality allow; ComfyUI leaves the check of the inputs that are named here to us."""
+        """Check what format and quality allow; ComfyUI leaves the check of the inputs that are named here to us."""
         if format is not None:
             if format not in CHOICES:
                 return f"format {format!r} is unknown; use {', '.join(CHOICES)}"
@@ -213,7 +219,7 @@ class SelfForcingStreamToFile(io.ComfyNode):
             size = (width * SPATIAL_FACTOR, height * SPATIAL_FACTOR)
         FORMATS[codec].check_size(*(side // PIXEL_STEP * PIXEL_STEP for side in size))
         files = _Files(
-            filename_prefix, format, fps, quality, host.graph_metadata(cls.hidden), size, _sounds(audio, batch)
+            filename_prefix, format, fps, quality, page.graph_metadata(cls.hidden), size, _sounds(audio, batch)
         )
         try:
             run = StreamInputs(taehv=taehv, latent_image=latent_image, fps=fps, hidden=cls.hidden, **inputs)
@@ -224,6 +230,8 @@ class SelfForcingStreamToFile(io.ComfyNode):
             raise
         files.say_sound()
         shown = [ui.SavedResult(each["filename"], each["subfolder"], io.FolderType.output) for each in files.written()]
-        page = ui.PreviewVideo(shown) if ending not in (".webp", ".gif") else ui.SavedImages(shown, ending == ".webp")
+        preview = (
+            ui.PreviewVideo(shown) if ending not in (".webp", ".gif") else ui.SavedImages(shown, ending == ".webp")
+        )
         latent = graph_latent(result.samples, space_of(result.samples))
-        return io.NodeOutput(latent, str(files.streams[0].path), result.schedule, ui=page)
+        return io.NodeOutput(latent, str(files.streams[0].path), result.schedule, ui=preview)

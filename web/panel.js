@@ -1,4 +1,4 @@
-/** The player's box on the page: the picture, the line below it, what plays it, and the desk. No import of the host. */
+/** The player's box on the page: the picture, the line below it, what plays it, and the desk. No import of ComfyUI. */
 
 import { Desk } from "./desk.js";
 import { IconButton, box, clock, explain, make } from "./elements.js";
@@ -240,7 +240,7 @@ export class Panel {
     this.told = this.estimate = "";
   }
 
-  /** The host says that the prompt ended, in whatever way. @param {unknown} promptId */
+  /** ComfyUI says that the prompt ended, in whatever way. @param {unknown} promptId */
   finish(promptId) {
     // In the queue, for messages that came before may still be decoding.
     this.queue = this.queue.then(() => {
@@ -299,7 +299,7 @@ export class Panel {
     this.#leaveFilm();
     for (const bitmap of this.bitmaps.values()) bitmap?.close();
     this.bitmaps.clear();
-    this.playback = new Playback(); // the host may keep the element
+    this.playback = new Playback(); // ComfyUI may keep the element
   }
 
   // ------------------------------------------------------------ to the server --

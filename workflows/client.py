@@ -283,9 +283,10 @@ def main() -> int:
         "current chunk, what the server executes (a file of that name is ./finish)",
     )
     parser.add_argument(
-        "--server", default="127.0.0.1:8188",
+        "--server",
+        default="127.0.0.1:8188",
         help="address of ComfyUI, host:port or http://host:port (default: 127.0.0.1:8188)",
-    )  # fmt: skip
+    )
     parser.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="change one input")
     parser.add_argument("--to", type=Path, help="folder for the results (default: out)")
     parser.add_argument("--frames", type=Path, metavar="FOLDER", help="save what is shown meanwhile, as it arrives")

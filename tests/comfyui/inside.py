@@ -38,7 +38,7 @@ import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
 
-import nodes as host_nodes  # noqa: E402, F401  the host's own, so that the pack's folder of that name cannot shadow it
+import nodes as host_nodes  # noqa: E402, F401  ComfyUI's own, so that the pack's folder of that name cannot shadow it
 
 torch.set_num_threads(1)
 
@@ -67,8 +67,8 @@ def part(name: str) -> Any:
 autoencoder, causal_model, causal_pass, frame_stream, guided_network, host, loader = map(
     part, ("autoencoder", "causal_model", "causal_pass", "frame_stream", "guided_network", "host", "loader")
 )
-model_file, model_settings, sampling, shared_network, text_nodes = map(
-    part, ("model_file", "model_settings", "sampling", "shared_network", "text")
+model_file, folders, model_settings, page, sampling, shared_network, text_nodes = map(
+    part, ("model_file", "folders", "model_settings", "page", "sampling", "shared_network", "text")
 )
 CORE = PACKAGE.rpartition(".")[0] + ".selfforcing_core."
 core = {
@@ -106,14 +106,14 @@ def loaded(path: Path, **options: Any) -> Any:
 
 
 def text(seed: int, rows: int = 7) -> torch.Tensor:
-    """Rows of a prompt; 512 is what the host's own text encoder gives, of which the last are zero."""
+    """Rows of a prompt; 512 is what ComfyUI's own text encoder gives, of which the last are zero."""
     return torch.randn(1, rows, 4096, generator=torch.Generator().manual_seed(seed)) * (torch.arange(rows) < 9)[:, None]
 
 
 def sampled(
     patcher: Any, *, cfg: float = 1.0, rows: int = 7, latent: Any = None, values: Any = None, chunk: int = 3, **run: Any
 ) -> Any:
-    """Normalised latents [1, T, C, H, W] through the host's guider; noise is that of the core for seed 5."""
+    """Normalised latents [1, T, C, H, W] through ComfyUI's guider; noise is that of the core for seed 5."""
     guider = comfy.samplers.CFGGuider(patcher)
     guider.set_conds([[text(1, rows if rows == 512 else 7), dict(values or {})]],
                      [[text(2, rows), dict(values or {})]])  # fmt: skip
@@ -122,9 +122,14 @@ def sampled(
     lengths = core["rollout"].chunk_lengths(latent["samples"].shape[2], chunk)
     noise = guided_network.SeededGraphNoise(5, lengths).generate_noise(latent)
     raw = guider.sample(
-        noise, latent["samples"], sampling.ChunkSampler(sampling.Run(**run)), model_settings.sigmas_of(patcher, 0, 0.0),
-        denoise_mask=latent.get("noise_mask"), disable_pbar=True, seed=5,
-    )  # fmt: skip
+        noise,
+        latent["samples"],
+        sampling.ChunkSampler(sampling.Run(**run)),
+        model_settings.sigmas_of(patcher, 0, 0.0),
+        denoise_mask=latent.get("noise_mask"),
+        disable_pbar=True,
+        seed=5,
+    )
     return patcher.model.process_latent_in(raw).transpose(1, 2)
 
 
@@ -133,9 +138,15 @@ def core_rollout(
 ) -> Any:
     condition = core["conditioning"].Conditioning
     chunks = core["rollout"].rollout(
-        made, condition(text(1), **more), noise=core["rollout"].SeededNoise(5), latent_shape=SHAPE, causal=causal,
-        steps=steps, negative=condition(text(2, rows), **more), guidance=guidance,
-    )  # fmt: skip
+        made,
+        condition(text(1), **more),
+        noise=core["rollout"].SeededNoise(5),
+        latent_shape=SHAPE,
+        causal=causal,
+        steps=steps,
+        negative=condition(text(2, rows), **more),
+        guidance=guidance,
+    )
     return torch.cat([chunk.latents_BTCHW for chunk in chunks], 1)
 
 
@@ -159,9 +170,9 @@ def broken_packages() -> list[str]:
 def once(
     patcher: Any, sampler: Any = None, *, values: Any = None, cfg: float = 3.0, sigmas: tuple[float, ...] = (1.0, 0.0)
 ) -> Any:
-    """Latents after one step from noise to nothing: by the host's Euler, or by a sampler of ours.
+    """Latents after one step from noise to nothing: by ComfyUI's Euler, or by a sampler of ours.
 
-    The host attends to as many rows of text as it is given, our network to all of them: 512, as a text encoder gives.
+    ComfyUI attends to as many rows of text as it is given, our network to all of them: 512, as a text encoder gives.
     """
     guider = comfy.samplers.CFGGuider(patcher)
     guider.set_conds([[text(1, 512), dict(values or {})]], [[text(2, 512), dict(values or {})]])

@@ -1,4 +1,4 @@
-"""Run by the host's Python as inside.py is: the attention that ComfyUI was started with, in its own pass and in ours.
+"""Run by ComfyUI's Python as inside.py is: the attention that ComfyUI was started with, in its own pass and in ours.
 
 python inside_attention.py PACK FOLDER [OPTION]      OPTION: of ComfyUI's command line
 
@@ -62,7 +62,7 @@ if OPTION == "--use-flash-attention":
 F.scaled_dot_product_attention = counted  # type: ignore[assignment]
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path.cwd()))  # the host's own `nodes` comes first
+sys.path.insert(0, str(Path.cwd()))  # ComfyUI's own `nodes` comes first
 import inside  # noqa: E402
 from comfy_api.torch_helpers import set_torch_compile_wrapper  # noqa: E402
 

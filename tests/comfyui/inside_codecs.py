@@ -21,8 +21,8 @@ from inside import (
     apart,
     autoencoder,
     core,
+    folders,
     frame_stream,
-    host,
     part,
     text_nodes,
 )
@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 
 
 def wan_vae() -> Any:
-    """A random Wan VAE, as narrow as this host's loader takes it."""
+    """A random Wan VAE, as narrow as this ComfyUI's loader takes it."""
     config = {"z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [],
               "temperal_downsample": [False, True, True], "dropout": 0.0}  # fmt: skip
     for dim in (16, 96):  # earlier hosts know one width only
@@ -42,7 +42,7 @@ def wan_vae() -> Any:
             )
         except RuntimeError:
             continue
-    raise AssertionError("the host loads no Wan VAE of ours")
+    raise AssertionError("ComfyUI loads no Wan VAE of ours")
 
 
 class FrameByFrame(torch.nn.Module):
@@ -59,7 +59,7 @@ class FrameByFrame(torch.nn.Module):
 def vaes_of_the_host_stream() -> dict[str, Any]:
     """A small random Wan VAE, chunk by chunk and with a chunk taken back, against its decode of the whole video.
 
-    The host's decode gives all latents at once to a pointwise convolution, whose sums a CPU may round in another order
+    ComfyUI's decode gives all latents at once to a pointwise convolution, whose sums a CPU may round in another order
     for other lengths. So it is compared as it is, and again with that convolution frame by frame: nothing differs.
     """
     torch.manual_seed(0)
@@ -123,12 +123,12 @@ def taehv_streams_latent_by_latent() -> dict[str, Any]:
 
 
 def text_encoders() -> dict[str, Any]:
-    """The bundled encoder, and the same as if it were large: in the host's number type, and near it."""
+    """The bundled encoder, and the same as if it were large: in ComfyUI's number type, and near it."""
     sys.path.remove(str(BROKEN))  # transformers does not load beside a flash_attn that raises
-    folder, calls = host.text_encoder_folder("tiny" + host.BUNDLE_MARK), {}
+    folder, calls = folders.text_encoder_folder("tiny" + folders.BUNDLE_MARK), {}
     wanted, original = "a red square moving left slowly on a navy background", text_nodes.SMALL
     chosen = comfy.model_management.text_encoder_dtype
-    exact = text_nodes.TextReader("tiny" + host.BUNDLE_MARK)(wanted)[0][0]
+    exact = text_nodes.TextReader("tiny" + folders.BUNDLE_MARK)(wanted)[0][0]
     text_nodes.SMALL = 0
     try:
         for name in ("default", "float8_e4m3fn", "bfloat16"):
@@ -137,7 +137,7 @@ def text_encoders() -> dict[str, Any]:
                 comfy.model_management.text_encoder_dtype = lambda device=None, name=name: getattr(torch, name)
             encoder = text_nodes._load(folder, "").encoder
             text_nodes._load.cache_clear()
-            embeds = text_nodes.TextReader("tiny" + host.BUNDLE_MARK)(wanted)[0][0]
+            embeds = text_nodes.TextReader("tiny" + folders.BUNDLE_MARK)(wanted)[0][0]
             calls[name] = [str(encoder.model.shared.weight.dtype), apart(embeds, exact), str(embeds.dtype)]
     finally:
         text_nodes.SMALL, comfy.model_management.text_encoder_dtype = original, chosen
@@ -179,7 +179,7 @@ def lighttaew2_1_decodes_as_in_the_host() -> dict[str, Any]:
     image = torch.rand(9, 32, 32, 3, generator=torch.Generator().manual_seed(2))
     if hasattr(comfy, "taesd") and hasattr(comfy.taesd, "taehv"):
         theirs = comfy.sd.VAE(sd={name: value.clone() for name, value in weights.items()}, dtype=torch.float32)
-        found["decoded"] = apart(theirs.decode(latents).cpu().clamp(0, 1), light)  # the host leaves that to its nodes
+        found["decoded"] = apart(theirs.decode(latents).cpu().clamp(0, 1), light)  # ComfyUI leaves that to its nodes
         found["encoded"] = apart(theirs.encode(image).cpu(), made["lighttaew2_1"].encode(image))
     return found
 

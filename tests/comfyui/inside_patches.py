@@ -36,11 +36,11 @@ from inside import (
     saved,
 )
 
-TELLS_BLOCK = "block_index" in inspect.getsource(comfy.ldm.wan.model.WanModel)  # as newer hosts do
+TELLS_BLOCK = "block_index" in inspect.getsource(comfy.ldm.wan.model.WanModel)  # as newer versions do
 
 
 def by_block(func: Any, *args: Any, **options: Any) -> Any:
-    """Another attention, which looks at all that the host tells of where it stands."""
+    """Another attention, which looks at all that ComfyUI tells of where it stands."""
     told = options["transformer_options"]
     assert len(told["cond_or_uncond"]) == args[0].shape[0]
     if not TELLS_BLOCK:
@@ -65,14 +65,14 @@ def with_rope(patcher: Any) -> Any:
 
 
 def what_is_set_on_the_forward_pass_is_followed() -> dict[str, Any]:
-    """All frames as one chunk are the host's own pass; in chunks RoPE is the core's, attention also from int8."""
+    """All frames as one chunk are ComfyUI's own pass; in chunks RoPE is the core's, attention also from int8."""
     made = network()
     causal, whole = loaded(saved("t2v", made)), loaded(saved("whole", made, causal=None), kind="base")
     at_once = sampling.ChunkSampler(sampling.Run(causal=CausalConfig(chunk=FRAMES)))
     found: dict[str, Any] = {"plain": apart(once(causal, at_once), once(whole))}
     for name, patched in (("attention", with_override), ("rope", with_rope)):
         if patched(causal) is None:
-            continue  # the host has no such option
+            continue  # ComfyUI has no such option
         found[name] = apart(once(patched(causal), at_once), once(patched(whole)))
         found[f"{name}_matters"] = apart(once(patched(whole)), once(whole))
     if with_rope(causal) is not None:
@@ -132,7 +132,7 @@ def with_fading_prompt(patcher: Any) -> Any:
 
 
 def modules_and_prompts_of_others_are_followed() -> dict[str, float]:
-    """Cross-attention and feed-forward networks replaced, and texts that change: as one chunk the host's own pass."""
+    """Cross-attention and feed-forward networks replaced, and texts that change: as one chunk ComfyUI's own pass."""
     made, image = network(), network(in_dim=36, model_type="i2v")
     euler = replace(STEPS, solver="euler")
     at_once = sampling.ChunkSampler(sampling.Run(causal=CausalConfig(chunk=FRAMES)))

@@ -11,7 +11,7 @@ from typing import Any
 import comfy.model_management
 import folder_paths
 import torch
-from inside import CORE, FOLDER, host, part
+from inside import CORE, FOLDER, folders, host, page, part
 
 
 class Stage:
@@ -21,17 +21,23 @@ class Stage:
         self.waiting_modules = part("live"), part("outbox")
         record_module, prompts = part("steering_record"), part("prompts")
         self.run, self.is_here, self.messages = None, True, []
-        self.before = host.send, host.is_listening, self.waiting_modules[0].PATIENCE
-        host.send = lambda event, data, client: self.receive(data)
-        host.is_listening = lambda client: self.is_here
+        self.before = page.send, page.is_listening, self.waiting_modules[0].PATIENCE
+        page.send = lambda event, data, client: self.receive(data)
+        page.is_listening = lambda client: self.is_here
         for module in self.waiting_modules:
             module.PATIENCE = 0.4
         lengths = (8,) * 9
-        record = record_module.SteeringRecord(prompts.Planned("a"), lengths, 10.0)
+        record = record_module.SteeringRecord(prompts.Timeline("a"), lengths, 10.0)
         self.run = self.waiting_modules[0].Live(
-            host.Audience("page", "prompt", "1"), record, fps=10.0, lengths=lengths, read=lambda text: [], seed=0,
-            pace=pace, hidden=None,
-        )  # fmt: skip
+            page.Audience("page", "prompt", "1"),
+            record,
+            fps=10.0,
+            lengths=lengths,
+            read=lambda text: [],
+            seed=0,
+            pace=pace,
+            hidden=None,
+        )
 
     def receive(self, message: dict[str, Any]) -> None:
         self.messages.append(message)
@@ -61,7 +67,7 @@ class Stage:
     def close(self) -> None:
         self.run.close("stopped", [])
         self.run.outbox.thread.join(5)
-        host.send, host.is_listening, patience = self.before
+        page.send, page.is_listening, patience = self.before
         for module in self.waiting_modules:
             module.PATIENCE = patience
 
@@ -110,7 +116,8 @@ def a_run_waits_for_its_viewer() -> dict[str, Any]:
 
 def a_new_loader_never_pairs_a_bundled_part_with_a_real_one() -> dict[str, list[str]]:
     """The first choices for model, decoder and text encoder, by the files that there are."""
-    folders, before = host.folder_paths, (host.folder_paths.get_filename_list, host._text_encoder_folders)
+    comfy_folders = folders.folder_paths
+    before = comfy_folders.get_filename_list, folders._text_encoder_folders
     found = {}
     model, decoder = {"diffusion_models": ["self_forcing_dmd.pt"]}, {"vae_approx": ["taew2_1.safetensors"]}
     for name, files, encoders in (
@@ -119,15 +126,16 @@ def a_new_loader_never_pairs_a_bundled_part_with_a_real_one() -> dict[str, list[
         ("no encoder", {**model, **decoder}, []),
         ("all", {**model, **decoder}, ["umt5"]),
     ):
-        folders.get_filename_list = lambda folder, files=files: files.get(folder, [])
-        host._text_encoder_folders = lambda encoders=encoders: encoders
+        comfy_folders.get_filename_list = lambda folder, files=files: files.get(folder, [])
+        folders._text_encoder_folders = lambda encoders=encoders: encoders
         try:
             choices = (
-                host.file_choices(host.MODEL_FOLDER, likely=host.LIKELY_MODELS),
-                host.file_choices(*host.TAEHV_FOLDERS, likely=host.LIKELY_TAEHVS), host.text_encoder_choices(),
-            )  # fmt: skip
+                folders.file_choices(folders.MODEL_FOLDER, likely=folders.LIKELY_MODELS),
+                folders.file_choices(*folders.TAEHV_FOLDERS, likely=folders.LIKELY_TAEHVS),
+                folders.text_encoder_choices(),
+            )
         finally:
-            folders.get_filename_list, host._text_encoder_folders = before
+            comfy_folders.get_filename_list, folders._text_encoder_folders = before
         found[name] = [choice[0] for choice in choices]
     return found
 

@@ -41,7 +41,7 @@ from safetensors.torch import save_file
 
 
 def the_hosts_model_gives_the_cores_video() -> dict[str, float]:
-    """With one prompt; with two in one batch; with two that the host cannot batch; with a window."""
+    """With one prompt; with two in one batch; with two that ComfyUI cannot batch; with a window."""
     made = network()
     patcher = loaded(saved("t2v", made))
     window = CausalConfig(chunk=1, window=3, sink=1, context_noise=100.0)
@@ -79,7 +79,7 @@ def condition_channels_are_sliced_per_chunk() -> dict[str, float]:
 
 
 def a_model_of_the_hosts_loader_is_patched() -> dict[str, Any]:
-    """Plain weights through the host's loader with foreign layers, as GGUF and quantised packs put in."""
+    """Plain weights through ComfyUI's loader with foreign layers, as GGUF and quantised packs put in."""
     made = network()
     calls = []
 
@@ -159,13 +159,19 @@ def number_types() -> dict[str, float]:
 
 
 def layers_without_casting_compute_in_bfloat16() -> float:
-    """On a card that computes in bfloat16 the host's layers do not cast, and the patch embedding stays float32."""
+    """On a card that computes in bfloat16 ComfyUI's layers do not cast, and the patch embedding stays float32."""
     made = network()
     patcher = loaded(saved("t2v", made))
     native = type(patcher.model.diffusion_model)(
-        operations=comfy.ops.disable_weight_init, device="cpu", dtype=torch.bfloat16, image_model="wan2.1",
-        **{name: getattr(made.config, name) for name in SIZES}, text_dim=4096, in_dim=16, out_dim=16,
-    )  # fmt: skip
+        operations=comfy.ops.disable_weight_init,
+        device="cpu",
+        dtype=torch.bfloat16,
+        image_model="wan2.1",
+        **{name: getattr(made.config, name) for name in SIZES},
+        text_dim=4096,
+        in_dim=16,
+        out_dim=16,
+    )
     native.load_state_dict(made.state_dict())
     shared = shared_network.SharedNetwork(native.eval().requires_grad_(False))
     x = torch.randn(1, 3, CHANNELS, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -197,7 +203,7 @@ def compiled() -> dict[str, Any]:
 
 
 class HostDraws:
-    """The draws of the host's own causal sampler, chunk after chunk of three frames."""
+    """The draws of ComfyUI's own causal sampler, chunk after chunk of three frames."""
 
     def draw(self, start_frame: int, step: int, shape: tuple[int, ...]) -> torch.Tensor:
         torch.manual_seed(5 + start_frame // 3 * 1000 + step - 1)
@@ -206,7 +212,7 @@ class HostDraws:
 
 
 def the_hosts_own_causal_sampler() -> float | None:
-    """None where the host has none."""
+    """None where ComfyUI has none."""
     if not hasattr(comfy.k_diffusion.sampling, "sample_ar_video"):
         return None
     patcher = loaded(saved("t2v", network()))
@@ -217,14 +223,18 @@ def the_hosts_own_causal_sampler() -> float | None:
     latent = {"samples": torch.zeros(1, CHANNELS, FRAMES, HEIGHT, WIDTH)}
     noise = guided_network.SeededGraphNoise(5, (3, 3)).generate_noise(latent)
     theirs = guider.sample(
-        noise, latent["samples"], comfy.samplers.ksampler("ar_video", {"num_frame_per_block": 3}),
-        model_settings.sigmas_of(patcher, 0, 0.0), disable_pbar=True, seed=5,
-    )  # fmt: skip
+        noise,
+        latent["samples"],
+        comfy.samplers.ksampler("ar_video", {"num_frame_per_block": 3}),
+        model_settings.sigmas_of(patcher, 0, 0.0),
+        disable_pbar=True,
+        seed=5,
+    )
     return apart(ours, patcher.model.process_latent_in(theirs).transpose(1, 2))
 
 
 def a_trained_lora_is_the_merged_network() -> dict[str, float]:
-    """Adapters under the names of train.export, through the host's LoRA loader."""
+    """Adapters under the names of train.export, through ComfyUI's LoRA loader."""
     made, rank, alpha = network(), 2, 3.0
     plain = sampled(loaded(saved("plain", made)))
     generator, held = torch.Generator().manual_seed(7), {}
@@ -280,7 +290,7 @@ def first_and_last_frame_models_are_not_made_causal() -> dict[str, str]:
 
 
 def a_scaled_8_bit_file_is_the_network_it_stands_for() -> dict[str, Any]:
-    """By Load Model, and by the host's own loader with Patch Model, where the host multiplies in its own way."""
+    """By Load Model, and by ComfyUI's own loader with Patch Model, where ComfyUI multiplies in its own way."""
     made = network()
     stored, exact = {}, {}
     for name, weight in made.state_dict().items():

@@ -43,7 +43,7 @@ from inside import (
 
 
 def memory_estimate() -> dict[str, Any]:
-    """What the host is told to keep free, in bytes, and what it would say itself of one chunk and of all frames."""
+    """What ComfyUI is told to keep free, in bytes, and what it would say itself of one chunk and of all frames."""
     patcher = loaded(saved("t2v", network()))
     long = {"samples": torch.zeros(1, CHANNELS, 12, HEIGHT, WIDTH)}
     told = []
@@ -70,7 +70,7 @@ def memory_estimate() -> dict[str, Any]:
     names = ("one", "two", "long", "narrow", "elsewhere", "whole")
     return {
         "told": dict(zip(names, told, strict=True)),
-        "chunk": patcher.memory_required([2, CHANNELS, 3, HEIGHT, WIDTH]),  # the host counts each prompt twice
+        "chunk": patcher.memory_required([2, CHANNELS, 3, HEIGHT, WIDTH]),  # ComfyUI counts each prompt twice
         "whole": patcher.memory_required([2, CHANNELS, FRAMES, HEIGHT, WIDTH]),
         "cache": 2 * SIZES["num_layers"] * FRAMES * (HEIGHT // 2) * (WIDTH // 2) * SIZES["dim"] * 4,
         "is_left": "memory_required" in patcher.model.__dict__,
@@ -190,7 +190,7 @@ def a_prompt_typed_into_a_resumed_run() -> dict[str, Any]:
     sampled(patcher, keep=kept, causal=last_step)
     hands = {history: Hand(1, history) for history in ("recode", "keep")}
     videos = [sampled(patcher, latent=long, resume=kept, causal=last_step, steering=hand) for hand in hands.values()]
-    moment = part("prompts").Moment
+    moment = part("prompts").PromptStart
 
     def refusal(seconds: float) -> str:
         guider = comfy.samplers.CFGGuider(patcher)
@@ -201,9 +201,13 @@ def a_prompt_typed_into_a_resumed_run() -> dict[str, Any]:
         noise = guided_network.SeededGraphNoise(5, (3, 3, 3, 3)).generate_noise(long)
         try:
             guider.sample(
-                noise, long["samples"], sampling.ChunkSampler(run), model_settings.sigmas_of(patcher, 0, 0.0),
-                disable_pbar=True, seed=5,
-            )  # fmt: skip
+                noise,
+                long["samples"],
+                sampling.ChunkSampler(run),
+                model_settings.sigmas_of(patcher, 0, 0.0),
+                disable_pbar=True,
+                seed=5,
+            )
         except ValueError as error:
             return str(error)
         return ""
