@@ -46,10 +46,10 @@ class CausalPass:
         self.caches, self.index_of, self.compile_options, self.patcher = caches, index_of, compile_options, patcher
         self.is_watched = is_watched
         self.start_frame: int | None = None  # of the chunk being evaluated; None: ComfyUI's own forward pass
-        self.num_frames = 0
-        self.evaluated: set[int] = set()  # caches of the conditions that the latest call came to
+        self.num_frames = 0  # latent frames of that chunk
+        self.evaluated: set[int] = set()  # caches of the conditionings that the latest call came to
         self._prompts: dict[int, tuple[Tensor, Tensor | None]] = {}  # from which a cache's text was made
-        self._shared: SharedNetwork | None = None
+        self._shared: SharedNetwork | None = None  # made when it is first asked for, and then kept
         self._is_compiled = False
 
     def begin_call(self, start_frame: int, num_frames: int) -> None:
@@ -150,7 +150,7 @@ class CausalPass:
     ) -> Iterator[None]:
         """Put modules and attention of ComfyUI in the places of ours meanwhile, and tell them where they stand.
 
-        That is: which condition this is, the block, and the size of the grid.
+        That is: which conditioning this is, the block, and the size of the grid.
         """
         function = comfyui_attention(options)
         if function is None and not shared.follows:

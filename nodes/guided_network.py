@@ -47,21 +47,17 @@ def compute_dtype(model: Any) -> torch.dtype:
 
 @dataclass
 class GuidedNetwork:
-    """ComfyUI's guider in the shape that `rollout` calls a network in: flow from latents and timesteps.
-
-    chunk_shape: [B, C, T, H, W] of the largest evaluation. working_bytes: of whoever follows the progress.
-    """
+    """ComfyUI's guider in the shape that `rollout` calls a network in: flow from latents and timesteps."""
 
     guider: Any
-    extra_args: dict[str, Any]
+    extra_args: dict[str, Any]  # what ComfyUI gives a sampler function: model_options, seed
     settings: Settings
-    chunk_shape: tuple[int, ...]
-    working_bytes: float = 0
-    state: CausalPass | None = field(default=None, init=False)
-    latest: tuple[int, set[int]] | None = field(
-        default=None, init=False
-    )  # first frame and conditionings of the last call
-    used: set[int] = field(default_factory=set, init=False)  # conditionings that have been evaluated at all
+    chunk_shape: tuple[int, ...]  # [B, C, T, H, W] of the largest evaluation
+    working_bytes: float = 0  # what whoever follows the progress needs on the device
+    causal_pass: CausalPass | None = field(default=None, init=False)  # None: the bidirectional pass is ComfyUI's own
+    # Of the last call: its first frame, and which conditionings were evaluated.
+    latest: tuple[int, set[int]] | None = field(default=None, init=False)
+    used: set[int] = field(default_factory=set, init=False)  # conditionings that were evaluated at all
 
     def __post_init__(self) -> None:
         patcher = self.guider.model_patcher
@@ -85,22 +81,22 @@ class GuidedNetwork:
         caches = new_caches(self, self.conditioning, self.num_caches, shape, causal)
         forget_extra_bytes(self.guider.model_patcher.model)
         patcher = self.guider.model_patcher
-        self.state = CausalPass(
+        self.causal_pass = CausalPass(
             caches,
             self._index_of(),
             self.model_options.get(COMPILE_OPTIONS),
             patcher,
             is_watched=has_wrappers(self.model_options),
         )
-        inner = {**self.model_options.get("transformer_options", {}), KEY: self.state}
-        self.state.share(patcher.model.diffusion_model, inner)
+        inner = {**self.model_options.get("transformer_options", {}), KEY: self.causal_pass}
+        self.causal_pass.share(patcher.model.diffusion_model, inner)
         self.model_options = {**self.model_options, "transformer_options": inner}
         return caches
 
     def renew(self) -> Conditioning:
         """Take the guider's prompts anew, since they have changed: their caches are those of the ones before."""
-        assert self.state is not None
-        self.state.index_of = self._index_of()
+        assert self.causal_pass is not None
+        self.causal_pass.index_of = self._index_of()
         self.latest, self.used = None, set()
         return self.conditioning
 
@@ -129,15 +125,15 @@ class GuidedNetwork:
 
     def release(self) -> None:
         """Let go of the caches, also where ComfyUI keeps the options of a run that failed."""
-        if self.state is not None:
-            self.state.caches, self.state.patcher = (), None
-            self.state.start_frame = None
+        if self.causal_pass is not None:
+            self.causal_pass.caches, self.causal_pass.patcher = (), None
+            self.causal_pass.start_frame = None
 
     def __call__(
         self, x_BTCHW: Tensor, timesteps_BT: Tensor, *_: Any, cache: Any = None, start_frame: int = 0
     ) -> Tensor:
-        if self.state is not None:
-            self.state.begin_call(start_frame, x_BTCHW.shape[1])
+        if self.causal_pass is not None:
+            self.causal_pass.begin_call(start_frame, x_BTCHW.shape[1])
         sigma_B = timesteps_BT[:, 0] / TIMESTEPS
         x0_BCTHW = self.guider(
             rearrange(x_BTCHW, "b t c h w -> b c t h w"),
@@ -146,8 +142,8 @@ class GuidedNetwork:
             seed=self.extra_args.get("seed"),
         )
         x0_BTCHW = rearrange(x0_BCTHW, "b c t h w -> b t c h w")
-        if self.state is not None:
-            self._check_evaluated(start_frame, self.state.evaluated)
+        if self.causal_pass is not None:
+            self._check_evaluated(start_frame, self.causal_pass.evaluated)
         sigma = sigma_B.clamp_min(torch.finfo(torch.float32).tiny)[:, None, None, None, None]
         return (x_BTCHW - x0_BTCHW) / sigma  # at sigma 0, a pass into the cache, nobody reads it
 

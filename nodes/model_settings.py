@@ -13,26 +13,22 @@ from ..selfforcing_core.config import CausalConfig, StepConfig
 from ..selfforcing_core.schedule import FlowSchedule
 
 log = logging.getLogger(__name__)
-KEY = "selfforcing"  # of our settings in model_options, and of a rollout's state in transformer_options
+KEY = "selfforcing"  # of our settings in model_options, and of a rollout's CausalPass in transformer_options
 CAUSAL, FEW_STEP, BASE, UNKNOWN = "causal", "few-step bidirectional", "base", "unknown"
 AUTO, SINK_AUTO, NOISE_AUTO = 0, -1, -1.0  # widget values that stand for the MODEL's own setting
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a MODEL is and how it is sampled; travels in its model_options.
+    """What a MODEL is and how it is sampled; travels in its model_options."""
 
-    kind: CAUSAL, FEW_STEP, BASE or UNKNOWN. cache_dtype, cache_device: None are those that the model computes in.
-    guidance: scale that the file says it is sampled with. latent_space: whose latents it makes; None is not known.
-    """
-
-    kind: str = UNKNOWN
-    causal: CausalConfig = field(default_factory=CausalConfig)
-    steps: StepConfig = field(default_factory=StepConfig)
-    cache_dtype: torch.dtype | None = None
-    cache_device: str | None = None
-    guidance: float | None = None
-    latent_space: str | None = None
+    kind: str = UNKNOWN  # how it was trained: CAUSAL, FEW_STEP, BASE or UNKNOWN
+    causal: CausalConfig = field(default_factory=CausalConfig)  # chunks, window and sink
+    steps: StepConfig = field(default_factory=StepConfig)  # its noise levels, and the shift they are sent through
+    cache_dtype: torch.dtype | None = None  # of keys and values; None is the type that the model computes in
+    cache_device: str | None = None  # where they lie; None is where the model computes
+    guidance: float | None = None  # scale that the file says it is sampled with
+    latent_space: str | None = None  # whose latents it makes; None is not known
 
 
 def settings_of(patcher: Any) -> Settings:

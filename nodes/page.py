@@ -50,9 +50,9 @@ def is_read(hidden: Any, output: int) -> bool:
 class Audience:
     """Whose page queued the running graph, its prompt, and the node that runs."""
 
-    client: str
-    prompt: str
-    node: str
+    client: str  # id of the page
+    prompt: str  # id that ComfyUI gave the queued graph
+    node: str  # id of the node in it
 
 
 def audience() -> Audience | None:

@@ -34,9 +34,9 @@ FOREIGN = {  # what a prompt may carry for Wan models of other kinds, and where 
     "camera_conditions": "WanCameraImageToVideo",
     "audio_embed": "WanSoundImageToVideo",
 }
-IMAGE = "concat_latent_image"
+IMAGE = "concat_latent_image"  # where nodes for image-to-video models put theirs
 GuiderConditioning = dict[str, Any]  # a prompt as ComfyUI's samplers see it
-Reader = Callable[[str], list[Any]]
+Reader = Callable[[str], list[Any]]  # text to CONDITIONING
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class PromptStart:
     """From when a prompt holds, and what becomes of the frames before it: an entry of a CONDITIONING's options."""
 
     KEY: ClassVar[str] = "selfforcing_moment"
-    seconds: float
-    fps: float
-    history: str
+    seconds: float  # of the video
+    fps: float  # at which these seconds are read
+    history: str  # one of HISTORIES
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class SeedStart:
     """From when noise is of another seed: the options of a schedule's first CONDITIONING hold a tuple of these."""
 
     KEY: ClassVar[str] = "selfforcing_seeds"
-    seconds: float
-    fps: float
-    seed: int
+    seconds: float  # of the video
+    fps: float  # at which these seconds are read
+    seed: int  # OWN_SEED for the sampler's
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ class Timeline:
     A text is "" where it is not known, since another node made or changed the embeddings.
     """
 
-    first: str = ""
-    prompts: Mapping[int, tuple[str, str]] = field(default_factory=dict)  # text and history
-    seeds: Mapping[int, int] = field(default_factory=dict)
+    first: str = ""  # the text from the beginning on
+    prompts: Mapping[int, tuple[str, str]] = field(default_factory=dict)  # later texts, and what becomes of history
+    seeds: Mapping[int, int] = field(default_factory=dict)  # of the noise from there on
 
 
 def timeline_of(positive: list[Any], lengths: Sequence[int]) -> Timeline:

@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class SnapshotHolder:
-    """A rollout's state, with its video, as a socket: empty until the sampler that it belongs to has run."""
+    """A snapshot, with its video, as a socket: empty until the sampler that it belongs to has run."""
 
     snapshot: Snapshot | None = None
 
@@ -61,22 +61,16 @@ class SnapshotHolder:
 
 @dataclass(frozen=True)
 class Run:
-    """How one rollout differs from what the MODEL's settings say.
+    """How one rollout differs from what the MODEL's settings say."""
 
-    is_whole: one bidirectional chunk of all frames. causal: in place of the settings'. noise: for the draws after the
-    first of each chunk; None is by ComfyUI's seed. progress: made for a number of evaluations. resume: go on from
-    there. keep: put the final state here. steering: new prompts and seeds on the way.
-    working_bytes: what whoever follows the progress needs on the device.
-    """
-
-    is_whole: bool = False
-    causal: CausalConfig | None = None
-    noise: NoiseSource | None = None
-    progress: Callable[[int], Progress] | None = None
-    resume: SnapshotHolder | None = None
-    keep: SnapshotHolder | None = None
-    steering: Steering | None = None
-    working_bytes: float = 0
+    is_whole: bool = False  # one bidirectional chunk of all frames
+    causal: CausalConfig | None = None  # in place of the settings'
+    noise: NoiseSource | None = None  # for the draws after the first of each chunk; None is by ComfyUI's seed
+    progress: Callable[[int], Progress] | None = None  # makes what follows so many evaluations
+    resume: SnapshotHolder | None = None  # to go on from
+    keep: SnapshotHolder | None = None  # takes the final snapshot
+    steering: Steering | None = None  # new prompts and seeds on the way
+    working_bytes: float = 0  # what whoever follows the progress needs on the device
 
 
 class ChunkSampler(comfy.samplers.KSAMPLER):
