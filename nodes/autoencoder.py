@@ -1,6 +1,6 @@
 """TAEHV as a VAE of ComfyUI, and the two latent conventions.
 
-Letters: B batch, T latent frames, C channels, V video frames, R RGB, H W size.
+Letters: B batch, T latent frames, C latent channels, V video frames, R RGB, H W size.
 """
 
 from __future__ import annotations
@@ -202,8 +202,8 @@ class TAEHVAutoencoder:
             working_bytes=frames.shape[1] * self.working_bytes(*(side // SPATIAL_FACTOR for side in frames.shape[2:4])),
         )
         frames_BVRHW = rearrange(frames[..., :3], "b v h w r -> b v r h w").to(self.device, self.vae_dtype)
-        made_BTCHW = self.first_stage_model.encode(frames_BVRHW)
-        raw = graph_latents(made_BTCHW) if self.is_scaled else rearrange(made_BTCHW, "b t c h w -> b c t h w")
+        encoded_BTCHW = self.first_stage_model.encode(frames_BVRHW)
+        raw = graph_latents(encoded_BTCHW) if self.is_scaled else rearrange(encoded_BTCHW, "b t c h w -> b c t h w")
         return marked(host.to_graph(raw), self.latent_space)
 
     def encode_tiled(self, pixels: Tensor, **_: Any) -> Tensor:

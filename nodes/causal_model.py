@@ -1,10 +1,8 @@
 """A Wan MODEL of ComfyUI made causal: its own modules, run in the order of our network, with our cache.
 
-Nothing in the MODEL is replaced. Two wrappers on it look for a rollout's state in transformer_options; without one
-ComfyUI's own forward pass runs, as for any MODEL. Since its own layers are called, whatever ComfyUI or another pack
-does to those that have weights (LoRA, offloading, quantised layers, casting) holds in the causal pass too.
-
-Letters: B batch, C channels, T latent frames, H W latent size, X text tokens, E text width, I image tokens.
+Nothing in the MODEL is replaced. Two wrappers on it look for a rollout's CausalPass in transformer_options; without
+one ComfyUI's own forward pass runs, as for any MODEL. Since its own layers are called, whatever ComfyUI or another
+pack does to those that have weights (LoRA, offloading, quantised layers, casting) holds in the causal pass too.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ def with_settings(patcher: Any, settings: Settings) -> Any:
         settings = replace(settings, latent_space=WAN)
     if settings.kind == CAUSAL:
         check_causal(patcher.model.diffusion_model)
-    clone = patcher.clone()
+    clone = patcher.clone()  # whoever else has the MODEL keeps it as it was
     clone.model_options[KEY] = settings
     wrappers = (
         (WrappersMP.APPLY_MODEL, _slice_condition_channels),
@@ -47,6 +45,7 @@ def with_settings(patcher: Any, settings: Settings) -> Any:
         (WrappersMP.OUTER_SAMPLE, _check_and_mark),  # in this order: the first is the outermost
         (WrappersMP.OUTER_SAMPLE, _count_extra_bytes),
     )
+    # A MODEL that passes our nodes twice has each wrapper once.
     for kind in dict.fromkeys(kind for kind, _ in wrappers):
         clone.remove_wrappers_with_key(kind, KEY)
     for kind, wrapper in wrappers:
@@ -72,9 +71,9 @@ def check_at_once(settings: Settings, num_frames: int, sampler: Any) -> None:
 
 
 # --------------------------------------------------------------- wrappers --
-def _state_in(transformer_options: dict[str, Any] | None) -> CausalPass | None:
-    state = (transformer_options or {}).get(KEY)
-    return state if isinstance(state, CausalPass) and state.start_frame is not None else None
+def _current_pass(transformer_options: dict[str, Any] | None) -> CausalPass | None:
+    current = (transformer_options or {}).get(KEY)
+    return current if isinstance(current, CausalPass) and current.start_frame is not None else None
 
 
 def _slice_condition_channels(
@@ -82,10 +81,10 @@ def _slice_condition_channels(
 ) -> Any:
     """Give a chunk its own frames of the condition channels, which span the whole video."""
     options = kwargs.get("transformer_options") or next((a for a in args if isinstance(a, dict) and KEY in a), None)
-    state = _state_in(options)
-    if state is not None and c_concat is not None:
-        assert state.start_frame is not None
-        c_concat = c_concat[:, :, state.start_frame : state.start_frame + state.num_frames]
+    current = _current_pass(options)
+    if current is not None and c_concat is not None:
+        assert current.start_frame is not None
+        c_concat = c_concat[:, :, current.start_frame : current.start_frame + current.num_frames]
     return executor(x, t, c_concat, *args, **kwargs)
 
 
@@ -101,12 +100,12 @@ def _run_causally(
     **kwargs: Any,
 ) -> Any:
     """Run our forward pass where a rollout is under way, else ComfyUI's own; wrappers of others stay around either."""
-    state = _state_in(transformer_options)
-    if state is None:
+    current = _current_pass(transformer_options)
+    if current is None:
         return executor(x, timestep, context, clip_fea, time_dim_concat, transformer_options or {}, *args, **kwargs)
     native = executor.class_obj
 
-    def causal_pass(
+    def our_pass(
         x: Tensor,
         timestep: Tensor,
         context: Tensor,
@@ -116,9 +115,10 @@ def _run_causally(
         *_: Any,
         **__: Any,
     ) -> Tensor:
-        return state.evaluate(native, x, timestep, context, clip_fea, transformer_options)
+        return current.evaluate(native, x, timestep, context, clip_fea, transformer_options)
 
-    inner = type(executor)(causal_pass, native, executor.wrappers, executor.idx)
+    # Wrappers of other packs that come after ours stay around our pass as they stand around ComfyUI's.
+    inner = type(executor)(our_pass, native, executor.wrappers, executor.idx)
     return inner(x, timestep, context, clip_fea, time_dim_concat, transformer_options, *args, **kwargs)
 
 

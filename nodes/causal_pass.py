@@ -1,7 +1,7 @@
 """One rollout as ComfyUI's wrappers meet it: which cache belongs to which prompt, and the evaluation of a chunk.
 
-Letters: B batch, C channels, T latent frames, H W latent size, X text tokens, E text width, I image tokens, L query
-tokens, S cached tokens, N heads, K head width.
+Letters: B batch, C latent channels, T latent frames, H W latent size, P text tokens, E text width, I image tokens,
+Y image-feature width, L query tokens, S cached tokens, N heads, K head width.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class CausalPass:
             what = "attention" if OVERRIDE in options else "cross-attention or feed-forward network"
             log.warning("blocks are not compiled: another %s is set on the model, which runs outside them", what)
             return
-        if comfyui_attention(options) is not None:
+        if comfyui_attention(options) is not None:  # it is called between the compiled parts, for a block's own tokens
             log.info("cross-attention is inside the compiled blocks, and stays torch's")
         self._shared.network.compile_blocks(**self.compile_options)
         self._is_compiled = True
@@ -90,20 +90,20 @@ class CausalPass:
         native: nn.Module,
         x_BCTHW: Tensor,
         t_B: Tensor,
-        context_BXE: Tensor,
-        clip_BIX: Tensor | None,
+        context_BPE: Tensor,
+        clip_BIY: Tensor | None,
         options: dict[str, Any],
     ) -> Tensor:
         """Return the flow [B, C, T, H, W] of one chunk for one or more conditionings, each with a cache of its own."""
         assert self.start_frame is not None
-        check_transformer_options(options)
+        check_transformer_options(options)  # again at every evaluation: some nodes put theirs there only then
         check_module("", native)  # some nodes replace its methods for the time of an evaluation
         shared = self.share(native, options)
         shared.network.axes = rope_axes(options) or PLAIN
-        ids, flows = options["uuids"], []
+        ids, flows = options["uuids"], []  # ComfyUI names the conditioning of each part of its batch
         count = len(ids)
-        clips = [None] * count if clip_BIX is None else clip_BIX.chunk(count)
-        rows = zip(ids, x_BCTHW.chunk(count), t_B.chunk(count), context_BXE.chunk(count), clips)
+        clips = [None] * count if clip_BIY is None else clip_BIY.chunk(count)
+        rows = zip(ids, x_BCTHW.chunk(count), t_B.chunk(count), context_BPE.chunk(count), clips)
         for row, (identity, x, t, context, clip) in enumerate(rows):
             cache = self._cache_for(identity, x)
             if self.is_watched:
@@ -112,7 +112,7 @@ class CausalPass:
                 flows.append(
                     shared(
                         rearrange(x, "b c t h w -> b t c h w"),
-                        t.float()[:, None].expand(-1, x.shape[2]),
+                        t.float()[:, None].expand(-1, x.shape[2]),  # one timestep for all frames of the chunk
                         context[:, : shared.network.config.text_len],
                         clip_BIX=clip,
                         cache=cache,
@@ -125,6 +125,7 @@ class CausalPass:
         """Return the cache of a conditioning. Raises ValueError for an evaluation that the rollout did not ask for."""
         index = self.index_of.get(identity)
         if index is None:
+            # Its keys and values would have to go somewhere, and every cache is another prompt's.
             raise _not_followed("evaluates a prompt that is not the sampler's, as PerpNeg and others do")
         if index in self.evaluated:
             raise _not_followed("evaluates a prompt twice in one step, as perturbed and self-attention guidance do")
@@ -136,12 +137,12 @@ class CausalPass:
         self.evaluated.add(index)
         return self.caches[index]
 
-    def _renew_text(self, identity: Any, context_BXE: Tensor, clip_BIX: Tensor | None) -> None:
+    def _renew_text(self, identity: Any, context_BPE: Tensor, clip_BIY: Tensor | None) -> None:
         """Forget the text in a cache where a wrapper gives the network another one than before."""
-        index, prompt = self.index_of[identity], (context_BXE, clip_BIX)
+        index, prompt = self.index_of[identity], (context_BPE, clip_BIY)
         before = self._prompts.get(index)
         if before is not None and not all(a is b or _is_equal(a, b) for a, b in zip(before, prompt)):
-            self.caches[index].cross.clear()
+            self.caches[index].cross.clear()  # keys and values of the text; those of the video stay
         self._prompts[index] = prompt
 
     @contextmanager

@@ -4,7 +4,7 @@ Each stream has the same face. `decode` takes normalised latents [B, T, C, H, W]
 complete, [B, V, R, H, W] in [0, 1], where the graph keeps tensors; V may be 0, and so may T, to say that the chunk
 before was the last. Joined they are those of VAE Decode. `state` and `restore` undo a chunk.
 
-Letters: B batch, T latent frames, C channels, V video frames, R RGB, H W size.
+Letters: B batch, T latent frames, C latent channels, V video frames, R RGB, H W size.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """ComfyUI's guider as the one network that the rollout evaluates, the noise it draws, and who steers it.
 
-Letters: B batch, T latent frames, C channels, H W latent size.
+Letters: B batch, T latent frames, C latent channels, H W latent size.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ class GuidedNetwork:
     def allocate(self, shape: LatentShape, causal: CausalConfig) -> list[KVCache]:
         """Make a cache for every prompt that the guider evaluates."""
         caches = new_caches(self, self.conditioning, self.num_caches, shape, causal)
+        # From here on the caches are counted by the device itself; counted twice, ComfyUI would offload for nothing.
         forget_extra_bytes(self.guider.model_patcher.model)
         patcher = self.guider.model_patcher
         self.causal_pass = CausalPass(
@@ -88,6 +89,7 @@ class GuidedNetwork:
             patcher,
             is_watched=has_wrappers(self.model_options),
         )
+        # One object and no dictionary: ComfyUI copies nested ones at every call, and a copy would stay empty.
         inner = {**self.model_options.get("transformer_options", {}), KEY: self.causal_pass}
         self.causal_pass.share(patcher.model.diffusion_model, inner)
         self.model_options = {**self.model_options, "transformer_options": inner}
@@ -97,7 +99,7 @@ class GuidedNetwork:
         """Take the guider's prompts anew, since they have changed: their caches are those of the ones before."""
         assert self.causal_pass is not None
         self.causal_pass.index_of = self._index_of()
-        self.latest, self.used = None, set()
+        self.latest, self.used = None, set()  # another prompt may have other conditionings
         return self.conditioning
 
     def kept_loaded(self) -> AbstractContextManager[None]:
@@ -144,6 +146,7 @@ class GuidedNetwork:
         x0_BTCHW = rearrange(x0_BCTHW, "b c t h w -> b t c h w")
         if self.causal_pass is not None:
             self._check_evaluated(start_frame, self.causal_pass.evaluated)
+        # The guider answers with x0, the rollout asks for the flow: x = (1 - sigma) x0 + sigma noise.
         sigma = sigma_B.clamp_min(torch.finfo(torch.float32).tiny)[:, None, None, None, None]
         return (x_BTCHW - x0_BTCHW) / sigma  # at sigma 0, a pass into the cache, nobody reads it
 
@@ -179,7 +182,7 @@ class RunNoise:
         seed = seed_at(self.seeds, start_frame) if seed is None else seed
         if seed is not None:
             return SeededNoise(seed).draw(start_frame, step, shape).to(self.x_BTCHW)
-        if step == 0:
+        if step == 0:  # so that any NOISE node of the graph decides how a chunk begins
             return self.x_BTCHW[:, start_frame : start_frame + shape[1]]
         return self.later.draw(start_frame, step, shape)
 
@@ -212,7 +215,7 @@ def _remedies(network: GuidedNetwork, causal: CausalConfig, shape: LatentShape, 
     frames, _, height, width = shape
     config, count = network.config, network.num_caches
     capacity = frames if causal.window == -1 else min(frames, causal.window)
-    small = min(capacity, causal.sink + 2 * causal.chunk)
+    small = min(capacity, causal.sink + 2 * causal.chunk)  # the least with a past: sink, one chunk before, this one
 
     def size(capacity: int, dtype: torch.dtype) -> int:
         tokens = tokens_per_frame(height, width)

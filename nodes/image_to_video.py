@@ -1,6 +1,6 @@
 """How a video begins: with an image, with frames, or with another video that goes on.
 
-Letters: B batch, T latent frames, C channels, H W size, V video frames, R RGB.
+Letters: B batch, T latent frames, C latent channels, H W size, V video frames, R RGB.
 """
 
 from __future__ import annotations

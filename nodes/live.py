@@ -38,8 +38,8 @@ FRAME_RATE = 24  # at most so many frames for every second that generating took
 LISTEN = 0.1  # seconds between two looks at what a waiting chunk waits for
 TAB = "selfforcing_tab"  # under which the page tells which of its open workflows queued the prompt
 ACTIONS = ("prompt", "seed", "hold", "go_on", "reroll", "finish", "shown", "ack")
-COMMAND_BYTES = 65536
-PROMPT_LETTERS = 10000
+COMMAND_BYTES = 65536  # many times the longest prompt, so that nobody fills the server's memory
+PROMPT_LETTERS = 10000  # the encoder reads 512 tokens; more than that is a mistake of the clipboard
 
 log = logging.getLogger(__name__)
 _runs: dict[str, Live] = {}

@@ -21,12 +21,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-EVENT = "selfforcing.live"
+EVENT = "selfforcing.live"  # under which ComfyUI's socket sends our messages
 FRAME_SIZE = 512  # pixels of a frame's longer side
-JPEG_QUALITY = 80
-FRAMES_WAITING = 96  # the oldest are dropped
-FRAMES_PER_MESSAGE = 24
-UNANSWERED = 2  # messages
+JPEG_QUALITY = 80  # of 100
+FRAMES_WAITING = 96  # six seconds at 16 frames per second; the oldest are dropped
+FRAMES_PER_MESSAGE = 24  # so that a page that was behind does not get one message of megabytes
+UNANSWERED = 2  # messages: one is on its way while the page handles the other
 AGAIN_AFTER = 5  # seconds: a page that does not answer may be loading, or show another workflow
 PATIENCE = 10  # seconds: how long the last frames, a held chunk and a paced one wait for a page that is gone
 
@@ -42,12 +42,13 @@ class Outbox:
         ended: Callable[[], object],
     ) -> None:
         self.send, self.fixed, self.current, self.ended = send, fixed, current, ended
-        self.status: dict[str, Any] = {"message": ""}
-        self.frames: deque[tuple[int, Tensor]] = deque(maxlen=FRAMES_WAITING)
-        self.sent, self.answered = 0, 0
-        self.is_again = self.is_new = self.is_closed = False
-        self.sent_at = 0.0
-        self.changed = threading.Condition()
+        self.status: dict[str, Any] = {"message": ""}  # the newest of every figure
+        self.frames: deque[tuple[int, Tensor]] = deque(maxlen=FRAMES_WAITING)  # number and bytes, not yet sent
+        self.sent, self.answered = 0, 0  # messages
+        self.is_again = False  # the next frames replace what the page has from their first number on
+        self.is_new = self.is_closed = False  # whether a figure is unsent; whether nothing more comes
+        self.sent_at = 0.0  # seconds of the monotonic clock
+        self.changed = threading.Condition()  # the lock of all of the above
         self.thread = threading.Thread(target=self._work, name=EVENT, daemon=True)
         self.thread.start()
 
@@ -59,7 +60,7 @@ class Outbox:
         with self.changed:
             if is_again and frames:
                 self.is_again = True
-                while self.frames and self.frames[-1][0] >= frames[0][0]:
+                while self.frames and self.frames[-1][0] >= frames[0][0]:  # of the attempt that is thrown away
                     self.frames.pop()
             self.frames.extend(frames or [])
             self.status |= status
@@ -86,7 +87,7 @@ class Outbox:
                 message, frames = batch
                 pictures = {"indices": [number for number, _ in frames], "jpegs": [_jpeg(frame) for _, frame in frames]}
                 self.send({**message, **pictures})
-        finally:
+        finally:  # also where ComfyUI's socket refuses a message: the run must not stay in the list of those that run
             self.ended()
 
     def _next(self) -> tuple[dict[str, Any], list[tuple[int, Tensor]]] | None:
@@ -107,8 +108,8 @@ class Outbox:
             message = {**status, "number": self.sent, "again": self.is_again and bool(frames)}
             self.sent, self.sent_at = self.sent + 1, time.monotonic()
             self.is_new, self.is_again = False, self.is_again and not frames
-            self.status["message"] = ""
-            if not self.is_closed:
+            self.status["message"] = ""  # a line is said once
+            if not self.is_closed:  # the last message says all of it again, for a page that missed one
                 self.status.pop("schedule", None)
             return message, frames
 

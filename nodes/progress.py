@@ -1,6 +1,6 @@
 """Who is told of every evaluation and every chunk: ComfyUI's callback, or the player and the frames of a stream.
 
-Letters: B batch, T latent frames, C channels, H W latent size, V video frames, R RGB.
+Letters: B batch, T latent frames, C latent channels, H W latent size, V video frames, R RGB.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ class StreamProgress(host.ProgressBar):
         may_repeat = self.live is not None and not chunk.is_given
         is_end = chunk.start_frame + chunk.latents_BTCHW.shape[1] == self.num_frames
         self.is_finished = is_end or (may_repeat and self._is_finishing())
+        # A decoder remembers the frames before: what is decoded of an attempt has to be undone with it.
         before = self.stream.state() if self.stream is not None and may_repeat else None
         if self.stream is None:
             frames_BVRHW = chunk.latents_BTCHW[:, :0]
@@ -113,11 +114,11 @@ class StreamProgress(host.ProgressBar):
         if self._wants_again(frames_BVRHW, may_repeat):
             if self.stream is not None:
                 self.stream.restore(before)
-            self.back_to(self.calls)
+            self.back_to(self.calls)  # the bar goes back too: its total does not count what is thrown away
             return True
         self.calls = self.done
         self._accept(frames_BVRHW)
-        if may_repeat and not self.is_finished and self._is_finishing():
+        if may_repeat and not self.is_finished and self._is_finishing():  # it was asked for while this chunk waited
             self.is_finished = True
             self._flush(chunk)
         return False
@@ -146,10 +147,12 @@ class StreamProgress(host.ProgressBar):
     def _show(self, frames_BVRHW: Tensor, chunk: Chunk) -> None:
         first = self.num_accepted
         if not frames_BVRHW.shape[1] and (self.stream is None or self.stream.note):  # no pictures before the end
+            # Where no decoder shows anything yet, the newest latent frame stands in for its chunk.
             frames_BVRHW = host.rough_frames(chunk.latents_BTCHW[:1, -1:], self.latent_format)
             first = pixel_frames(chunk.start_frame + chunk.latents_BTCHW.shape[1]) - 1
         if self.live is not None:
             self.live.show(frames_BVRHW[0], first, chunk.index + 1)
+        # ComfyUI's preview is for whoever has no player: with both, each frame would be sent twice.
         if frames_BVRHW.shape[1] and (self.live is None or not self.live.has_page):
             self.show(frames_BVRHW[0, -1])
 

@@ -1,7 +1,4 @@
-"""The streaming sampler: one node from noise to video, chunk by chunk.
-
-Letters: B batch, T latent frames, C channels, H W latent size, V video frames, R RGB.
-"""
+"""The streaming sampler: one node from noise to video, chunk by chunk."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 ComfyUI's guider evaluates its prompts and combines them; the rollout sees one guided network. What is denoised,
 noised and written into a cache, and when, is the core's alone.
 
-Letters: B batch, T latent frames, C channels, H W latent size.
+Letters: B batch, T latent frames, C latent channels, H W latent size.
 """
 
 from __future__ import annotations
@@ -183,12 +183,14 @@ def sample_chunks(
     causal = layout(num_known, run.causal or settings.causal)
     if run.is_whole:
         causal = CausalConfig(chunk=frames)
+    # The graph decides the noise levels, the MODEL how it gets from one to the next.
     steps = replace(steps_of(sigmas), solver=settings.steps.solver)
     lengths = chunk_lengths(frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
     chunk_shape = (*noise_BCTHW.shape[:2], max(lengths), *noise_BCTHW.shape[3:])
     network = GuidedNetwork(guider, extra_args, settings, chunk_shape, run.working_bytes)
     seed = extra_args.get("seed") or 0
     noise = RunNoise(x_BTCHW, run.noise or SeededNoise(seed), run.steering, scheduled_seeds(guider, lengths))
+    # One more pass writes each clean chunk into the cache; nothing reads what the last one would write.
     writes = causal.cache_source == "clean"
     num_calls = len(lengths) * (len(steps.steps) + writes) - writes
     resumed = None if run.resume is None else run.resume.filled()

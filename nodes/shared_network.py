@@ -1,6 +1,7 @@
 """ComfyUI's Wan network in the order of ours: the sizes of its modules, and a CausalWan that is made of them.
 
-Letters: B batch, X text tokens, D model width, I image tokens, G = B times T, P tokens of a group.
+Letters: B batch, P text tokens, D model width, I image tokens, Y image-feature width, G = B times T, Q
+tokens of one frame.
 """
 
 from __future__ import annotations
@@ -68,25 +69,25 @@ class ForeignCrossAttention(nn.Module):
 
     def __init__(self, theirs: nn.Module, index: int) -> None:
         super().__init__()
-        self.__dict__["theirs"] = theirs  # no child of ours
+        self.__dict__["theirs"] = theirs  # no child of ours, so that nothing walks from our network into it
         self.index = index
         self.options: dict[str, Any] = {}  # what the network's layers are told of the present evaluation
 
-    def keys_values(self, text_BXD: Tensor, image_BID: Tensor | None) -> tuple[Any, ...]:
+    def keys_values(self, text_BPD: Tensor, image_BID: Tensor | None) -> tuple[Any, ...]:
         """Return embedded text and image, from which it makes keys and values anew each time."""
-        return text_BXD, image_BID
+        return text_BPD, image_BID
 
-    def attend_to(self, x_GPD: Tensor, length: int, keys_values: tuple[Any, ...]) -> Tensor:
-        text_BXD, image_BID = keys_values
-        context_BXD = text_BXD if image_BID is None else torch.cat([image_BID, text_BXD], 1)
+    def attend_to(self, x_GQD: Tensor, length: int, keys_values: tuple[Any, ...]) -> Tensor:
+        text_BPD, image_BID = keys_values
+        context_BPD = text_BPD if image_BID is None else torch.cat([image_BID, text_BPD], 1)
         self.options["block_index"] = self.index
         attended = self.theirs(
-            x_GPD.reshape(-1, length, x_GPD.shape[-1]),
-            context_BXD,
+            x_GQD.reshape(-1, length, x_GQD.shape[-1]),
+            context_BPD,
             context_img_len=None if image_BID is None else image_BID.shape[1],
             transformer_options=self.options,
         )
-        return attended.reshape(x_GPD.shape)
+        return attended.reshape(x_GQD.shape)
 
 
 class ForeignFeedForward:
@@ -96,8 +97,8 @@ class ForeignFeedForward:
         self.theirs = theirs
         self.batch = 1
 
-    def __call__(self, x_GPD: Tensor) -> Tensor:
-        return self.theirs(x_GPD.reshape(self.batch, -1, x_GPD.shape[-1])).reshape(x_GPD.shape)
+    def __call__(self, x_GQD: Tensor) -> Tensor:
+        return self.theirs(x_GQD.reshape(self.batch, -1, x_GQD.shape[-1])).reshape(x_GQD.shape)
 
 
 class SharedNetwork:
@@ -109,7 +110,7 @@ class SharedNetwork:
 
     def __init__(self, native: nn.Module, patcher: Any = None) -> None:
         self.native = native
-        with torch.device("meta"):
+        with torch.device("meta"):  # its own weights are never used, so they take no memory
             self.network = CausalWan(config_of(native)).eval()
         check_causal(native)
         self._modulated: dict[str, tuple[nn.Module, nn.Module]] = {}
@@ -125,7 +126,7 @@ class SharedNetwork:
         """Put their layers in the place of ours; only the modules that this project defines stay."""
         check_module(path.rstrip("."), theirs)
         if "modulation" in ours._parameters:
-            del ours._parameters["modulation"]
+            del ours._parameters["modulation"]  # an attribute of each call: ComfyUI moves theirs while it offloads
             self._modulated[path] = ours, theirs
         for name, child in theirs.named_children():
             if name not in ours._modules:  # without weights: norms, activations, ComfyUI's table of positions

@@ -19,12 +19,12 @@ class SteeringRecord:
     Chunks are named by their first latent frame. lengths: latent frames of all chunks. fps: the video's clock.
     """
 
-    def __init__(self, plan: Timeline, lengths: Sequence[int], fps: float) -> None:
-        self.plan, self.fps = plan, fps
+    def __init__(self, timeline: Timeline, lengths: Sequence[int], fps: float) -> None:
+        self.timeline, self.fps = timeline, fps
         self.starts = [sum(lengths[:index]) for index in range(len(lengths))]
-        self.prompts = dict(plan.prompts)
+        self.prompts = dict(timeline.prompts)
         self.seeds: dict[int, int] = {}  # by hand: of every chunk that had one
-        self.first = plan.first
+        self.first = timeline.first
         self.events: list[dict[str, Any]] = []
         self.latest = self.starts[-1]  # the last chunk that was begun; a run that nobody follows makes them all
 
@@ -58,7 +58,7 @@ class SteeringRecord:
         entries, before = [], None
         rate = None if self.fps == USUAL_FPS else self.fps
         for start in (start for start in self.starts if start <= self.latest):
-            seed = self.seeds.get(start, seed_at(self.plan.seeds, start))
+            seed = self.seeds.get(start, seed_at(self.timeline.seeds, start))
             prompt, history = (self.first, None) if start == 0 else self.prompts.get(start, ("", None))
             changed = None if seed == before else OWN_SEED if seed is None else seed
             if start == 0 or history is not None or changed is not None:

@@ -1,6 +1,6 @@
 """A run of a streaming node: from its inputs to latents, with frames, player, progress and record on the way.
 
-Letters: B batch, T latent frames, C channels, H W latent size, V video frames, R RGB.
+Letters: B batch, T latent frames, C latent channels, H W latent size, V video frames, R RGB.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def sample(inputs: StreamInputs, *, on_frames: OnFrames, on_end: OnEnd = lambda 
         steering=live,
         working_bytes=stream.working_bytes(*latent["samples"].shape[-2:]) if stream else 0,
     )
-    ending = "stopped"
+    ending = "stopped"  # unless sampling returns
     try:
         if live is not None:
             live.figures.limit_fps = meter.predicted()["fps"] / latent["samples"].shape[0]  # of one video
@@ -130,7 +130,7 @@ def sample(inputs: StreamInputs, *, on_frames: OnFrames, on_end: OnEnd = lambda 
             ChunkSampler(run),
             sigmas,
             denoise_mask=latent.get("noise_mask"),
-            disable_pbar=True,
+            disable_pbar=True,  # StreamProgress moves the node's bar, by network calls and not by sigmas
             seed=inputs.seed,
         )
         ending = "whole" if samples.shape[2] == sum(lengths) else "early"
@@ -186,10 +186,10 @@ def _close(live: Live | None, on_end: OnEnd, record: SteeringRecord, ending: str
 
 def _record(inputs: StreamInputs, lengths: Sequence[int]) -> SteeringRecord:
     """Return what the run begins with, to which is added what is done by hand."""
-    plan, audience = timeline_of(inputs.positive, lengths), page.audience()
-    if not plan.first and audience is not None:
-        plan = replace(plan, first=text_in_graph(getattr(inputs.hidden, "prompt", None), audience.node))
-    return SteeringRecord(plan, lengths, inputs.fps)
+    timeline, audience = timeline_of(inputs.positive, lengths), page.audience()
+    if not timeline.first and audience is not None:
+        timeline = replace(timeline, first=text_in_graph(getattr(inputs.hidden, "prompt", None), audience.node))
+    return SteeringRecord(timeline, lengths, inputs.fps)
 
 
 def _recipe(

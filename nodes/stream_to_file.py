@@ -114,7 +114,7 @@ def _sounds(audio: dict[str, Any] | None, batch: int) -> list[Samples]:
     """Return the rows of an AUDIO: one for each video, or one for all. Raises ValueError for other numbers."""
     if audio is None:
         return []
-    sounds = [Samples(waveform_CS, int(audio["sample_rate"])) for waveform_CS in audio["waveform"]]
+    sounds = [Samples(waveform, int(audio["sample_rate"])) for waveform in audio["waveform"]]
     if len(sounds) not in (1, batch):
         raise ValueError(f"audio has {len(sounds)} rows for {batch} videos; give one for all, or one for each")
     for sound in sounds:
