@@ -207,18 +207,23 @@ class TAEHVAutoencoder:
         return marked(host.to_graph(raw), self.latent_space)
 
     def encode_tiled(self, pixels: Tensor, **_: Any) -> Tensor:
+        """Encode as `encode` does; ComfyUI asks for tiles where memory is short."""
         return self.encode(pixels)
 
     def spacial_compression_decode(self) -> int:
+        """Return the pixels of a latent's side; under the name that ComfyUI asks by."""
         return SPATIAL_FACTOR
 
     def spacial_compression_encode(self) -> int:
+        """Return the pixels of a latent's side; under the name that ComfyUI asks by."""
         return SPATIAL_FACTOR
 
     def temporal_compression_decode(self) -> int:
+        """Return the video frames of a latent frame."""
         return self.first_stage_model.frames_per_latent
 
     def get_sd(self) -> dict[str, Tensor]:
+        """Return the weights, for nodes that save a VAE."""
         return self.first_stage_model.state_dict()
 
 

@@ -23,6 +23,7 @@ class SelfForcingExtension(ComfyExtension):
         add_route()  # here, since not every ComfyUI calls on_load
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Return the classes of the pack's nodes, as ComfyUI asks for them once."""
         return [
             SelfForcingModelLoader,
             SelfForcingTextEncode,

@@ -36,17 +36,25 @@ class FrameStream(Protocol):
     patchers: list[Any]
     note: str
 
-    def working_bytes(self, latent_height: int, latent_width: int) -> float: ...
+    def working_bytes(self, latent_height: int, latent_width: int) -> float:
+        """Return the memory that decoding one step of the stream takes at most."""
+        ...
 
-    def decode(self, latents_BTCHW: Tensor, *, is_last: bool) -> Tensor: ...
+    def decode(self, latents_BTCHW: Tensor, *, is_last: bool) -> Tensor:
+        """Return the frames that these latents complete, as the file's head says."""
+        ...
 
     def counted(self, recipe: Recipe) -> Recipe:
         """Return the same with this decoder's work in it, where that is known."""
         ...
 
-    def state(self) -> Any: ...
+    def state(self) -> Any:
+        """Return what the decoder remembers, for `restore`."""
+        ...
 
-    def restore(self, state: Any) -> None: ...
+    def restore(self, state: Any) -> None:
+        """Go back to where `state` was asked: what was decoded since is undone."""
+        ...
 
 
 def frame_stream(vae: Any) -> FrameStream:

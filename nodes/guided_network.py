@@ -114,6 +114,7 @@ class GuidedNetwork:
     def new_cache(
         self, *, batch: int, latent_height: int, latent_width: int, capacity: int, sink: int, like: Tensor
     ) -> KVCache:
+        """Make a cache for one prompt, where the settings want it; `rollout` asks for it by this name."""
         device = like.device if self.settings.cache_device is None else torch.device(self.settings.cache_device)
         return KVCache(
             self.config,
@@ -178,6 +179,7 @@ class RunNoise:
         self.x_BTCHW, self.later, self.steering, self.seeds = x_BTCHW, later, steering, seeds
 
     def draw(self, start_frame: int, step: int, shape: tuple[int, ...]) -> Tensor:
+        """Return noise [B, T, C, H, W] of this shape for one step of a chunk."""
         seed = None if self.steering is None else self.steering.seed_at(start_frame)
         seed = seed_at(self.seeds, start_frame) if seed is None else seed
         if seed is not None:
@@ -194,6 +196,7 @@ class SeededGraphNoise:
         self.seed, self.lengths = seed, lengths
 
     def generate_noise(self, latent: dict[str, Any]) -> Tensor:
+        """Return noise [B, C, T, H, W] in the shape of a LATENT, as the graph's samplers ask for it."""
         batch, channels, _, height, width = latent["samples"].shape
         source, start, parts = SeededNoise(self.seed), 0, []
         for length in self.lengths:

@@ -29,11 +29,17 @@ class Progress(Protocol):
 
     is_finished: bool
 
-    def step(self) -> None: ...
+    def step(self) -> None:
+        """Take note that an evaluation is about to start."""
+        ...
 
-    def chunk(self, chunk: Chunk) -> bool: ...
+    def chunk(self, chunk: Chunk) -> bool:
+        """Take note of a finished chunk; return whether it is to be made once more."""
+        ...
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """Take note that the last chunk is done."""
+        ...
 
 
 class CallbackProgress:

@@ -64,6 +64,7 @@ class SelfForcingPromptSchedule(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, text: str | None = None) -> bool | str:
+        """Check the text before anything runs, so that a mistake in its last line costs no video."""
         try:
             parse_schedule(text or "")
         except ValueError as error:

@@ -178,9 +178,13 @@ class PromptedNetwork(Protocol):
     guider: Any
     config: WanConfig
 
-    def renew(self) -> Conditioning: ...
+    def renew(self) -> Conditioning:
+        """Take the guider's prompts anew; return what is computed with them."""
+        ...
 
-    def kept_loaded(self) -> AbstractContextManager[None]: ...
+    def kept_loaded(self) -> AbstractContextManager[None]:
+        """Keep the network loaded over work that may bring in others."""
+        ...
 
 
 # ------------------------------------------------------------------- guider --

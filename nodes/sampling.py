@@ -140,6 +140,7 @@ class ChunkGuider(comfy.samplers.CFGGuider):
     """GUIDER with classifier-free guidance; a negative prompt that has no effect is not kept."""
 
     def set_prompts(self, positive: list[Any], negative: list[Any] | None, cfg: float) -> None:
+        """Give the guider its CONDITIONING and scale. Raises ValueError for a cfg that needs a negative prompt."""
         conditionings = {"positive": positive}
         if negative and cfg != 1:
             conditionings["negative"] = negative

@@ -37,6 +37,7 @@ def config_of(native: nn.Module) -> WanConfig:
 
 
 def check_variant(config: WanConfig) -> None:
+    """Raise ValueError for a Wan model of another kind, as its channels tell."""
     variant = variant_of_channels(config.in_dim, config.out_dim)
     if variant is not None:
         raise ValueError(not_supported(variant))
@@ -78,6 +79,7 @@ class ForeignCrossAttention(nn.Module):
         return text_BPD, image_BID
 
     def attend_to(self, x_GQD: Tensor, length: int, keys_values: tuple[Any, ...]) -> Tensor:
+        """Return what tokens x, rows of `length`, read of text and image, in the shape of x."""
         text_BPD, image_BID = keys_values
         context_BPD = text_BPD if image_BID is None else torch.cat([image_BID, text_BPD], 1)
         self.options["block_index"] = self.index
