@@ -3,8 +3,7 @@
 Out: the event "selfforcing.live" with JPEGs and figures. Back: POST /selfforcing/live, a JSON object with the run's
 secret name, the client id of the page that queued it, and an action; commands of other pages are refused. Who may read
 the server's queue, and so may interrupt what it runs, may also finish it early: by prompt and client id, without the
-name. A page acknowledges every message, and at most two with pictures are unanswered: neither a slow page nor one that
-has no player piles anything up. Where answers stop, a line without pictures asks again.
+name. How messages go out, and that none pile up, is the outbox's business.
 
 Letters: V video frames, R RGB, H W pixels.
 """
