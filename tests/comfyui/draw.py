@@ -211,7 +211,7 @@ def note_height(text: str) -> int:
 
 
 def slots(description: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """(name, type, options) of a node's inputs in the host's order."""
+    """(name, type, options) of a node's inputs in ComfyUI's order."""
     groups = description["input"]
     entries = [item for group in ("required", "optional") for item in groups.get(group, {}).items()]
     return [
