@@ -17,7 +17,7 @@ from torch import Tensor
 from ..selfforcing_core.checkpoint import Checkpoint
 from ..selfforcing_core.geometry import SPATIAL_FACTOR
 from ..selfforcing_core.taehv import TAEHV, StreamingDecoder
-from ..selfforcing_core.taehv_releases import WAN, WAN_RAW
+from ..selfforcing_core.taehv_releases import WAN, WAN_UNSCALED
 from . import folders, host
 
 WAN_LATENTS = comfy.latent_formats.Wan21()
@@ -143,7 +143,7 @@ class TAEHVAutoencoder:
     """TAEHV with the methods of a ComfyUI VAE, so that it fits wherever a graph asks for one.
 
     Takes and returns the graph's conventions: LATENT in raw VAE space, IMAGE [.., H, W, R] in [0, 1].
-    name: as the user knows the file. latent_space: what it decodes, None where that is not known; WAN_RAW is WAN's
+    name: as the user knows the file. latent_space: what it decodes, None where that is not known; WAN_UNSCALED is WAN's
     without the scaling by mean and deviation, which is done here.
     """
 
@@ -153,7 +153,7 @@ class TAEHVAutoencoder:
 
     def __init__(self, checkpoint: Checkpoint, *, name: str = "", latent_space: str | None = None) -> None:
         check_channels(checkpoint.config.latent_channels, "TAEHV")
-        self.name, self.is_scaled = name, latent_space != WAN_RAW
+        self.name, self.is_scaled = name, latent_space != WAN_UNSCALED
         self.latent_space = latent_space if self.is_scaled else WAN
         self.device = memory.vae_device()
         self.vae_dtype = memory.vae_dtype(self.device, [torch.float16, torch.bfloat16, torch.float32])

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..selfforcing_core.checkpoint import Checkpoint, read_checkpoint
 from ..selfforcing_core.config import CACHE_SOURCES, CausalConfig, StepConfig
 from ..selfforcing_core.hub import resolve_model, resolve_taehv
-from ..selfforcing_core.taehv_releases import LATENT_SPACES, WAN, WAN_RAW, expect_latent_space
+from ..selfforcing_core.taehv_releases import LATENT_SPACES, WAN, WAN_UNSCALED, expect_latent_space
 from . import folders, host, page
 from .autoencoder import TAEHVAutoencoder
 from .causal_model import with_settings
@@ -62,7 +62,7 @@ def _latent_space(checkpoint: Checkpoint, choice: str, name: str) -> str:
     file_space = checkpoint.latent_space
     if file_space is not None and choice not in ("auto", file_space):
         page.show_text(f"{name} says that it decodes latents of {file_space}; latents={choice} is not followed")
-    if file_space is None or (file_space in LATENT_SPACES and file_space != WAN_RAW):
+    if file_space is None or (file_space in LATENT_SPACES and file_space != WAN_UNSCALED):
         known = choice if file_space is None and choice != "auto" else file_space
         expect_latent_space(known, checkpoint.config, WAN, name, say="latents")
         return WAN

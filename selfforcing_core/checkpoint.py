@@ -1,62 +1,52 @@
-"""Checkpoint files: reading what others saved, refusing the rest with one clear line, and saving our own.
+"""Checkpoints: the weights of one network in a file, read with their config, and saved with it.
 
 Read: our safetensors (config in the header), safetensors with bare or prefixed Wan names, in 8 bits with scales too,
 torch files of Self Forcing (`generator_ema`, `generator`), of DeepSpeed, Lightning and other trainers (`module`,
-`state_dict`, `ema`), and of TAEHV, folders of shards with their index, as diffusers writes them. A torch file is a
-pickle, and a pickle can carry code: it is only ever read with `weights_only=True`, so nothing in a file is executed.
-What a file is follows from its bytes, its header and the shapes of its tensors, never from its name.
+`state_dict`, `ema`), and of TAEHV, folders of shards with their index, as diffusers writes them. What is no network of
+these kinds is refused in one line.
 
-Header of our safetensors files: "selfforcing" = JSON {"format": 1, "kind", "config", "causal", "steps",
-"latent_space"}; for Wan also "config" = JSON {"transformer": {...}}, which ComfyUI merges into its own detection.
-Format 2 adds "bidirectional" and "guidance". It is written only where one of them has something to say, so that older
-versions go on reading all other files and refuse those that they would sample wrongly. A LoRA of our trainer has a
-header of kind "lora" with "base" and the same settings.
+A network follows from the shapes of its tensors and a header (`checkpoint_header`), which must agree; its tensors come
+from `tensor_files`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import pickle
-import re
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic import replacing
-from .config import BidirectionalConfig, CausalConfig, StepConfig, TAEHVConfig, WanConfig
-from .keymap import (
-    EMA_CONTAINERS,
-    LORA_CONTAINERS,
-    RAW_CONTAINERS,
-    describe_dialect,
-    from_wan,
-    is_stray,
-    prefix_before,
-    split_container,
-    wan_names,
+from .checkpoint_header import (
+    LORA,
+    SamplingSettings,
+    check_sizes,
+    comfyui_sizes,
+    file_header,
+    lora_refusal,
+    one_line,
+    read_entries,
+    read_settings,
 )
+from .config import BidirectionalConfig, CausalConfig, StepConfig, TAEHVConfig, WanConfig
+from .keymap import describe_dialect, from_wan, is_stray, wan_names
 from .layout import Shape, mismatch, taehv_config, taehv_shapes, wan_config, wan_shapes
-from .scaled import QUANTIZATION_ENTRY, ScaledWeights, chosen_tensors, split_scales, stored_tensors
+from .scaled import QUANTIZATION_ENTRY, ScaledWeights, split_scales, stored_tensors
 from .taehv_releases import WAN, latent_space
+from .tensor_files import open_contents
 from .variants import not_supported, variant_among
+from .weight_sets import FileContents
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # to store and compute in
-HEADER_KEY = "selfforcing"
-HEADER_FORMAT = 1
-HEADER_FORMATS = (HEADER_FORMAT, 2)
-HOST_HEADER_KEY = "config"
-LORA = "lora"
-UMT5_XXL_DIM = 4096  # width of the text embeddings of every released Wan model
+UMT5_XXL_DIM = 4096  # width of the embeddings of every released Wan model's prompts
+WAN_LATENT_CHANNELS = 16  # of Wan 2.1's VAE
 
 # What people most often mistake for a model file of ours, by a part of a parameter's name.
 FOREIGN_SIGNS = {
@@ -76,113 +66,60 @@ FOREIGN_SIGNS = {
 class Checkpoint:
     """One network of a file, under its original parameter names.
 
-    kind: "wan" or "taehv". dtype: the type most numbers have, such as "bfloat16", which is also what weights in 8 bits
-    with scales are to become. weights: "raw" or "ema". causal, bidirectional, steps: how the model wants to be run,
-    None where the file does not say; it is never both causal and bidirectional. guidance: scale that it is sampled
-    with, None where the file does not say (distilled models take 1). latent_space: of the VAE that the network goes
-    with ("wan2.1"), None where that is not known. notes: lines for the user about what of the file was chosen, left
-    out or is widened; whoever uses the weights says them (`say_notes`). The tensors of `state_dict` are mapped from
-    the file where its format allows, so that reading costs no memory until they are used; scaled ones are multiplied
-    then, in float32.
+    It is never both causal and bidirectional; what the file does not say is None.
     """
 
-    kind: str
+    kind: str  # "wan" or "taehv"
+    # Mapped from the file where its format allows, so that reading costs no memory until they are used; scaled ones are
+    # multiplied then, in float32.
     state_dict: MutableMapping[str, Tensor]
     config: WanConfig | TAEHVConfig
-    causal: CausalConfig | None
-    steps: StepConfig | None
-    dialect: str
-    dtype: str
-    weights: str
-    metadata: dict[str, str]
-    latent_space: str | None = None
+    causal: CausalConfig | None  # chunks, window and sink
+    steps: StepConfig | None  # the noise levels
+    dialect: str  # what the parameters are called in the file, for people
+    dtype: str  # what most numbers have, such as "bfloat16", which weights in 8 bits with scales are to become too
+    weights: str  # "raw" (as trained) or "ema" (their average)
+    metadata: dict[str, str]  # the header's entries
+    latent_space: str | None = None  # of the VAE that the network goes with ("wan2.1")
     bidirectional: BidirectionalConfig | None = None
-    guidance: float | None = None
-    notes: tuple[str, ...] = ()
+    guidance: float | None = None  # scale that it is sampled with; distilled models take 1
+    notes: tuple[str, ...] = ()  # lines for the user about what of the file was chosen, left out or is widened
+
+    @property
+    def settings(self) -> SamplingSettings:
+        """Return how the network is run, as headers say it."""
+        return SamplingSettings(self.causal, self.steps, self.bidirectional, self.guidance)
 
     def say_notes(self) -> None:
+        """Log the notes. Whoever uses the weights calls this; looking at a file stays silent."""
         for note in self.notes:
             log.warning("%s", note)
 
 
-@dataclass(frozen=True)
-class _Contents:
-    """One set of tensors under the names of the file, its header, and which sets there were to choose from."""
-
-    tensors: dict[str, Tensor]
-    header: dict[str, str]
-    weights: str
-    available: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """One set of weights in a torch file: the path of containers to it, and whether it is an average."""
-
-    place: str
-    weights: str
-    tensors: dict[str, Tensor]
-    left_out: str = ""  # a line about what stands beside it in the same dictionary
-
-
 def read_checkpoint(path: str | Path, *, weights: str = "auto") -> Checkpoint:
-    """Read a Wan transformer or a TAEHV from any supported file.
+    """Return the Wan transformer or the TAEHV of any supported file.
 
-    weights: "ema" or "raw" choose between the averaged and the last weights of a training file, "auto" takes the
+    weights: "ema" or "raw" choose between the averaged and the trained weights of a training file, "auto" takes the
     averaged ones where they exist. Raises ValueError, one line, for whatever is not such a file.
     """
-    path = Path(path)
+    return _read(Path(path), weights)[0]
+
+
+def _read(path: Path, weights: str) -> tuple[Checkpoint, FileContents]:
     try:
-        return _understand(_open(path, weights), path)
+        contents = open_contents(path, weights)
+        return _understood(contents, path), contents
     except ValueError as error:
-        raise ValueError(f"{path}: {_one_line(error)}") from error
-
-
-def read_tensors(path: str | Path, *, is_quiet: bool = False) -> Mapping[str, Tensor]:
-    """Tensors of any supported file or folder under its own names, for networks that are no Wan and no TAEHV.
-
-    Those in 8 bits with scales are float32 products when they are asked for. is_quiet: log nothing about what was
-    chosen. Raises ValueError as `read_checkpoint` does.
-    """
-    path = Path(path)
-    try:
-        contents = _open(path, "auto")
-        weights, scales = split_scales(contents.tensors, contents.header)
-    except ValueError as error:
-        raise ValueError(f"{path}: {_one_line(error)}") from error
-    for note in () if is_quiet else contents.notes:
-        log.warning("%s: %s", path, note)
-    return ScaledWeights(weights, scales) if scales else weights
-
-
-def below_prefix(
-    tensors: Mapping[str, Tensor], anchors: Iterable[str], path: str | Path, *, is_quiet: bool = False
-) -> Mapping[str, Tensor]:
-    """Tensors by the names that they have in their own network, wherever in the file that network stands.
-
-    anchors: names of which the network has one. Without any the tensors come back as they are; what stands beside the
-    network is left out, which one line says. Raises ValueError where two networks are found.
-    """
-    prefix = prefix_before(tensors, anchors)
-    if not prefix:
-        return tensors
-    inside = [key for key in tensors if key.startswith(prefix)]
-    outside = [key for key in tensors if not key.startswith(prefix)]
-    if outside and not is_quiet:
-        first = outside[0]
-        log.warning("%s: read below %r; %d other tensors left out, such as %s", path, prefix, len(outside), first)
-    return chosen_tensors(tensors, {key.removeprefix(prefix): key for key in inside})
+        raise ValueError(f"{path}: {one_line(error)}") from error
 
 
 def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint is, in plain JSON types, without reading its weights. Raises as `read_checkpoint` does."""
+    """Return what a checkpoint is, in plain JSON types, without reading its weights.
+
+    Raises ValueError as `read_checkpoint` does.
+    """
     path = Path(path)
-    try:
-        contents = _open(path, "auto")
-        checkpoint = _understand(contents, path)
-    except ValueError as error:
-        raise ValueError(f"{path}: {_one_line(error)}") from error
+    checkpoint, contents = _read(path, "auto")
     stored = stored_tensors(checkpoint.state_dict)
     return {
         "file": str(path),
@@ -217,7 +154,7 @@ def save_checkpoint(
     dialect: str = "wan",
     overwrite: bool = True,
 ) -> None:
-    """Save a network as safetensors with everything needed to run it in the header.
+    """Write a network as safetensors with everything needed to run it in the header.
 
     state_dict: original parameter names, all that `config` asks for and no other. metadata: free text entries for the
     header. dialect: the names to write (keymap.DIALECTS). An existing file is replaced once the new one is complete;
@@ -225,10 +162,10 @@ def save_checkpoint(
     Raises ValueError when names or shapes do not fit the config, or when the path cannot be written.
     """
     expected = wan_shapes(config) if isinstance(config, WanConfig) else taehv_shapes(config)
-    problem = mismatch(expected, {name: tuple(tensor.shape) for name, tensor in state_dict.items()})
-    if problem:
-        raise ValueError(f"{path}: not saved, {problem}")
-    header = file_header(config, causal, steps, latent_space, bidirectional, guidance)
+    difference = mismatch(expected, {name: tuple(tensor.shape) for name, tensor in state_dict.items()})
+    if difference:
+        raise ValueError(f"{path}: not saved, {difference}")
+    header = file_header(config, SamplingSettings(causal, steps, bidirectional, guidance), latent_space)
     clash = sorted(set(header) & set(metadata or {}))
     if clash:
         raise ValueError(f"{path}: not saved, the header entries {', '.join(clash)} are written from the config")
@@ -237,252 +174,12 @@ def save_checkpoint(
         save_file(tensors, temporary, {**(metadata or {}), **header})
 
 
-def file_header(
-    config: WanConfig | TAEHVConfig,
-    causal: CausalConfig | None,
-    steps: StepConfig | None,
-    latent_space: str | None,
-    bidirectional: BidirectionalConfig | None = None,
-    guidance: float | None = None,
-) -> dict[str, str]:
-    """Return the metadata by which this project and ComfyUI recognise a network."""
-    is_wan = isinstance(config, WanConfig)
-    settings = _settings_entries(causal, steps, latent_space, bidirectional, guidance)
-    ours = {"kind": "wan" if is_wan else "taehv", "config": config.to_dict(), **settings}
-    header = {HEADER_KEY: json.dumps(ours)}
-    if is_wan:
-        sizes = {name: getattr(config, name) for name in ("num_heads", "text_dim", "freq_dim", "text_len")}
-        header[HOST_HEADER_KEY] = json.dumps({"transformer": {"causal_ar": causal is not None, **sizes}})
-    return header
-
-
-def lora_header(
-    base: str,
-    causal: CausalConfig | None,
-    steps: StepConfig | None,
-    bidirectional: BidirectionalConfig | None = None,
-    guidance: float | None = None,
-) -> dict[str, str]:
-    """Return the metadata of a LoRA: the network it belongs on, and how the two together are sampled."""
-    settings = _settings_entries(causal, steps, None, bidirectional, guidance)
-    return {HEADER_KEY: json.dumps({"kind": LORA, "base": base, **settings})}
-
-
-def _settings_entries(
-    causal: CausalConfig | None,
-    steps: StepConfig | None,
-    latent_space: str | None,
-    bidirectional: BidirectionalConfig | None,
-    guidance: float | None,
-) -> dict[str, Any]:
-    assert causal is None or bidirectional is None, "a network is causal or bidirectional, not both"
-    entries: dict[str, Any] = {
-        "format": HEADER_FORMAT,
-        "causal": causal.to_dict() if causal else None,
-        "steps": steps.to_dict() if steps else None,
-        "latent_space": latent_space,
-    }
-    if bidirectional is not None or guidance is not None:
-        named = bidirectional.to_dict() if bidirectional else None
-        entries |= {"format": max(HEADER_FORMATS), "bidirectional": named, "guidance": guidance}
-    return entries
-
-
-def _open(path: Path, weights: str) -> _Contents:
-    if weights not in ("auto", "ema", "raw"):
-        raise ValueError(f"weights {weights!r} is unknown; use 'auto', 'ema' or 'raw'")
-    try:
-        if path.is_dir():
-            return _open_folder(path, weights)
-        with path.open("rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from error
-    if not start:
-        raise ValueError("is empty; download or save it again")
-    if start[8:] == b"{":  # after the length of a safetensors header, the header's JSON
-        return _open_safetensors(path, weights)
-    if start.startswith((b"PK\x03\x04", b"\x80")):  # torch's zip archive, and the bare pickle of its early versions
-        return _open_torch(path, weights, is_zip=start.startswith(b"PK"))
-    if start.lstrip().startswith(b"{"):
-        return _open_shards(path, weights)
-    if start.startswith(b"GGUF"):
-        raise ValueError(
-            "is a GGUF file, which is not read here; in ComfyUI load it with a GGUF loader and put Patch Model (Self "
-            "Forcing) behind it, elsewhere use a safetensors or torch file of the same model"
-        )
-    raise ValueError("is neither a safetensors nor a torch file")
-
-
-def _open_safetensors(path: Path, weights: str) -> _Contents:
-    return _single(*_read_safetensors(path), weights)
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it has no __iter__
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"is a damaged or truncated safetensors file ({_one_line(error)})") from error
-
-
-def _open_folder(path: Path, weights: str) -> _Contents:
-    """A network in a folder: an index of shards, or one safetensors file; also below a pipeline's `transformer`."""
-    folder = path / "transformer" if (path / "transformer").is_dir() else path
-    for pattern, read in (("*.safetensors.index.json", _open_shards), ("*.safetensors", _open_safetensors)):
-        found = sorted(folder.glob(pattern))
-        if len(found) == 1:
-            contents = read(found[0], weights)
-            return replace(contents, header=_diffusers_header(folder / "config.json") | contents.header)
-        if found:
-            raise ValueError(f"is a folder with {len(found)} files {pattern}; give one of them, or their index")
-    raise ValueError("is a folder without a safetensors file; give the checkpoint file")
-
-
-def _diffusers_header(file: Path) -> dict[str, str]:
-    """What a model folder's config.json adds to the tensors, as a header entry for the host."""
-    if not file.is_file():
-        return {}
-    heads = _json_object(file.read_text(encoding="utf-8", errors="replace")).get("num_attention_heads")
-    return {HOST_HEADER_KEY: json.dumps({"transformer": {"num_heads": heads}})} if heads is not None else {}
-
-
-def _open_shards(index: Path, weights: str) -> _Contents:
-    """The safetensors files that an index lists. Names that leave the index's folder are refused."""
-    try:
-        listed = _json_object(index.read_text(encoding="utf-8")).get("weight_map")
-    except UnicodeDecodeError as error:
-        raise ValueError("is neither a checkpoint nor an index of one") from error
-    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
-        raise ValueError("is a JSON file without a weight_map; give a checkpoint or its index")
-    tensors: dict[str, Tensor] = {}
-    header: dict[str, str] = {}
-    for name in sorted(set(listed.values())):
-        shard = index.parent / name
-        if Path(name).name != name or not shard.is_file():
-            raise ValueError(f"lists {name!r}, which is not beside it; download all shards into one folder")
-        part, part_header = _read_safetensors(shard)
-        twice = next((key for key in part if key in tensors), None)
-        if twice is not None:
-            raise ValueError(f"has {twice} in two shards; download them again")
-        tensors |= part
-        header |= part_header
-    return _single(tensors, header, weights)
-
-
-def _open_torch(path: Path, weights: str, *, is_zip: bool) -> _Contents:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch remarks on foreign pickles before it refuses them
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
-        if code:
-            raise ValueError(f"holds code ({code[1]}), which was not executed; use a file of plain tensors") from error
-        raise ValueError("is a damaged, truncated or foreign pickle; nothing in it was executed") from error
-    except Exception as error:  # an unpickler that is fed damaged bytes may raise anything
-        raise ValueError(f"is a damaged or truncated torch file ({type(error).__name__})") from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"holds a {type(loaded).__name__}, not a dictionary of tensors")
-    return _choose_container(loaded, weights)
-
-
-def _choose_container(loaded: dict[Any, Any], weights: str) -> _Contents:
-    """Pick the averaged or the last weights of a training file; a flat dictionary is one set of weights."""
-    candidates = _candidates(loaded)
-    if [candidate.place for candidate in candidates] == [""]:
-        return _single(candidates[0].tensors, {}, weights)
-    return _chosen(candidates, {}, weights)
-
-
-def _candidates(loaded: dict[Any, Any], place: str = "", weights: str = "raw") -> list[_Candidate]:
-    """Every set of weights below the containers that trainers use, at any depth."""
-    for name in LORA_CONTAINERS:
-        if loaded.get(name):
-            raise ValueError(_lora_beside(place + name))
-    found: list[_Candidate] = []
-    for name in (*EMA_CONTAINERS, *RAW_CONTAINERS):
-        if isinstance(loaded.get(name), dict) and loaded[name]:
-            found += _candidates(loaded[name], f"{place}{name}.", "ema" if name in EMA_CONTAINERS else weights)
-    return found or _by_prefix(_only_tensors(loaded), place, weights)
-
-
-def _by_prefix(tensors: dict[str, Tensor], place: str, weights: str) -> list[_Candidate]:
-    """The networks of a flat dictionary whose names begin with their containers; else the dictionary itself."""
-    sets: dict[str, dict[str, Tensor]] = {}
-    others: list[str] = []
-    for key, tensor in tensors.items():
-        container, name = split_container(key)
-        if container in LORA_CONTAINERS:
-            raise ValueError(_lora_beside(place + container))
-        if container:
-            sets.setdefault(container, {})[name] = tensor
-        else:
-            others.append(key)
-    if not sets:
-        return [_Candidate(place.rstrip("."), weights, tensors)]
-    left_out = f"{len(others)} tensors beside the network are left out, the first is {others[0]}" if others else ""
-    return [
-        _Candidate(place + container, "ema" if container in EMA_CONTAINERS else weights, found, left_out)
-        for container, found in sets.items()
-    ]
-
-
-def _lora_beside(place: str) -> str:
-    return (
-        f"holds a LoRA ({place}), without which its other weights are another model; merge it into them, or save the "
-        "weights alone"
-    )
-
-
-def _chosen(candidates: list[_Candidate], header: dict[str, str], weights: str) -> _Contents:
-    """The set that was asked for; "auto" takes the averaged one and says so. Two of one kind are not chosen from."""
-    available = tuple(kind for kind in ("raw", "ema") if any(found.weights == kind for found in candidates))
-    kind = available[-1] if weights == "auto" else weights
-    fitting = [found for found in candidates if found.weights == kind]
-    if not fitting:
-        names = ", ".join(found.place for found in candidates)
-        raise ValueError(f"has no {kind} weights, only {names}; ask for weights={available[0]!r}")
-    if any(not _is_same(fitting[0].tensors, found.tensors) for found in fitting[1:]):
-        names = " and ".join(found.place for found in fitting)
-        raise ValueError(f"holds more than one set of {kind} weights, {names}; save the one that is meant alone")
-    chosen, notes = fitting[0], []
-    if weights == "auto" and len(available) > 1:
-        other = next(found.place for found in candidates if found.weights != kind)
-        notes.append(f"the averaged weights ({chosen.place}) are used; weights 'raw' are the others ({other})")
-    if chosen.left_out:
-        notes.append(chosen.left_out)
-    return _Contents(chosen.tensors, header, kind, available, tuple(notes))
-
-
-def _is_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """Whether two containers are two names of the same tensors."""
-    return one.keys() == other.keys() and all(one[key].data_ptr() == other[key].data_ptr() for key in one)
-
-
-def _single(tensors: dict[str, Tensor], header: dict[str, str], weights: str) -> _Contents:
-    """One set of weights, unless the names say that there are more."""
-    candidates = _by_prefix(tensors, "", "raw")
-    if candidates[0].place:
-        return _chosen(candidates, header, weights)
-    if weights == "ema":
-        raise ValueError("holds one set of weights and does not say that it is an average; ask for weights='auto'")
-    return _Contents(tensors, header, "raw", ("raw",))
-
-
-def _only_tensors(loaded: dict[Any, Any]) -> dict[str, Tensor]:
-    for key, value in loaded.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ValueError(f"entry {str(key)[:60]!r} is a {type(value).__name__}, not a tensor; no known layout")
-    return loaded
-
-
-def _understand(contents: _Contents, path: Path) -> Checkpoint:
+# ------------------------------------------------------------ understanding --
+def _understood(contents: FileContents, path: Path) -> Checkpoint:
     """Recognise the network, settle its config and check every name and shape against it."""
-    ours = _our_header(contents.header)
-    if ours.get("kind") == LORA:
-        raise ValueError(_what_lora(ours))
+    entries = read_entries(contents.header)
+    if entries.get("kind") == LORA:
+        raise ValueError(lora_refusal(entries))
     tensors, scales_by_key = split_scales(contents.tensors, contents.header)
     names = wan_names(tensors)
     stored = {name: tensors[key] for name, key in names.items()}
@@ -490,32 +187,38 @@ def _understand(contents: _Contents, path: Path) -> Checkpoint:
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     kind = _kind(shapes)
     _check_types(stored, scales)
-    dtype = "bfloat16" if scales else _most_common(stored)
-    if ours.get("kind", kind) != kind:
-        raise ValueError(f"header says {ours['kind']!r} but the tensors are those of a {kind!r}")
+    if entries.get("kind", kind) != kind:
+        raise ValueError(f"header says {entries['kind']!r} but the tensors are those of a {kind!r}")
     try:
-        config = _config(kind, shapes, ours.get("config"), _host_sizes(contents.header))
+        config = _config(kind, shapes, entries.get("config"), comfyui_sizes(contents.header))
     except (TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"header is damaged ({_one_line(error)})") from error
-    causal, steps, bidirectional, guidance = _settings(ours)
-    problem = mismatch(wan_shapes(config) if isinstance(config, WanConfig) else taehv_shapes(config), shapes)
-    if problem:
-        raise ValueError(f"is not a complete {kind} model: {problem}")
-    dialect = describe_dialect(names.values())
-    space = _latent_space(ours.get("latent_space"), config, path)
-    state_dict = ScaledWeights(stored, scales) if scales else stored
-    notes = tuple(f"{path}: {note}" for note in (*contents.notes, *_remarks(tensors, stored, scales)))
-    header = {name: text for name, text in contents.header.items() if name != QUANTIZATION_ENTRY}  # undone by reading
+        raise ValueError(f"header is damaged ({one_line(error)})") from error
+    settings = read_settings(entries)
+    difference = mismatch(wan_shapes(config) if isinstance(config, WanConfig) else taehv_shapes(config), shapes)
+    if difference:
+        raise ValueError(f"is not a complete {kind} model: {difference}")
     return Checkpoint(
-        kind, state_dict, config, causal, steps, dialect, dtype, contents.weights, header, space, bidirectional,
-        guidance, notes,
-    )  # fmt: skip
+        kind=kind,
+        state_dict=ScaledWeights(stored, scales) if scales else stored,
+        config=config,
+        causal=settings.causal,
+        steps=settings.steps,
+        dialect=describe_dialect(names.values()),
+        dtype="bfloat16" if scales else _most_common(stored),  # what the 8 bits were made from
+        weights=contents.weights,
+        # Reading undoes the quantisation, so that a copy with this entry would claim what is no longer true.
+        metadata={name: text for name, text in contents.header.items() if name != QUANTIZATION_ENTRY},
+        latent_space=_latent_space(entries.get("latent_space"), config, path),
+        bidirectional=settings.bidirectional,
+        guidance=settings.guidance,
+        notes=tuple(f"{path}: {note}" for note in (*contents.notes, *_remarks(tensors, stored, scales))),
+    )
 
 
 def _remarks(
     tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], scales: Mapping[str, Tensor]
 ) -> tuple[str, ...]:
-    """What is left out of the file or not used as it is stored."""
+    """Return what is left out of the file or not used as it is stored, one line each."""
     stray = sorted(key for key in tensors if is_stray(key))
     remarks = ()
     if stray:
@@ -529,62 +232,14 @@ def _remarks(
     return remarks
 
 
-def _settings(
-    ours: Mapping[str, Any],
-) -> tuple[CausalConfig | None, StepConfig | None, BidirectionalConfig | None, float | None]:
-    """How the header wants the network to be run: chunks, steps, or all frames at once, and guidance."""
-    try:
-        causal = CausalConfig.from_dict(ours["causal"]) if ours.get("causal") else None
-        steps = StepConfig.from_dict(ours["steps"]) if ours.get("steps") else None
-        return causal, steps, _bidirectional(ours, causal, steps), _guidance(ours)
-    except (TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"header is damaged ({_one_line(error)})") from error
-
-
-def _bidirectional(
-    ours: Mapping[str, Any], causal: CausalConfig | None, steps: StepConfig | None
-) -> BidirectionalConfig | None:
-    """What the header says of a bidirectional network.
-
-    Headers of format 1 had no word for it: there it is a network with steps and without chunks, which only exports of
-    bidirectional runs and `convert --bidirectional` wrote. A network with neither is one that nothing is known about.
-    """
-    if ours.get("bidirectional") is not None:
-        if causal is not None:
-            raise ValueError("header is damaged (it says both causal and bidirectional)")
-        return BidirectionalConfig.from_dict(ours["bidirectional"])
-    is_older = ours.get("format") == HEADER_FORMAT and ours.get("kind") == "wan"
-    return BidirectionalConfig() if is_older and causal is None and steps is not None else None
-
-
-def _guidance(ours: Mapping[str, Any]) -> float | None:
-    value = ours.get("guidance")
-    if value is None:
-        return None
-    if type(value) not in (int, float) or not 0 < value < float("inf"):
-        raise ValueError(f"header is damaged (guidance is {value!r}, not a positive number)")
-    return float(value)
-
-
-def _what_lora(ours: Mapping[str, Any]) -> str:
-    """A LoRA of our trainer in words: where it belongs, and how it is sampled there."""
-    causal, steps, _, _ = _settings(ours)
-    how = "bidirectional" if causal is None else f"chunk {causal.chunk}, window {causal.window}"
-    listed = "" if steps is None else f"{len(steps.steps)} steps, {steps.solver}, shift {steps.shift:g}"
-    said = ", ".join(part for part in (how, listed) if part)
-    return (
-        f"is a LoRA, to be loaded in ComfyUI on top of {ours.get('base')} ({said}); where a whole network is needed, "
-        "export the run with form=whole"
-    )
-
-
-def _latent_space(stored: Any, config: WanConfig | TAEHVConfig, path: Path) -> str | None:
-    """What the header says; else for a TAEHV what its bytes say, and for a network with Wan's text encoder Wan's."""
-    if stored is not None:
-        return str(stored)
+def _latent_space(header_value: Any, config: WanConfig | TAEHVConfig, path: Path) -> str | None:
+    """Return what the header says; else for a TAEHV what its bytes say, for a network of Wan's sizes Wan's."""
+    if header_value is not None:
+        return str(header_value)
     if isinstance(config, TAEHVConfig):
         return latent_space(config, path) if path.is_file() else None
-    return WAN if (config.text_dim, config.out_dim) == (UMT5_XXL_DIM, 16) else None
+    # Wan 2.1 is the one released family with this text encoder and so many channels.
+    return WAN if (config.text_dim, config.out_dim) == (UMT5_XXL_DIM, WAN_LATENT_CHANNELS) else None
 
 
 def _kind(shapes: Mapping[str, Shape]) -> str:
@@ -610,71 +265,33 @@ def _check_types(stored: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> 
 
 
 def _most_common(stored: Mapping[str, Tensor]) -> str:
-    """The type that most numbers have."""
+    """Return the type that most numbers have: norms of a bfloat16 network are often float32."""
     counts: Counter[torch.dtype] = Counter()
     for tensor in stored.values():
         counts[tensor.dtype] += tensor.numel()
     return str(counts.most_common(1)[0][0]).removeprefix("torch.")
 
 
-def _our_header(header: Mapping[str, str]) -> dict[str, Any]:
-    if HEADER_KEY not in header:
-        return {}
-    values = _json_object(header[HEADER_KEY])
-    if values.get("format") not in HEADER_FORMATS:
-        known = " and ".join(map(str, HEADER_FORMATS))
-        raise ValueError(f"header has format {values.get('format')!r}, this version reads {known}; update it")
-    return values
-
-
-def _host_sizes(header: Mapping[str, str]) -> dict[str, int]:
-    """Sizes that a file made for ComfyUI gives in its header; {} where there are none."""
-    if HOST_HEADER_KEY not in header:
-        return {}
-    sizes = _json_object(header[HOST_HEADER_KEY]).get("transformer")
-    return {name: sizes[name] for name in ("num_heads", "text_len") if name in sizes} if isinstance(sizes, dict) else {}
-
-
-def _check_sizes(sizes: Mapping[str, Any]) -> None:
-    """Refuse what no tensor can contradict: sizes that only the header gives."""
-    for name in ("num_heads", "text_len"):
-        if name in sizes and (type(sizes[name]) is not int or sizes[name] < 1):
-            raise ValueError(f"header is damaged ({name} is {sizes[name]!r}, not a positive number)")
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"header is damaged ({_one_line(error)})") from error
-    if not isinstance(values, dict):
-        raise ValueError("header is damaged (not a JSON object)")
-    return values
-
-
 def _config(
-    kind: str, shapes: Mapping[str, Shape], stored_values: dict[str, Any] | None, host_sizes: dict[str, int]
+    kind: str, shapes: Mapping[str, Shape], header_config: dict[str, Any] | None, header_sizes: dict[str, int]
 ) -> WanConfig | TAEHVConfig:
-    """The config that the shapes tell, completed by what only a header can tell; both must agree."""
+    """Return the config that the shapes show, completed by what only a header can say; both must agree."""
     stored: WanConfig | TAEHVConfig | None
-    told: WanConfig | TAEHVConfig
-    _check_sizes(stored_values or host_sizes)
+    config: WanConfig | TAEHVConfig
+    check_sizes(header_config or header_sizes)
     if kind == "wan":
-        stored = WanConfig.from_dict(stored_values) if stored_values else None
+        stored = WanConfig.from_dict(header_config) if header_config else None
         if isinstance(stored, WanConfig):
-            told = replace(wan_config(shapes, num_heads=stored.num_heads, text_len=stored.text_len), eps=stored.eps)
+            config = replace(wan_config(shapes, num_heads=stored.num_heads, text_len=stored.text_len), eps=stored.eps)
         else:
-            told = wan_config(shapes, **host_sizes)
+            config = wan_config(shapes, **header_sizes)
     else:
-        stored = TAEHVConfig.from_dict(stored_values) if stored_values else None
-        told = taehv_config(shapes, decoder_space=stored.decoder_space) if stored else taehv_config(shapes)
-    if stored is not None and stored != told:
-        name = next(field.name for field in fields(told) if getattr(stored, field.name) != getattr(told, field.name))
+        stored = TAEHVConfig.from_dict(header_config) if header_config else None
+        config = taehv_config(shapes, decoder_space=stored.decoder_space) if stored else taehv_config(shapes)
+    if stored is not None and stored != config:
+        name = next(each.name for each in fields(config) if getattr(stored, each.name) != getattr(config, each.name))
         raise ValueError(
-            f"header says {name} {getattr(stored, name)} but the tensors say {getattr(told, name)}; the file is damaged"
+            f"header says {name} {getattr(stored, name)} but the tensors say {getattr(config, name)}; the file is "
+            "damaged"
         )
-    return told
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return config

@@ -1,6 +1,6 @@
 """The image encoder of Wan's image-to-video models: CLIP ViT-H/14 through transformers, the original names mapped.
 
-Letters: B batch, R RGB, H W height and width, I image tokens, X CLIP width.
+Letters: B batch, R RGB, H W height and width, I image tokens, Y image-feature width.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checkpoint import below_prefix, read_tensors
+from .tensor_files import below_prefix, read_tensors
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel
@@ -27,6 +27,7 @@ ORIGINAL_PREFIX = "visual."  # in the whole open-clip file, beside the text towe
 FIRST = ("cls_embedding", "embeddings.class_embedding")  # original names, those of transformers
 OURS_PREFIX = "vision_model."  # what older versions of transformers put before every name
 
+# Modules by their original name and by that of transformers, outside of the layers and in them.
 _TOP = {
     "cls_embedding": "embeddings.class_embedding",
     "pos_embedding": "embeddings.position_embedding.weight",
@@ -37,34 +38,38 @@ _TOP = {
     "post_norm.bias": "post_layernorm.bias",
 }
 _LAYER = {
-    "norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj",
-    "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2",
-}  # fmt: skip
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "attn.proj": "self_attn.out_proj",
+    "mlp.0": "mlp.fc1",
+    "mlp.2": "mlp.fc2",
+}
 
 
 class ClipVision:
-    """Images to the features that an image-to-video network reads."""
+    """The encoder of images to the features that an image-to-video network reads."""
 
     def __init__(self, model: CLIPVisionModel) -> None:
         self.model = model.eval().requires_grad_(False)
 
     @torch.no_grad()
     def encode(self, image_BRHW: Tensor) -> Tensor:
-        """Images in [0, 1] of any size to hidden states [B, I, X] before the last layer (257 tokens for ViT-H/14)."""
+        """Return the hidden states [B, I, Y] before the last layer, of images in [0, 1] (I is 257, Y 1280)."""
         first = next(self.model.parameters())
         pixels = preprocess(image_BRHW.to(first.device, torch.float32), int(self.model.config.to_dict()["image_size"]))
-        hidden = self.model(pixel_values=pixels.to(first.dtype), output_hidden_states=True).hidden_states
-        assert hidden is not None
-        return hidden[-2]
+        states = self.model(pixel_values=pixels.to(first.dtype), output_hidden_states=True).hidden_states
+        assert states is not None
+        return states[-2]  # Wan reads what open_clip gives with use_31_block (wan/modules/clip.py)
 
     def to(self, device: torch.device | str) -> ClipVision:
-        """Move the network; returns self."""
+        """Move the network to a device and return self."""
         self.model.to(device)  # type: ignore[arg-type]
         return self
 
 
 def preprocess(image_BRHW: Tensor, size: int) -> Tensor:
-    """Images in [0, 1] squeezed to size x size (the aspect is lost, as in the reference) and normalised."""
+    """Return images in [0, 1] squeezed to size x size (the aspect is lost, as in the reference) and normalised."""
+    # The reference hands over images in [-1, 1]; the way there and back keeps the rounding of its interpolation.
     small = F.interpolate(image_BRHW * 2 - 1, (size, size), mode="bicubic", align_corners=False) * 0.5 + 0.5
     mean, deviation = (torch.tensor(values).to(small).view(1, 3, 1, 1) for values in (MEAN, DEVIATION))
     return (small - mean) / deviation
@@ -73,7 +78,7 @@ def preprocess(image_BRHW: Tensor, size: int) -> Tensor:
 def load_clip(
     path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
 ) -> ClipVision:
-    """The image encoder of a file: original names (the whole open-clip file too) or those of transformers.
+    """Return the image encoder of a file: original names (the whole open-clip file too) or those of transformers.
 
     Raises ValueError, one line, for whatever is no such encoder.
     """
@@ -86,24 +91,24 @@ def load_clip(
 
 
 def transformers_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The vision tower under transformers' names without their prefix, from original or transformers names."""
+    """Return the vision tower under transformers' names without their prefix, from original or transformers names."""
     vision = {k.removeprefix(ORIGINAL_PREFIX): v for k, v in tensors.items() if k.startswith(ORIGINAL_PREFIX)}
     tensors = vision or tensors
     if "cls_embedding" not in tensors:
         parts = ("embeddings.", "pre_layrnorm.", "encoder.layers.", "post_layernorm.")
         named = {key.removeprefix(OURS_PREFIX): value for key, value in tensors.items()}
         return {key: value for key, value in named.items() if key.startswith(parts) and "position_ids" not in key}
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        found |= _renamed(key, tensor)
-    return found
+        renamed |= _renamed(key, tensor)
+    return renamed
 
 
 def _renamed(key: str, tensor: Tensor) -> dict[str, Tensor]:
-    """One original parameter as transformers has it; the merged projections become three."""
+    """Return one original parameter as transformers has it; the merged projections become three."""
     if key in _TOP:
-        shapes = {"cls_embedding": tensor.flatten(), "pos_embedding": tensor.reshape(-1, tensor.shape[-1])}
-        return {_TOP[key]: shapes.get(key, tensor)}
+        flat = {"cls_embedding": tensor.flatten(), "pos_embedding": tensor.reshape(-1, tensor.shape[-1])}
+        return {_TOP[key]: flat.get(key, tensor)}
     layer = re.match(r"transformer\.(\d+)\.(.+)\.(weight|bias)$", key)
     if layer is None:
         return {}  # the projection to the text's space, which nothing reads here
@@ -121,7 +126,10 @@ def clip_from_tensors(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> CLIPVisionModel:
-    """The network with these weights (names of transformers without prefix); num_heads defaults to width / 80."""
+    """Return the network with these weights (names of transformers without prefix).
+
+    num_heads defaults to width / 80. Raises ValueError where weights are missing or have other shapes.
+    """
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     patches = tensors.get("embeddings.patch_embedding.weight")
@@ -130,12 +138,16 @@ def clip_from_tensors(
     if patches is None or hidden is None or places is None or patches.ndim != 4:
         raise ValueError("is no CLIP image encoder; look for models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
     layers = {key.split(".")[2] for key in tensors if key.startswith("encoder.layers.")}
-    side = round((places.shape[0] - 1) ** 0.5)
+    side = round((places.shape[0] - 1) ** 0.5)  # patches of a row; one place is the class token's
     config = CLIPVisionConfig(
-        hidden_size=patches.shape[0], intermediate_size=hidden.shape[0], num_hidden_layers=len(layers),
-        num_attention_heads=num_heads or patches.shape[0] // HEAD_DIM, patch_size=patches.shape[-1],
-        image_size=side * patches.shape[-1], hidden_act="gelu",
-    )  # fmt: skip
+        hidden_size=patches.shape[0],
+        intermediate_size=hidden.shape[0],
+        num_hidden_layers=len(layers),
+        num_attention_heads=num_heads or patches.shape[0] // HEAD_DIM,
+        patch_size=patches.shape[-1],
+        image_size=side * patches.shape[-1],
+        hidden_act="gelu",  # open_clip's; OpenAI's own models have an approximation of it
+    )
     with torch.device("meta"):
         model = CLIPVisionModel(config)
     expected: dict[str, Any] = model.state_dict()

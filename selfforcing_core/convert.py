@@ -1,4 +1,4 @@
-"""Any supported checkpoint to any other: names, number type, raw or averaged weights, one file or a folder of shards.
+"""Any supported checkpoint to any other: names, number type, trained or averaged weights, a file or a folder of shards.
 
 What is written says what it is: our header, and for ComfyUI `config.transformer.causal_ar`, by which its own causal
 nodes recognise a model that generates chunk by chunk.
@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic import check_new_folder, check_writable, replacing, replacing_folder
-from .checkpoint import DTYPES, Checkpoint, file_header, inspect_checkpoint, read_checkpoint, save_checkpoint
+from .checkpoint import DTYPES, Checkpoint, inspect_checkpoint, read_checkpoint, save_checkpoint
+from .checkpoint_header import COMFYUI_KEY, HEADER_KEY, file_header
 from .config import CLIP_DIM, BidirectionalConfig, CausalConfig, StepConfig, WanConfig
 from .hub import resolve_model
 from .keymap import DIALECTS, DIFFUSERS, EMA_CONTAINERS, RAW_CONTAINERS, from_wan
@@ -26,7 +27,7 @@ from .scaled import ScaledWeights
 from .taehv_releases import LATENT_SPACES
 
 log = logging.getLogger(__name__)
-SHARD_SIZE = "5GB"
+SHARD_SIZE = "5GB"  # as huggingface_hub reads it; diffusers would write 10
 SHARD_NAME = "diffusion_pytorch_model{suffix}.safetensors"
 # The dialect each kind of output has unless another is asked for; a folder is what diffusers and its users expect.
 USUAL_DIALECT = {"safetensors": "wan", "torch": "self-forcing", "folder": DIFFUSERS}
@@ -85,9 +86,9 @@ def _kind_of(out: Path) -> str:
 
 def _check_choices(dialect: str, dtype: str | None, latent_space: str | None) -> None:
     choices = ((dialect, DIALECTS, "dialect"), (dtype, DTYPES, "dtype"), (latent_space, LATENT_SPACES, "latent space"))
-    for chosen, known, what in choices:
-        if chosen is not None and chosen not in known:
-            raise ValueError(f"{what} {chosen!r} is unknown; use one of {', '.join(known)}")
+    for choice, known, what in choices:
+        if choice is not None and choice not in known:
+            raise ValueError(f"{what} {choice!r} is unknown; use one of {', '.join(known)}")
 
 
 def _check_place(out: Path, kind: str, overwrite: bool) -> None:
@@ -98,10 +99,11 @@ def _check_place(out: Path, kind: str, overwrite: bool) -> None:
 
 
 def _with_settings(checkpoint: Checkpoint, causal: bool | None) -> Checkpoint:
-    """The checkpoint with its way of being run settled."""
+    """Return the checkpoint with its way of being run settled."""
     if causal is None:
-        is_theirs = checkpoint.dialect.startswith("self-forcing") and checkpoint.bidirectional is None
-        if checkpoint.causal is None and not is_theirs:
+        # Files of Self Forcing's trainer have no header, and it makes causal networks.
+        is_self_forcing = checkpoint.dialect.startswith("self-forcing") and checkpoint.bidirectional is None
+        if checkpoint.causal is None and not is_self_forcing:
             return checkpoint
     elif not causal:
         whole = checkpoint.bidirectional or BidirectionalConfig()
@@ -111,25 +113,33 @@ def _with_settings(checkpoint: Checkpoint, causal: bool | None) -> Checkpoint:
 
 
 def _cast(state_dict: MutableMapping[str, Tensor], dtype: torch.dtype) -> None:
-    """In place and one at a time, so that each original can be given up as soon as its copy is there."""
+    """Cast in place and one at a time, so that each original can be given up as soon as its copy is there."""
     for name in list(state_dict):
         state_dict[name] = state_dict.pop(name).to(dtype)
 
 
 def _write_safetensors(checkpoint: Checkpoint, out: Path, dialect: str, overwrite: bool) -> None:
-    ours = {"selfforcing", "config"}
-    metadata = {name: text for name, text in checkpoint.metadata.items() if name not in ours}
+    # Both entries are written anew from the config; everything else that the source says of itself is kept.
+    metadata = {name: text for name, text in checkpoint.metadata.items() if name not in (HEADER_KEY, COMFYUI_KEY)}
     save_checkpoint(
-        out, checkpoint.state_dict, checkpoint.config, metadata, causal=checkpoint.causal, steps=checkpoint.steps,
-        latent_space=checkpoint.latent_space, bidirectional=checkpoint.bidirectional, guidance=checkpoint.guidance,
-        dialect=dialect, overwrite=overwrite,
-    )  # fmt: skip
+        out,
+        checkpoint.state_dict,
+        checkpoint.config,
+        metadata,
+        causal=checkpoint.causal,
+        steps=checkpoint.steps,
+        latent_space=checkpoint.latent_space,
+        bidirectional=checkpoint.bidirectional,
+        guidance=checkpoint.guidance,
+        dialect=dialect,
+        overwrite=overwrite,
+    )
 
 
 def _write_torch(checkpoint: Checkpoint, out: Path, dialect: str, overwrite: bool) -> None:
-    """The container of Self Forcing's trainer; a TAEHV is a flat dictionary."""
-    said = (checkpoint.causal or CausalConfig(), checkpoint.steps or StepConfig())
-    if (*said, checkpoint.bidirectional, checkpoint.guidance) != (CausalConfig(), StepConfig(), None, None):
+    """Write the container of Self Forcing's trainer; a TAEHV is a flat dictionary."""
+    settings = (checkpoint.causal or CausalConfig(), checkpoint.steps or StepConfig())
+    if (*settings, checkpoint.bidirectional, checkpoint.guidance) != (CausalConfig(), StepConfig(), None, None):
         log.warning("%s: a torch file has no place for chunks, steps and guidance; name them when it is sampled", out)
     contents: dict[str, Any] = dict(checkpoint.state_dict)
     if checkpoint.kind == "wan":
@@ -140,27 +150,24 @@ def _write_torch(checkpoint: Checkpoint, out: Path, dialect: str, overwrite: boo
 
 
 def _write_folder(checkpoint: Checkpoint, out: Path, dialect: str, overwrite: bool) -> None:
-    """Shards of at most 5 GB with their index and diffusers' config.json; the folder appears complete or not at all."""
+    """Write shards of at most 5 GB with their index and diffusers' config.json, complete or not at all."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     assert isinstance(checkpoint.config, WanConfig)
     tensors = {from_wan(name, dialect): tensor.contiguous() for name, tensor in checkpoint.state_dict.items()}
-    plan = split_torch_state_dict_into_shards(tensors, filename_pattern=SHARD_NAME, max_shard_size=SHARD_SIZE)
-    header = file_header(
-        checkpoint.config, checkpoint.causal, checkpoint.steps, checkpoint.latent_space, checkpoint.bidirectional,
-        checkpoint.guidance,
-    )  # fmt: skip
+    shards = split_torch_state_dict_into_shards(tensors, filename_pattern=SHARD_NAME, max_shard_size=SHARD_SIZE)
+    header = file_header(checkpoint.config, checkpoint.settings, checkpoint.latent_space)
     with replacing_folder(out) as temporary:
-        for name, keys in plan.filename_to_tensors.items():
+        for name, keys in shards.filename_to_tensors.items():
             save_file({key: tensors[key] for key in keys}, temporary / name, {"format": "pt", **header})
-        if plan.is_sharded:
-            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
             (temporary / (SHARD_NAME.format(suffix="") + ".index.json")).write_text(json.dumps(index, indent=2))
         (temporary / "config.json").write_text(json.dumps(_diffusers_config(checkpoint.config), indent=2))
 
 
 def _diffusers_config(config: WanConfig) -> dict[str, Any]:
-    """What diffusers' WanTransformer3DModel.from_pretrained reads."""
+    """Return what diffusers' WanTransformer3DModel.from_pretrained reads."""
     is_i2v = config.model_type == "i2v"
     return {
         "_class_name": "WanTransformer3DModel",
@@ -173,7 +180,7 @@ def _diffusers_config(config: WanConfig) -> dict[str, Any]:
         "freq_dim": config.freq_dim,
         "ffn_dim": config.ffn_dim,
         "num_layers": config.num_layers,
-        "cross_attn_norm": True,
+        "cross_attn_norm": True,  # this and what is a plain value below is the same for every Wan 2.1
         "qk_norm": "rms_norm_across_heads",
         "eps": config.eps,
         "image_dim": CLIP_DIM if is_i2v else None,

@@ -1,8 +1,8 @@
-"""Text embeddings kept on disk, found again by what was encoded and with what.
+"""Embeddings of prompts kept on disk, found again by what was encoded and with what.
 
-A file is named by a hash of the text as the tokenizer gets it, the number type and what the encoder's files hold
+A file is named by a hash of the prompt as the tokenizer gets it, the number type and what the encoder's files hold
 (names, sizes and samples of their bytes), so another encoder under the same name finds nothing of the one before. Nor
-does another way of cleaning prompts (a newer ftfy, say): what it changes is another text.
+does another way of cleaning prompts (a newer ftfy, say): what it changes is another prompt.
 
 Letters: P text tokens, E text width.
 """
@@ -24,50 +24,56 @@ from .text import clean_prompt
 
 log = logging.getLogger(__name__)
 KEY = "prompt_embeds"  # the one tensor of a file, [P, E]
-SAMPLES, SAMPLE = 16, 2**16  # places in each of an encoder's files, and bytes there, that are looked at
+# Places in each of an encoder's files, and bytes there, that are looked at. All of 11 GB would take longer
+# to read than a prompt to encode.
+NUM_SAMPLES, SAMPLE_BYTES = 16, 2**16
 
 
 class EmbeddingFolder:
-    """Embeddings of one encoder in one number type. Several processes may share a folder.
+    """The kept embeddings of one encoder in one number type. Several processes may share a folder.
 
-    rows: how many there are of a text, "used" or "all" with the padding; part of a file's name.
+    rows: how many there are of a prompt, "used" or "all" with the padding; part of a file's name.
     """
 
     def __init__(self, folder: str | Path, encoder: Path, dtype: torch.dtype, rows: str) -> None:
         self.folder, self.encoder = Path(folder), f"{_identity(encoder)} {dtype} {rows}"
 
-    def path(self, text: str) -> Path:
-        cleaned = clean_prompt(text)
-        # Earlier files are named by the text as it was typed, which is what was encoded only where cleaning leaves it
-        # alone: a text that it would change again might meet one of them.
+    def path(self, prompt: str) -> Path:
+        """Return the file of a prompt's embeddings, whether it exists or not."""
+        cleaned = clean_prompt(prompt)
+        # Earlier files are named by the prompt as it was typed, which is what was encoded only where cleaning leaves it
+        # alone: a prompt that it would change again might meet one of them.
         mark = "" if clean_prompt(cleaned) == cleaned else " cleaned"
         content = f"{self.encoder}{mark}\n{cleaned}"
         return self.folder / f"{hashlib.sha256(content.encode()).hexdigest()}.safetensors"
 
-    def get(self, text: str, encode: Callable[[str], Tensor]) -> Tensor:
-        """Embeddings [P, E] on the CPU: read, or encoded and kept. A file that cannot be read is made anew."""
-        path = self.path(text)
+    def get(self, prompt: str, encode: Callable[[str], Tensor]) -> Tensor:
+        """Return the embeddings [P, E] of a prompt on the CPU: read, or encoded and kept.
+
+        A file that cannot be read is made anew, which a warning says. Raises NotWritten where it cannot be kept.
+        """
+        path = self.path(prompt)
         if path.is_file():
             try:
                 return load_file(path)[KEY]
             except (SafetensorError, KeyError, OSError) as error:
                 log.warning("%s cannot be read (%s); the prompt is encoded again", path, error)
-        embeds = encode(text).contiguous()
+        embeddings_PE = encode(prompt).contiguous()
         make_folder(path.parent)
         with replacing(path, overwrite=True) as temporary:
-            save_file({KEY: embeds}, temporary)
-        return embeds
+            save_file({KEY: embeddings_PE}, temporary)
+        return embeddings_PE
 
 
 def _identity(encoder: Path) -> str:
-    """A hash of a file, or of a folder's files: names, sizes, and bytes at even distances from end to end."""
+    """Return a hash of a file, or of a folder's files: names, sizes, and bytes at even distances from end to end."""
     digest = hashlib.sha256()
     files = [encoder] if encoder.is_file() else sorted(path for path in encoder.rglob("*") if path.is_file())
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as content:
-            for place in range(SAMPLES):
-                content.seek(max(size - SAMPLE, 0) * place // (SAMPLES - 1))
-                digest.update(content.read(SAMPLE))
+            for place in range(NUM_SAMPLES):
+                content.seek(max(size - SAMPLE_BYTES, 0) * place // (NUM_SAMPLES - 1))
+                digest.update(content.read(SAMPLE_BYTES))
     return digest.hexdigest()

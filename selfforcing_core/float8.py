@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FLOAT8 = torch.float8_e4m3fn
-LARGEST = torch.finfo(FLOAT8).max  # 448
+LARGEST = torch.finfo(FLOAT8).max  # 448; what is larger would become NaN
 
 
 class Float8Linear(nn.Module):
@@ -23,6 +23,7 @@ class Float8Linear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach().float()
+        # A row of zeros has no scale of its own; the smallest normal number keeps the division finite.
         scale = (weight.abs().amax(1, keepdim=True) / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
         self.register_buffer("weight", (weight / scale).to(FLOAT8))
         self.register_buffer("scale", scale)
@@ -34,13 +35,14 @@ class Float8Linear(nn.Module):
 
 
 def store_in_float8(model: nn.Module) -> nn.Module:
-    """Replace every linear layer of the model's blocks in place, one after another; returns the model.
+    """Replace every linear layer of the model's blocks in place, one after another, and return the model.
 
-    model: a CausalWan with floating-point weights. Embeddings, norms, modulation and head keep their type.
+    model: a CausalWan with floating-point weights. Input layers, norms, modulation and head keep their type: they are
+    few, and what they lose is in every token.
     """
     for block in model.get_submodule("blocks").children():
         for name, layer in list(block.named_modules()):
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, nn.Linear):  # each original is freed here, so that no moment has two of all
                 parent, _, child = name.rpartition(".")
                 setattr(block.get_submodule(parent), child, Float8Linear(layer))
     return model

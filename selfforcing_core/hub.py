@@ -96,14 +96,16 @@ def check_taehv(
     """
     from .checkpoint import read_checkpoint
     from .config import TAEHVConfig
-    from .taehv_releases import WAN_RAW, expect_latent_space
+    from .taehv_releases import WAN_UNSCALED, expect_latent_space
 
     path = resolve_taehv(name_or_path)
     taehv = read_checkpoint(path)
     if not isinstance(taehv.config, TAEHVConfig):
         raise ValueError(f"{path} is a {taehv.kind}, not a TAEHV; choose a file such as taew2_1")
     check_channels(channels, taehv.config.latent_channels, "TAEHV")
-    decoded = WAN_RAW if taehv.latent_space == WAN_RAW else said or taehv.latent_space  # whose scaling is not ours
+    decoded = (
+        WAN_UNSCALED if taehv.latent_space == WAN_UNSCALED else said or taehv.latent_space
+    )  # whose scaling is not ours
     if latent_space is not None and not (is_own and decoded is None):
         expect_latent_space(decoded, taehv.config, latent_space, path, say)
     return taehv

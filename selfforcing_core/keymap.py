@@ -1,7 +1,7 @@
 """Names of Wan parameters in the dialects that checkpoints speak, and back. Pure string rules, no tensors.
 
 Inside this project a parameter has its original Wan name ("blocks.0.self_attn.q.weight"). Trainers and hosts wrap the
-network, and each wrapper leaves a prefix or an infix in the name. Seen in the wild: Self Forcing (github.com/guandeh17/
+network, and each wrapper leaves a prefix or an infix in the name. Self Forcing (github.com/guandeh17/
 Self-Forcing) saves "model.<name>"; its own EMA keeps FSDP's infixes and cannot be loaded back by its own loader.
 diffusers (WanTransformer3DModel) has other names for the same modules.
 """
@@ -35,22 +35,22 @@ DIFFUSERS_TOP = {
     "head.head": "proj_out",
     "head.modulation": "scale_shift_table",
 }
+_ATTENTIONS = {"self_attn": "attn1", "cross_attn": "attn2"}
+_PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
 DIFFUSERS_BLOCK = {
     **{
-        f"{wan}.{ours}": f"{theirs}.{name}"
-        for wan, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-        for ours, name in (
-            ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"), ("norm_q", "norm_q"), ("norm_k", "norm_k"),
-        )
+        f"{attention}.{wan}": f"{_ATTENTIONS[attention]}.{diffusers}"
+        for attention in _ATTENTIONS
+        for wan, diffusers in _PROJECTIONS.items()
     },
     "cross_attn.k_img": "attn2.add_k_proj",
     "cross_attn.v_img": "attn2.add_v_proj",
     "cross_attn.norm_k_img": "attn2.norm_added_k",
-    "norm3": "norm2",
+    "norm3": "norm2",  # the only layer norm of a block that has weights
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
     "modulation": "scale_shift_table",
-}  # fmt: skip
+}
 # Beside the network, adversarial training keeps a classifier; generation does not need it.
 TRAINING_ONLY_PREFIXES = ("_cls_pred_branch.", "_register_tokens", "_gan_ca_blocks.")
 # Tables that a network computes and some trainers save: Wan's turns of the rotary embedding, diffusers' too.
@@ -64,20 +64,20 @@ PREFIX_CONTAINERS = ("generator", *EMA_CONTAINERS, *LORA_CONTAINERS)
 
 
 def strip_wrappers(key: str) -> str:
-    """`key` without the infixes of FSDP, activation checkpointing, compilation and DDP, wherever they stand."""
+    """Return a key without the infixes of FSDP, activation checkpointing, compilation and DDP, wherever they stand."""
     if not any(infix in key for infix in WRAPPER_INFIXES):
         return key
     return ".".join(part for part in key.split(".") if f"{part}." not in WRAPPER_INFIXES)
 
 
 def split_container(key: str) -> tuple[str, str]:
-    """The container of PREFIX_CONTAINERS that stands before a name, or "", and the name without it."""
+    """Return the container of PREFIX_CONTAINERS that stands before a name, or "", and the name without it."""
     head, _, name = strip_wrappers(key).partition(".")
     return (head, name) if head in PREFIX_CONTAINERS else ("", key)
 
 
 def dialect_of(key: str) -> str:
-    """The dialect that `key` shows: by its prefix, or by diffusers' name of a module; "wan" when it shows none."""
+    """Return the dialect that a key shows, by its prefix or diffusers' name of a module; "wan" when it shows none."""
     bare = strip_wrappers(key)
     name = next(name for name, prefix in DIALECT_PREFIXES.items() if bare.startswith(prefix))
     bare = bare.removeprefix(DIALECT_PREFIXES[name])
@@ -85,7 +85,7 @@ def dialect_of(key: str) -> str:
 
 
 def to_wan(key: str) -> str:
-    """The original Wan name of a parameter called `key` in any dialect."""
+    """Return the original Wan name of a parameter called `key` in any dialect."""
     bare = strip_wrappers(key)
     while prefix := next(prefix for prefix in DIALECT_PREFIXES.values() if bare.startswith(prefix)):
         bare = bare.removeprefix(prefix)  # more than one: a network inside a network, model.model.
@@ -93,7 +93,7 @@ def to_wan(key: str) -> str:
 
 
 def from_wan(name: str, dialect: str) -> str:
-    """Inverse of `to_wan` for a dialect of DIALECTS. Raises ValueError for any other."""
+    """Return what a dialect of DIALECTS calls a parameter of Wan. Raises ValueError for any other dialect."""
     if dialect == DIFFUSERS:
         return _renamed(name, DIFFUSERS_TOP, DIFFUSERS_BLOCK)
     if dialect not in DIALECT_PREFIXES:
@@ -102,7 +102,7 @@ def from_wan(name: str, dialect: str) -> str:
 
 
 def _renamed(name: str, top: Mapping[str, str], block: Mapping[str, str]) -> str:
-    """`name` with its module's path replaced as one of the tables says."""
+    """Return a name with its module's path replaced as one of the tables says."""
     head, path, table = "", name, top
     if name.startswith("blocks.") and name.count(".") >= 2:
         _, index, path = name.split(".", 2)
@@ -114,24 +114,24 @@ def _renamed(name: str, top: Mapping[str, str], block: Mapping[str, str]) -> str
 
 
 def _inverse(table: Mapping[str, str]) -> dict[str, str]:
-    return {theirs: ours for ours, theirs in table.items()}
+    return {diffusers: wan for wan, diffusers in table.items()}
 
 
 _FROM_DIFFUSERS = _inverse(DIFFUSERS_TOP), _inverse(DIFFUSERS_BLOCK)
 
 
 def is_training_only(key: str) -> bool:
-    """Whether `key` belongs to a training-time companion of the network that no generation needs."""
+    """Return whether a key belongs to a training-time companion of the network that no generation needs."""
     return strip_wrappers(key).startswith(TRAINING_ONLY_PREFIXES)
 
 
 def is_stray(key: str) -> bool:
-    """Whether `key` is a table that some trainers save beside the weights and every network computes itself."""
+    """Return whether a key is a table that some trainers save beside the weights and every network computes itself."""
     return to_wan(key) in STRAY_BUFFERS
 
 
 def wan_names(keys: Iterable[str]) -> dict[str, str]:
-    """Original Wan name -> the key it has in the file, for every key that is neither training-only nor stray.
+    """Return the file's keys by their original Wan names, but for those that are training-only or stray.
 
     Raises ValueError when two keys mean the same parameter.
     """
@@ -147,21 +147,21 @@ def wan_names(keys: Iterable[str]) -> dict[str, str]:
 
 
 def prefix_before(keys: Iterable[str], anchors: Iterable[str]) -> str | None:
-    """What stands before one of these names in a file that holds other things too; None where none of them is.
+    """Return what stands before one of these names in a file that holds other things too, None where none of them is.
 
     For the networks beside the transformer, whose files differ in nothing else. Raises ValueError for two of them.
     """
     ends = tuple(anchors)
-    found = {key[: -len(end)] for key in keys for end in ends if key == end or key.endswith(f".{end}")}
-    if len(found) > 1:
-        names = " and ".join(repr(name) for name in sorted(found))
+    prefixes = {key[: -len(end)] for key in keys for end in ends if key == end or key.endswith(f".{end}")}
+    if len(prefixes) > 1:
+        names = " and ".join(repr(prefix) for prefix in sorted(prefixes))
         raise ValueError(f"holds more than one such network, below {names}; save the one that is meant alone")
-    return next(iter(found), None)
+    return next(iter(prefixes), None)
 
 
 def describe_dialect(keys: Iterable[str]) -> str:
-    """One word or two for people: the dialect, and whether wrapper infixes occur."""
+    """Return the dialect in a word or two for people, and whether wrapper infixes occur."""
     keys = [key for key in keys if not is_training_only(key)]
-    shown = {dialect_of(key) for key in keys}  # diffusers calls some parameters as Wan does
-    dialect = DIFFUSERS if DIFFUSERS in shown else next(iter(shown), "wan")
+    dialects = {dialect_of(key) for key in keys}  # diffusers calls some parameters as Wan does
+    dialect = DIFFUSERS if DIFFUSERS in dialects else next(iter(dialects), "wan")
     return f"{dialect} with wrapper infixes" if any(strip_wrappers(key) != key for key in keys) else dialect

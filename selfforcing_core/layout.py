@@ -1,7 +1,8 @@
 """Names and shapes of every parameter of a network, from its config, and the config back from the shapes.
 
 Plain arithmetic without torch: a checkpoint is understood, or refused with one precise line, before any model is
-built. Layouts: Wan 2.1 (github.com/Wan-Video/Wan2.1, model.py) and TAEHV (github.com/madebyollin/taehv).
+built. The names are those of Wan 2.1 (github.com/Wan-Video/Wan2.1, wan/modules/model.py) and of TAEHV
+(github.com/madebyollin/taehv, taehv.py).
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from collections.abc import Mapping
 from .config import CLIP_DIM, TAEHVConfig, WanConfig
 
 Shape = tuple[int, ...]
-Shapes = Mapping[str, Shape]
+Shapes = Mapping[str, Shape]  # by the names of the parameters
 
 WAN_HEAD_DIM = 128  # every released Wan 2.1 model; a file that differs says so in its header
 MEMORY_BLOCKS = 3  # per stage of TAEHV
 
 
 def wan_shapes(config: WanConfig) -> dict[str, Shape]:
-    """Every parameter of a Wan transformer of this config; causal and bidirectional models have the same."""
+    """Return every parameter of a Wan transformer of this config; causal and bidirectional models have the same."""
     D = config.dim
     shapes: dict[str, Shape] = {
         "patch_embedding.weight": (D, config.in_dim, *config.patch_size),
@@ -28,8 +29,8 @@ def wan_shapes(config: WanConfig) -> dict[str, Shape]:
         **_linear("text_embedding.2", D, D),
         **_linear("time_embedding.0", D, config.freq_dim),
         **_linear("time_embedding.2", D, D),
-        **_linear("time_projection.1", 6 * D, D),
-        "head.modulation": (1, 2, D),
+        **_linear("time_projection.1", 6 * D, D),  # shift, scale and gate of attention and of the feed-forward layer
+        "head.modulation": (1, 2, D),  # shift and scale
         **_linear("head.head", config.out_dim * math.prod(config.patch_size), D),
     }
     if config.model_type == "i2v":
@@ -63,10 +64,10 @@ def _norm(name: str, width: int) -> dict[str, Shape]:
 
 
 def wan_config(shapes: Shapes, *, num_heads: int | None = None, text_len: int = 512) -> WanConfig:
-    """Sizes of the Wan transformer with these parameters (original names).
+    """Return the sizes of the Wan transformer with these parameters (original names).
 
     Shapes say everything but the number of heads and the text length: give them where a file's header does.
-    Raises ValueError when heads are not given and `dim` is not a multiple of 128, or when blocks are missing.
+    Raises ValueError when heads are not given and D is not a multiple of 128, or when blocks are missing.
     """
     D, in_dim, *patch_size = _shape(shapes, "patch_embedding.weight", 5)
     if num_heads is None:
@@ -87,6 +88,7 @@ def wan_config(shapes: Shapes, *, num_heads: int | None = None, text_len: int = 
         text_len=text_len,
         freq_dim=_shape(shapes, "time_embedding.0.weight", 2)[1],
         patch_size=(patch_size[0], patch_size[1], patch_size[2]),
+        # Only networks that read an image's features have a projection for them.
         model_type="i2v" if "img_emb.proj.0.weight" in shapes else "t2v",
     )
 
@@ -109,10 +111,10 @@ def _shape(shapes: Shapes, name: str, axes: int) -> Shape:
 
 
 def taehv_shapes(config: TAEHVConfig) -> dict[str, Shape]:
-    """Every parameter of a TAEHV of this config; numbers in the names are positions in its two layer lists."""
+    """Return every parameter of a TAEHV of this config; numbers in the names are positions in its two layer lists."""
     pixels, width, widths = config.image_channels * config.patch_size**2, config.encoder_width, config.decoder_widths
     shapes = _conv("encoder.0", width, pixels)
-    index = 2
+    index = 2  # behind the first convolution and its ReLU
     for pool in config.encoder_time:
         shapes[f"encoder.{index}.conv.weight"] = (width, width * (2 if pool else 1), 1, 1)
         shapes[f"encoder.{index + 1}.weight"] = (width, width, 3, 3)
@@ -121,7 +123,7 @@ def taehv_shapes(config: TAEHVConfig) -> dict[str, Shape]:
     shapes |= _conv(f"encoder.{index}", config.latent_channels, width)
 
     shapes |= _conv("decoder.1", widths[0], config.latent_channels)
-    index = 3
+    index = 3  # behind the clamp, the first convolution and its ReLU
     for width, next_width, grow in zip(widths, widths[1:], config.decoder_time):
         shapes |= _memory_blocks(f"decoder.{index}", width)
         index += MEMORY_BLOCKS + 1  # an upsampling layer without parameters follows the blocks
@@ -145,13 +147,14 @@ def _memory_blocks(first: str, width: int) -> dict[str, Shape]:
 
 
 def taehv_config(shapes: Shapes, *, decoder_space: tuple[bool, bool, bool] = (True, True, True)) -> TAEHVConfig:
-    """Sizes of the TAEHV with these parameters.
+    """Return the sizes of the TAEHV with these parameters.
 
-    Shapes say everything but which stages enlarge the picture (`decoder_space`: all, unless a header says otherwise).
-    Raises ValueError for layouts this project does not build.
+    Shapes say everything but which stages enlarge the image (`decoder_space`: all, unless a header says otherwise).
+    Raises ValueError for networks that this project does not build.
     """
     encoder_width, pixels = _shape(shapes, "encoder.0.weight", 4)[:2]
-    patch_size = math.isqrt(pixels // 3)
+    patch_size = math.isqrt(pixels // 3)  # of RGB; every released file has 3 colours
+    # Where `taehv_shapes` puts the layers that merge and split frames, whichever of them do so by 1.
     encoder_time = [_factor(shapes, f"encoder.{index}.conv.weight", axis=1) for index in (2, 7, 12)]
     decoder_time = [_factor(shapes, f"decoder.{index}.conv.weight", axis=0) for index in (7, 13, 19)]
     widths = [_shape(shapes, f"decoder.{index}.weight", 4)[0] for index in (1, 8, 14, 20)]
@@ -168,7 +171,7 @@ def taehv_config(shapes: Shapes, *, decoder_space: tuple[bool, bool, bool] = (Tr
 
 
 def _factor(shapes: Shapes, name: str, *, axis: int) -> bool:
-    """Whether a layer that merges or splits frames does so by 2 (not by 1)."""
+    """Return whether a layer that merges or splits frames does so by 2 (not by 1)."""
     shape = _shape(shapes, name, 4)
     factor = shape[axis] / shape[1 - axis]
     if factor not in (1, 2):
@@ -176,16 +179,16 @@ def _factor(shapes: Shapes, name: str, *, axis: int) -> bool:
     return factor == 2
 
 
-def mismatch(expected: Shapes, found: Shapes) -> str | None:
-    """One line that says how `found` differs from `expected`, or None when names and shapes are the same."""
-    missing = [name for name in expected if name not in found]
+def mismatch(expected: Shapes, shapes: Shapes) -> str | None:
+    """Return one line that says how shapes differ from the expected ones, None where names and shapes are the same."""
+    missing = [name for name in expected if name not in shapes]
     if missing:
         return f"{len(missing)} of {len(expected)} parameters are missing, the first is {missing[0]}"
-    extra = [name for name in found if name not in expected]
+    extra = [name for name in shapes if name not in expected]
     if extra:
         return f"{len(extra)} parameters are unknown, the first is {extra[0]}"
-    wrong = [name for name in expected if expected[name] != found[name]]
+    wrong = [name for name in expected if expected[name] != shapes[name]]
     if wrong:
         name = wrong[0]
-        return f"parameter {name} has shape {list(found[name])}, expected {list(expected[name])}"
+        return f"parameter {name} has shape {list(shapes[name])}, expected {list(expected[name])}"
     return None

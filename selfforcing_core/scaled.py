@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 SCALES = ("scale_weight", "weight_scale")
-INPUT_SCALES = ("scale_input", "input_scale")
+INPUT_SCALES = ("scale_input", "input_scale")  # of products of 8-bit activations, which nothing here computes
 FORMAT = "comfy_quant"
 FILE_MARK = "scaled_fp8"
 QUANTIZATION_ENTRY = "_quantization_metadata"  # a header entry: {"layers": {layer: {"format": ...}}}
-FORMATS = {
+FORMATS = {  # as ComfyUI names them (comfy/quant_ops.py)
     "float8_e4m3fn": torch.float8_e4m3fn,
     "float8_e5m2": torch.float8_e5m2,
     "int8_tensorwise": torch.int8,
@@ -32,7 +32,7 @@ ROTATED = "convrot"  # an option of int8_tensorwise: the rows were turned before
 class ScaledWeights(MutableMapping[str, Tensor]):
     """Tensors by name, of which some are stored in 8 bits; these are float32 products whenever they are asked for.
 
-    So one weight is held wide at a time, and whoever takes them one by one never has two copies of a network.
+    So one weight is wide at a time, and whoever takes them one by one never has two copies of a network.
     stored: what the file holds. scales: by the name of their weight.
     """
 
@@ -45,6 +45,7 @@ class ScaledWeights(MutableMapping[str, Tensor]):
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         self.stored[name] = tensor
+        # What is put in is a weight in its own right; the old scale would change it.
         self.scales = {key: scale for key, scale in self.scales.items() if key != name}
 
     def __delitem__(self, name: str) -> None:
@@ -65,10 +66,10 @@ def stored_tensors(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 def chosen_tensors(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> MutableMapping[str, Tensor]:
     """Return some of the tensors under other names, scaled ones with their scales. names: the old by the new one."""
     stored = stored_tensors(weights)
-    chosen = {new: stored[old] for new, old in names.items()}
+    renamed = {new: stored[old] for new, old in names.items()}
     if not isinstance(weights, ScaledWeights):
-        return chosen
-    return ScaledWeights(chosen, {new: weights.scales[old] for new, old in names.items() if old in weights.scales})
+        return renamed
+    return ScaledWeights(renamed, {new: weights.scales[old] for new, old in names.items() if old in weights.scales})
 
 
 def split_scales(
@@ -94,10 +95,10 @@ def split_scales(
             formats[layer] = _format(key, bytes(tensor.flatten().tolist()))
         elif leaf not in (*INPUT_SCALES, FILE_MARK):
             weights[key] = tensor
-    for layer, options in formats.items():
+    for layer, options in formats.items():  # only now are all weights and scales of the file known
         _check_format(layer, options, weights.get(f"{layer}.weight"), f"{layer}.weight" in scales)
     fitting = {name: _fitting(key, scale, name, weights.get(name)) for name, (key, scale) in scales.items()}
-    # beside a wide weight, a scale of 1 is what some writers leave for layers that they did not touch
+    # Beside a wide weight, a scale of 1 is what some writers leave for layers that they did not touch.
     return weights, {name: scale for name, scale in fitting.items() if weights[name].dtype in FORMATS.values()}
 
 
@@ -132,12 +133,12 @@ def _check_format(layer: str, options: Mapping[str, Any], weight: Tensor | None,
     if weight is None:
         raise ValueError(f"layer {layer} is said to be {name}, but {layer}.weight is missing; the file is incomplete")
     if weight.dtype != FORMATS[name] or not has_scale:
-        found = str(weight.dtype).removeprefix("torch.") + ("" if has_scale else " without a scale")
-        raise ValueError(f"layer {layer} is said to be {name}, but its weight is {found}; the file is damaged")
+        actual = str(weight.dtype).removeprefix("torch.") + ("" if has_scale else " without a scale")
+        raise ValueError(f"layer {layer} is said to be {name}, but its weight is {actual}; the file is damaged")
 
 
 def _fitting(key: str, scale: Tensor, name: str, weight: Tensor | None) -> Tensor:
-    """The scale as float32 in a shape that multiplies its weight: one number, or one for every row."""
+    """Return a scale as float32 in a shape that multiplies its weight: one number, or one for every row."""
     if weight is None:
         raise ValueError(f"{key} is the scale of {name}, which is missing; the file is incomplete")
     rows = weight.shape[0] if weight.ndim else 0

@@ -16,8 +16,8 @@ from .config import TAEHVConfig
 WAN = "wan2.1"
 # Distilled from Wan's own VAE without the scaling of its latents by mean and deviation (github.com/ModelTC/LightX2V,
 # which tells it by the file's name, as ComfyUI does); its shapes are those of taew2_1.
-WAN_RAW = "wan2.1 unscaled"
-BY_NAME = {"lighttaew2_1": WAN_RAW}
+WAN_UNSCALED = "wan2.1 unscaled"
+BY_NAME = {"lighttaew2_1": WAN_UNSCALED}
 # (latent channels, patch size) -> the latent spaces of released files with these shapes
 BY_SHAPE = {
     (16, 1): (WAN, "hunyuanvideo", "cogvideox", "opensora1.3"),
@@ -43,20 +43,21 @@ BY_GIT_NAME = {
     "d1b7ab9b7e106aed3b1ca907dc3ec02ef8e61005": "ltx2.3",  # taeltx2_3.pth, 2026-03-06
     "9553c906cd3d2a1deb85574d5236d256d795aa50": "ltx2.3",  # safetensors/taeltx2_3.safetensors, 2026-03-06
 }
-LATENT_SPACES = (*dict.fromkeys(name for names in BY_SHAPE.values() for name in names), WAN_RAW)
+LATENT_SPACES = (*dict.fromkeys(name for names in BY_SHAPE.values() for name in names), WAN_UNSCALED)
 
 
 def latent_space(config: TAEHVConfig, path: Path) -> str | None:
-    """The latent space of the file at `path`, None where neither shapes nor fingerprint nor a known name decide."""
+    """Return the latent space of the file at `path`, None where neither shapes nor fingerprint nor name decide."""
     candidates = BY_SHAPE.get((config.latent_channels, config.patch_size), ())
     if len(candidates) == 1:
         return candidates[0]
+    # By name last, and only of Wan's shapes: a name is changed more easily than bytes.
     named = next((space for name, space in BY_NAME.items() if path.name.lower().startswith(name)), None)
     return BY_GIT_NAME.get(git_name(path)) or (named if WAN in candidates else None)
 
 
 def git_name(path: Path) -> str:
-    """SHA-1 under which git keeps the file's bytes (git hash-object)."""
+    """Return the SHA-1 under which git keeps the file's bytes (git hash-object)."""
     digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
@@ -65,18 +66,21 @@ def git_name(path: Path) -> str:
 
 
 def expect_latent_space(
-    found: str | None, config: TAEHVConfig, wanted: str, path: str | Path, say: str | None = None
+    decoded: str | None, config: TAEHVConfig, needed: str, path: str | Path, setting: str | None = None
 ) -> None:
-    """Raise ValueError, asking or refusing, unless a TAEHV found to speak `found` decodes latents of `wanted`.
+    """Raise ValueError, asking or refusing, unless a TAEHV that decodes `decoded` decodes latents of `needed`.
 
-    say: the setting by which the user says it.
+    decoded: None where the file does not say. setting: its name, by which the user says it.
     """
-    if found == wanted:
+    if decoded == needed:
         return
-    if found is not None:
-        raise ValueError(f"{path} decodes latents of {found}, but the model makes those of {wanted}; use its own TAEHV")
+    if decoded is not None:
+        raise ValueError(
+            f"{path} decodes latents of {decoded}, but the model makes those of {needed}; use its own TAEHV"
+        )
     names = " or ".join(BY_SHAPE.get((config.latent_channels, config.patch_size), ())) or "an unknown model"
     raise ValueError(
         f"{path} does not say which latents it decodes ({names}: all have these shapes); "
-        f"if you know that they are {wanted}'s, say so ({f'{say}={wanted}' if say else f'latent space {wanted!r}'})"
+        f"if you know that they are {needed}'s, say so ("
+        f"{f'{setting}={needed}' if setting else f'latent space {needed!r}'})"
     )

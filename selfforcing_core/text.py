@@ -1,6 +1,6 @@
-"""Prompts to text embeddings with a UMT5 encoder of transformers, and original Wan UMT5 files to its layout.
+"""Prompts to embeddings with a UMT5 encoder of transformers, from its own folders, Wan's files and ComfyUI's.
 
-Shapes: B prompts, P text tokens (a model's fixed text length, 512 for Wan), E text width (4096 for Wan).
+Letters: B prompts, P text tokens (at most a model's fixed text length, 512 for Wan), E text width (4096 for Wan).
 transformers is imported inside the functions that need it, so that importing this module stays cheap.
 """
 
@@ -19,15 +19,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checkpoint import below_prefix, read_tensors
 from .scaled import chosen_tensors, stored_tensors
+from .tensor_files import below_prefix, read_tensors
+from .umt5_layout import umt5_from_wan_state_dict, umt5_key_from_wan, wan_umt5_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 log = logging.getLogger(__name__)
 
-WAN_TEXT_LEN = 512
+WAN_TEXT_LEN = 512  # github.com/Wan-Video/Wan2.1, wan/configs/shared_config.py
 # A tokenizer without a limit of its own reports a number around 1e30; Wan's is such a one.
 _LARGEST_BELIEVABLE_LENGTH = 8192
 
@@ -49,9 +50,9 @@ def clean_prompt(prompt: str) -> str:
 
 
 class TextEncoder:
-    """A tokenizer and a UMT5 encoder that turn prompts into the text embeddings of a video model.
+    """A tokenizer and a UMT5 encoder that turn prompts into the embeddings that a video model reads.
 
-    `tokenizer` appends its end token itself; `text_len` is the number of rows P that the video model expects.
+    tokenizer: appends its end token itself. text_len: the number of rows P that the video model expects.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: UMT5EncoderModel, *, text_len: int) -> None:
@@ -110,32 +111,33 @@ class TextEncoder:
 
     @property
     def text_dim(self) -> int:
-        """Width E of the embeddings."""
+        """Return the width E of the embeddings."""
         return int(self.model.config.d_model)
 
     def to(self, device: torch.device | str) -> TextEncoder:
-        """Move the network; returns self."""
+        """Move the network to a device and return self."""
         self.model.to(device)  # type: ignore[arg-type]
         return self
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Embed prompts: [B, P, E] in the model's dtype on its device; rows past a prompt's end token are zero.
+        """Return the embeddings [B, P, E] of prompts, in the model's dtype on its device.
 
-        An empty prompt is one end token. A prompt of more than P tokens is cut to P, the end token kept, as the
-        reference does, and a warning says what was cut.
+        Rows past a prompt's end token are zero.
+            An empty prompt is one end token. A prompt of more than P tokens is cut to P, the end token kept, as the
+            reference does, and a warning says what was cut.
         """
         if isinstance(prompts, str):
             raise ValueError(f"prompts must be a list of strings, got the string {prompts!r}; write [prompt]")
         if not prompts:
             raise ValueError("there are no prompts to encode; give at least one (an empty string is allowed)")
         ids, mask = self._tokens([clean_prompt(prompt) for prompt in prompts])
-        embeds_BLE = embed_tokens(self.model, ids, mask)
+        embeddings_BPE = embed_tokens(self.model, ids, mask)
         # Only the longest prompt's rows are computed: the rest would be zeroed anyway.
-        return torch.nn.functional.pad(embeds_BLE, (0, 0, 0, self.text_len - embeds_BLE.shape[1]))
+        return torch.nn.functional.pad(embeddings_BPE, (0, 0, 0, self.text_len - embeddings_BPE.shape[1]))
 
     def _tokens(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and mask [B, L] with L the longest prompt, at most text_len."""
+        """Return token ids and mask [B, P] with P the longest prompt's, at most text_len."""
         for prompt in prompts:
             self._warn_if_cut(prompt)
         batch = self.tokenizer(
@@ -148,14 +150,16 @@ class TextEncoder:
         ids = self.tokenizer(prompt, verbose=False)["input_ids"]
         if len(ids) <= self.text_len:
             return
+        # The last of text_len places is the end token's.
         lost = self.tokenizer.decode(ids[self.text_len - 1 :], skip_special_tokens=True)
         log.warning("prompt of %d tokens cut to %d; not seen by the model: %a", len(ids), self.text_len, lost)
 
 
 def embed_tokens(model: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """Encoder output [B, L, E] with the rows where mask is 0 set to zero; ids and mask are integers [B, L]."""
-    hidden_BLE = model(input_ids=ids, attention_mask=mask).last_hidden_state
-    return hidden_BLE.masked_fill(mask.eq(0).unsqueeze(-1), 0.0)
+    """Return the encoder's output [B, P, E] with zeros in the rows where mask is 0; ids and mask: integers [B, P]."""
+    # Wan's network attends to all rows without a mask, and was trained with zeros there.
+    hidden_BPE = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    return hidden_BPE.masked_fill(mask.eq(0).unsqueeze(-1), 0.0)
 
 
 def _own_text_len(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -180,20 +184,20 @@ _SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf
 def _is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(_SENTENCEPIECE[package]) is not None
-    except ModuleNotFoundError:
+    except ModuleNotFoundError:  # find_spec imports the parents of a dotted name
         return False
 
 
 def _tokenizer_from_bytes(data: bytes, path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that a weights file holds: a sentencepiece model, or the text of a tokenizer.json."""
+    """Return the tokenizer that a file of weights holds: a sentencepiece model, or the text of a tokenizer.json."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     is_json = data.lstrip().startswith(b"{")
     remedy = "put google/umt5-xxl/tokenizer.json into its folder"
-    lacking = [name for name in _SENTENCEPIECE if not is_json and not _is_installed(name)]
-    if lacking:
+    missing = [name for name in _SENTENCEPIECE if not is_json and not _is_installed(name)]
+    if missing:
         raise ValueError(
-            f"{path} holds its tokenizer as a sentencepiece model; {remedy}, or install {' and '.join(lacking)}"
+            f"{path} holds its tokenizer as a sentencepiece model; {remedy}, or install {' and '.join(missing)}"
         )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / ("tokenizer.json" if is_json else "spiece.model")
@@ -222,7 +226,7 @@ def _read_config(folder: Path) -> UMT5Config:
 
 
 def encoder_bytes(path: Path, dtype: torch.dtype) -> int:
-    """Bytes of the weights of a text encoder, folder or file, in this number type; nothing is loaded.
+    """Return the bytes of the weights of a text encoder, folder or file, in this number type; nothing is loaded.
 
     Raises ValueError where `path` holds none.
     """
@@ -242,6 +246,7 @@ def _load_model(
     from transformers import UMT5EncoderModel
     from transformers.utils import logging as transformers_logging
 
+    # Its bar would be drawn into ours, and say nothing: the file is mapped in an instant.
     had_progress_bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -263,22 +268,22 @@ def _first_line(error: BaseException) -> str:
 # ---------------------------------------------------------- files of weights --
 TOKENIZER_KEY = "spiece_model"  # of the tensor of bytes in ComfyUI's files
 # One of them is in every encoder: Wan's name of the embedding table, transformers', and its second name there.
-_EMBEDDINGS = ("token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight")
+_TABLES = ("token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight")
 _OTHER_HALF = ("decoder.", "lm_head.")  # of a whole UMT5, which no video model reads
 
 
 def _read_encoder(path: Path, *, is_quiet: bool = False) -> tuple[Mapping[str, Tensor], bytes | None]:
-    """The weights of an encoder under Wan's names, and the tokenizer if the file holds it."""
+    """Return the weights of an encoder under Wan's names, and the tokenizer's bytes if the file holds it."""
     try:
-        tensors = below_prefix(read_tensors(path, is_quiet=is_quiet), _EMBEDDINGS, path, is_quiet=is_quiet)
+        tensors = below_prefix(read_tensors(path, is_quiet=is_quiet), _TABLES, path, is_quiet=is_quiet)
     except ValueError as error:
-        message = str(error)
+        message = str(error)  # read_tensors names the file, below_prefix does not
         raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from error
     stored = stored_tensors(tensors)
     tokenizer = stored.get(TOKENIZER_KEY)
     if tokenizer is not None and tokenizer.dtype not in (torch.uint8, torch.int8):
         raise ValueError(f"{path}: {TOKENIZER_KEY} is {tokenizer.dtype}, not bytes; the file is damaged")
-    if _EMBEDDINGS[0] in stored:
+    if _TABLES[0] in stored:
         names = {key: key for key in stored if key != TOKENIZER_KEY}
     else:
         names = _wan_names(key for key in stored if key != TOKENIZER_KEY)
@@ -287,146 +292,12 @@ def _read_encoder(path: Path, *, is_quiet: bool = False) -> tuple[Mapping[str, T
 
 
 def _wan_names(keys: Iterable[str]) -> dict[str, str]:
-    """Wan's name -> the name of transformers that the file has; names of neither stay, to be named when refused."""
+    """Return the file's names of transformers by Wan's; names of neither stay, to be named when refused."""
     keys = [key for key in keys if not key.startswith(_OTHER_HALF)]
-    if _EMBEDDINGS[1] in keys and _EMBEDDINGS[2] in keys:
-        keys.remove(_EMBEDDINGS[2])
+    if _TABLES[1] in keys and _TABLES[2] in keys:
+        keys.remove(_TABLES[2])
     layers = {int(match[1]) for key in keys if (match := re.match(r"encoder\.block\.(\d+)\.", key))}
-    one = dict.fromkeys(("vocab", "dim", "dim_attn", "dim_ffn", "num_heads"), 1)
-    wan = {umt5_key_from_wan(name): name for name in wan_umt5_shapes(**one, num_layers=len(layers))}
-    wan[_EMBEDDINGS[2]] = _EMBEDDINGS[0]
-    return {wan.get(key, key): key for key in keys}
-
-
-# ------------------------------------------------- original Wan UMT5 layout --
-_WAN_TO_TRANSFORMERS = (
-    (r"^token_embedding\.", "shared."),
-    (r"^norm\.", "encoder.final_layer_norm."),
-    (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
-    (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
-    (r"^blocks\.(\d+)\.attn\.([qkvo])\.", r"encoder.block.\1.layer.0.SelfAttention.\2."),
-    (r"^blocks\.(\d+)\.pos_embedding\.embedding\.", r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias."),
-    (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
-    (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
-    (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
-)
-
-
-def umt5_key_from_wan(key: str) -> str:
-    """The transformers name of an original Wan UMT5 parameter; raises ValueError for a name of neither rule."""
-    for pattern, replacement in _WAN_TO_TRANSFORMERS:
-        renamed, count = re.subn(pattern, replacement, key)
-        if count:
-            return renamed
-    raise ValueError(f"{key!r} is not a parameter of Wan's UMT5 encoder (expected names like blocks.0.attn.q.weight)")
-
-
-def umt5_config(
-    *, vocab: int, dim: int, dim_attn: int, dim_ffn: int, num_heads: int, num_layers: int, num_buckets: int = 32
-) -> UMT5Config:
-    """The transformers configuration of a Wan UMT5 encoder, from the sizes as Wan names them."""
-    from transformers import UMT5Config
-
-    if dim_attn % num_heads:
-        raise ValueError(f"dim_attn {dim_attn} is not a multiple of num_heads {num_heads}; Wan's encoder has 64 heads")
-    return UMT5Config(
-        vocab_size=vocab,
-        d_model=dim,
-        d_kv=dim_attn // num_heads,
-        d_ff=dim_ffn,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        relative_attention_num_buckets=num_buckets,
-        relative_attention_max_distance=128,
-        feed_forward_proj="gated-gelu",  # the tanh approximation, as Wan's
-        layer_norm_epsilon=1e-6,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-
-
-def wan_umt5_shapes(
-    *, vocab: int, dim: int, dim_attn: int, dim_ffn: int, num_heads: int, num_layers: int, num_buckets: int = 32
-) -> dict[str, tuple[int, ...]]:
-    """Every parameter of an original Wan UMT5 encoder with its shape."""
-    block = {
-        "norm1.weight": (dim,),
-        "attn.q.weight": (dim_attn, dim),
-        "attn.k.weight": (dim_attn, dim),
-        "attn.v.weight": (dim_attn, dim),
-        "attn.o.weight": (dim, dim_attn),
-        "norm2.weight": (dim,),
-        "ffn.gate.0.weight": (dim_ffn, dim),
-        "ffn.fc1.weight": (dim_ffn, dim),
-        "ffn.fc2.weight": (dim, dim_ffn),
-        "pos_embedding.embedding.weight": (num_buckets, num_heads),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"token_embedding.weight": (vocab, dim), "norm.weight": (dim,)}
-    for index in range(num_layers):
-        shapes |= {f"blocks.{index}.{name}": shape for name, shape in block.items()}
-    return shapes
-
-
-def wan_umt5_sizes(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """The sizes of an original Wan UMT5 encoder (keywords of `umt5_config`) read from its parameters' shapes."""
-    needed = ("token_embedding.weight", "blocks.0.attn.q.weight", "blocks.0.ffn.fc1.weight")
-    bias = "blocks.0.pos_embedding.embedding.weight"
-    missing = [key for key in (*needed, bias) if len(shapes.get(key, ())) != 2]
-    if missing:
-        raise ValueError(f"this is not Wan's UMT5 encoder: it has no {missing[0]!r}; look for models_t5_umt5-xxl-enc")
-    embedding, query, ffn = (shapes[key] for key in needed)
-    blocks = {int(match.group(1)) for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key))}
-    return {
-        "vocab": embedding[0],
-        "dim": embedding[1],
-        "dim_attn": query[0],
-        "dim_ffn": ffn[0],
-        "num_heads": shapes[bias][1],
-        "num_layers": max(blocks) + 1,
-        "num_buckets": shapes[bias][0],
-    }
-
-
-def umt5_from_wan_state_dict(
-    state_dict: Mapping[str, Tensor],
-    *,
-    num_heads: int | None = None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> UMT5EncoderModel:
-    """Build the transformers encoder from an original Wan UMT5 state dict (models_t5_umt5-xxl-enc-*.pth names).
-
-    All sizes come from the shapes; `num_heads`, when given, must agree. dtype and device default to the tensors'
-    own. Call it as `model(input_ids=..., attention_mask=...).last_hidden_state`, or through `embed_tokens`.
-    Raises ValueError for missing, unexpected or misshapen parameters.
-    """
-    from transformers import UMT5EncoderModel
-
-    shapes = {key: tuple(tensor.shape) for key, tensor in stored_tensors(state_dict).items()}
-    sizes = wan_umt5_sizes(shapes)
-    if num_heads is not None and num_heads != sizes["num_heads"]:
-        raise ValueError(f"num_heads {num_heads} was asked for, but the position table has {sizes['num_heads']} heads")
-    _check_shapes(shapes, wan_umt5_shapes(**sizes))
-    with torch.device("meta"):
-        model = UMT5EncoderModel(umt5_config(**sizes))
-    renamed: dict[str, Any] = {
-        umt5_key_from_wan(key): tensor.to(device=device, dtype=dtype) for key, tensor in state_dict.items()
-    }
-    # The transformers module has its one embedding table under two names.
-    renamed["encoder.embed_tokens.weight"] = renamed["shared.weight"]
-    model.load_state_dict(renamed, assign=True)
-    model.encoder.embed_tokens.weight = model.shared.weight
-    return model.eval().requires_grad_(False)
-
-
-def _check_shapes(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> None:
-    missing = sorted(set(expected) - set(found))
-    unexpected = sorted(set(found) - set(expected))
-    if missing or unexpected:
-        raise ValueError(
-            f"this is not a complete Wan UMT5 encoder: missing {missing[:3]} ({len(missing)}), "
-            f"unexpected {unexpected[:3]} ({len(unexpected)})"
-        )
-    for key, shape in expected.items():
-        if tuple(found[key]) != tuple(shape):
-            raise ValueError(f"{key} has shape {tuple(found[key])}, but the other layers ask for {tuple(shape)}")
+    any_sizes = dict.fromkeys(("vocab", "dim", "dim_attn", "dim_ffn", "num_heads"), 1)  # only the names are needed
+    names = {umt5_key_from_wan(name): name for name in wan_umt5_shapes(**any_sizes, num_layers=len(layers))}
+    names[_TABLES[2]] = _TABLES[0]
+    return {names.get(key, key): key for key in keys}

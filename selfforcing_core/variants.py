@@ -33,8 +33,8 @@ BY_CHANNELS = {  # (input channels, latent channels)
 
 def variant_among(names: Iterable[str]) -> str | None:
     """Return which model of another kind parameters of these names belong to, None where they are plain Wan's."""
-    found = (VARIANTS[sign] for name in names for sign in VARIANTS if sign in name)
-    return next(found, None)
+    variants = (VARIANTS[sign] for name in names for sign in VARIANTS if sign in name)
+    return next(variants, None)
 
 
 def variant_of_channels(in_dim: int, out_dim: int) -> str | None:

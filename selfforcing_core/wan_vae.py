@@ -1,6 +1,6 @@
 """Wan 2.1's video VAE outside ComfyUI: diffusers' network, the original names, and an exact streamed decode.
 
-Letters: B batch, V video frames, R RGB, H W height and width, T latent frames, C latent channels.
+Letters: B batch, T latent frames, C latent channels, H W height and width, V video frames, R RGB.
 Frames are in [0, 1]; latents are normalised per channel, as the diffusion network makes them.
 """
 
@@ -15,8 +15,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .checkpoint import below_prefix, read_tensors
 from .geometry import SPATIAL_FACTOR, latent_frames
+from .tensor_files import below_prefix, read_tensors
 from .versions import OPTIONAL, refusal
 
 if TYPE_CHECKING:
@@ -35,15 +35,18 @@ _ORIGINAL = (
     (r"\.mid_block\.resnets\.1\.", ".middle.2."),
 )
 _ORIGINAL_RESIDUAL = {
-    "norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6",
+    "norm1": "residual.0",
+    "conv1": "residual.2",
+    "norm2": "residual.3",
+    "conv2": "residual.6",
     "conv_shortcut": "shortcut",
-}  # fmt: skip
+}
 _FIRST = ("encoder.conv1.weight", "encoder.conv_in.weight")  # original, diffusers
 
 
 # -------------------------------------------------------------------- names --
 def original_name(key: str, num_res_blocks: int) -> str:
-    """The original Wan name of a parameter that diffusers calls `key`."""
+    """Return the original Wan name of a parameter that diffusers calls `key`."""
     stage = re.match(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", key)
     if stage:  # one flat list: per stage its residual blocks, then the layer that enlarges
         inside = int(stage[3]) if stage[2] == "resnets" else num_res_blocks + 1
@@ -57,16 +60,16 @@ def original_name(key: str, num_res_blocks: int) -> str:
 
 
 def _res_blocks(keys: Mapping[str, Any], base: str, mark: str) -> int:
-    """Residual blocks per stage of the encoder, from the place of the decoder's first enlarging layer."""
+    """Return the residual blocks per stage of the encoder, by the place of the decoder's first enlarging layer."""
     places = [int(match[1]) for key in keys if (match := re.match(rf"{re.escape(base)}\.(\d+)\.{mark}", key))]
     if not places:
         raise ValueError(f"is no Wan 2.1 VAE: it has no {base} with {mark}")
-    return min(places) - 1
+    return min(places) - 1  # the decoder has one block more per stage than the encoder
 
 
 # ------------------------------------------------------------------ network --
 class WanVAE:
-    """Encoder and decoder with the interface of TAEHV: frames [B, V, R, H, W] and latents [B, T, C, H/8, W/8]."""
+    """The encoder and decoder with TAEHV's interface: frames [B, V, R, H, W] and latents [B, T, C, H/8, W/8]."""
 
     def __init__(self, network: AutoencoderKLWan) -> None:
         self.network = network.eval().requires_grad_(False)
@@ -76,12 +79,16 @@ class WanVAE:
 
     @property
     def latent_channels(self) -> int:
+        """Return the channels C of the latents."""
         return len(self.mean.flatten())
 
     @torch.no_grad()
     def encode(self, frames_BVRHW: Tensor) -> Tensor:
-        """Normalised mean of the latents; V is 4n+1, sides are multiples of 8. Raises ValueError otherwise."""
-        latent_frames(frames_BVRHW.shape[1])
+        """Return the normalised mean of the latents [B, T, C, H/8, W/8] of frames in [0, 1].
+
+        Raises ValueError unless V is 4n+1 and the sides are multiples of 8.
+        """
+        latent_frames(frames_BVRHW.shape[1])  # refuses any other number of frames
         height, width = frames_BVRHW.shape[-2:]
         if height % SPATIAL_FACTOR or width % SPATIAL_FACTOR:
             raise ValueError(f"frames of {width}x{height} pixels are not multiples of {SPATIAL_FACTOR}; resize them")
@@ -92,23 +99,23 @@ class WanVAE:
         return rearrange(latents, "b c t h w -> b t c h w")
 
     def decode(self, latents_BTCHW: Tensor) -> Tensor:
-        """Frames [B, 4(T-1)+1, R, H, W] in [0, 1] of a whole video."""
+        """Return the frames [B, 4(T-1)+1, R, H, W] in [0, 1] of a whole video."""
         return StreamingWanDecoder(self).decode(latents_BTCHW)
 
-    def raw(self, latents_BTCHW: Tensor) -> Tensor:
-        """Normalised latents to what the decoder takes: raw, channels first, on its device in its type."""
+    def denormalised(self, latents_BTCHW: Tensor) -> Tensor:
+        """Return latents as the decoder takes them: not normalised, channels first, on its device in its type."""
         latents = rearrange(latents_BTCHW, "b t c h w -> b c t h w").float()
-        raw = latents * self.deviation.to(latents) + self.mean.to(latents)
-        return raw.to(next(self.network.parameters()))
+        scaled = latents * self.deviation.to(latents) + self.mean.to(latents)
+        return scaled.to(next(self.network.parameters()))
 
     def to(self, device: torch.device | str) -> WanVAE:
-        """Move the network; returns self."""
+        """Move the network to a device and return self."""
         self.network.to(device)  # type: ignore[arg-type]
         return self
 
 
 class StreamingWanDecoder:
-    """Decodes a video piece by piece with the decoder's own feature cache; the pieces joined are the whole decode."""
+    """A video decoded piece by piece with the decoder's own feature cache; the pieces joined are the whole decode."""
 
     def __init__(self, vae: WanVAE) -> None:
         self.vae = vae
@@ -123,15 +130,15 @@ class StreamingWanDecoder:
         self.is_first = True
 
     def decode(self, latents_BTCHW: Tensor) -> Tensor:
-        """The next T latents to frames in [0, 1]: 4T frames, 4(T-1)+1 at the start of a video."""
-        return (self.decode_raw(latents_BTCHW).float().clamp(-1, 1) + 1) / 2
+        """Return the frames in [0, 1] of the next T latents: 4T frames, 4(T-1)+1 at the start of a video."""
+        return (self.decode_unclamped(latents_BTCHW).float().clamp(-1, 1) + 1) / 2
 
     @torch.no_grad()
-    def decode_raw(self, latents_BTCHW: Tensor) -> Tensor:
-        """As `decode`, in [-1, 1] and not clamped."""
+    def decode_unclamped(self, latents_BTCHW: Tensor) -> Tensor:
+        """Return what `decode` does before it clamps: frames in [-1, 1] and a little beyond."""
         network, frames = self.vae.network, []
-        latents = network.post_quant_conv(self.vae.raw(latents_BTCHW))
-        for latent in latents.split(1, dim=2):
+        latents = network.post_quant_conv(self.vae.denormalised(latents_BTCHW))
+        for latent in latents.split(1, dim=2):  # its cache is made for steps of one latent frame
             frames.append(network.decoder(latent, feat_cache=self.features, feat_idx=[0], first_chunk=self.is_first))
             self.is_first = False
         return rearrange(torch.cat(frames, 2), "b r v h w -> b v r h w")
@@ -155,7 +162,7 @@ def new_network(base_dim: int, num_res_blocks: int) -> AutoencoderKLWan:
 def load_wan_vae(
     path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
 ) -> WanVAE:
-    """The VAE of a file with original names (Wan2.1_VAE.pth, wan_2.1_vae.safetensors) or of diffusers' folder.
+    """Return the VAE of a file with original names (Wan2.1_VAE.pth, wan_2.1_vae.safetensors) or of diffusers' folder.
 
     The names may stand below a prefix (`model.`, `first_stage_model.`, `vae.`) or in a trainer's container.
     Raises ValueError, one line, for whatever is not a Wan 2.1 VAE.
@@ -173,7 +180,10 @@ def load_wan_vae(
 def vae_from_tensors(
     tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> AutoencoderKLWan:
-    """The network with these weights, under original or diffusers names."""
+    """Return the network with these weights, under original or diffusers names.
+
+    Raises ValueError where weights are missing, unknown or of other shapes.
+    """
     is_original = _FIRST[0] in tensors
     first = tensors.get(_FIRST[not is_original])
     if first is None or first.ndim != 5:
@@ -193,9 +203,9 @@ def vae_from_tensors(
 
 
 def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    missing = sorted(set(expected) - set(tensors)) or sorted(set(tensors) - set(expected))
-    if missing:
-        raise ValueError(f"is not a complete Wan VAE: {missing[0]} is missing or unknown; Wan 2.2's does not fit")
+    different = sorted(set(expected) - set(tensors)) or sorted(set(tensors) - set(expected))
+    if different:
+        raise ValueError(f"is not a complete Wan VAE: {different[0]} is missing or unknown; Wan 2.2's does not fit")
     wrong = [name for name, shape in expected.items() if tuple(tensors[name].shape) != shape]
     if wrong:
         raise ValueError(f"is not a Wan 2.1 VAE: {wrong[0]} has shape {tuple(tensors[wrong[0]].shape)}")

@@ -29,7 +29,8 @@ from selfforcing_core.schedule import (
     x0_from_flow,
 )
 from selfforcing_core.taehv import TAEHV, StreamingDecoder
-from selfforcing_core.text import embed_tokens, umt5_from_wan_state_dict, wan_umt5_shapes
+from selfforcing_core.text import embed_tokens
+from selfforcing_core.umt5_layout import umt5_from_wan_state_dict, wan_umt5_shapes
 from tests.golden_fixture import FOLDER, Fixture, read_fixture, read_metadata
 from tests.golden_media import MEDIA_CHECKS
 from tests.golden_networks import NETWORK_CHECKS
@@ -157,7 +158,7 @@ def check_taehv(fixture: Fixture) -> None:
     taehv = TAEHV(config)
     assert taehv.frames_to_trim == fixture.meta["frames_to_trim"]
     taehv.load_state_dict(fixture.draw({name: p.shape for name, p in taehv.state_dict().items()}))
-    fixture.check("decoded_raw", taehv.decode_raw(fixture["latents"]))
+    fixture.check("decoded_raw", taehv.decode_untrimmed(fixture["latents"]))
     fixture.check("encoded", taehv.encode(fixture["pixels"]))
 
     decoder = StreamingDecoder(taehv)
@@ -173,7 +174,7 @@ def check_taehv_preview(fixture: Fixture) -> None:
     preview = TAEHV(TAEHVConfig(fixture["latents"].shape[2], decoder_time=tuple(grow), decoder_space=tuple(space)))
     preview.load_state_dict(fixture.draw({name: p.shape for name, p in full.state_dict().items()}))
     assert preview.frames_to_trim == fixture.meta["frames_to_trim"]
-    fixture.check("decoded_raw", preview.decode_raw(fixture["latents"]))
+    fixture.check("decoded_raw", preview.decode_untrimmed(fixture["latents"]))
 
 
 def check_umt5(fixture: Fixture) -> None:

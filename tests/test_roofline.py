@@ -39,7 +39,7 @@ def counted(work: object) -> int:
 def test_taehv_flops_are_those_of_its_operators(time: tuple[bool, ...], space: tuple[bool, ...]) -> None:
     config = TAEHVConfig(**{**vars(SMALL), "decoder_time": time, "decoder_space": space})
     network = TAEHV(config)
-    assert counted(lambda: network.decode_raw(torch.zeros(1, 3, 16, 4, 6))) == taehv_flops(config, 3, 4, 6)
+    assert counted(lambda: network.decode_untrimmed(torch.zeros(1, 3, 16, 4, 6))) == taehv_flops(config, 3, 4, 6)
 
 
 def test_wan_vae_flops_are_those_of_its_operators_behind_the_first_frame() -> None:
@@ -153,7 +153,7 @@ def test_the_decoders_memory_is_predicted() -> None:
     tracker = MemTracker()
     tracker.track_external(network)
     with torch.no_grad(), tracker:
-        network.decode_raw(torch.zeros(1, 3, 16, 8, 8))
+        network.decode_untrimmed(torch.zeros(1, 3, 16, 8, 8))
     told = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     seen = told["Total"] - sum(parameter.nbytes for parameter in network.parameters())
     recipe = Recipe(PRESETS["tiny"], (3,), 8, 8, activation_bytes=4)

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from selfforcing_core.checkpoint import inspect_checkpoint, read_checkpoint, read_tensors
+from selfforcing_core.checkpoint import inspect_checkpoint, read_checkpoint
 from selfforcing_core.config import WanConfig
 from selfforcing_core.convert import convert
 from selfforcing_core.layout import wan_shapes
 from selfforcing_core.load import load_model
+from selfforcing_core.tensor_files import read_tensors
 
 WAN = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, text_dim=8, freq_dim=16)
 FORMS = ("scale_weight", "weight_scale", "per row", "comfy_quant", "header", "e5m2", "int8")

@@ -46,7 +46,7 @@ def test_shapes_decide_where_only_one_release_has_them(tmp_path: Path) -> None:
 def test_lighttaew2_1_is_known_by_its_name_and_not_taken_for_scaled_latents(tmp_path: Path) -> None:
     small = TAEHVConfig(encoder_width=8, decoder_widths=(8, 8, 8, 8))
     path = write(tmp_path / "lighttaew2_1.pth", small)
-    assert read_checkpoint(path).latent_space == taehv_releases.WAN_RAW
+    assert read_checkpoint(path).latent_space == taehv_releases.WAN_UNSCALED
     with pytest.raises(ValueError, match=r"decodes latents of wan2\.1 unscaled"):
         check_taehv(path, channels=16, latent_space="wan2.1", said="wan2.1")
     wan22 = write(tmp_path / "lighttaew2_1_of_2.2.pth", TAEHVConfig(latent_channels=48, patch_size=2))

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from selfforcing_core.atomic import print_result, replacing
-from selfforcing_core.checkpoint import DTYPES, lora_header, save_checkpoint
+from selfforcing_core.checkpoint import DTYPES, save_checkpoint
+from selfforcing_core.checkpoint_header import SamplingSettings, lora_header
 from selfforcing_core.config import BidirectionalConfig, CausalConfig, StepConfig, WanConfig
 from train import diffusion, dmd, lora, ode, resume, state
 from train.args import DiffusionArgs, DmdArgs, OdeArgs, mistake, parse
@@ -123,7 +124,7 @@ def _write_lora(args: ExportArgs, run: AnyArgs, tensors: dict[str, Tensor], abou
     with replacing(Path(args.out), overwrite=args.overwrite) as temporary:
         held = {name: value.to(DTYPES[args.dtype]).contiguous() for name, value in named.items()}
         how = sampled_as(run)
-        header = lora_header(_start(run), how.causal, how.steps, how.bidirectional, how.guidance)
+        header = lora_header(_start(run), SamplingSettings(how.causal, how.steps, how.bidirectional, how.guidance))
         save_file(held, temporary, {**about, "base": _start(run), **header})
 
 

@@ -89,7 +89,7 @@ def psnr(found: Tensor, wanted: Tensor) -> float:
 
 def decoder_loss(taehv: TAEHV, frames: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
     jittered = latents + JITTER * torch.randn(latents.shape, generator=generator)
-    error = taehv.decode_raw(jittered)[:, taehv.frames_to_trim :] - frames
+    error = taehv.decode_untrimmed(jittered)[:, taehv.frames_to_trim :] - frames
     return 20 * error.square().mean() + error.abs().mean()
 
 

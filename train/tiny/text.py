@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from selfforcing_core.cli import Parser
-from selfforcing_core.text import TextEncoder, umt5_config
+from selfforcing_core.text import TextEncoder
+from selfforcing_core.umt5_layout import umt5_config
 from train.tiny.world import ATTRIBUTES, combinations, heldout
 
 if TYPE_CHECKING:

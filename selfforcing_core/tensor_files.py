@@ -1,0 +1,176 @@
+"""Files of tensors: safetensors, torch files, folders of shards; read without executing anything in them.
+
+A torch file is a pickle, and a pickle can carry code: it is only ever read with `weights_only=True`. What a file is
+follows from its bytes, never from its name. Tensors are mapped from the file where its format allows, so that reading
+costs no memory until they are used.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .checkpoint_header import comfyui_header, json_object, one_line
+from .keymap import prefix_before
+from .scaled import ScaledWeights, chosen_tensors, split_scales
+from .weight_sets import WEIGHTS, FileContents, choose_container, single_set
+
+log = logging.getLogger(__name__)
+# A safetensors file is 8 bytes of its header's length, then the header, a JSON object.
+SAFETENSORS_MARK = slice(8, 9), b"{"
+ZIP_MARK, PICKLE_MARK = b"PK\x03\x04", b"\x80"  # torch's archive since 1.6, and the bare pickle of versions before
+
+
+def read_tensors(path: str | Path, *, is_quiet: bool = False) -> Mapping[str, Tensor]:
+    """Return the tensors of any supported file or folder under its own names.
+
+    For the networks that are no Wan and no TAEHV. Tensors in 8 bits with scales are float32 products when they are
+    asked for. is_quiet: log nothing about what was chosen. Raises ValueError for whatever is no such file.
+    """
+    path = Path(path)
+    try:
+        contents = open_contents(path, "auto")
+        weights, scales = split_scales(contents.tensors, contents.header)
+    except ValueError as error:
+        raise ValueError(f"{path}: {one_line(error)}") from error
+    for note in () if is_quiet else contents.notes:
+        log.warning("%s: %s", path, note)
+    return ScaledWeights(weights, scales) if scales else weights
+
+
+def below_prefix(
+    tensors: Mapping[str, Tensor], anchors: Iterable[str], path: str | Path, *, is_quiet: bool = False
+) -> Mapping[str, Tensor]:
+    """Return tensors by the names that they have in their own network, wherever in the file that network stands.
+
+    anchors: names of which the network has one. Without any the tensors come back as they are; what stands beside the
+    network is left out, which one line says. Raises ValueError where there are two such networks.
+    """
+    prefix = prefix_before(tensors, anchors)
+    if not prefix:
+        return tensors
+    inside = [key for key in tensors if key.startswith(prefix)]
+    outside = [key for key in tensors if not key.startswith(prefix)]
+    if outside and not is_quiet:
+        first = outside[0]
+        log.warning("%s: read below %r; %d other tensors left out, such as %s", path, prefix, len(outside), first)
+    return chosen_tensors(tensors, {key.removeprefix(prefix): key for key in inside})
+
+
+def open_contents(path: Path, weights: str) -> FileContents:
+    """Return one set of weights of a file or folder, under its own names.
+
+    weights: "raw", "ema" or "auto", as `choose_container` takes them. Raises ValueError without the file's name.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights {weights!r} is unknown; use 'auto', 'ema' or 'raw'")
+    try:
+        if path.is_dir():
+            return _open_folder(path, weights)
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+    if not start:
+        raise ValueError("is empty; download or save it again")
+    place, mark = SAFETENSORS_MARK
+    if start[place] == mark:
+        return _open_safetensors(path, weights)
+    if start.startswith((ZIP_MARK, PICKLE_MARK)):
+        return _open_torch(path, weights, is_zip=start.startswith(ZIP_MARK))
+    if start.lstrip().startswith(b"{"):
+        return _open_shards(path, weights)
+    if start.startswith(b"GGUF"):
+        raise ValueError(
+            "is a GGUF file, which is not read here; in ComfyUI load it with a GGUF loader and put Patch Model (Self "
+            "Forcing) behind it, elsewhere use a safetensors or torch file of the same model"
+        )
+    raise ValueError("is neither a safetensors nor a torch file")
+
+
+# -------------------------------------------------------------- safetensors --
+def _open_safetensors(path: Path, weights: str) -> FileContents:
+    return single_set(*_read_safetensors(path), weights)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it has no __iter__
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        # Damaged headers reach torch as sizes and types that it does not know, so that the error may be torch's own.
+        raise ValueError(f"is a damaged or truncated safetensors file ({one_line(error)})") from error
+
+
+def _open_folder(path: Path, weights: str) -> FileContents:
+    """Return a network in a folder: an index of shards, or one safetensors file; also below `transformer`."""
+    folder = path / "transformer" if (path / "transformer").is_dir() else path  # where a pipeline of diffusers has it
+    for pattern, read in (("*.safetensors.index.json", _open_shards), ("*.safetensors", _open_safetensors)):
+        files = sorted(folder.glob(pattern))
+        if len(files) == 1:
+            contents = read(files[0], weights)
+            return replace(contents, header=_diffusers_header(folder / "config.json") | contents.header)
+        if files:
+            raise ValueError(f"is a folder with {len(files)} files {pattern}; give one of them, or their index")
+    raise ValueError("is a folder without a safetensors file; give the checkpoint file")
+
+
+def _diffusers_header(file: Path) -> dict[str, str]:
+    """Return what a model folder's config.json adds to the tensors, as a header entry of ComfyUI's form."""
+    if not file.is_file():
+        return {}
+    heads = json_object(file.read_text(encoding="utf-8", errors="replace")).get("num_attention_heads")
+    return {} if heads is None else comfyui_header(heads)
+
+
+def _open_shards(index: Path, weights: str) -> FileContents:
+    """Return the tensors of the safetensors files that an index lists. Names that leave its folder are refused."""
+    try:
+        files_by_key = json_object(index.read_text(encoding="utf-8")).get("weight_map")
+    except UnicodeDecodeError as error:
+        raise ValueError("is neither a checkpoint nor an index of one") from error
+    is_map = isinstance(files_by_key, dict) and all(isinstance(name, str) for name in files_by_key.values())
+    if not is_map or not files_by_key:
+        raise ValueError("is a JSON file without a weight_map; give a checkpoint or its index")
+    tensors: dict[str, Tensor] = {}
+    header: dict[str, str] = {}
+    for name in sorted(set(files_by_key.values())):
+        shard = index.parent / name
+        if Path(name).name != name or not shard.is_file():  # an index from elsewhere must not reach other folders
+            raise ValueError(f"lists {name!r}, which is not beside it; download all shards into one folder")
+        shard_tensors, shard_header = _read_safetensors(shard)
+        double = next((key for key in shard_tensors if key in tensors), None)
+        if double is not None:
+            raise ValueError(f"has {double} in two shards; download them again")
+        tensors |= shard_tensors
+        header |= shard_header
+    return single_set(tensors, header, weights)
+
+
+# -------------------------------------------------------------- torch files --
+def _open_torch(path: Path, weights: str, *, is_zip: bool) -> FileContents:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch remarks on foreign pickles before it refuses them
+            # Only the archive keeps tensors where they can be mapped; torch raises for mmap of a bare pickle.
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
+        if code:
+            raise ValueError(f"holds code ({code[1]}), which was not executed; use a file of plain tensors") from error
+        raise ValueError("is a damaged, truncated or foreign pickle; nothing in it was executed") from error
+    except Exception as error:  # an unpickler that is fed damaged bytes may raise anything
+        raise ValueError(f"is a damaged or truncated torch file ({type(error).__name__})") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"holds a {type(loaded).__name__}, not a dictionary of tensors")
+    return choose_container(loaded, weights)
