@@ -22,7 +22,13 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-PRELOADED = ["pytest", "tests.training", "train.dmd", "train.diffusion", "train.ode", "train.trajectories"]
+# what the stages import, when they are imported and when they begin
+PRELOADED = [
+    "pytest", "tests.training", "train.dmd", "train.diffusion", "train.ode", "train.trajectories", "torch._dynamo",
+    "torch.distributed.checkpoint", "torch.distributed.checkpoint.state_dict_saver",
+    "torch.distributed.checkpoint.state_dict_loader", "transformers.modeling_utils", "transformers.models.auto",
+    "transformers.models.umt5.modeling_umt5", "transformers.tokenization_utils_tokenizers", "ftfy",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
