@@ -41,12 +41,12 @@ demo: setup
 	@echo out/demo.mp4
 	@echo out/demo.png
 
-# The tests against a real ComfyUI need its checkouts and its packages: .ci/run starts them. A worker takes one file of
-# tests at a time, in the order of tests/conftest.py, and one thread, for there are as many workers as cores; more than
-# four would wait for the longest files, and each takes a GB.
+# The tests against a real ComfyUI need its checkouts and its packages: .ci/run starts them. Each worker begins with its
+# share of the files in their order, so that most of what a file's tests share is made once, and helps out when it is
+# done. One thread each, for there are as many workers as cores; at most four, for each takes a GB.
 test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest --ignore=tests/comfyui \
-	  --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+	  --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 lint: setup
 	$(PY) -m ruff check .
