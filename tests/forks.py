@@ -24,11 +24,11 @@ from torch.distributed import TCPStore
 
 # what the stages import, when they are imported and when they begin
 PRELOADED = [
-    "pytest", "tests.training", "train.planned", "train.dmd", "train.diffusion", "train.ode", "train.trajectories", "torch._dynamo",
-    "torch.distributed.checkpoint", "torch.distributed.checkpoint.state_dict_saver",
-    "torch.distributed.checkpoint.state_dict_loader", "transformers.modeling_utils", "transformers.models.auto",
-    "transformers.models.umt5.modeling_umt5", "transformers.tokenization_utils_tokenizers", "ftfy",
-]  # fmt: skip
+    *("pytest", "tests.training", "train.planned", "train.dmd", "train.diffusion", "train.ode", "train.trajectories"),
+    *("torch._dynamo", "torch.distributed.checkpoint.state_dict_saver", "torch.distributed.checkpoint.state_dict_loader"),
+    *("transformers.models.umt5.modeling_umt5", "transformers.models.auto", "transformers.modeling_utils"),
+    *("transformers.tokenization_utils_tokenizers", "ftfy"),
+]
 
 
 @dataclass(frozen=True)
