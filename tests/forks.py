@@ -71,12 +71,14 @@ def finish(programs: Sequence[Program], outputs: Path, timeout: float) -> tuple[
     try:
         for program, log in zip(programs, logs):
             environment = {**os.environ, "OMP_NUM_THREADS": "1", **program.environment}
-            processes.append(context.Process(target=_main, args=(program, environment, log)))
-            processes[-1].start()
+            process = context.Process(target=_main, args=(program, environment, log))
+            process.start()
+            processes.append(process)
         for process in processes:
             process.join(max(0.0, end - time.monotonic()))
             if process.exitcode is None:
-                raise TimeoutError(f"still running after {timeout} s: {[log.read_text()[-2000:] for log in logs]}")
+                printed = [log.read_text(encoding="utf-8")[-2000:] for log in logs if log.exists()]
+                raise TimeoutError(f"still running after {timeout} s: {printed}")
     finally:
         for process in processes:
             process.kill()
