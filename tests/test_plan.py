@@ -94,7 +94,7 @@ def test_so_are_those_of_the_stages_before(
     ],
 )
 def test_every_kind_of_distillation_can_be_watched(more: list[str]) -> None:
-    args = parse(DmdArgs, [*SETTINGS, *more])
+    args = parse(DmdArgs, [*SETTINGS, "batch_size=4", "micro_batch=2", *more])  # two parts, but fewer clips to follow
     assert peak_bytes(args, 1)["student"] > kept_bytes(args, 1, dict.fromkeys(TINY, 4))
 
 
