@@ -103,9 +103,8 @@ def check_taehv(
     if not isinstance(taehv.config, TAEHVConfig):
         raise ValueError(f"{path} is a {taehv.kind}, not a TAEHV; choose a file such as taew2_1")
     check_channels(channels, taehv.config.latent_channels, "TAEHV")
-    decoded = (
-        WAN_UNSCALED if taehv.latent_space == WAN_UNSCALED else said or taehv.latent_space
-    )  # whose scaling is not ours
+    # A file that is known to be unscaled stays so, whatever the user said of it: its scaling is not ours.
+    decoded = WAN_UNSCALED if taehv.latent_space == WAN_UNSCALED else said or taehv.latent_space
     if latent_space is not None and not (is_own and decoded is None):
         expect_latent_space(decoded, taehv.config, latent_space, path, say)
     return taehv

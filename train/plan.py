@@ -14,7 +14,8 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def peak_bytes(args: TrainArgs, processes: int) -> dict[str, int]:
     sizes = sizes_of(args)
     layers = {role: config_of(size).num_layers for role, size in sizes.items()}
     watched = sorted({min(count, max(layers.values())) for count in WATCHED})
-    with get_context("spawn").Pool(len(watched)) as pool:
+    with _fresh_processes().Pool(len(watched)) as pool:
         peaks = pool.starmap(_watch, [(args, processes, count) for count in watched])
     found = {}
     for name in peaks[0]:
@@ -59,6 +60,17 @@ def peak_bytes(args: TrainArgs, processes: int) -> dict[str, int]:
         more = added[-1] + slope * (layers[name] - watched[-1])
         found[name] = round(kept_bytes(args, processes, layers) + more)
     return found
+
+
+def _fresh_processes() -> BaseContext:
+    """Return how processes start that nothing was computed in yet, without each of them importing torch again."""
+    if "forkserver" not in get_all_start_methods():  # Windows
+        return get_context("spawn")
+    context = get_context("forkserver")
+    # Torch's tracker and what it needs take many seconds to import: once for all processes of all calls. Nothing else
+    # is done in the server, so that what is copied from it holds no tensor, and no thread that a copy would lack.
+    context.set_forkserver_preload(["train.planned"])
+    return context
 
 
 def kept_bytes(args: TrainArgs, processes: int, layers: Mapping[str, int]) -> int:
