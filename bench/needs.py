@@ -2,9 +2,10 @@
 
     python -m bench.needs --out bench/results/needs.json
 
-GB are those of the video model, its caches and its widest place, without the text encoder, which leaves before the model
-comes, and without what the driver and the desktop keep. Frames per second are a limit at what a card attains in practice
-(0.8 of the data sheet's FLOP/s, 0.88 of its bytes/s) with every pass, every clean pass and TAEHV counted: real runs stay below.
+GB are those of the video model, its caches and its widest place, without the text encoder, which leaves before the
+model comes, and without what the driver and the desktop keep. Frames per second are a limit at what a card attains in
+practice (0.8 of the data sheet's FLOP/s, 0.88 of its bytes/s) with every pass, every clean pass and TAEHV counted: real
+runs stay below.
 """
 
 from __future__ import annotations

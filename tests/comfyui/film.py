@@ -2,9 +2,9 @@
 
 python film.py CHROMIUM ADDRESS PACK FOLDER FIRST SECOND SECOND_COLOUR
 
-Runs `tiny_endless` with the prompt FIRST, types SECOND below the player as a person would, and waits for its colour. Writes
-pictures of the player to FOLDER, named by their milliseconds, and prints one JSON object: when the prompt was sent, and when
-the player showed it.
+Runs `tiny_endless` with the prompt FIRST, types SECOND below the player as a person would, and waits for its colour.
+Writes pictures of the player to FOLDER, named by their milliseconds, and prints one JSON object: when the prompt was
+sent, and when the player showed it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,12 @@ OPEN = """
   await new Promise(done => setTimeout(done, 500))
 })()
 """
-BOX = "(() => { const b = document.querySelector('.selfforcing-player').getBoundingClientRect(); return [b.x, b.y, b.width, b.height] })()"
+BOX = """
+(() => {
+  const {x, y, width, height} = document.querySelector('.selfforcing-player').getBoundingClientRect()
+  return [x, y, width, height]
+})()
+"""
 RUN = "[...document.querySelectorAll('button')].find(b => /^Run$/.test(b.textContent.trim())).click()"
 CONTROL = """document.querySelector('.selfforcing-player [data-action="NAME"]')"""
 # The colour (red, green or blue) of most of the picture's pixels that have one.
