@@ -64,7 +64,7 @@ def _latent_space(checkpoint: Checkpoint, choice: str, name: str) -> str:
         page.show_text(f"{name} says that it decodes latents of {file_space}; latents={choice} is not followed")
     if file_space is None or (file_space in LATENT_SPACES and file_space != WAN_UNSCALED):
         known = choice if file_space is None and choice != "auto" else file_space
-        expect_latent_space(known, checkpoint.config, WAN, name, say="latents")
+        expect_latent_space(known, checkpoint.config, WAN, name, setting="latents")
         return WAN
     return file_space
 
