@@ -14,6 +14,8 @@ setup: $(STAMP)
 
 # A torch that the chosen Python already imports serves (it may be a CUDA build that took long to fetch);
 # otherwise the tested one is installed. The stamp is written last, so an interrupted set-up starts over.
+# Packages are compiled here, on all cores (pip would take one): where Python may not write .pyc files, as in CI, each
+# process would otherwise compile transformers again. Some packages carry templates that are no Python, hence the || true.
 $(STAMP): $(REQUIREMENTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'make: "$(PYTHON)" is not Python 3.11 or newer; install one and run: make PYTHON=python3.11 setup' >&2; exit 1; }
@@ -28,18 +30,23 @@ $(STAMP): $(REQUIREMENTS)
 	fi
 	@echo "setup: installing packages into $(VENV)"
 	@$(PY) -m pip install --quiet --no-compile --disable-pip-version-check -c $(VENV)/constraints.txt -r requirements-dev.txt
+	@echo "setup: compiling them"
+	@$(PY) -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 
 demo: setup
 	@mkdir -p out
 	@$(PY) -m selfforcing_core generate --model tiny --prompt "a red square moving left slowly" \
-	  --frames 33 --seed 2 --out out/demo.mp4 --sheet out/demo.png --overwrite --roofline
+	  --frames 33 --seed 2 --out out/demo.mp4 --sheet out/demo.png --overwrite
 	@echo out/demo.mp4
 	@echo out/demo.png
 
-# The tests against a real ComfyUI need its checkouts and its packages: .ci/run starts them.
+# The tests against a real ComfyUI need its checkouts and its packages: .ci/run starts them. Each worker begins with its
+# share of the files in their order, so that most of what a file's tests share is made once, and helps out when it is
+# done. One thread each, for there are as many workers as cores; at most four, for each takes a GB.
 test: setup
-	$(PY) -m pytest --ignore=tests/comfyui
+	OMP_NUM_THREADS=1 $(PY) -m pytest --ignore=tests/comfyui \
+	  --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 lint: setup
 	$(PY) -m ruff check .

@@ -20,7 +20,7 @@ from bench.report import now, write
 from bench.rollout import hardware
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
-from selfforcing_core.hub import load_model, load_taehv, load_text_encoder
+from selfforcing_core.load import load_model, load_taehv, load_text_encoder
 from selfforcing_core.rollout import SeededNoise, rollout
 from selfforcing_core.taehv import StreamingDecoder
 

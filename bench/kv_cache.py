@@ -34,8 +34,8 @@ from selfforcing_core.attention import attend, attend_segments
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import PRESETS, CausalConfig, StepConfig
 from selfforcing_core.geometry import tokens_per_frame
-from selfforcing_core.hub import load_model, load_taehv, load_text_encoder
 from selfforcing_core.kv_cache import KVCache, Past, dequantise, quantise
+from selfforcing_core.load import load_model, load_taehv, load_text_encoder
 from selfforcing_core.rollout import SeededNoise, rollout
 from train.tiny.data import LATENT_FRAMES
 from train.tiny.world import SIZE, detect, heldout, named_scene

@@ -27,8 +27,8 @@ from selfforcing_core.atomic import replacing
 from selfforcing_core.checkpoint import save_checkpoint
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import PRESETS, CausalConfig, StepConfig
-from selfforcing_core.hub import load_model
 from selfforcing_core.layout import wan_shapes
+from selfforcing_core.load import load_model
 from selfforcing_core.rollout import SeededNoise, rollout
 
 LATENT_SHAPE = (3, 16, 8, 8)  # one chunk of 64x64 pixels

@@ -19,8 +19,9 @@ import torch
 from bench.report import write
 from bench.rollout import hardware
 from selfforcing_core.config import PRESETS
+from selfforcing_core.device import CARDS, Card, measured_card
 from selfforcing_core.geometry import VideoGeometry
-from selfforcing_core.roofline import CARDS, Card, Recipe, measured_card
+from selfforcing_core.meter import Recipe
 
 DECODERS = ("taehv", "vae", "none")
 

@@ -1,6 +1,6 @@
-"""TAEHV as a VAE of the host, and the two latent conventions.
+"""TAEHV as a VAE of ComfyUI, and the two latent conventions.
 
-Letters: B batch, T latent frames, C channels, V video frames, R RGB, H W size.
+Letters: B batch, T latent frames, C latent channels, V video frames, R RGB, H W size.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..selfforcing_core.checkpoint import Checkpoint
 from ..selfforcing_core.geometry import SPATIAL_FACTOR
 from ..selfforcing_core.taehv import TAEHV, StreamingDecoder
 from ..selfforcing_core.taehv_releases import WAN, WAN_UNSCALED
-from . import host
+from . import folders, host
 
 WAN_LATENTS = comfy.latent_formats.Wan21()
 SPACE = "selfforcing_space"  # entry of a LATENT, and attribute of its tensor: the latent space, where it is known
@@ -27,12 +27,12 @@ SPACE = "selfforcing_space"  # entry of a LATENT, and attribute of its tensor: t
 # ---------------------------------------------------------------- latents --
 #
 # A LATENT in the graph is in the raw space of Wan's VAE. The network and every TAEHV, the bundled one included, speak
-# normalised latents. These two functions are the only crossing, so the host's VAE Decode and VAE Encode work with our
-# VAE as they are. The host's own Load VAE does not: it takes a float16 TAEHV for HunyuanVideo's and scales it so.
+# normalised latents. These two functions are the only crossing, so ComfyUI's VAE Decode and VAE Encode work with our
+# VAE as they are. ComfyUI's own Load VAE does not: it takes a float16 TAEHV for HunyuanVideo's and scales it so.
 
 
 def network_latents(samples_BCTHW: Tensor) -> Tensor:
-    """LATENT of the graph (raw VAE space) to what network and TAEHV speak: normalised, [B, T, C, H, W].
+    """Return a LATENT of the graph (raw VAE space) as network and TAEHV speak: normalised, [B, T, C, H, W].
 
     Raises ValueError for latents that are not of a Wan 2.1 video.
     """
@@ -46,12 +46,12 @@ def network_latents(samples_BCTHW: Tensor) -> Tensor:
 
 
 def graph_latents(latents_BTCHW: Tensor) -> Tensor:
-    """Inverse of `network_latents`: raw VAE space [B, C, T, H, W]."""
+    """Return latents in raw VAE space [B, C, T, H, W]; the inverse of `network_latents`."""
     return WAN_LATENTS.process_out(rearrange(latents_BTCHW, "b t c h w -> b c t h w"))
 
 
 def graph_clips(frames_BVRHW: Tensor) -> list[Tensor]:
-    """Frames in [0, 1] to one IMAGE [V, H, W, R] for each video of a batch: what follows runs once for each."""
+    """Return frames in [0, 1] as one IMAGE [V, H, W, R] for each video of a batch: what follows runs for each."""
     return list(rearrange(frames_BVRHW, "b v r h w -> b v h w r"))
 
 
@@ -67,7 +67,7 @@ def check_channels(channels: int, what: str) -> None:
 # ----------------------------------------------------------- latent spaces --
 #
 # A LATENT says of itself in two places which space it is of: an entry, which lasts while nodes copy the dictionary, and
-# an attribute of the tensor, which reaches nodes that get nothing else (VAE Decode) through samplers of the host. Where
+# an attribute of the tensor, which reaches nodes that get nothing else (VAE Decode) through samplers of ComfyUI. Where
 # neither is left the space is unknown, and nothing is refused.
 
 
@@ -102,7 +102,7 @@ def space_of_vae(vae: Any) -> str | None:
         return WAN
     if home.startswith("comfy.ldm."):
         return f"another model ({kind})"
-    if getattr(network, "latent_format", None) is comfy.latent_formats.HunyuanVideo:  # a TAEHV of the host
+    if getattr(network, "latent_format", None) is comfy.latent_formats.HunyuanVideo:  # a TAEHV of ComfyUI
         return "hunyuanvideo, for which Load VAE takes every TAEHV in float16"
     return None
 
@@ -112,30 +112,30 @@ def check_space(vae: Any, space: str | None, whose: str) -> None:
 
     whose: whose latents they are, with its verb, as in "the model makes".
     """
-    found = space_of_vae(vae)
-    if found is None or space is None or found == space:
+    own_space = space_of_vae(vae)
+    if own_space is None or space is None or own_space == space:
         return
     name = getattr(vae, "name", "")
     raise ValueError(
-        f"this VAE{f' ({name})' * bool(name)} is made for latents of {found}, but {whose} those of {space}: the "
+        f"this VAE{f' ({name})' * bool(name)} is made for latents of {own_space}, but {whose} those of {space}: the "
         f"frames would be wrong; {_own_vae(space)}"
     )
 
 
 def check_latent(latent: dict[str, Any], space: str | None) -> None:
     """Raise ValueError where a LATENT is known to be of another space than the MODEL that is to go on from it."""
-    found = space_of(latent)
-    if None not in (found, space) and found != space:
+    own_space = space_of(latent)
+    if None not in (own_space, space) and own_space != space:
         raise ValueError(
-            f"these latents are of {found}, but the model makes those of {space}; encode the video's frames with the "
-            f"model's own VAE: {_own_vae(str(space))}"
+            f"these latents are of {own_space}, but the model makes those of {space}; encode the video's frames with "
+            f"the model's own VAE: {_own_vae(str(space))}"
         )
 
 
 def _own_vae(space: str) -> str:
     if space == WAN:
         return "choose a file such as taew2_1 in Load TAEHV (Self Forcing), or connect Load VAE with Wan's own VAE"
-    return f"choose the TAEHV of '{space}' in Load TAEHV (Self Forcing), for instance '{space}{host.BUNDLE_MARK}'"
+    return f"choose the TAEHV of '{space}' in Load TAEHV (Self Forcing), for instance '{space}{folders.BUNDLE_MARK}'"
 
 
 # -------------------------------------------------------------------- VAE --
@@ -165,23 +165,23 @@ class TAEHVAutoencoder:
         self.patcher = host.patcher_of(self.first_stage_model, self.device, memory.vae_offload_device(), dynamic=False)
 
     def own_latents(self, latents_BTCHW: Tensor) -> Tensor:
-        """Normalised latents as this file's weights expect them, where and in what type it computes."""
+        """Return normalised latents as this file's weights expect them, where and in what type it computes."""
         own = latents_BTCHW if self.is_scaled else rearrange(graph_latents(latents_BTCHW), "b c t h w -> b t c h w")
         return own.to(self.device, self.vae_dtype)
 
     def working_bytes(self, latent_height: int, latent_width: int) -> float:
-        """Memory that decoding one latent frame takes at most: its frames at full size in a few copies."""
+        """Return the memory that decoding one latent frame takes at most: its frames at full size in a few copies."""
         widest = max(self.first_stage_model.config.decoder_widths)
         pixels = 64 * latent_height * latent_width * self.first_stage_model.frames_per_latent
         return 3.0 * pixels * widest * self.vae_dtype.itemsize
 
     def decode(self, samples_BCTHW: Tensor, **_: Any) -> Tensor:
-        """LATENT samples to frames [B, V, H, W, R]; checks for interruption before every latent frame."""
+        """Decode LATENT samples to frames [B, V, H, W, R]; check for interruption before every latent frame."""
         check_space(self, space_of(samples_BCTHW), "these are")
         latents_BTCHW = network_latents(samples_BCTHW)
         host.load([self.patcher], working_bytes=self.working_bytes(*samples_BCTHW.shape[-2:]))
         decoder = StreamingDecoder(self.first_stage_model)
-        progress = host.Progress(latents_BTCHW.shape[1])
+        progress = host.ProgressBar(latents_BTCHW.shape[1])
         frames = []
         for latent_BCHW in latents_BTCHW.unbind(1):
             host.check_interrupted()
@@ -191,39 +191,44 @@ class TAEHVAutoencoder:
         return rearrange(torch.cat(frames, 1), "b v r h w -> b v h w r")
 
     def decode_tiled(self, samples: Tensor, **_: Any) -> Tensor:
-        """As `decode`, whose memory does not grow with the video's length."""
+        """Decode as `decode` does, whose memory does not grow with the video's length."""
         return self.decode(samples)
 
     def encode(self, pixels_VHWR: Tensor) -> Tensor:
-        """IMAGE frames [V, H, W, R] of one video (or [B, V, H, W, R]) to LATENT samples."""
+        """Encode IMAGE frames [V, H, W, R] of one video (or [B, V, H, W, R]) to LATENT samples."""
         frames = pixels_VHWR[None] if pixels_VHWR.ndim == 4 else pixels_VHWR
         host.load(
             [self.patcher],
             working_bytes=frames.shape[1] * self.working_bytes(*(side // SPATIAL_FACTOR for side in frames.shape[2:4])),
         )
         frames_BVRHW = rearrange(frames[..., :3], "b v h w r -> b v r h w").to(self.device, self.vae_dtype)
-        made_BTCHW = self.first_stage_model.encode(frames_BVRHW)
-        raw = graph_latents(made_BTCHW) if self.is_scaled else rearrange(made_BTCHW, "b t c h w -> b c t h w")
+        encoded_BTCHW = self.first_stage_model.encode(frames_BVRHW)
+        raw = graph_latents(encoded_BTCHW) if self.is_scaled else rearrange(encoded_BTCHW, "b t c h w -> b c t h w")
         return marked(host.to_graph(raw), self.latent_space)
 
     def encode_tiled(self, pixels: Tensor, **_: Any) -> Tensor:
+        """Encode as `encode` does; ComfyUI asks for tiles where memory is short."""
         return self.encode(pixels)
 
     def spacial_compression_decode(self) -> int:
+        """Return the pixels of a latent's side; under the name that ComfyUI asks by."""
         return SPATIAL_FACTOR
 
     def spacial_compression_encode(self) -> int:
+        """Return the pixels of a latent's side; under the name that ComfyUI asks by."""
         return SPATIAL_FACTOR
 
     def temporal_compression_decode(self) -> int:
+        """Return the video frames of a latent frame."""
         return self.first_stage_model.frames_per_latent
 
     def get_sd(self) -> dict[str, Tensor]:
+        """Return the weights, for nodes that save a VAE."""
         return self.first_stage_model.state_dict()
 
 
 def taehv_autoencoder(vae: Any) -> TAEHVAutoencoder:
-    """Our autoencoder inside a VAE. Raises ValueError for a VAE of another loader."""
+    """Return our autoencoder inside a VAE. Raises ValueError for a VAE of another loader."""
     if isinstance(vae, TAEHVAutoencoder):
         return vae
     raise ValueError(

@@ -1,4 +1,4 @@
-"""The parts of a graph with the host's SamplerCustomAdvanced: samplers, sigmas, guider."""
+"""The parts of a graph with ComfyUI's SamplerCustomAdvanced: samplers, sigmas, guider."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import host
-from .causal_model import AUTO, settings_of, sigmas_of
-from .sampler import NO_STATE, State
-from .sampling import ChunkGuider, ChunkSampler, Run, StateHolder
+from .model_settings import AUTO, settings_of, sigmas_of
+from .sampler import State
+from .sampling import ChunkGuider, ChunkSampler, Run, SnapshotHolder
+from .stream_run import NO_STATE
 
 ALIASES = ["self forcing", "autoregressive causal video"]
 
@@ -45,8 +46,8 @@ class SelfForcingSampler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, state: StateHolder | None = None, keep_state: bool = False) -> io.NodeOutput:
-        run = Run(resume=state, keep=StateHolder() if keep_state else None)
+    def execute(cls, state: SnapshotHolder | None = None, keep_state: bool = False) -> io.NodeOutput:
+        run = Run(resume=state, keep=SnapshotHolder() if keep_state else None)
         return io.NodeOutput(ChunkSampler(run), host.blocked(NO_STATE) if run.keep is None else run.keep)
 
 
@@ -89,13 +90,17 @@ class SelfForcingSigmas(io.ComfyNode):
                     "steps", default=AUTO, min=0, max=100, tooltip="Denoising steps (a count). 0 is auto: as trained."
                 ),
                 io.Float.Input(
-                    "shift", default=0.0, min=0.0, max=100.0, step=0.1,
+                    "shift",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
                     tooltip="Timestep shift (a ratio, 5 for Self Forcing). 0 is auto: the model's own, or what a "
                     "ModelSamplingSD3 node set.",
                 ),
             ],
             outputs=[io.Sigmas.Output(tooltip="For Sampler Custom (Advanced); falls from 1 to 0.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, model: Any, steps: int, shift: float) -> io.NodeOutput:
@@ -113,18 +118,22 @@ class SelfForcingGuider(io.ComfyNode):
             category="SelfForcing/custom sampling",
             search_aliases=[*ALIASES, "cfg guider"],
             description="Prompt and guidance for Sampler Custom (Advanced). With cfg other than 1 both prompts have a "
-            "KV cache of their own. The host's BasicGuider and CFGGuider work as well.",
+            "KV cache of their own. ComfyUI's BasicGuider and CFGGuider work as well.",
             inputs=[
                 io.Model.Input("model", tooltip="From Load Model (Self Forcing) or Patch Model (Self Forcing)."),
                 io.Conditioning.Input("positive", tooltip="The prompt."),
                 io.Float.Input(
-                    "cfg", default=1.0, min=0.0, max=100.0, step=0.1,
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
                     tooltip="Classifier-free guidance scale (a ratio). 1 is none, as distilled models expect.",
                 ),
                 io.Conditioning.Input("negative", optional=True, tooltip="What to avoid; needed unless cfg is 1."),
             ],
             outputs=[io.Guider.Output(tooltip="For Sampler Custom (Advanced).")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, model: Any, positive: list[Any], cfg: float, negative: list[Any] | None = None) -> io.NodeOutput:

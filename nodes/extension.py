@@ -20,9 +20,10 @@ class SelfForcingExtension(ComfyExtension):
     """What ComfyUI receives from the pack. Ids are for ever; new nodes are appended."""
 
     def __init__(self) -> None:
-        add_route()  # here, since not every host calls on_load
+        add_route()  # here, since not every ComfyUI calls on_load
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Return the classes of the pack's nodes, as ComfyUI asks for them once."""
         return [
             SelfForcingModelLoader,
             SelfForcingTextEncode,

@@ -4,7 +4,7 @@ Each stream has the same face. `decode` takes normalised latents [B, T, C, H, W]
 complete, [B, V, R, H, W] in [0, 1], where the graph keeps tensors; V may be 0, and so may T, to say that the chunk
 before was the last. Joined they are those of VAE Decode. `state` and `restore` undo a chunk.
 
-Letters: B batch, T latent frames, C channels, V video frames, R RGB, H W size.
+Letters: B batch, T latent frames, C latent channels, V video frames, R RGB, H W size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..selfforcing_core.geometry import SPATIAL_FACTOR
-from ..selfforcing_core.roofline import Recipe
+from ..selfforcing_core.meter import Recipe
 from ..selfforcing_core.taehv import StreamingDecoder
 from . import host
 from .autoencoder import TAEHVAutoencoder, check_channels, graph_latents
@@ -36,21 +36,29 @@ class FrameStream(Protocol):
     patchers: list[Any]
     note: str
 
-    def working_bytes(self, latent_height: int, latent_width: int) -> float: ...
-
-    def decode(self, latents_BTCHW: Tensor, *, is_last: bool) -> Tensor: ...
-
-    def counted(self, recipe: Recipe) -> Recipe:
-        """The same with this decoder's work in it, where that is known."""
+    def working_bytes(self, latent_height: int, latent_width: int) -> float:
+        """Return the memory that decoding one step of the stream takes at most."""
         ...
 
-    def state(self) -> Any: ...
+    def decode(self, latents_BTCHW: Tensor, *, is_last: bool) -> Tensor:
+        """Return the frames that these latents complete, as the file's head says."""
+        ...
 
-    def restore(self, state: Any) -> None: ...
+    def counted(self, recipe: Recipe) -> Recipe:
+        """Return the same with this decoder's work in it, where that is known."""
+        ...
+
+    def state(self) -> Any:
+        """Return what the decoder remembers, for `restore`."""
+        ...
+
+    def restore(self, state: Any) -> None:
+        """Go back to where `state` was asked: what was decoded since is undone."""
+        ...
 
 
 def frame_stream(vae: Any) -> FrameStream:
-    """A new stream by a VAE of any loader. Raises ValueError for a VAE of other latents."""
+    """Return a new stream by a VAE of any loader. Raises ValueError for a VAE of other latents."""
     if isinstance(vae, TAEHVAutoencoder):
         return _TAEHVStream(vae)
     check_channels(vae.latent_channels, "VAE")
@@ -59,7 +67,7 @@ def frame_stream(vae: Any) -> FrameStream:
 
 
 class _TAEHVStream:
-    """One latent frame after the other; bitwise the decode of the whole."""
+    """One latent frame after the other; bit-exact the decode of the whole."""
 
     note = ""
 
@@ -91,9 +99,9 @@ class _TAEHVStream:
 
 
 def _group(network: Any) -> tuple[int, int] | None:
-    """Latent frames that the host's Wan VAE decodes together, and the places of its cache; None for other networks.
+    """Return how many latent frames ComfyUI's Wan VAE decodes together, and its cache's places; None for others.
 
-    The host decodes the first latent frame alone and then, later versions, two at a time.
+    ComfyUI decodes the first latent frame alone and then, later versions, two at a time.
     """
     home = sys.modules.get(type(network).__module__)
     if type(network).__name__ != "WanVAE" or not hasattr(network, "conv2") or not hasattr(network, "decoder"):
@@ -105,7 +113,7 @@ def _group(network: Any) -> tuple[int, int] | None:
 
 
 class _WanStream:
-    """The host's own Wan VAE, driven group by group as its `decode` drives it."""
+    """ComfyUI's own Wan VAE, driven group by group as its `decode` drives it."""
 
     note = ""
 
@@ -116,7 +124,7 @@ class _WanStream:
         self.is_first = True
 
     def working_bytes(self, latent_height: int, latent_width: int) -> float:
-        long = 100  # latent frames: the host's estimate of a video's decode does not grow with its length
+        long = 100  # latent frames: ComfyUI's estimate of a video's decode does not grow with its length
         shape = (1, self.vae.latent_channels, long, latent_height, latent_width)
         return self.vae.memory_used_decode(shape, self.vae.vae_dtype)
 
@@ -139,9 +147,9 @@ class _WanStream:
     def _decode_group(self, latents_BCTHW: Tensor) -> Tensor:
         network = self.vae.first_stage_model
         with torch.no_grad():
-            made = network.decoder(network.conv2(latents_BCTHW), feat_cache=self.memory, feat_idx=[0])
-        made = torch.cat(made, 2) if isinstance(made, list) else made
-        return self.vae.process_output(host.to_graph(made))
+            frames_BRVHW = network.decoder(network.conv2(latents_BCTHW), feat_cache=self.memory, feat_idx=[0])
+        frames_BRVHW = torch.cat(frames_BRVHW, 2) if isinstance(frames_BRVHW, list) else frames_BRVHW
+        return self.vae.process_output(host.to_graph(frames_BRVHW))
 
     def counted(self, recipe: Recipe) -> Recipe:
         return replace(recipe, decoder="vae")

@@ -1,6 +1,6 @@
-"""How a video begins: with a picture, with frames, or with another video that goes on.
+"""How a video begins: with an image, with frames, or with another video that goes on.
 
-Letters: B batch, T latent frames, C channels, H W size, V video frames, R RGB.
+Letters: B batch, T latent frames, C latent channels, H W size, V video frames, R RGB.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from node_helpers import conditioning_set_values
 from torch import Tensor
 
 from ..selfforcing_core.geometry import SPATIAL_FACTOR, VideoGeometry, covered_latents, pixel_frames, rounded_length
-from . import host
+from . import host, page
 from .autoencoder import WAN_LATENTS, check_channels, check_latent, check_space, graph_latent
-from .causal_model import CAUSAL, config_of, settings_of
-from .sampler import rounded_size
+from .model_settings import CAUSAL, settings_of
 from .sampling import layout
+from .shared_network import config_of
+from .stream_run import rounded_size
 
-GREY = 0.5  # what image-to-video models of Wan expect where no picture is given
+GREY = 0.5  # what image-to-video models of Wan expect where no image is given
 
 
 class SelfForcingImageToVideo(io.ComfyNode):
@@ -35,54 +36,79 @@ class SelfForcingImageToVideo(io.ComfyNode):
             category="SelfForcing",
             search_aliases=["i2v", "first frame", "extend video", "continue video", "as WanImageToVideo", "ARVideoI2V"],
             description="Gives a video its beginning. Text-to-video models take it as their first frames, which fill "
-            "the KV cache: one picture, several frames, or the latents of a video to continue. Image-to-video models "
-            "(14B) take one or more pictures as condition, as from WanImageToVideo.",
+            "the KV cache: one image, several frames, or the latents of a video to continue. Image-to-video models "
+            "(14B) take one or more images as condition, as from WanImageToVideo.",
             inputs=[
                 io.Model.Input("model", tooltip="From Load Model (Self Forcing) or Patch Model (Self Forcing)."),
                 io.Conditioning.Input("positive", tooltip="The prompt."),
                 io.Int.Input(
-                    "width", default=832, min=16, max=8192, step=16,
+                    "width",
+                    default=832,
+                    min=16,
+                    max=8192,
+                    step=16,
                     tooltip="Width in pixels; rounded down to a multiple of 16.",
                 ),
                 io.Int.Input(
-                    "height", default=480, min=16, max=8192, step=16,
+                    "height",
+                    default=480,
+                    min=16,
+                    max=8192,
+                    step=16,
                     tooltip="Height in pixels; rounded down to a multiple of 16.",
                 ),
                 io.Int.Input(
-                    "length", default=81, min=1, max=100001, step=4,
+                    "length",
+                    default=81,
+                    min=1,
+                    max=100001,
+                    step=4,
                     tooltip="Length in video frames of the whole video, what it begins with included. Any number, "
-                    "rounded down to whole chunks: behind one picture 13, 25, 37, ... 73, 85 for chunks of 3 latent "
+                    "rounded down to whole chunks: behind one image 13, 25, 37, ... 73, 85 for chunks of 3 latent "
                     "frames. The node says what it took.",
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Videos that begin alike (a count)."),
                 io.Conditioning.Input("negative", optional=True, tooltip="What to avoid, for cfg other than 1."),
                 io.Vae.Input("vae", optional=True, tooltip="Wan's VAE or a TAEHV; needed with start_image."),
                 io.Image.Input(
-                    "start_image", optional=True,
+                    "start_image",
+                    optional=True,
                     tooltip="The first frame, or the first frames; scaled and cropped to width x height.",
                 ),
                 io.Latent.Input(
-                    "latent", optional=True,
+                    "latent",
+                    optional=True,
                     tooltip="A finished video to continue; its size replaces width and height. Instead of start_image.",
                 ),
                 io.ClipVisionOutput.Input(
-                    "clip_vision_output", optional=True,
-                    tooltip="From CLIP Vision Encode; image-to-video models follow the picture less without it.",
+                    "clip_vision_output",
+                    optional=True,
+                    tooltip="From CLIP Vision Encode; image-to-video models follow the image less without it.",
                 ),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="positive", tooltip="The prompt, with the picture if it is one."),
+                io.Conditioning.Output(display_name="positive", tooltip="The prompt, with the image if it is one."),
                 io.Conditioning.Output(display_name="negative", tooltip="The negative prompt, likewise."),
                 io.Latent.Output(display_name="latent", tooltip="For the sampler: empty behind what is given."),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, model: Any, positive: list[Any], width: int, height: int, length: int, batch_size: int,
-        negative: list[Any] | None = None, vae: Any = None, start_image: Tensor | None = None,
-        latent: dict[str, Any] | None = None, clip_vision_output: Any = None,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        *,
+        model: Any,
+        positive: list[Any],
+        width: int,
+        height: int,
+        length: int,
+        batch_size: int,
+        negative: list[Any] | None = None,
+        vae: Any = None,
+        start_image: Tensor | None = None,
+        latent: dict[str, Any] | None = None,
+        clip_vision_output: Any = None,
+    ) -> io.NodeOutput:
         prompts = (positive, negative if negative is not None else [])
         _check_inputs(model, vae, start_image, latent)
         settings = settings_of(model)
@@ -93,9 +119,9 @@ class SelfForcingImageToVideo(io.ComfyNode):
             empty = _zeros(batch_size, size.latent_frames, size.latent_height, size.latent_width)
             prompts = tuple(conditioning_set_values(prompt, values) for prompt in prompts)
             return io.NodeOutput(*prompts, graph_latent(empty, settings.latent_space))
-        given = _given(vae, start_image, latent, width, height)
-        begun = _begun(given, settings.causal, length, batch_size)
-        return io.NodeOutput(*prompts, {**begun, **graph_latent(begun["samples"], settings.latent_space)})
+        first_BCTHW = _first_latents(vae, start_image, latent, width, height)
+        start = _start_of_video(first_BCTHW, settings.causal, length, batch_size)
+        return io.NodeOutput(*prompts, {**start, **graph_latent(start["samples"], settings.latent_space)})
 
 
 def _check_inputs(model: Any, vae: Any, start_image: Tensor | None, latent: dict[str, Any] | None) -> None:
@@ -112,8 +138,10 @@ def _check_inputs(model: Any, vae: Any, start_image: Tensor | None, latent: dict
         check_latent(latent, space)
 
 
-def _given(vae: Any, start_image: Tensor | None, latent: dict[str, Any] | None, width: int, height: int) -> Tensor:
-    """Latents [B, C, T, H, W] that the video begins with, raw as in the graph."""
+def _first_latents(
+    vae: Any, start_image: Tensor | None, latent: dict[str, Any] | None, width: int, height: int
+) -> Tensor:
+    """Return latents [B, C, T, H, W] that the video begins with, raw as in the graph."""
     if latent is not None:
         if latent["samples"].ndim != 5:
             raise ValueError(f"latent of shape {tuple(latent['samples'].shape)} is no video; connect a video's latents")
@@ -122,21 +150,24 @@ def _given(vae: Any, start_image: Tensor | None, latent: dict[str, Any] | None, 
         raise ValueError("a text-to-video model begins with frames; connect start_image (and vae) or latent")
     count = rounded_length(len(start_image), chunk=1)
     if count != len(start_image):
-        host.show_text(
+        page.show_text(
             f"start_image has {len(start_image)} frames; the first {count} are used: a count of the form 4n+1"
         )
     size = rounded_size(width, height, 1, chunk=1)
     return vae.encode(_fitted(start_image[:count], size.width, size.height))
 
 
-def _begun(given_BCTHW: Tensor, causal: Any, length: int, batch_size: int) -> dict[str, Any]:
-    """A LATENT whose first frames are known and whose others are to be generated, marked by the host's noise mask."""
-    count, (latent_height, latent_width) = given_BCTHW.shape[2], given_BCTHW.shape[-2:]
+def _start_of_video(first_BCTHW: Tensor, causal: Any, length: int, batch_size: int) -> dict[str, Any]:
+    """Return a LATENT whose first frames are known and whose others are to be made, told apart by its noise mask."""
+    count, (latent_height, latent_width) = first_BCTHW.shape[2], first_BCTHW.shape[-2:]
     chunks = layout(count, causal)
     size = rounded_size(
-        latent_width * SPATIAL_FACTOR, latent_height * SPATIAL_FACTOR, length, chunks.chunk,
+        latent_width * SPATIAL_FACTOR,
+        latent_height * SPATIAL_FACTOR,
+        length,
+        chunks.chunk,
         chunks.independent_first_frame,
-    )  # fmt: skip
+    )
     ends = [start for start in size.chunk_starts if start]
     if count not in ends:
         names = ", ".join(str(pixel_frames(end)) for end in ends) or "none; make the video longer"
@@ -145,17 +176,17 @@ def _begun(given_BCTHW: Tensor, causal: Any, length: int, batch_size: int) -> di
             f"video of {size.frames} frames can begin with {names}, or with 1"
         )
     samples = _zeros(batch_size, size.latent_frames, latent_height, latent_width)
-    samples[:, :, :count] = given_BCTHW.to(samples)
+    samples[:, :, :count] = first_BCTHW.to(samples)
     mask = torch.ones_like(samples[:, :1])
     mask[:, :, :count] = 0
     return {"samples": samples, "noise_mask": mask}
 
 
 def _condition(vae: Any, start_image: Tensor | None, size: VideoGeometry, clip_vision_output: Any) -> dict[str, Any]:
-    """What image-to-video models of Wan read: latents of pictures and then grey, what is known, and CLIP's features."""
+    """Return what image-to-video models of Wan read: latents of images, then grey; what is known; CLIP's features."""
     if start_image is None:
         raise ValueError(
-            "this is an image-to-video model; connect start_image, vae and clip_vision_output (the pictures that it "
+            "this is an image-to-video model; connect start_image, vae and clip_vision_output (the images that it "
             "continues come as condition, so latent does not fit)"
         )
     frames_VHWR = torch.full((size.frames, size.height, size.width, 3), GREY)

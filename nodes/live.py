@@ -3,179 +3,87 @@
 Out: the event "selfforcing.live" with JPEGs and figures. Back: POST /selfforcing/live, a JSON object with the run's
 secret name, the client id of the page that queued it, and an action; commands of other pages are refused. Who may read
 the server's queue, and so may interrupt what it runs, may also finish it early: by prompt and client id, without the
-name. A page acknowledges every message, and at most two with pictures are unanswered: neither a slow page nor one that
-has no player piles anything up. Where answers stop, a line without pictures asks again.
+name. How messages go out, and that none pile up, is the outbox's business.
 
 Letters: V video frames, R RGB, H W pixels.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import logging
 import math
-import threading
 import time
 import uuid
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from aiohttp import web
-from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from ..selfforcing_core.geometry import pixel_frames
 from ..selfforcing_core.prompt_schedule import HISTORIES
-from . import host
+from . import host, page
+from .figures import Figures
+from .outbox import AGAIN_AFTER, EVENT, PATIENCE, Outbox, thumbnails
 from .pacing import Viewer
+from .page_steering import PageSteering
 from .prompts import Reader
 from .steering_record import SteeringRecord
 
-EVENT, ROUTE = "selfforcing.live", "/selfforcing/live"
-FRAME_SIZE = 512  # pixels of a frame's longer side
+ROUTE = "/selfforcing/live"
 FRAME_RATE = 24  # at most so many frames for every second that generating took
-JPEG_QUALITY = 80
-FRAMES_WAITING = 96  # the oldest are dropped
-FRAMES_PER_MESSAGE = 24
-UNANSWERED = 2  # messages
-AGAIN_AFTER = 5  # seconds: a page that does not answer may be loading, or show another workflow
-PATIENCE = 10  # seconds: how long the last frames, a held chunk and a paced one wait for a page that is gone
 LISTEN = 0.1  # seconds between two looks at what a waiting chunk waits for
 TAB = "selfforcing_tab"  # under which the page tells which of its open workflows queued the prompt
 ACTIONS = ("prompt", "seed", "hold", "go_on", "reroll", "finish", "shown", "ack")
-COMMAND_BYTES = 65536
-PROMPT_LETTERS = 10000
+COMMAND_BYTES = 65536  # many times the longest prompt, so that nobody fills the server's memory
+PROMPT_LETTERS = 10000  # the encoder reads 512 tokens; more than that is a mistake of the clipboard
 
 log = logging.getLogger(__name__)
 _runs: dict[str, Live] = {}
 _steered: Counter[int] = Counter()  # by the seed of their node: runs whose result is not that of its inputs alone
 
 
-class Outbox:
-    """Frames and figures on their way to a page, encoded and sent by a thread of its own as the page keeps up."""
-
-    def __init__(
-        self,
-        send: Callable[[dict[str, Any]], None],
-        fixed: dict[str, Any],
-        current: Callable[[], dict[str, Any]],
-        ended: Callable[[], object],
-    ) -> None:
-        self.send, self.fixed, self.current, self.ended = send, fixed, current, ended
-        self.status: dict[str, Any] = {"message": ""}
-        self.frames: deque[tuple[int, Tensor]] = deque(maxlen=FRAMES_WAITING)
-        self.sent, self.answered = 0, 0
-        self.is_again = self.is_new = self.is_closed = False
-        self.sent_at = 0.0
-        self.changed = threading.Condition()
-        self.thread = threading.Thread(target=self._work, name=EVENT, daemon=True)
-        self.thread.start()
-
-    def put(self, frames: list[tuple[int, Tensor]] | None = None, *, is_again: bool = False, **status: Any) -> None:
-        """Frames [H, W, R] in bytes with their numbers, and figures. is_again: they replace those from there on."""
-        with self.changed:
-            if is_again and frames:
-                self.is_again = True
-                while self.frames and self.frames[-1][0] >= frames[0][0]:
-                    self.frames.pop()
-            self.frames.extend(frames or [])
-            self.status |= status
-            self.is_new = True
-            self.changed.notify_all()
-
-    def acknowledge(self, number: int) -> None:
-        """The page has taken message `number`. Raises ValueError for one that was not sent."""
-        with self.changed:
-            if not 0 <= number < self.sent:
-                raise ValueError(f"message {number} was never sent; there are {self.sent}")
-            self.answered = max(self.answered, number + 1)
-            self.changed.notify_all()
-
-    def close(self) -> None:
-        """Nothing more comes; what waits is sent if the page takes it within a few seconds. Does not wait for that."""
-        with self.changed:
-            self.is_closed = True
-            self.changed.notify_all()
-
-    def _work(self) -> None:
-        try:
-            while (taken := self._next()) is not None:
-                message, frames = taken
-                found = {"indices": [number for number, _ in frames], "jpegs": [_jpeg(frame) for _, frame in frames]}
-                self.send({**message, **found})
-        finally:
-            self.ended()
-
-    def _next(self) -> tuple[dict[str, Any], list[tuple[int, Tensor]]] | None:
-        """What to send next, as soon as there is anything and the page is ready for it; None at the end."""
-        with self.changed:
-            while not self.changed.wait_for(lambda: self.is_closed or self._is_due(), timeout=AGAIN_AFTER):
-                pass
-            if self.is_closed and not self.changed.wait_for(
-                lambda: self._is_due() or not self._has_more(), timeout=PATIENCE
-            ):
-                return None
-            if not self._has_more():
-                return None
-            is_late = self.sent - self.answered >= UNANSWERED  # a page that may be gone gets no pictures
-            count = 0 if is_late else min(len(self.frames), FRAMES_PER_MESSAGE)
-            frames = [self.frames.popleft() for _ in range(count)]
-            status = {**self.fixed, **self.status, **self.current()}
-            message = {**status, "number": self.sent, "again": self.is_again and bool(frames)}
-            self.sent, self.sent_at = self.sent + 1, time.monotonic()
-            self.is_new, self.is_again = False, self.is_again and not frames
-            self.status["message"] = ""
-            if not self.is_closed:
-                self.status.pop("schedule", None)
-            return message, frames
-
-    def _has_more(self) -> bool:
-        return bool(self.is_new or self.frames)
-
-    def _is_due(self) -> bool:
-        is_patient = time.monotonic() < self.sent_at + AGAIN_AFTER
-        return self._has_more() and (self.sent - self.answered < UNANSWERED or not is_patient)
-
-
 class Live:
     """One run of a sampler as its page sees and steers it. Made by `open_live`; `close` ends it."""
 
     def __init__(
-        self, audience: host.Audience, record: SteeringRecord, *, fps: float, lengths: Sequence[int],
-        read: Reader | None, seed: int, pace: float, hidden: Any,
-    ) -> None:  # fmt: skip
-        self.client, self.prompt, self.fps, self.read = audience.client, audience.prompt, fps, read
-        self.name, self.record, self.own_seed, self.is_steered = uuid.uuid4().hex, record, seed, False
-        self.pace = pace or None
-        self.viewer, self.made = Viewer(fps), 0
-        fixed = {
-            "run": self.name, "prompt_id": audience.prompt, "node": audience.node, "num_chunks": len(lengths),
-            "num_frames": pixel_frames(sum(lengths)), "fps": fps, "can_prompt": read is not None, "can_finish": True,
-            "pace": self.pace, **_queued_from(hidden),
-        }  # fmt: skip
-        self.began, self.paused, self.first_seconds, self.first_frames = time.perf_counter(), 0.0, 0.0, 0
-        self.chunk_began = self.began
-        self.limit_fps: float | None = None  # what this device can reach at most
-        self.seed: int | None = None  # of chunks that have not begun
-        self.is_reseeded = False  # since the last chunk began
-        self.chunk_seed: int | None = None
-        self.chunk_start = -1
-        self.next_seed: int | None = None  # of the held chunk, to be made once more
-        self.typed: tuple[str, str] | None = None
-        self.read_text = ""
-        self.is_held, self.is_released, self.is_waiting = False, False, False
-        self.is_again, self.is_finishing = False, False
-        self.changed = threading.Condition()
+        self,
+        audience: page.Audience,
+        record: SteeringRecord,
+        *,
+        fps: float,
+        lengths: Sequence[int],
+        read: Reader | None,
+        seed: int,
+        pace: float,
+        hidden: Any,
+    ) -> None:
+        self.name = uuid.uuid4().hex  # a secret: whoever knows it may steer
+        self.audience, self.record, self.read = audience, record, read
+        self.own_seed, self.pace = seed, pace or None
+        self.viewer, self.figures, self.steering = Viewer(fps), Figures(fps), PageSteering()
+        self.read_text = ""  # the text of the prompt that was read last
+        self.is_steered = False  # the result is another than that of the node's inputs
+        self.is_again = False  # the coming frames replace those of the chunk shown last
         _runs[self.name] = self
+        unchanging = {
+            "run": self.name,
+            "prompt_id": audience.prompt,
+            "node": audience.node,
+            "num_chunks": len(lengths),
+            "num_frames": pixel_frames(sum(lengths)),
+            "fps": fps,
+            "can_prompt": read is not None,
+            "can_finish": True,
+            "pace": self.pace,
+            **_queued_from(hidden),
+        }
         self.outbox = Outbox(
-            lambda message: host.send(EVENT, message, audience.client),
-            fixed,
-            lambda: {"ahead": self.viewer.seconds_ahead(self.made), "events": record.events},
+            lambda message: page.send(EVENT, message, audience.client),
+            unchanging,
+            lambda: {"ahead": self.viewer.seconds_ahead(self.figures.num_frames), "events": record.events},
             lambda: _runs.pop(self.name, None),
         )
         self.outbox.put(
@@ -186,107 +94,104 @@ class Live:
 
     @property
     def has_page(self) -> bool:
-        """Whether a player has answered."""
+        """Return whether a player has answered."""
         return self.outbox.answered > 0
+
+    @property
+    def is_finishing(self) -> bool:
+        """Return whether the present chunk is to be the last."""
+        return self.steering.is_finishing
 
     # ---------------------------------------------------- the sampling thread --
     def show(self, frames_VRHW: Tensor, first_frame: int, chunk: int) -> None:
-        """Finished frames in [0, 1] of a chunk, numbered from `first_frame`; chunk counts the finished ones."""
-        self.made = first_frame + len(frames_VRHW)
+        """Show finished frames in [0, 1] of a chunk, numbered from `first_frame`; chunk counts the finished ones."""
+        num_frames = first_frame + len(frames_VRHW)
         if not len(frames_VRHW):
+            self.figures.num_frames = num_frames
             self.outbox.put(chunk=chunk)
             return
-        seconds = time.perf_counter() - self.began - self.paused
-        if not self.first_frames:
-            self.first_seconds, self.first_frames = seconds, first_frame + len(frames_VRHW)
-        made, taken = first_frame + len(frames_VRHW) - self.first_frames, seconds - self.first_seconds
-        rate = made / taken if made and taken else None
+        rate = self.figures.count(num_frames)
         every = max(1, math.ceil((rate or 0) / FRAME_RATE))
-        frames = list(zip(range(first_frame, first_frame + len(frames_VRHW), every), _small(frames_VRHW[::every])))
-        stats = {
-            "fps": rate, "first_frame_seconds": self.first_seconds, "real_time": rate and rate / self.fps,
-            "share_of_limit": rate / self.limit_fps if rate and self.limit_fps else None,
-        }  # fmt: skip
-        self.outbox.put(frames, is_again=self.is_again, chunk=chunk, stats=stats)
+        frames = list(zip(range(first_frame, num_frames, every), thumbnails(frames_VRHW[::every])))
+        self.outbox.put(frames, is_again=self.is_again, chunk=chunk, stats=self.figures.stats(rate))
         self.is_again = False
 
     def wants_again(self, *, can_hold: bool = True, is_last: bool = False) -> bool:
-        """Waits while the chunk that was just shown is held, or far ahead; whether it is to be made once more.
+        """Wait while the chunk that was just shown is held, or far ahead; return whether it is to be made once more.
 
         can_hold: it was made, not given. is_last: nothing follows, so nothing can be ahead.
         """
-        began = time.perf_counter()
-        with self.changed:
-            self.next_seed, self.is_released = None, False
+        waited_from, steering = time.perf_counter(), self.steering
+        with steering.changed:
+            steering.next_seed, steering.is_released = None, False
             self._wait(can_hold=can_hold, is_last=is_last)
             self.outbox.put(state="sampling")  # before what else there is to tell, which nobody is to take for a hold
-            self.is_again = self.next_seed is not None and not self.is_finishing
+            self.is_again = steering.next_seed is not None and not steering.is_finishing
             if self.is_again:
-                self._roll_again(began)
-            self.paused += time.perf_counter() - began
-            self.chunk_began = time.perf_counter()
+                self._roll_again(waited_from)
+            self.figures.go_on(waited_from)
             return self.is_again
 
     def _wait(self, *, can_hold: bool, is_last: bool) -> None:
-        """Until there is no reason left to wait; says the reason, and again for a page that was loaded anew."""
-        said, told_at, lost_at = "", 0.0, time.monotonic() + PATIENCE
+        """Wait until there is no reason left; say the reason, and again for a page that was loaded anew."""
+        latest_reason, told_at, lost_at = "", 0.0, time.monotonic() + PATIENCE
         while reason := self._reason(can_hold=can_hold, is_last=is_last):
-            self.is_waiting = reason == "held"
-            if reason != said or time.monotonic() > told_at + AGAIN_AFTER:
-                said, told_at = reason, time.monotonic()
+            self.steering.is_waiting = reason == "held"
+            if reason != latest_reason or time.monotonic() > told_at + AGAIN_AFTER:
+                latest_reason, told_at = reason, time.monotonic()
                 self.outbox.put(state=reason)
-            self.changed.wait(LISTEN)
+            self.steering.changed.wait(LISTEN)  # lets go of the lock meanwhile
             host.check_interrupted()
-            if host.is_listening(self.client):
+            if page.is_listening(self.audience.client):
                 lost_at = time.monotonic() + PATIENCE
             elif time.monotonic() > lost_at:
                 log.warning("the page that the run waited for (%s) is gone; the run goes on", reason)
-                self.is_held = False
+                self.steering.is_held = False
                 self.viewer.forget()
-        self.is_waiting = False
+        self.steering.is_waiting = False
 
     def _reason(self, *, can_hold: bool, is_last: bool) -> str:
-        """Why to wait before the next chunk; "" if there is no reason."""
-        if self.is_finishing or self.next_seed is not None:
+        """Return why to wait before the next chunk; "" if there is no reason."""
+        steering = self.steering
+        if steering.is_finishing or steering.next_seed is not None:
             return ""
-        if can_hold and self.is_held and not self.is_released:
+        if can_hold and steering.is_held and not steering.is_released:
             return "held"
-        ahead = None if is_last or self.pace is None else self.viewer.seconds_ahead(self.made)
+        ahead = None if is_last or self.pace is None else self.viewer.seconds_ahead(self.figures.num_frames)
         return "ahead" if ahead is not None and self.pace is not None and ahead > self.pace else ""
 
     def _roll_again(self, waited_from: float) -> None:
-        assert self.next_seed is not None
-        self.chunk_seed = self.next_seed
-        self.record.reroll(self.chunk_start, self.next_seed)
-        self.record.use(self.chunk_start, self.next_seed)
-        self.paused += waited_from - self.chunk_began  # the attempt that is thrown away counts as little as the wait
+        start, seed = self.steering.chunk_start, self.steering.next_seed
+        assert seed is not None
+        self.steering.chunk_seed = seed
+        self.record.reroll(start, seed)
+        self.record.use(start, seed)
+        self.figures.throw_away(waited_from)
         self._tell_schedule()
 
     def seed_at(self, start_frame: int) -> int | None:
-        with self.changed:
-            if start_frame != self.chunk_start:
-                self.chunk_start, self.chunk_seed = start_frame, self.seed
-                self.record.use(start_frame, self.seed)
-                self._tell_seed()
-            if self.chunk_seed is not None:
-                self._count()
-            return self.chunk_seed
-
-    def _tell_seed(self) -> None:
-        is_reseeded, self.is_reseeded = self.is_reseeded, False
-        if is_reseeded and self.seed is not None:
-            self.record.seed(self.chunk_start, self.seed)
+        """Return the seed of this chunk's noise; None is the run's own."""
+        seed, is_reseeded = self.steering.begin(start_frame)
+        self.record.use(start_frame, seed)
+        if is_reseeded and seed is not None:
+            self.record.seed(start_frame, seed)
             self._tell_schedule()
+        if seed is not None:
+            self._count()
+        return seed
 
     def read_prompt(self, check: Callable[[list[Any]], None]) -> tuple[list[Any], str] | None:
-        with self.changed:
-            typed, self.typed = self.typed, None
+        """Return the CONDITIONING of the prompt that was typed and what becomes of the history; None if there is none.
+
+        One that cannot be read, or that `check` refuses, is said to be refused and is none.
+        """
+        typed = self.steering.take_prompt()
         if typed is None or self.read is None:
             return None
         text, history = typed
         try:
-            made = self.read(text)
-            check(made)
+            conditioning = self.read(text)
+            check(conditioning)
         except host.Interrupted:
             raise
         except Exception as error:  # a long run does not end because of a sentence typed into it
@@ -295,9 +200,10 @@ class Live:
             return None
         self._count()
         self.read_text = text
-        return made, history
+        return conditioning, history
 
     def took_prompt(self, start_frame: int, history: str) -> None:
+        """Note that the prompt that was read last holds from this chunk on."""
         self.record.use(start_frame, None)
         self.record.prompt(start_frame, self.read_text, history)
         self._tell_schedule()
@@ -306,17 +212,17 @@ class Live:
         self.outbox.put(schedule=self.record.text())
 
     def _count(self) -> None:
-        """From here on the result is another than that of the node's inputs."""
+        """Note that the result is another than that of the node's inputs from here on."""
         if not self.is_steered:
             self.is_steered = True
             _steered[self.own_seed] += 1
 
     def say(self, message: str) -> None:
-        """A line for the user below the player."""
+        """Show the user a line below the player."""
         self.outbox.put(message=message)
 
     def close(self, ending: str, files: list[dict[str, Any]]) -> None:
-        """The run is over, whole, finished early or stopped, and has written these files; returns at once."""
+        """End the run, whole, finished early or stopped, that has written these files; return at once."""
         if ending == "early":
             self._count()
         self.outbox.put(state="done", ending=ending, files=files, schedule=self.record.text())
@@ -324,7 +230,7 @@ class Live:
 
     # ------------------------------------------------------ the server's loop --
     def command(self, message: dict[str, Any]) -> None:
-        """What the page asks for. Raises ValueError with value, rule and remedy."""
+        """Do what the page asks for. Raises ValueError with value, rule and remedy."""
         action = message.get("action")
         if action == "ack":
             self._acknowledged(message)
@@ -334,29 +240,25 @@ class Live:
             return
         if self.outbox.is_closed:
             raise ValueError("the run is over; queue it again")
-        with self.changed:
-            if action == "prompt":
-                self.typed = self._typed(message)
-            elif action == "seed":
-                self.seed, self.is_reseeded = _whole(message, "seed"), True
-            elif action == "hold":
-                self.is_held = True
-            elif action == "go_on":
-                self.is_held, self.is_released = False, True  # also where the next chunk is to be held at once
-            elif action == "reroll":
-                if not self.is_waiting:
-                    raise ValueError("no chunk is held; press Hold first and wait until it is")
-                self.next_seed = _whole(message, "seed")
-            elif action == "finish":
-                self.is_finishing = True
-            else:
-                raise ValueError(f"action {str(action)[:40]!r} is unknown; use {', '.join(ACTIONS)}")
-            self.changed.notify_all()
+        if action == "prompt":
+            self.steering.type_prompt(*self._typed(message))
+        elif action == "seed":
+            self.steering.reseed(_whole(message, "seed"))
+        elif action == "hold":
+            self.steering.hold()
+        elif action == "go_on":
+            self.steering.go_on()
+        elif action == "reroll":
+            self.steering.reroll(_whole(message, "seed"))
+        elif action == "finish":
+            self.steering.finish()
+        else:
+            raise ValueError(f"action {str(action)[:40]!r} is unknown; use {', '.join(ACTIONS)}")
 
     def refusal(self, message: dict[str, Any]) -> str | None:
-        """Why this command is not taken from whoever sent it; None: it is. An older page's answers harm nobody."""
+        """Return why a command is not taken from whoever sent it; None: it is. An older page's answers harm nobody."""
         client = message.get("client")
-        if client == self.client or (client is None and message.get("action") == "ack"):
+        if client == self.audience.client or (client is None and message.get("action") == "ack"):
             return None
         if client is None:
             return "this page's player is older than its server and does not say who it is; reload the page"
@@ -369,9 +271,9 @@ class Live:
             self._saw(frame)
 
     def _saw(self, frame: int) -> None:
-        with self.changed:
+        with self.steering.changed:  # whoever waits because too much is ahead looks again
             self.viewer.tell(frame)
-            self.changed.notify_all()
+            self.steering.changed.notify_all()
 
     def _typed(self, message: dict[str, Any]) -> tuple[str, str]:
         text, history = message.get("text"), message.get("history", HISTORIES[0])
@@ -387,31 +289,37 @@ class Live:
 
 
 def open_live(
-    record: SteeringRecord, *, fps: float, lengths: Sequence[int], read: Reader | None, seed: int, pace: float,
+    record: SteeringRecord,
+    *,
+    fps: float,
+    lengths: Sequence[int],
+    read: Reader | None,
+    seed: int,
+    pace: float,
     hidden: Any,
-) -> Live | None:  # fmt: skip
-    """A player for the node that runs now, with this seed and these hidden inputs; None where no page queued it.
+) -> Live | None:
+    """Return a player for the node that runs now, with this seed and hidden inputs; None where no page queued it.
 
     lengths: latent frames of each chunk. pace: seconds of video that may be made and not yet shown; 0 is no limit.
     """
-    audience = host.audience()
+    audience = page.audience()
     if audience is None:
         return None
     return Live(audience, record, fps=fps, lengths=lengths, read=read, seed=seed, pace=pace, hidden=hidden)
 
 
 def times_steered(seed: int | None) -> int:
-    """How many runs with this seed became something else by what was done in their players; None: with any.
+    """Return how many runs with this seed became something else by what was done in their players; None: any seed.
 
-    The host files a result under its node's inputs. With this count among them a steered one is never found again. By
-    the seed and not by the node, since the host finds results of equal inputs for every node.
+    ComfyUI files a result under its node's inputs. With this count among them a steered one is never found again. By
+    the seed and not by the node, since ComfyUI finds results of equal inputs for every node.
     """
     return _steered.total() if seed is None else _steered[seed]
 
 
 def add_route() -> None:
-    """Once, while the host loads the pack."""
-    server = host.server()
+    """Add the route of the page's commands; once, while ComfyUI loads the pack."""
+    server = page.server()
     if server is not None:
         server.routes.post(ROUTE)(_answer)
 
@@ -439,11 +347,11 @@ async def _answer(request: web.Request) -> web.Response:
 
 
 def _named(message: dict[str, Any]) -> Live | None:
-    """The run that a command is for: by its name, or, to finish it, by the prompt that is being executed."""
+    """Return the run that a command is for: by its name, or, to finish it, by the prompt that is being executed."""
     if "run" in message or message.get("action") != "finish":
         return _runs.get(str(message.get("run")))
     running = (live for live in list(_runs.values()) if not live.outbox.is_closed)
-    return next((live for live in running if live.prompt == message.get("prompt_id")), None)
+    return next((live for live in running if live.audience.prompt == message.get("prompt_id")), None)
 
 
 def _not_running(message: dict[str, Any]) -> str:
@@ -456,14 +364,14 @@ def _not_running(message: dict[str, Any]) -> str:
 
 
 def _queued_from(hidden: Any) -> dict[str, str]:
-    """Which of a page's open workflows queued the run: the workflow's id and the page's own mark; {} from scripts."""
+    """Return which of a page's workflows queued the run: the workflow's id, the page's own mark; {} from scripts."""
     pnginfo = getattr(hidden, "extra_pnginfo", None)
     workflow = pnginfo.get("workflow") if isinstance(pnginfo, dict) else None
     if not isinstance(workflow, dict):
         return {}
     extra = workflow.get("extra")
-    found = {"workflow": workflow.get("id"), "tab": extra.get(TAB) if isinstance(extra, dict) else None}
-    return {name: value for name, value in found.items() if isinstance(value, str)}
+    origin = {"workflow": workflow.get("id"), "tab": extra.get(TAB) if isinstance(extra, dict) else None}
+    return {name: value for name, value in origin.items() if isinstance(value, str)}
 
 
 def _parsed(body: bytes) -> dict[str, Any]:
@@ -481,18 +389,3 @@ def _whole(message: dict[str, Any], name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
         raise ValueError(f"{name} {str(value)[:40]!r} is no whole number from 0 to 2**64 - 1")
     return value
-
-
-def _small(frames_VRHW: Tensor) -> list[Tensor]:
-    """Frames in bytes [H, W, R] in main memory, no side longer than FRAME_SIZE."""
-    longest = max(frames_VRHW.shape[-2:])
-    if longest > FRAME_SIZE:
-        height, width = (max(1, round(side * FRAME_SIZE / longest)) for side in frames_VRHW.shape[-2:])
-        frames_VRHW = interpolate(frames_VRHW.float(), (height, width), mode="area")
-    return list((frames_VRHW.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu())
-
-
-def _jpeg(frame_HWR: Tensor) -> str:
-    file = io.BytesIO()
-    Image.fromarray(frame_HWR.numpy()).save(file, "JPEG", quality=JPEG_QUALITY)
-    return base64.b64encode(file.getvalue()).decode()

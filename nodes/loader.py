@@ -12,9 +12,11 @@ from ..selfforcing_core.checkpoint import Checkpoint, read_checkpoint
 from ..selfforcing_core.config import CACHE_SOURCES, CausalConfig, StepConfig
 from ..selfforcing_core.hub import resolve_model, resolve_taehv
 from ..selfforcing_core.taehv_releases import LATENT_SPACES, WAN, WAN_UNSCALED, expect_latent_space
-from . import host
+from . import folders, host, page
 from .autoencoder import TAEHVAutoencoder
-from .causal_model import (
+from .causal_model import with_settings
+from .model_file import model_from_checkpoint
+from .model_settings import (
     AUTO,
     BASE,
     CAUSAL,
@@ -23,9 +25,7 @@ from .causal_model import (
     SINK_AUTO,
     Settings,
     causal_settings,
-    model_from_checkpoint,
     settings_of,
-    with_settings,
 )
 
 # Parts of file names that a new node chooses before others.
@@ -53,30 +53,33 @@ def _expect(checkpoint: Checkpoint, kind: str, choice: str, remedy: str) -> None
         raise ValueError(f"{choice!r} holds a model of kind {checkpoint.kind!r}, not {kind!r}; {remedy}")
 
 
-def _latent_space(checkpoint: Checkpoint, chosen: str, name: str) -> str:
-    """Whose latents a TAEHV decodes: as it says itself, else as the widget says.
+def _latent_space(checkpoint: Checkpoint, choice: str, name: str) -> str:
+    """Return whose latents a TAEHV decodes: as it says itself, else as the widget says.
 
     Raises ValueError where neither says so, and for the TAEHV of another released model than Wan 2.1. A name outside
     the released ones is that of a small model's own space, which the decoders' users compare.
     """
-    said = checkpoint.latent_space
-    if said is not None and chosen not in ("auto", said):
-        host.show_text(f"{name} says that it decodes latents of {said}; latents={chosen} is not followed")
-    if said is None or (said in LATENT_SPACES and said != WAN_UNSCALED):
-        known = chosen if said is None and chosen != "auto" else said
-        expect_latent_space(known, checkpoint.config, WAN, name, say="latents")
+    file_space = checkpoint.latent_space
+    if file_space is not None and choice not in ("auto", file_space):
+        page.show_text(f"{name} says that it decodes latents of {file_space}; latents={choice} is not followed")
+    if file_space is None or (file_space in LATENT_SPACES and file_space != WAN_UNSCALED):
+        known = choice if file_space is None and choice != "auto" else file_space
+        expect_latent_space(known, checkpoint.config, WAN, name, setting="latents")
         return WAN
-    return said
+    return file_space
 
 
 def load_model(unet_name: str, weight_dtype: str, weights: str, kind: str, disable_dynamic: bool = False) -> Any:
-    """The MODEL of a file. ComfyUI calls this again, by its own name for the last, for a copy on another device."""
-    checkpoint = read_checkpoint(host.file_of(unet_name, resolve_model, host.MODEL_FOLDER), weights=weights)
+    """Return the MODEL of a file. ComfyUI calls this again, by its name for the last, for a copy on another device."""
+    checkpoint = read_checkpoint(folders.file_of(unet_name, resolve_model, folders.MODEL_FOLDER), weights=weights)
     _expect(checkpoint, "wan", unet_name, "choose a video model")
     model = model_from_checkpoint(
-        checkpoint, kind=kind, dtype=WEIGHT_DTYPES[weight_dtype], is_fast_fp8=weight_dtype.endswith("_fast"),
+        checkpoint,
+        kind=kind,
+        dtype=WEIGHT_DTYPES[weight_dtype],
+        is_fast_fp8=weight_dtype.endswith("_fast"),
         is_dynamic=not disable_dynamic,
-    )  # fmt: skip
+    )
     model.cached_patcher_init = load_model, (unet_name, weight_dtype, weights, kind)
     return model
 
@@ -96,7 +99,7 @@ class SelfForcingModelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "unet_name",
-                    options=host.file_choices(host.MODEL_FOLDER, likely=host.LIKELY_MODELS),
+                    options=folders.file_choices(folders.MODEL_FOLDER, likely=folders.LIKELY_MODELS),
                     tooltip="A file of models/diffusion_models, or a bundled model (with its own TAEHV and text "
                     "encoder).",
                 ),
@@ -106,7 +109,7 @@ class SelfForcingModelLoader(io.ComfyNode):
                     default="default",
                     tooltip="Number type of the weights in memory. default: what suits the device; "
                     "the 16-bit types take half the memory of float32, the fp8 types a quarter. fast: multiplies in "
-                    "fp8 too, where the card can.",
+                    "fp8 too, where the GPU can.",
                 ),
                 io.Combo.Input(
                     "weights",
@@ -135,7 +138,7 @@ class SelfForcingModelLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, unet_name: str = "", **_: object) -> str:
-        return host.fingerprint(host.file_of(unet_name, resolve_model, host.MODEL_FOLDER)) if unet_name else ""
+        return folders.fingerprint(folders.file_of(unet_name, resolve_model, folders.MODEL_FOLDER)) if unet_name else ""
 
 
 class SelfForcingPatchModel(io.ComfyNode):
@@ -159,17 +162,24 @@ class SelfForcingPatchModel(io.ComfyNode):
                     tooltip="causal: trained chunk by chunk. few-step bidirectional: all frames at once in few steps.",
                 ),
                 io.Int.Input(
-                    "chunk", default=3, min=1, max=1000,
+                    "chunk",
+                    default=3,
+                    min=1,
+                    max=1000,
                     tooltip="Latent frames that the weights were trained to denoise together: 3 chunk-wise, 1 "
                     "frame-wise.",
                 ),
                 io.Float.Input(
-                    "shift", default=5.0, min=0.1, max=100.0, step=0.1,
-                    tooltip="Timestep shift of the schedule (a ratio). 5 for Self Forcing; the host assumes 8 for Wan.",
+                    "shift",
+                    default=5.0,
+                    min=0.1,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Timestep shift of the schedule (a ratio). 5 for Self Forcing; ComfyUI assumes 8 for Wan.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The same model, prepared.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, model: Any, kind: str, chunk: int, shift: float) -> io.NodeOutput:
@@ -191,57 +201,86 @@ class SelfForcingCacheOptions(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="From Load Model (Self Forcing) or Patch Model (Self Forcing)."),
                 io.Int.Input(
-                    "chunk", default=AUTO, min=0, max=1000,
+                    "chunk",
+                    default=AUTO,
+                    min=0,
+                    max=1000,
                     tooltip="Latent frames denoised together (one is 4 video frames). 0 is auto: as trained.",
                 ),
                 io.Int.Input(
-                    "window", default=AUTO, min=-1, max=100000,
+                    "window",
+                    default=AUTO,
+                    min=-1,
+                    max=100000,
                     tooltip="Latent frames kept in the KV cache, the current chunk included; fewer need less memory "
                     "and time. -1: the whole video; 0 is auto: as trained.",
                 ),
                 io.Int.Input(
-                    "sink", default=SINK_AUTO, min=-1, max=100000,
+                    "sink",
+                    default=SINK_AUTO,
+                    min=-1,
+                    max=100000,
                     tooltip="First latent frames that never leave the window. 0: none; -1 is auto: as trained.",
                 ),
                 io.Float.Input(
-                    "context_noise", default=NOISE_AUTO, min=-1.0, max=999.0, step=1.0,
+                    "context_noise",
+                    default=NOISE_AUTO,
+                    min=-1.0,
+                    max=999.0,
+                    step=1.0,
                     tooltip="Timestep (0 to 999) at which a finished chunk is written into the cache. 0: clean; "
                     "-1 is auto: as trained.",
                 ),
                 io.Combo.Input(
-                    "cache_dtype", options=list(CACHE_DTYPES), default="default",
+                    "cache_dtype",
+                    options=list(CACHE_DTYPES),
+                    default="default",
                     tooltip="Number type of the KV cache. default: that of the computation; float8 and int8 take half "
                     "of 16 bits and are less exact; int8 is the more exact of the two.",
                 ),
                 io.Combo.Input(
-                    "cache_device", options=["default", "cpu"], default="default",
-                    tooltip="Where the KV cache lies. cpu: in main memory, which frees the card and is much slower.",
+                    "cache_device",
+                    options=["default", "cpu"],
+                    default="default",
+                    tooltip="Where the KV cache lies. cpu: in CPU memory, which frees the GPU and is much slower.",
                 ),
                 io.Combo.Input(
-                    "cache_source", options=["auto", *CACHE_SOURCES], default="auto", optional=True,
+                    "cache_source",
+                    options=["auto", *CACHE_SOURCES],
+                    default="auto",
+                    optional=True,
                     tooltip="What of a finished chunk stays in the cache. clean: one more pass over it; last_step: "
                     "what its last denoising step wrote, one pass fewer, for models trained so. auto: as trained.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model with these settings.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, model: Any, chunk: int, window: int, sink: int, context_noise: float, cache_dtype: str, cache_device: str,
+        cls,
+        model: Any,
+        chunk: int,
+        window: int,
+        sink: int,
+        context_noise: float,
+        cache_dtype: str,
+        cache_device: str,
         cache_source: str = "auto",
-    ) -> io.NodeOutput:  # fmt: skip
+    ) -> io.NodeOutput:
         settings = settings_of(model)
         causal = causal_settings(settings.causal, chunk, window, sink)
         if context_noise != NOISE_AUTO:
             causal = replace(causal, context_noise=context_noise)
         if cache_source != "auto":
             causal = replace(causal, cache_source=cache_source)
-        chosen = replace(
-            settings, causal=causal, cache_dtype=CACHE_DTYPES[cache_dtype],
+        changed = replace(
+            settings,
+            causal=causal,
+            cache_dtype=CACHE_DTYPES[cache_dtype],
             cache_device=None if cache_device == "default" else cache_device,
-        )  # fmt: skip
-        return io.NodeOutput(with_settings(model, chosen))
+        )
+        return io.NodeOutput(with_settings(model, changed))
 
 
 class SelfForcingTAEHVLoader(io.ComfyNode):
@@ -259,7 +298,7 @@ class SelfForcingTAEHVLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "vae_name",
-                    options=host.file_choices(*host.TAEHV_FOLDERS, likely=host.LIKELY_TAEHVS),
+                    options=folders.file_choices(*folders.TAEHV_FOLDERS, likely=folders.LIKELY_TAEHVS),
                     tooltip="A TAEHV file of models/vae_approx or models/vae (taew2_1, lighttaew2_1), or the bundled "
                     "autoencoder of a bundled model.",
                 ),
@@ -278,11 +317,11 @@ class SelfForcingTAEHVLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae_name: str, latents: str = "auto") -> io.NodeOutput:
-        checkpoint = read_checkpoint(host.file_of(vae_name, resolve_taehv, *host.TAEHV_FOLDERS))
-        _expect(checkpoint, "taehv", vae_name, "choose a TAEHV file such as taew2_1; the host's Load VAE reads others")
+        checkpoint = read_checkpoint(folders.file_of(vae_name, resolve_taehv, *folders.TAEHV_FOLDERS))
+        _expect(checkpoint, "taehv", vae_name, "choose a TAEHV file such as taew2_1; ComfyUI's Load VAE reads others")
         space = _latent_space(checkpoint, latents, vae_name)
         return io.NodeOutput(TAEHVAutoencoder(checkpoint, name=vae_name, latent_space=space))
 
     @classmethod
     def fingerprint_inputs(cls, vae_name: str = "", **_: object) -> str:
-        return host.fingerprint(host.file_of(vae_name, resolve_taehv, *host.TAEHV_FOLDERS)) if vae_name else ""
+        return folders.fingerprint(folders.file_of(vae_name, resolve_taehv, *folders.TAEHV_FOLDERS)) if vae_name else ""

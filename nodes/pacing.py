@@ -18,16 +18,16 @@ class Viewer:
         self.is_moving = False
 
     def tell(self, frame: int) -> None:
-        """This frame is on screen."""
+        """Note that this frame is on screen."""
         self.is_moving = self.frame is not None and frame > self.frame
         self.frame, self.told_at = frame, time.monotonic()
 
     def forget(self) -> None:
-        """The page is gone; nothing is known until one speaks again."""
+        """Note that the page is gone: nothing is known until one speaks again."""
         self.frame, self.is_moving = None, False
 
-    def seconds_ahead(self, made: int) -> float | None:
-        """Of `made` frames, those behind the one on screen, in seconds; None: unknown.
+    def seconds_ahead(self, num_frames: int) -> float | None:
+        """Return how many seconds of `num_frames` made ones lie behind the one on screen; None: unknown.
 
         A moving picture is taken to have moved on since, for as long as a page may be silent about it.
         """
@@ -35,4 +35,4 @@ class Viewer:
         if frame is None or since > SILENT:
             return None
         passed = min(since, TRUSTED) if self.is_moving else 0.0
-        return max(0.0, (made - 1 - frame) / self.fps - passed)
+        return max(0.0, (num_frames - 1 - frame) / self.fps - passed)

@@ -77,9 +77,9 @@ def check_model_options(model_options: Mapping[str, Any]) -> None:
         )
     options = model_options.get("transformer_options", {})
     for wrappers in options.get("wrappers", {}).values():
-        found = next((name for key, name in STEP_SAVERS.items() if wrappers.get(key)), None)
-        if found is not None:
-            raise _refuse(f"{found}, which skips evaluations that have to write into the cache")
+        step_saver = next((name for key, name in STEP_SAVERS.items() if wrappers.get(key)), None)
+        if step_saver is not None:
+            raise _refuse(f"{step_saver}, which skips evaluations that have to write into the cache")
     check_transformer_options(options)
     for name in sorted(set(options.get("patches", {})) & WITHOUT_EFFECT):
         log.warning("%s has no effect on a Wan model, here as in ComfyUI's own sampling", name)
@@ -114,32 +114,34 @@ def check_transformer_options(options: Mapping[str, Any]) -> None:
 
 def check_prompt_inputs(names: Mapping[str, Any]) -> None:
     """Raise ValueError for what a prompt adds to the whole video. names: of the prompt's inputs to the network."""
-    found = next((name for name in WHOLE_VIDEO_INPUTS if name in names), None)
-    if found is not None:
+    foreign = next((name for name in WHOLE_VIDEO_INPUTS if name in names), None)
+    if foreign is not None:
         raise ValueError(
-            f"the prompt carries {WHOLE_VIDEO_INPUTS[found]} ({found}), which does not go with generating chunk by "
+            f"the prompt carries {WHOLE_VIDEO_INPUTS[foreign]} ({foreign}), which does not go with generating chunk by "
             "chunk; take it out of the prompt"
         )
 
 
 def rope_axes(options: Mapping[str, Any]) -> Axes | None:
-    """Scale and shift of the positions of time, height and width; None where nothing is scaled.
+    """Return scale and shift of the positions of time, height and width; None where nothing is scaled.
 
     As ComfyUI's Wan has it: positions 0, 1, ... become shift + scale * position. Raises ValueError for other options.
     """
-    given = options.get("rope_options")
-    if not given:
+    rope_options = options.get("rope_options")
+    if not rope_options:
         return None
     known = {f"{kind}_{axis}" for kind in ("scale", "shift") for axis in ROPE_AXES}
-    unknown = sorted(name for name, value in given.items() if name not in known and value)
+    unknown = sorted(name for name, value in rope_options.items() if name not in known and value)
     if unknown:
         raise _refuse(f"RoPE options that are not known here ({', '.join(unknown)})")
-    t, y, x = ((float(given.get(f"scale_{axis}", 1)), float(given.get(f"shift_{axis}", 0))) for axis in ROPE_AXES)
+    t, y, x = (
+        (float(rope_options.get(f"scale_{axis}", 1)), float(rope_options.get(f"shift_{axis}", 0))) for axis in ROPE_AXES
+    )
     return t, y, x
 
 
 def has_wrappers(model_options: Mapping[str, Any]) -> bool:
-    """Whether others stand around an evaluation, who may change what the network is given from one to the next."""
+    """Return whether others stand around an evaluation, who may change what the network is given each time."""
     kinds = model_options.get("transformer_options", {}).get("wrappers", {}).values()
     others = any(functions for keys in kinds for key, functions in keys.items() if key not in HARMLESS_WRAPPERS)
     return others or any(
@@ -148,8 +150,8 @@ def has_wrappers(model_options: Mapping[str, Any]) -> bool:
 
 
 # -------------------------------------------------------------- attention --
-def hosts_attention(options: Mapping[str, Any]) -> Callable[..., Tensor] | None:
-    """The attention of ComfyUI's own Wan where the user chose one; None where torch's own is as good.
+def comfyui_attention(options: Mapping[str, Any]) -> Callable[..., Tensor] | None:
+    """Return the attention of ComfyUI's own Wan where the user chose one; None where torch's own is as good.
 
     It is chosen by a node (`optimized_attention_override`), by an option of the command line, by an installed xformers,
     or by a pack that replaces the function. Torch's, and what ComfyUI takes by itself where it does not trust torch's,
@@ -163,8 +165,8 @@ def hosts_attention(options: Mapping[str, Any]) -> Callable[..., Tensor] | None:
 
 
 def attention_note(options: Mapping[str, Any]) -> str:
-    """Which attention the passes of a run use, for the log."""
-    function = hosts_attention(options)
+    """Return which attention the passes of a run use, for the log."""
+    function = comfyui_attention(options)
     if function is None:
         return "attention: torch's scaled_dot_product_attention"
     if OVERRIDE in options:
@@ -177,10 +179,10 @@ def _name(function: Any) -> str:
 
 
 # ---------------------------------------------------------------- modules --
-def check_module(path: str, module: nn.Module, *, is_hosts: bool = True) -> None:
+def check_module(path: str, module: nn.Module, *, is_comfyuis: bool = True) -> None:
     """Raise ValueError if a module whose place our network takes does not do what ComfyUI's own does.
 
-    is_hosts: it has to be of a class of ComfyUI, not only to be left as its class has it.
+    is_comfyuis: it has to be of a class of ComfyUI, not only to be left as its class has it.
     """
     module = getattr(module, "_orig_mod", module)  # compiled: the same function
     kind = type(module)
@@ -192,12 +194,12 @@ def check_module(path: str, module: nn.Module, *, is_hosts: bool = True) -> None
         raise _refuse(f"another {changed} of {where}{hint}")
     if module._forward_hooks or module._forward_pre_hooks:
         raise _refuse(f"a forward hook on {where}")
-    if is_hosts and not _is_of_comfyui(module):
+    if is_comfyuis and not _is_of_comfyui(module):
         raise _refuse(f"another {where}: {kind.__module__}.{kind.__qualname__}{hint}")
 
 
 def is_changed(module: nn.Module) -> bool:
-    """Whether a module of a block is another one than ComfyUI's, or does something else than its class has it do."""
+    """Return whether a module of a block is not ComfyUI's own, or does something else than its class has it do."""
     module = getattr(module, "_orig_mod", module)
     has_hooks = bool(module._forward_hooks or module._forward_pre_hooks)
     return has_hooks or not _is_of_comfyui(module) or next(_changed_methods(module), None) is not None
@@ -208,7 +210,7 @@ def _is_of_comfyui(module: nn.Module) -> bool:
 
 
 def _changed_methods(module: nn.Module) -> Iterator[str]:
-    """Methods of its class that the instance has replaced. ComfyUI leaves the class's own there after a patch."""
+    """Yield methods that an instance has replaced. ComfyUI leaves the class's own there after a patch."""
     for name, value in vars(module).items():
         own = getattr(type(module), name, None)
         if callable(own) and name not in _TORCH_METHODS and value is not None:
@@ -219,19 +221,19 @@ def _changed_methods(module: nn.Module) -> Iterator[str]:
 
 # --------------------------------------------------------------- weights --
 def unapplied_names(patcher: Any, names: Iterable[str]) -> list[str]:
-    """Parameters of the network for which the MODEL carries a patch that ComfyUI has not applied."""
+    """Return the network's parameters for which the MODEL carries a patch that ComfyUI has not applied."""
     keys = ((name, f"diffusion_model.{name}") for name in names)
     return [name for name, key in keys if key in patcher.patches and key not in patcher.backup]
 
 
 def unapplied_weights(patcher: Any, names: Iterable[str]) -> dict[str, Tensor]:
-    """What a LoRA makes of parameters that ComfyUI leaves as they are, float32, by their names in the network.
+    """Return what a LoRA makes of parameters that ComfyUI leaves as they are, float32, by their names.
 
     ComfyUI applies a patch where a module has nothing but its own parameters; a block's modulation is not such a one.
     """
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for name in unapplied_names(patcher, names):
         key = f"diffusion_model.{name}"
         weight = patcher.get_model_object(key).to(patcher.load_device, torch.float32, copy=True)
-        found[name] = comfy.lora.calculate_weight(patcher.patches[key], weight, key)
-    return found
+        weights[name] = comfy.lora.calculate_weight(patcher.patches[key], weight, key)
+    return weights

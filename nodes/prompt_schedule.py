@@ -8,8 +8,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..selfforcing_core.prompt_schedule import HISTORIES, Entry, parse_schedule, schedule_note
-from . import host
-from .prompts import READER, ClipReader, Moment, Reader, Reseeding
+from . import folders, host, page
+from .prompts import READER, ClipReader, PromptStart, Reader, SeedStart
 from .text import TextReader
 
 
@@ -54,7 +54,7 @@ class SelfForcingPromptSchedule(io.ComfyNode):
                 io.Clip.Input("clip", optional=True, tooltip="From Load CLIP (type wan), for full-size models."),
                 io.Combo.Input(
                     "text_encoder",
-                    options=host.text_encoder_choices(),
+                    options=folders.text_encoder_choices(),
                     optional=True,
                     tooltip="Where clip is not connected: as in Text Encode (Self Forcing).",
                 ),
@@ -64,6 +64,7 @@ class SelfForcingPromptSchedule(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, text: str | None = None) -> bool | str:
+        """Check the text before anything runs, so that a mistake in its last line costs no video."""
         try:
             parse_schedule(text or "")
         except ValueError as error:
@@ -79,27 +80,29 @@ class SelfForcingPromptSchedule(io.ComfyNode):
         read: Reader = TextReader(text_encoder) if clip is None else ClipReader(clip)  # type: ignore[arg-type]
         entries, note = parse_schedule(text), schedule_note(text)
         if note is not None:
-            host.show_text(note)
+            page.show_text(note)
         if entries[0].fps not in (None, fps):
-            host.show_text(
+            page.show_text(
                 f"times are read at the {entries[0].fps:g} fps that the text says; the widget's {fps:g} are not used"
             )
         fps = entries[0].fps or fps
-        made = []
+        conditioning = []
         for entry in entries:
             if entry.prompt or entry is entries[0]:
                 carried = _carried(entry, entries, history, fps)
-                made += [[embeds, {**options, READER: read, **carried}] for embeds, options in read(entry.prompt)]
-        return io.NodeOutput(made)
+                conditioning += [
+                    [embeddings, {**options, READER: read, **carried}] for embeddings, options in read(entry.prompt)
+                ]
+        return io.NodeOutput(conditioning)
 
     @classmethod
     def fingerprint_inputs(cls, text_encoder: str | None = None, **_: object) -> str:
-        return host.fingerprint(host.text_encoder_folder(text_encoder)) if text_encoder else ""
+        return folders.fingerprint(folders.text_encoder_folder(text_encoder)) if text_encoder else ""
 
 
 def _carried(entry: Entry, entries: Sequence[Entry], history: str, fps: float) -> dict[str, Any]:
-    """When a prompt holds; the first also carries the seeds of all entries."""
+    """Return when a prompt holds; the first also carries the seeds of all entries."""
     if entry is not entries[0]:
-        return {Moment.KEY: Moment(entry.seconds, fps, entry.history or history)}
-    seeds = tuple(Reseeding(each.seconds, fps, each.seed) for each in entries if each.seed is not None)
-    return {Reseeding.KEY: seeds} if seeds else {}
+        return {PromptStart.KEY: PromptStart(entry.seconds, fps, entry.history or history)}
+    seeds = tuple(SeedStart(each.seconds, fps, each.seed) for each in entries if each.seed is not None)
+    return {SeedStart.KEY: seeds} if seeds else {}

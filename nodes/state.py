@@ -9,9 +9,9 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..selfforcing_core.snapshot import Snapshot
-from . import host
+from . import folders, host
 from .sampler import State
-from .sampling import StateHolder
+from .sampling import SnapshotHolder
 
 SUFFIX = ".state.safetensors"
 
@@ -47,16 +47,16 @@ class SelfForcingSnapshot(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, state: StateHolder, filename_prefix: str, after: Any = None) -> io.NodeOutput:
+    def execute(cls, state: SnapshotHolder, filename_prefix: str, after: Any = None) -> io.NodeOutput:
         snapshot = state.filled()
         folder, name, counter, _, _ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory()
         )
-        taken = {path.name for path in Path(folder).glob(f"{name}_*{SUFFIX}")}
-        while f"{name}_{counter:05}{SUFFIX}" in taken:
+        names = {path.name for path in Path(folder).glob(f"{name}_*{SUFFIX}")}
+        while f"{name}_{counter:05}{SUFFIX}" in names:
             counter += 1
         snapshot.save(Path(folder) / f"{name}_{counter:05}{SUFFIX}")
-        return io.NodeOutput(StateHolder(snapshot))
+        return io.NodeOutput(SnapshotHolder(snapshot))
 
 
 class SelfForcingResume(io.ComfyNode):
@@ -73,17 +73,18 @@ class SelfForcingResume(io.ComfyNode):
             "window; a longer length goes on, another prompt or seed branches off.",
             inputs=[
                 io.Combo.Input(
-                    "state_name", options=host.state_choices(SUFFIX),
+                    "state_name",
+                    options=folders.snapshot_choices(SUFFIX),
                     tooltip="A saved state of the output folder, or of the input folder.",
                 )
             ],
             outputs=[State.Output(display_name="state", tooltip="For a sampler of this pack.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, state_name: str) -> io.NodeOutput:
-        return io.NodeOutput(StateHolder(Snapshot.load(host.state_file(state_name))))
+        return io.NodeOutput(SnapshotHolder(Snapshot.load(folders.snapshot_file(state_name))))
 
     @classmethod
     def fingerprint_inputs(cls, state_name: str = "", **_: object) -> str:
-        return host.fingerprint(host.state_file(state_name)) if state_name else ""
+        return folders.fingerprint(folders.snapshot_file(state_name)) if state_name else ""

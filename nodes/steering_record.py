@@ -7,7 +7,7 @@ from typing import Any
 
 from ..selfforcing_core.geometry import pixel_frames
 from ..selfforcing_core.prompt_schedule import OWN_SEED, Entry, moment_of, schedule_text, seed_at
-from .prompts import Planned
+from .prompts import Timeline
 
 USUAL_FPS = 16.0  # of Wan; a schedule in other frames per second says so
 TEXT_LETTERS = 120  # of a prompt in the list of events
@@ -19,17 +19,17 @@ class SteeringRecord:
     Chunks are named by their first latent frame. lengths: latent frames of all chunks. fps: the video's clock.
     """
 
-    def __init__(self, plan: Planned, lengths: Sequence[int], fps: float) -> None:
-        self.plan, self.fps = plan, fps
+    def __init__(self, timeline: Timeline, lengths: Sequence[int], fps: float) -> None:
+        self.timeline, self.fps = timeline, fps
         self.starts = [sum(lengths[:index]) for index in range(len(lengths))]
-        self.prompts = dict(plan.prompts)
+        self.prompts = dict(timeline.prompts)
         self.seeds: dict[int, int] = {}  # by hand: of every chunk that had one
-        self.first = plan.first
+        self.first = timeline.first
         self.events: list[dict[str, Any]] = []
         self.latest = self.starts[-1]  # the last chunk that was begun; a run that nobody follows makes them all
 
     def prompt(self, start: int, text: str, history: str) -> None:
-        """A typed prompt holds from this chunk on; of several for one chunk the last."""
+        """Note that a typed prompt holds from this chunk on; of several for one chunk the last."""
         if start == 0:
             self.first = text
         else:
@@ -37,28 +37,28 @@ class SteeringRecord:
         self._note("prompt", start, text=_shortened(text), history=history)
 
     def seed(self, start: int, seed: int) -> None:
-        """Another seed holds from this chunk on."""
+        """Note that another seed holds from this chunk on."""
         self._note("seed", start, seed=seed)
 
     def reroll(self, start: int, seed: int) -> None:
-        """This chunk is made once more with a seed."""
+        """Note that this chunk is made once more with a seed."""
         self._note("reroll", start, seed=seed)
 
     def use(self, start: int, seed: int | None) -> None:
-        """This chunk is being made with a seed given by hand; None: with that of the run or its schedule."""
+        """Note that this chunk is being made with a seed given by hand; None: with that of the run or its schedule."""
         self.latest = start
         if seed is not None:
             self.seeds[start] = seed
 
     def text(self) -> str:
-        """The Prompt Schedule text that repeats the run as far as it was begun, with its seed and other inputs.
+        """Return the Prompt Schedule text that repeats the run as far as it was begun, with its seed and other inputs.
 
         The first prompt is empty where its text is not known, which Prompt Schedule refuses.
         """
         entries, before = [], None
         rate = None if self.fps == USUAL_FPS else self.fps
         for start in (start for start in self.starts if start <= self.latest):
-            seed = self.seeds.get(start, seed_at(self.plan.seeds, start))
+            seed = self.seeds.get(start, seed_at(self.timeline.seeds, start))
             prompt, history = (self.first, None) if start == 0 else self.prompts.get(start, ("", None))
             changed = None if seed == before else OWN_SEED if seed is None else seed
             if start == 0 or history is not None or changed is not None:

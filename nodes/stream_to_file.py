@@ -14,9 +14,10 @@ from ..selfforcing_core.geometry import PIXEL_STEP, SPATIAL_FACTOR
 from ..selfforcing_core.sound import Samples
 from ..selfforcing_core.video import VideoStream, retag
 from ..selfforcing_core.video_formats import AUTO_QUALITY, FORMATS, check_video
-from . import host
+from . import folders, page
 from .autoencoder import graph_latent, space_of
-from .sampler import SCHEDULE_KEY, SelfForcingStreamSampler, sample
+from .sampler import SelfForcingStreamSampler
+from .stream_run import SCHEDULE_KEY, StreamInputs, sample
 
 log = logging.getLogger(__name__)
 NEEDS_TAEHV = "Stream to File decodes while it samples; connect taehv (Load TAEHV, or Load VAE with Wan's own VAE)"
@@ -36,9 +37,15 @@ class _Files:
     """One growing file per video of the batch, made when the first frames are there."""
 
     def __init__(
-        self, prefix: str, choice: str, fps: float, quality: int, metadata: dict[str, Any], size: tuple[int, int],
+        self,
+        prefix: str,
+        choice: str,
+        fps: float,
+        quality: int,
+        metadata: dict[str, Any],
+        size: tuple[int, int],
         sounds: list[Samples],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.prefix, self.fps, self.quality, self.metadata, self.size = prefix, fps, quality, metadata, size
         self.ending, self.codec = CHOICES[choice]
         self.sounds = sounds  # one for each video, one for all, or none
@@ -46,10 +53,10 @@ class _Files:
         self.open = ExitStack()
         self.subfolder = ""
 
-    def take(self, frames_BVRHW: Tensor) -> None:
+    def append(self, frames_BVRHW: Tensor) -> None:
         """Append a chunk's frames to the files."""
         while len(self.streams) < len(frames_BVRHW):
-            path, self.subfolder = host.output_file(self.prefix, self.ending, *self.size)
+            path, self.subfolder = folders.output_file(self.prefix, self.ending, *self.size)
             sound = self.sounds[min(len(self.streams), len(self.sounds) - 1)] if self.sounds else None
             stream = VideoStream(path, self.fps, self.metadata, codec=self.codec, quality=self.quality, sound=sound)
             self.streams.append(self.open.enter_context(stream))
@@ -62,11 +69,11 @@ class _Files:
         try:
             self.keep_schedule(schedule)
         except (ValueError, OSError) as error:  # the video is whole, and the schedule goes out as text
-            host.show_text(f"the file has no entry {SCHEDULE_KEY}: {error}")
+            page.show_text(f"the file has no entry {SCHEDULE_KEY}: {error}")
         return self.written()
 
     def written(self) -> list[dict[str, str]]:
-        """What the page lists: every file that holds a frame, whole or as far as it was made."""
+        """Return what the page lists: every file that holds a frame, whole or as far as it was made."""
         return [
             dict(ui.SavedResult(stream.path.name, self.subfolder, io.FolderType.output))
             for stream in self.streams
@@ -74,7 +81,7 @@ class _Files:
         ]
 
     def close(self) -> None:
-        """All of them, whatever one of them says to that."""
+        """Close all files, whatever one of them says to that."""
         self.open.close()
 
     def keep_schedule(self, schedule: str) -> None:
@@ -93,9 +100,9 @@ class _Files:
         for sound, stream in zip(self.sounds, self.streams):
             end = stream.num_frames / self.fps
             if sound.seconds > end + 1 / self.fps:
-                host.show_text(f"audio of {sound.seconds:.2f} s is cut at the video's end, {end:.2f} s")
+                page.show_text(f"audio of {sound.seconds:.2f} s is cut at the video's end, {end:.2f} s")
             elif sound.seconds < end - 1 / self.fps:
-                host.show_text(
+                page.show_text(
                     f"audio of {sound.seconds:.2f} s is shorter than the video, {end:.2f} s: silence follows"
                 )
 
@@ -104,10 +111,10 @@ class _Files:
 
 
 def _sounds(audio: dict[str, Any] | None, batch: int) -> list[Samples]:
-    """The rows of an AUDIO: one for each video of the batch, or one for all. Raises ValueError for other numbers."""
+    """Return the rows of an AUDIO: one for each video, or one for all. Raises ValueError for other numbers."""
     if audio is None:
         return []
-    sounds = [Samples(waveform_CS, int(audio["sample_rate"])) for waveform_CS in audio["waveform"]]
+    sounds = [Samples(waveform, int(audio["sample_rate"])) for waveform in audio["waveform"]]
     if len(sounds) not in (1, batch):
         raise ValueError(f"audio has {len(sounds)} rows for {batch} videos; give one for all, or one for each")
     for sound in sounds:
@@ -116,7 +123,7 @@ def _sounds(audio: dict[str, Any] | None, batch: int) -> list[Samples]:
 
 
 class SelfForcingStreamToFile(io.ComfyNode):
-    """Noise to a video file with the Self Forcing rollout. No child of the sampler: the host keeps schemas by class."""
+    """Noise to a video file with the Self Forcing rollout. No child of the sampler: ComfyUI keeps schemas by class."""
 
     fingerprint_inputs = classmethod(SelfForcingStreamSampler.fingerprint_inputs.__func__)  # type: ignore[attr-defined]
 
@@ -155,7 +162,7 @@ class SelfForcingStreamToFile(io.ComfyNode):
                 max=100,
                 optional=True,
                 tooltip=f"The format's own number; {AUTO_QUALITY} is auto. "
-                + ". ".join(f"{made.title}: {made.quality.in_words}" for made in FORMATS.values() if made.quality)
+                + ". ".join(f"{each.title}: {each.quality.in_words}" for each in FORMATS.values() if each.quality)
                 + ". Lossless mkv and gif have none.",
             ),
             io.Audio.Input(
@@ -179,7 +186,7 @@ class SelfForcingStreamToFile(io.ComfyNode):
     def validate_inputs(  # type: ignore[override]
         cls, format: str | None = None, quality: int | None = None
     ) -> bool | str:
-        """What format and quality allow; ComfyUI leaves the check of the inputs that are named here to us."""
+        """Check what format and quality allow; ComfyUI leaves the check of the inputs that are named here to us."""
         if format is not None:
             if format not in CHOICES:
                 return f"format {format!r} is unknown; use {', '.join(CHOICES)}"
@@ -212,19 +219,19 @@ class SelfForcingStreamToFile(io.ComfyNode):
             size = (width * SPATIAL_FACTOR, height * SPATIAL_FACTOR)
         FORMATS[codec].check_size(*(side // PIXEL_STEP * PIXEL_STEP for side in size))
         files = _Files(
-            filename_prefix, format, fps, quality, host.graph_metadata(cls.hidden), size, _sounds(audio, batch)
+            filename_prefix, format, fps, quality, page.graph_metadata(cls.hidden), size, _sounds(audio, batch)
         )
         try:
-            made = sample(
-                take=files.take, taehv=taehv, latent_image=latent_image, fps=fps, hidden=cls.hidden,
-                written=files.finished, **inputs,
-            )  # fmt: skip
+            run = StreamInputs(taehv=taehv, latent_image=latent_image, fps=fps, hidden=cls.hidden, **inputs)
+            result = sample(run, on_frames=files.append, on_end=files.finished)
         except BaseException:
             files.close()
             files.say_kept()
             raise
         files.say_sound()
         shown = [ui.SavedResult(each["filename"], each["subfolder"], io.FolderType.output) for each in files.written()]
-        page = ui.PreviewVideo(shown) if ending not in (".webp", ".gif") else ui.SavedImages(shown, ending == ".webp")
-        latent = graph_latent(made.samples, space_of(made.samples))
-        return io.NodeOutput(latent, str(files.streams[0].path), made.schedule, ui=page)
+        preview = (
+            ui.PreviewVideo(shown) if ending not in (".webp", ".gif") else ui.SavedImages(shown, ending == ".webp")
+        )
+        latent = graph_latent(result.samples, space_of(result.samples))
+        return io.NodeOutput(latent, str(files.streams[0].path), result.schedule, ui=preview)

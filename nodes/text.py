@@ -13,8 +13,8 @@ import torch
 from comfy_api.latest import io
 
 from ..selfforcing_core.text import TextEncoder
-from . import host
-from .prompts import READER, worded
+from . import folders, host
+from .prompts import READER, with_words
 
 log = logging.getLogger(__name__)
 SMALL = 2**30  # bytes of a folder's weights: up to here, as the bundled encoder, they are kept in float32
@@ -28,35 +28,35 @@ class _Loaded:
 
 @functools.lru_cache(maxsize=1)
 def _load(folder: Path, fingerprint: str) -> _Loaded:
-    """The encoder last used stays in memory, under the host's management: a new prompt does not read the file again."""
+    """Load an encoder; the last stays in memory under ComfyUI's management: a new prompt does not read it again."""
     device, offload = memory.text_encoder_device(), memory.text_encoder_offload_device()
     encoder = TextEncoder.from_folder(folder, dtype=_dtype(folder, device))
-    # The host writes `device` on what it manages, which transformers forbids on its models: hence the wrapping.
+    # ComfyUI writes `device` on what it manages, which transformers forbids on its models: hence the wrapping.
     return _Loaded(encoder, host.patcher_of(torch.nn.Sequential(encoder.model), device, offload, dynamic=False))
 
 
 def _dtype(folder: Path, device: torch.device) -> torch.dtype:
-    """What the host takes for text encoders on this device; float32 for small ones, which lose nothing by it."""
+    """Return what ComfyUI takes for text encoders on this device; float32 for small ones, which lose nothing by it."""
     if sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= SMALL:
         return torch.float32
-    chosen = memory.text_encoder_dtype(device)
-    if chosen.itemsize > 1:
-        return chosen
-    log.warning("%s is asked for, but this encoder computes in the type of its weights; it takes float16", chosen)
+    dtype = memory.text_encoder_dtype(device)
+    if dtype.itemsize > 1:
+        return dtype
+    log.warning("%s is asked for, but this encoder computes in the type of its weights; it takes float16", dtype)
     return torch.float16
 
 
 @dataclass(frozen=True)
 class TextReader:
-    """Text to CONDITIONING by a choice of `host.text_encoder_choices`; what it makes carries it along."""
+    """Text to CONDITIONING by a choice of `folders.text_encoder_choices`; what it makes carries it along."""
 
     text_encoder: str
 
     def __call__(self, text: str) -> list[Any]:
-        folder = host.text_encoder_folder(self.text_encoder)
-        loaded = _load(folder, host.fingerprint(folder))
+        folder = folders.text_encoder_folder(self.text_encoder)
+        loaded = _load(folder, folders.fingerprint(folder))
         host.load([loaded.patcher], whole=True)
-        return worded(text, [[host.to_graph(loaded.encoder.encode([text])), {READER: self}]])
+        return with_words(text, [[host.to_graph(loaded.encoder.encode([text])), {READER: self}]])
 
 
 class SelfForcingTextEncode(io.ComfyNode):
@@ -69,12 +69,12 @@ class SelfForcingTextEncode(io.ComfyNode):
             display_name="Text Encode (Self Forcing)",
             category="SelfForcing",
             search_aliases=["umt5", "prompt for wan", "clip text encode"],
-            description="Turns a prompt into conditioning. For a single-file Wan encoder use the host's Load CLIP "
+            description="Turns a prompt into conditioning. For a single-file Wan encoder use ComfyUI's Load CLIP "
             "(type wan) and CLIP Text Encode instead: both kinds of conditioning fit the sampler.",
             inputs=[
                 io.Combo.Input(
                     "text_encoder",
-                    options=host.text_encoder_choices(),
+                    options=folders.text_encoder_choices(),
                     tooltip="A bundled encoder, or a folder of models/text_encoders that holds config.json, "
                     "model.safetensors and tokenizer.json. It must be the one the video model was trained with.",
                 ),
@@ -95,4 +95,4 @@ class SelfForcingTextEncode(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, text_encoder: str = "", **_: object) -> str:
-        return host.fingerprint(host.text_encoder_folder(text_encoder)) if text_encoder else ""
+        return folders.fingerprint(folders.text_encoder_folder(text_encoder)) if text_encoder else ""

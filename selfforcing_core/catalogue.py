@@ -40,7 +40,7 @@ def _wan(repo: str, files: tuple[str, ...], what: str) -> Release:
 
 
 SHARDS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model.safetensors.index.json")
-CATALOGUE = {
+RELEASES = {
     "self-forcing-dmd": _self_forcing("self_forcing_dmd.pt", "Self Forcing 1.3B, distribution matching"),
     "self-forcing-sid": _self_forcing("self_forcing_sid.pt", "Self Forcing 1.3B, score identity distillation"),
     "self-forcing-10s": _self_forcing("self_forcing_10s.pt", "Self Forcing 1.3B for 10 seconds"),
@@ -49,8 +49,10 @@ CATALOGUE = {
     "wan2.1-t2v-14b": _wan("Wan2.1-T2V-14B", SHARDS, "Wan 2.1 text-to-video 14B"),
     "wan2.1-i2v-14b": _wan("Wan2.1-I2V-14B-480P", SHARDS, "Wan 2.1 image-to-video 14B, 480p"),
     "lightx2v-t2v-14b": Release(
-        "lightx2v/Wan2.1-T2V-14B-StepDistill-CfgDistill-Lightx2v", ("distill_models/distill_model.safetensors",),
-        APACHE, "14B text-to-video distilled to 4 steps (bidirectional)",
+        "lightx2v/Wan2.1-T2V-14B-StepDistill-CfgDistill-Lightx2v",
+        ("distill_models/distill_model.safetensors",),
+        APACHE,
+        "14B text-to-video distilled to 4 steps (bidirectional)",
     ),
     "causal-forcing": Release(
         "zhuhz22/Causal-Forcing", ("chunkwise/causal_forcing.pt",), UNSTATED, "Causal Forcing 1.3B, chunk by chunk"
@@ -64,23 +66,24 @@ CATALOGUE = {
     ),
     "vae": _wan("Wan2.1-T2V-1.3B", ("Wan2.1_VAE.pth",), "video VAE of Wan 2.1"),
     "clip": _wan(
-        "Wan2.1-I2V-14B-480P", ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",),
+        "Wan2.1-I2V-14B-480P",
+        ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",),
         "image encoder of the image-to-video models",
     ),
-}  # fmt: skip
+}
 
 
 def find_release(name: str) -> Release:
-    """The release of that name. Raises ValueError naming those there are."""
-    if name not in CATALOGUE:
-        raise ValueError(f"there is no release {name!r}; use one of {', '.join(CATALOGUE)}")
-    return CATALOGUE[name]
+    """Return the release of that name. Raises ValueError naming those there are."""
+    if name not in RELEASES:
+        raise ValueError(f"there is no release {name!r}; use one of {', '.join(RELEASES)}")
+    return RELEASES[name]
 
 
 def listed(*, with_sizes: bool = False) -> list[dict[str, Any]]:
-    """The catalogue in plain JSON types; with sizes, the hub is asked for each."""
+    """Return the releases in plain JSON types; with sizes, the hub is asked for each."""
     rows = []
-    for name, release in CATALOGUE.items():
+    for name, release in RELEASES.items():
         row: dict[str, Any] = {"name": name, "what": release.what, "licence": release.licence, "source": release.source}
         if with_sizes:
             row["bytes"] = sum(size_of.values()) if (size_of := file_sizes(release)) else None
@@ -89,16 +92,16 @@ def listed(*, with_sizes: bool = False) -> list[dict[str, Any]]:
 
 
 def file_sizes(release: Release) -> dict[str, int]:
-    """The release's files with their sizes in bytes, as the hub lists them. Raises ValueError if it cannot be asked."""
+    """Return a release's files with their sizes in bytes. Raises ValueError if the hub cannot be asked."""
     from huggingface_hub import HfApi
 
     try:
-        found = HfApi().model_info(release.repo, files_metadata=True).siblings or []
+        files = HfApi().model_info(release.repo, files_metadata=True).siblings or []
     except Exception as error:  # offline, refused, renamed: the library has a class for each
         raise ValueError(f"{release.source} cannot be asked ({_short(error)}); check the connection") from error
     return {
         file.rfilename: file.size or 0
-        for file in found
+        for file in files
         if any(fnmatch(file.rfilename, pattern) for pattern in release.files)
     }
 

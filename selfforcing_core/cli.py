@@ -13,14 +13,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from .atomic import print_result
 from .catalogue import DOWNLOADS
-from .prompt_schedule import HISTORIES
+from .request import GROUPS, MODEL_NAMES, PromptBatch, Request
 from .versions import CORE, refusal
 
 USER_ERROR = 2
@@ -28,7 +28,6 @@ INTERRUPTED = 130
 # what torch says where memory ends, on CUDA and MPS, and on CPUs under Linux and Windows
 MEMORY_ENDED = ("out of memory", "can't allocate memory", "not enough memory", "storage size calculation overflowed")
 FEWER_PROGRAMS = "end other programs, or use a machine with more of it"
-MODEL_NAMES = "a bundle's name, that of a download in models/, or a checkpoint"
 SMALLER = "try --fp8, --cache-dtype int8, a smaller --window, --width and --height, or --batch 1"
 
 
@@ -97,118 +96,52 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+# Options of `generate` that say nothing of a video, by the field of `Request` behind which --help names them.
+COMMAND_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "history": {
+        "--prompt-file": {"type": Path, "help": "one prompt per line; split over the processes of torchrun"},
+        "--extended-prompt-file": {"type": Path, "help": "longer prompts, line by line, for the model to read"},
+        "--extend-prompt": {
+            "nargs": "?",
+            "const": "",
+            "metavar": "MODEL",
+            "help": "let a language model write a longer prompt: folder of a chat model, or address of an "
+            "OpenAI-compatible server (its key from OPENAI_API_KEY)",
+        },
+        "--extend-prompt-name": {"help": "which model behind that address"},
+    },
+    "seed": {
+        "--samples": {"type": int, "default": 1, "help": "videos per prompt (default: 1)"},
+        "--batch": {"type": int, "default": 1, "help": "how many of them are computed together (default: 1)"},
+    },
+    "fp8": {"--threads": {"type": int, "help": "CPU threads to compute with (default: torch's choice)"}},
+    "roofline": {
+        "--json": {"action": "store_true", "help": "print the measurements as one JSON object per video"},
+    },
+}
+TYPES = {"int": int, "float": float, "Path": Path}  # of a field's annotation; text needs none
+
+
 def _add_generate(make: argparse.ArgumentParser) -> None:
+    """Give the command every field of `Request` as an option, and what only the command line knows."""
     make.set_defaults(run=_generate, to_save_memory=SMALLER)
-    say = "(default: what the checkpoint says)"
+    for name in GROUPS:
+        group = make.add_argument_group(name)
+        for item in (item for item in fields(Request) if item.metadata["group"] == name):
+            group.add_argument(f"--{item.name.replace('_', '-')}", **_argument(item))
+            for flag, argument in COMMAND_OPTIONS.get(item.name, {}).items():
+                group.add_argument(flag, **argument)
 
-    what = make.add_argument_group("what to show")
-    what.add_argument(
-        "--prompt", help="what the video shows; '0s: a red square; 3s: a blue circle' changes it on the way"
-    )
-    what.add_argument(
-        "--history", choices=HISTORIES, default="recode",
-        help="where the prompt changes: write the frames so far into the cache again under the new one, or keep them "
-        "(default: %(default)s)",
-    )  # fmt: skip
-    what.add_argument("--prompt-file", type=Path, help="one prompt per line; split over the processes of torchrun")
-    what.add_argument("--extended-prompt-file", type=Path, help="longer prompts, line by line, for the model to read")
-    what.add_argument(
-        "--extend-prompt", nargs="?", const="", metavar="MODEL",
-        help="let a language model write a longer prompt: folder of a chat model, or address of an OpenAI-compatible "
-        "server (its key from OPENAI_API_KEY)",
-    )  # fmt: skip
-    what.add_argument("--extend-prompt-name", help="which model behind that address")
-    what.add_argument("--negative", default="", help="what to keep away from, with --cfg")
-    what.add_argument("--image", type=Path, help="picture that is the first frame")
-    what.add_argument("--extend", type=Path, help="video, or file of --latents, that goes on for --frames more")
-    what.add_argument("--frames", type=int, help="length in video frames (default: as trained, if known; else 81)")
-    what.add_argument("--width", type=int, help="in pixels (default: the bundle's; 832 for Wan)")
-    what.add_argument("--height", type=int, help="in pixels (default: the bundle's; 480 for Wan)")
-    what.add_argument("--seed", type=int, default=0, help="equal seeds give equal videos (default: 0)")
-    what.add_argument("--samples", type=int, default=1, help="videos per prompt (default: 1)")
-    what.add_argument("--batch", type=int, default=1, help="how many of them are computed together (default: 1)")
 
-    files = make.add_argument_group("files to write")
-    files.add_argument(
-        "--out",
-        required=True,
-        type=Path,
-        help="video file (.mp4, .mov, .mkv; .webp and .gif loop, without sound); a folder for several videos",
-    )
-    files.add_argument(
-        "--codec",
-        help="h264, h265, av1, prores (10 bit, .mov), ffv1 (lossless, .mkv), webp, gif (256 colours a frame) "
-        "(default: h264; in .webp and .gif their own)",
-    )
-    files.add_argument(
-        "--quality", type=int,
-        help="crf of h264 (1 best to 51, default 18), h265 (1 to 51, 21) and av1 (1 to 63, 25); of webp 0 to 100 "
-        "(best, 85); of prores 0 proxy to 3 HQ (3); ffv1 and gif have none",
-    )  # fmt: skip
-    files.add_argument(
-        "--audio", type=Path, help="file whose sound the video gets, from its beginning on, cut at the video's end"
-    )
-    files.add_argument("--sheet", type=Path, help="also write a contact sheet of the frames (PNG)")
-    files.add_argument("--latents", type=Path, help="also keep the latents (safetensors), for --extend")
-    files.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    files.add_argument("--fps", type=float, default=16, help="frames per second of the file (default: 16)")
-
-    models = make.add_argument_group("models")
-    models.add_argument("--model", default="tiny", help=f"{MODEL_NAMES} (default: tiny)")
-    models.add_argument("--weights", default="auto", choices=["auto", "ema", "raw"], help="of a training file")
-    models.add_argument("--taehv", help="bundle or file of the tiny autoencoder (default: the model's bundle)")
-    models.add_argument("--taehv-latents", help="whose latents the TAEHV decodes, if its file does not say")
-    models.add_argument("--vae", type=Path, help="file or diffusers folder of the Wan VAE")
-    models.add_argument("--decoder", help="taehv or vae (default: taehv, or vae if only that is given)")
-    models.add_argument("--clip", type=Path, help="image encoder, for image-to-video models")
-    models.add_argument("--text-encoder", help="bundle, folder or UMT5 file (default: the model's bundle)")
-
-    how = make.add_argument_group("how to sample")
-    how.add_argument("--chunk", type=int, help=f"latent frames denoised together {say}")
-    how.add_argument("--window", type=int, help=f"latent frames a chunk sees, itself included; -1: all {say}")
-    how.add_argument("--sink", type=int, help=f"first latent frames that stay visible for ever {say}")
-    how.add_argument(
-        "--cache-source",
-        help=f"clean: a pass writes each finished chunk into the cache; last_step: its last step's is kept {say}",
-    )
-    how.add_argument("--steps", type=_steps, help=f"timesteps, for instance 1000,750,500,250, or their number {say}")
-    how.add_argument("--shift", type=float, help=f"flow-matching shift of the steps {say}")
-    how.add_argument("--solver", help=f"renoise (few steps), euler or unipc (many) {say}")
-    how.add_argument(
-        "--cfg", type=float,
-        help="classifier-free guidance; 1 is none (default: what the checkpoint says; 1 where it says nothing)",
-    )  # fmt: skip
-
-    where = make.add_argument_group("where to compute")
-    where.add_argument("--device", default="auto", help="auto: cuda if there is one, else cpu; or mps (default: auto)")
-    where.add_argument(
-        "--dtype",
-        help="float32, bfloat16 or float16 (default: float32 on a CPU, else the stored one of 16 bits, else bfloat16)",
-    )
-    where.add_argument(
-        "--attention", default="auto",
-        help="auto, math, flash, efficient, cudnn, or measured: the fastest of them here (default: auto)",
-    )  # fmt: skip
-    where.add_argument(
-        "--cache-dtype",
-        help="number type of the KV cache: float32, bfloat16, float16, float8_e4m3fn, int8 (default: the model's)",
-    )
-    where.add_argument(
-        "--compile", action="store_true", help="compile the model's blocks; the first chunk waits for it"
-    )
-    where.add_argument("--fp8", action="store_true", help="keep the model's weights in 8 bits")
-    where.add_argument("--threads", type=int, help="CPU threads to compute with (default: torch's choice)")
-    where.add_argument(
-        "--embeddings",
-        type=Path,
-        metavar="FOLDER",
-        help="keep the prompts' embeddings there; known ones are read again",
-    )
-    where.add_argument(
-        "--roofline", action="store_true",
-        help="measure the device for two seconds; say what it can reach and what share of that the run did reach",
-    )  # fmt: skip
-    where.add_argument("--json", action="store_true", help="print the measurements as one JSON object per video")
+def _argument(item: Field[Any]) -> dict[str, Any]:
+    """What argparse is argument of a field: its default and type, and what stands beside it."""
+    argument = {} if item.default is MISSING else {"default": item.default}
+    annotation = str(item.type).removesuffix(" | None")
+    if annotation == "bool":
+        argument["action"] = "store_true"
+    elif annotation in TYPES:
+        argument["type"] = TYPES[annotation]
+    return {**argument, **item.metadata["argument"]}
 
 
 def _add_convert(turn: argparse.ArgumentParser) -> None:
@@ -229,30 +162,23 @@ def _add_convert(turn: argparse.ArgumentParser) -> None:
     turn.add_argument("--overwrite", action="store_true", help="replace a file that exists")
 
 
-def _steps(text: str) -> tuple[float, ...] | int:
-    """A list of timesteps; a single number below 1000 without a point is how many there are."""
-    if text.isdecimal() and int(text) < 1000:
-        return int(text)
-    return tuple(float(part) for part in text.split(","))
-
-
 def _generate(options: argparse.Namespace) -> None:
     if options.threads is not None and options.threads < 1:
         raise ValueError(f"threads {options.threads} is not a number of threads; use 1 or more")
     import torch
 
-    from .generate import Request, generate_all
+    from .generate import generate_all
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    takes = _takes(options)
-    if not takes:  # more processes than prompts
+    batches = _batches(options)
+    if not batches:  # more processes than prompts
         return
-    chosen = {item.name: getattr(options, item.name) for item in fields(Request) if item.name != "prompt"}
-    chosen["device"] = _own_device(options.device, os.environ)
-    request = Request(prompt=takes[0].prompt, **chosen)
-    with _new_folder(options.out) if takes[0].outs[0] != options.out else nullcontext():
-        measurements = generate_all(request, takes, rewrite=_rewriter(options), show_progress=True)
+    values = {item.name: getattr(options, item.name) for item in fields(Request)}
+    own = {"prompt": batches[0].prompt, "device": _own_device(options.device, os.environ)}
+    request = Request(**{**values, **own})
+    with _new_folder(options.out) if batches[0].outs[0] != options.out else nullcontext():
+        measurements = generate_all(request, batches, rewrite=_rewriter(options), show_progress=True)
     for measured in measurements:
         print_result(json.dumps(measured) if options.json else _in_words(measured))
 
@@ -275,9 +201,8 @@ def _rewriter(options: argparse.Namespace) -> Callable[[list[str]], list[str]] |
     return partial(extend_prompts, model=options.extend_prompt, name=options.extend_prompt_name, key=key)
 
 
-def _takes(options: argparse.Namespace) -> list[Any]:
+def _batches(options: argparse.Namespace) -> list[PromptBatch]:
     """What this process is to generate. Several videos go into a folder, under names made from their prompts."""
-    from .generate import Take
     from .prompts import output_name, read_extended, read_prompts
     from .video_formats import usual_ending
 
@@ -301,11 +226,11 @@ def _takes(options: argparse.Namespace) -> list[Any]:
             for index, prompt in enumerate(prompts)
         ]
     mine = slice(int(os.environ.get("RANK", "0")), None, int(os.environ.get("WORLD_SIZE", "1")))
-    takes = []
+    batches = []
     for prompt, text, files in list(zip(prompts, texts, outs))[mine]:
         for first in range(0, len(files), options.batch):
-            takes.append(Take(prompt, text, tuple(files[first : first + options.batch]), first))
-    return takes
+            batches.append(PromptBatch(prompt, text, tuple(files[first : first + options.batch]), first))
+    return batches
 
 
 @contextmanager
@@ -350,11 +275,17 @@ def _inspect(options: argparse.Namespace) -> None:
 def _convert(options: argparse.Namespace) -> None:
     from .convert import convert
 
-    told = convert(
-        options.source, options.out, dialect=options.dialect, dtype=options.dtype, weights=options.weights or "auto",
-        causal=options.causal, latent_space=options.latent_space, overwrite=options.overwrite,
-    )  # fmt: skip
-    print_result(json.dumps(told, indent=2))
+    summary = convert(
+        options.source,
+        options.out,
+        dialect=options.dialect,
+        dtype=options.dtype,
+        weights=options.weights or "auto",
+        causal=options.causal,
+        latent_space=options.latent_space,
+        overwrite=options.overwrite,
+    )
+    print_result(json.dumps(summary, indent=2))
 
 
 def _download(options: argparse.Namespace) -> None:

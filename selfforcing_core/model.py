@@ -45,6 +45,9 @@ def _frequencies(count: int, device: torch.device, dtype: torch.dtype) -> Tensor
 
 def _modulation(count: int, dim: int, *, device: torch.device | None, dtype: torch.dtype | None) -> nn.Parameter:
     """Random start [1, count, D]; drawn in float32, since no random numbers exist in float8."""
+    # On the meta device nothing is drawn, and torch would import its compiler to do so: a second before every video.
+    if device is not None and torch.device(device).type == "meta":
+        return nn.Parameter(torch.empty(1, count, dim, device=device, dtype=dtype))
     return nn.Parameter((torch.randn(1, count, dim, device=device) / dim**0.5).to(dtype=dtype))
 
 

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,112 +26,63 @@ from .geometry import (
     latent_frames,
     pixel_frames,
 )
-from .hub import check_taehv, list_bundles, resolve_model
+from .hub import check_taehv, is_bundle, resolve_model
 from .image import read_image
-from .prompt_schedule import parse_schedule, schedule_note, start_frames
-from .roofline import Recipe
+from .meter import Recipe
+from .prompt_schedule import schedule_note, start_frames
+from .request import BUNDLE_SIZES, WAN_SIZE, PromptBatch, Request
 from .sound import Sound, sound_of
 from .start import context_frames, read_latents
 from .video_formats import check_video, video_format
 from .video_reader import TRAINED_FPS, GivenVideo, given_video
 
 log = logging.getLogger(__name__)
-# Width, height and frames that a bundle was trained on; anything else is taken for a Wan 2.1 model.
-BUNDLE_SIZES = {"tiny": (64, 64, 33)}
-WAN_SIZE = (832, 480, 81)
+# What the KV cache may hold its numbers in: what networks compute in, and two types of 8 bits.
 CACHE_DTYPES = {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
 LEAST_FPS, MOST_FPS = 0.001, 1000  # beyond, files store no rate or another one
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to generate and where to; None means what the checkpoint says, or the size its model was trained on.
-
-    model, taehv, text_encoder: a bundle's name or a path; vae, clip: paths. width, height in pixels, frames in video
-    frames; chunk, window, sink in latent frames (see CausalConfig); steps as in StepConfig, or their number. image:
-    the first frame. extend: a video, or latents kept by `latents`, that goes on for `frames` more frames. cfg: scale
-    of the guidance away from `negative`. decoder: "taehv" or "vae". taehv_latents: whose latents the TAEHV decodes,
-    where its file does not say. A prompt may be a schedule (see `prompt_schedule`); history: what becomes of
-    the frames so far where it changes, "recode" or "keep". roofline: measure the device first and say what share of
-    its limit the run reached. embeddings: folder where the prompts' embeddings are kept and looked up.
-    cache_dtype: of CACHE_DTYPES; None is the type that the model computes in. codec, quality: of `video_formats`; None
-    is what the file's ending stands for, and its default. audio: a file whose sound the video gets.
-    """
-
-    prompt: str
-    out: Path
-    model: str = "tiny"
-    weights: str = "auto"
-    taehv: str | None = None
-    taehv_latents: str | None = None
-    text_encoder: str | None = None
-    vae: Path | None = None
-    clip: Path | None = None
-    decoder: str | None = None
-    width: int | None = None
-    height: int | None = None
-    frames: int | None = None
-    fps: float = 16
-    seed: int = 0
-    chunk: int | None = None
-    window: int | None = None
-    sink: int | None = None
-    cache_source: str | None = None
-    steps: tuple[float, ...] | int | None = None
-    shift: float | None = None
-    solver: str | None = None
-    cfg: float | None = None
-    negative: str = ""
-    image: Path | None = None
-    extend: Path | None = None
-    sheet: Path | None = None
-    latents: Path | None = None
-    overwrite: bool = False
-    device: str = "auto"
-    dtype: str | None = None
-    attention: str = "auto"
-    compile: bool = False
-    fp8: bool = False
-    history: str = "recode"
-    roofline: bool = False
-    embeddings: Path | None = None
-    cache_dtype: str | None = None
-    codec: str | None = None
-    quality: int | None = None
-    audio: Path | None = None
-
-
-@dataclass(frozen=True)
-class Take:
-    """Videos of one prompt that are computed together: row b of the noise is `first_row` + b.
-
-    prompt: as the user wrote it. text: what the model reads.
-    """
-
-    prompt: str
-    text: str
-    outs: tuple[Path, ...]
-    first_row: int = 0
-
-
-@dataclass(frozen=True)
 class Plan:
-    """A request whose every choice is made."""
+    """A request that was checked and decided, with all that was read to decide it."""
 
+    request: Request
+    batches: tuple[PromptBatch, ...]
+    checkpoint: Checkpoint  # of the video model; mapped, so that it costs no memory, and emptied when the model is made
+    taehv: Checkpoint | None  # of the tiny autoencoder, likewise; None where the Wan VAE decodes
     geometry: VideoGeometry
-    config: WanConfig
     causal: CausalConfig
     steps: StepConfig
     device: torch.device
-    dtype: torch.dtype
-    decoder: str
+    dtype: torch.dtype  # that the networks compute in
+    cache_dtype: torch.dtype
+    cfg: float  # scale of the guidance away from the request's negative prompt; 1 is none
     given_frames: int  # latent frames of the start
     image_RHW: Tensor | None  # the first frame, in its own size
-    source: Tensor | GivenVideo | None  # what is extended: a video, or latents [T, C, H, W] if is_latent
-    is_latent: bool
-    cache_dtype: torch.dtype
-    cfg: float
+    source: Tensor | GivenVideo | None  # what is extended: a video, or latents [T, C, H, W]
     audio: Sound | None = None  # of a file that was given for it, cut at the video's end
+
+    @property
+    def config(self) -> WanConfig:
+        """The sizes of the video model."""
+        assert isinstance(self.checkpoint.config, WanConfig)
+        return self.checkpoint.config
+
+    @property
+    def decoder(self) -> str:
+        """What decodes the latents: "taehv" or "vae"."""
+        return "vae" if self.taehv is None else "taehv"
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether latents are extended, not a video."""
+        return isinstance(self.source, Tensor)
+
+    @property
+    def encoded_prompts(self) -> list[str]:
+        """Every text that is encoded: the prompts of all batches and, with guidance, what to keep away from."""
+        prompts = [prompt for batch in self.batches for prompt in batch.encoded_prompts]
+        return list(dict.fromkeys(prompts if self.cfg == 1 else [*prompts, self.request.negative]))
 
     @property
     def sound(self) -> Sound | None:
@@ -169,23 +119,48 @@ class Plan:
         """Frames that the model makes: not those of a picture or of the video that is extended."""
         return self.geometry.frames - pixel_frames(self.given_frames)
 
+    def recipe(self, batch: int) -> Recipe:
+        """Return what is computed for `batch` videos."""
+        size, number_bytes = self.geometry, self.dtype.itemsize
+        return Recipe(
+            self.config,
+            size.chunk_lengths,
+            size.latent_height,
+            size.latent_width,
+            steps=len(self.steps.steps),
+            window=self.causal.window,
+            decoder=self.decoder,
+            guided=self.cfg != 1,
+            batch=batch,
+            weight_bytes=1 if self.request.fp8 else number_bytes,
+            cache_bytes=self.cache_dtype.itemsize,
+            activation_bytes=number_bytes,
+            writes=self.causal.cache_source == "clean",
+        )
 
-def plan_request(request: Request, takes: Sequence[Take]) -> Plan:
-    """Every check that needs no computing, cheapest first. Raises ValueError for whatever cannot work."""
-    if not LEAST_FPS <= request.fps <= MOST_FPS:
-        raise ValueError(
-            f"fps {request.fps} is not a rate between {LEAST_FPS} and {MOST_FPS}; Wan models are trained at 16"
+    def memory_in_words(self, text_bytes: int) -> str:
+        """Return what the device will have to hold, counted before anything is loaded.
+
+        text_bytes: weights of the text encoder; 0 where none is loaded.
+        """
+        recipe = self.recipe(max(len(batch.outs) for batch in self.batches))
+        peak = recipe.peak_bytes()
+        weights, caches, working = (peak[name] / 1e9 for name in ("weights", "caches", "working"))
+        text = f"text encoder {text_bytes / 1e9:.1f} GB, gone before the rest comes; " if text_bytes else ""
+        return (
+            f"on {self.device}: {text}video model {weights:.1f} GB, caches {caches:.1f} GB, work {working:.1f} GB, "
+            f"together {weights + caches + working:.1f} GB{recipe.without}"
         )
-    _check_files(request, takes)
+
+
+def plan_request(request: Request, batches: Sequence[PromptBatch]) -> Plan:
+    """Return the plan after every check that needs no computing, cheapest first; each file is read once and kept.
+
+    Raises ValueError for whatever cannot work.
+    """
+    _check_options(request)
+    _check_files(request, batches)
     audio = None if request.audio is None else sound_of(request.audio)
-    if request.cfg is not None and not 0 < request.cfg < float("inf"):
-        raise ValueError(
-            f"--cfg {request.cfg} is not a positive number; 1 is no guidance, undistilled models take about 5"
-        )
-    if request.attention not in ATTENTIONS:
-        raise ValueError(f"attention {request.attention!r} is unknown; use {', '.join(ATTENTIONS)}")
-    if request.roofline and (request.image or request.extend):
-        raise ValueError("--roofline measures videos that begin with noise; leave out --image and --extend")
     checkpoint = read_checkpoint(resolve_model(request.model), weights=request.weights)
     if not isinstance(checkpoint.config, WanConfig):
         raise ValueError(f"{request.model} is a {checkpoint.kind}, not a video model; give it as --taehv")
@@ -194,42 +169,48 @@ def plan_request(request: Request, takes: Sequence[Take]) -> Plan:
     _check_start(request, checkpoint)
     notes: list[str] = []
     causal, steps, cfg = _settings(request, checkpoint, notes)
-    source, is_latent = _source(request, config)
-    geometry, given = _geometry(request, config, causal, source, is_latent, is_whole=_is_whole(request, checkpoint))
-    video_format(takes[0].outs[0], request.codec).check_size(geometry.width, geometry.height)
-    if request.latents is not None and source is not None and not is_latent and pixel_frames(given) < len(source):
+    source = _source(request, config)
+    geometry, given = _geometry(request, config, causal, source, is_whole=_is_whole(request, checkpoint))
+    video_format(batches[0].outs[0], request.codec).check_size(geometry.width, geometry.height)
+    if request.latents is not None and isinstance(source, GivenVideo) and pixel_frames(given) < len(source):
         raise ValueError(
             f"--latents would begin only with the last {pixel_frames(given)} of the {len(source)} frames of "
             f"{request.extend}; extend latents that were kept with it, or leave --latents out"
         )
-    for take in takes:
-        _check_schedule(take, geometry, request)
-    for note in dict.fromkeys(schedule_note(take.text) for take in takes):
-        if note is not None:
-            log.warning("%s", note)
+    _check_schedules(request, batches, geometry)
     device = _device(request.device)
     dtype = _dtype(request.dtype, checkpoint, device)
-    if request.cache_dtype not in (None, *CACHE_DTYPES):
-        raise ValueError(f"--cache-dtype {request.cache_dtype!r} is unknown; use {', '.join(CACHE_DTYPES)}")
-    cache = dtype if request.cache_dtype is None else CACHE_DTYPES[request.cache_dtype]
-    if device.type == "mps" and (request.fp8 or cache == torch.float8_e4m3fn):
-        name = "--fp8" if request.fp8 else "cache-dtype float8_e4m3fn"
-        raise ValueError(f"{name} needs numbers that mps does not have; use --cache-dtype int8 to save memory there")
-    if decoder == "taehv":
-        _check_taehv(request, checkpoint)
-    image = None if request.image is None else read_image(request.image)
+    cache_dtype = _cache_dtype(request, dtype, device)
+    taehv = _taehv(request, checkpoint) if decoder == "taehv" else None
+    image_RHW = None if request.image is None else read_image(request.image)
     for note in notes:
         log.warning("%s %s", request.model, note)
-    plan = Plan(geometry, config, causal, steps, device, dtype, decoder, given, image, source, is_latent, cache, cfg)
+    plan = Plan(
+        request=request,
+        batches=tuple(batches),
+        checkpoint=checkpoint,
+        taehv=taehv,
+        geometry=geometry,
+        causal=causal,
+        steps=steps,
+        device=device,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        cfg=cfg,
+        given_frames=given,
+        image_RHW=image_RHW,
+        source=source,
+    )
     if audio is not None:
-        plan = _with_audio(request, plan, *audio)
-    for note in _notes(request, plan):
+        plan = _with_audio(plan, *audio)
+    for note in _source_notes(plan):
         log.warning("%s: %s", request.extend, note)
     return plan
 
 
-def _with_audio(request: Request, plan: Plan, sound: Sound, seconds: float) -> Plan:
+def _with_audio(plan: Plan, sound: Sound, seconds: float) -> Plan:
     """The plan with a given sound, which begins with the video and ends no later; what becomes of it is said."""
+    request = plan.request
     end = plan.shown_frames / Fraction(request.fps).limit_denominator(1001)
     if seconds > end:
         log.warning("%s: its %.2f s are cut at the video's end, %.2f s", request.audio, seconds, end)
@@ -240,12 +221,29 @@ def _with_audio(request: Request, plan: Plan, sound: Sound, seconds: float) -> P
     return replace(plan, audio=replace(sound, seconds=min(sound.seconds, end)))
 
 
-def _check_files(request: Request, takes: Sequence[Take]) -> None:
-    if not takes:
+# ------------------------------------------------------------------- checks --
+def _check_options(request: Request) -> None:
+    """Raise ValueError for an option whose value is wrong whatever the files hold."""
+    if not LEAST_FPS <= request.fps <= MOST_FPS:
+        raise ValueError(
+            f"fps {request.fps} is not a rate between {LEAST_FPS} and {MOST_FPS}; Wan models are trained at 16"
+        )
+    if request.cfg is not None and not 0 < request.cfg < float("inf"):
+        raise ValueError(
+            f"--cfg {request.cfg} is not a positive number; 1 is no guidance, undistilled models take about 5"
+        )
+    if request.attention not in ATTENTIONS:
+        raise ValueError(f"attention {request.attention!r} is unknown; use {', '.join(ATTENTIONS)}")
+    if request.roofline and (request.image or request.extend):
+        raise ValueError("--roofline measures videos that begin with noise; leave out --image and --extend")
+
+
+def _check_files(request: Request, batches: Sequence[PromptBatch]) -> None:
+    if not batches:
         raise ValueError("there is nothing to generate")
-    outs = [out for take in takes for out in take.outs]
+    outs = [out for batch in batches for out in batch.outs]
     more = [path for path in (request.sheet, request.latents) if path is not None]
-    if any(not take.text.strip() for take in takes):
+    if any(not batch.text.strip() for batch in batches):
         raise ValueError("the prompt is empty; describe the video in a few words")
     if more and len(outs) > 1:
         raise ValueError("--sheet and --latents go with one video; leave them out for several")
@@ -257,12 +255,18 @@ def _check_files(request: Request, takes: Sequence[Take]) -> None:
         check_writable(path, overwrite=request.overwrite)
 
 
-def _check_schedule(take: Take, geometry: VideoGeometry, request: Request) -> None:
-    """Whether the prompts of a take that is a schedule begin inside the video, each in a chunk of its own."""
-    entries = parse_schedule(take.text)
-    start_frames(entries, geometry.chunk_lengths, entries[0].fps or request.fps)
-    if len(entries) > 1 and request.extend is not None:
-        raise ValueError("a schedule counts from the beginning of a video; extend with one prompt at a time instead")
+def _check_schedules(request: Request, batches: Sequence[PromptBatch], geometry: VideoGeometry) -> None:
+    """Raise ValueError unless the prompts of a schedule begin inside the video, each in a chunk of its own."""
+    lengths = geometry.chunk_lengths
+    for batch in batches:
+        start_frames(batch.entries, lengths, batch.entries[0].fps or request.fps)
+        if len(batch.entries) > 1 and request.extend is not None:
+            raise ValueError(
+                "a schedule counts from the beginning of a video; extend with one prompt at a time instead"
+            )
+    for note in dict.fromkeys(schedule_note(batch.text) for batch in batches):
+        if note is not None:
+            log.warning("%s", note)
 
 
 def _check_companions(request: Request, config: WanConfig, decoder: str) -> None:
@@ -270,7 +274,7 @@ def _check_companions(request: Request, config: WanConfig, decoder: str) -> None
     if decoder == "vae" and request.vae is None:
         raise ValueError("--decoder vae needs the file of the VAE; give it as --vae")
     has_decoder = request.vae is not None if decoder == "vae" else request.taehv is not None
-    if request.model not in list_bundles() and not (has_decoder and request.text_encoder):
+    if not is_bundle(request.model) and not (has_decoder and request.text_encoder):
         raise ValueError(
             f"{request.model} is a single file; give its --taehv (or --vae) and its --text-encoder as well"
         )
@@ -332,60 +336,62 @@ def _settings(request: Request, checkpoint: Checkpoint, notes: list[str]) -> tup
 
 
 def _causal(request: Request, checkpoint: Checkpoint, notes: list[str]) -> CausalConfig:
-    chosen = {name: getattr(request, name) for name in ("chunk", "window", "sink", "cache_source")}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
+    options = {name: getattr(request, name) for name in ("chunk", "window", "sink", "cache_source")}
+    options = {name: value for name, value in options.items() if value is not None}
     if checkpoint.bidirectional is None:
-        said = checkpoint.causal
-        notes += _replaced(said, chosen, ()) if said else []
-        return replace(said or CausalConfig(), **chosen)
-    if "chunk" in chosen:
-        notes.append(f"says that it is bidirectional; --chunk {chosen['chunk']} is used")
-        return replace(CausalConfig(), **chosen)
+        stored = checkpoint.causal
+        notes += _replaced(stored, options, ()) if stored else []
+        return replace(stored or CausalConfig(), **options)
+    if "chunk" in options:
+        notes.append(f"says that it is bidirectional; --chunk {options['chunk']} is used")
+        return replace(CausalConfig(), **options)
     trained, frames = checkpoint.bidirectional.latent_frames, BUNDLE_SIZES.get(request.model, WAN_SIZE)[2]
     count = _or(trained, latent_frames(frames)) if request.frames is None else latent_frames(request.frames)
     if trained is None:
         notes.append(f"is taken for a bidirectional model: all {count} latent frames are made at once (else --chunk 3)")
     elif count != trained:
         notes.append(f"was trained on {pixel_frames(trained)} frames at once; --frames {request.frames} is used")
-    return replace(CausalConfig(count), **chosen)
+    return replace(CausalConfig(count), **options)
 
 
-def _steps(request: Request, said: StepConfig | None, notes: list[str]) -> StepConfig:
-    usual = said or StepConfig()
-    chosen = {name: getattr(request, name) for name in ("shift", "solver") if getattr(request, name) is not None}
+def _steps(request: Request, stored: StepConfig | None, notes: list[str]) -> StepConfig:
+    usual = stored or StepConfig()
+    options = {name: getattr(request, name) for name in ("shift", "solver") if getattr(request, name) is not None}
     if isinstance(request.steps, int):  # evenly spaced ones are warped, whatever the checkpoint's own list is
-        chosen["steps"] = StepConfig.even(request.steps, shift=_or(request.shift, usual.shift)).steps
-        chosen["warp"] = True
+        options["steps"] = StepConfig.even(request.steps, shift=_or(request.shift, usual.shift)).steps
+        options["warp"] = True
     elif request.steps is not None:
-        chosen["steps"] = request.steps
-    made = replace(usual, **chosen)
-    if said is not None:
-        notes += _replaced(said, chosen, ("warp",))
-    if "shift" in chosen and not made.warp and made.sigma == "exact":
-        notes.append(f"gives its timesteps as they are, so that --shift {made.shift:g} changes nothing")
-    elif isinstance(request.steps, tuple) and not made.warp:
+        options["steps"] = request.steps
+    steps = replace(usual, **options)
+    if stored is not None:
+        notes += _replaced(stored, options, ("warp",))
+    if "shift" in options and not steps.warp and steps.sigma == "exact":
+        notes.append(f"gives its timesteps as they are, so that --shift {steps.shift:g} changes nothing")
+    elif isinstance(request.steps, tuple) and not steps.warp:
         notes.append("takes timesteps as they are: --steps are not warped by the shift")
-    return made
+    return steps
 
 
-def _replaced(said: CausalConfig | StepConfig, chosen: dict[str, Any], hidden: tuple[str, ...]) -> list[str]:
-    """A line for every setting that another value was chosen for."""
+def _replaced(stored: CausalConfig | StepConfig, options: dict[str, Any], hidden: tuple[str, ...]) -> list[str]:
+    """A line for every setting that another value was given for."""
 
     def words(value: Any) -> str:
         listed = value if isinstance(value, tuple) else (value,)
         return ",".join(f"{item:g}" if isinstance(item, (int, float)) else str(item) for item in listed)
 
     return [
-        f"says {name.replace('_', ' ')} {words(getattr(said, name))}; --{name.replace('_', '-')} {words(value)} is used"
-        for name, value in chosen.items()
-        if name not in hidden and value != getattr(said, name)
+        f"says {name.replace('_', ' ')} {words(getattr(stored, name))}; "
+        f"--{name.replace('_', '-')} {words(value)} is used"
+        for name, value in options.items()
+        if name not in hidden and value != getattr(stored, name)
     ]
 
 
-def _notes(request: Request, plan: Plan) -> list[str]:
+def _source_notes(plan: Plan) -> list[str]:
     """What the user has to know about the video that is extended."""
     if not isinstance(plan.source, GivenVideo):
         return []
+    request = plan.request
     notes = plan.source.findings.in_words()
     is_silent = video_format(request.out, request.codec).sound is None
     if request.fps != TRAINED_FPS:
@@ -399,16 +405,16 @@ def _notes(request: Request, plan: Plan) -> list[str]:
     return notes
 
 
-def _source(request: Request, config: WanConfig) -> tuple[Tensor | GivenVideo | None, bool]:
-    """What is to be extended, and whether it is latents."""
+def _source(request: Request, config: WanConfig) -> Tensor | GivenVideo | None:
+    """What is to be extended: latents [T, C, H, W] or a video."""
     if request.extend is None:
-        return None, False
+        return None
     latents = read_latents(request.extend)
     if latents is None:
-        return given_video(request.extend, request.fps), False
+        return given_video(request.extend, request.fps)
     if latents.shape[1] != config.out_dim:
         raise ValueError(f"{request.extend}: latents of {latents.shape[1]} channels, the model makes {config.out_dim}")
-    return latents, True
+    return latents
 
 
 def _geometry(
@@ -416,7 +422,6 @@ def _geometry(
     config: WanConfig,
     causal: CausalConfig,
     source: Tensor | GivenVideo | None,
-    is_latent: bool,
     *,
     is_whole: bool,
 ) -> tuple[VideoGeometry, int]:
@@ -429,17 +434,21 @@ def _geometry(
         given, frames = int(_is_prefix(request, config)), _or(request.frames, pixel_frames(first + usual))
     else:
         if isinstance(source, GivenVideo):
-            height, width = source.height, source.width
+            height, width, available = source.height, source.width, covered_latents(len(source))
         else:
             height, width = (side * SPATIAL_FACTOR for side in source.shape[-2:])
+            available = len(source)
         if (_or(request.width, width), _or(request.height, height)) != (width, height):
             raise ValueError(f"{request.extend} is {width}x{height}; leave --width and --height out when extending it")
-        given = context_frames(len(source) if is_latent else covered_latents(len(source)), causal)
+        given = context_frames(available, causal)
         frames = pixel_frames(given) + _added(_or(request.frames, TEMPORAL_FACTOR * usual), causal)
     geometry = VideoGeometry(
-        width=_or(request.width, width), height=_or(request.height, height), frames=frames, chunk=causal.chunk,
+        width=_or(request.width, width),
+        height=_or(request.height, height),
+        frames=frames,
+        chunk=causal.chunk,
         independent_first_frame=causal.independent_first_frame,
-    )  # fmt: skip
+    )
     return geometry, given
 
 
@@ -453,17 +462,21 @@ def _added(frames: int, causal: CausalConfig) -> int:
     return frames
 
 
-def _check_taehv(request: Request, model: Checkpoint) -> None:
-    """Whether the TAEHV decodes this model's latents. A bundle's own, if it says nothing, is taken to."""
+def _taehv(request: Request, model: Checkpoint) -> Checkpoint:
+    """The TAEHV's checkpoint, which decodes this model's latents. A bundle's own, if it says nothing, is taken to."""
     assert isinstance(model.config, WanConfig)
-    check_taehv(
-        request.taehv or request.model, channels=model.config.out_dim, latent_space=model.latent_space,
-        said=request.taehv_latents, is_own=request.taehv is None, say="--taehv-latents",
-    )  # fmt: skip
+    return check_taehv(
+        request.taehv or request.model,
+        channels=model.config.out_dim,
+        latent_space=model.latent_space,
+        said=request.taehv_latents,
+        is_own=request.taehv is None,
+        say="--taehv-latents",
+    )
 
 
-def _or(chosen: Any, default: Any) -> Any:
-    return default if chosen is None else chosen
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
 
 
 def _device(name: str) -> torch.device:
@@ -488,27 +501,12 @@ def _dtype(name: str | None, checkpoint: Checkpoint, device: torch.device) -> to
     return DTYPES[name]
 
 
-def recipe_of(plan: Plan, request: Request, batch: int) -> Recipe:
-    """What is computed for `batch` videos of this plan."""
-    size, number = plan.geometry, plan.dtype.itemsize
-    return Recipe(
-        plan.config, size.chunk_lengths, size.latent_height, size.latent_width, steps=len(plan.steps.steps),
-        window=plan.causal.window, decoder=plan.decoder, guided=plan.cfg != 1, batch=batch,
-        weight_bytes=1 if request.fp8 else number, cache_bytes=plan.cache_dtype.itemsize, activation_bytes=number,
-        writes=plan.causal.cache_source == "clean",
-    )  # fmt: skip
-
-
-def memory_in_words(plan: Plan, request: Request, batch: int, text_bytes: int) -> str:
-    """What the device will have to hold, counted before anything is loaded.
-
-    text_bytes: weights of the text encoder; 0 where none is loaded.
-    """
-    recipe = recipe_of(plan, request, batch)
-    held = recipe.peak_bytes()
-    weights, caches, working = (held[name] / 1e9 for name in ("weights", "caches", "working"))
-    text = f"text encoder {text_bytes / 1e9:.1f} GB, gone before the rest comes; " if text_bytes else ""
-    return (
-        f"on {plan.device}: {text}video model {weights:.1f} GB, caches {caches:.1f} GB, work {working:.1f} GB, "
-        f"together {weights + caches + working:.1f} GB{recipe.without}"
-    )
+def _cache_dtype(request: Request, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The number type of the KV cache: the asked one, else that of the model."""
+    if request.cache_dtype not in (None, *CACHE_DTYPES):
+        raise ValueError(f"--cache-dtype {request.cache_dtype!r} is unknown; use {', '.join(CACHE_DTYPES)}")
+    cache_dtype = dtype if request.cache_dtype is None else CACHE_DTYPES[request.cache_dtype]
+    if device.type == "mps" and (request.fp8 or cache_dtype == torch.float8_e4m3fn):
+        name = "--fp8" if request.fp8 else "cache-dtype float8_e4m3fn"
+        raise ValueError(f"{name} needs numbers that mps does not have; use --cache-dtype int8 to save memory there")
+    return cache_dtype

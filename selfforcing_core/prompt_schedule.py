@@ -48,10 +48,11 @@ class Entry:
 
 
 def parse_schedule(text: str) -> tuple[Entry, ...]:
-    """The entries of a text; one that does not begin with a time, or whose only time is not 0, is a single prompt.
+    """Return the entries of a text.
 
-    Entries are separated by lines or semicolons. Raises ValueError for times that do not rise from 0, for an entry
-    without prompt and seed, and for options that contradict. `schedule_note` says what may have been meant otherwise.
+    One that does not begin with a time, or whose only time is not 0, is a single prompt. Entries are separated by lines
+    or semicolons. Raises ValueError for times that do not rise from 0, for an entry without prompt and seed, and for
+    options that contradict. `schedule_note` says what may have been meant otherwise.
     """
     stripped = text.strip()
     marks = list(_MARK.finditer(stripped))
@@ -119,8 +120,8 @@ def _line(entry: Entry) -> str:
     if prompt != prompt.strip() or _MARK.search(f"-{prompt}"):
         options.append(QUOTED)
         prompt = json.dumps(prompt, ensure_ascii=False).replace(";", "\\u003b").replace("\uff1b", "\\uff1b")
-    found = f" [{', '.join(options)}]" if options else ""
-    return f"{_decimal(entry.seconds)}s{found}: {prompt}".rstrip(" ")
+    brackets = f" [{', '.join(options)}]" if options else ""
+    return f"{_decimal(entry.seconds)}s{brackets}: {prompt}".rstrip(" ")
 
 
 def _decimal(value: float) -> str:
@@ -138,7 +139,7 @@ def schedule_note(text: str) -> str | None:
 
 
 def _option_note(text: str) -> str | None:
-    near = next((found[0] for found in _NEARLY.finditer(text) if not _MARK.fullmatch(found[0])), None)
+    near = next((mark[0] for mark in _NEARLY.finditer(text) if not _MARK.fullmatch(mark[0])), None)
     if near is None:
         return None
     time = near.strip(" \t\r\n;\uff1b")
@@ -151,12 +152,12 @@ def _is_name(marks: Sequence[re.Match[str]], text: str) -> bool:
 
 
 def start_frames(entries: Sequence[Entry], lengths: Sequence[int], fps: float) -> list[int]:
-    """First latent frame of the chunk in which each entry's moment lies; `lengths` are those of all chunks.
+    """Return the first latent frame of the chunk in which each entry's moment lies; `lengths`: of all chunks.
 
     Raises ValueError for a moment behind the video's end, and for two that lie in the same chunk.
     """
     starts = [sum(lengths[:index]) for index in range(len(lengths))]
-    found: list[int] = []
+    entry_starts: list[int] = []
     for entry in entries:
         frame = int(entry.seconds * fps)
         latent = 0 if frame == 0 else 1 + (frame - 1) // TEMPORAL_FACTOR
@@ -164,13 +165,13 @@ def start_frames(entries: Sequence[Entry], lengths: Sequence[int], fps: float) -
             seconds = (1 + TEMPORAL_FACTOR * (sum(lengths) - 1)) / fps
             raise ValueError(f"the schedule has a prompt at {entry.seconds:g}s, but the video ends at {seconds:g}s")
         start = max(begin for begin in starts if begin <= latent)
-        if found and found[-1] == start:
+        if entry_starts and entry_starts[-1] == start:
             raise ValueError(
                 f"the prompt at {entry.seconds:g}s begins in the same chunk as the one before; a chunk follows one "
                 f"prompt, so leave {TEMPORAL_FACTOR * max(lengths) / fps:g}s between them"
             )
-        found.append(start)
-    return found
+        entry_starts.append(start)
+    return entry_starts
 
 
 def moment_of(start: int, fps: float) -> float:
@@ -182,5 +183,6 @@ def moment_of(start: int, fps: float) -> float:
 
 def seed_at(seeds: Mapping[int, int], start: int) -> int | None:
     """Return the seed that holds at a latent frame, of those by the frames from which they hold; None: the run's."""
-    found = seeds[max(held)] if (held := [frame for frame in seeds if frame <= start]) else OWN_SEED
-    return None if found == OWN_SEED else found
+    earlier = [frame for frame in seeds if frame <= start]
+    seed = seeds[max(earlier)] if earlier else OWN_SEED
+    return None if seed == OWN_SEED else seed

@@ -33,7 +33,7 @@ INSTRUCTION = (
 
 # -------------------------------------------------------------------- files --
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file, one per line; empty lines are left out. Raises ValueError if there are none."""
+    """Return the prompts of a text file, one per line without empty lines. Raises ValueError if there are none."""
     prompts = [line.strip() for line in read_lines(path) if line.strip()]
     if not prompts:
         raise ValueError(f"{path}: holds no prompt; write one per line")
@@ -41,7 +41,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def read_extended(path: Path, prompts: list[str]) -> list[str]:
-    """The longer prompts that belong to `prompts`, line by line. Raises ValueError if their numbers differ."""
+    """Return the longer prompts that belong to `prompts`, line by line. Raises ValueError if their numbers differ."""
     extended = read_prompts(path)
     if len(extended) != len(prompts):
         raise ValueError(f"{path}: holds {len(extended)} prompts for {len(prompts)}; give one line for each")
@@ -68,14 +68,14 @@ def read_one(path: Path) -> str:
 
 
 def safe_name(prompt: str) -> str:
-    """A file name's stem from any prompt: letters, digits and dashes of ASCII, never empty, never reserved."""
+    """Return a file name's stem from any prompt: letters, digits and dashes of ASCII, never empty, never reserved."""
     plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode()
     name = re.sub(r"[^A-Za-z0-9]+", "-", plain).strip("-")[:NAME_LENGTH].strip("-").lower()
     return "video" if not name else f"{name}-" if name in RESERVED else name
 
 
 def output_name(index: int, prompt: str, sample: int, ending: str = ".mp4") -> str:
-    """Name of a prompt's video among many: sorted by prompt, then by sample."""
+    """Return the name of a prompt's video among many: sorted by prompt, then by sample."""
     return f"{index:04d}-{safe_name(prompt)}-{sample}{ending}"
 
 
@@ -83,7 +83,9 @@ def output_name(index: int, prompt: str, sample: int, ending: str = ".mp4") -> s
 def extend_prompts(
     prompts: list[str], model: str | None, *, name: str | None = None, key: str | None = None
 ) -> list[str]:
-    """A longer prompt for each, by the language model at `model`: a folder of transformers, or an http(s) address.
+    """Return a longer prompt for each, by the language model at `model`.
+
+    model: a folder of transformers, or an http(s) address.
 
     name, key: which model behind the address, and the key it asks for. Raises ValueError if there is no answer.
     """
@@ -135,7 +137,7 @@ def _local_model(folder: Path) -> Callable[[Messages], str]:
     def ask(messages: Messages) -> str:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
-        made = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-        return str(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        tokens = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+        return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
     return ask

@@ -51,12 +51,12 @@ class Start:
 
 
 def start_from_image(image_1RHW: Tensor, encoder: Encoder) -> Start:
-    """The picture, in the video's size, as its first frame."""
+    """Return the start of a video whose first frame is a picture in the video's size, in [0, 1]."""
     return Start(prefix_BTCHW=encoder.encode(image_1RHW[:, None]).float())
 
 
 def start_from_video(video: GivenVideo, encoder: Encoder, causal: CausalConfig) -> Start:
-    """The end of a video, as much of it as the window leaves room for, as what the new chunks see.
+    """Return the start of what goes on from a video: as much of its end as the window leaves room for.
 
     Raises ValueError if it is too short for one chunk.
     """
@@ -66,13 +66,16 @@ def start_from_video(video: GivenVideo, encoder: Encoder, causal: CausalConfig) 
 
 
 def start_from_latents(latents_TCHW: Tensor, causal: CausalConfig) -> Start:
-    """As `start_from_video`, from latents that `write_latents` kept: nothing is lost by decoding and encoding."""
+    """Return the same from latents that `write_latents` kept: nothing is lost by decoding and encoding."""
     count = context_frames(len(latents_TCHW), causal)
     return Start(latents_TCHW[None, -count:], shown_BTCHW=latents_TCHW[None], is_prefix_shown=False)
 
 
 def context_frames(available: int, causal: CausalConfig) -> int:
-    """Latent frames of a video of `available` that a continuation sees: whole chunks, one chunk short of the window."""
+    """Return the latent frames of a video of `available` that a continuation sees.
+
+    They are whole chunks, one chunk short of the window. Raises ValueError where that is less than one chunk.
+    """
     room = available if causal.window == -1 else min(available, causal.window - causal.chunk)
     first = 1 if causal.independent_first_frame else causal.chunk  # latent frames of the first chunk
     count = first + (room - first) // causal.chunk * causal.chunk
@@ -85,7 +88,7 @@ def context_frames(available: int, causal: CausalConfig) -> int:
 
 
 def shown_frames(start: Start, decoder: Decoder, piece: int) -> Iterator[Tensor]:
-    """Frames [1, V, R, H, W] that the start brings along, `piece` latent frames at a time; `decoder` is a stream."""
+    """Yield frames [1, V, R, H, W] that the start brings along, `piece` latent frames at a time, by a stream."""
     if start.shown_BTCHW is not None:
         yield from (decoder.decode(latents_BTCHW) for latents_BTCHW in start.shown_BTCHW.split(piece, 1))
     elif start.video is not None:
@@ -95,7 +98,7 @@ def shown_frames(start: Start, decoder: Decoder, piece: int) -> Iterator[Tensor]
 
 
 def frames_of(chunks: Iterable[Any], decoder: Decoder, start: Start) -> Iterator[Tensor]:
-    """Frames [B, V, R, H, W] in [0, 1] of a rollout's chunks, one by one, that stand behind those of `shown_frames`."""
+    """Yield frames [B, V, R, H, W] in [0, 1] of a rollout's chunks, which stand behind those of `shown_frames`."""
     for chunk in chunks:
         if chunk.is_given and start.shown_BTCHW is not None:
             continue  # the decoder has already seen it
@@ -107,13 +110,13 @@ def frames_of(chunks: Iterable[Any], decoder: Decoder, start: Start) -> Iterator
 
 # -------------------------------------------------------------------- files --
 def write_latents(path: Path, latents_TCHW: Tensor, *, overwrite: bool = False) -> None:
-    """Keep a video's normalised latents in a safetensors file. Raises ValueError if the path cannot be written."""
+    """Write a video's normalised latents into a safetensors file. Raises ValueError if the path cannot be written."""
     with replacing(path, overwrite=overwrite) as temporary:
         save_file({LATENTS_KEY: latents_TCHW.float().cpu().contiguous()}, temporary)
 
 
 def read_latents(path: Path) -> Tensor | None:
-    """The latents [T, C, H, W] of a file of `write_latents`, None if it is no safetensors file.
+    """Return the latents [T, C, H, W] of a file of `write_latents`, None if it is no safetensors file.
 
     Raises ValueError for a safetensors file that holds something else.
     """

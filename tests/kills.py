@@ -4,12 +4,13 @@
 
 Each time the run is started with the same command and killed (SIGKILL) at a random moment, often in the middle of a
 save; in the end it is left alone. Its weights, average, optimisers and log must equal those of a run that nobody
-disturbed, bit by bit. The run is forked from this process, which has loaded torch once.
+disturbed, bit by bit. The run is forked from this process, which has loaded all that it imports once.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from tests.forks import PRELOADED
 from tests.training import numbers, run_settings
 from train import state
 from train.dmd import main as train
@@ -103,6 +105,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=8, help="of the run; it is saved after each")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    for name in PRELOADED:  # otherwise half of the kills would hit an import
+        importlib.import_module(name)
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(kill(args.count, args.steps, args.seed, Path(folder))))
     return 0

@@ -214,8 +214,12 @@ def test_a_file_system_that_is_full_is_said(tmp_path: Path) -> None:
         pytest.skip(f"no file system can be mounted here: {error}")
 
 
+# whatever is planned, the answer is as long; the default is 64 clips of 21 frames
+SMALL_PLAN = ["train.plan", "size=tiny", "latent_frames=3", "batch_size=1"]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-@pytest.mark.parametrize("command", [["selfforcing_core", "inspect", "tiny"], ["train.plan", "size=tiny"]])
+@pytest.mark.parametrize("command", [["selfforcing_core", "inspect", "tiny"], SMALL_PLAN])
 def test_a_standard_output_that_is_full_is_one_line(command: list[str]) -> None:
     with open("/dev/full", "wb") as full:
         done = subprocess.run(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench import rollout as bench
+from bench.needs import needs
 from selfforcing_core.config import PRESETS, WanConfig
 
 TINY = bench.Case(WanConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=16, text_len=8), 4, 4, 6, 2, 0.5)
@@ -50,3 +51,14 @@ def test_a_case_reports_every_chunk_and_what_it_ran_on(monkeypatch: pytest.Monke
     assert case["memory"]["kv_cache"] == 2 * 2 * 6 * 4 * 32 * 4
     assert {"cpu", "torch", "python"} <= set(bench.hardware())
     json.dumps(case)
+
+
+def test_what_a_card_must_hold_is_counted_as_the_command_line_counts_it() -> None:
+    """1.3B in 16 bits at 480x832 with 21 latent frames: 30 layers of keys and values of 1,560 tokens a frame."""
+    case = needs("t2v-1.3b", 832, 480, 81, -1, 2)
+    keys_and_values = 2 * 30 * (21 * 1560 + 512) * 1536 * 2
+    assert case["gigabytes"]["caches"] == round(keys_and_values / 1e9, 2)
+    halved = needs("t2v-1.3b", 832, 480, 81, -1, 1)
+    assert halved["gigabytes"]["weights"] == pytest.approx(case["gigabytes"]["weights"] / 2, abs=0.01)
+    assert needs("t2v-1.3b", 832, 480, 81, 9, 2)["gigabytes_together"] < case["gigabytes_together"]
+    assert case["fps_at_most"]["rtx-4090"] < case["fps_at_most"]["h100"]

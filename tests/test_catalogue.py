@@ -9,7 +9,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from selfforcing_core.catalogue import CATALOGUE, download, file_sizes, find_release, listed
+from selfforcing_core.catalogue import RELEASES, download, file_sizes, find_release, listed
 from selfforcing_core.cli import main
 
 REPO = {"a.safetensors": 5, "checkpoints/self_forcing_dmd.pt": 7, "taew2_1.safetensors": 3}
@@ -58,7 +58,7 @@ def test_listing_names_licence_and_source_without_a_network(
     monkeypatch.setattr(huggingface_hub, "HfApi", None)  # would raise when called
     assert main(["download", "--list"]) == 0
     told = capsys.readouterr().out
-    for name, release in CATALOGUE.items():
+    for name, release in RELEASES.items():
         assert name in told
         assert release.licence in told
         assert release.source in told

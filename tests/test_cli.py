@@ -23,7 +23,7 @@ from selfforcing_core.cli import main
 from selfforcing_core.config import CausalConfig, StepConfig, TAEHVConfig, WanConfig
 from selfforcing_core.hub import bundle_path
 from selfforcing_core.model import CausalWan
-from selfforcing_core.plan import Request
+from selfforcing_core.request import Request
 from selfforcing_core.taehv import TAEHV
 from selfforcing_core.video import read_metadata, read_video
 

@@ -22,9 +22,11 @@ from selfforcing_core.checkpoint import inspect_checkpoint, read_checkpoint, sav
 from selfforcing_core.cli import main as core_main
 from selfforcing_core.config import BidirectionalConfig, CausalConfig, StepConfig, TAEHVConfig, WanConfig
 from selfforcing_core.convert import convert
-from selfforcing_core.hub import bundle_path, load_model
+from selfforcing_core.hub import bundle_path
+from selfforcing_core.load import load_model
 from selfforcing_core.model import CausalWan
-from selfforcing_core.plan import Request, Take, plan_request
+from selfforcing_core.plan import plan_request
+from selfforcing_core.request import PromptBatch, Request
 from selfforcing_core.schedule import FlowSchedule
 from selfforcing_core.taehv import TAEHV
 from selfforcing_core.video import read_video
@@ -226,7 +228,7 @@ def test_a_lora_says_what_it_belongs_on(files: Path, tmp_path: Path, capsys: pyt
 def planned(model: Path, **more: Any) -> Any:
     sizes = {"width": 32, "height": 32, "taehv": "tiny", "text_encoder": "tiny", "device": "cpu", **more}
     request = Request("a", model.with_name("never.mp4"), str(model), **sizes)
-    return plan_request(request, [Take("a", "a", (request.out,))])
+    return plan_request(request, [PromptBatch("a", "a", (request.out,))])
 
 
 def test_generate_makes_all_frames_of_a_bidirectional_student_at_once(
@@ -439,7 +441,7 @@ def test_messages_name_settings_of_train_sample() -> None:
     assert in_keys("say so (--taehv-latents=wan2.1)") == "say so (latent_space=wan2.1)"
     never = {"extend", "extend_prompt", "latents", "sheet", "roofline", "compile", "fps", "model"}
     known = {*SampleArgs.__dataclass_fields__}
-    for file in ("plan", "generate", "hub", "taehv_releases"):
+    for file in ("plan", "generate", "write", "load", "hub", "taehv_releases"):
         source = (ROOT / f"selfforcing_core/{file}.py").read_text(encoding="utf-8")
         for flag in re.findall(r"--[a-z][a-z0-9-]*[a-z0-9]", source):
             key = in_keys(flag).partition("=")[0]

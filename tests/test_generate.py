@@ -19,12 +19,15 @@ from safetensors.torch import load_file, save_file
 
 from selfforcing_core import generate as generate_module
 from selfforcing_core import plan as plan_module
+from selfforcing_core import write as write_module
 from selfforcing_core.checkpoint import read_checkpoint, save_checkpoint
 from selfforcing_core.cli import _own_device, main
 from selfforcing_core.config import CausalConfig, StepConfig, TAEHVConfig, WanConfig
-from selfforcing_core.hub import bundle_path, load_taehv
+from selfforcing_core.hub import bundle_path
+from selfforcing_core.load import load_taehv
 from selfforcing_core.model import CausalWan
-from selfforcing_core.plan import Request, Take, _dtype, memory_in_words, plan_request
+from selfforcing_core.plan import _dtype, plan_request
+from selfforcing_core.request import PromptBatch, Request
 from selfforcing_core.rollout import SeededNoise
 from selfforcing_core.start import context_frames, read_latents
 from selfforcing_core.taehv import TAEHV, StreamingDecoder, StreamingEncoder
@@ -126,8 +129,12 @@ def test_what_is_extended_keeps_its_time_its_sound_and_its_place(
 ) -> None:
     """Thirty frames a second from a phone held upright, with sound, under a name that looks like an address."""
     given, out = tmp_path / "take1:cat.mp4", tmp_path / "b.mp4"
-    make(given, constant(30, 62), pictures=[np.full((32, 16, 3), STEP * (index // 2), np.uint8) for index in range(62)],
-         sound="aac")  # fmt: skip
+    make(
+        given,
+        constant(30, 62),
+        pictures=[np.full((32, 16, 3), STEP * (index // 2), np.uint8) for index in range(62)],
+        sound="aac",
+    )
     lie(given, (0, 1, -1, 0))
     more = ["--prompt", "a", "--extend", str(given), "--frames", "12", "--out", str(out), "--window", "-1"]
     kept = tmp_path / "b.safetensors"
@@ -141,9 +148,10 @@ def test_what_is_extended_keeps_its_time_its_sound_and_its_place(
     assert name == "aac"
     assert (begin, end) == (pytest.approx(0, abs=0.05), pytest.approx(33 / 16, abs=0.06))
     for words in (
-        "its 62 frames are read as 33 at 16 fps", "its sound is kept for its 2.06 s; what is added is silent",
+        "its 62 frames are read as 33 at 16 fps",
+        "its sound is kept for its 2.06 s; what is added is silent",
         "b.safetensors keeps no sound",
-    ):  # fmt: skip
+    ):
         assert words in caplog.text
     caplog.clear()
     run([*options, *more[:-4], "--out", str(tmp_path / "c.mkv"), "--fps", "30", "--window", "-1"], capsys)
@@ -228,8 +236,10 @@ def test_a_model_whose_first_frame_stands_alone_goes_on(
         ("joined", "12", ["--extend", str(tmp_path / "part.safetensors")]),
     ):
         kept = tmp_path / f"{name}.safetensors"
-        told = run([*options, "--frames", frames, *more, "--out", str(tmp_path / f"{name}.mp4"),
-                    "--latents", str(kept)], capsys)[0]  # fmt: skip
+        told = run(
+            [*options, "--frames", frames, *more, "--out", str(tmp_path / f"{name}.mp4"), "--latents", str(kept)],
+            capsys,
+        )[0]
         latents[name] = load_file(kept)["latents"]
     assert told["frames"] == 37
     torch.testing.assert_close(latents["joined"], latents["whole"])
@@ -264,9 +274,13 @@ def test_an_extension_repeats_no_noise(
 
 @pytest.mark.parametrize("source", ["video", "latents"])
 def test_an_earlier_video_passes_in_pieces_and_none_is_lost(
-    options: list[str], models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch, source: str,
-) -> None:  # fmt: skip
+    options: list[str],
+    models: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+) -> None:
     """No call sees more than a chunk, and yet latents and frames are those of the whole video in one call."""
     kept = {name: tmp_path / f"{name}.safetensors" for name in ("a", "b")}
     options = [*options, "--prompt", "a", "--window", "-1"]
@@ -280,10 +294,22 @@ def test_an_earlier_video_passes_in_pieces_and_none_is_lost(
     spy(StreamingDecoder, "decode")
     spy(StreamingEncoder, "encode")
     pieces: list[torch.Tensor] = []
-    monkeypatch.setattr(generate_module, "write_video", lambda path, frames, **_: pieces.extend(frames))
+    monkeypatch.setattr(write_module, "write_video", lambda path, frames, **_: pieces.extend(frames))
     extend = tmp_path / "a.mp4" if source == "video" else kept["a"]
-    told = run([*options, "--extend", str(extend), "--frames", "12", "--out", str(tmp_path / "b.mp4"),
-                "--latents", str(kept["b"])], capsys)[0]  # fmt: skip
+    told = run(
+        [
+            *options,
+            "--extend",
+            str(extend),
+            "--frames",
+            "12",
+            "--out",
+            str(tmp_path / "b.mp4"),
+            "--latents",
+            str(kept["b"]),
+        ],
+        capsys,
+    )[0]
     assert max(sizes) == (12 if source == "video" else 3)
     assert max(len(piece) for piece in pieces) == 12
     assert min(told[name] for name in ("seconds_to_first_frame", "seconds_per_chunk")) > 0
@@ -342,9 +368,13 @@ def test_prompts_of_a_file_get_safe_names(
     told = run([*options, "--out", str(tmp_path / "one")], capsys)
     names = sorted(os.listdir(tmp_path / "one"))
     assert names == [
-        "0000-etc-passwd-0.mp4", "0000-etc-passwd-1.mp4", "0001-con--0.mp4", "0001-con--1.mp4",
-        "0002-a-b-c-0.mp4", "0002-a-b-c-1.mp4",
-    ]  # fmt: skip
+        "0000-etc-passwd-0.mp4",
+        "0000-etc-passwd-1.mp4",
+        "0001-con--0.mp4",
+        "0001-con--1.mp4",
+        "0002-a-b-c-0.mp4",
+        "0002-a-b-c-1.mp4",
+    ]
     assert [Path(row["out"]).name for row in told] == names
     assert read_metadata(tmp_path / "one" / names[0])["comment"] == "../../etc/passwd"
     assert json.loads(read_metadata(tmp_path / "one" / names[0])["selfforcing"])["extended_prompt"] == "one"
@@ -359,7 +389,7 @@ def test_any_batch_makes_the_same_videos(
     def keep(path: Path, chunks: Any, **_: Any) -> None:
         frames["/".join(path.parts[-2:])] = torch.cat(list(chunks))
 
-    monkeypatch.setattr(generate_module, "write_video", keep)
+    monkeypatch.setattr(write_module, "write_video", keep)
     options = [*options, "--prompt", "a", "--samples", "3", "--frames", "9"]
     for folder, batch in (("one", "1"), ("two", "2")):
         run([*options, "--batch", batch, "--out", str(tmp_path / folder)], capsys)
@@ -401,9 +431,13 @@ def test_torchrun_splits_a_prompt_file(
     ],
 )
 def test_what_does_not_go_together_is_said(
-    options: list[str], more: list[str], words: str, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    options: list[str],
+    more: list[str],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert words in refusal([*options, *more], capsys)
     assert os.listdir(tmp_path) == []
@@ -425,8 +459,21 @@ def test_float8_is_close_to_the_stored_weights(
     latents = []
     for index, more in enumerate(([], ["--fp8"], ["--seed", "5"])):
         kept = tmp_path / f"{index}.safetensors"
-        run([*options, "--prompt", "a", "--frames", "9", *more, "--out", str(tmp_path / f"{index}.mp4"),
-             "--latents", str(kept)], capsys)  # fmt: skip
+        run(
+            [
+                *options,
+                "--prompt",
+                "a",
+                "--frames",
+                "9",
+                *more,
+                "--out",
+                str(tmp_path / f"{index}.mp4"),
+                "--latents",
+                str(kept),
+            ],
+            capsys,
+        )
         latents.append(load_file(kept)["latents"])
     exact, float8, other = latents
     assert 0 < (exact - float8).abs().mean() < 0.2 * (exact - other).abs().mean()
@@ -440,8 +487,21 @@ def test_compiled_blocks_make_the_same_video_and_their_failure_is_one_line(
     latents = []
     for index, more in enumerate(([], ["--compile"])):
         kept = tmp_path / f"{index}.safetensors"
-        run([*options, "--prompt", "a", "--frames", "9", *more, "--out", str(tmp_path / f"{index}.mp4"),
-             "--latents", str(kept)], capsys)  # fmt: skip
+        run(
+            [
+                *options,
+                "--prompt",
+                "a",
+                "--frames",
+                "9",
+                *more,
+                "--out",
+                str(tmp_path / f"{index}.mp4"),
+                "--latents",
+                str(kept),
+            ],
+            capsys,
+        )
         latents.append(load_file(kept)["latents"])
     torch.testing.assert_close(*latents)
 
@@ -543,14 +603,19 @@ def test_kernels_are_measured_once_for_all_videos(
 # ---------------------------------------------------------- memory and types --
 def planned(**options: Any) -> tuple[Any, Request]:
     request = Request("a", **{"out": Path("out.mp4"), **options})
-    return plan_request(request, [Take("a", "a", (request.out,))]), request
+    return plan_request(request, [PromptBatch("a", "a", (request.out,))]), request
 
 
 @pytest.mark.parametrize(
     ("device", "stored", "expected"),
-    [("cpu", "bfloat16", "float32"), ("cuda", "float32", "bfloat16"), ("cuda", "bfloat16", "bfloat16"),
-     ("mps", "float16", "float16"), ("cuda", "float8_e4m3fn", "bfloat16")],
-)  # fmt: skip
+    [
+        ("cpu", "bfloat16", "float32"),
+        ("cuda", "float32", "bfloat16"),
+        ("cuda", "bfloat16", "bfloat16"),
+        ("mps", "float16", "float16"),
+        ("cuda", "float8_e4m3fn", "bfloat16"),
+    ],
+)
 def test_off_the_cpu_numbers_have_16_bits_unless_more_are_asked_for(device: str, stored: str, expected: str) -> None:
     checkpoint = replace(read_checkpoint(bundle_path("tiny") / "model.safetensors"), dtype=stored)
     assert _dtype(None, checkpoint, torch.device(device)) == getattr(torch, expected)
@@ -561,33 +626,32 @@ def test_the_text_encoder_is_counted_and_gone_before_the_model_comes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, request = planned(embeddings=tmp_path / "kept", out=tmp_path / "a.mp4")
-    takes = [Take("a", "a", (request.out,))]
     alive: list[Any] = []
-    load_text, load_model = generate_module.load_text_encoder, generate_module.load_model
+    load_text, build_model = generate_module.load_text_encoder, generate_module.build_model
 
     def load_cyclic(*args: Any, **kwargs: Any) -> Any:
         encoder: Any = load_text(*args, **kwargs)
         encoder.model.itself = [encoder]
         alive.append(weakref.ref(encoder))
         stored = sum(weight.nbytes for weight in encoder.model.parameters())
-        assert stored == generate_module._text_encoder_bytes(request, plan, takes) > 0
+        assert stored == generate_module._PromptEncoding(plan).encoder_bytes > 0
         return encoder
 
-    def load_alone(*args: Any, **kwargs: Any) -> Any:
+    def build_alone(*args: Any, **kwargs: Any) -> Any:
         assert [encoder() for encoder in alive] == [None]
-        return load_model(*args, **kwargs)
+        return build_model(*args, **kwargs)
 
     monkeypatch.setattr(generate_module, "load_text_encoder", load_cyclic)
-    monkeypatch.setattr(generate_module, "load_model", load_alone)
+    monkeypatch.setattr(generate_module, "build_model", build_alone)
     gc.disable()
     try:
         generate_module.generate(replace(request, frames=33))
     finally:
         gc.enable()
-    assert "text encoder 11.4 GB, gone before" in memory_in_words(plan, request, 1, 11_400_000_000)
-    known = generate_module._text_encoder_bytes(request, plan, takes)
+    assert "text encoder 11.4 GB, gone before" in plan.memory_in_words(11_400_000_000)
+    known = generate_module._PromptEncoding(plan).encoder_bytes
     assert known == 0, "the prompt's embeddings are kept, no encoder is loaded"
-    assert "text encoder" not in memory_in_words(plan, request, 1, known)
+    assert "text encoder" not in plan.memory_in_words(known)
 
 
 def test_8_bit_floats_are_refused_on_mps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from selfforcing_core import hub
+from selfforcing_core import hub, load
 from selfforcing_core.checkpoint import read_checkpoint, save_checkpoint
 from selfforcing_core.config import CausalConfig, StepConfig, TAEHVConfig, WanConfig
 from selfforcing_core.model import CausalWan
@@ -36,7 +36,7 @@ def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_tiny_bundle_is_found_and_its_text_encoder_loads() -> None:
     assert "tiny" in hub.list_bundles()
     assert hub.bundle_path("tiny") == Path(hub.__file__).resolve().parents[1] / "assets" / "tiny"
-    assert hub.load_text_encoder("tiny").encode(["a red square"]).shape == (1, 16, 128)
+    assert load.load_text_encoder("tiny").encode(["a red square"]).shape == (1, 16, 128)
 
 
 def test_a_folder_without_a_model_in_it_is_no_bundle(assets: Path) -> None:
@@ -51,7 +51,7 @@ def test_without_any_assets_there_are_no_bundles(assets: Path) -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_bundles_and_that_a_path_works(assets: Path) -> None:
-    for call in (hub.resolve_model, hub.load_model, hub.load_taehv, hub.load_text_encoder):
+    for call in (hub.resolve_model, load.load_model, load.load_taehv, load.load_text_encoder):
         with pytest.raises(ValueError, match=r"'smal' is neither .* bundles: small; the path of a file .* works"):
             call("smal")
     with pytest.raises(ValueError, match="no bundle 'smal'; bundles: small"):
@@ -62,12 +62,12 @@ def test_an_unknown_name_is_answered_with_the_bundles_and_that_a_path_works(asse
 
 def test_a_part_that_a_bundle_lacks_is_named(assets: Path) -> None:
     with pytest.raises(ValueError, match="bundle 'small' has no text_encoder"):
-        hub.load_text_encoder("small")
+        load.load_text_encoder("small")
 
 
 def test_a_model_loads_by_name_and_by_path_with_its_settings(assets: Path) -> None:
-    by_name, checkpoint = hub.load_model("small")
-    by_path, _ = hub.load_model(assets / "small" / hub.MODEL_FILE)
+    by_name, checkpoint = load.load_model("small")
+    by_path, _ = load.load_model(assets / "small" / hub.MODEL_FILE)
     assert (checkpoint.config, checkpoint.causal, checkpoint.steps) == (CONFIG, CAUSAL, STEPS)
     assert not by_name.training
     stored = read_checkpoint(assets / "small" / hub.MODEL_FILE).state_dict
@@ -78,32 +78,32 @@ def test_a_model_loads_by_name_and_by_path_with_its_settings(assets: Path) -> No
 
 
 def test_the_checkpoint_gives_its_weights_up_to_the_model(assets: Path) -> None:
-    assert hub.load_model("small", dtype=torch.bfloat16)[1].state_dict == {}
+    assert load.load_model("small", dtype=torch.bfloat16)[1].state_dict == {}
 
 
 def test_a_loaded_model_computes_what_the_saved_one_did(assets: Path) -> None:
     torch.manual_seed(0)
-    saved, (loaded, _) = CausalWan(CONFIG), hub.load_model("small")
+    saved, (loaded, _) = CausalWan(CONFIG), load.load_model("small")
     inputs = (torch.randn(1, 2, 16, 4, 4), torch.full((1, 2), 500.0), torch.randn(1, 8, 24))
     with torch.no_grad():
         assert torch.equal(saved(*inputs), loaded(*inputs))
 
 
 def test_dtype_defaults_to_the_stored_one_and_can_be_chosen(assets: Path) -> None:
-    half = {name: tensor.half() for name, tensor in hub.load_model("small")[0].state_dict().items()}
+    half = {name: tensor.half() for name, tensor in load.load_model("small")[0].state_dict().items()}
     save_checkpoint(assets / "half.safetensors", half, CONFIG)
-    assert next(hub.load_model(assets / "half.safetensors")[0].parameters()).dtype == torch.float16
-    assert next(hub.load_model("small")[0].parameters()).dtype == torch.float32
-    chosen, _ = hub.load_model("small", dtype=torch.bfloat16)
+    assert next(load.load_model(assets / "half.safetensors")[0].parameters()).dtype == torch.float16
+    assert next(load.load_model("small")[0].parameters()).dtype == torch.float32
+    chosen, _ = load.load_model("small", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in chosen.parameters()} == {torch.bfloat16}
 
 
 def test_a_taehv_decodes_and_is_not_taken_for_a_video_model(assets: Path) -> None:
-    taehv, _ = hub.load_taehv("small")
+    taehv, _ = load.load_taehv("small")
     with torch.no_grad():
         assert taehv.decode(torch.randn(1, 2, 16, 2, 2)).shape == (1, 5, 3, 16, 16)
     with pytest.raises(ValueError, match="kind 'taehv', but kind 'wan' is needed"):
-        hub.load_model(assets / "small" / hub.TAEHV_FILE)
+        load.load_model(assets / "small" / hub.TAEHV_FILE)
 
 
 def test_a_release_is_found_where_download_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from selfforcing_core.catalogue import CATALOGUE
+from selfforcing_core.catalogue import RELEASES
 from selfforcing_core.schedule import FlowSchedule
 from train import import_config
 from train.args import CONFIGS, DiffusionArgs, DmdArgs, OdeArgs, parse
@@ -158,14 +158,14 @@ def test_names_are_released_ones_classes_or_paths_as_they_stand(
     assert ours({**DMD, "real_name": "Other"}).teacher == "Other"
     notes = "\n".join(translate({**DMD, "real_name": "Other"}).notes)
     assert "set teacher_size" in notes
-    assert set(RELEASED.values()) <= {f"models/{name}" for name in CATALOGUE}
+    assert set(RELEASED.values()) <= {f"models/{name}" for name in RELEASES}
 
 
 def test_shipped_configurations_name_what_download_makes() -> None:
     for file in CONFIGS.glob("*.yaml"):
         for key, value in OmegaConf.load(file).items():  # type: ignore[union-attr]
             if isinstance(value, str) and value.startswith("models/"):
-                assert value.split("/")[1] in CATALOGUE or value.split("/")[1] == "umt5", f"{file.name}: {key}"
+                assert value.split("/")[1] in RELEASES or value.split("/")[1] == "umt5", f"{file.name}: {key}"
 
 
 def test_pictures_come_from_a_database() -> None:

@@ -120,9 +120,13 @@ def test_times_may_bring_a_history_and_a_seed() -> None:
         "0s [seed 5]: a\n1s[keep]: b\n2s [ keep , seed 7 ] : c\n3s [seed own]:\n4.5s [recode,seed 8]: d; 6s [seed 9]:"
     )
     assert parse_schedule(text) == (
-        Entry(0, "a", None, 5), Entry(1, "b", "keep"), Entry(2, "c", "keep", 7), Entry(3, "", None, OWN_SEED),
-        Entry(4.5, "d", "recode", 8), Entry(6, "", None, 9),
-    )  # fmt: skip
+        Entry(0, "a", None, 5),
+        Entry(1, "b", "keep"),
+        Entry(2, "c", "keep", 7),
+        Entry(3, "", None, OWN_SEED),
+        Entry(4.5, "d", "recode", 8),
+        Entry(6, "", None, 9),
+    )
     assert schedule_note(text) is None
 
 
@@ -193,19 +197,23 @@ def made(
     with torch.no_grad():
         chunks = list(
             rollout(
-                network, first, noise=SeededNoise(0), latent_shape=(frames, *FRAME), causal=causal, steps=STEPS,
-                caches=caches, commit_last=True,
+                network,
+                first,
+                noise=SeededNoise(0),
+                latent_shape=(frames, *FRAME),
+                causal=causal,
+                steps=STEPS,
+                caches=caches,
+                commit_last=True,
                 prompt_at=lambda start: PromptChange(prompts[start], history) if start and start in prompts else None,
             )
-        )  # fmt: skip
+        )
     return torch.cat([chunk.latents_BTCHW for chunk in chunks], 1), caches, chunks
 
 
 def test_a_schedule_of_one_prompt_is_the_plain_run_bitwise() -> None:
     causal, text = CausalConfig(2, window=4, sink=1), random_text()
-    plain = rollout(
-        random_wan(), text, noise=SeededNoise(0), latent_shape=(8, *FRAME), causal=causal, steps=STEPS
-    )  # fmt: skip
+    plain = rollout(random_wan(), text, noise=SeededNoise(0), latent_shape=(8, *FRAME), causal=causal, steps=STEPS)
     with torch.no_grad():
         expected = torch.cat([chunk.latents_BTCHW for chunk in plain], 1)
     assert torch.equal(made({0: text}, causal)[0], expected)
@@ -239,7 +247,7 @@ def test_recoded_history_is_that_of_a_run_under_the_new_prompt(window: int, sink
     network, (cache,) = random_wan(), caches
     naive = network.new_cache(
         batch=1, latent_height=FRAME[1], latent_width=FRAME[2], capacity=10, like=other.prompt_embeds_BPE
-    )  # fmt: skip
+    )
     if not -1 < window < 10:  # nothing is evicted
         sink, ring = 0, 10
     else:
@@ -402,9 +410,16 @@ def test_a_chunk_made_once_more_is_as_if_made_so_at_first(
         network = random_wan()
         caches = new_caches(network, one, 1, (frames, *FRAME), causal)
         chunks = rollout(
-            network, one, noise=Reseeded(seeds), latent_shape=(frames, *FRAME), causal=causal, steps=STEPS,
-            caches=caches, commit_last=True, prompt_at=wanted.get,
-        )  # fmt: skip
+            network,
+            one,
+            noise=Reseeded(seeds),
+            latent_shape=(frames, *FRAME),
+            causal=causal,
+            steps=STEPS,
+            caches=caches,
+            commit_last=True,
+            prompt_at=wanted.get,
+        )
         return (chunks, wanted), caches
 
     with torch.no_grad():

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 from torch._C._distributed_c10d import HashStore
 
+from tests.forks import Program, finish
 from tests.full_disk import no_longer_than
-from tests.training import ROOT, numbers, run_settings, write_database
+from tests.training import numbers, run_settings, write_database
 from train import diffusion, resume, state
 from train.args import DmdArgs, OdeArgs, TrainArgs, parse, to_yaml
 from train.distributed import Meeting
@@ -248,29 +247,19 @@ def free_port() -> int:
         return int(made.getsockname()[1])
 
 
-def machines(arguments: list[list[str]], folders: list[Path], code: str = "pass") -> tuple[list[int], list[str], float]:
+def machines(arguments: list[list[str]], folders: list[Path], code: str = "") -> tuple[list[int], list[str], float]:
     """One process per machine, each started in a folder of its own: exit statuses, what they said, seconds."""
     port, began = str(free_port()), time.monotonic()
-    program = f"import sys, runpy; {code}; sys.argv[0] = 'x'; runpy.run_module('train.dmd', run_name='__main__')"
-    running = []
+    programs = []
     for rank, (words, folder) in enumerate(zip(arguments, folders)):
         environment = {
-            **os.environ, "RANK": str(rank), "WORLD_SIZE": str(len(arguments)), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+            "RANK": str(rank), "WORLD_SIZE": str(len(arguments)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         }  # fmt: skip
         folder.mkdir(exist_ok=True)
-        command = [sys.executable, "-c", program, *words]
-        running.append(
-            subprocess.Popen(
-                command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-    try:
-        told = [process.communicate(timeout=150)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    return [process.returncode for process in running], told, time.monotonic() - began
+        programs.append(Program("train.dmd", words, folder, environment, code))
+    with TemporaryDirectory() as outputs:
+        statuses, told = finish(programs, Path(outputs), timeout=150)
+    return statuses, told, time.monotonic() - began
 
 
 def test_processes_without_a_shared_folder_end_in_one_line(settings: list[str], tmp_path: Path) -> None:

@@ -11,13 +11,15 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import roofline as bench
-from selfforcing_core import roofline
+from selfforcing_core import device as device_module
 from selfforcing_core.attention import attention_kernel
 from selfforcing_core.cli import main
 from selfforcing_core.config import PRESETS, TAEHVConfig, WanConfig
+from selfforcing_core.device import CARDS, Card
 from selfforcing_core.kv_cache import KVCache
+from selfforcing_core.meter import Meter, Recipe
 from selfforcing_core.model import CausalWan
-from selfforcing_core.roofline import CARDS, Card, Meter, Recipe, Work, pass_flops, taehv_flops, wan_vae_flops
+from selfforcing_core.roofline import Work, pass_flops, taehv_flops, wan_vae_flops
 from selfforcing_core.taehv import TAEHV
 from selfforcing_core.wan_vae import StreamingWanDecoder, WanVAE
 
@@ -116,12 +118,12 @@ def test_a_run_at_the_limit_has_all_of_it() -> None:
 def test_a_device_is_measured_with_work_that_keeps_it_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Larger until it takes long enough, and no larger than the largest."""
     seconds = {64: 1e-6, 128: 9e-4, 256: 2e-3, 512: 1.0}
-    monkeypatch.setattr(roofline, "_median_seconds", lambda work, _: seconds[work().shape[0]])
+    monkeypatch.setattr(device_module, "_median_seconds", lambda work, _: seconds[work().shape[0]])
     cpu = torch.device("cpu")
-    monkeypatch.setattr(roofline, "MATMUL_SIZES", (64, 512))
-    assert roofline.matmul_rate(cpu, torch.float32) == 2 * 256**3 / 2e-3
-    monkeypatch.setattr(roofline, "COPY_BYTES", (64, 128))
-    assert roofline.copy_rate(cpu) == 2 * 128 / 9e-4
+    monkeypatch.setattr(device_module, "MATMUL_SIZES", (64, 512))
+    assert device_module.matmul_rate(cpu, torch.float32) == 2 * 256**3 / 2e-3
+    monkeypatch.setattr(device_module, "COPY_BYTES", (64, 128))
+    assert device_module.copy_rate(cpu) == 2 * 128 / 9e-4
 
 
 # ------------------------------------------------------------------- memory --

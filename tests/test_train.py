@@ -86,7 +86,9 @@ def test_a_run_that_was_killed_goes_on_bit_by_bit(settings: list[str], whole: Pa
 def test_a_run_may_go_on_with_another_number_of_processes(settings: list[str], whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "grown"
     assert main([*settings, "micro_batch=6", "max_steps=2", f"logdir={folder}"]) == 0
-    run([*settings, "micro_batch=3", f"logdir={folder}"], 2)
+    process = launch([*settings, "micro_batch=3", f"logdir={folder}"], 2)  # torchrun itself
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
     for found, expected in zip(numbers(folder), numbers(whole), strict=True):
         assert found == pytest.approx(expected, rel=1e-10, abs=1e-10)
 

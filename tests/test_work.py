@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from selfforcing_core.attention import attention_kernel
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import WanConfig
-from selfforcing_core.roofline import Card, Work, pass_work
+from selfforcing_core.device import Card
+from selfforcing_core.roofline import Work, pass_work
 from tests.training import write_network
 from train import distributed, engine, work
 from train.args import DiffusionArgs, DmdArgs, OdeArgs, parse

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import save_file
@@ -15,6 +16,7 @@ from selfforcing_core.checkpoint import read_checkpoint, save_checkpoint
 from selfforcing_core.config import CLIP_DIM, WanConfig
 from selfforcing_core.layout import wan_shapes
 from selfforcing_core.wan_vae import new_network
+from tests.forks import Program, finish, ranks
 from train.data import DatabaseWriter
 from train.export import ExportArgs, export
 
@@ -78,7 +80,7 @@ def run_settings(folder: Path) -> list[str]:
 
 
 def launch(arguments: list[str], processes: int = 1, stage: str = "train.dmd") -> subprocess.Popen[str]:
-    """A stage in processes of its own."""
+    """Start a stage as users do: its own interpreter, or torchrun for several processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(torchrun if processes > 1 else []), "-m", stage, *arguments]
     environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
@@ -86,10 +88,16 @@ def launch(arguments: list[str], processes: int = 1, stage: str = "train.dmd") -
 
 
 def run(arguments: list[str], processes: int = 1, stage: str = "train.dmd") -> None:
-    """As `launch`, to the end, which must be good."""
-    process = launch(arguments, processes, stage)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-3000:]
+    """Run a stage to the end, which must be good, in processes that cost no new interpreter."""
+    store = None
+    if processes == 1:
+        programs = [Program(stage, arguments, ROOT)]
+    else:
+        programs, store = ranks(stage, arguments, ROOT, processes)
+    with TemporaryDirectory() as folder:
+        statuses, outputs = finish(programs, Path(folder), timeout=300)
+    del store
+    assert statuses == [0] * processes, [output[-3000:] for output in outputs]
 
 
 def numbers(folder: Path) -> list[dict[str, float]]:

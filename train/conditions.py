@@ -17,8 +17,9 @@ from torch import Tensor
 from selfforcing_core.clip import load_clip
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.embeddings import EmbeddingFolder
-from selfforcing_core.hub import load_text_encoder, resolve_text_encoder
+from selfforcing_core.hub import resolve_text_encoder
 from selfforcing_core.image import first_frame_condition, fit_image
+from selfforcing_core.load import load_text_encoder
 from selfforcing_core.prompts import read_lines, read_prompts
 from selfforcing_core.wan_vae import WanVAE
 from train.args import NetworkArgs

@@ -5,6 +5,7 @@ A stage is a `Trainer` that says what its networks are (`roles`), what one step 
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -24,12 +25,14 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from selfforcing_core import device as devices
 from selfforcing_core.atomic import NotWritten, print_result
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import WanConfig
+from selfforcing_core.device import Card
 from selfforcing_core.geometry import PATCH, chunk_lengths
 from selfforcing_core.hub import check_taehv
-from selfforcing_core.roofline import Card, Work, measured_card
+from selfforcing_core.roofline import Work
 from train import distributed, finite, logs, resume, state
 from train.args import ClipArgs, TrainArgs, mistake, parse, to_yaml
 from train.conditions import Prompts, read_texts
@@ -480,6 +483,12 @@ def _steps(
                 log.warning("stopped after step %d; the same command goes on from there", trainer.step)
                 break
         saver.wait()
+
+
+@functools.cache
+def measured_card(device: torch.device, dtype: torch.dtype) -> Card:
+    """Return what this device can do, measured once per process: it takes two seconds, and does not change."""
+    return devices.measured_card(device, dtype)
 
 
 def _all_cards(world: distributed.World, dtype: torch.dtype) -> Card:

@@ -14,15 +14,17 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
 
 from selfforcing_core.atomic import print_result
 from selfforcing_core.config import PRESETS, WanConfig
+from selfforcing_core.device import CARDS, Card
 from selfforcing_core.geometry import SPATIAL_FACTOR
-from selfforcing_core.roofline import CARDS, Card, Work
+from selfforcing_core.roofline import Work
 from train.args import ClipArgs, DiffusionArgs, DmdArgs, OdeArgs, TrainArgs, mistake, parse
 from train.work import clip_work, copies_of, distillation_work, parameters, sizes_in_bytes, trained_parameters
 
@@ -49,7 +51,7 @@ def peak_bytes(args: TrainArgs, processes: int) -> dict[str, int]:
     sizes = sizes_of(args)
     layers = {role: config_of(size).num_layers for role, size in sizes.items()}
     watched = sorted({min(count, max(layers.values())) for count in WATCHED})
-    with get_context("spawn").Pool(len(watched)) as pool:
+    with _fresh_processes().Pool(len(watched)) as pool:
         peaks = pool.starmap(_watch, [(args, processes, count) for count in watched])
     found = {}
     for name in peaks[0]:
@@ -58,6 +60,17 @@ def peak_bytes(args: TrainArgs, processes: int) -> dict[str, int]:
         more = added[-1] + slope * (layers[name] - watched[-1])
         found[name] = round(kept_bytes(args, processes, layers) + more)
     return found
+
+
+def _fresh_processes() -> BaseContext:
+    """Return how processes start that nothing was computed in yet, without each of them importing torch again."""
+    if "forkserver" not in get_all_start_methods():  # Windows
+        return get_context("spawn")
+    context = get_context("forkserver")
+    # Torch's tracker and what it needs take many seconds to import: once for all processes of all calls. Nothing else
+    # is done in the server, so that what is copied from it holds no tensor, and no thread that a copy would lack.
+    context.set_forkserver_preload(["train.planned"])
+    return context
 
 
 def kept_bytes(args: TrainArgs, processes: int, layers: Mapping[str, int]) -> int:

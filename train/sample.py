@@ -31,8 +31,9 @@ from selfforcing_core.config import WanConfig
 from selfforcing_core.generate import generate_all
 from selfforcing_core.geometry import SPATIAL_FACTOR, pixel_frames
 from selfforcing_core.layout import wan_shapes
-from selfforcing_core.plan import CACHE_DTYPES, Request, Take
+from selfforcing_core.plan import CACHE_DTYPES
 from selfforcing_core.prompts import output_name
+from selfforcing_core.request import PromptBatch, Request
 from train.args import DmdArgs, OdeArgs, mistake, parse
 from train.conditions import read_texts
 from train.data import ClipDatabase, Row
@@ -118,16 +119,18 @@ def sample(args: SampleArgs) -> list[dict[str, Any]]:
             model = Path(temporary) / "student.safetensors"
             export(ExportArgs(args.logdir, str(model), args.step, args.weights, dtype=stored))
             request = replace(request, model=str(model))
-            takes = [
-                Take(example.text, example.text, (folder / output_name(number, example.text, 0),), first_row=number)
+            batches = [
+                PromptBatch(
+                    example.text, example.text, (folder / output_name(number, example.text, 0),), first_row=number
+                )
                 for number, example in enumerate(examples)
             ]
             if all(example.image_RHW is None for example in examples):
-                return generate_all(request, takes, show_progress=True)
+                return generate_all(request, batches, show_progress=True)
             made = []
-            for take, example in zip(takes, examples):  # a request has one picture
+            for batch, example in zip(batches, examples):  # a request has one picture
                 image = _written(example, Path(temporary) / "first.png")
-                made += generate_all(replace(request, image=image), [take], show_progress=True)
+                made += generate_all(replace(request, image=image), [batch], show_progress=True)
             return made
 
 
@@ -264,7 +267,7 @@ class _InKeys(logging.Filter):
 
 @contextmanager
 def _in_keys() -> Iterator[None]:
-    """Let the core speak of settings as this command line takes them."""
+    """Let the core speak of settings as this command line batches them."""
     plans, words = logging.getLogger("selfforcing_core.plan"), _InKeys()
     plans.addFilter(words)
     try:

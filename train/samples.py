@@ -18,7 +18,7 @@ from torch import Tensor
 from selfforcing_core.atomic import make_folder
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
-from selfforcing_core.hub import load_taehv
+from selfforcing_core.load import load_taehv
 from selfforcing_core.rollout import SeededNoise, rollout
 from selfforcing_core.taehv import StreamingDecoder
 from selfforcing_core.video import write_contact_sheet, write_video

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from selfforcing_core.config import WanConfig
+from selfforcing_core.device import Card
 from selfforcing_core.geometry import SPATIAL_FACTOR, chunk_lengths, tokens_per_frame
 from selfforcing_core.layout import wan_shapes
-from selfforcing_core.roofline import MOVES, Card, Work, pass_work, prompt_flops
+from selfforcing_core.roofline import MOVES, Work, pass_work, prompt_flops
 from train.args import ClipArgs, DiffusionArgs, DmdArgs, TrainArgs
 from train.networks import wide
 

@@ -55,7 +55,7 @@ function stepByChunks(node) {
   Object.assign(length.options, { step2: step, step: 10 * step });
   length.callback = (/** @type {number} */ value) => {
     const { min = 1, max = value } = length.options;
-    length.value = Math.min(Math.max(Math.round(value), min), max); // the host's own would round it to a step
+    length.value = Math.min(Math.max(Math.round(value), min), max); // ComfyUI's own would round it to a step
   };
 }
 

@@ -1,4 +1,4 @@
-/** Makes the elements that the player is built of. No import of the host. */
+/** Makes the elements that the player is built of. No import of ComfyUI. */
 
 /** Outlines on a 16 by 16 grid. */
 const ICONS = {

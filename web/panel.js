@@ -1,4 +1,4 @@
-/** The player's box on the page: the picture, the line below it, what plays it, and the desk. No import of the host. */
+/** The player's box on the page: the picture, the line below it, what plays it, and the desk. No import of ComfyUI. */
 
 import { Desk } from "./desk.js";
 import { IconButton, box, clock, explain, make } from "./elements.js";
@@ -60,7 +60,7 @@ export class Panel {
   animation = 0;
   disposed = false;
   note = ""; // what the user's last action led to; gone with the next chunk
-  told = ""; // the server's last line; it comes in one message only
+  serverLine = ""; // the server's last line; it comes in one message only
   estimate = ""; // its line of what the run will take
   /** @type {SavedFile[]} */
   files = [];
@@ -216,7 +216,7 @@ export class Panel {
   /** @param {string} text the server's line for the user, or "" */
   #hear(text) {
     if (ESTIMATE.test(text)) this.estimate = text;
-    else if (text) [this.told, this.note] = [text, ""];
+    else if (text) [this.serverLine, this.note] = [text, ""];
   }
 
   /** A lost answer needs no words: the server sends less, and the next one makes up for it. @param {Message} message */
@@ -237,10 +237,10 @@ export class Panel {
     this.files = [];
     this.reported = { frame: -1, at: -Infinity };
     this.#fail("");
-    this.told = this.estimate = "";
+    this.serverLine = this.estimate = "";
   }
 
-  /** The host says that the prompt ended, in whatever way. @param {unknown} promptId */
+  /** ComfyUI says that the prompt ended, in whatever way. @param {unknown} promptId */
   finish(promptId) {
     // In the queue, for messages that came before may still be decoding.
     this.queue = this.queue.then(() => {
@@ -299,7 +299,7 @@ export class Panel {
     this.#leaveFilm();
     for (const bitmap of this.bitmaps.values()) bitmap?.close();
     this.bitmaps.clear();
-    this.playback = new Playback(); // the host may keep the element
+    this.playback = new Playback(); // ComfyUI may keep the element
   }
 
   // ------------------------------------------------------------ to the server --
@@ -307,8 +307,8 @@ export class Panel {
   async #post(body) {
     const answer = await this.host.post(body);
     if (answer.ok) return "";
-    const told = await answer.json().catch(() => null);
-    const reason = typeof told?.error === "string" && told.error;
+    const reply = await answer.json().catch(() => null);
+    const reason = typeof reply?.error === "string" && reply.error;
     if (answer.status === 404 && reason && body.run === this.playback.run) {
       this.playback.finish(); // the run is over
       this.#refresh();
@@ -327,7 +327,7 @@ export class Panel {
       const error = await this.#post({ run: this.playback.run, ...command });
       isTaken = !error;
       this.#fail(error);
-      if (isTaken) [this.note, this.told] = [done, ""];
+      if (isTaken) [this.note, this.serverLine] = [done, ""];
       this.#refresh();
     });
     return isTaken;
@@ -441,7 +441,7 @@ export class Panel {
     this.#keys(fps);
     parts.hint.hidden = this.drawn !== undefined;
     parts.hint.textContent = running ? FIRST : IDLE;
-    parts.text.textContent = this.note || this.told;
+    parts.text.textContent = this.note || this.serverLine;
     this.#sayFiles();
     this.#say(parts.status, this.#status());
     if (!parts.figures.hidden) this.#sayFigures();
@@ -466,12 +466,12 @@ export class Panel {
     explain(place, shown === null ? "" : `Frame ${shown + 1} of ${source.total}`);
   }
 
-  /** @param {HTMLElement} line @param {[string, string][]} told words, each with the sentence that explains them */
-  #say(line, told) {
-    const text = told.map(([words]) => words).join(" · ");
+  /** @param {HTMLElement} line @param {[string, string][]} entries words, each with the sentence that explains them */
+  #say(line, entries) {
+    const text = entries.map(([words]) => words).join(" · ");
     if (text === line.textContent) return;
     line.replaceChildren(
-      ...told.flatMap(([words, title], place) => [place ? " · " : "", make("span", { title }, words)]),
+      ...entries.flatMap(([words, title], place) => [place ? " · " : "", make("span", { title }, words)]),
     );
   }
 
@@ -499,11 +499,11 @@ export class Panel {
 
   #sayFigures() {
     const { figures } = this.parts;
-    const told = sayFigures(this.playback.message, this.estimate);
-    const key = JSON.stringify(told);
+    const entries = sayFigures(this.playback.message, this.estimate);
+    const key = JSON.stringify(entries);
     if (figures.dataset.key === key) return;
     figures.dataset.key = key;
-    const rows = told.flatMap(([name, value, title]) => [make("dt", { title }, name), make("dd", { title }, value)]);
+    const rows = entries.flatMap(([name, value, title]) => [make("dt", { title }, name), make("dd", { title }, value)]);
     figures.replaceChildren(...rows);
   }
 }

@@ -80,8 +80,8 @@ function oneOf(value, names) {
 
 /** The entries of a list that are objects. @param {unknown} list @param {number} top */
 function records(list, top) {
-  const found = (Array.isArray(list) ? list.slice(0, top) : []).filter((each) => typeof each === "object" && each);
-  return /** @type {Record<string, unknown>[]} */ (found);
+  const records = (Array.isArray(list) ? list.slice(0, top) : []).filter((each) => typeof each === "object" && each);
+  return /** @type {Record<string, unknown>[]} */ (records);
 }
 
 /** @param {Record<string, unknown>} given @returns {Happening[]} one, or none where it says too little */

@@ -67,7 +67,7 @@ function tab() {
   return name;
 }
 
-/** Let the graph say which workflow it is while the host writes it into the prompt, which it does at once. */
+/** Let the graph say which workflow it is while ComfyUI writes it into the prompt, which it does at once. */
 function sign() {
   const extra = rootGraph()?.extra;
   const name = tab();
@@ -111,7 +111,7 @@ function deliver(message) {
 }
 
 /**
- * The host attaches widgets, and says which workflow is open, some time after it has built the graph.
+ * ComfyUI attaches widgets, and says which workflow is open, some time after it has built the graph.
  * @param {number} times
  */
 function deliverMissed(times) {
@@ -169,7 +169,7 @@ function addPlayer(node) {
 }
 
 /**
- * The host would show a written video in a second player, and in the classic canvas put that one's value into prompts,
+ * ComfyUI would show a written video in a second player, and in the classic canvas put that one's value into prompts,
  * which makes an unchanged workflow run again. It adds none to a node that seems to have one, or wants none.
  * @param {ComfyNode} node
  */
@@ -179,13 +179,13 @@ function keepOnePlayer(node) {
   node.hideOutputImages = true; // Nodes 2.0
 }
 
-/** What the host reports of a node that ran. @param {ComfyNode} node @param {unknown} output */
+/** What ComfyUI reports of a node that ran. @param {ComfyNode} node @param {unknown} output */
 function showOutput(node, output) {
   const { images } = /** @type {{images?: unknown}} */ (output ?? {});
   panels.get(node)?.showFiles(readFiles(images), numberOf(node, "fps"));
 }
 
-/** The host knows the files of earlier runs again some time after it has built the graph of their workflow. */
+/** ComfyUI knows the files of earlier runs again some time after it has built the graph of their workflow. */
 function showOutputs() {
   for (const [node, panel] of panels) {
     const { graph, id } = node;
@@ -200,7 +200,7 @@ function removePlayer(node) {
   panels.delete(node);
 }
 
-/** The host removes the nodes of a workflow without a word to those inside its subgraphs. */
+/** ComfyUI removes the nodes of a workflow without a word to those inside its subgraphs. */
 function removeLostPlayers() {
   const root = rootGraph();
   if (!root?.nodes) return;

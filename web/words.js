@@ -1,4 +1,4 @@
-/** What the player says of a run: its state in a line, its figures behind the (i). No page, no import of the host. */
+/** What the player says of a run: its state in a line, its figures behind the (i). No page, no import of ComfyUI. */
 
 import { clock } from "./elements.js";
 
@@ -39,7 +39,7 @@ export function sayStatus(message, viewing) {
 /** @param {Message} message @param {Viewing} viewing @returns {Told[]} one, or none while chunks are simply made */
 function sayState({ state, chunk, numChunks }, { isDry, isHoldAsked, isFinishAsked }) {
   if (numChunks && chunk >= numChunks && state !== "held")
-    return [["ending", "Every chunk is made; the last pictures and the file are written."]];
+    return [["ending", "Every chunk is made; the last frames and the file are written."]];
   if (isFinishAsked) return [["finishing", "The run ends after the chunk that is being made."]];
   if (state === "held") return [["held", "The run waits for Go on or Re-roll."]];
   if (isHoldAsked) return [["holds after this chunk", "The chunk that is being made is finished first."]];

@@ -11,7 +11,7 @@ finish ends what the server is executing after its current chunk, whoever queued
 waits for it gets it. It works while a streaming node with its player switched on samples; the server lists what it
 executes, with the client id that this needs, to everybody who may also interrupt it.
 
---frames FOLDER saves the pictures that ComfyUI shows while it works, as they arrive: 00001.jpg, 00002.jpg, ... Each is
+--frames FOLDER saves the images that ComfyUI shows while it works, as they arrive: 00001.jpg, 00002.jpg, ... Each is
 whole when it appears. The streaming samplers show the newest frame of every chunk. They come over ComfyUI's websocket,
 of which `Messages` below reads as much as that takes (RFC 6455).
 """
@@ -37,13 +37,13 @@ from typing import Any
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10  # opcodes of a frame; 0: more of the message before
 LARGEST = 64 * 2**20  # bytes of a message
 PATIENCE = 30  # seconds of silence after which the server is asked whether it is still there
-PREVIEW = 1  # ComfyUI's binary message of a picture: this number, one of SUFFIXES, the file; both numbers of 4 bytes
+PREVIEW = 1  # ComfyUI's binary message of an image: this number, one of SUFFIXES, the file; both numbers of 4 bytes
 SUFFIXES = {1: ".jpg", 2: ".png"}
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
 
 def server_of(text: str) -> str:
-    """An address as host:port, and behind it the path of a proxy. Raises ValueError for what this script cannot speak.
+    """Return an address as host:port and the path of a proxy. Raises ValueError for what this script cannot speak.
 
     Takes host:port and http://host:port, with or without a slash at the end; without a port it is that of HTTP.
     """
@@ -62,7 +62,7 @@ def server_of(text: str) -> str:
 
 
 def ask(server: str, path: str, body: Any = None) -> Any:
-    """GET, or POST with a body. Raises ValueError with the server's own reasons."""
+    """Get a path, or post a body to it, and return the JSON answer. Raises ValueError with the server's own reasons."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(f"http://{server}{path}", data, {"Content-Type": "application/json"})
     try:
@@ -77,7 +77,7 @@ def ask(server: str, path: str, body: Any = None) -> Any:
 
 
 def reason(answer: str) -> str:
-    """The sentence in an answer of the pack's own routes; any other answer as it is."""
+    """Return the sentence in an answer of the pack's own routes; any other answer as it is."""
     try:
         error = json.loads(answer)["error"]
     except (ValueError, KeyError, TypeError):
@@ -86,7 +86,7 @@ def reason(answer: str) -> str:
 
 
 def finish(server: str) -> str:
-    """End what the server executes after its current chunk; the id of its prompt. Raises ValueError if it cannot be."""
+    """End what the server executes after its current chunk; return its prompt's id. Raises ValueError if it cannot."""
     running = ask(server, "/queue")["queue_running"]
     if not running:
         raise ValueError(f"{server} executes nothing now, so there is nothing to finish")
@@ -99,7 +99,7 @@ def finish(server: str) -> str:
 
 
 def read_prompt(path: Path) -> dict[str, Any]:
-    """A workflow as the server takes it. Raises ValueError for any other file, such as one that the canvas saves."""
+    """Return a workflow as the server takes it. Raises ValueError for other files, such as those the canvas saves."""
     prompt = json.loads(path.read_text(encoding="utf-8"))
     nodes = list(prompt.values()) if isinstance(prompt, dict) else []
     if not nodes or not all(isinstance(node, dict) and {"class_type", "inputs"} <= node.keys() for node in nodes):
@@ -110,17 +110,17 @@ def read_prompt(path: Path) -> dict[str, Any]:
 
 
 def changed(prompt: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """The prompt with some inputs set. Raises ValueError for inputs that it does not have."""
+    """Return the prompt with some inputs set. Raises ValueError for inputs that it does not have."""
     for setting in settings:
         name, equals, text = setting.partition("=")
-        node, _, given = name.partition(".")
-        if not equals or given not in prompt.get(node, {}).get("inputs", {}):
+        node, _, field = name.partition(".")
+        if not equals or field not in prompt.get(node, {}).get("inputs", {}):
             known = ", ".join(f"{key}.{entry}" for key, value in prompt.items() for entry in value["inputs"])
             raise ValueError(f"{setting!r} sets no input of this workflow; use NODE.INPUT=VALUE with one of {known}")
         try:
-            prompt[node]["inputs"][given] = json.loads(text)
+            prompt[node]["inputs"][field] = json.loads(text)
         except ValueError:
-            prompt[node]["inputs"][given] = text
+            prompt[node]["inputs"][field] = text
     return prompt
 
 
@@ -137,9 +137,9 @@ class Messages:
             connection = socket.create_connection((address.hostname, address.port or 80), PATIENCE)
         except OSError as error:
             raise ValueError(f"{server} does not answer ({error}); start ComfyUI, or name another --server") from error
-        found = cls(server, connection)
-        found.shake_hands(f"{address.path}/ws?clientId={client_id}")
-        return found
+        messages = cls(server, connection)
+        messages.shake_hands(f"{address.path}/ws?clientId={client_id}")
+        return messages
 
     def __iter__(self) -> Iterator[str | bytes]:
         kind, whole = 0, b""
@@ -177,7 +177,7 @@ class Messages:
             raise ValueError(f"{self.server} opens no websocket ({first.decode(errors='replace')}); is it ComfyUI?")
 
     def frame(self) -> tuple[bool, int, bytes]:
-        """Whether a message ends with this frame, its opcode, its data."""
+        """Return whether a message ends with this frame, its opcode, its data."""
         first, second = self.read(2)
         length = second & 0x7F
         if first & 0x70 or second & 0x80 or (first & 0x08 and length > 125):
@@ -189,30 +189,30 @@ class Messages:
         return bool(first & 0x80), first & 0x0F, self.read(length)
 
     def read(self, count: int) -> bytes:
-        """Exactly this many bytes, however long they take, as long as the server answers."""
-        found = b""
-        while len(found) < count:
+        """Return exactly this many bytes, however long they take, as long as the server answers."""
+        content = b""
+        while len(content) < count:
             try:
-                part = self.connection.recv(min(count - len(found), 2**16))
-            except TimeoutError:
+                part = self.connection.recv(min(count - len(content), 2**16))
+            except TimeoutError:  # silence may be a long chunk; one that is gone does not answer this either
                 ask(self.server, "/queue")
                 continue
             except OSError as error:
                 raise ValueError(f"{self.server} was lost ({error}); the prompt may still run") from error
             if not part:
                 raise ValueError(f"{self.server} ended the websocket within a message; the prompt may still run")
-            found += part
-        return found
+            content += part
+        return content
 
     def send(self, opcode: int, data: bytes) -> None:
-        """One short frame, masked as a client's must be."""
+        """Send one short frame, masked as a client's must be."""
         mask = os.urandom(4)
         masked = bytes(byte ^ mask[index % 4] for index, byte in enumerate(data))
         self.connection.sendall(bytes((0x80 | opcode, 0x80 | len(data))) + mask + masked)
 
 
 def save_frames(messages: Messages, queued: str, folder: Path) -> None:
-    """Save every picture that is shown until a prompt has ended."""
+    """Save every image that is shown until a prompt has ended."""
     count, progress = 0, ""
     for message in messages:
         if isinstance(message, str):
@@ -235,9 +235,9 @@ def save_frames(messages: Messages, queued: str, folder: Path) -> None:
 
 
 def run(server: str, prompt: dict[str, Any], frames: Path | None = None) -> dict[str, Any]:
-    """Queue a prompt and wait until it has ended; what each node put out. Raises ValueError if it failed.
+    """Queue a prompt, wait until it has ended, return what each node put out. Raises ValueError if it failed.
 
-    frames: folder for the pictures that are shown meanwhile; those of two runs are not mixed.
+    frames: folder for the images that are shown meanwhile; those of two runs are not mixed.
     """
     if frames is not None and frames.exists() and any(frames.iterdir()):
         raise ValueError(f"{frames} holds files already; give --frames an empty folder, or a new one")
@@ -259,8 +259,8 @@ def run(server: str, prompt: dict[str, Any], frames: Path | None = None) -> dict
 
 
 def fetch(server: str, outputs: dict[str, Any], folder: Path) -> list[Path]:
-    """Download every saved file; their places here."""
-    found = []
+    """Download every saved file; return their places here."""
+    paths = []
     for output in outputs.values():
         for files in output.values():
             for file in files:
@@ -270,9 +270,9 @@ def fetch(server: str, outputs: dict[str, Any], folder: Path) -> list[Path]:
                 with urllib.request.urlopen(f"http://{server}/view?{query}", timeout=60) as answer:
                     content = answer.read()
                 folder.mkdir(parents=True, exist_ok=True)
-                found.append(folder / Path(file["filename"]).name)
-                found[-1].write_bytes(content)
-    return found
+                paths.append(folder / Path(file["filename"]).name)
+                paths[-1].write_bytes(content)
+    return paths
 
 
 def main() -> int:
@@ -283,9 +283,10 @@ def main() -> int:
         "current chunk, what the server executes (a file of that name is ./finish)",
     )
     parser.add_argument(
-        "--server", default="127.0.0.1:8188",
+        "--server",
+        default="127.0.0.1:8188",
         help="address of ComfyUI, host:port or http://host:port (default: 127.0.0.1:8188)",
-    )  # fmt: skip
+    )
     parser.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="change one input")
     parser.add_argument("--to", type=Path, help="folder for the results (default: out)")
     parser.add_argument("--frames", type=Path, metavar="FOLDER", help="save what is shown meanwhile, as it arrives")

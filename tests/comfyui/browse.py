@@ -1,4 +1,4 @@
-"""Run by the host's Python: a headless Chromium on its own front end, driven over the DevTools protocol.
+"""Run by ComfyUI's Python: a headless Chromium on its own front end, driven over the DevTools protocol.
 
 python browse.py CHROMIUM ADDRESS PACK FOLDER NAME...
 
@@ -54,7 +54,7 @@ async (name, file) => {
 }
 """
 
-# A front end whose host lacks some package cannot draw the host's own loaders, nor ours.
+# A front end whose host lacks some package cannot draw ComfyUI's own loaders, nor ours.
 HOST_LOADER = """
 (() => {
   try { new window.LiteGraph.registered_node_types['VAELoader']('probe'); return '' }

@@ -1,6 +1,6 @@
 """A headless Chromium with one tab on a ComfyUI server, driven over the DevTools protocol.
 
-Run by the host's Python, which has aiohttp. Requests to anything but the server are refused by the browser's own host
+Run by ComfyUI's Python, which has aiohttp. Requests to anything but the server are refused by the browser's own host
 rules, so that a page shows what a machine without network sees.
 """
 
@@ -88,11 +88,19 @@ async def tab(chromium: str, address: str, pack: str) -> AsyncIterator[Tab]:
     """The only tab of a browser that ends with the block."""
     with tempfile.TemporaryDirectory() as profile:
         process = await asyncio.create_subprocess_exec(
-            chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-            "--remote-debugging-port=0", f"--user-data-dir={profile}", f"--window-size={WINDOW[0]},{WINDOW[1]}",
-            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "about:blank",
-            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+            chromium,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--remote-debugging-port=0",
+            f"--user-data-dir={profile}",
+            f"--window-size={WINDOW[0]},{WINDOW[1]}",
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+            "about:blank",
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
         try:
             devtools = await _devtools_address(process)
             async with aiohttp.ClientSession() as session:

@@ -18,7 +18,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from selfforcing_core.generate import Request, generate
+from selfforcing_core.generate import generate
+from selfforcing_core.request import Request
 from selfforcing_core.video import read_video, write_contact_sheet
 from tests.comfyui.arrange import SAMPLER_WIDTH, arrange
 from tests.comfyui.host_server import ROOT, Server, find_checkouts
@@ -210,7 +211,7 @@ def note_height(text: str) -> int:
 
 
 def slots(description: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """(name, type, options) of a node's inputs in the host's order."""
+    """(name, type, options) of a node's inputs in ComfyUI's order."""
     groups = description["input"]
     entries = [item for group in ("required", "optional") for item in groups.get(group, {}).items()]
     return [

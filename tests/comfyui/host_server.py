@@ -74,8 +74,11 @@ class Server:
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 [str(checkout.python), "main.py", *self._arguments()],
-                cwd=checkout.path, env=environment, stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                cwd=checkout.path,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
 
     def _arguments(self) -> list[str]:
         host, port = self.address.split(":")
@@ -154,13 +157,13 @@ class Server:
 
 
 def failure(entry: dict[str, Any]) -> str:
-    """What a history entry says went wrong: the host's message, or the name of the event that ended the run."""
+    """What a history entry says went wrong: ComfyUI's message, or the name of the event that ended the run."""
     kind, data = entry["status"]["messages"][-1]
     return f"{kind}: {data.get('node_type')}: {data.get('exception_message', '')}"
 
 
 class Events:
-    """What the server tells one client over the websocket, read through the host's own aiohttp."""
+    """What the server tells one client over the websocket, read through ComfyUI's own aiohttp."""
 
     def __init__(self, server: Server) -> None:
         self.client_id = uuid.uuid4().hex

@@ -1,4 +1,4 @@
-"""Run by the host's Python as inside.py is: the attention that ComfyUI was started with, in its own pass and in ours.
+"""Run by ComfyUI's Python as inside.py is: the attention that ComfyUI was started with, in its own pass and in ours.
 
 python inside_attention.py PACK FOLDER [OPTION]      OPTION: of ComfyUI's command line
 
@@ -62,8 +62,9 @@ if OPTION == "--use-flash-attention":
 F.scaled_dot_product_attention = counted  # type: ignore[assignment]
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path.cwd()))  # the host's own `nodes` comes first
+sys.path.insert(0, str(Path.cwd()))  # ComfyUI's own `nodes` comes first
 import inside  # noqa: E402
+from comfy_api.torch_helpers import set_torch_compile_wrapper  # noqa: E402
 
 
 def calls_of(sample: Any) -> tuple[Any, dict[str, int]]:
@@ -86,7 +87,7 @@ class Lines(logging.Handler):
 
 def main() -> None:
     lines = Lines()
-    logger = logging.getLogger(inside.causal_model.__name__)
+    logger = logging.getLogger(inside.causal_pass.__name__)
     logger.setLevel(logging.INFO)
     logger.addHandler(lines)
     at_once = inside.sampling.ChunkSampler(inside.sampling.Run(causal=inside.CausalConfig(chunk=inside.FRAMES)))
@@ -113,13 +114,13 @@ def main() -> None:
     F.scaled_dot_product_attention = torch_attention
     exact = inside.core_rollout(made)
     found["in_chunks"] = inside.apart(video, exact)
-    settings = inside.causal_model.Settings("causal", inside.CHUNKS, inside.STEPS, cache_dtype=torch.int8)
+    settings = inside.model_settings.Settings("causal", inside.CHUNKS, inside.STEPS, cache_dtype=torch.int8)
     narrow, found["from_int8_calls"] = calls_of(
         lambda: inside.sampled(inside.causal_model.with_settings(patcher, settings))
     )
     found["from_int8"] = float((narrow - exact).abs().mean() / exact.std())
     compiled = patcher.clone()
-    inside.set_torch_compile_wrapper(compiled, backend="eager")
+    set_torch_compile_wrapper(compiled, backend="eager")
     video, found["compiled_calls"] = calls_of(lambda: inside.sampled(compiled))
     found["compiled"] = inside.apart(video, exact)
     found["lines"] = lines.lines

@@ -1,4 +1,4 @@
-"""Run by the host's Python as inside.py is: every node that takes a MODEL and returns one, on ours and on the host's.
+"""Run by ComfyUI's Python as inside.py is: every node that takes a MODEL and returns one, on ours and on ComfyUI's.
 
 python inside_nodes.py PACK FOLDER
 
@@ -22,7 +22,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path.cwd()))  # the host's own `nodes` comes first
+sys.path.insert(0, str(Path.cwd()))  # ComfyUI's own `nodes` comes first
 import inside
 import torch
 from comfy_api.latest import io
@@ -63,7 +63,7 @@ class NotBuilt(Exception):
 
 
 def init_nodes() -> list[str]:
-    """The host's own extra nodes; returns files that could not be imported."""
+    """ComfyUI's own extra nodes; returns files that could not be imported."""
     try:
         importlib.import_module("kornia")
     except ImportError:  # of nodes for pictures, which share a file with one for models
@@ -179,10 +179,10 @@ def main() -> None:
     save_file(LORA, inside.FOLDER / FILE)
     sys.modules["folder_paths"].add_model_folder_path("loras", str(inside.FOLDER), is_default=True)  # type: ignore[attr-defined]
     euler = replace(inside.STEPS, solver="euler")
-    settings = inside.causal_model.Settings("causal", inside.CHUNKS, euler)
+    settings = inside.model_settings.Settings("causal", inside.CHUNKS, euler)
 
     def model(kind: str, net: Any) -> Any:
-        """What the host's own loader makes of the weights, for our sampler with Patch Model behind it."""
+        """What ComfyUI's own loader makes of the weights, for our sampler with Patch Model behind it."""
         state = {key: value.clone() for key, value in net.state_dict().items()}
         patcher = inside.comfy.sd.load_diffusion_model_state_dict(state)
         return inside.causal_model.with_settings(patcher, settings) if kind == "causal" else patcher

@@ -1,4 +1,4 @@
-"""Run by the host's Python: how each workflow of the pack looks as it opens, measured in a headless Chromium.
+"""Run by ComfyUI's Python: how each workflow of the pack looks as it opens, measured in a headless Chromium.
 
 python layout.py CHROMIUM ADDRESS PACK FOLDER QUERIES NAME...
 

@@ -1,4 +1,4 @@
-"""Run by the host's Python: print what its server sends on the websocket, one JSON object a line, until killed.
+"""Run by ComfyUI's Python: print what its server sends on the websocket, one JSON object a line, until killed.
 
 python listen.py 127.0.0.1:8188 CLIENT_ID
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import aiohttp
 
-TEXT = 3  # of the host's binary messages: a line for a node
+TEXT = 3  # of ComfyUI's binary messages: a line for a node
 
 
 def described(data: bytes) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Run by the host's Python: what the live player's page would do, without a page.
+"""Run by ComfyUI's Python: what the live player's page would do, without a page.
 
 python play.py ADDRESS CLIENT_ID REACTIONS
 

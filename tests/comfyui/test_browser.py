@@ -1,4 +1,4 @@
-"""Every workflow dropped on the host's own canvas in a real browser; tiny ones are run by the button and steered."""
+"""Every workflow dropped on ComfyUI's own canvas in a real browser; tiny ones are run by the button and steered."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def seen(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     if "broken" in found:
-        pytest.skip(f"this host's front end cannot draw the host's own loaders ({found['broken']}); install spandrel")
+        pytest.skip(f"this ComfyUI's front end cannot draw ComfyUI's own loaders ({found['broken']}); install spandrel")
     return found
 
 
@@ -78,7 +78,7 @@ RENDERERS = pytest.mark.parametrize("renderer", ["classic", "vue"])
 def steered(seen: dict[str, Any], renderer: str) -> dict[str, Any]:
     found = seen[renderer]
     if renderer == "vue" and not found["is_shown"]:
-        pytest.skip("this host's front end draws no DOM widgets in its Vue nodes")
+        pytest.skip("this ComfyUI's front end draws no DOM widgets in its Vue nodes")
     assert found["is_shown"]
     return found
 
@@ -158,7 +158,7 @@ def test_no_script_of_the_pack_complains(seen: dict[str, Any]) -> None:
 @pytest.mark.parametrize("renderer", ["classic", "vue"])
 def test_widgets_at_auto_say_so_and_a_lengths_arrows_go_by_chunks(seen: dict[str, Any], renderer: str) -> None:
     if not seen[renderer]["is_shown"]:
-        pytest.skip("this host's front end draws no DOM widgets in its Vue nodes")
+        pytest.skip("this ComfyUI's front end draws no DOM widgets in its Vue nodes")
     found = seen[renderer]["widgets"]
     assert found["before"] == [
         "steps \u00b7 auto",
@@ -183,7 +183,7 @@ def test_widgets_at_auto_say_so_and_a_lengths_arrows_go_by_chunks(seen: dict[str
 
 def test_a_typed_prompt_shows_within_the_pace_and_a_chunk_whenever_it_is_sent(seen: dict[str, Any]) -> None:
     if not seen["vue"]["is_shown"]:
-        pytest.skip("this host's front end draws no DOM widgets in its Vue nodes")
+        pytest.skip("this ComfyUI's front end draws no DOM widgets in its Vue nodes")
     delays, told, moments = zip(*seen["delays"])
     first, *_, last = (int(re.search(r"chunk (\d+) of 167", words)[1]) for words in told)
     seconds = max(12 / 16, (moments[-1] - moments[0]) / (last - first))  # of a chunk, on this machine as busy as it is

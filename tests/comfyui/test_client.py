@@ -69,7 +69,7 @@ def test_what_is_shown_is_saved_while_it_is_made(server: Server, tmp_path: Path)
     for path, number in zip(found, (8, 20, 32)):
         shown = to_tensor(Image.open(path).resize((64, 64)))
         errors = (saved - shown).abs().mean((1, 2, 3))
-        assert errors[number] < 0.05, "lossy twice, and scaled by the host"
+        assert errors[number] < 0.05, "lossy twice, and scaled by ComfyUI"
         assert errors[number] < errors.min() + 0.01, "no other frame of the video is clearly nearer"
         assert errors[number] == min(errors[[8, 20, 32]]), "and it is this chunk's"
     lines = done.stderr.splitlines()
@@ -202,9 +202,14 @@ def test_messages_come_whole_however_they_are_cut(piece: int) -> None:
     """Frames of every form of length, messages of several frames, and a ping between two of them, which is answered."""
     long, longer = bytes(range(256)) * 4, b"x" * 70000
     content = (
-        frame(TEXT, "gr\u00fcn".encode()) + frame(BINARY, long[:500], is_last=False) + frame(PING, b"there?")
-        + frame(0, long[500:700], is_last=False) + frame(0, long[700:]) + frame(BINARY, b"") + frame(BINARY, longer)
-    )  # fmt: skip
+        frame(TEXT, "gr\u00fcn".encode())
+        + frame(BINARY, long[:500], is_last=False)
+        + frame(PING, b"there?")
+        + frame(0, long[500:700], is_last=False)
+        + frame(0, long[700:])
+        + frame(BINARY, b"")
+        + frame(BINARY, longer)
+    )
     connection = FakeConnection(content, piece)
     messages = iter(client.Messages("here", connection))
     assert [next(messages) for _ in range(4)] == ["gr\u00fcn", long, b"", longer]
@@ -271,11 +276,15 @@ def test_only_pictures_of_the_prompt_are_saved(tmp_path: Path, capsys: pytest.Ca
         return value.to_bytes(4, "big")
 
     content = (
-        event("status") + event("execution_success", prompt_id="other") + event("progress", node="4", value=2, max=8)
-        + frame(BINARY, number(1) + number(1) + b"first") + frame(BINARY, number(3) + b"text")
-        + frame(BINARY, number(1) + number(2) + b"second") + event("execution_error", prompt_id="ours")
+        event("status")
+        + event("execution_success", prompt_id="other")
+        + event("progress", node="4", value=2, max=8)
+        + frame(BINARY, number(1) + number(1) + b"first")
+        + frame(BINARY, number(3) + b"text")
+        + frame(BINARY, number(1) + number(2) + b"second")
+        + event("execution_error", prompt_id="ours")
         + frame(BINARY, number(1) + number(1) + b"late")
-    )  # fmt: skip
+    )
     client.save_frames(client.Messages("here", FakeConnection(content)), "ours", tmp_path / "a/b")
     assert {path.name: path.read_bytes() for path in (tmp_path / "a/b").iterdir()} == {
         "00001.jpg": b"first",

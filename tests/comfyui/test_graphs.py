@@ -1,4 +1,4 @@
-"""The shipped workflows, with small random weights under the released names in the host's own folders."""
+"""The shipped workflows, with small random weights under the released names in ComfyUI's own folders."""
 
 from __future__ import annotations
 
@@ -187,9 +187,17 @@ def test_guidance_changes_the_video_and_needs_a_negative_prompt(stocked: Server)
     assert "needs a negative prompt" in failure(stocked.result(stocked.submit(prompt)))
     prompt = causal_prompt(cfg=3.0, negative=["start", 1])  # an output that is empty without a negative prompt
     add(
-        prompt, "start", "SelfForcingImageToVideo", model=["1", 0], positive=["3", 0], width=SIDE, height=SIDE,
-        length=33, batch_size=1, latent=["given", 0],
-    )  # fmt: skip
+        prompt,
+        "start",
+        "SelfForcingImageToVideo",
+        model=["1", 0],
+        positive=["3", 0],
+        width=SIDE,
+        height=SIDE,
+        length=33,
+        batch_size=1,
+        latent=["given", 0],
+    )
     add(prompt, "given", "EmptyHunyuanLatentVideo", width=SIDE, height=SIDE, length=9, batch_size=1)
     add(prompt, "save", "SaveLatent", samples=[SAMPLER, 0], filename_prefix="x")
     assert "needs a negative prompt" in failure(stocked.result(stocked.submit(prompt)))
@@ -233,9 +241,17 @@ def test_a_video_that_was_encoded_again_is_continued(stocked: Server) -> None:
     add(prompt, "frames", "RepeatImageBatch", image=["picture", 0], amount=9)
     add(prompt, "encoded", "SelfForcingTAEHVEncode", pixels=["frames", 0], taehv=["vae", 0])
     add(
-        prompt, "start", "SelfForcingImageToVideo", model=["1", 0], positive=["3", 0], width=SIDE, height=SIDE,
-        length=33, batch_size=1, latent=["encoded", 0],
-    )  # fmt: skip
+        prompt,
+        "start",
+        "SelfForcingImageToVideo",
+        model=["1", 0],
+        positive=["3", 0],
+        width=SIDE,
+        height=SIDE,
+        length=33,
+        batch_size=1,
+        latent=["encoded", 0],
+    )
     add(prompt, "given", "SaveLatent", samples=["encoded", 0], filename_prefix="latents/given")
     made = latents_of(stocked, prompt)
     (given,) = [load_file(path)["latent_tensor"] for path in (stocked.folder / "output/latents").glob("given_*")]
@@ -247,15 +263,24 @@ def test_a_video_that_was_encoded_again_is_continued(stocked: Server) -> None:
 
 
 def test_wans_own_image_conditioning_runs_chunk_by_chunk(stocked: Server) -> None:
-    """A causal image-to-video model with the host's WanImageToVideo: its condition covers the whole video."""
+    """A causal image-to-video model with ComfyUI's WanImageToVideo: its condition covers the whole video."""
     prompt = causal_prompt(positive=["start", 0])
     prompt["1"]["inputs"].update(unet_name="wan2.1_i2v_480p_lightx2v_4step.safetensors", kind="causal")
     add(prompt, "vae", "SelfForcingTAEHVLoader", vae_name=DECODER, latents="auto")
     add(prompt, "picture", "LoadImage", image="example.png")
     add(
-        prompt, "start", "WanImageToVideo", positive=["3", 0], negative=["3", 0], vae=["vae", 0], width=SIDE,
-        height=SIDE, length=21, batch_size=1, start_image=["picture", 0],
-    )  # fmt: skip
+        prompt,
+        "start",
+        "WanImageToVideo",
+        positive=["3", 0],
+        negative=["3", 0],
+        vae=["vae", 0],
+        width=SIDE,
+        height=SIDE,
+        length=21,
+        batch_size=1,
+        start_image=["picture", 0],
+    )
     with_picture = latents_of(stocked, prompt)
     add(prompt, "other", "ImageInvert", image=["picture", 0])
     prompt["start"]["inputs"]["start_image"] = ["other", 0]

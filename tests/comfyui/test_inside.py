@@ -1,4 +1,4 @@
-"""What our MODELs do inside the host's own sampling code, measured there by tests/comfyui/inside.py."""
+"""What our MODELs do inside ComfyUI's own sampling code, measured there by tests/comfyui/inside_checks.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROUNDING = 1e-5  # share of the values' spread; both sides compute in float32, i
 def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     checkout: Checkout = request.param
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [checkout.python, Path(__file__).with_name("inside.py"), ROOT, tmp_path_factory.mktemp("weights")]
+    command = [checkout.python, Path(__file__).with_name("inside_checks.py"), ROOT, tmp_path_factory.mktemp("weights")]
     done = subprocess.run(
         command, cwd=checkout.path, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
@@ -38,7 +38,7 @@ def found(measured: dict[str, Any], request: pytest.FixtureRequest) -> Any:
 
 
 def test_the_hosts_model_gives_the_cores_video(found: dict[str, float]) -> None:
-    """Also with guidance, batched by the host or split by it: as two separate rollouts combined in the core."""
+    """Also with guidance, batched by ComfyUI or split by it: as two separate rollouts combined in the core."""
     matters = found.pop("cfg_matters")
     assert max(found.values()) < ROUNDING < matters / 100
 
@@ -89,7 +89,7 @@ def test_layers_without_casting_compute_in_bfloat16(found: float) -> None:
 
 
 def test_compiled(found: dict[str, Any]) -> None:
-    """The host's TorchCompileModel compiles the blocks of the causal pass, with its own backend."""
+    """ComfyUI's TorchCompileModel compiles the blocks of the causal pass, with its own backend."""
     assert found == {"difference": 0.0, "backend": ["eager"]}
 
 
@@ -143,7 +143,7 @@ def test_the_hosts_own_causal_sampler(found: float | None) -> None:
 def test_vaes_of_the_host_stream(found: dict[str, Any]) -> None:
     """Bitwise the decode of the whole, also after a chunk was taken back; others say that they come at the end.
 
-    But for the rounding of the one convolution that the host applies to all latents together: 3e-6 where MKL keeps to
+    But for the rounding of the one convolution that ComfyUI applies to all latents together: 3e-6 where MKL keeps to
     AVX2 (MKL_ENABLE_INSTRUCTIONS=AVX2), in ComfyUI 0.27 as in 0.33, and nothing where it uses AVX-512.
     """
     rounded = found["as_it_is"]
@@ -170,7 +170,7 @@ def test_taehv_streams_latent_by_latent(found: dict[str, Any]) -> None:
 
 
 def test_text_encoders(found: dict[str, Any]) -> None:
-    """Large ones in the type of the host, small ones in float32; what a graph gets is float32 either way."""
+    """Large ones in the type of ComfyUI, small ones in float32; what a graph gets is float32 either way."""
     assert found.pop("small") == "torch.float32"
     types = {name: dtype for name, (dtype, _, _) in found.items()}
     assert types == {"default": "torch.float16", "float8_e4m3fn": "torch.float16", "bfloat16": "torch.bfloat16"}

@@ -32,7 +32,7 @@ def seen(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     if browser is None:
         pytest.skip("no Chromium found: install the package chromium, or set CHROMIUM")
     if server.checkout.version.startswith("0.3."):
-        pytest.skip("this host's front end has no Nodes 2.0 and no search aliases")
+        pytest.skip("this ComfyUI's front end has no Nodes 2.0 and no search aliases")
     Image.new("RGB", (512, 768)).save(server.folder / "input/example.png")  # a portrait: the highest preview
     folder = os.environ.get("SELFFORCING_SCREENSHOTS") or str(tmp_path_factory.mktemp("layout"))
     script = Path(__file__).with_name("layout.py")

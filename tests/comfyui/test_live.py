@@ -56,7 +56,7 @@ def test_the_page_that_queued_gets_every_chunk_and_no_other_gets_any(server: Ser
     stats = last["stats"]
     assert stats["first_frame_seconds"] > 0
     assert stats["real_time"] == pytest.approx(stats["fps"] / 16)
-    assert not any(event.get("type") == "binary" for event in seen.seen), "the host's preview is not needed then"
+    assert not any(event.get("type") == "binary" for event in seen.seen), "ComfyUI's preview is not needed then"
 
 
 def test_a_page_that_never_answers_gets_two_messages_with_pictures_and_the_hosts_preview(server: Server) -> None:
@@ -138,7 +138,7 @@ def test_messages_say_which_workflow_queued_the_run_and_scripts_without_one_are_
 
 
 def made_by(server: Server, prompt: dict[str, Any], node: str, client_id: str) -> tuple[torch.Tensor, bool]:
-    """The latents that a node's output has, and whether the host computed them this time."""
+    """The latents that a node's output has, and whether ComfyUI computed them this time."""
     inputs = {"samples": [node, 0], "filename_prefix": f"latents/{uuid.uuid4().hex}"}
     entry = server.result(
         server.submit({**prompt, "latents": {"class_type": "SaveLatent", "inputs": inputs}}, client_id)
@@ -150,7 +150,7 @@ def made_by(server: Server, prompt: dict[str, Any], node: str, client_id: str) -
 
 @pytest.mark.parametrize("what", ["prompt", "seed", "reroll", "seed to file", "linked seed"])
 def test_a_steered_result_is_never_taken_for_that_of_its_inputs(server: Server, what: str) -> None:
-    """Steered, queued again, and queued once more: the host's cache has the plain result then, and only that one."""
+    """Steered, queued again, and queued once more: ComfyUI's cache has the plain result then, and only that one."""
     seed, node, prompt = fresh_seed() % 2**53, SAMPLER, tiny_prompt(f"a red {REST}", length=33)
     if what == "seed to file":
         prompt = json.loads((ROOT / "workflows/api/tiny_endless.json").read_text())
@@ -193,7 +193,7 @@ def test_a_chunk_rolled_again_is_what_its_seed_gives(server: Server) -> None:
         prompt = tiny_prompt(f"a red {REST}", seed=seed, length=LENGTH, chunk=3, cfg=1.0, shift=4.9 + 0.1)
         prompt["latents"] = {"class_type": "SaveLatent", "inputs": {"samples": [SAMPLER, 0]}}
         prompt["latents"]["inputs"]["filename_prefix"] = f"latents/{uuid.uuid4().hex}"
-        prompt[SAMPLER]["inputs"]["sink"] = 0 if len(seeds) == 1 else -1  # asks anew in place of the host's cache
+        prompt[SAMPLER]["inputs"]["sink"] = 0 if len(seeds) == 1 else -1  # asks anew in place of ComfyUI's cache
         with page(server, reactions) as seen:
             entry = server.result(server.submit(prompt, seen.client_id))
             assert entry["status"]["status_str"] == "success", entry
@@ -266,7 +266,7 @@ def test_a_run_that_is_finished_early_keeps_exactly_the_chunks_made(server: Serv
     assert len(read_mp4(file)[0]) == 12 * made - 3
     assert entry["outputs"]["text"]["text"] == [f"0s: a red {REST}"]
     again, was_computed = made_by(server, tiny_prompt(f"a red {REST}", seed=seed, length=LENGTH), SAMPLER, "")
-    assert again.shape == whole.shape, "the host's cache never takes the part for the whole"
+    assert again.shape == whole.shape, "ComfyUI's cache never takes the part for the whole"
     assert was_computed
 
 
@@ -470,5 +470,6 @@ def test_ten_thousand_malformed_messages_leave_the_run_and_the_server_as_they_we
     assert "Traceback" not in server.log()[before:]
     time.sleep(0.5)
     assert wire.post(json.dumps({**command, "action": "hold"}).encode()) == (
-        404, '{"error": "this run is over; queue it again"}',
-    )  # fmt: skip
+        404,
+        '{"error": "this run is over; queue it again"}',
+    )

@@ -32,7 +32,7 @@ BUNDLE = ROOT / "assets" / "tiny"
 
 
 def put(server: Server, source: Path, folder: str, name: str) -> str:
-    """Place a file in one of the host's model folders, as a user does."""
+    """Place a file in one of ComfyUI's model folders, as a user does."""
     target = server.folder / "models" / folder
     target.mkdir(parents=True, exist_ok=True)
     shutil.copy(source, target / name)
@@ -114,10 +114,20 @@ def test_hosts_own_sampler_runs_the_model(server: Server) -> None:
     add(prompt, "latent", "EmptyHunyuanLatentVideo", width=64, height=64, length=9, batch_size=1)
     add(prompt, "zero", "ConditioningZeroOut", conditioning=[TEXT, 0])
     add(
-        prompt, SAMPLER, "KSampler", model=[MODEL, 0], positive=[TEXT, 0], negative=["zero", 0],
-        latent_image=["latent", 0], seed=fresh_seed(), steps=2, cfg=2.0, sampler_name="euler", scheduler="simple",
+        prompt,
+        SAMPLER,
+        "KSampler",
+        model=[MODEL, 0],
+        positive=[TEXT, 0],
+        negative=["zero", 0],
+        latent_image=["latent", 0],
+        seed=fresh_seed(),
+        steps=2,
+        cfg=2.0,
+        sampler_name="euler",
+        scheduler="simple",
         denoise=1.0,
-    )  # fmt: skip
+    )
     add(prompt, "decode", "SelfForcingTAEHVDecode", samples=[SAMPLER, 0], taehv=[TAEHV, 0])
     prompt["5"]["inputs"]["images"] = ["decode", 0]
     assert len(read_mp4(server.run(prompt)[SAVE][0])[0]) == 9

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from selfforcing_core.generate import Request, generate
+from selfforcing_core.generate import generate
+from selfforcing_core.request import Request
 from selfforcing_core.video import read_metadata, read_video
 from tests.comfyui.graphs import (
     CREATE,
@@ -63,9 +64,14 @@ def test_a_schedule_is_that_of_the_command_line(server: Server, tmp_path: Path, 
     text, seed = f"0s: a red {REST}\n2.1s: a blue {REST}", 2
     prompt = tiny_prompt(seed=seed, length=57, positive=["schedule", 0])
     add(
-        prompt, "schedule", "SelfForcingPromptSchedule", text=text, history=history, fps=16.0,
+        prompt,
+        "schedule",
+        "SelfForcingPromptSchedule",
+        text=text,
+        history=history,
+        fps=16.0,
         text_encoder=prompt[TEXT]["inputs"]["text_encoder"],
-    )  # fmt: skip
+    )
     frames, _ = read_mp4(server.run(prompt)[SAVE][0])
     generate(Request(prompt=text, out=tmp_path / "same.mp4", frames=57, seed=seed, history=history))
     assert (read_video(tmp_path / "same.mp4") - frames).abs().mean() < 0.02

@@ -15,7 +15,7 @@ from tests.comfyui.host_server import Refused, Server, failure
 from tests.comfyui.test_graphs import DECODER, I2V, SIDE, T2V, causal_prompt, random_weights, shipped, small, stocked
 
 __all__ = ["stocked"]  # the fixture
-LOADED = "Requested to load WAN21"  # what the host logs when a video model goes to its device
+LOADED = "Requested to load WAN21"  # what ComfyUI logs when a video model goes to its device
 TINY = "tiny (bundled)"
 FILES = {  # models of other kinds: the plain one's layers, and what only they have
     "vace": (
@@ -107,9 +107,20 @@ def causal_in_ksampler() -> Prompt:
     prompt = streamed()
     add(prompt, "empty", "EmptyHunyuanLatentVideo", width=SIDE, height=SIDE, length=21, batch_size=1)
     add(
-        prompt, SAMPLER, "KSampler", model=["1", 0], positive=["3", 0], negative=["3", 0], latent_image=["empty", 0],
-        seed=1, steps=2, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0,
-    )  # fmt: skip
+        prompt,
+        SAMPLER,
+        "KSampler",
+        model=["1", 0],
+        positive=["3", 0],
+        negative=["3", 0],
+        latent_image=["empty", 0],
+        seed=1,
+        steps=2,
+        cfg=1.0,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1.0,
+    )
     return prompt
 
 
@@ -118,9 +129,19 @@ def causal_in_sampler_custom() -> Prompt:
     add(prompt, "euler", "KSamplerSelect", sampler_name="uni_pc")
     add(prompt, "sigmas", "BasicScheduler", model=["1", 0], scheduler="simple", steps=2, denoise=1.0)
     add(
-        prompt, SAMPLER, "SamplerCustom", model=["1", 0], add_noise=True, noise_seed=1, cfg=1.0, positive=["3", 0],
-        negative=["3", 0], sampler=["euler", 0], sigmas=["sigmas", 0], latent_image=["empty", 0],
-    )  # fmt: skip
+        prompt,
+        SAMPLER,
+        "SamplerCustom",
+        model=["1", 0],
+        add_noise=True,
+        noise_seed=1,
+        cfg=1.0,
+        positive=["3", 0],
+        negative=["3", 0],
+        sampler=["euler", 0],
+        sigmas=["sigmas", 0],
+        latent_image=["empty", 0],
+    )
     return prompt
 
 
@@ -167,10 +188,10 @@ WRONG: tuple[tuple[Callable[[], Prompt], str], ...] = (
     (foreign_decoder, "(tiny (bundled)) is made for latents of tiny, but the model makes those of wan2.1"),
     (real_decoder_on_the_tiny_model, "is made for latents of wan2.1, but the model makes those of tiny"),
     (tiny_text_on_the_real_model, "128 wide, but this model reads 4096"),
-    (picture_on_text_to_video, "a picture comes with the prompt"),
+    (picture_on_text_to_video, "an image comes with the prompt"),
     (vace_input_on_text_to_video, "comes from WanVaceToVideo"),
-    (image_to_video_without_picture, "no picture comes with the prompt"),
-    (whole_without_picture, "no picture comes with the prompt"),
+    (image_to_video_without_picture, "no image comes with the prompt"),
+    (whole_without_picture, "no image comes with the prompt"),
     (causal_in_ksampler, "the sampler euler would denoise all 6 latent frames at once"),
     (causal_in_sampler_custom, "would denoise all 6 latent frames at once"),
     (lambda: file("vace"), "Wan VACE is not supported"),
@@ -261,9 +282,18 @@ def test_image_to_video_takes_any_length(shelves: Server) -> None:
     prompt = streamed(latent_image=["start", 2])
     add(decoder(prompt), "picture", "LoadImage", image="example.png")
     add(
-        prompt, "start", "SelfForcingImageToVideo", model=["1", 0], positive=["3", 0], width=SIDE + 7, height=SIDE,
-        length=33, batch_size=1, vae=["vae", 0], start_image=["picture", 0],
-    )  # fmt: skip
+        prompt,
+        "start",
+        "SelfForcingImageToVideo",
+        model=["1", 0],
+        positive=["3", 0],
+        width=SIDE + 7,
+        height=SIDE,
+        length=33,
+        batch_size=1,
+        vae=["vae", 0],
+        start_image=["picture", 0],
+    )
     said = shown(shelves, prompt)
     assert "length 33 is rounded to 25: whole chunks (1 and then 3 latent frames" in said
     assert "width 71 is rounded to 64" in said

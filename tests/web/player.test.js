@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { register } from "node:module";
 import test, { beforeEach, mock } from "node:test";
 
-// The host's scripts and the player's box are what this file makes of them.
+// ComfyUI's scripts and the player's box are what this file makes of them.
 const STANDS_IN = {
   "scripts/app.js": "export const app = globalThis.page.app",
   "scripts/api.js": "export const api = globalThis.page.api",
@@ -55,7 +55,7 @@ class Page {
     }
   };
 
-  /** As the host does: without a word to nodes in subgraphs, and the active workflow changes last. */
+  /** As ComfyUI does: without a word to nodes in subgraphs, and the active workflow changes last. */
   open(workflow, { mounted = true } = {}) {
     for (const node of this.app.graph?.nodes ?? []) node.onRemoved?.();
     this.app.graph = this.build(workflow, mounted);
@@ -202,11 +202,11 @@ test("the player's height follows the node's width, and no side panel sets eithe
   assert.deepEqual([options.hideInPanel, options.serialize], [true, false]);
 });
 
-test("a node has one player: the host's own finds its place taken, and ours plays the file", () => {
+test("a node has one player: ComfyUI's own finds its place taken, and ours plays the file", () => {
   page.open(workflow("a"));
   const node = page.app.graph.getNodeById("5");
   const container = node.videoContainer;
-  node.videoContainer = undefined; // what the host does when a file cannot be loaded
+  node.videoContainer = undefined; // what ComfyUI does when a file cannot be loaded
   assert.ok(container && node.videoContainer === container && node.hideOutputImages);
   node.onExecuted({ images: [{ filename: "a.mp4", subfolder: "video", type: "output" }], animated: [true] });
   assert.deepEqual(node.panel.shown[0], [{ filename: "a.mp4", subfolder: "video", type: "output" }]);

@@ -26,7 +26,7 @@ from selfforcing_core.cli import Parser
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.geometry import latent_frames, pixel_frames
-from selfforcing_core.hub import load_model, load_taehv, load_text_encoder
+from selfforcing_core.load import load_model, load_taehv, load_text_encoder
 from selfforcing_core.rollout import SeededNoise, rollout
 from selfforcing_core.taehv import StreamingDecoder
 from train.tiny.data import LATENT_FRAMES

@@ -1,0 +1,275 @@
+"""What a run holds in memory, gives back and goes on from. Run by inside_checks.py."""
+
+from __future__ import annotations
+
+import gc
+import random
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import comfy.model_management
+import comfy.samplers
+import comfy.sd
+import torch
+from inside import (
+    CHANNELS,
+    CHUNKS,
+    FOLDER,
+    FRAMES,
+    HEIGHT,
+    SIZES,
+    STEPS,
+    WIDTH,
+    CausalConfig,
+    apart,
+    causal_model,
+    causal_pass,
+    core,
+    guided_network,
+    host,
+    loaded,
+    loader,
+    model_settings,
+    network,
+    part,
+    sampled,
+    sampling,
+    saved,
+    text,
+)
+
+
+def memory_estimate() -> dict[str, Any]:
+    """What ComfyUI is told to keep free, in bytes, and what it would say itself of one chunk and of all frames."""
+    patcher = loaded(saved("t2v", network()))
+    long = {"samples": torch.zeros(1, CHANNELS, 12, HEIGHT, WIDTH)}
+    told = []
+
+    def settings(**options: Any) -> Any:
+        return causal_model.with_settings(patcher, model_settings.Settings("causal", CHUNKS, STEPS, **options))
+
+    original = comfy.model_management.load_models_gpu
+
+    def noted(models: Any, memory_required: float = 0, **options: Any) -> Any:
+        told.append(float(memory_required))
+        return original(models, memory_required=memory_required, **options)
+
+    comfy.model_management.load_models_gpu = noted
+    try:
+        sampled(patcher)
+        sampled(patcher, cfg=3.0)
+        sampled(patcher, latent=long, causal=CausalConfig(chunk=3, window=6))
+        sampled(settings(cache_dtype=torch.bfloat16))
+        sampled(settings(cache_device="cpu"))
+        sampled(causal_model.with_settings(patcher, model_settings.Settings("unknown", CHUNKS, STEPS)), is_whole=True)
+    finally:
+        comfy.model_management.load_models_gpu = original
+    names = ("one", "two", "long", "narrow", "elsewhere", "whole")
+    return {
+        "told": dict(zip(names, told, strict=True)),
+        "chunk": patcher.memory_required([2, CHANNELS, 3, HEIGHT, WIDTH]),  # ComfyUI counts each prompt twice
+        "whole": patcher.memory_required([2, CHANNELS, FRAMES, HEIGHT, WIDTH]),
+        "cache": 2 * SIZES["num_layers"] * FRAMES * (HEIGHT // 2) * (WIDTH // 2) * SIZES["dim"] * 4,
+        "is_left": "memory_required" in patcher.model.__dict__,
+    }
+
+
+def out_of_memory() -> dict[str, Any]:
+    patcher = loaded(saved("t2v", network()))
+    before = sampled(patcher)
+    alive, update = [], core["kv_cache"].KVCache.update
+
+    def failing(self: Any, *args: Any) -> Any:
+        alive.append(weakref.ref(self))
+        if self.end_frame > 3:
+            raise torch.OutOfMemoryError("planted")
+        return update(self, *args)
+
+    core["kv_cache"].KVCache.update = failing
+    try:
+        sampled(patcher)
+        message = ""
+    except ValueError as error:
+        message = str(error)
+    finally:
+        core["kv_cache"].KVCache.update = update
+    gc.collect()
+    return {
+        "message": message,
+        "caches_seen": len(alive),
+        "caches_alive": sum(reference() is not None for reference in alive),
+        "is_same_afterwards": bool(torch.equal(sampled(patcher), before)),
+    }
+
+
+def interrupts(count: int = 50) -> dict[str, int]:
+    """Stopped at random evaluations; each time the next run is bitwise what it was before."""
+    patcher = loaded(saved("t2v", network()))
+    before, draw = sampled(patcher), random.Random(0)
+    stopped = same = late = 0
+    for _ in range(count):
+        at, calls = draw.randrange(9), []
+        evaluate = causal_pass.CausalPass.evaluate
+
+        def counted(self: Any, *args: Any, at: int = at, calls: list[int] = calls, evaluate: Any = evaluate) -> Any:
+            if len(calls) == at:
+                comfy.model_management.interrupt_current_processing(True)
+            calls.append(1)
+            return evaluate(self, *args)
+
+        causal_pass.CausalPass.evaluate = counted
+        try:
+            sampled(patcher)
+        except comfy.model_management.InterruptProcessingException:
+            stopped += 1
+        finally:
+            causal_pass.CausalPass.evaluate = evaluate
+            comfy.model_management.interrupt_current_processing(False)
+        late += len(calls) - at > 1
+        same += bool(torch.equal(sampled(patcher), before))
+    return {"count": count, "stopped": stopped, "same": same, "late": late}
+
+
+def states() -> dict[str, Any]:
+    """A state, also from a file, goes on as if it had never been taken, and is never copied on the device."""
+    patcher = loaded(saved("t2v", network()))
+    long = {"samples": torch.zeros(1, CHANNELS, 9, HEIGHT, WIDTH)}
+    whole = sampled(patcher, latent=long)
+    kept, copied, moved = sampling.SnapshotHolder(), [], []
+    cache, state = core["kv_cache"].KVCache, core["snapshot"].Snapshot
+    snapshot, to = cache.snapshot, state.to
+    cache.snapshot = lambda self, device=None: (copied.append(str(device)), snapshot(self, device))[1]
+    state.to = lambda self, device: (moved.append(str(device)), to(self, device))[1]
+    try:
+        sampled(patcher, keep=kept)
+        assert kept.snapshot is not None
+        kept.snapshot.save(FOLDER / "state.safetensors")
+        read = sampling.SnapshotHolder(state.load(FOLDER / "state.safetensors"))
+        moved.clear()
+        found = {
+            "is_same": bool(torch.equal(sampled(patcher, latent=long, resume=kept), whole)),
+            "is_same_from_file": bool(torch.equal(sampled(patcher, latent=long, resume=read), whole)),
+        }
+    finally:
+        cache.snapshot, state.to = snapshot, to
+    return {**found, "copied_to": copied, "moved_to": moved}
+
+
+class Hand:
+    """Somebody who types a prompt before the chunk that begins at `at`."""
+
+    def __init__(self, at: int, history: str) -> None:
+        self.at, self.history, self.said, self.chunk = at, history, [], -1
+
+    def seed_at(self, start_frame: int) -> None:
+        return None
+
+    def read_prompt(self, check: Callable[[list[Any]], None]) -> tuple[list[Any], str] | None:
+        self.chunk += 1
+        if self.chunk != self.at:
+            return None
+        made = [[text(3), {}]]
+        check(made)
+        return made, self.history
+
+    def took_prompt(self, start_frame: int, history: str) -> None:
+        self.took = start_frame, history
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
+def a_prompt_typed_into_a_resumed_run() -> dict[str, Any]:
+    """Of a state whose history cannot be written again: it is left as it is, and said so; a schedule is refused."""
+    patcher = loaded(saved("t2v", network()))
+    last_step = CausalConfig(chunk=3, cache_source="last_step")
+    long, kept = {"samples": torch.zeros(1, CHANNELS, 12, HEIGHT, WIDTH)}, sampling.SnapshotHolder()
+    sampled(patcher, keep=kept, causal=last_step)
+    hands = {history: Hand(1, history) for history in ("recode", "keep")}
+    videos = [sampled(patcher, latent=long, resume=kept, causal=last_step, steering=hand) for hand in hands.values()]
+    moment = part("prompts").PromptStart
+
+    def refusal(seconds: float) -> str:
+        guider = comfy.samplers.CFGGuider(patcher)
+        later = moment(seconds, 16.0, "recode")
+        guider.inner_set_conds({"positive": [[text(1), {}], [text(3), {moment.KEY: later}]]})
+        guider.set_cfg(1.0)
+        run = sampling.Run(resume=kept, causal=last_step)
+        noise = guided_network.SeededGraphNoise(5, (3, 3, 3, 3)).generate_noise(long)
+        try:
+            guider.sample(
+                noise,
+                long["samples"],
+                sampling.ChunkSampler(run),
+                model_settings.sigmas_of(patcher, 0, 0.0),
+                disable_pbar=True,
+                seed=5,
+            )
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    return {
+        "said": {history: hand.said for history, hand in hands.items()},
+        "is_kept": bool(torch.equal(*videos)),
+        "refused": [refusal(2.2), refusal(0.8)],
+    }
+
+
+def a_network_that_had_to_leave_comes_back() -> dict[str, Any]:
+    """With room for the evaluation of a chunk, however long the video is."""
+    patcher = loaded(saved("plain", network()))
+    told, kept_loaded, load = [], host.kept_loaded, host.load
+
+    def noted(patcher: Any, *, working_bytes: float) -> Any:
+        told.append(working_bytes)
+        return kept_loaded(patcher, working_bytes=working_bytes)
+
+    host.kept_loaded = noted
+    try:
+        for frames in (6, 12):
+            latent = {"samples": torch.zeros(1, CHANNELS, frames, HEIGHT, WIDTH)}
+            sampled(patcher, latent=latent, steering=Hand(1, "recode"), working_bytes=1000)
+    finally:
+        host.kept_loaded = kept_loaded
+    comfy.model_management.load_models_gpu([patcher])
+    whole, given = patcher.loaded_size(), []
+    host.load = lambda networks, *, working_bytes=0: (given.append(working_bytes), load(networks))
+    try:
+        with host.kept_loaded(patcher, working_bytes=told[0]):
+            comfy.model_management.unload_all_models()
+            gone = patcher.loaded_size()
+    finally:
+        host.load = load
+    return {
+        "came_back": [gone < whole, patcher.loaded_size() == whole],
+        "told": [sorted(set(told)), given],
+        "needed": patcher.memory_required([1, CHANNELS, 3, HEIGHT, WIDTH]) + 1000,
+    }
+
+
+def a_model_can_be_loaded_again() -> dict[str, Any] | None:
+    """As ComfyUI does for a copy on another device, which it takes along with LoRA, settings and wrappers."""
+    sys.modules["folder_paths"].add_model_folder_path("diffusion_models", str(FOLDER))
+    made = network()
+    saved("again", made)
+    patcher = loader.load_model("again.safetensors", "float32", "auto", "auto")
+    if not hasattr(patcher, "deepclone_multigpu"):
+        return None  # an older host, which never asks
+    change = torch.randn(made.get_parameter("blocks.0.ffn.0.weight").shape, generator=torch.Generator().manual_seed(1))
+    lora = {"diffusion_model.blocks.0.ffn.0.diff": change * 0.02}
+    patched = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0)[0]
+    settings = replace(model_settings.settings_of(patched), cache_dtype=torch.bfloat16)
+    patched = causal_model.with_settings(patched, settings)
+    wanted = sampled(patched)
+    copies = {
+        "another device": patched.deepclone_multigpu(torch.device("cpu")),
+        "deep": patched.clone(True, None, True),
+    }
+    found: dict[str, Any] = {name: apart(sampled(copy), wanted) for name, copy in copies.items()}
+    found["own weights"] = all(copy.model is not patched.model for copy in copies.values())
+    found["matters"] = apart(wanted, sampled(patcher))
+    return found
