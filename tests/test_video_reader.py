@@ -142,7 +142,7 @@ def test_a_part_is_what_the_whole_has_there(tmp_path: Path) -> None:
 def test_decoding_ends_with_what_is_asked_for(tmp_path: Path) -> None:
     reader = VideoReader(make(tmp_path / "a.mp4", constant(16, 40)), 16)
     findings = reader.findings()
-    assert len(list(reader.pictures(0, 5, findings))) == 5
+    assert len(list(reader.iter_frames(0, 5, findings))) == 5
     assert findings.read < 8
 
 
