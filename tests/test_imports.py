@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,72 @@ def test_import_rules_hold_in_every_file() -> None:
     assert len(sources()) > 5, "the search for sources found next to nothing"
     broken = [word for path in sources() for word in violations(path, (ROOT / path).read_text(encoding="utf-8"))]
     assert not broken, "\n".join(broken)
+
+
+def arrows(files: Mapping[str, str]) -> dict[str, set[str]]:
+    """Return the files that each file imports, by paths; inside functions and for the type checker too."""
+
+    def file_of(name: str) -> str | None:
+        return next((path for path in (f"{name}.py", f"{name}/__init__.py") if path in files), None)
+
+    found: dict[str, set[str]] = {path: set() for path in files}
+    for path, source in files.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                names = [alias.name.replace(".", "/") for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                folders = path.split("/")[: -node.level] if node.level else []
+                start = "/".join([*folders, *(node.module or "").split(".")]).strip("/")
+                names = [start, *(f"{start}/{alias.name}" for alias in node.names)]
+            else:
+                continue
+            found[path].update(target for name in names if (target := file_of(name)) and target != path)
+    return found
+
+
+def circle(files: Mapping[str, str]) -> list[str]:
+    """Return the files of one circle of imports; none where there is none."""
+    try:
+        TopologicalSorter(arrows(files)).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    files = {path: (ROOT / path).read_text(encoding="utf-8") for path in sources()}
+    assert sum(map(len, arrows(files).values())) > 200, "the search for arrows found next to nothing"
+    assert not circle(files)
+
+
+# Files of nodes/ that declare nodes; every other one is machinery between ComfyUI and the core.
+NODE_FILES = {
+    f"nodes/{name}.py"
+    for name in (
+        "custom_sampling", "decode", "extension", "image_to_video", "loader", "prompt_schedule", "sampler", "state",
+        "stream_to_file", "text",
+    )
+}  # fmt: skip
+
+
+def test_machinery_imports_no_node() -> None:
+    files = {path: (ROOT / path).read_text(encoding="utf-8") for path in sources() if path.startswith("nodes/")}
+    assert NODE_FILES < files.keys()
+    reached = {path: targets & NODE_FILES for path, targets in arrows(files).items() if path not in NODE_FILES}
+    assert not {path: targets for path, targets in reached.items() if targets}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("from train import b", "from train.a import f"),
+        ("def f():\n    from train.b import g", "from . import a"),
+        ("import train.b", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .a import f"),
+    ],
+)
+def test_planted_circle_is_found(one: str, other: str) -> None:
+    assert set(circle({"train/a.py": one, "train/b.py": other})) == {"train/a.py", "train/b.py"}
+    assert not circle({"train/a.py": one, "train/b.py": "import torch"})
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from train.args import DiffusionArgs, DmdArgs, OdeArgs, parse
 from train.conditions import Prompts
 from train.data import ClipDatabase, DatabaseWriter, ShuffledRows
 from train.draws import Draws, item, key_of
-from train.planned import planned
+from train.dry_stages import dry_stage
 
 SHAPE = (4, 16, 4, 4)  # of the rows of `write_database`
 
@@ -98,6 +98,9 @@ STAGES: list[tuple[type[Any], list[str]]] = [
 ]  # fmt: skip
 
 
+STAGE_OF = {DmdArgs: dmd.Distillation, DiffusionArgs: diffusion.FlowMatching, OdeArgs: ode.Regression}
+
+
 @pytest.mark.parametrize(("kind", "more"), STAGES, ids=lambda value: value.__name__ if isinstance(value, type) else
                          "-".join(value) or "plain")  # fmt: skip
 def test_every_loss_of_every_stage_stays_on_the_networks_device(
@@ -106,7 +109,7 @@ def test_every_loss_of_every_stage_stays_on_the_networks_device(
     """And every tensor that reaches attention lies there: masks, cache and conditions with it."""
     small = {"dim": 32, "ffn_dim": 48, "num_heads": 2, "num_layers": 2, "text_dim": 16, "text_len": 5, "freq_dim": 32}
     sizes = {"tiny": WanConfig(**small), "i2v": WanConfig(**small, in_dim=36, model_type="i2v")}  # type: ignore[arg-type]
-    monkeypatch.setattr("train.planned.config_of", sizes.__getitem__)
+    monkeypatch.setattr("train.dry_stages.config_of", sizes.__getitem__)
     monkeypatch.setattr(distributed, "shard", unsharded)
     attended: set[str] = set()
     attend = model.attend
@@ -121,7 +124,7 @@ def test_every_loss_of_every_stage_stays_on_the_networks_device(
         "dtype=float32", "activation_checkpointing=false", *more,
     ]  # fmt: skip
     args, device = parse(kind, words), torch.device("meta")
-    trainer: Any = planned(args, distributed.World(0, 1, device, None, None), 2)  # type: ignore[arg-type]
+    trainer: Any = dry_stage(STAGE_OF[kind], args, distributed.World(0, 1, device, None, None), 2)  # type: ignore[arg-type]
     monkeypatch.setattr(trainer, "draws", lambda purpose: Draws(args.seed, trainer.step, purpose))
     if "vae=x" in more:
         trainer.vae = WanVAE(new_network(8, 1).to(device))  # type: ignore[arg-type]

@@ -22,10 +22,10 @@ from train.args import DiffusionArgs, DmdArgs, OdeArgs, parse
 from train.data import DatabaseWriter
 from train.diffusion import FlowMatching
 from train.dmd import Distillation
+from train.dry_stages import tracked
+from train.footprint import kept_bytes, peak_bytes
 from train.ode import Regression
-from train.plan import config_of, kept_bytes, peak_bytes
-from train.planned import tracked
-from train.work import parameters
+from train.work import config_of, parameters
 
 TINY = {"student": "tiny", "teacher": "tiny", "critic": "tiny"}
 SHARED = ["batch_size=6", "micro_batch=3", "width=64", "height=64", "dtype=float32"]
@@ -43,7 +43,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_predicted_peak_bytes_are_the_tracked_ones(network: Path, more: list[str]) -> None:
     """Within a tenth; the prediction never sees the networks' files."""
     args = parse(DmdArgs, [*SETTINGS, *more, f"student={network}", f"teacher={network}"])
-    predicted = peak_bytes(args, 1)
+    predicted = peak_bytes(args, 1, Distillation)
     try:
         used = tracked(Distillation(args, distributed.join("cpu")))
     finally:
@@ -68,7 +68,7 @@ def test_so_are_those_of_the_stages_before(
 ) -> None:
     """As above; the prediction sees neither networks nor clips."""
     shared = [*SHARED, "size=tiny", "latent_frames=6", "text_encoder=tiny", *more]
-    predicted = peak_bytes(parse(kind, shared), 1)
+    predicted = peak_bytes(parse(kind, shared), 1, make)
     writer = DatabaseWriter(tmp_path / "clips")
     for name in "abc":
         writer.add(f"clip {name}", torch.zeros(3, 6, 16, 8, 8))
@@ -95,7 +95,7 @@ def test_so_are_those_of_the_stages_before(
 )
 def test_every_kind_of_distillation_can_be_watched(more: list[str]) -> None:
     args = parse(DmdArgs, [*SETTINGS, "batch_size=4", "micro_batch=2", *more])  # two parts, but fewer clips to follow
-    assert peak_bytes(args, 1)["student"] > kept_bytes(args, 1, dict.fromkeys(TINY, 4))
+    assert peak_bytes(args, 1, Distillation)["student"] > kept_bytes(args, 1, dict.fromkeys(TINY, 4))
 
 
 def test_what_is_kept_is_divided_among_the_processes() -> None:
@@ -158,7 +158,7 @@ def test_the_published_run_takes_the_published_order_of_hours(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two hours on 64 H100 (the reference's README) are 128; the least is below that and not by far."""
-    monkeypatch.setattr(plan, "peak_bytes", lambda args, processes: {"student": 30e9, "critic": 20e9})
+    monkeypatch.setattr(footprint, "peak_bytes", lambda args, processes, stage: {"student": 30e9, "critic": 20e9})
     assert plan.main(["config=self_forcing_dmd", "processes=64"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert 128 / 5 < told["least_gpu_hours"]["h100"] < 128

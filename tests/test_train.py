@@ -15,7 +15,7 @@ import torch
 
 from selfforcing_core.checkpoint import read_checkpoint
 from tests.training import ROOT, launch, numbers, run, run_settings, student, write_database, write_network
-from train import diffusion, ode, plan
+from train import diffusion, footprint, ode
 from train.args import CONFIGS, DmdArgs, config_path, parse
 from train.data import DatabaseWriter
 from train.dmd import main
@@ -199,7 +199,7 @@ def test_every_shipped_configuration_is_understood(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory, which takes a minute to find, is what tests/test_plan.py is about."""
-    monkeypatch.setattr(plan, "peak_bytes", lambda args, processes: {"student": processes})
+    monkeypatch.setattr(footprint, "peak_bytes", lambda args, processes, stage: {"student": processes})
     stage = {"diffusion": diffusion.main, "ode": ode.main}.get(name, main)
     assert stage([f"config={name}", "--dry-run"]) == 0
     told = json.loads("{" + capsys.readouterr().out.split("\n{", 1)[1])
@@ -213,7 +213,7 @@ def test_every_shipped_configuration_is_understood(
 def test_launch_lines_of_the_reference_work(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "peak_bytes", lambda args, processes: {"student": processes})
+    monkeypatch.setattr(footprint, "peak_bytes", lambda args, processes, stage: {"student": processes})
     words = f"--config_path configs/{name}.yaml --logdir logs/x --no_visualize --no_save --disable-wandb --dry-run"
     assert main(words.split()) == 0
     told = capsys.readouterr().out

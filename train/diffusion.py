@@ -7,6 +7,7 @@ A few-step student starts from such a network (exported by train.export), or fro
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -19,6 +20,7 @@ from train.args import DiffusionArgs
 from train.data import Row
 from train.draws import Draws
 from train.engine import ClipTrainer, check_chunks
+from train.footprint import estimate
 from train.forcing import Forcing, causal_of
 from train.samples import Sampling
 
@@ -68,7 +70,9 @@ class FlowMatching(ClipTrainer):
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    return engine.command("train.diffusion", DiffusionArgs, check, FlowMatching, argv)
+    return engine.command(
+        "train.diffusion", DiffusionArgs, check, FlowMatching, functools.partial(estimate, stage=FlowMatching), argv
+    )
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from train.conditions import Pictures, read_texts
 from train.data import ClipDatabase, Row, ShuffledRows
 from train.draws import Draws, item, key_of
 from train.engine import SAMPLED, STUDENT, Trainer
+from train.footprint import estimate
 from train.gan import Adversarial, Discriminator, Heads
 from train.losses import score_timesteps
 from train.networks import Source, build, read_on_first, wide
@@ -468,7 +469,9 @@ class Distillation(Trainer):
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    return engine.command("train.dmd", DmdArgs, check, Distillation, argv)
+    return engine.command(
+        "train.dmd", DmdArgs, check, Distillation, functools.partial(estimate, stage=Distillation), argv
+    )
 
 
 if __name__ == "__main__":

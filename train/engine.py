@@ -40,7 +40,6 @@ from train.data import ClipDatabase, Row, ShuffledRows
 from train.draws import Draws
 from train.finite import FiniteCheck
 from train.networks import Built, Source, build, read_on_first, wide
-from train.plan import plan
 from train.samples import Samples, Sampling
 from train.state import Role
 from train.work import clip_work, copies_of, reached
@@ -506,16 +505,20 @@ def command(
     kind: type[Args],
     check_args: Callable[[Args, int], None],
     make: Callable[[Args, distributed.World], Trainer],
+    estimate: Callable[[Args, int], dict[str, Any]],
     argv: list[str] | None,
 ) -> int:
-    """The command line of a stage; returns the exit status: 2 for a user's mistake, said in one line."""
+    """Run the command line of a stage and return the exit status: 2 for a user's mistake, said in one line.
+
+    make: the stage's trainer of settings and processes. estimate: what dry_run prints, of settings and their number.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     args, wrong = None, ""
     try:
         args = parse(kind, argv, sys.modules[check_args.__module__].__doc__)
         if args.dry_run:
-            text = to_yaml(replace(args, dry_run=False)) + json.dumps(plan(args, processes), indent=2)
+            text = to_yaml(replace(args, dry_run=False)) + json.dumps(estimate(args, processes), indent=2)
             print_result(text)
             return 0
         check_args(args, processes)

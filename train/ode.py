@@ -7,6 +7,7 @@ The result is what a few-step student starts from (CausVid, arXiv 2412.07772, se
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -20,6 +21,7 @@ from train.args import OdeArgs
 from train.data import Row
 from train.draws import Draws
 from train.engine import ClipTrainer, check_chunks
+from train.footprint import estimate
 from train.forcing import Trajectories, causal_of
 from train.losses import mean_count
 from train.networks import wide
@@ -83,7 +85,8 @@ class Regression(ClipTrainer):
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    return engine.command("train.ode", OdeArgs, check, Regression, argv)
+    dry = functools.partial(estimate, stage=Regression)
+    return engine.command("train.ode", OdeArgs, check, Regression, dry, argv)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from selfforcing_core.config import WanConfig
+from selfforcing_core.config import PRESETS, WanConfig
 from selfforcing_core.device import Card
 from selfforcing_core.geometry import SPATIAL_FACTOR, chunk_lengths, tokens_per_frame
 from selfforcing_core.layout import wan_shapes
@@ -26,6 +26,33 @@ from train.networks import wide
 BACKWARD_MOVES = 25
 # Reads and writes of each trained number in a step: the gradients' norm 1, AdamW 7 (weight, two moments, gradient).
 OPTIMISER_MOVES = 8
+
+
+def config_of(size: str) -> WanConfig:
+    """Return the sizes of a network by their name. Raises ValueError for an unknown one."""
+    if size not in PRESETS:
+        raise ValueError(f"size {size!r} is unknown; use one of {', '.join(PRESETS)}")
+    return PRESETS[size]
+
+
+def sizes_of(args: TrainArgs) -> dict[str, str]:
+    """Return the name of the sizes of each role's network."""
+    if not isinstance(args, DmdArgs):
+        return {"student": args.size}
+    teacher = args.teacher_size or args.size
+    sizes = {
+        "student": args.size,
+        "teacher": teacher,
+        "critic": args.critic_size or (args.size if args.critic else teacher),
+    }
+    if args.score == "gan":
+        del sizes["teacher"]
+    return sizes
+
+
+def latent_shape(args: DmdArgs | ClipArgs, config: WanConfig) -> tuple[int, int, int, int]:
+    """Return the clips' latent frames, latent channels, height and width."""
+    return args.latent_frames, config.out_dim, args.height // SPATIAL_FACTOR, args.width // SPATIAL_FACTOR
 
 
 def sizes_in_bytes(args: TrainArgs) -> tuple[int, int]:

@@ -1,4 +1,7 @@
-"""The training step as the plan runs it: networks of a size in place of files, no data, no random draw that is read."""
+"""The training step as an estimate runs it: networks of a size in place of files, no data, no random draw that is read.
+
+The stage itself comes from the caller, so that commands stand above this file and not below it.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,16 @@ from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CLIP_DIM, CLIP_TOKENS
 from selfforcing_core.image import MASK_CHANNELS
 from train import state
-from train.args import DiffusionArgs, DmdArgs, OdeArgs, TrainArgs
+from train.args import DmdArgs, OdeArgs, TrainArgs
 from train.data import Row
-from train.diffusion import FlowMatching
 from train.distributed import World
-from train.dmd import Distillation
 from train.engine import ClipTrainer, Trainer
 from train.networks import Source
-from train.ode import Regression
-from train.plan import config_of, latent_shape, sizes_of
+from train.work import config_of, latent_shape, sizes_of
 
 
 @dataclass(frozen=True)
-class _PlannedDraws:
+class _DryDraws:
     """Zeros for everything; every chunk ends at its first evaluation, since earlier ones leave nothing behind."""
 
     def exit_steps(self, count: int, num_steps: int, *, per_chunk: bool) -> list[int]:
@@ -36,7 +36,7 @@ class _PlannedDraws:
     def whole(self, name: str, count: int) -> int:
         return count - 1  # the longest clip
 
-    def noise(self, first: int) -> _PlannedDraws:
+    def noise(self, first: int) -> _DryDraws:
         return self
 
     def draw(self, start_frame: int, step: int, shape: tuple[int, ...]) -> Tensor:
@@ -63,7 +63,7 @@ class _Prompts:
         return Conditioning(torch.zeros(len(texts), self.config.text_len, self.config.text_dim, **self.like))
 
 
-class _Planned(Trainer):
+class _Dry(Trainer):
     """As the real one, on networks of the presets."""
 
     def __init__(self, args: Any, world: World, num_layers: int) -> None:
@@ -84,14 +84,17 @@ class _Planned(Trainer):
         self.data, self.takes_pictures = None, takes_pictures
 
     def draws(self, purpose: str) -> Any:
-        return _PlannedDraws()
+        return _DryDraws()
 
     def parts(self) -> Iterator[tuple[int, int]]:
         return itertools.islice(super().parts(), 2)  # the second one adds to gradients that are there
 
 
-class PlannedDistillation(_Planned, Distillation):
-    """Of a student with teacher and critic."""
+class _DryDistillation(_Dry):
+    """Of a student with teacher and critic; the stage comes after it in the order of bases."""
+
+    settings: DmdArgs
+    latent_shape: tuple[int, int, int, int]
 
     def open_data(self, takes_pictures: bool = False) -> None:
         super().open_data(takes_pictures)
@@ -101,7 +104,7 @@ class PlannedDistillation(_Planned, Distillation):
         return [""] * len(numbers), [Row("", torch.zeros(1, *self.latent_shape))] * len(numbers)
 
     def conditions(self, texts: list[str], rows: list[Row]) -> tuple[Conditioning, Conditioning]:
-        pair = super().conditions(texts, rows)
+        pair = super().conditions(texts, rows)  # type: ignore[misc]
         if not self.takes_pictures:
             return pair
         embeds, (frames, channels, *size) = pair[0].prompt_embeds_BPE, self.latent_shape
@@ -117,8 +120,8 @@ class PlannedDistillation(_Planned, Distillation):
         return latents_BTCHW[:, :1]
 
 
-class _PlannedClips(_Planned, ClipTrainer):
-    """Of one network."""
+class _DryClips(_Dry, ClipTrainer):
+    """Of one network; the stage comes after it in the order of bases."""
 
     def open_data(self, takes_pictures: bool = False) -> None:
         super().open_data(takes_pictures)
@@ -129,20 +132,11 @@ class _PlannedClips(_Planned, ClipTrainer):
         return [Row("", torch.zeros(states, *self.shape)) for _ in numbers]
 
 
-class PlannedFlowMatching(_PlannedClips, FlowMatching):
-    """On clips."""
-
-
-class PlannedRegression(_PlannedClips, Regression):
-    """On trajectories."""
-
-
-PLANNED = {DmdArgs: PlannedDistillation, DiffusionArgs: PlannedFlowMatching, OdeArgs: PlannedRegression}
-
-
-def planned(args: TrainArgs, world: World, num_layers: int) -> Trainer:
-    """A stage on networks of this many layers."""
-    return PLANNED[type(args)](args, world, num_layers)
+def dry_stage(stage: type[Trainer], args: TrainArgs, world: World, num_layers: int) -> Trainer:
+    """Return a trainer of this stage on networks of this many layers, with zeros for whatever it would read or draw."""
+    base = _DryDistillation if isinstance(args, DmdArgs) else _DryClips
+    dry: Any = type(f"Dry{stage.__name__}", (base, stage), {})
+    return dry(args, world, num_layers)
 
 
 class _Tracker(MemTracker):
