@@ -17,7 +17,7 @@ from selfforcing_core.kv_cache import KVCache
 from selfforcing_core.roofline import pass_flops, prompt_flops
 from tests.tiny_wan import CONFIG, FRAME, TOKENS, random_text, random_wan
 from tests.training import write_network
-from train import distributed, plan
+from train import distributed, footprint, plan
 from train.args import DiffusionArgs, DmdArgs, OdeArgs, parse
 from train.data import DatabaseWriter
 from train.diffusion import FlowMatching
