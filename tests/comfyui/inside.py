@@ -138,14 +138,13 @@ def core_rollout(
 ) -> Any:
     condition = core["conditioning"].Conditioning
     chunks = core["rollout"].rollout(
-        made,
-        condition(text(1), **more),
-        noise=core["rollout"].SeededNoise(5),
+        core["guided"].Guided(
+            made, condition(text(1), **more), negative=condition(text(2, rows), **more), guidance=guidance
+        ),
+        noise=core["noise"].SeededNoise(5),
         latent_shape=SHAPE,
         causal=causal,
         steps=steps,
-        negative=condition(text(2, rows), **more),
-        guidance=guidance,
     )
     return torch.cat([chunk.latents_BTCHW for chunk in chunks], 1)
 
