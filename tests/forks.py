@@ -24,15 +24,13 @@ from torch.distributed import TCPStore
 
 # what the stages import, when they are imported and when they begin
 PRELOADED = [
-    *(
-        "pytest",
-        "tests.training",
-        "train.dry_stages",
-        "train.dmd",
-        "train.diffusion",
-        "train.ode",
-        "train.trajectories",
-    ),
+    "pytest",
+    "tests.training",
+    "train.dry_stages",
+    "train.dmd",
+    "train.diffusion",
+    "train.ode",
+    "train.trajectories",
     *("torch.distributed.checkpoint.state_dict_saver", "torch.distributed.checkpoint.state_dict_loader"),
     *("torch._dynamo", "transformers.models.umt5.modeling_umt5", "transformers.models.auto"),
     *("transformers.modeling_utils", "transformers.tokenization_utils_tokenizers", "ftfy"),
