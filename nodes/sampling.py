@@ -345,6 +345,3 @@ def _check_kind(kind: str, is_whole: bool) -> None:
             "this model generates chunk by chunk; use Sampler (Self Forcing), or choose kind 'few-step "
             "bidirectional' in its loader if it does not"
         )
-
-
-# ---------------------------------------------------------------- network --
