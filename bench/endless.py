@@ -20,8 +20,10 @@ from bench.report import now, write
 from bench.rollout import hardware
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
+from selfforcing_core.guided import Guided
 from selfforcing_core.load import load_model, load_taehv, load_text_encoder
-from selfforcing_core.rollout import SeededNoise, rollout
+from selfforcing_core.noise import SeededNoise
+from selfforcing_core.rollout import rollout
 from selfforcing_core.taehv import StreamingDecoder
 
 CAUSAL = CausalConfig(chunk=3, window=12, sink=3)
@@ -40,9 +42,12 @@ def run(chunks: int) -> dict[str, Any]:
     decoder = StreamingDecoder(load_taehv("tiny", dtype=torch.float32)[0])
     text = load_text_encoder("tiny", dtype=torch.float32).encode(["a red square moving left slowly"])
     made = rollout(
-        model, Conditioning(text), noise=SeededNoise(0), latent_shape=(chunks * CAUSAL.chunk, 16, 8, 8), causal=CAUSAL,
+        Guided(model, Conditioning(text)),
+        noise=SeededNoise(0),
+        latent_shape=(chunks * CAUSAL.chunk, 16, 8, 8),
+        causal=CAUSAL,
         steps=checkpoint.steps or StepConfig(),
-    )  # fmt: skip
+    )
     seconds, resident, began = [], [], time.process_time()
     for chunk in made:
         decoder.decode(chunk.latents_BTCHW)

@@ -30,8 +30,10 @@ from bench.rollout import CASES, CAUSAL, STEPS, Case, hardware
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import PRESETS, WanConfig
 from selfforcing_core.geometry import SPATIAL_FACTOR
+from selfforcing_core.guided import Guided
 from selfforcing_core.model import CausalWan
-from selfforcing_core.rollout import OnStep, SeededNoise, rollout
+from selfforcing_core.noise import SeededNoise
+from selfforcing_core.rollout import OnStep, rollout
 from selfforcing_core.rope import rotary_table
 
 CHUNKS = {"small": 3, "large": 2}
@@ -104,7 +106,7 @@ def video(model: CausalWan, case: Case, chunks: int, on_step: OnStep | None = No
     shape = (chunks * CAUSAL.chunk, case.config.in_dim, case.latent_height, case.latent_width)
     began = time.thread_time()
     for _ in rollout(
-        model, text, noise=SeededNoise(0), latent_shape=shape, causal=CAUSAL, steps=STEPS, on_step=on_step
+        Guided(model, text), noise=SeededNoise(0), latent_shape=shape, causal=CAUSAL, steps=STEPS, on_step=on_step
     ):
         pass
     return time.thread_time() - began

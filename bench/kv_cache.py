@@ -34,9 +34,11 @@ from selfforcing_core.attention import attend, attend_segments
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import PRESETS, CausalConfig, StepConfig
 from selfforcing_core.geometry import tokens_per_frame
+from selfforcing_core.guided import Guided
 from selfforcing_core.kv_cache import KVCache, Past, dequantise, quantise
 from selfforcing_core.load import load_model, load_taehv, load_text_encoder
-from selfforcing_core.rollout import SeededNoise, rollout
+from selfforcing_core.noise import SeededNoise
+from selfforcing_core.rollout import rollout
 from train.tiny.data import LATENT_FRAMES
 from train.tiny.world import SIZE, detect, heldout, named_scene
 
@@ -104,8 +106,16 @@ def measure_rollouts(captions: int, seeds: int, num_frames: int) -> dict[str, An
             exact = None
             for name, (dtype, reads_own_back) in CACHES.items():
                 model.cache_dtype = dtype
-                chunks, latents = rollout(model, conditioning, noise=SeededNoise(seed), latent_shape=shape,
-                                          causal=causal, steps=steps), []  # fmt: skip
+                chunks, latents = (
+                    rollout(
+                        Guided(model, conditioning),
+                        noise=SeededNoise(seed),
+                        latent_shape=shape,
+                        causal=causal,
+                        steps=steps,
+                    ),
+                    [],
+                )
                 with own_chunk_read_back(reads_own_back):
                     for _ in range(num_frames // causal.chunk):
                         started = time.perf_counter()

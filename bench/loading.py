@@ -27,9 +27,11 @@ from selfforcing_core.atomic import replacing
 from selfforcing_core.checkpoint import save_checkpoint
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import PRESETS, CausalConfig, StepConfig
+from selfforcing_core.guided import Guided
 from selfforcing_core.layout import wan_shapes
 from selfforcing_core.load import load_model
-from selfforcing_core.rollout import SeededNoise, rollout
+from selfforcing_core.noise import SeededNoise
+from selfforcing_core.rollout import rollout
 
 LATENT_SHAPE = (3, 16, 8, 8)  # one chunk of 64x64 pixels
 CASES = ("bfloat16 as stored", "bfloat16 to float32")
@@ -83,9 +85,12 @@ def measure(path: Path, case: str) -> dict[str, Any]:
     assert checkpoint.causal is not None
     assert checkpoint.steps is not None
     chunks = rollout(
-        model, conditioning, noise=SeededNoise(0), latent_shape=LATENT_SHAPE, causal=checkpoint.causal,
+        Guided(model, conditioning),
+        noise=SeededNoise(0),
+        latent_shape=LATENT_SHAPE,
+        causal=checkpoint.causal,
         steps=checkpoint.steps,
-    )  # fmt: skip
+    )
     for _ in chunks:
         pass
     return {

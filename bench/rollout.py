@@ -32,9 +32,11 @@ from selfforcing_core.atomic import replacing
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig, WanConfig
 from selfforcing_core.geometry import tokens_per_frame
+from selfforcing_core.guided import Guided
 from selfforcing_core.kv_cache import KVCache
 from selfforcing_core.model import CausalWan
-from selfforcing_core.rollout import SeededNoise, rollout
+from selfforcing_core.noise import SeededNoise
+from selfforcing_core.rollout import rollout
 from selfforcing_core.roofline import pass_flops
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,7 +112,7 @@ def time_chunks(model: CausalWan, case: Case, latent_frames: int, seed: int) -> 
     shape = (latent_frames, config.in_dim, case.latent_height, case.latent_width)
     embeds_BPE = torch.randn(1, config.text_len, config.text_dim, generator=torch.Generator().manual_seed(seed))
     chunks = rollout(
-        model, Conditioning(embeds_BPE), noise=SeededNoise(seed), latent_shape=shape, causal=CAUSAL, steps=STEPS
+        Guided(model, Conditioning(embeds_BPE)), noise=SeededNoise(seed), latent_shape=shape, causal=CAUSAL, steps=STEPS
     )
     timings: list[dict[str, float]] = []
     before = matmul_rate()

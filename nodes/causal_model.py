@@ -53,9 +53,6 @@ def with_settings(patcher: Any, settings: Settings) -> Any:
     return clone
 
 
-# ---------------------------------------------------------------- network --
-
-
 def check_at_once(settings: Settings, num_frames: int, sampler: Any) -> None:
     """Raise ValueError where a sampler of others would evaluate more frames together than the MODEL ever saw so."""
     name = getattr(getattr(sampler, "sampler_function", sampler), "__name__", type(sampler).__name__)

@@ -17,9 +17,10 @@ from torch import Tensor
 from ..selfforcing_core.conditioning import Conditioning
 from ..selfforcing_core.config import CausalConfig
 from ..selfforcing_core.geometry import tokens_per_frame
+from ..selfforcing_core.guided import new_caches
 from ..selfforcing_core.kv_cache import KVCache
+from ..selfforcing_core.noise import NoiseSource, SeededNoise
 from ..selfforcing_core.prompt_schedule import seed_at
-from ..selfforcing_core.rollout import NoiseSource, SeededNoise, new_caches
 from ..selfforcing_core.schedule import TIMESTEPS
 from . import host
 from .causal_model import forget_extra_bytes

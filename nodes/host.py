@@ -30,9 +30,6 @@ Interrupted = memory.InterruptProcessingException  # what the stop button raises
 PREVIEW_SIZE = 512  # pixels of a preview's longer side; ComfyUI may shrink it further
 
 
-# ---------------------------------------------------------------- folders --
-
-
 def schema(*, search_aliases: Sequence[str] = (), **options: Any) -> io.Schema:
     """Return a node's schema, with search aliases where ComfyUI knows them."""
     has_aliases = any(item.name == "search_aliases" for item in fields(io.Schema))
@@ -145,6 +142,3 @@ def rough_frames(latents_BTCHW: Tensor, latent_format: Any) -> Tensor:
     bias_R = torch.tensor(latent_format.latent_rgb_factors_bias or [0.0, 0.0, 0.0])
     rgb = torch.einsum("btchw,cr->btrhw", latents_BTCHW.float().cpu(), torch.tensor(factors))
     return ((rgb + bias_R[:, None, None] + 1) / 2).clamp(0, 1)
-
-
-# -------------------------------------------------------------- the page --

@@ -15,8 +15,8 @@ import comfy.conds
 
 from ..selfforcing_core.conditioning import Conditioning
 from ..selfforcing_core.config import WanConfig
+from ..selfforcing_core.history import PromptChange
 from ..selfforcing_core.prompt_schedule import Entry, start_frames
-from ..selfforcing_core.rollout import PromptChange
 
 UNKNOWN_PAST = "the state that this run goes on from does not hold what was written into the cache"
 READER = "selfforcing_reader"  # entry of a CONDITIONING's options: text to CONDITIONING, as this one was made

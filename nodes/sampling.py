@@ -20,8 +20,11 @@ from torch import Tensor
 
 from ..selfforcing_core.config import CausalConfig, StepConfig, WanConfig
 from ..selfforcing_core.geometry import chunk_lengths, tokens_per_frame, whole_chunks
+from ..selfforcing_core.guided import Guided
+from ..selfforcing_core.history import is_past_known
 from ..selfforcing_core.kv_cache import KVCache
-from ..selfforcing_core.rollout import Chunk, NoiseSource, SeededNoise, is_past_known, rollout
+from ..selfforcing_core.noise import NoiseSource, SeededNoise
+from ..selfforcing_core.rollout import Chunk, rollout
 from ..selfforcing_core.schedule import TIMESTEPS
 from ..selfforcing_core.snapshot import Snapshot
 from . import host, page
@@ -216,10 +219,15 @@ def sample_chunks(
     with memory_explained(network, causal, shape, batch):
         caches = None if run.is_whole else network.allocate(shape, causal)
         chunks = rollout(
-            network, network.conditioning, noise=noise, latent_shape=shape, causal=causal, steps=steps,
-            prefix_BTCHW=prefix if resumed is None else None, caches=caches, on_step=on_step, resume=resumed,
+            Guided(network, network.conditioning, caches=caches),
+            noise=noise,
+            latent_shape=shape,
+            causal=causal,
+            steps=steps,
+            on_step=on_step,
             prompt_at=prompts and prompts.at,
-        )  # fmt: skip
+            start=resumed or prefix,
+        )
         try:
             _collect(chunks, done, frames, progress, run.keep)
         finally:
@@ -337,6 +345,3 @@ def _check_kind(kind: str, is_whole: bool) -> None:
             "this model generates chunk by chunk; use Sampler (Self Forcing), or choose kind 'few-step "
             "bidirectional' in its loader if it does not"
         )
-
-
-# ---------------------------------------------------------------- network --

@@ -134,7 +134,7 @@ def _add_generate(make: argparse.ArgumentParser) -> None:
 
 
 def _argument(item: Field[Any]) -> dict[str, Any]:
-    """What argparse is argument of a field: its default and type, and what stands beside it."""
+    """Return what argparse is told of a field: its default and type, and what stands beside it."""
     argument = {} if item.default is MISSING else {"default": item.default}
     annotation = str(item.type).removesuffix(" | None")
     if annotation == "bool":

@@ -29,14 +29,17 @@ from .device import measured_card
 from .embeddings import EmbeddingFolder
 from .float8 import store_in_float8
 from .geometry import TEMPORAL_FACTOR
+from .guided import Guided
+from .history import PromptChange
 from .hub import check_channels, resolve_text_encoder
 from .image import first_frame_condition, fit_image
 from .load import build_model, build_taehv, load_text_encoder
 from .meter import Meter
+from .noise import ScheduledNoise, SeededNoise
 from .plan import Plan, plan_request
 from .prompt_schedule import start_frames
 from .request import PromptBatch, Request, is_encoded
-from .rollout import Chunk, PromptChange, ScheduledNoise, SeededNoise, rollout
+from .rollout import Chunk, rollout
 from .start import (
     Start,
     frames_of,
@@ -284,11 +287,14 @@ class Run:
 
             seeded = functools.partial(SeededNoise, first_row=batch.first_row, first_frame=plan.first_frame)
             chunks = rollout(
-                self.model, timeline.first, noise=ScheduledNoise(seeded(request.seed), timeline.seeds, seeded),
+                Guided(self.model, timeline.first, negative=timeline.negative, guidance=plan.cfg),
+                noise=ScheduledNoise(seeded(request.seed), timeline.seeds, seeded),
                 latent_shape=(size.latent_frames, plan.config.out_dim, size.latent_height, size.latent_width),
-                causal=plan.causal, steps=plan.steps, prefix_BTCHW=start.prefix_BTCHW,
-                negative=timeline.negative, guidance=plan.cfg, prompt_at=timeline.at,
-            )  # fmt: skip
+                causal=plan.causal,
+                steps=plan.steps,
+                prompt_at=timeline.at,
+                start=start.prefix_BTCHW,
+            )
             decoder = _Cast(stream, plan)
             shown = (("start", frames) for frames in shown_frames(start, decoder, size.chunk))
             made = (("chunk", frames) for frames in frames_of(counted(_switched(chunks, self.kernel)), decoder, start))

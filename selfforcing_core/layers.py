@@ -2,7 +2,8 @@
 
 A call of a torch module looks for many kinds of hooks and finds its parameters by a failed attribute access: more work
 than a small layer's arithmetic. Here the layer itself is looked at: one that is hooked, compiled, of a subclass or with
-another `forward` goes through torch's own call.
+another `forward` goes through torch's own call, and so does every layer while hooks on all modules are there, by which
+profilers and FLOP counters follow a network.
 """
 
 from __future__ import annotations
@@ -13,6 +14,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Conv3d
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 __all__ = ["Conv3d", "LayerNorm", "Linear", "RMSNorm"]
 
@@ -21,6 +28,7 @@ def _is_changed(layer: nn.Module, kind: type[nn.Module]) -> bool:
     return bool(
         type(layer) is not kind or layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
         or layer._backward_pre_hooks or layer._compiled_call_impl is not None or "forward" in layer.__dict__
+        or _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks
     )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ class Plan:
 
     request: Request
     batches: tuple[PromptBatch, ...]
-    checkpoint: Checkpoint  # of the video model; mapped, so that it costs no memory, and emptied when the model is made
+    checkpoint: Checkpoint  # of the video model; mapped (bare pickles are not), and emptied when the model is made
     taehv: Checkpoint | None  # of the tiny autoencoder, likewise; None where the Wan VAE decodes
     geometry: VideoGeometry
     causal: CausalConfig

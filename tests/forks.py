@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,13 @@ from torch.distributed import TCPStore
 
 # what the stages import, when they are imported and when they begin
 PRELOADED = [
-    *("pytest", "tests.training", "train.footprint", "train.dmd", "train.diffusion", "train.ode", "train.trajectories"),
+    "pytest",
+    "tests.training",
+    "train.dry_stages",
+    "train.dmd",
+    "train.diffusion",
+    "train.ode",
+    "train.trajectories",
     *("torch.distributed.checkpoint.state_dict_saver", "torch.distributed.checkpoint.state_dict_loader"),
     *("torch._dynamo", "transformers.models.umt5.modeling_umt5", "transformers.models.auto"),
     *("transformers.modeling_utils", "transformers.tokenization_utils_tokenizers", "ftfy"),
@@ -63,8 +70,11 @@ def finish(programs: Sequence[Program], outputs: Path, timeout: float) -> tuple[
 
     outputs: a folder for what they print. Raises TimeoutError after `timeout` seconds; no process outlives the call.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        context: BaseContext = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+    else:  # Windows
+        context = multiprocessing.get_context("spawn")
     logs = [outputs / f"output-{number}.txt" for number in range(len(programs))]
     processes: list[BaseProcess] = []
     end = time.monotonic() + timeout

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +31,18 @@ def _load_weight_rule() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+class GivenNoise:
+    """Recorded noise: a mapping from (start_frame, step) to a tensor [B, T, C, H, W]."""
+
+    def __init__(self, draws: Mapping[tuple[int, int], Tensor]) -> None:
+        self.draws = draws
+
+    def draw(self, start_frame: int, step: int, shape: tuple[int, ...]) -> Tensor:
+        noise = self.draws[start_frame, step]
+        assert tuple(noise.shape) == tuple(shape), f"recorded noise {tuple(noise.shape)}, wanted {tuple(shape)}"
+        return noise
 
 
 @dataclass

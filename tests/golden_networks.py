@@ -11,9 +11,10 @@ from selfforcing_core.attention import block_causal_frames, teacher_forcing_fram
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.geometry import chunk_lengths
-from selfforcing_core.rollout import GivenNoise, GradientPlan, rollout
+from selfforcing_core.guided import Guided
+from selfforcing_core.rollout import BackpropSpec, rollout
 from selfforcing_core.schedule import FlowSchedule
-from tests.golden_fixture import Fixture
+from tests.golden_fixture import Fixture, GivenNoise
 
 
 def _conditioning(fixture: Fixture) -> Conditioning:
@@ -58,10 +59,14 @@ def check_few_step(fixture: Fixture) -> None:
         model = fixture.wan()
         chunks = list(
             rollout(
-                model, _conditioning(fixture), noise=GivenNoise(draws), latent_shape=tuple(noise.shape[1:]),
-                causal=CausalConfig(chunk=noise.shape[1]), steps=steps, gradient=GradientPlan([exit_step]),
+                Guided(model, _conditioning(fixture)),
+                noise=GivenNoise(draws),
+                latent_shape=tuple(noise.shape[1:]),
+                causal=CausalConfig(chunk=noise.shape[1]),
+                steps=steps,
+                backprop=BackpropSpec([exit_step]),
             )
-        )  # fmt: skip
+        )
         assert len(chunks) == 1
         return model, chunks[0].latents_BTCHW
 

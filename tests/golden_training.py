@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.geometry import chunk_lengths
-from selfforcing_core.rollout import CONTEXT, GivenNoise
+from selfforcing_core.noise import CONTEXT
 from selfforcing_core.schedule import sigma_table
 from selfforcing_core.wan_vae import WanVAE, new_network, original_name
-from tests.golden_fixture import FOLDER, Fixture
+from tests.golden_fixture import FOLDER, Fixture, GivenNoise
 from train.data import ClipDatabase, read_pairs
 from train.forcing import Forcing, Trajectories
 from train.losses import score_timesteps

@@ -16,8 +16,10 @@ from bench.kv_cache import peak_bytes
 from selfforcing_core import attention
 from selfforcing_core.attention import KERNELS, attend, attend_segments, attention_by, attention_kernel
 from selfforcing_core.config import CausalConfig, StepConfig, WanConfig
+from selfforcing_core.guided import Guided
 from selfforcing_core.kv_cache import KVCache
-from selfforcing_core.rollout import SeededNoise, rollout
+from selfforcing_core.noise import SeededNoise
+from selfforcing_core.rollout import rollout
 from tests.test_rollout import NoHostReads
 from tests.tiny_wan import FRAME, random_text, random_wan
 
@@ -230,8 +232,14 @@ def test_nothing_is_measured_where_gradient_flows(monkeypatch: pytest.MonkeyPatc
 
 
 def video(model: Any, **options: Any) -> Any:
-    return rollout(model, random_text(dtype=torch.float32), noise=SeededNoise(0), latent_shape=(12, *FRAME),
-                   causal=CausalConfig(2, window=5, sink=1), steps=StepConfig((1000.0, 500.0)), **options)  # fmt: skip
+    return rollout(
+        Guided(model, random_text(dtype=torch.float32)),
+        noise=SeededNoise(0),
+        latent_shape=(12, *FRAME),
+        causal=CausalConfig(2, window=5, sink=1),
+        steps=StepConfig((1000.0, 500.0)),
+        **options,
+    )
 
 
 @pytest.mark.parametrize("cache_dtype", [None, torch.int8])

@@ -22,6 +22,7 @@ from selfforcing_core.checkpoint import inspect_checkpoint, read_checkpoint, sav
 from selfforcing_core.cli import main as core_main
 from selfforcing_core.config import BidirectionalConfig, CausalConfig, StepConfig, TAEHVConfig, WanConfig
 from selfforcing_core.convert import convert
+from selfforcing_core.guided import Guided
 from selfforcing_core.hub import bundle_path
 from selfforcing_core.load import load_model
 from selfforcing_core.model import CausalWan
@@ -248,17 +249,19 @@ def test_generate_samples_a_teacher_with_its_solver_steps_and_guidance(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, out = exported(files, tmp_path, "teacher forcing")
-    used: list[dict[str, Any]] = []
+    used: list[tuple[Guided, dict[str, Any]]] = []
     real = generate_module.rollout
-    monkeypatch.setattr(generate_module, "rollout", lambda *a, **options: used.append(options) or real(*a, **options))
+    spy = lambda guided, **options: used.append((guided, options)) or real(guided, **options)  # noqa: E731
+    monkeypatch.setattr(generate_module, "rollout", spy)
     options = ["generate", "--model", str(out), "--taehv", "tiny", "--text-encoder", "tiny", "--prompt", "a", "--json"]
     options += ["--width", "32", "--height", "32", "--frames", "13", "--device", "cpu"]
     assert core_main([*options, "--out", str(tmp_path / "a.mp4")]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["cfg"], told["causal"]["chunk"], told["steps"]["solver"]) == (5.0, 2, "euler")
-    assert used[0]["guidance"] == 5.0
-    assert used[0]["negative"] is not None
-    assert used[0]["steps"] == StepConfig.even(3, shift=5.0)
+    guided, settings = used[0]
+    assert guided.guidance == 5.0
+    assert len(guided.conditionings) == 2, "the negative prompt is left out"
+    assert settings["steps"] == StepConfig.even(3, shift=5.0)
 
 
 def test_an_explicit_setting_wins_and_what_it_replaces_is_said(

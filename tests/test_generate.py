@@ -26,9 +26,9 @@ from selfforcing_core.config import CausalConfig, StepConfig, TAEHVConfig, WanCo
 from selfforcing_core.hub import bundle_path
 from selfforcing_core.load import load_taehv
 from selfforcing_core.model import CausalWan
+from selfforcing_core.noise import SeededNoise
 from selfforcing_core.plan import _dtype, plan_request
 from selfforcing_core.request import PromptBatch, Request
-from selfforcing_core.rollout import SeededNoise
 from selfforcing_core.start import context_frames, read_latents
 from selfforcing_core.taehv import TAEHV, StreamingDecoder, StreamingEncoder
 from selfforcing_core.text import TextEncoder

@@ -15,8 +15,10 @@ from torch import Tensor
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig, TAEHVConfig
 from selfforcing_core.geometry import chunk_lengths, tokens_per_frame
+from selfforcing_core.guided import Guided
 from selfforcing_core.model import CausalWan
-from selfforcing_core.rollout import CONTEXT, GivenNoise, rollout
+from selfforcing_core.noise import CONTEXT
+from selfforcing_core.rollout import rollout
 from selfforcing_core.schedule import (
     FlowSchedule,
     add_noise,
@@ -31,7 +33,7 @@ from selfforcing_core.schedule import (
 from selfforcing_core.taehv import TAEHV, StreamingDecoder
 from selfforcing_core.text import embed_tokens
 from selfforcing_core.umt5_layout import umt5_from_wan_state_dict, wan_umt5_shapes
-from tests.golden_fixture import FOLDER, Fixture, read_fixture, read_metadata
+from tests.golden_fixture import FOLDER, Fixture, GivenNoise, read_fixture, read_metadata
 from tests.golden_media import MEDIA_CHECKS
 from tests.golden_networks import NETWORK_CHECKS
 from tests.golden_training import TRAINING_CHECKS
@@ -107,9 +109,14 @@ def check_rollout(fixture: Fixture) -> None:
 
     model = Recorder(fixture.wan())
     chunks = rollout(
-        model, Conditioning(fixture["prompt_embeds"]), noise=_recorded_noise(fixture, generated, given, len(listed)),
-        latent_shape=(num_frames, *noise.shape[2:]), causal=causal, steps=steps, prefix_BTCHW=prefix, commit_last=True,
-    )  # fmt: skip
+        Guided(model, Conditioning(fixture["prompt_embeds"])),
+        noise=_recorded_noise(fixture, generated, given, len(listed)),
+        latent_shape=(num_frames, *noise.shape[2:]),
+        causal=causal,
+        steps=steps,
+        commit_last=True,
+        start=prefix,
+    )
     fixture.check("latents", torch.cat([chunk.latents_BTCHW for chunk in chunks], 1))
 
     calls = iter(model.calls)

@@ -14,19 +14,24 @@ from torch import Tensor
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.model import CausalWan
-from selfforcing_core.rollout import CONTEXT, SeededNoise, rollout
+from selfforcing_core.noise import CONTEXT, SeededNoise
+from selfforcing_core.rollout import rollout
 from selfforcing_core.schedule import FlowSchedule
 from selfforcing_core.solver import new_solver
-from tests.tiny_wan import CONFIG, FRAME, random_text, random_wan
+from tests.tiny_wan import CONFIG, FRAME, guided, random_text, random_wan
 
 I2V = replace(CONFIG, model_type="i2v", in_dim=FRAME[0] + 5)
 
 
 def video(model: CausalWan, text: Conditioning, frames: int, chunk: int, steps: StepConfig, **options: Any) -> Tensor:
     chunks = rollout(
-        model, text, noise=SeededNoise(0), latent_shape=(frames, *FRAME), causal=CausalConfig(chunk), steps=steps,
+        guided(model, text, options),
+        noise=SeededNoise(0),
+        latent_shape=(frames, *FRAME),
+        causal=CausalConfig(chunk),
+        steps=steps,
         **options,
-    )  # fmt: skip
+    )
     return torch.cat([chunk.latents_BTCHW for chunk in chunks], 1)
 
 

@@ -8,7 +8,14 @@ import pytest
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+    register_module_full_backward_hook,
+    register_module_full_backward_pre_hook,
+)
 from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
 from selfforcing_core import layers
 from selfforcing_core.config import CausalConfig
@@ -65,6 +72,37 @@ def test_hooks_on_a_layer_are_called(kind: type[nn.Module], sizes: dict[str, Any
         layer(x).sum().backward()
     assert [seen.count(name) for name in ("before", "after", "before backward", "backward")] == [1, 2, 3, 4]
     assert torch.equal(layer(x), plain)
+
+
+@pytest.mark.parametrize(("kind", "sizes"), KINDS)
+def test_hooks_on_all_modules_are_called(kind: type[nn.Module], sizes: dict[str, Any]) -> None:
+    layer, seen = kind(**sizes), []
+    x = torch.randn(2, 6, requires_grad=True)
+    handles = [
+        register_module_forward_pre_hook(lambda module, _: seen.append(("before", module))),
+        register_module_forward_hook(lambda module, *_: seen.append(("after", module))),
+        register_module_full_backward_pre_hook(lambda module, _: seen.append(("before backward", module))),
+        register_module_full_backward_hook(lambda module, *_: seen.append(("backward", module))),
+    ]
+    try:
+        layer(x).sum().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert seen == [(name, layer) for name in ("before", "after", "before backward", "backward")]
+    layer(x).sum().backward()
+    assert len(seen) == 4
+
+
+def test_a_flop_counter_sees_every_linear_by_its_name() -> None:
+    network = random_wan()
+    timesteps, text = torch.full((1, 2), 700.0), random_text()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.randn(1, 2, *FRAME).double(), timesteps, text.prompt_embeds_BPE)
+    counted = counter.get_flop_counts()
+    linears = {name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
+    assert linears
+    assert linears <= {name.removeprefix("CausalWan.") for name in counted}
 
 
 class _Doubled(nn.Module):

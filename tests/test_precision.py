@@ -16,8 +16,10 @@ from selfforcing_core import model as model_module
 from selfforcing_core.attention import attend, attention_kernel
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.float8 import FLOAT8, store_in_float8
+from selfforcing_core.guided import Guided
 from selfforcing_core.model import CausalWan
-from selfforcing_core.rollout import GradientPlan, SeededNoise, rollout
+from selfforcing_core.noise import SeededNoise
+from selfforcing_core.rollout import BackpropSpec, rollout
 from selfforcing_core.snapshot import HEADER_KEY, Snapshot
 from tests.tiny_wan import CONFIG, FRAME, random_text, random_wan
 
@@ -79,8 +81,13 @@ def test_half_precision_follows_float32_with_timesteps_in_float32(dtype: torch.d
     narrow.load_state_dict(exact.state_dict())
     videos = []
     for model, kind in ((exact, torch.float32), (narrow, dtype)):
-        chunks = rollout(model, random_text(dtype=kind), noise=SeededNoise(0), latent_shape=(4, *FRAME),
-                         causal=CausalConfig(2), steps=StepConfig((1000.0, 750.0)))  # fmt: skip
+        chunks = rollout(
+            Guided(model, random_text(dtype=kind)),
+            noise=SeededNoise(0),
+            latent_shape=(4, *FRAME),
+            causal=CausalConfig(2),
+            steps=StepConfig((1000.0, 750.0)),
+        )
         videos.append(torch.cat([chunk.latents_BTCHW for chunk in chunks], 1))
     assert all(timesteps.dtype == torch.float32 for timesteps in seen)
     assert 937.5 in {float(timesteps[0, 0]) for timesteps in seen}
@@ -92,8 +99,14 @@ WINDOWS = [CausalConfig(2), CausalConfig(1, window=3), CausalConfig(2, window=5,
 
 
 def latents(model: CausalWan, causal: CausalConfig, frames: int = 8, **options: Any) -> list[torch.Tensor]:
-    chunks = rollout(model, random_text(dtype=torch.float32), noise=SeededNoise(0), latent_shape=(frames, *FRAME),
-                     causal=causal, steps=StepConfig((1000.0, 500.0)), **options)  # fmt: skip
+    chunks = rollout(
+        Guided(model, random_text(dtype=torch.float32)),
+        noise=SeededNoise(0),
+        latent_shape=(frames, *FRAME),
+        causal=causal,
+        steps=StepConfig((1000.0, 500.0)),
+        **options,
+    )
     return [chunk.latents_BTCHW for chunk in chunks]
 
 
@@ -119,8 +132,13 @@ def test_resuming_with_an_eight_bit_cache_is_bitwise_not_having_stopped(
     model = random_wan(dtype=torch.float32)
     model.cache_dtype = dtype
     whole = latents(model, causal)
-    chunks = rollout(model, random_text(dtype=torch.float32), noise=SeededNoise(0), latent_shape=(8, *FRAME),
-                     causal=causal, steps=StepConfig((1000.0, 500.0)))  # fmt: skip
+    chunks = rollout(
+        Guided(model, random_text(dtype=torch.float32)),
+        noise=SeededNoise(0),
+        latent_shape=(8, *FRAME),
+        causal=causal,
+        steps=StepConfig((1000.0, 500.0)),
+    )
     for index, chunk in enumerate(chunks):
         if index == len(whole) - 1:
             break
@@ -129,7 +147,7 @@ def test_resuming_with_an_eight_bit_cache_is_bitwise_not_having_stopped(
         with safe_open(path, "pt") as file:
             assert '"format": 2' in file.metadata()[HEADER_KEY], "a reader that knows no scales must refuse it"
         for state in (snapshot, Snapshot.load(path), snapshot.to("cpu")):
-            for found, expected in zip(latents(model, causal, resume=state), whole[index + 1 :], strict=True):
+            for found, expected in zip(latents(model, causal, start=state), whole[index + 1 :], strict=True):
                 assert torch.equal(found, expected)
 
 
@@ -139,7 +157,7 @@ def test_an_eight_bit_cache_shows_the_same_with_gradients(is_recomputed: bool) -
     model.cache_dtype = torch.int8
     if is_recomputed:
         model.checkpoint_blocks()
-    made = torch.cat(latents(model, causal, gradient=GradientPlan([1, 1, 1, 1])), 1)
+    made = torch.cat(latents(model, causal, backprop=BackpropSpec([1, 1, 1, 1])), 1)
     made.square().mean().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.blocks.parameters())
     with torch.no_grad():
@@ -177,8 +195,13 @@ def test_a_device_without_float64_is_asked_for_none(monkeypatch: pytest.MonkeyPa
     text = replace(text, prompt_embeds_BPE=text.prompt_embeds_BPE.to("meta"))
     steps = StepConfig((1000.0, 750.0, 500.0, 250.0), sigma="table", solver=solver)
     with torch.no_grad(), _Float64Off("meta") as watch:
-        chunks = rollout(model, text, noise=SeededNoise(0), latent_shape=(4, *FRAME), causal=CausalConfig(2),
-                         steps=steps, negative=text, guidance=3.0)  # fmt: skip
+        chunks = rollout(
+            Guided(model, text, negative=text, guidance=3.0),
+            noise=SeededNoise(0),
+            latent_shape=(4, *FRAME),
+            causal=CausalConfig(2),
+            steps=steps,
+        )
         assert [chunk.latents_BTCHW.device.type for chunk in chunks] == ["meta", "meta"]
     assert watch.made == []
 

@@ -18,7 +18,10 @@ from selfforcing_core.cli import main
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.geometry import pixel_frames
+from selfforcing_core.guided import Guided, new_caches
+from selfforcing_core.history import PromptChange
 from selfforcing_core.kv_cache import KVCache
+from selfforcing_core.noise import ScheduledNoise, SeededNoise
 from selfforcing_core.prompt_schedule import (
     OWN_SEED,
     Entry,
@@ -29,7 +32,7 @@ from selfforcing_core.prompt_schedule import (
     seed_at,
     start_frames,
 )
-from selfforcing_core.rollout import Chunk, PromptChange, ScheduledNoise, SeededNoise, new_caches, rollout
+from selfforcing_core.rollout import Chunk, rollout
 from selfforcing_core.video import read_metadata, read_video
 from tests.test_kv_cache import chunk, make_cache
 from tests.tiny_wan import FRAME, random_text, random_wan
@@ -197,13 +200,11 @@ def made(
     with torch.no_grad():
         chunks = list(
             rollout(
-                network,
-                first,
+                Guided(network, first, caches=caches),
                 noise=SeededNoise(0),
                 latent_shape=(frames, *FRAME),
                 causal=causal,
                 steps=STEPS,
-                caches=caches,
                 commit_last=True,
                 prompt_at=lambda start: PromptChange(prompts[start], history) if start and start in prompts else None,
             )
@@ -213,7 +214,9 @@ def made(
 
 def test_a_schedule_of_one_prompt_is_the_plain_run_bitwise() -> None:
     causal, text = CausalConfig(2, window=4, sink=1), random_text()
-    plain = rollout(random_wan(), text, noise=SeededNoise(0), latent_shape=(8, *FRAME), causal=causal, steps=STEPS)
+    plain = rollout(
+        Guided(random_wan(), text), noise=SeededNoise(0), latent_shape=(8, *FRAME), causal=causal, steps=STEPS
+    )
     with torch.no_grad():
         expected = torch.cat([chunk.latents_BTCHW for chunk in plain], 1)
     assert torch.equal(made({0: text}, causal)[0], expected)
@@ -410,13 +413,11 @@ def test_a_chunk_made_once_more_is_as_if_made_so_at_first(
         network = random_wan()
         caches = new_caches(network, one, 1, (frames, *FRAME), causal)
         chunks = rollout(
-            network,
-            one,
+            Guided(network, one, caches=caches),
             noise=Reseeded(seeds),
             latent_shape=(frames, *FRAME),
             causal=causal,
             steps=STEPS,
-            caches=caches,
             commit_last=True,
             prompt_at=wanted.get,
         )

@@ -17,19 +17,14 @@ from selfforcing_core.attention import block_causal_frames
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.geometry import chunk_lengths
+from selfforcing_core.guided import Guided, new_caches
+from selfforcing_core.history import PromptChange
 from selfforcing_core.model import CausalWan
-from selfforcing_core.rollout import (
-    CONTEXT,
-    Chunk,
-    GivenNoise,
-    GradientPlan,
-    PromptChange,
-    SeededNoise,
-    new_caches,
-    rollout,
-)
+from selfforcing_core.noise import CONTEXT, SeededNoise
+from selfforcing_core.rollout import BackpropSpec, Chunk, rollout
 from selfforcing_core.schedule import FlowSchedule, add_noise, x0_from_flow
-from tests.tiny_wan import FRAME, random_text, random_wan
+from tests.golden_fixture import GivenNoise
+from tests.tiny_wan import FRAME, guided, random_text, random_wan
 
 STEPS = StepConfig((1000.0, 500.0))
 
@@ -39,7 +34,7 @@ def video(
 ) -> Tensor:
     options = {"noise": SeededNoise(0), "steps": STEPS, **options}
     text = random_text() if text is None else text
-    chunks = rollout(model, text, latent_shape=(frames, *FRAME), causal=causal, **options)
+    chunks = rollout(guided(model, text, options), latent_shape=(frames, *FRAME), causal=causal, **options)
     return torch.cat([chunk.latents_BTCHW for chunk in chunks], 1)
 
 
@@ -85,9 +80,17 @@ def test_cached_rollout_equals_uncached(layout: tuple[int, CausalConfig]) -> Non
 def test_no_gradient_reaches_a_frame_from_later_noise() -> None:
     model, lengths = random_wan().requires_grad_(True), (2, 2, 2)
     noise = {key: value.requires_grad_() for key, value in draws(6, lengths, 2).items()}
-    plan = GradientPlan([1, 1, 1])
-    made = list(rollout(model, random_text(), noise=GivenNoise(noise), latent_shape=(6, *FRAME),
-                        causal=CausalConfig(2), steps=STEPS, gradient=plan))  # fmt: skip
+    plan = BackpropSpec([1, 1, 1])
+    made = list(
+        rollout(
+            Guided(model, random_text()),
+            noise=GivenNoise(noise),
+            latent_shape=(6, *FRAME),
+            causal=CausalConfig(2),
+            steps=STEPS,
+            backprop=plan,
+        )
+    )
     leaves = list(noise.values())
     for chunk in made:
         gradients = torch.autograd.grad(
@@ -101,8 +104,16 @@ def test_no_gradient_reaches_a_frame_from_later_noise() -> None:
 def test_gradient_stays_inside_the_chunks_own_exit_step() -> None:
     model = random_wan().requires_grad_(True)
     noise = {key: value.requires_grad_() for key, value in draws(4, (2, 2), 2).items()}
-    chunks = list(rollout(model, random_text(), noise=GivenNoise(noise), latent_shape=(4, *FRAME),
-                          causal=CausalConfig(2), steps=STEPS, gradient=GradientPlan([0, 0])))  # fmt: skip
+    chunks = list(
+        rollout(
+            Guided(model, random_text()),
+            noise=GivenNoise(noise),
+            latent_shape=(4, *FRAME),
+            causal=CausalConfig(2),
+            steps=STEPS,
+            backprop=BackpropSpec([0, 0]),
+        )
+    )
     second = torch.autograd.grad(
         chunks[1].latents_BTCHW.sum(), list(noise.values()), retain_graph=True, allow_unused=True
     )
@@ -123,9 +134,13 @@ def test_recomputed_activations_give_the_same_gradients(window: int) -> None:
         if is_recomputed:
             model.checkpoint_blocks()
         chunks = rollout(
-            model, random_text(), noise=SeededNoise(0), latent_shape=(8, *FRAME), causal=CausalConfig(2, window),
-            steps=StepConfig((1000.0, 500.0)), gradient=GradientPlan([1, 1, 1, 1]),
-        )  # fmt: skip
+            Guided(model, random_text()),
+            noise=SeededNoise(0),
+            latent_shape=(8, *FRAME),
+            causal=CausalConfig(2, window),
+            steps=StepConfig((1000.0, 500.0)),
+            backprop=BackpropSpec([1, 1, 1, 1]),
+        )
         torch.cat([chunk.latents_BTCHW for chunk in chunks], 1).square().mean().backward()
         found.append([parameter.grad for parameter in model.parameters()])
     for plain, recomputed in zip(*found):
@@ -134,8 +149,8 @@ def test_recomputed_activations_give_the_same_gradients(window: int) -> None:
 
 def test_rollout_with_gradients_gives_the_same_video() -> None:
     model = random_wan().requires_grad_(True)
-    plan = GradientPlan([len(STEPS.steps) - 1] * 4)
-    with_gradient = video(model, 8, CausalConfig(2, window=5, sink=1), gradient=plan)
+    plan = BackpropSpec([len(STEPS.steps) - 1] * 4)
+    with_gradient = video(model, 8, CausalConfig(2, window=5, sink=1), backprop=plan)
     torch.testing.assert_close(with_gradient, video(model, 8, CausalConfig(2, window=5, sink=1)))
 
 
@@ -154,8 +169,13 @@ class NoHostReads(TorchDispatchMode):
 @pytest.mark.parametrize("sigma", ["exact", "table"])
 def test_no_tensor_is_read_back_inside_the_loop(sigma: str) -> None:
     model, causal = random_wan(), CausalConfig(2, window=5, sink=1)
-    chunks = rollout(model, random_text(), noise=SeededNoise(0), latent_shape=(12, *FRAME), causal=causal,
-                     steps=StepConfig((1000.0, 500.0), sigma=sigma))  # fmt: skip
+    chunks = rollout(
+        Guided(model, random_text()),
+        noise=SeededNoise(0),
+        latent_shape=(12, *FRAME),
+        causal=causal,
+        steps=StepConfig((1000.0, 500.0), sigma=sigma),
+    )
     first = next(chunks)
     with NoHostReads():
         rest = list(chunks)
@@ -250,15 +270,23 @@ def test_continuing_from_a_prefix_is_the_uninterrupted_video(
     if not given_chunks:
         return
     prefix = whole[:, : sum(lengths[:given_chunks])]
-    torch.testing.assert_close(video(model, frames, causal, text=text, prefix_BTCHW=prefix), whole)
-    shared = video(model, frames, causal, text=text, prefix_BTCHW=prefix[:1])
+    torch.testing.assert_close(video(model, frames, causal, text=text, start=prefix), whole)
+    shared = video(model, frames, causal, text=text, start=prefix[:1])
     torch.testing.assert_close(shared[:1], whole[:1])
 
 
 def test_prefix_chunks_are_yielded_and_marked() -> None:
     prefix = torch.randn(1, 2, *FRAME)
-    chunks: list[Chunk] = list(rollout(random_wan(), random_text(), noise=SeededNoise(0), latent_shape=(4, *FRAME),
-                                       causal=CausalConfig(2), steps=STEPS, prefix_BTCHW=prefix))  # fmt: skip
+    chunks: list[Chunk] = list(
+        rollout(
+            Guided(random_wan(), random_text()),
+            noise=SeededNoise(0),
+            latent_shape=(4, *FRAME),
+            causal=CausalConfig(2),
+            steps=STEPS,
+            start=prefix,
+        )
+    )
     assert [chunk.is_given for chunk in chunks] == [True, False]
     assert torch.equal(chunks[0].latents_BTCHW, prefix)
 
@@ -280,7 +308,7 @@ def test_bad_lengths_are_refused_before_any_work(
         raise AssertionError("the network was about to be called")
 
     with pytest.raises(ValueError, match=message):
-        video(random_wan(), frames, causal, prefix_BTCHW=prefix, on_step=never)
+        video(random_wan(), frames, causal, start=prefix, on_step=never)
 
 
 def test_text_that_does_not_fit_the_model_is_refused() -> None:
@@ -319,9 +347,13 @@ def test_last_step_keeps_what_the_last_evaluation_wrote() -> None:
     network, text, calls = random_wan(), random_text(), []
     (cache,) = caches = new_caches(network, text, 1, (6, *FRAME), LAST)
     chunks = rollout(
-        network, text, noise=SeededNoise(0), latent_shape=(6, *FRAME), causal=LAST, steps=STEPS, caches=caches,
+        Guided(network, text, caches=caches),
+        noise=SeededNoise(0),
+        latent_shape=(6, *FRAME),
+        causal=LAST,
+        steps=STEPS,
         on_step=lambda chunk, step: calls.append((chunk, step)),
-    )  # fmt: skip
+    )
     with torch.no_grad():
         first = next(chunks)
         kept = cache.ordered(1)[0]
@@ -345,10 +377,10 @@ def test_last_step_resumes_and_differs_from_clean() -> None:
     with torch.no_grad():
         whole = video(network, 8, LAST, text=text)
         chunks = rollout(
-            network, text, noise=SeededNoise(0), latent_shape=(4, *FRAME), causal=LAST, steps=STEPS,
-        )  # fmt: skip
+            Guided(network, text), noise=SeededNoise(0), latent_shape=(4, *FRAME), causal=LAST, steps=STEPS
+        )
         *_, last = chunks
-        rest = video(network, 8, LAST, text=text, resume=last.snapshot())
+        rest = video(network, 8, LAST, text=text, start=last.snapshot())
         clean = video(network, 8, replace(LAST, cache_source="clean"), text=text)
     assert torch.equal(rest, whole[:, 4:])
     assert torch.equal(clean[:, :2], whole[:, :2])
@@ -360,7 +392,7 @@ def test_training_with_last_step_is_inference_where_every_chunk_exits_last() -> 
     network, text = random_wan(), random_text()
 
     def trained(*exits: int) -> Tensor:
-        return video(network, 6, LAST, text=text, gradient=GradientPlan(exits, first_frame=2)).detach()
+        return video(network, 6, LAST, text=text, backprop=BackpropSpec(exits, first_frame=2)).detach()
 
     with torch.no_grad():
         plain = video(network, 6, LAST, text=text)
@@ -386,13 +418,15 @@ def test_last_step_cannot_write_a_resumed_history_again() -> None:
     """What was written is the noisy chunk, which a snapshot does not hold; kept as it is, nothing is missing."""
     network, text = random_wan(), random_text()
     with torch.no_grad():
-        chunks = rollout(network, text, noise=SeededNoise(0), latent_shape=(4, *FRAME), causal=LAST, steps=STEPS)
+        chunks = rollout(
+            Guided(network, text), noise=SeededNoise(0), latent_shape=(4, *FRAME), causal=LAST, steps=STEPS
+        )
         first, last = chunks
         held = replace(last.snapshot(), video_BTCHW=torch.cat([first.latents_BTCHW, last.latents_BTCHW], 1))
 
         def resumed(history: str) -> Tensor:
             change = {6: PromptChange(random_text(seed=1), history)}
-            return video(network, 8, LAST, text=text, resume=held, prompt_at=change.get)
+            return video(network, 8, LAST, text=text, start=held, prompt_at=change.get)
 
         assert resumed("keep").shape[1] == 4
         with pytest.raises(ValueError, match="use history 'keep'"):

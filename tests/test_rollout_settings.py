@@ -16,7 +16,7 @@ from selfforcing_core.checkpoint import read_checkpoint
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import StepConfig
 from selfforcing_core.image import fit_image
-from selfforcing_core.rollout import CONTEXT
+from selfforcing_core.noise import CONTEXT
 from selfforcing_core.schedule import add_noise, sigma_table, x0_from_flow
 from tests.training import run_settings, write_database, write_encoders
 from train import distributed

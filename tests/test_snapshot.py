@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from selfforcing_core.config import CausalConfig, StepConfig
-from selfforcing_core.rollout import SeededNoise, rollout
+from selfforcing_core.noise import SeededNoise
+from selfforcing_core.rollout import rollout
 from selfforcing_core.snapshot import Snapshot
-from tests.tiny_wan import FRAME, random_text, random_wan
+from tests.tiny_wan import FRAME, guided, random_text, random_wan
 
 STEPS = StepConfig((1000.0, 500.0))
 MODEL = random_wan(dtype=torch.float32)
@@ -31,7 +32,7 @@ POLICIES = [
 def start(causal: CausalConfig, frames: int, **options: Any) -> Any:
     options = {"noise": SeededNoise(4), "steps": STEPS, **options}
     text = options.pop("text", random_text(dtype=torch.float32))
-    return rollout(MODEL, text, latent_shape=(frames, *FRAME), causal=causal, **options)
+    return rollout(guided(MODEL, text, options), latent_shape=(frames, *FRAME), causal=causal, **options)
 
 
 def latents(chunks: Any) -> Tensor:
@@ -57,10 +58,10 @@ def test_resuming_after_any_chunk_is_bitwise_not_having_stopped(
         snapshots.append(chunk.snapshot())
     for index, snapshot in enumerate(snapshots[:-1]):
         rest = latents(whole[index + 1 :])
-        assert torch.equal(latents(start(causal, frames, resume=snapshot, **guided)), rest)
+        assert torch.equal(latents(start(causal, frames, start=snapshot, **guided)), rest)
         path = tmp_path / f"{index}.safetensors"
         snapshot.save(path)
-        assert torch.equal(latents(start(causal, frames, resume=Snapshot.load(path), **guided)), rest)
+        assert torch.equal(latents(start(causal, frames, start=Snapshot.load(path), **guided)), rest)
 
 
 @pytest.mark.parametrize("causal", [POLICIES[0], POLICIES[2]])
@@ -69,14 +70,14 @@ def test_a_finished_video_goes_on_as_the_longer_one(causal: CausalConfig) -> Non
     short, long = length(causal, 3), length(causal, 5)
     window = CausalConfig(causal.chunk, causal.window, causal.sink)
     *_, last = start(window, short)
-    made = latents(start(window, long, resume=last.snapshot()))
+    made = latents(start(window, long, start=last.snapshot()))
     assert torch.equal(made, latents(start(window, long))[:, short:])
 
 
 def test_a_single_chunk_goes_on_too() -> None:
     (only,) = start(CausalConfig(2), 2)
     assert torch.equal(
-        latents(start(CausalConfig(2), 4, resume=only.snapshot())), latents(start(CausalConfig(2), 4))[:, 2:]
+        latents(start(CausalConfig(2), 4, start=only.snapshot())), latents(start(CausalConfig(2), 4))[:, 2:]
     )
 
 
@@ -87,8 +88,8 @@ def test_branches_do_not_disturb_each_other(turns: list[int]) -> None:
     causal = CausalConfig(2, window=4)
     chunks = start(causal, 10)
     snapshot = next(chunks).snapshot()
-    alone = [list(start(causal, 10, resume=snapshot, noise=SeededNoise(seed))) for seed in (1, 2)]
-    branches = [start(causal, 10, resume=snapshot, noise=SeededNoise(seed)) for seed in (1, 2)]
+    alone = [list(start(causal, 10, start=snapshot, noise=SeededNoise(seed))) for seed in (1, 2)]
+    branches = [start(causal, 10, start=snapshot, noise=SeededNoise(seed)) for seed in (1, 2)]
     made: list[list[Any]] = [[], []]
     for turn in turns:
         made[turn].extend(chunk for chunk in [next(branches[turn], None)] if chunk is not None)
@@ -101,7 +102,7 @@ def test_branches_do_not_disturb_each_other(turns: list[int]) -> None:
 def test_another_prompt_may_take_over() -> None:
     causal, other = CausalConfig(2), random_text(seed=9, dtype=torch.float32)
     snapshot = next(start(causal, 4)).snapshot()
-    changed = latents(start(causal, 4, resume=snapshot, text=other))
+    changed = latents(start(causal, 4, start=snapshot, text=other))
     assert not torch.equal(changed, latents(start(causal, 4))[:, 2:])
     assert not torch.equal(changed, latents(start(causal, 4, text=other))[:, 2:])
 
@@ -113,7 +114,6 @@ def test_another_prompt_may_take_over() -> None:
         (CausalConfig(2, window=4), 8, {}, "resume with the window and sink it was saved with"),
         (CausalConfig(2), 8, {"text": random_text(2, dtype=torch.float32)}, "model, size and batch it was saved with"),
         (CausalConfig(2), 8, {"guidance": 2.0, "negative": random_text(dtype=torch.float32)}, "same guidance"),
-        (CausalConfig(2), 8, {"prefix_BTCHW": torch.zeros(1, 2, *FRAME)}, "takes no prefix"),
     ],
 )
 def test_a_snapshot_that_does_not_fit_is_refused(
@@ -123,7 +123,7 @@ def test_a_snapshot_that_does_not_fit_is_refused(
     snapshot = [next(chunks) for _ in range(3)][-1].snapshot()
     snapshot = Snapshot(snapshot.start_frame, snapshot.end_frame, snapshot.caches)
     with pytest.raises(ValueError, match=message):
-        next(start(causal, frames, resume=snapshot, **options))
+        next(start(causal, frames, start=snapshot, **options))
 
 
 def test_a_snapshot_is_taken_in_time_or_not_at_all() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import WanConfig
+from selfforcing_core.guided import Guided
 from selfforcing_core.model import CausalWan
 
 CONFIG = WanConfig(
@@ -29,3 +32,9 @@ def random_text(batch: int = 1, seed: int = 0, dtype: torch.dtype = torch.float6
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.promote_types(dtype, torch.float32)
     return Conditioning(torch.randn(batch, 5, CONFIG.text_dim, generator=generator, dtype=drawn).to(dtype))
+
+
+def guided(model: Any, text: Conditioning, options: dict[str, Any]) -> Guided:
+    """The network as a rollout takes it; what belongs to it is taken out of the rollout's options."""
+    names = {"negative", "guidance", "caches"} & options.keys()
+    return Guided(model, text, **{name: options.pop(name) for name in names})

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from selfforcing_core.rollout import SeededNoise
+from selfforcing_core.noise import SeededNoise
 
 
 def key_of(*parts: object) -> int:

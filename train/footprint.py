@@ -15,15 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from selfforcing_core.config import WanConfig
 from selfforcing_core.device import CARDS, Card
 from selfforcing_core.roofline import Work
 from train.args import ClipArgs, DmdArgs, TrainArgs
 from train.distributed import World, new_mesh
-from train.dry_stages import dry_stage, tracked
 from train.engine import Trainer
 from train.work import (
     clip_work,
@@ -73,7 +70,7 @@ def _fresh_processes() -> BaseContext:
     # Torch's tracker and what it needs take many seconds to import: once for all processes of all calls. Nothing else
     # is done in the server, so that what is copied from it holds no tensor, and no thread that a copy would lack. No
     # command is among what is loaded: runpy warns of one that is there before it is run.
-    context.set_forkserver_preload(["train.footprint"])
+    context.set_forkserver_preload(["train.footprint", "train.dry_stages"])
     return context
 
 
@@ -98,6 +95,12 @@ def _frozen(args: TrainArgs, configs: Mapping[str, WanConfig]) -> int:
 
 
 def _watch(args: TrainArgs, processes: int, num_layers: int, stage: type[Trainer]) -> dict[str, int]:
+    # Private parts of torch, which a run that only counts on `estimate` being there need not load.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from train.dry_stages import dry_stage, tracked
+
     logging.disable(logging.WARNING)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
     world = World(0, processes, torch.device("cpu"), new_mesh("cpu", processes, args.shard_group), None)

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
-from selfforcing_core.rollout import GradientPlan, NoiseSource, rollout
+from selfforcing_core.guided import Guided
+from selfforcing_core.noise import NoiseSource
+from selfforcing_core.rollout import BackpropSpec, rollout
 from selfforcing_core.schedule import (
     TIMESTEPS,
     FlowSchedule,
@@ -97,13 +99,18 @@ class Student:
         prefix_BTCHW: given first frames, which are part of the clip, and before which no chunk is counted.
         """
         frames = latent_shape[0]
-        plan = GradientPlan(
+        plan = BackpropSpec(
             exit_steps, max(0, frames - self.loss_frames) if with_gradient else frames, self.context_sigma
         )
         chunks = rollout(
-            self.network, condition, noise=noise, latent_shape=latent_shape, causal=self.causal, steps=self.steps,
-            gradient=plan, prefix_BTCHW=prefix_BTCHW,
-        )  # fmt: skip
+            Guided(self.network, condition),
+            noise=noise,
+            latent_shape=latent_shape,
+            causal=self.causal,
+            steps=self.steps,
+            backprop=plan,
+            start=prefix_BTCHW,
+        )
         return torch.cat([chunk.latents_BTCHW for chunk in chunks], 1)
 
 

@@ -267,7 +267,7 @@ class _InKeys(logging.Filter):
 
 @contextmanager
 def _in_keys() -> Iterator[None]:
-    """Let the core speak of settings as this command line batches them."""
+    """Let the core speak of settings as this command line takes them."""
     plans, words = logging.getLogger("selfforcing_core.plan"), _InKeys()
     plans.addFilter(words)
     try:

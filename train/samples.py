@@ -18,8 +18,10 @@ from torch import Tensor
 from selfforcing_core.atomic import make_folder
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
+from selfforcing_core.guided import Guided
 from selfforcing_core.load import load_taehv
-from selfforcing_core.rollout import SeededNoise, rollout
+from selfforcing_core.noise import SeededNoise
+from selfforcing_core.rollout import rollout
 from selfforcing_core.taehv import StreamingDecoder
 from selfforcing_core.video import write_contact_sheet, write_video
 from train.distributed import World
@@ -72,10 +74,13 @@ class Samples:
             decoder, frames = StreamingDecoder(self.taehv), []
             noise = SeededNoise(self.seed, number)
             for chunk in rollout(
-                network, condition, noise=noise, latent_shape=how.latent_shape, causal=how.causal, steps=how.steps,
-                prefix_BTCHW=how.prefixes[number % len(self.texts)] if how.prefixes else None,
-                negative=how.negative, guidance=how.guidance,
-            ):  # fmt: skip
+                Guided(network, condition, negative=how.negative, guidance=how.guidance),
+                noise=noise,
+                latent_shape=how.latent_shape,
+                causal=how.causal,
+                steps=how.steps,
+                start=how.prefixes[number % len(self.texts)] if how.prefixes else None,
+            ):
                 frames.append(decoder.decode(chunk.latents_BTCHW.float())[0].cpu())
             if number < len(self.texts):
                 make_folder(folder)

@@ -25,7 +25,9 @@ from tqdm import tqdm
 from selfforcing_core.atomic import make_folder, replacing
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.geometry import SPATIAL_FACTOR, VideoGeometry, pixel_frames
-from selfforcing_core.rollout import SeededNoise, rollout
+from selfforcing_core.guided import Guided
+from selfforcing_core.noise import SeededNoise
+from selfforcing_core.rollout import rollout
 from selfforcing_core.schedule import FlowSchedule
 from train import distributed
 from train.args import NetworkArgs, mistake, parse
@@ -106,11 +108,17 @@ def make(args: TrajectoryArgs, world: distributed.World) -> dict[str, int]:
             continue
         recorder = Recorder(teacher.network, args.timesteps)
         chunks = rollout(
-            recorder, prompts.condition([texts[number]]), noise=SeededNoise(key_of(args.seed, texts[number])),
-            latent_shape=shape, causal=CausalConfig(args.latent_frames),
+            Guided(
+                recorder,
+                prompts.condition([texts[number]]),
+                negative=prompts.condition([args.negative_prompt]),
+                guidance=args.guidance,
+            ),
+            noise=SeededNoise(key_of(args.seed, texts[number])),
+            latent_shape=shape,
+            causal=CausalConfig(args.latent_frames),
             steps=StepConfig.even(args.sampling_steps, shift=args.shift),
-            negative=prompts.condition([args.negative_prompt]), guidance=args.guidance,
-        )  # fmt: skip
+        )
         clean = torch.cat([chunk.latents_BTCHW for chunk in chunks], 1)
         states = torch.stack([*(recorder.states[at] for at in args.timesteps), clean], 1).half().cpu()
         if not states.isfinite().all():

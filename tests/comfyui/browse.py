@@ -263,7 +263,8 @@ async def run_twice(page: Tab, session: aiohttp.ClientSession) -> dict[str, Any]
 
 
 async def send_late(page: Tab) -> list[list[Any]]:
-    """Prompts at seconds 1, 12 and 60 of a run that keeps its pace: how long until each shows, the status, and when."""
+    """Prompts at seconds 1, 12 and 60 of a run that keeps its pace: how long until each shows, the status
+    then, when that was, and the status as it was sent."""
     await drop(page, "tiny_endless")
     await page.evaluate(PLAYER)
     await asyncio.sleep(1)
@@ -273,8 +274,9 @@ async def send_late(page: Tab) -> list[list[Any]]:
     for second, colour in ((1, "blue"), (12, "green"), (60, "red")):
         await asyncio.sleep(max(0.0, began + second - time.monotonic()))
         text = json.dumps(f"a {colour} square moving left slowly on a black background")
+        before = await page.evaluate("window.told()")
         delay, told = await page.evaluate(f"window.send({text}, '{colour}')"), await page.evaluate("window.told()")
-        found.append([delay, told, time.monotonic() - began])
+        found.append([delay, told, time.monotonic() - began, before])
     await page.evaluate("window.control('finish').click()")
     await page.until("/finished here/.test(window.told())")
     return found

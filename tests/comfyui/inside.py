@@ -73,7 +73,19 @@ model_file, folders, model_settings, page, sampling, shared_network, text_nodes 
 CORE = PACKAGE.rpartition(".")[0] + ".selfforcing_core."
 core = {
     name: importlib.import_module(CORE + name)
-    for name in ("checkpoint", "conditioning", "config", "hub", "model", "rollout", "kv_cache", "snapshot")
+    for name in (
+        "checkpoint",
+        "conditioning",
+        "config",
+        "hub",
+        "geometry",
+        "guided",
+        "model",
+        "noise",
+        "rollout",
+        "kv_cache",
+        "snapshot",
+    )
 }
 WanConfig, CausalConfig = core["config"].WanConfig, core["config"].CausalConfig
 SIZES = {"dim": 256, "ffn_dim": 256, "num_heads": 2, "num_layers": 2}
@@ -119,7 +131,7 @@ def sampled(
                      [[text(2, rows), dict(values or {})]])  # fmt: skip
     guider.set_cfg(cfg)
     latent = {"samples": torch.zeros(1, CHANNELS, FRAMES, HEIGHT, WIDTH)} if latent is None else latent
-    lengths = core["rollout"].chunk_lengths(latent["samples"].shape[2], chunk)
+    lengths = core["geometry"].chunk_lengths(latent["samples"].shape[2], chunk)
     noise = guided_network.SeededGraphNoise(5, lengths).generate_noise(latent)
     raw = guider.sample(
         noise,
@@ -138,14 +150,13 @@ def core_rollout(
 ) -> Any:
     condition = core["conditioning"].Conditioning
     chunks = core["rollout"].rollout(
-        made,
-        condition(text(1), **more),
-        noise=core["rollout"].SeededNoise(5),
+        core["guided"].Guided(
+            made, condition(text(1), **more), negative=condition(text(2, rows), **more), guidance=guidance
+        ),
+        noise=core["noise"].SeededNoise(5),
         latent_shape=SHAPE,
         causal=causal,
         steps=steps,
-        negative=condition(text(2, rows), **more),
-        guidance=guidance,
     )
     return torch.cat([chunk.latents_BTCHW for chunk in chunks], 1)
 

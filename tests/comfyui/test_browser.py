@@ -184,12 +184,16 @@ def test_widgets_at_auto_say_so_and_a_lengths_arrows_go_by_chunks(seen: dict[str
 def test_a_typed_prompt_shows_within_the_pace_and_a_chunk_whenever_it_is_sent(seen: dict[str, Any]) -> None:
     if not seen["vue"]["is_shown"]:
         pytest.skip("this ComfyUI's front end draws no DOM widgets in its Vue nodes")
-    delays, told, moments = zip(*seen["delays"])
-    first, *_, last = (int(re.search(r"chunk (\d+) of 167", words)[1]) for words in told)
+    delays, told, moments, before = zip(*seen["delays"])
+    shown, sent = ([int(re.search(r"chunk (\d+) of 167", words)[1]) for words in each] for each in (told, before))
+    first, *_, last = shown
     seconds = max(12 / 16, (moments[-1] - moments[0]) / (last - first))  # of a chunk, on this machine as busy as it is
     # The pace, the chunk that is being made, the one in which the picture changes, as long again on a busy machine.
     most = 2 + 3 * seconds + 1
-    assert all(delay is not None and delay < most for delay in delays), seen["delays"]
+    # A machine that halts for a while makes no chunks either: then the same holds in chunks of 0.75 s.
+    chunks = [later - earlier for earlier, later in zip(sent, shown)]
+    held = [delay is not None and (delay < most or count <= 6) for delay, count in zip(delays, chunks)]
+    assert all(held), seen["delays"]
 
 
 def test_a_queued_run_is_shown_in_its_own_workflow_alone_and_a_page_that_comes_back_sees_it(

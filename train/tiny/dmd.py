@@ -26,7 +26,7 @@ from selfforcing_core.cli import Parser
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import WanConfig
 from selfforcing_core.model import CausalWan
-from selfforcing_core.rollout import SeededNoise
+from selfforcing_core.noise import SeededNoise
 from train.losses import score_timesteps
 from train.roles import Matching, Score, ScoreDraw, Student
 from train.tiny.data import LATENT_FRAMES, Clips

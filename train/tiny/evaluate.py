@@ -26,8 +26,10 @@ from selfforcing_core.cli import Parser
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.geometry import latent_frames, pixel_frames
+from selfforcing_core.guided import Guided
 from selfforcing_core.load import load_model, load_taehv, load_text_encoder
-from selfforcing_core.rollout import SeededNoise, rollout
+from selfforcing_core.noise import SeededNoise
+from selfforcing_core.rollout import rollout
 from selfforcing_core.taehv import StreamingDecoder
 from train.tiny.data import LATENT_FRAMES
 from train.tiny.diffusion import TRAINED_KEY
@@ -89,10 +91,12 @@ class Generator:
         channels = self.taehv.config.latent_channels
         decoder, side = StreamingDecoder(self.taehv), SIZE // 8
         chunks = rollout(
-            self.model, Conditioning(self.text_encoder.encode(captions).float()),
-            noise=SeededNoise(seed, first_row), latent_shape=(latent_frames(num_frames), channels, side, side),
-            causal=self.causal, steps=self.steps,
-        )  # fmt: skip
+            Guided(self.model, Conditioning(self.text_encoder.encode(captions).float())),
+            noise=SeededNoise(seed, first_row),
+            latent_shape=(latent_frames(num_frames), channels, side, side),
+            causal=self.causal,
+            steps=self.steps,
+        )
         return torch.cat([decoder.decode(chunk.latents_BTCHW) for chunk in chunks], 1)
 
     def videos(self, captions: list[tuple[str, ...]], num_frames: int, seed: int) -> Videos:

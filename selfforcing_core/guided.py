@@ -1,0 +1,118 @@
+"""The network as a rollout calls it: guided, and with a cache for each conditioning.
+
+Letters: B batch, T latent frames, C latent channels, H W latent size, P text tokens, E text width, I image tokens,
+X image-feature width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .conditioning import Conditioning
+from .config import CausalConfig
+from .kv_cache import KVCache
+
+
+def new_caches(
+    model: Any,
+    conditioning: Conditioning,
+    count: int,
+    latent_shape: tuple[int, int, int, int],
+    causal: CausalConfig,
+) -> list[KVCache]:
+    """Return empty caches for a rollout of this size: one for the prompt, and with guidance one more (count 2)."""
+    embeds, (num_frames, _, height, width) = conditioning.prompt_embeds_BPE, latent_shape
+    evicts = -1 < causal.window < num_frames
+    capacity, sink = (causal.window, causal.sink) if evicts else (num_frames, 0)
+    caches = [
+        model.new_cache(
+            batch=embeds.shape[0], latent_height=height, latent_width=width, capacity=capacity, sink=sink, like=embeds
+        )
+        for _ in range(count)
+    ]
+    for cache in caches:
+        cache.keeps_all = not evicts
+    return caches
+
+
+class Guided:
+    """A network with all that a pass of it needs beside the chunk: conditioning, guidance, a cache for each.
+
+    model: called as `CausalWan.forward`. negative, guidance: classifier-free guidance, negative + guidance *
+    (positive - negative), each with a cache of its own; 1 leaves the negative out. caches: from `new_caches`, to use
+    again; a rollout resets them, and makes its own where there are none.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        conditioning: Conditioning,
+        *,
+        negative: Conditioning | None = None,
+        guidance: float = 1.0,
+        caches: Sequence[KVCache] | None = None,
+    ) -> None:
+        self.model, self.guidance = model, guidance
+        self.conditionings = [conditioning] if negative is None or guidance == 1 else [conditioning, negative]
+        self.caches: list[KVCache | None] = [None] * len(self.conditionings) if caches is None else list(caches)
+
+    @property
+    def device(self) -> torch.device:
+        return self.conditionings[0].prompt_embeds_BPE.device
+
+    @property
+    def batch(self) -> int:
+        return self.conditionings[0].prompt_embeds_BPE.shape[0]
+
+    def check(self, latent_shape: tuple[int, int, int, int]) -> None:
+        """Raise ValueError if a conditioning does not fit the network or the video (T, C, H, W)."""
+        for conditioning in self.conditionings:
+            conditioning.check(self.model.config, latent_shape)
+
+    def opened(self, latent_shape: tuple[int, int, int, int], causal: CausalConfig, *, is_cached: bool) -> Guided:
+        """Return the same for one rollout: its caches are empty, and a change of its prompt stays its own.
+
+        is_cached: whether to make caches where none were given.
+        """
+        one = copy.copy(self)
+        one.conditionings = list(self.conditionings)
+        if is_cached and self.caches[0] is None:
+            one.caches = list(new_caches(self.model, self.conditionings[0], len(self.caches), latent_shape, causal))
+        for cache in one.caches:
+            if cache is not None:
+                cache.reset()
+        return one
+
+    def flow(self, x_BTCHW: Tensor, timestep: float, start_frame: int, *, with_gradient: bool) -> Tensor:
+        """Return the predicted flow, guided if there is a negative conditioning."""
+        with torch.set_grad_enabled(with_gradient):
+            flows = [self._call(x_BTCHW, timestep, start_frame, index) for index in range(len(self.conditionings))]
+            return flows[0] if len(flows) == 1 else flows[1] + self.guidance * (flows[0] - flows[1])
+
+    def commit(self, x_BTCHW: Tensor, timestep: float, start_frame: int) -> None:
+        """Write a finished chunk into every cache."""
+        with torch.no_grad():
+            for index in range(len(self.conditionings)):
+                self._call(x_BTCHW, timestep, start_frame, index)
+
+    def change_prompt(self, conditioning: Conditioning) -> None:
+        """Follow another prompt from the next pass on; what was kept of the former one's text is dropped."""
+        self.conditionings[0] = conditioning
+        for cache in self.caches:
+            if cache is not None:
+                cache.cross = {}
+
+    def _call(self, x_BTCHW: Tensor, timestep: float, start_frame: int, index: int) -> Tensor:
+        conditioning, cache = self.conditionings[index], self.caches[index]
+        timesteps = torch.full(x_BTCHW.shape[:2], timestep, dtype=torch.float32, device=x_BTCHW.device)
+        image = conditioning.frames(start_frame, x_BTCHW.shape[1])
+        images = {} if image is None else {"image_BTCHW": image, "clip_BIX": conditioning.clip_BIX}
+        flow = self.model(
+            x_BTCHW, timesteps, conditioning.prompt_embeds_BPE, cache=cache, start_frame=start_frame, **images
+        )
+        return flow.to(x_BTCHW.dtype)

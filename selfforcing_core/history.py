@@ -1,0 +1,107 @@
+"""What becomes of the frames so far when the prompt changes: written again under the new one, or kept.
+
+Letters: B batch, T latent frames, C latent channels, H W latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .conditioning import Conditioning
+from .config import CausalConfig
+from .guided import Guided
+from .prompt_schedule import HISTORIES
+from .snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class PromptChange:
+    """Another prompt from here on, and what becomes of the frames so far.
+
+    history: "recode" writes those in the window into the cache again under the new prompt (LongLive, arXiv
+    2509.22622), "keep" leaves them as they are. Raises ValueError for any other word.
+    """
+
+    conditioning: Conditioning
+    history: str = "recode"
+
+    def __post_init__(self) -> None:
+        if self.history not in HISTORIES:
+            raise ValueError(f"history {self.history!r} is unknown; use {' or '.join(HISTORIES)}")
+
+
+PromptAt = Callable[[int], PromptChange | None]
+
+
+def is_past_known(resume: Snapshot, causal: CausalConfig) -> bool:
+    """Return whether a rollout that goes on from there can write its history again, as history "recode" does."""
+    return resume.video_BTCHW is not None and causal.cache_source != "last_step"
+
+
+class History:
+    """The clean frames that the chunk being made sees, as they were written into the cache."""
+
+    def __init__(self, guided: Guided, causal: CausalConfig, lengths: tuple[int, ...], prompt_at: PromptAt) -> None:
+        self.guided, self.causal, self.prompt_at = guided, causal, prompt_at
+        evicts = -1 < causal.window < sum(lengths)
+        self.sink = causal.sink if evicts else 0
+        self.ring = causal.window - causal.sink if evicts else sum(lengths)
+        self.chunks: list[tuple[int, Tensor, float]] = []
+        self.is_known = True
+
+    def add(self, start_frame: int, x_BTCHW: Tensor, timestep: float) -> None:
+        """Remember a finished chunk, in place of an earlier one there; forget those that it did not see."""
+        self.chunks = [
+            (start, x, t)
+            for start, x, t in self.chunks
+            if start < start_frame and (start < self.sink or start + x.shape[1] > start_frame - self.ring)
+        ]
+        self.chunks.append((start_frame, x_BTCHW, timestep))
+
+    def add_video(self, snapshot: Snapshot, lengths: tuple[int, ...]) -> None:
+        """Remember the chunks before a snapshot, if it holds them as they were written."""
+        self.is_known = is_past_known(snapshot, self.causal)
+        if not self.is_known:
+            return
+        assert snapshot.video_BTCHW is not None
+        starts = [sum(lengths[:index]) for index in range(len(lengths))]
+        for start, chunk in zip(starts, snapshot.video_BTCHW.split(lengths, 1)):
+            self.add(start, chunk.to(self.guided.device), self.causal.context_noise)
+
+    def follow_prompt(self, start_frame: int, latent_shape: tuple[int, int, int, int]) -> None:
+        """Ask for the prompt that holds from here on; where it is another one, write the past again under it if asked.
+
+        Raises ValueError if its conditioning does not fit the network or the video.
+        """
+        change = self.prompt_at(start_frame)
+        if change is None:
+            return
+        change.conditioning.check(self.guided.model.config, latent_shape)
+        self.guided.change_prompt(change.conditioning)
+        if start_frame > 0 and change.history == "recode":
+            self.write_again(start_frame)
+
+    def write_again(self, end_frame: int) -> None:
+        """Empty the caches and write the frames before `end_frame` that they showed, oldest first.
+
+        Raises ValueError if the rollout goes on from a snapshot without them.
+        """
+        if not self.is_known:
+            raise ValueError(
+                "the snapshot does not hold what was written into the cache, to write it again under another prompt; "
+                "use history 'keep'"
+            )
+        base = max(self.sink, end_frame - self.ring)
+        for cache in self.guided.caches:
+            if cache is not None:
+                cache.restart(base)
+        for start, x_BTCHW, timestep in self.chunks:
+            end = min(start + x_BTCHW.shape[1], end_frame)
+            # what lay between the sink and the base is gone; where nothing did, a chunk is written whole, as it was
+            parts = ((start, min(end, self.sink)), (max(start, base), end)) if base > self.sink else ((start, end),)
+            for first, last in parts:
+                if first < last:
+                    self.guided.commit(x_BTCHW[:, first - start : last - start], timestep, first)
