@@ -114,7 +114,7 @@ class CausalPass:
                         rearrange(x, "b c t h w -> b t c h w"),
                         t.float()[:, None].expand(-1, x.shape[2]),  # one timestep for all frames of the chunk
                         context[:, : shared.network.config.text_len],
-                        clip_BIX=clip,
+                        clip_BIY=clip,
                         cache=cache,
                         start_frame=self.start_frame,
                     )

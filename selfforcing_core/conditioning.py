@@ -1,7 +1,7 @@
 """What a video is conditioned on, checked once on the way in.
 
-Letters: B batch, P text tokens, E text width, T latent frames, C channels, H W latent size, I image tokens, X CLIP
-width.
+Letters: B batch, P text tokens, E text width, T latent frames, C channels, H W latent size, I image tokens,
+Y image-feature width.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ class Conditioning:
 
     prompt_embeds_BPE: [B, P, E] with P <= text_len, rows past the text's length zero (UMT5 output).
     image_BTCHW: condition channels for every frame of the video, [B, T, 4 mask + 16 latent, H, W], normalised latents.
-    clip_BIX: CLIP features of the image before the last block, [B, I, 1280] (257 tokens for ViT-H/14).
+    clip_BIY: CLIP features of the image before the last block, [B, I, 1280] (257 tokens for ViT-H/14).
     """
 
     prompt_embeds_BPE: Tensor
     image_BTCHW: Tensor | None = None
-    clip_BIX: Tensor | None = None
+    clip_BIY: Tensor | None = None
 
     def check(self, config: WanConfig, latent_shape: tuple[int, int, int, int]) -> None:
         """Raises ValueError if this does not fit the network or a video of `latent_shape` (T, C, H, W)."""
@@ -35,19 +35,19 @@ class Conditioning:
                 f"tokens, {config.text_dim}]; use the text encoder that the model was trained with"
             )
         if config.model_type != "i2v":
-            if self.image_BTCHW is not None or self.clip_BIX is not None:
+            if self.image_BTCHW is not None or self.clip_BIY is not None:
                 raise ValueError(
                     "this is a text-to-video model, it takes no image condition; give the image as the video's first "
                     "frames, or use an image-to-video model"
                 )
             return
-        if self.image_BTCHW is None or self.clip_BIX is None:
+        if self.image_BTCHW is None or self.clip_BIY is None:
             raise ValueError("this is an image-to-video model; give it an image (condition channels and CLIP features)")
         self._check_image(config, shape[0], latent_shape)
 
     def _check_image(self, config: WanConfig, batch: int, latent_shape: tuple[int, int, int, int]) -> None:
         assert self.image_BTCHW is not None
-        assert self.clip_BIX is not None
+        assert self.clip_BIY is not None
         frames, channels, height, width = latent_shape
         wanted = (batch, frames, config.in_dim - channels, height, width)
         if tuple(self.image_BTCHW.shape) != wanted:
@@ -55,7 +55,7 @@ class Conditioning:
                 f"image condition of shape {tuple(self.image_BTCHW.shape)} does not fit this video, it takes {wanted}; "
                 "make it for the video's own size and length"
             )
-        clip = tuple(self.clip_BIX.shape)
+        clip = tuple(self.clip_BIY.shape)
         if len(clip) != 3 or clip[0] != batch or clip[2] != CLIP_DIM:
             raise ValueError(
                 f"CLIP features of shape {clip} do not fit this model, it takes [{batch}, tokens, {CLIP_DIM}]; "

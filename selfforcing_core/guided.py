@@ -1,7 +1,7 @@
 """The network as a rollout calls it: guided, and with a cache for each conditioning.
 
 Letters: B batch, T latent frames, C latent channels, H W latent size, P text tokens, E text width, I image tokens,
-X image-feature width.
+Y image-feature width.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Guided:
         conditioning, cache = self.conditionings[index], self.caches[index]
         timesteps = torch.full(x_BTCHW.shape[:2], timestep, dtype=torch.float32, device=x_BTCHW.device)
         image = conditioning.frames(start_frame, x_BTCHW.shape[1])
-        images = {} if image is None else {"image_BTCHW": image, "clip_BIX": conditioning.clip_BIX}
+        images = {} if image is None else {"image_BTCHW": image, "clip_BIY": conditioning.clip_BIY}
         flow = self.model(
             x_BTCHW, timesteps, conditioning.prompt_embeds_BPE, cache=cache, start_frame=start_frame, **images
         )

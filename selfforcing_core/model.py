@@ -5,7 +5,7 @@ bidirectional network, or, given a frame mask, the network in the form that trai
 
 Letters: B batch, T latent frames, C channels, H W latent size, F frames of the sequence (2T with a clean half),
 G = B*F frames of all rows, P tokens per frame, L = F*P tokens, D model width, N heads, K head width, X text tokens,
-E text width.
+E text width, I image tokens, Y image-feature width.
 """
 
 from __future__ import annotations
@@ -236,8 +236,8 @@ class _ImageEmbedding(nn.Module):
             operations.LayerNorm(config.dim, **factory),
         )
 
-    def forward(self, clip_BIX: Tensor) -> Tensor:
-        return self.proj(clip_BIX)
+    def forward(self, clip_BIY: Tensor) -> Tensor:
+        return self.proj(clip_BIY)
 
 
 class CausalWan(nn.Module):
@@ -313,7 +313,7 @@ class CausalWan(nn.Module):
         clean_BTCHW: Tensor | None = None,
         clean_timesteps_BT: Tensor | None = None,
         image_BTCHW: Tensor | None = None,
-        clip_BIX: Tensor | None = None,
+        clip_BIY: Tensor | None = None,
     ) -> Tensor:
         """Predict flow = noise - x0, [B, T, C, H, W], in the dtype of `prompt_embeds_BXE`.
 
@@ -321,7 +321,7 @@ class CausalWan(nn.Module):
         cache: evaluate frames [start_frame, start_frame + T) against it; they must follow what it holds.
         mask_FF: bool, which frame sees which (uncached only). clean_BTCHW: a clean copy of the same frames put in
         front of the noisy ones (teacher forcing), with its own timesteps (default 0); the mask then covers 2T frames.
-        image_BTCHW, clip_BIX: condition channels of the same frames and CLIP features, for image-to-video networks.
+        image_BTCHW, clip_BIY: condition channels of the same frames and CLIP features, for image-to-video networks.
         """
         dtype = prompt_embeds_BXE.dtype
         num_frames, (height, width) = noisy_BTCHW.shape[1], noisy_BTCHW.shape[-2:]
@@ -344,7 +344,7 @@ class CausalWan(nn.Module):
         e_BFD = self.time_embedding(timestep_embedding(timesteps_BT, self.config.freq_dim).to(dtype))
         e_G61D = self.time_projection(e_BFD).flatten(0, 1).unflatten(-1, (6, 1, -1))
         is_known = cache is not None and cache.has_cross()
-        context = None if is_known else self._embed_context(prompt_embeds_BXE, clip_BIX)
+        context = None if is_known else self._embed_context(prompt_embeds_BXE, clip_BIY)
         mask = None if mask_FF is None else expand_frames(mask_FF.to(x.device), rows * columns)
         for layer, block in enumerate(self.blocks):
             x = block(x, e_G61D, context, rotary, cache, layer, mask)
@@ -352,8 +352,8 @@ class CausalWan(nn.Module):
         p, q = self.config.patch_size[1:]
         return rearrange(x, "b t (h w) (p q c) -> b t c (h p) (w q)", h=rows, w=columns, p=p, q=q)
 
-    def _embed_context(self, prompt_embeds_BXE: Tensor, clip_BIX: Tensor | None) -> _Context:
+    def _embed_context(self, prompt_embeds_BXE: Tensor, clip_BIY: Tensor | None) -> _Context:
         missing = self.config.text_len - prompt_embeds_BXE.shape[1]
         padded_BXE = F.pad(prompt_embeds_BXE, (0, 0, 0, missing)) if missing else prompt_embeds_BXE
-        image_BID = None if clip_BIX is None else self.img_emb(clip_BIX.to(padded_BXE.dtype))
+        image_BID = None if clip_BIY is None else self.img_emb(clip_BIY.to(padded_BXE.dtype))
         return self.text_embedding(padded_BXE), image_BID

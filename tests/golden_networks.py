@@ -30,7 +30,7 @@ def check_forward(fixture: Fixture) -> None:
     noisy = fixture["noisy"]
     timesteps = fixture["timestep"][:, None].expand(-1, noisy.shape[1])
     flow = model(
-        noisy, timesteps, given.prompt_embeds_BPE, image_BTCHW=given.image_BTCHW, clip_BIX=given.clip_BIX
+        noisy, timesteps, given.prompt_embeds_BPE, image_BTCHW=given.image_BTCHW, clip_BIY=given.clip_BIY
     )  # fmt: skip
     fixture.check("flow", flow)
     flow.square().mean().backward()

@@ -135,7 +135,7 @@ def test_every_chunk_sees_its_own_frames_of_the_image_condition() -> None:
     changed = video(model, replace(given, image_BTCHW=image), 6, 2, steps)
     assert torch.equal(changed[:, :2], plain[:, :2])
     assert not torch.allclose(changed[:, 2:4], plain[:, 2:4])
-    clip = video(model, replace(given, clip_BIX=image_condition(6, seed=4).clip_BIX), 6, 2, steps)
+    clip = video(model, replace(given, clip_BIY=image_condition(6, seed=4).clip_BIY), 6, 2, steps)
     assert not torch.allclose(clip[:, :2], plain[:, :2])
 
 
@@ -145,7 +145,7 @@ def test_cached_image_tokens_give_what_the_uncached_network_gives() -> None:
     cache = model.new_cache(
         batch=1, latent_height=FRAME[1], latent_width=FRAME[2], capacity=2, like=given.prompt_embeds_BPE
     )
-    image = {"image_BTCHW": given.image_BTCHW, "clip_BIX": given.clip_BIX}
+    image = {"image_BTCHW": given.image_BTCHW, "clip_BIY": given.clip_BIY}
     with torch.no_grad():
         for _ in range(2):  # the second time the text and image tokens come from the cache
             cached = model(noisy, timesteps, given.prompt_embeds_BPE, cache=cache, **image)
@@ -158,7 +158,7 @@ def test_cached_image_tokens_give_what_the_uncached_network_gives() -> None:
         (I2V, random_text(), "give it an image"),
         (CONFIG, image_condition(4), "takes no image condition"),
         (I2V, image_condition(3), "make it for the video's own size and length"),
-        (I2V, replace(image_condition(4), clip_BIX=torch.zeros(1, 7, 99)), "ViT-H/14"),
+        (I2V, replace(image_condition(4), clip_BIY=torch.zeros(1, 7, 99)), "ViT-H/14"),
     ],
 )
 def test_conditions_that_do_not_fit_are_refused(config: Any, given: Conditioning, message: str) -> None:

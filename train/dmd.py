@@ -349,7 +349,7 @@ class Distillation(Trainer):
         texts, rows = self.rows(range(number, number + count))
         condition, negative = self.conditions(texts, rows)
         self.see_prompts(condition, negative)
-        self.finite.see(finite.IMAGES, condition.image_BTCHW, condition.clip_BIX)
+        self.finite.see(finite.IMAGES, condition.image_BTCHW, condition.clip_BIY)
         is_student = role == STUDENT
         frames, exits = self.frames(draws), self.exits(draws)
         with torch.set_grad_enabled(is_student):
@@ -449,7 +449,7 @@ class Distillation(Trainer):
         if self.pictures is None:
             return pair
         seen = self.pictures.condition(pair[0], self.images(rows))
-        return seen, Conditioning(pair[1].prompt_embeds_BPE, seen.image_BTCHW, seen.clip_BIX)
+        return seen, Conditioning(pair[1].prompt_embeds_BPE, seen.image_BTCHW, seen.clip_BIY)
 
     def sampling(self) -> Sampling:
         args = self.settings

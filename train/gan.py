@@ -101,7 +101,7 @@ class Discriminator:
         """One number per noised clip, [B], float64; large for real ones."""
         frames = timesteps_B[:, None].expand(-1, noisy_BTCHW.shape[1])
         image = {} if condition.image_BTCHW is None else {
-            "image_BTCHW": condition.image_BTCHW, "clip_BIX": condition.clip_BIX
+            "image_BTCHW": condition.image_BTCHW, "clip_BIY": condition.clip_BIY
         }  # fmt: skip
         self.features, self.batch = [], noisy_BTCHW.shape[0]
         self.network(noisy_BTCHW, frames, condition.prompt_embeds_BPE, **image)

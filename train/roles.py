@@ -55,7 +55,7 @@ class Score:
         """Predicted clean latents [B, T, C, H, W]."""
         frames = timesteps_B[:, None].expand(-1, noisy_BTCHW.shape[1])
         image = {} if condition.image_BTCHW is None else {
-            "image_BTCHW": condition.image_BTCHW, "clip_BIX": condition.clip_BIX
+            "image_BTCHW": condition.image_BTCHW, "clip_BIY": condition.clip_BIY
         }  # fmt: skip
         flow = self.network(noisy_BTCHW, frames, condition.prompt_embeds_BPE, **image)
         return x0_from_flow(noisy_BTCHW, flow.to(noisy_BTCHW.dtype), self.levels.sigma(timesteps_B))

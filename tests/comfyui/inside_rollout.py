@@ -69,7 +69,7 @@ def condition_channels_are_sliced_per_chunk() -> dict[str, float]:
 
     values = {"concat_latent_image": raw.clone(), "concat_mask": mask, "clip_vision_output": Seen()}
     image = torch.cat([(1 - mask).repeat(1, 4, 1, 1, 1), patcher.model.process_latent_in(raw.clone())], 1)
-    given = {"image_BTCHW": image.transpose(1, 2), "clip_BIX": clip}
+    given = {"image_BTCHW": image.transpose(1, 2), "clip_BIY": clip}
     other = {**given, "image_BTCHW": given["image_BTCHW"].flip(1)}
     return {
         "plain": apart(sampled(patcher, values=values), core_rollout(made, **given)),
