@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..selfforcing_core.attention import MERGING_DEVICES
 from ..selfforcing_core.conditioning import Conditioning
 from ..selfforcing_core.config import CausalConfig
 from ..selfforcing_core.geometry import tokens_per_frame
@@ -125,6 +126,7 @@ class GuidedNetwork:
             sink=sink,
             device=device,
             dtype=self.cache_dtype,
+            by_segments=like.device.type in MERGING_DEVICES,
         )
 
     def release(self) -> None:
@@ -134,8 +136,15 @@ class GuidedNetwork:
             self.causal_pass.start_frame = None
 
     def __call__(
-        self, x_BTCHW: Tensor, timesteps_BT: Tensor, *_: Any, cache: Any = None, start_frame: int = 0
+        self,
+        x_BTCHW: Tensor,
+        timesteps_BT: Tensor,
+        *_: Any,
+        cache: Any = None,
+        start_frame: int = 0,
+        writes: bool = True,
     ) -> Tensor:
+        assert writes, "ComfyUI samples without gradient, where every pass writes into the cache"
         if self.causal_pass is not None:
             self.causal_pass.begin_call(start_frame, x_BTCHW.shape[1])
         sigma_B = timesteps_BT[:, 0] / TIMESTEPS

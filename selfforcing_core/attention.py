@@ -1,6 +1,6 @@
-"""The one door to attention, and the masks of the uncached path.
+"""The one door to attention: whole or by segments, by torch's own kernel, by a measured one, or by ComfyUI's function.
 
-Letters: B batch, L query tokens, S key tokens, N heads, K head width, F frames.
+Letters: B batch, L query tokens, S cached tokens (with the chunk's own ones), N heads, K head width.
 """
 
 from __future__ import annotations
@@ -28,27 +28,35 @@ KERNELS = {
 ATTENTIONS = ("auto", *KERNELS, "measured")
 REPEATS = 2  # timed calls of each kernel, after one to warm up; the fastest one counts
 MATH_LIMIT = 2**28  # bytes; "math" holds all scores at once and is only tried where they are few
+# Types of device where torch's fast kernel tells the log-sum-exp of its scores, without which segments cannot be
+# merged. Elsewhere they would be attended to by plain products, which is slower than one layer in a wider type.
+MERGING_DEVICES = ("cpu",)
 
 
 def attend(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask_LS: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v, [B, L, N, K]. `mask_LS` is True where a query may look."""
-    replaced = None if torch.compiler.is_compiling() else _replaced.get()
-    if replaced is not None:
-        return replaced(q_BLNK, k_BSNK, v_BSNK, mask_LS)
+    """Return softmax(q k^T / sqrt(K)) v, [B, L, N, K]. `mask_LS` is True where a query may look."""
+    # context variables are not seen by compiled code, which could not stop to measure either
+    is_compiling = torch.compiler.is_compiling()
+    replacement = None if is_compiling else _replacement.get()
+    if replacement is not None:
+        return replacement(q_BLNK, k_BSNK, v_BSNK, mask_LS)
     q, k, v = q_BLNK.transpose(1, 2), k_BSNK.transpose(1, 2), v_BSNK.transpose(1, 2)
-    # compiled code cannot stop to measure, and a pass with gradient spends most of its time elsewhere
-    choice = None if torch.compiler.is_compiling() or torch.is_grad_enabled() else _measured.get()
-    attended = F.scaled_dot_product_attention(q, k, v, mask_LS) if choice is None else choice.attend(q, k, v, mask_LS)
+    # what carries gradient is not measured: most of its time goes into the backward pass, of which that says nothing
+    kernels = None if is_compiling or q.requires_grad or k.requires_grad else _measured.get()
+    attended = F.scaled_dot_product_attention(q, k, v, mask_LS) if kernels is None else kernels.attend(q, k, v, mask_LS)
     return attended.transpose(1, 2)
 
 
-# ----------------------------------------------------------------- segments --
-def attend_segments(q_BLNK: Tensor, segments: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """`attend` to keys and values [B, s, N, K] that come in segments, of which one is held at a time. No gradient.
+# Segments.
 
-    Results are merged by the log-sum-exp of their scores (online softmax, arXiv 1805.02867), in float32 or wider.
+
+def attend_segments(q_BLNK: Tensor, segments: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Attend to keys and values that come in segments, of which one is held at a time. Without gradient.
+
+    segments: keys and values, each [B, S, N, K] of a few of the tokens. Results are merged by the log-sum-exp of their
+    scores (online softmax, arXiv 1805.02867), in float32 or wider.
     """
-    if _replaced.get() is not None:  # which does not tell what merging needs
+    if _replacement.get() is not None:  # which does not tell the log-sum-exp
         keys, values = zip(*segments)
         return attend(q_BLNK, torch.cat(keys, 1), torch.cat(values, 1))
     remaining = iter(segments)
@@ -61,6 +69,7 @@ def attend_segments(q_BLNK: Tensor, segments: Iterable[tuple[Tensor, Tensor]]) -
     while segment is not None:
         attended_BLNK, lse = _attend_with_lse(q_BLNK, *segment)
         segment = None  # gone before the next one is made
+        # both are weighted by their share of the common denominator: sigmoid(a - b) = e^a / (e^a + e^b)
         merged_BLNK.lerp_(attended_BLNK.to(merged_BLNK.dtype), torch.sigmoid(lse - merged_lse).to(merged_BLNK.dtype))
         merged_lse = torch.logaddexp(merged_lse, lse)
         del attended_BLNK
@@ -69,10 +78,10 @@ def attend_segments(q_BLNK: Tensor, segments: Iterable[tuple[Tensor, Tensor]]) -
 
 
 def _attend_with_lse(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor) -> tuple[Tensor, Tensor]:
-    """As `attend`, and the log-sum-exp of the scores [B, L, N, 1]."""
+    """Return what `attend` returns, and the log-sum-exp of the scores, [B, L, N] and one."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
-    # the public function keeps the log-sum-exp to itself; the switch is that of sdpa_kernel, on every device
-    if q.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled():
+    # torch's public function keeps the log-sum-exp to itself; the switch is that of sdpa_kernel, on every device
+    if q.device.type in MERGING_DEVICES and torch.backends.cuda.flash_sdp_enabled():
         attended, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
         lse = lse.unsqueeze(-1)
     else:
@@ -81,13 +90,13 @@ def _attend_with_lse(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor) -> tuple[Te
 
 
 def _products_with_lse(q_BNLK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor) -> tuple[Tensor, Tensor]:
-    """Plain matrix products in float32 or wider, of so few queries that scores are no more than keys and values."""
+    """Compute the same by matrix products, of few queries at a time: scores take no more than keys and values."""
     wide = torch.promote_types(q_BNLK.dtype, torch.float32)
     k, v, width = k_BNSK.to(wide), v_BNSK.to(wide), q_BNLK.shape[-1]
     parts, sums = [], []
     for q in q_BNLK.split(2 * width, 2):
         scores = (q.to(wide) * width**-0.5) @ k.mT
-        largest = scores.amax(-1, keepdim=True)
+        largest = scores.amax(-1, keepdim=True)  # taken out before exp, so that nothing overflows
         total = scores.sub_(largest).exp_().sum(-1, keepdim=True)
         parts.append((scores @ v) / total)
         sums.append(largest + total.log())
@@ -95,9 +104,11 @@ def _products_with_lse(q_BNLK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor) -> tuple[
     return torch.cat(parts, 2), torch.cat(sums, 2)
 
 
-# ------------------------------------------------------------------ kernels --
+# Kernels.
+
+
 class MeasuredKernels:
-    """Which of torch's kernels is the fastest for each shape, measured when the shape first comes up.
+    """The fastest of torch's kernels for each shape, measured when the shape first comes up.
 
     Lengths of keys and values share a measurement up to the next power of two: a growing cache has a new length in
     every chunk, and what is fastest changes slowly with it.
@@ -107,6 +118,7 @@ class MeasuredKernels:
         self.fastest: dict[tuple[Any, ...], str] = {}
 
     def attend(self, q_BNLK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask_LS: Tensor | None) -> Tensor:
+        """Attend by the fastest kernel, heads before tokens, [B, N, L, K]."""
         length = k_BNSK.shape[2]
         kind = (q_BNLK.device, q_BNLK.dtype, tuple(q_BNLK.shape), mask_LS is not None)
         exact, rounded = (*kind, length), (*kind, f"to {1 << (length - 1).bit_length()}")
@@ -127,7 +139,7 @@ _measured: ContextVar[MeasuredKernels | None] = ContextVar("measured", default=N
 
 
 def _measure(q_BNLK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask_LS: Tensor | None) -> str:
-    """The fastest of torch's own choice ("auto", which need not be switched to) and the kernels that serve this."""
+    """Return the fastest of the kernels that serve this, or "auto": torch's own choice, which needs no switching."""
     (batch, heads, queries, width), length = q_BNLK.shape, k_BNSK.shape[2]
     seconds: dict[str, float] = {}
     scores = batch * heads * queries * length * max(q_BNLK.element_size(), 4)
@@ -141,20 +153,19 @@ def _measure(q_BNLK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask_LS: Tensor | N
                 raise
             log.debug("attention kernel %s is left out: %s", name, error)
     name = min(seconds, key=lambda name: seconds[name])
-    log.info(
-        "attention of %d queries to %d keys, %d heads of %d, batch %d, %s%s: %s (%s)", queries, length, heads, width,
-        batch, str(q_BNLK.dtype).removeprefix("torch."), "" if mask_LS is None else ", masked", name,
-        ", ".join(f"{name} {1000 * taken:.2f} ms" for name, taken in seconds.items()),
-    )  # fmt: skip
+    dtype, masked = str(q_BNLK.dtype).removeprefix("torch."), "" if mask_LS is None else ", masked"
+    shape = f"{queries} queries to {length} keys, {heads} heads of {width}, batch {batch}, {dtype}{masked}"
+    times = ", ".join(f"{name} {1000 * duration:.2f} ms" for name, duration in seconds.items())
+    log.info("attention of %s: %s (%s)", shape, name, times)
     return name
 
 
 def _seconds(name: str, *tensors: Tensor | None) -> float:
-    started = time.perf_counter()
+    start = time.perf_counter()
     with warnings.catch_warnings():  # a kernel that refuses says at length why
         warnings.simplefilter("ignore")
         _by_kernel(name, *tensors)[0, 0, 0, 0].item()  # reading one number waits for the device, whichever it is
-    return time.perf_counter() - started
+    return time.perf_counter() - start
 
 
 def _by_kernel(name: str, *tensors: Tensor | None) -> Tensor:
@@ -173,7 +184,7 @@ def attention_kernel(name: str, measured: MeasuredKernels | None = None) -> Iter
     """Choose torch's kernel behind `attend` while the block runs; "auto" leaves the choice to torch.
 
     "measured" times the kernels that serve a shape when it first comes up and takes the fastest from then on, outside
-    compiled code and without gradient; `measured` keeps what was found from one block to the next. Raises ValueError
+    compiled code and without gradient; `measured` keeps these choices from one block to the next. Raises ValueError
     for an unknown name, or from the first call that the chosen kernel cannot serve.
     """
     if name not in ATTENTIONS:
@@ -190,44 +201,18 @@ def attention_kernel(name: str, measured: MeasuredKernels | None = None) -> Iter
         _measured.reset(token)
 
 
+# ComfyUI's function in the place of ours.
+
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-_replaced: ContextVar[Attend | None] = ContextVar("replaced", default=None)
+# A context variable and no argument, since it has to reach attention through modules that know nothing of it.
+_replacement: ContextVar[Attend | None] = ContextVar("replacement", default=None)
 
 
 @contextmanager
 def attention_by(function: Attend) -> Iterator[None]:
-    """Let a host's function do what `attend` does, with its arguments, while the block runs; not in compiled code."""
-    token = _replaced.set(function)
+    """Let a function take the place of `attend`, with its arguments, while the block runs; not in compiled code."""
+    token = _replacement.set(function)
     try:
         yield
     finally:
-        _replaced.reset(token)
-
-
-def block_causal_frames(lengths: tuple[int, ...], *, window: int = -1, sink: int = 0) -> Tensor:
-    """Which frame sees which, bool [F, F]: bidirectional inside a chunk, all earlier chunks visible.
-
-    lengths: frames per chunk. With a window, the last `window` frames counted from the chunk's end stay visible,
-    of which the first `sink` frames of the video take their share.
-    """
-    num_frames = sum(lengths)
-    counts = torch.tensor(lengths)
-    ends = torch.repeat_interleave(counts.cumsum(0), counts, output_size=num_frames)[:, None]
-    keys = torch.arange(num_frames)[None]
-    visible = keys < ends
-    if window != -1:
-        recent = (ends <= window) | (keys >= ends - (window - sink))
-        visible &= recent | (keys < sink)
-    return visible
-
-
-def teacher_forcing_frames(lengths: tuple[int, ...], *, window: int = -1) -> Tensor:
-    """bool [2F, 2F] over [clean frames, noisy frames]: noisy chunks see earlier clean chunks and themselves."""
-    clean = block_causal_frames(lengths, window=window)
-    own = torch.block_diag(*(torch.ones(n, n) for n in lengths)).bool()
-    return torch.cat([torch.cat([clean, torch.zeros_like(clean)], 1), torch.cat([clean & ~own, own], 1)])
-
-
-def expand_frames(mask_FF: Tensor, tokens_per_frame: int) -> Tensor:
-    """Frame mask to token mask [F*P, F*P]."""
-    return mask_FF.repeat_interleave(tokens_per_frame, 0).repeat_interleave(tokens_per_frame, 1)
+        _replacement.reset(token)

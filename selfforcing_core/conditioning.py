@@ -15,19 +15,16 @@ from .config import CLIP_DIM, WanConfig
 
 @dataclass(frozen=True)
 class Conditioning:
-    """A prompt, and for image-to-video networks the image. Dtype and device are those the network computes in.
+    """A prompt, and for image-to-video networks the image. Dtype and device are those the network computes in."""
 
-    prompt_embeds_BPE: [B, P, E] with P <= text_len, rows past the text's length zero (UMT5 output).
-    image_BTCHW: condition channels for every frame of the video, [B, T, 4 mask + 16 latent, H, W], normalised latents.
-    clip_BIY: CLIP features of the image before the last block, [B, I, 1280] (257 tokens for ViT-H/14).
-    """
-
-    prompt_embeds_BPE: Tensor
+    prompt_embeds_BPE: Tensor  # of UMT5, up to text_len tokens; those behind the text are zero
+    # Condition channels of every frame of the video: 4 of a mask, which is 1 where the image is given, and 16 of
+    # normalised latents of the image followed by grey (Wan 2.1, wan/image2video.py).
     image_BTCHW: Tensor | None = None
-    clip_BIY: Tensor | None = None
+    clip_BIY: Tensor | None = None  # CLIP features of the image before the last block, 257 tokens for ViT-H/14
 
     def check(self, config: WanConfig, latent_shape: tuple[int, int, int, int]) -> None:
-        """Raises ValueError if this does not fit the network or a video of `latent_shape` (T, C, H, W)."""
+        """Check that this fits the network and a video of `latent_shape` (T, C, H, W); else raise ValueError."""
         shape = tuple(self.prompt_embeds_BPE.shape)
         if len(shape) != 3 or shape[2] != config.text_dim or shape[1] > config.text_len:
             raise ValueError(
@@ -49,10 +46,11 @@ class Conditioning:
         assert self.image_BTCHW is not None
         assert self.clip_BIY is not None
         frames, channels, height, width = latent_shape
-        wanted = (batch, frames, config.in_dim - channels, height, width)
-        if tuple(self.image_BTCHW.shape) != wanted:
+        expected = (batch, frames, config.in_dim - channels, height, width)
+        shape = tuple(self.image_BTCHW.shape)
+        if shape != expected:
             raise ValueError(
-                f"image condition of shape {tuple(self.image_BTCHW.shape)} does not fit this video, it takes {wanted}; "
+                f"image condition of shape {shape} does not fit this video, it takes {expected}; "
                 "make it for the video's own size and length"
             )
         clip = tuple(self.clip_BIY.shape)
@@ -63,5 +61,5 @@ class Conditioning:
             )
 
     def frames(self, start: int, length: int) -> Tensor | None:
-        """The image condition of some frames, None where there is none."""
+        """Return the image condition of some frames, None where there is none."""
         return None if self.image_BTCHW is None else self.image_BTCHW[:, start : start + length]

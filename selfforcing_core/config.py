@@ -15,12 +15,12 @@ class _JsonConfig:
     """JSON round trip that refuses unknown keys, so that a newer file is never half understood."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; tuples become lists."""
+        """Return plain JSON types; tuples become lists."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}  # type: ignore[call-overload]
 
     @classmethod
     def from_dict(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
-        """Inverse of `to_dict`. Raises ValueError naming keys this version does not know."""
+        """Invert `to_dict`. Raises ValueError naming keys that this version does not know."""
         known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(set(values) - known)
         if unknown:
@@ -34,23 +34,20 @@ CLIP_TOKENS = 257  # how many of them one picture has
 
 @dataclass(frozen=True)
 class WanConfig(_JsonConfig):
-    """Sizes of a Wan 2.1 transformer (Wan2.1 model configs; names as in the original repository).
-
-    `in_dim` counts input channels: 16 noisy latents, plus 20 conditioning channels for "i2v".
-    """
+    """Sizes of a Wan 2.1 transformer. Names and defaults are those of the original repository (wan/configs)."""
 
     dim: int
-    ffn_dim: int
+    ffn_dim: int  # width inside the feed-forward network
     num_heads: int
     num_layers: int
-    in_dim: int = 16
+    in_dim: int = 16  # channels: noisy latents; for "i2v" 4 of a mask and 16 of the image's latents more
     out_dim: int = 16
-    text_dim: int = 4096
-    text_len: int = 512
-    freq_dim: int = 256
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    eps: float = 1e-6
-    model_type: str = "t2v"
+    text_dim: int = 4096  # of UMT5-xxl
+    text_len: int = 512  # tokens; shorter texts are filled with zeros
+    freq_dim: int = 256  # sinusoids of a timestep
+    patch_size: tuple[int, int, int] = (1, 2, 2)  # latent frames, height and width of a token
+    eps: float = 1e-6  # of all norms
+    model_type: str = "t2v"  # or "i2v"
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
@@ -68,25 +65,21 @@ class WanConfig(_JsonConfig):
         return self.dim // self.num_heads
 
 
+# What the keys and values of a finished chunk are made from; see `CausalConfig.cache_source`.
 CACHE_SOURCES = ("clean", "last_step")
 
 
 @dataclass(frozen=True)
 class CausalConfig(_JsonConfig):
-    """How a video is cut into chunks and what a chunk may see. All lengths in latent frames.
+    """How a video is cut into chunks and what a chunk may see. All lengths in latent frames."""
 
-    chunk: frames denoised together. window: frames kept in the cache, the current chunk included (-1: the whole
-    video). sink: first frames of the video that never leave the window (counted inside it).
-    independent_first_frame: frame 0 is a chunk of its own. context_noise: timestep in [0, 1000) of the pass that
-    writes a finished chunk into the cache. cache_source: "clean" takes that pass; "last_step" keeps what the last
-    denoising step wrote, one pass fewer per chunk, for models that were trained so.
-    """
-
-    chunk: int = 3
-    window: int = -1
-    sink: int = 0
-    independent_first_frame: bool = False
-    context_noise: float = 0.0
+    chunk: int = 3  # frames denoised together
+    window: int = -1  # frames kept in the cache, the current chunk included; -1: the whole video
+    sink: int = 0  # first frames of the video that never leave the window; counted inside it
+    independent_first_frame: bool = False  # frame 0 is a chunk of its own
+    context_noise: float = 0.0  # timestep in [0, 1000) of the pass that writes a finished chunk into the cache
+    # "clean" takes that pass; "last_step" keeps what the last denoising step wrote, one pass fewer per chunk, for
+    # models that were trained so
     cache_source: str = "clean"
 
     def __post_init__(self) -> None:
@@ -111,12 +104,9 @@ class CausalConfig(_JsonConfig):
 
 @dataclass(frozen=True)
 class BidirectionalConfig(_JsonConfig):
-    """A network that denoises all frames of a video together, without a cache.
+    """A network that denoises all frames of a video together, without a cache."""
 
-    latent_frames: of the videos that it was trained on; None where that is not known.
-    """
-
-    latent_frames: int | None = None
+    latent_frames: int | None = None  # of the videos that it was trained on; None where that is not known
 
     def __post_init__(self) -> None:
         count = self.latent_frames
@@ -131,21 +121,20 @@ SOLVERS = ("renoise", "euler", "unipc")
 class StepConfig(_JsonConfig):
     """Which timesteps the network sees, and how one noise level becomes the next.
 
-    steps: timesteps on the 0-1000 scale, noisiest first. shift: flow-matching shift of the schedule. warp: map the
-    listed steps through the shifted schedule. sigma: "exact" is sigma = t / 1000; "table" is the nearest entry of the
-    reference's 1000-entry table. solver: "renoise" predicts clean data and noises it afresh (few-step models);
-    "euler" and "unipc" follow the probability-flow equation (teachers, many steps).
+    The defaults are those of the released Self Forcing checkpoints (configs/self_forcing_dmd.yaml).
     """
 
-    steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
-    shift: float = 5.0
-    warp: bool = True
-    sigma: str = "exact"
+    steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)  # timesteps on the 0-1000 scale, noisiest first
+    shift: float = 5.0  # flow-matching shift of the schedule
+    warp: bool = True  # send the listed steps through the shift: 1000, 937.5, 833.3, 625
+    sigma: str = "exact"  # sigma = t / 1000; or "table": the nearest entry of the reference's 1000-entry table
+    # "renoise" predicts clean data and noises it afresh (few-step models); "euler" and "unipc" follow the
+    # probability-flow equation (teachers, many steps)
     solver: str = "renoise"
 
     @classmethod
     def even(cls, count: int, *, shift: float, solver: str = "euler") -> StepConfig:
-        """`count` evenly spaced steps, warped through the shifted schedule, as Wan's own samplers take them."""
+        """Return `count` evenly spaced steps, warped through the shift, as Wan's own samplers take them."""
         if count < 1:
             raise ValueError(f"{count} steps make no video; use 1 or more")
         return cls(tuple(1000.0 * (1 - index / count) for index in range(count)), shift=shift, solver=solver)
@@ -167,21 +156,20 @@ class StepConfig(_JsonConfig):
 
 @dataclass(frozen=True)
 class TAEHVConfig(_JsonConfig):
-    """Sizes of a TAEHV tiny video autoencoder (github.com/madebyollin/taehv).
-
-    encoder_time / decoder_time / decoder_space switch the factor 2 of each of the three stages.
-    """
+    """Sizes of a TAEHV tiny video autoencoder (github.com/madebyollin/taehv); the defaults are those for Wan 2.1."""
 
     latent_channels: int = 16
     image_channels: int = 3
     encoder_width: int = 64
     decoder_widths: tuple[int, int, int, int] = (256, 128, 64, 64)
     patch_size: int = 1
+    # whether each of the three stages changes time, or the size of a frame, by a factor of 2
     encoder_time: tuple[bool, bool, bool] = (True, True, False)
     decoder_time: tuple[bool, bool, bool] = (False, True, True)
     decoder_space: tuple[bool, bool, bool] = (True, True, True)
 
 
+# Wan 2.1's own (wan/configs/wan_t2v_1_3B.py and its neighbours), and the small network that this project trains.
 PRESETS: dict[str, WanConfig] = {
     "t2v-1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "t2v-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),

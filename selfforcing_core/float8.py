@@ -15,7 +15,10 @@ LARGEST = torch.finfo(FLOAT8).max  # 448; what is larger would become NaN
 
 
 class Float8Linear(nn.Module):
-    """A linear layer whose weight is float8_e4m3fn times one scale per output row."""
+    """A linear layer whose weight is float8_e4m3fn times one scale per output row.
+
+    One scale for all rows would be set by the largest weight of any, and small rows would vanish beside it.
+    """
 
     weight: Tensor
     scale: Tensor
@@ -30,6 +33,7 @@ class Float8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        # widened for each product: a product in 8 bits would need GPUs that have one, and rounded activations
         weight = self.weight.to(x.dtype) * self.scale.to(x.dtype)
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 

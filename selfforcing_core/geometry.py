@@ -1,4 +1,8 @@
-"""Every size of a video: pixels, latent frames, tokens, chunks. Plain integers, and the only place with the factors."""
+"""Every size of a video: pixels, latent frames, tokens, chunks. Plain integers, and the only place with the factors.
+
+An autoencoder makes latents of pixels, a quarter of the frames and an eighth of either side; the network cuts these
+into tokens of 2 x 2 positions. At 832 x 480, 81 frames are 21 latent frames of 104 x 60 positions, 1560 tokens each.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,18 @@ from dataclasses import dataclass
 
 SPATIAL_FACTOR = 8  # pixels per latent position, height and width (Wan 2.1 VAE, TAEHV)
 TEMPORAL_FACTOR = 4  # pixel frames per latent frame after the first, which stands for one
-PATCH = 2  # latent positions per token, height and width
+PATCH = 2  # latent positions per token, height and width (all Wan 2.1 models)
 PIXEL_STEP = SPATIAL_FACTOR * PATCH
 
 
 def pixel_frames(num_latent_frames: int) -> int:
-    """Pixel frames of a video of latent frames: 21 -> 81."""
+    """Return how many pixel frames a video of latent frames has: 21 -> 81."""
+    # the encoder is causal and has nothing before the first frame to merge it with, so that stays alone
     return TEMPORAL_FACTOR * (num_latent_frames - 1) + 1 if num_latent_frames else 0
 
 
 def latent_frames(num_pixel_frames: int) -> int:
-    """Latent frames of a video: 81 -> 21. Raises ValueError naming the nearest counts of the form 4n+1."""
+    """Return the latent frames of a video: 81 -> 21. Raises ValueError naming the nearest counts of the form 4n+1."""
     if num_pixel_frames < 1 or (num_pixel_frames - 1) % TEMPORAL_FACTOR:
         below = max(1, num_pixel_frames - (num_pixel_frames - 1) % TEMPORAL_FACTOR)
         above = below + TEMPORAL_FACTOR
@@ -26,12 +31,13 @@ def latent_frames(num_pixel_frames: int) -> int:
 
 
 def covered_latents(num_pixel_frames: int) -> int:
-    """Latent frames that the end of a video of any length fills: 33 -> 9, 36 -> 9, 0 -> 0."""
+    """Return how many latent frames a video of any length fills: 33 -> 9, 36 -> 9, 0 -> 0."""
+    # floor division takes 0 frames to -1, so that they give 0
     return (num_pixel_frames - 1) // TEMPORAL_FACTOR + 1
 
 
 def chunk_lengths(num_frames: int, chunk: int, *, independent_first_frame: bool = False) -> tuple[int, ...]:
-    """Latent frames of each chunk. Raises ValueError naming the nearest counts that `chunk` divides."""
+    """Return the latent frames of each chunk. Raises ValueError naming the nearest counts that `chunk` divides."""
     first = 1 if independent_first_frame else 0
     rest = num_frames - first
     if num_frames < 1 or rest < 0 or rest % chunk:
@@ -63,22 +69,19 @@ def rounded_side(pixels: int) -> int:
 
 
 def tokens_per_frame(latent_height: int, latent_width: int) -> int:
-    """Tokens of one latent frame."""
+    """Return how many tokens one latent frame has."""
     return (latent_height // PATCH) * (latent_width // PATCH)
 
 
 @dataclass(frozen=True)
 class VideoGeometry:
-    """A video of `width` x `height` pixels and `frames` pixel frames, cut into chunks of latent frames.
+    """A video, cut into chunks. Raises ValueError with the value, the rule and the nearest valid values."""
 
-    Raises ValueError with the value, the rule and the nearest valid values.
-    """
-
-    width: int
+    width: int  # pixels
     height: int
-    frames: int
-    chunk: int = 3
-    independent_first_frame: bool = False
+    frames: int  # pixel frames
+    chunk: int = 3  # latent frames denoised together, as in the released chunk-wise checkpoints
+    independent_first_frame: bool = False  # is a chunk of its own
 
     def __post_init__(self) -> None:
         for name, size in (("width", self.width), ("height", self.height)):

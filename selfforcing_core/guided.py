@@ -26,7 +26,9 @@ def new_caches(
     causal: CausalConfig,
 ) -> list[KVCache]:
     """Return empty caches for a rollout of this size: one for the prompt, and with guidance one more (count 2)."""
+    # a cache for each, since keys and values of a chunk depend on what the network was told about it
     embeds, (num_frames, _, height, width) = conditioning.prompt_embeds_BPE, latent_shape
+    # a window as long as the video never evicts, and then nothing has to be kept from eviction
     evicts = -1 < causal.window < num_frames
     capacity, sink = (causal.window, causal.sink) if evicts else (num_frames, 0)
     caches = [
@@ -79,40 +81,53 @@ class Guided:
 
         is_cached: whether to make caches where none were given.
         """
-        one = copy.copy(self)
-        one.conditionings = list(self.conditionings)
+        opened = copy.copy(self)
+        # a list of its own, since prompts may change on the way, and the caller's rollouts start with theirs
+        opened.conditionings = list(self.conditionings)
         if is_cached and self.caches[0] is None:
-            one.caches = list(new_caches(self.model, self.conditionings[0], len(self.caches), latent_shape, causal))
-        for cache in one.caches:
+            opened.caches = list(new_caches(self.model, self.conditionings[0], len(self.caches), latent_shape, causal))
+        for cache in opened.caches:
             if cache is not None:
                 cache.reset()
-        return one
+        return opened
 
     def flow(self, x_BTCHW: Tensor, timestep: float, start_frame: int, *, with_gradient: bool) -> Tensor:
         """Return the predicted flow, guided if there is a negative conditioning."""
+        # the one place that decides: a pass that carries gradient writes nothing, any other writes as it goes
         with torch.set_grad_enabled(with_gradient):
-            flows = [self._call(x_BTCHW, timestep, start_frame, index) for index in range(len(self.conditionings))]
+            flows = self._evaluate(x_BTCHW, timestep, start_frame, writes=not with_gradient)
+            # classifier-free guidance (arXiv 2207.12598), in the usual meaning: at 1 the prompt alone is left
             return flows[0] if len(flows) == 1 else flows[1] + self.guidance * (flows[0] - flows[1])
 
     def commit(self, x_BTCHW: Tensor, timestep: float, start_frame: int) -> None:
         """Write a finished chunk into every cache."""
         with torch.no_grad():
-            for index in range(len(self.conditionings)):
-                self._call(x_BTCHW, timestep, start_frame, index)
+            self._evaluate(x_BTCHW, timestep, start_frame, writes=True)
 
     def change_prompt(self, conditioning: Conditioning) -> None:
         """Follow another prompt from the next pass on; what was kept of the former one's text is dropped."""
-        self.conditionings[0] = conditioning
+        self.conditionings[0] = conditioning  # the negative one stays
         for cache in self.caches:
             if cache is not None:
                 cache.cross = {}
 
-    def _call(self, x_BTCHW: Tensor, timestep: float, start_frame: int, index: int) -> Tensor:
-        conditioning, cache = self.conditionings[index], self.caches[index]
+    def _evaluate(self, x_BTCHW: Tensor, timestep: float, start_frame: int, *, writes: bool) -> list[Tensor]:
+        """Return the flow under each conditioning."""
+        # one for each frame, since the network may be shown frames of different noise levels (Diffusion Forcing)
         timesteps = torch.full(x_BTCHW.shape[:2], timestep, dtype=torch.float32, device=x_BTCHW.device)
-        image = conditioning.frames(start_frame, x_BTCHW.shape[1])
-        images = {} if image is None else {"image_BTCHW": image, "clip_BIY": conditioning.clip_BIY}
-        flow = self.model(
-            x_BTCHW, timesteps, conditioning.prompt_embeds_BPE, cache=cache, start_frame=start_frame, **images
-        )
-        return flow.to(x_BTCHW.dtype)
+        flows = []
+        for conditioning, cache in zip(self.conditionings, self.caches):
+            image = conditioning.frames(start_frame, x_BTCHW.shape[1])
+            images = {} if image is None else {"image_BTCHW": image, "clip_BIY": conditioning.clip_BIY}
+            flow = self.model(
+                x_BTCHW,
+                timesteps,
+                conditioning.prompt_embeds_BPE,
+                cache=cache,
+                start_frame=start_frame,
+                writes=writes,
+                **images,
+            )
+            # the sampler's own arithmetic is float32, whatever the network computes in
+            flows.append(flow.to(x_BTCHW.dtype))
+        return flows

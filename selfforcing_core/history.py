@@ -44,16 +44,24 @@ def is_past_known(resume: Snapshot, causal: CausalConfig) -> bool:
 class History:
     """The clean frames that the chunk being made sees, as they were written into the cache."""
 
-    def __init__(self, guided: Guided, causal: CausalConfig, lengths: tuple[int, ...], prompt_at: PromptAt) -> None:
+    def __init__(
+        self, guided: Guided, causal: CausalConfig, lengths: tuple[int, ...], prompt_at: PromptAt | None
+    ) -> None:
         self.guided, self.causal, self.prompt_at = guided, causal, prompt_at
-        evicts = -1 < causal.window < sum(lengths)
+        evicts = -1 < causal.window < sum(lengths)  # else the ring never comes round, and no frame counts as sink
         self.sink = causal.sink if evicts else 0
         self.ring = causal.window - causal.sink if evicts else sum(lengths)
-        self.chunks: list[tuple[int, Tensor, float]] = []
+        self.chunks: list[tuple[int, Tensor, float]] = []  # start frame, what was written, at which timestep
         self.is_known = True
 
     def add(self, start_frame: int, x_BTCHW: Tensor, timestep: float) -> None:
-        """Remember a finished chunk, in place of an earlier one there; forget those that it did not see."""
+        """Remember a finished chunk, in place of an earlier one there; forget those that it did not see.
+
+        Where no prompt can change, nothing is ever written again and nothing is remembered.
+        """
+        if self.prompt_at is None:
+            return
+        # `start < start_frame` leaves out the first version of a chunk that is generated once more
         self.chunks = [
             (start, x, t)
             for start, x, t in self.chunks
@@ -64,11 +72,12 @@ class History:
     def add_video(self, snapshot: Snapshot, lengths: tuple[int, ...]) -> None:
         """Remember the chunks before a snapshot, if it holds them as they were written."""
         self.is_known = is_past_known(snapshot, self.causal)
-        if not self.is_known:
+        if not self.is_known or self.prompt_at is None:
             return
         assert snapshot.video_BTCHW is not None
         starts = [sum(lengths[:index]) for index in range(len(lengths))]
         for start, chunk in zip(starts, snapshot.video_BTCHW.split(lengths, 1)):
+            # as the clean pass wrote them, which is why a cache of noisy chunks (last_step) is not known
             self.add(start, chunk.to(self.guided.device), self.causal.context_noise)
 
     def follow_prompt(self, start_frame: int, latent_shape: tuple[int, int, int, int]) -> None:
@@ -76,11 +85,12 @@ class History:
 
         Raises ValueError if its conditioning does not fit the network or the video.
         """
-        change = self.prompt_at(start_frame)
+        change = None if self.prompt_at is None else self.prompt_at(start_frame)
         if change is None:
             return
         change.conditioning.check(self.guided.model.config, latent_shape)
         self.guided.change_prompt(change.conditioning)
+        # before the first chunk there is nothing to write again
         if start_frame > 0 and change.history == "recode":
             self.write_again(start_frame)
 
@@ -94,14 +104,16 @@ class History:
                 "the snapshot does not hold what was written into the cache, to write it again under another prompt; "
                 "use history 'keep'"
             )
+        # as many frames as were visible, though not in the slots where they were
         base = max(self.sink, end_frame - self.ring)
         for cache in self.guided.caches:
             if cache is not None:
                 cache.restart(base)
+        # the sink first, then the ring from its oldest frame on, so that each chunk is written before those that see it
         for start, x_BTCHW, timestep in self.chunks:
             end = min(start + x_BTCHW.shape[1], end_frame)
-            # what lay between the sink and the base is gone; where nothing did, a chunk is written whole, as it was
+            # What lay between the sink and the base is gone; where nothing did, a chunk is written whole, as it was.
             parts = ((start, min(end, self.sink)), (max(start, base), end)) if base > self.sink else ((start, end),)
-            for first, last in parts:
-                if first < last:
-                    self.guided.commit(x_BTCHW[:, first - start : last - start], timestep, first)
+            for part_start, part_end in parts:
+                if part_start < part_end:
+                    self.guided.commit(x_BTCHW[:, part_start - start : part_end - start], timestep, part_start)

@@ -33,18 +33,13 @@ _NEARLY = re.compile(rf"{_TIME}\[[^\]\n\r]*\]{_BLANKS}[:\uff1a]")  # a mark, but
 
 @dataclass(frozen=True)
 class Entry:
-    """A prompt, and the second of the video from which it holds.
+    """A prompt, and from when on it holds."""
 
-    prompt: "" goes on with the one before. history: None is what the run says. seed: of the noise from there on;
-    OWN_SEED is the run's, None goes on with the one before. fps: of the first entry alone, frames per second that the
-    times of all refer to; None is the video's.
-    """
-
-    seconds: float
-    prompt: str
-    history: str | None = None
-    seed: int | None = None
-    fps: float | None = None
+    seconds: float  # of the video
+    prompt: str  # "" goes on with the one before
+    history: str | None = None  # what becomes of the frames so far; None is what the run says
+    seed: int | None = None  # of the noise from there on; OWN_SEED is the run's, None goes on with the one before
+    fps: float | None = None  # of the first entry alone: frames per second of all times; None is the video's
 
 
 def parse_schedule(text: str) -> tuple[Entry, ...]:
@@ -79,7 +74,7 @@ def parse_schedule(text: str) -> tuple[Entry, ...]:
 
 
 def _entry(mark: re.Match[str], prompt: str) -> Entry:
-    """Raises ValueError for options that contradict, seeds beyond 64 bits, and quotes that are none."""
+    """Return a mark's entry. Raises ValueError for options that contradict, seeds beyond 64 bits, and broken quotes."""
     seconds, options = float(mark[1]), re.split(rf"{_BLANKS},{_BLANKS}", mark[2] or "")
     histories = [option for option in options if option in HISTORIES]
     seeds = [option[len("seed") :].strip() for option in options if option.startswith("seed")]
@@ -117,6 +112,7 @@ def _line(entry: Entry) -> str:
         options.append("seed own" if entry.seed == OWN_SEED else f"seed {entry.seed}")
     if entry.fps is not None:
         options.append(f"{_decimal(entry.fps)} fps")
+    # what would not be read back as it is: blanks at the ends, and words that look like a time
     if prompt != prompt.strip() or _MARK.search(f"-{prompt}"):
         options.append(QUOTED)
         prompt = json.dumps(prompt, ensure_ascii=False).replace(";", "\\u003b").replace("\uff1b", "\\uff1b")
@@ -160,6 +156,7 @@ def start_frames(entries: Sequence[Entry], lengths: Sequence[int], fps: float) -
     entry_starts: list[int] = []
     for entry in entries:
         frame = int(entry.seconds * fps)
+        # frame 0 is latent frame 0 alone; from there on a latent frame stands for four
         latent = 0 if frame == 0 else 1 + (frame - 1) // TEMPORAL_FACTOR
         if latent >= sum(lengths):
             seconds = (1 + TEMPORAL_FACTOR * (sum(lengths) - 1)) / fps
@@ -177,7 +174,8 @@ def start_frames(entries: Sequence[Entry], lengths: Sequence[int], fps: float) -
 def moment_of(start: int, fps: float) -> float:
     """Return the second, in thousandths, at which `start_frames` finds the chunk that begins at this latent frame."""
     frame = pixel_frames(start)
-    thousandths = math.ceil(round(1000 * frame / fps, 6))
+    thousandths = math.ceil(round(1000 * frame / fps, 6))  # rounded first: 3.0000000001 is to be 3, and not 4
+    # `start_frames` multiplies floats, and may come out one frame early
     return (thousandths if int(thousandths / 1000 * fps) >= frame else thousandths + 1) / 1000
 
 

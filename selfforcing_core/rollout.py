@@ -1,5 +1,10 @@
 """The Self Forcing rollout (arXiv 2506.08009, algorithm 1): chunk by chunk, few denoising steps, a KV cache.
 
+A chunk starts as pure noise. Each step predicts it clean, seeing all earlier chunks by their keys and values in the
+cache, and all but the last noise it again, less than before. One more pass over the clean chunk at timestep 0 writes
+the keys and values that later chunks see. Training does the same, which is the method's point: a student learns from
+the videos that it makes itself.
+
 Sampler node, command line and trainer all call `rollout`. It yields one clean chunk at a time; whoever iterates decides
 what to do with it, and may stop at any point. Nothing is read back from the device inside the loop.
 
@@ -11,7 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -28,16 +33,16 @@ from .solver import new_solver, num_noises
 
 @dataclass(frozen=True)
 class Chunk:
-    """Clean latents [B, T, C, H, W], float32, of the frames from `start_frame` on. `is_given`: part of the prefix."""
+    """A finished chunk of the video."""
 
     index: int
     start_frame: int
-    latents_BTCHW: Tensor
-    is_given: bool = False
+    latents_BTCHW: Tensor  # clean, float32
+    is_given: bool = False  # rather than generated
     take: Callable[[torch.device | None], Snapshot] | None = field(default=None, repr=False, compare=False)
 
     def snapshot(self, device: torch.device | None = None) -> Snapshot:
-        """The state right after this chunk, to go on from later; take it before asking for the next chunk.
+        """Take the state right after this chunk, to go on from later; to be done before asking for the next chunk.
 
         device: where its caches are copied to; the default is where they lie.
         """
@@ -47,15 +52,13 @@ class Chunk:
 
 @dataclass(frozen=True)
 class BackpropSpec:
-    """What training changes in the rollout (Self Forcing, section 3.2 and algorithm 1).
+    """What training changes in the rollout (Self Forcing, section 3.2 and algorithm 1)."""
 
-    exit_steps: per generated chunk, the evaluation whose prediction is the chunk; only that one carries gradient.
-    first_frame: chunks that start earlier carry none. context_sigma: noise mixed into a chunk before it enters the
-    cache. With cache_source last_step a chunk enters as its last step would have seen it: with that step's noise.
-    """
-
+    # Per generated chunk, the evaluation whose prediction is the chunk; only that one carries gradient.
     exit_steps: Sequence[int]
-    first_frame: int = 0
+    first_frame: int = 0  # chunks that start earlier carry no gradient
+    # Noise mixed into a chunk before it enters the cache. With cache_source last_step a chunk enters as its last step
+    # would have seen it: with that step's noise.
     context_sigma: float = 0.0
 
 
@@ -75,66 +78,50 @@ def rollout(
     backprop: BackpropSpec | None = None,
     prompt_at: PromptAt | None = None,
 ) -> Generator[Chunk, bool | None, None]:
-    """Generate a video chunk by chunk; yields the given chunks first, then each generated one.
+    """Generate a video chunk by chunk; yield the given chunks first, then each generated one.
 
-    `send(True)` in place of `next` generates the last chunk once more and returns that: with what `noise` and
-    `prompt_at` then give, in the place of the one before.
+    `send(True)` in place of `next` generates the latest chunk once more, from what `noise` and `prompt_at` then give.
 
-    A chunk that holds all frames is the bidirectional sampler: one pass per step, nothing is cached.
-
-    latent_shape: (T, C, H, W) of the whole video. start: clean latents [B or 1, T, C, H, W] of the first frames, whole
-    chunks; or a snapshot, to go on after the chunk where it was taken, and then only later chunks are yielded.
-    commit_last: also write the last chunk into the cache. on_step(chunk, step) is called before every pass (step
-    CONTEXT for cache passes) and may raise to stop. prompt_at(start_frame) is asked before every generated chunk and
-    may return another prompt, which holds from there.
-
+    latent_shape: (T, C, H, W) of the whole video; a chunk of all frames is the bidirectional sampler, without a cache.
+    start: clean latents [B or 1, T, C, H, W] of the first frames, whole chunks; or a snapshot, to go on after it.
+    commit_last: write the last chunk into the cache too. on_step(chunk, step): called before every pass (step CONTEXT
+    for those that write a chunk), and may raise to stop. prompt_at(start_frame): asked before every generated chunk.
     Raises ValueError before the first pass if lengths, start or conditioning do not fit.
     """
     guided.check(latent_shape)
     lengths = chunk_lengths(latent_shape[0], causal.chunk, independent_first_frame=causal.independent_first_frame)
-    snapshot, given_BTCHW = (start, None) if isinstance(start, Snapshot) else (None, start)
-    num_given = _count_given(given_BTCHW, guided.batch, latent_shape, lengths)
-    guided = guided.opened(latent_shape, causal, is_cached=len(lengths) > 1 or commit_last or snapshot is not None)
-    history = None if prompt_at is None else History(guided, causal, lengths, prompt_at)
-    first = 0 if snapshot is None else _resume(guided, history, snapshot, lengths)
-    denoiser = _Denoiser(guided, FlowSchedule(steps), steps, causal, noise, latent_shape[1:], on_step, backprop)
+    given = _given_chunks(start, guided, latent_shape, lengths)
+    is_cached = len(lengths) > 1 or commit_last or isinstance(start, Snapshot)
+    guided = guided.opened(latent_shape, causal, is_cached=is_cached)
+    history = History(guided, causal, lengths, prompt_at)
+    # chunks before a snapshot are in the caches already
+    first = _resume(guided, history, start, lengths) if isinstance(start, Snapshot) else 0
+    denoiser = _Denoiser(guided, FlowSchedule(steps), steps, causal, noise, latent_shape, on_step, backprop)
 
     for index, (start_frame, end_frame) in list(enumerate(_spans(lengths)))[first:]:
-        is_last = index + 1 == len(lengths)
-        again: bool | None = True
-        while again:
-            if given_BTCHW is not None and index < num_given:
-                made = _given_chunk(given_BTCHW[:, start_frame:end_frame], guided)
+        is_wanted: bool | None = True
+        while is_wanted:  # again, where whoever iterates sends True
+            if index < len(given):
+                finished = given[index]
             else:
-                if history is not None:
-                    history.follow_prompt(start_frame, latent_shape)
-                made = denoiser.chunk(index, index - num_given, start_frame, end_frame, is_last=is_last)
-            is_committed = made.is_written or commit_last or not is_last
-            if is_committed and not made.is_written:
-                if on_step is not None:
-                    on_step(index, CONTEXT)
-                guided.commit(made.context_BTCHW, made.timestep, start_frame)
-            if history is not None:
-                history.add(start_frame, made.context_BTCHW, made.timestep)
-            pending = None if is_committed else (made.context_BTCHW, made.timestep)
-            take = functools.partial(_snapshot, guided, start_frame, end_frame, pending)
-            again = yield Chunk(index, start_frame, made.latents_BTCHW, is_given=index < num_given, take=take)
+                history.follow_prompt(start_frame, latent_shape)
+                finished = denoiser.denoise(index, index - len(given), start_frame, end_frame)
+            # what later chunks see is the clean chunk; after the last one nobody looks, which saves a pass
+            if not finished.is_written and (commit_last or end_frame < latent_shape[0]):
+                finished = denoiser.commit(finished, index, start_frame)
+            history.add(start_frame, finished.context_BTCHW, finished.timestep)
+            take = functools.partial(_snapshot, guided, start_frame, end_frame, finished)
+            is_wanted = yield Chunk(index, start_frame, finished.latents_BTCHW, index < len(given), take)
 
 
 @dataclass(frozen=True)
-class _Made:
-    """A chunk, and how it enters the cache: what is written, at which timestep, and whether that was done already."""
+class _Finished:
+    """A chunk, and how it enters the cache."""
 
     latents_BTCHW: Tensor
-    context_BTCHW: Tensor
-    timestep: float
-    is_written: bool
-
-
-def _given_chunk(given_BTCHW: Tensor, guided: Guided) -> _Made:
-    """Return a chunk of the given frames, one for each row, which enters the cache as it is."""
-    clean = given_BTCHW.to(guided.device, torch.float32).expand(guided.batch, *[-1] * 4)
-    return _Made(clean, clean, 0.0, is_written=False)
+    context_BTCHW: Tensor  # what is written
+    timestep: float  # at which it is written
+    is_written: bool  # already
 
 
 @dataclass(frozen=True)
@@ -146,26 +133,35 @@ class _Denoiser:
     steps: StepConfig
     causal: CausalConfig
     noise: NoiseSource
-    frame_shape: tuple[int, int, int]
+    latent_shape: tuple[int, int, int, int]
     on_step: OnStep | None
     backprop: BackpropSpec | None
 
-    def chunk(self, index: int, generated: int, start_frame: int, end_frame: int, *, is_last: bool) -> _Made:
+    def denoise(self, index: int, generated: int, start_frame: int, end_frame: int) -> _Finished:
         """Return a chunk that is denoised from pure noise; `generated` counts those without the given ones."""
         schedule, causal, backprop = self.schedule, self.causal, self.backprop
-        shape = (self.guided.batch, end_frame - start_frame, *self.frame_shape)
+        shape = (self.guided.batch, end_frame - start_frame, *self.latent_shape[1:])
+        # algorithm 1 draws in training which evaluation ends a chunk, so that each of them learns
         exit_step = len(schedule.timesteps) - 1 if backprop is None else backprop.exit_steps[generated]
         x0_BTCHW, last_BTCHW = self._denoised(shape, index, start_frame, exit_step)
         context, timestep, is_written = x0_BTCHW.detach(), causal.context_noise, False
         if causal.cache_source == "last_step":  # the last pass has written its own keys, unless it carried gradient
             context, timestep, is_written = last_BTCHW, schedule.timesteps[-1], backprop is None
         sigma = self._context_sigma(exit_step)
-        if sigma and not is_last:
+        if sigma and end_frame < self.latent_shape[0]:
             context = add_noise(x0_BTCHW.detach(), self.noise.draw(start_frame, CONTEXT, shape).to(x0_BTCHW), sigma)
-        return _Made(x0_BTCHW, context, timestep, is_written)
+        return _Finished(x0_BTCHW, context, timestep, is_written)
+
+    def commit(self, finished: _Finished, index: int, start_frame: int) -> _Finished:
+        """Write a chunk into the cache by a pass of its own, over the keys of its noisy self."""
+        # the latest denoising pass wrote keys and values of the chunk as it was then, still noisy
+        if self.on_step is not None:
+            self.on_step(index, CONTEXT)
+        self.guided.commit(finished.context_BTCHW, finished.timestep, start_frame)
+        return replace(finished, is_written=True)
 
     def _denoised(self, shape: tuple[int, ...], index: int, start_frame: int, exit_step: int) -> tuple[Tensor, Tensor]:
-        """Return the clean latents that pass `exit_step` predicts, and what that pass saw."""
+        """Return the clean latents that pass `exit_step` predicts, and what that pass was given."""
         # all of the chunk's noise before its first pass: copies to a device wait for what runs there
         count = num_noises(self.steps.solver, exit_step + 1)
         device = self.guided.device
@@ -189,24 +185,23 @@ class _Denoiser:
             return 0.0
         if self.causal.cache_source == "clean":
             return self.backprop.context_sigma
+        # a chunk that exits early is clean where inference has the noise of its last step
         return 0.0 if exit_step == len(self.schedule.timesteps) - 1 else self.schedule.sigmas[-1]
 
 
 def _snapshot(
-    guided: Guided,
-    start_frame: int,
-    end_frame: int,
-    pending: tuple[Tensor, float] | None,
-    device: torch.device | None,
+    guided: Guided, start_frame: int, end_frame: int, finished: _Finished, device: torch.device | None
 ) -> Snapshot:
-    """Return the rollout's state after a chunk. pending: what the next chunk will write, and its timestep."""
+    """Return the rollout's state after a chunk; one that is not in the caches goes with it."""
     caches = [cache for cache in guided.caches if cache is not None]
     assert all(cache.start_frame == start_frame for cache in caches), "too late, the next chunk was already asked for"
     states = tuple(cache.snapshot(device) for cache in caches)
-    return Snapshot(start_frame, end_frame, states, *(pending or (None, 0.0)))
+    if finished.is_written:
+        return Snapshot(start_frame, end_frame, states)
+    return Snapshot(start_frame, end_frame, states, finished.context_BTCHW, finished.timestep)
 
 
-def _resume(guided: Guided, history: History | None, snapshot: Snapshot, lengths: tuple[int, ...]) -> int:
+def _resume(guided: Guided, history: History, snapshot: Snapshot, lengths: tuple[int, ...]) -> int:
     """Put caches and history where the snapshot was taken, and return the index of the next chunk."""
     ends = _ends(lengths)
     if snapshot.end_frame not in ends[:-1]:
@@ -222,11 +217,10 @@ def _resume(guided: Guided, history: History | None, snapshot: Snapshot, lengths
     for cache, state in zip(guided.caches, snapshot.caches):
         assert cache is not None
         cache.restore(state)
-    if snapshot.pending_BTCHW is not None:
+    if snapshot.pending_BTCHW is not None:  # the end of its own video, where nobody was to see it
         guided.commit(snapshot.pending_BTCHW.to(guided.device), snapshot.pending_timestep, snapshot.start_frame)
     first = ends.index(snapshot.end_frame) + 1
-    if history is not None:
-        history.add_video(snapshot, lengths[:first])
+    history.add_video(snapshot, lengths[:first])
     return first
 
 
@@ -239,23 +233,28 @@ def _spans(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
     return [(end - length, end) for length, end in zip(lengths, _ends(lengths))]
 
 
-def _count_given(
-    given_BTCHW: Tensor | None, batch: int, latent_shape: tuple[int, int, int, int], lengths: tuple[int, ...]
-) -> int:
-    """Return how many chunks are given. Raises ValueError unless they are whole, of the right size, and leave room."""
-    if given_BTCHW is None:
-        return 0
-    frame_shape = latent_shape[1:]
-    rows, frames = given_BTCHW.shape[:2]
-    valid = _ends(lengths)[:-1]
-    if frames not in valid:
+def _given_chunks(
+    start: Tensor | Snapshot | None,
+    guided: Guided,
+    latent_shape: tuple[int, int, int, int],
+    lengths: tuple[int, ...],
+) -> list[_Finished]:
+    """Return the chunks of given frames, one for each row. Raises ValueError unless they are whole and leave room."""
+    if not isinstance(start, Tensor):
+        return []
+    rows, frames = start.shape[:2]
+    ends = _ends(lengths)[:-1]
+    if frames not in ends:
         raise ValueError(
             f"a prefix of {frames} latent frames does not end where a chunk ends; this video of {sum(lengths)} "
-            f"frames takes a prefix of {', '.join(map(str, valid)) or 'none'}"
+            f"frames takes a prefix of {', '.join(map(str, ends)) or 'none'}"
         )
-    if rows not in (1, batch) or tuple(given_BTCHW.shape[2:]) != frame_shape:
+    if rows not in (1, guided.batch) or tuple(start.shape[2:]) != latent_shape[1:]:
         raise ValueError(
-            f"a prefix of shape {tuple(given_BTCHW.shape)} does not fit a batch of {batch} with frames of shape "
-            f"{frame_shape}; encode it at the size of the video"
+            f"a prefix of shape {tuple(start.shape)} does not fit a batch of {guided.batch} with frames of shape "
+            f"{latent_shape[1:]}; encode it at the size of the video"
         )
-    return valid.index(frames) + 1
+    clean_BTCHW = start.to(guided.device, torch.float32).expand(guided.batch, *[-1] * 4)
+    chunks = clean_BTCHW.split(lengths[: ends.index(frames) + 1], 1)
+    # as clean as an encoder makes them, so they enter the cache at timestep 0
+    return [_Finished(chunk_BTCHW, chunk_BTCHW, 0.0, is_written=False) for chunk_BTCHW in chunks]

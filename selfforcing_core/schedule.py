@@ -1,5 +1,8 @@
 """Flow-matching arithmetic: x_t = (1 - sigma) x0 + sigma noise, and the network predicts flow = noise - x0.
 
+Sigma is the share of noise: 0 clean, 1 pure noise (rectified flow, arXiv 2209.03003). A shift above 1 moves a schedule
+towards noise, since in a larger video as much noise hides less (Stable Diffusion 3, arXiv 2403.03206).
+
 Timesteps are on the 0-1000 scale. Two rules turn a timestep into sigma: "exact" is t / 1000; "table" is the nearest
 entry of the reference's 1000-entry shifted table, in which t = 0 does not exist (Self Forcing, FlowMatchScheduler).
 """
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from .config import StepConfig
 
-TIMESTEPS = 1000.0
+TIMESTEPS = 1000.0  # the network was trained with sigma times 1000 as its timestep
 
 
 def shift_sigma(sigma: float | Tensor, shift: float) -> float | Tensor:
@@ -22,51 +25,54 @@ def shift_sigma(sigma: float | Tensor, shift: float) -> float | Tensor:
 
 
 def unshift_sigma(sigma: float, shift: float) -> float:
-    """Inverse of `shift_sigma`."""
+    """Invert `shift_sigma`."""
     return sigma / (shift - (shift - 1) * sigma)
 
 
 @functools.cache
 def sigma_table(shift: float, num_steps: int = 1000) -> Tensor:
-    """Falling sigmas [num_steps], float64, from 1 down to one step above 0, shifted."""
+    """Return falling sigmas [num_steps], float64, from 1 down to one step above 0, shifted."""
+    # one entry more than asked for, and the last one, which is 0, left out (the reference's extra_one_step)
     base = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)[:-1]
     return shift_sigma(base, shift)  # type: ignore[return-value]
 
 
 def nearest_sigma(timestep: Tensor, table: Tensor) -> Tensor:
-    """Entries of `table` nearest to each timestep (ties: first), float64, same shape as `timestep`."""
+    """Return the entry of `table` nearest to each timestep (of two, the first), float64, in the shape of `timestep`."""
     table = table.to(timestep.device)
     distance = (timestep.double()[..., None] - table * TIMESTEPS).abs()
     return table[distance.argmin(-1)]
 
 
 def training_weights(shift: float) -> Tensor:
-    """Bell-shaped loss weight [1000] per table entry, mean 1 (Self Forcing, FlowMatchScheduler)."""
+    """Return a bell-shaped loss weight [1000] per table entry, mean 1 (Self Forcing, FlowMatchScheduler)."""
     timesteps = sigma_table(shift) * TIMESTEPS
     bell = torch.exp(-2 * ((timesteps - TIMESTEPS / 2) / TIMESTEPS) ** 2)
-    bell = bell - bell.min()
+    bell = bell - bell.min()  # which leaves 0 for pure noise, the end of the table
     return bell * (len(bell) / bell.sum())
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
-    """x_t from clean data and noise; a tensor sigma broadcasts from the left."""
+    """Mix clean data with noise to x_t; a tensor sigma broadcasts from the left."""
     sigma = _like(sigma, x0)
     return (1 - sigma) * x0 + sigma * noise
 
 
 def x0_from_flow(noisy: Tensor, flow: Tensor, sigma: float | Tensor) -> Tensor:
-    """Clean data implied by a flow prediction."""
+    """Return the clean data that a flow prediction implies."""
+    # (1 - sigma) x0 + sigma noise - sigma (noise - x0) = x0
     return noisy - _like(sigma, noisy) * flow
 
 
 def flow_from_x0(noisy: Tensor, x0: Tensor, sigma: float | Tensor) -> Tensor:
-    """Flow implied by a clean-data prediction; sigma must be positive. Divides in float64."""
+    """Return the flow that a clean-data prediction implies; sigma must be positive. Divides in float64."""
+    # the difference of two nearly equal numbers where there is little noise, and then divided by little
     sigma = sigma.double() if isinstance(sigma, Tensor) else sigma
     return ((noisy.double() - x0.double()) / _like(sigma, noisy)).to(noisy.dtype)
 
 
 def euler_step(noisy: Tensor, flow: Tensor, sigma: float | Tensor, next_sigma: float | Tensor) -> Tensor:
-    """One Euler step of the probability-flow equation from sigma to next_sigma."""
+    """Take an Euler step of the probability-flow equation, dx / dsigma = flow, from sigma to next_sigma."""
     return noisy + flow * _like(next_sigma - sigma, noisy)
 
 
@@ -79,13 +85,10 @@ def _like(sigma: float | Tensor, x: Tensor) -> float | Tensor:
 
 
 class FlowSchedule:
-    """A few-step schedule as host floats, so that a sampling loop never reads a tensor.
-
-    timesteps: the listed steps, warped through the shift when asked, noisiest first. sigmas: their noise levels by the
-    schedule's rule.
-    """
+    """A schedule as floats of Python, so that a sampling loop never reads a tensor."""
 
     def __init__(self, steps: StepConfig) -> None:
+        # the listed steps, warped through the shift when asked, noisiest first; and below, their noise levels
         self.timesteps = tuple(
             TIMESTEPS * float(shift_sigma(step / TIMESTEPS, steps.shift)) if steps.warp else float(step)
             for step in steps.steps

@@ -24,27 +24,25 @@ HEADER_FORMAT, SCALED_FORMAT = 1, 2  # 2: the numbers of the caches have scales,
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Copies of every cache after the chunk of latent frames [start_frame, end_frame).
+    """Copies of every cache after a chunk.
 
-    pending_BTCHW: the chunk itself where it was not yet written into the caches (the last one of a video), and the
-    timestep at which that is to be done. video_BTCHW: all clean latents up to end_frame, where somebody kept them.
     Prompt, noise, schedule and model are not part of it: resume with the same ones for the same video, with others for
     another continuation.
     """
 
-    start_frame: int
-    end_frame: int
-    caches: tuple[CacheState, ...]
-    pending_BTCHW: Tensor | None = None
-    pending_timestep: float = 0.0
-    video_BTCHW: Tensor | None = None
+    start_frame: int  # of the chunk, in latent frames
+    end_frame: int  # one behind its last
+    caches: tuple[CacheState, ...]  # one for each conditioning
+    pending_BTCHW: Tensor | None = None  # the chunk where it was not yet written into the caches (a video's last one)
+    pending_timestep: float = 0.0  # at which it is to be written
+    video_BTCHW: Tensor | None = None  # all clean latents up to end_frame, where somebody kept them
 
     @property
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._tensors().values())
 
     def to(self, device: torch.device | str) -> Snapshot:
-        """The same state on another device, for instance in main memory."""
+        """Return the same state on another device, for instance in CPU memory."""
         caches = tuple(
             replace(state, **{name: tensor.to(device) for name, tensor in _tensors_of(state).items()})
             for state in self.caches
@@ -83,28 +81,36 @@ class Snapshot:
             raise ValueError(f"format {header['format']!r}, this version reads {HEADER_FORMAT} and {SCALED_FORMAT}")
         caches = tuple(
             CacheState(
-                tensors[f"cache{index}.k"], tensors[f"cache{index}.v"], **{"base": cursors["sink"], **cursors},
-                k_scale=tensors.get(f"cache{index}.k_scale"), v_scale=tensors.get(f"cache{index}.v_scale"),
+                tensors[f"cache{index}.k"],
+                tensors[f"cache{index}.v"],
+                # older files have no base: it is the sink until a prompt changes
+                **{"base": cursors["sink"], **cursors},
+                k_scale=tensors.get(f"cache{index}.k_scale"),
+                v_scale=tensors.get(f"cache{index}.v_scale"),
             )
             for index, cursors in enumerate(header["caches"])
-        )  # fmt: skip
+        )
         return cls(
-            header["start_frame"], header["end_frame"], caches, tensors.get("pending"), header["pending_timestep"],
+            header["start_frame"],
+            header["end_frame"],
+            caches,
+            tensors.get("pending"),
+            header["pending_timestep"],
             tensors.get("video"),
-        )  # fmt: skip
+        )
 
     def _tensors(self) -> dict[str, Tensor]:
-        found = {"pending": self.pending_BTCHW, "video": self.video_BTCHW}
-        tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
+        latents = {"pending": self.pending_BTCHW, "video": self.video_BTCHW}
+        tensors = {name: tensor for name, tensor in latents.items() if tensor is not None}
         for index, state in enumerate(self.caches):
             tensors |= {f"cache{index}.{name}": tensor for name, tensor in _tensors_of(state).items()}
         return tensors
 
 
 def _tensors_of(state: CacheState) -> dict[str, Tensor]:
-    """Keys, values and, of 8 bits, their scales."""
-    found = {name: getattr(state, name) for name in ("k", "v", "k_scale", "v_scale")}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+    """Return keys, values and, of 8 bits, their scales."""
+    tensors = {name: getattr(state, name) for name in ("k", "v", "k_scale", "v_scale")}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def _cursors(state: CacheState) -> dict[str, int]:

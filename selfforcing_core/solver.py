@@ -19,18 +19,25 @@ from .versions import OPTIONAL, refusal
 
 
 class Solver(Protocol):
-    """Takes a chunk from the noise level of evaluation `step` to that of the next one."""
+    """What takes a chunk from one noise level to the next."""
 
-    def advance(self, noisy_BTCHW: Tensor, flow_BTCHW: Tensor, step: int) -> Tensor: ...
+    def advance(self, noisy_BTCHW: Tensor, flow_BTCHW: Tensor, step: int) -> Tensor:
+        """Take a chunk from the noise level of evaluation `step`, which predicted the flow, to that of the next."""
+        ...
 
 
 class Renoise:
-    """Predict clean latents, then noise them afresh to the next level (Self Forcing, algorithm 1)."""
+    """Clean latents predicted, then noised afresh to the next level (Self Forcing, algorithm 1).
+
+    Distilled few-step models know no other way: they predict a clean video at once, and each new noise lets them
+    mend what the last prediction got wrong (consistency models, arXiv 2303.01469, algorithm 1).
+    """
 
     def __init__(self, schedule: FlowSchedule, noises: Sequence[Tensor]) -> None:
         self.schedule, self.noises = schedule, noises
 
     def advance(self, noisy_BTCHW: Tensor, flow_BTCHW: Tensor, step: int) -> Tensor:
+        # noise number 0 is what the chunk started from
         x0 = x0_from_flow(noisy_BTCHW, flow_BTCHW, self.schedule.sigmas[step])
         return add_noise(x0, self.noises[step + 1].to(x0), self.schedule.sigmas[step + 1])
 
@@ -42,11 +49,15 @@ class Euler:
         self.schedule = schedule
 
     def advance(self, noisy_BTCHW: Tensor, flow_BTCHW: Tensor, step: int) -> Tensor:
+        # no noise on the way: where a chunk starts decides where it ends
         return euler_step(noisy_BTCHW, flow_BTCHW, self.schedule.sigmas[step], self.schedule.sigmas[step + 1])
 
 
 class UniPC:
-    """Second-order predictor and corrector (arXiv 2302.04867), as implemented by diffusers; Wan's own default."""
+    """Second-order predictor and corrector (UniPC, arXiv 2302.04867), as implemented by diffusers; Wan's own default.
+
+    It remembers earlier predictions, which is why every chunk has one of its own.
+    """
 
     def __init__(self, schedule: FlowSchedule) -> None:
         if reason := refusal("solver 'unipc' needs", OPTIONAL):
@@ -61,10 +72,10 @@ class UniPC:
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
         )
         self.scheduler.set_timesteps(len(schedule.sigmas))
-        # put in place of its own, since diffusers 0.36 takes no list; pure noise would be the logarithm of 0
+        # In place of its own, since diffusers 0.36 takes no list. Below 1, since it computes log(1 - sigma).
         sigmas = torch.tensor(schedule.sigmas, dtype=torch.float64).clamp(max=1 - 1e-6)
         self.scheduler.sigmas = torch.cat([sigmas, torch.zeros(1)]).float()
-        self.scheduler.timesteps = (sigmas * TIMESTEPS).long()
+        self.scheduler.timesteps = (sigmas * TIMESTEPS).long()  # whole numbers, as its own are
         self.scheduler.set_begin_index(0)
 
     def advance(self, noisy_BTCHW: Tensor, flow_BTCHW: Tensor, step: int) -> Tensor:
@@ -74,12 +85,13 @@ class UniPC:
 
 
 def num_noises(name: str, evaluations: int) -> int:
-    """How many noises a solver takes for a chunk of this many evaluations, the one it starts from included."""
+    """Return how many noises a solver takes for a chunk of this many evaluations, the one it starts from included."""
+    # fresh noise before every evaluation, or one that all of them follow
     return evaluations if name == "renoise" else 1
 
 
 def new_solver(name: str, schedule: FlowSchedule, noises: Sequence[Tensor]) -> Solver:
-    """A solver for one chunk, from its noises (see `num_noises`). Raises ValueError if its library is missing."""
+    """Return a solver for one chunk, given its noises (see `num_noises`). Raises ValueError without its library."""
     if name == "renoise":
         return Renoise(schedule, noises)
     return UniPC(schedule) if name == "unipc" else Euler(schedule)

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from selfforcing_core.attention import block_causal_frames, teacher_forcing_frames
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.geometry import chunk_lengths
 from selfforcing_core.guided import Guided
+from selfforcing_core.masks import block_causal_frames, teacher_forcing_frames
 from selfforcing_core.rollout import BackpropSpec, rollout
 from selfforcing_core.schedule import FlowSchedule
 from tests.golden_fixture import Fixture, GivenNoise
@@ -101,10 +101,10 @@ def check_train_forward(fixture: Fixture) -> None:
         )
         forced = settings["teacher_forcing"]
         make_mask = teacher_forcing_frames if forced else block_causal_frames
-        mask_FF = make_mask(lengths, window=settings["local_attn_size"])
-        fixture.check(f"{case}.frame_mask", mask_FF)
+        mask_TT = make_mask(lengths, window=settings["local_attn_size"])
+        fixture.check(f"{case}.frame_mask", mask_TT)
         flow = model(
-            noisy, fixture[f"{case}.timestep"], fixture["prompt_embeds"], mask_FF=mask_FF,
+            noisy, fixture[f"{case}.timestep"], fixture["prompt_embeds"], mask_TT=mask_TT,
             clean_BTCHW=fixture["clean"] if forced else None,
             clean_timesteps_BT=fixture.tensors.get(f"{case}.aug_timestep"),
         )  # fmt: skip

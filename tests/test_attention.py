@@ -227,7 +227,7 @@ def test_a_length_that_its_neighbours_kernel_refuses_is_left_to_torch(monkeypatc
 def test_nothing_is_measured_where_gradient_flows(monkeypatch: pytest.MonkeyPatch) -> None:
     called = spy(monkeypatch)
     with attention_kernel("measured"):
-        attend(*tensors(4, 5, torch.float32))
+        attend(*(x.requires_grad_() for x in tensors(4, 5, torch.float32)))
     assert called == []
 
 

@@ -37,6 +37,7 @@ from tests.golden_fixture import FOLDER, Fixture, GivenNoise, read_fixture, read
 from tests.golden_media import MEDIA_CHECKS
 from tests.golden_networks import NETWORK_CHECKS
 from tests.golden_training import TRAINING_CHECKS
+from tests.tiny_wan import ordered
 
 
 def check_scheduler(fixture: Fixture) -> None:
@@ -88,7 +89,7 @@ class Recorder:
         flow = self.model(x, timesteps, embeds, **kwargs)
         cache = kwargs["cache"]
         self.calls.append({"start": kwargs["start_frame"], "noisy": x, "timestep": timesteps, "flow": flow,
-                           "cache": cache.ordered(0), "end": cache.end_frame, "cross": cache.cross[0]})  # fmt: skip
+                           "cache": ordered(cache, 0), "end": cache.end_frame, "cross": cache.cross[0]})  # fmt: skip
         return flow
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selfforcing_core.attention import attend, attend_segments, attention_kernel
 from selfforcing_core.kv_cache import KVCache, dequantise, quantise
-from tests.tiny_wan import CONFIG, TOKENS
+from tests.tiny_wan import CONFIG, TOKENS, ordered
 
 EIGHT_BITS = [torch.int8, torch.float8_e4m3fn]
 
@@ -58,7 +58,7 @@ def test_ring_equals_a_list_that_concatenates_and_drops(ring: tuple[int, int, li
             k, v = chunk(index, length, batch), chunk(500 + index, length, batch)
             visible_k, _ = cache.update(0, k, v)
             naive.append(list(zip(k.split(TOKENS, 1), v.split(TOKENS, 1))))
-            ordered_k, ordered_v = cache.ordered(0)
+            ordered_k, ordered_v = ordered(cache, 0)
             assert cache.frames() == tuple(naive.numbers)
             assert torch.equal(ordered_k, torch.cat([pair[0] for pair in naive.frames], 1))
             assert torch.equal(ordered_v, torch.cat([pair[1] for pair in naive.frames], 1))
@@ -71,13 +71,13 @@ def test_gradient_path_shows_the_same_frames_and_keeps_gradient_in_the_chunk(rin
     capacity, sink, lengths = ring
     cache, start = make_cache(capacity, sink), 0
     for index, length in enumerate(lengths):
-        cache.stage(start, length)
+        cache.stage(start, length, writes=False)
         k = chunk(index, length).requires_grad_()
         joined, _ = cache.update(0, k, chunk(500 + index, length))
         joined.sum().backward()
         assert torch.equal(k.grad, torch.ones_like(k))
-        with torch.no_grad():
-            written, _ = cache.update(0, k, chunk(500 + index, length))
+        cache.stage(start, length)
+        written, _ = cache.update(0, k.detach(), chunk(500 + index, length))
         torch.testing.assert_close(joined.sum(1), written.sum(1))
         assert joined.shape == written.shape
         start += length
@@ -133,7 +133,7 @@ def test_an_eight_bit_ring_holds_what_was_written(dtype: torch.dtype, ring: tupl
             cache.stage(start, length)
             cache.write(0, k, -k)
             naive.append(list(dequantise(*quantise(k, dtype), k).split(TOKENS, 1)))
-            found_k, found_v = cache.ordered(0)
+            found_k, found_v = ordered(cache, 0)
             assert torch.equal(found_k, torch.cat(naive.frames, 1))
             assert torch.equal(found_v, -torch.cat(naive.frames, 1))
             start += length
@@ -164,13 +164,14 @@ def test_a_chunk_sees_the_same_by_segments_whole_and_with_gradient(
     cache, start = make_cache(capacity, sink, dtype=dtype), 0
     for index, length in enumerate(lengths):
         q, k, v = chunk(1000 + index, length), chunk(index, length).requires_grad_(), chunk(500 + index, length)
-        cache.stage(start, length)
+        cache.stage(start, length, writes=False)
         joined_k, joined_v = cache.update(0, k, v)
         joined_k.sum().backward()
         assert torch.equal(k.grad, torch.ones_like(k))
         assert torch.equal(joined_k[:, -k.shape[1] :], k), "its own keys are not rounded"
+        cache.stage(start, length)
         with torch.no_grad():
-            whole_k, whole_v = cache.update(0, k, v)
+            whole_k, whole_v = cache.update(0, k.detach(), v)
             assert torch.equal(whole_k, joined_k)
             assert torch.equal(whole_v, joined_v)
             by_segments = attend_segments(q, cache.past(0).segments(k, v))
@@ -189,7 +190,7 @@ def test_a_state_goes_into_a_cache_of_another_type(saved: torch.dtype, held: tor
                 cache.write(layer, chunk(start, 2), chunk(start + 1, 2))
         other.restore(cache.snapshot())
     assert other.frames() == cache.frames()
-    for found, expected in zip(other.ordered(1), cache.ordered(1)):
+    for found, expected in zip(ordered(other, 1), ordered(cache, 1)):
         if saved == held:
             assert torch.equal(found, expected)
         else:
@@ -205,7 +206,7 @@ def test_a_float8_state_from_before_there_were_scales_is_read() -> None:
         held = state.snapshot()
         old = replace(held, k=held.k.to(torch.float8_e4m3fn), v=held.v.to(torch.float8_e4m3fn))
         cache.restore(old)
-    for found, expected in zip(cache.ordered(0), (old.k[0].float(), old.v[0].float())):
+    for found, expected in zip(ordered(cache, 0), (old.k[0].float(), old.v[0].float())):
         assert (found - expected).norm() < 0.04 * expected.norm()
 
 
@@ -218,6 +219,29 @@ def test_reset_forgets_frames_and_text() -> None:
     cache.reset()
     assert cache.frames() == ()
     assert cache.cross == {}
+
+
+def test_a_pass_that_only_reads_leaves_nothing_behind() -> None:
+    """Neither keys and values of the frames nor those of the prompt, with gradient enabled or not."""
+    cache = make_cache(4, 0)
+    cache.stage(0, 2)
+    cache.update(0, chunk(0, 2), chunk(1, 2))
+    before = cache.k.clone(), cache.v.clone()
+    cache.stage(0, 2, writes=False)
+    with torch.no_grad():
+        read, _ = cache.update(0, chunk(2, 2), chunk(3, 2))
+        assert cache.cross_kv(0, lambda: "text") == "text"
+    assert torch.equal(read, chunk(2, 2))
+    assert all(torch.equal(new[0], old[0]) for new, old in zip((cache.k, cache.v), before))
+    assert cache.cross == {}
+
+
+def test_a_pass_that_writes_carries_no_gradient() -> None:
+    """It would end where the next chunk overwrites it, in silence."""
+    cache = make_cache(4, 0)
+    cache.stage(0, 2)
+    with pytest.raises(AssertionError, match="carries no gradient"):
+        cache.update(0, chunk(0, 2).requires_grad_(), chunk(1, 2))
 
 
 def test_skipping_frames_is_an_error() -> None:

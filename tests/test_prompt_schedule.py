@@ -35,7 +35,7 @@ from selfforcing_core.prompt_schedule import (
 from selfforcing_core.rollout import Chunk, rollout
 from selfforcing_core.video import read_metadata, read_video
 from tests.test_kv_cache import chunk, make_cache
-from tests.tiny_wan import FRAME, random_text, random_wan
+from tests.tiny_wan import FRAME, ordered, random_text, random_wan
 from train.tiny.world import detect
 
 STEPS = StepConfig((1000.0, 500.0))
@@ -268,7 +268,7 @@ def test_recoded_history_is_that_of_a_run_under_the_new_prompt(window: int, sink
             frames = video[:, group[0] : group[-1] + 1]
             expected_k.append(_write(network, naive, frames, other, place, group[0]))
     still = [frame for frame in cache.frames() if frame < 8]
-    found, _ = cache.ordered(0)
+    found, _ = ordered(cache, 0)
     found = found.unflatten(1, (-1, 6))[:, [cache.frames().index(frame) for frame in still]]
     expected = torch.cat(expected_k, 1).unflatten(1, (-1, 6))[:, [shown.index(frame) for frame in still]]
     torch.testing.assert_close(found, expected)
@@ -281,8 +281,8 @@ def _write(network, cache, frames, prompt, place, start) -> Tensor:  # type: ign
         def __getattr__(self, name: str) -> object:
             return getattr(cache, name)
 
-        def stage(self, start_frame: int, num_frames: int) -> None:
-            cache.stage(place, num_frames)
+        def stage(self, start_frame: int, num_frames: int, **options: bool) -> None:
+            cache.stage(place, num_frames, **options)
 
     network(frames, torch.zeros(1, frames.shape[1]), prompt.prompt_embeds_BPE, cache=Placed(), start_frame=start)
     return cache.k[0][:, place * 6 : (place + frames.shape[1]) * 6].clone()
@@ -314,7 +314,7 @@ def test_a_restarted_ring_shows_the_sink_and_the_latest_frames(
     other = make_cache(sink + ring, sink)
     other.restore(state)
     assert other.frames() == cache.frames()
-    assert torch.equal(other.ordered(0)[0], cache.ordered(0)[0])
+    assert torch.equal(ordered(other, 0)[0], ordered(cache, 0)[0])
 
 
 # ------------------------------------------------------------------- video --
@@ -439,7 +439,7 @@ def test_a_chunk_made_once_more_is_as_if_made_so_at_first(
                 assert not torch.equal(made.latents_BTCHW, first.latents_BTCHW)
             found.append(made.latents_BTCHW)
     assert torch.equal(torch.cat(found, 1), expected)
-    assert torch.equal(caches[0].ordered(1)[0], expected_caches[0].ordered(1)[0])
+    assert torch.equal(ordered(caches[0], 1)[0], ordered(expected_caches[0], 1)[0])
 
 
 def test_a_history_that_is_no_history_is_refused() -> None:

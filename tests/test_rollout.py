@@ -13,18 +13,18 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from selfforcing_core.attention import block_causal_frames
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.geometry import chunk_lengths
 from selfforcing_core.guided import Guided, new_caches
 from selfforcing_core.history import PromptChange
+from selfforcing_core.masks import block_causal_frames
 from selfforcing_core.model import CausalWan
 from selfforcing_core.noise import CONTEXT, SeededNoise
 from selfforcing_core.rollout import BackpropSpec, Chunk, rollout
 from selfforcing_core.schedule import FlowSchedule, add_noise, x0_from_flow
 from tests.golden_fixture import GivenNoise
-from tests.tiny_wan import FRAME, guided, random_text, random_wan
+from tests.tiny_wan import FRAME, guided, ordered, random_text, random_wan
 
 STEPS = StepConfig((1000.0, 500.0))
 
@@ -73,7 +73,7 @@ def test_cached_rollout_equals_uncached(layout: tuple[int, CausalConfig]) -> Non
     mask = torch.cat([torch.cat([clean, torch.zeros_like(clean)], 1), torch.cat([clean & ~own, own], 1)])
     noisy = torch.cat([noise[key] for key in sorted(noise)], 1).double()
     timesteps = torch.full((1, frames), 1000.0)
-    flow = model(noisy, timesteps, text.prompt_embeds_BPE, clean_BTCHW=made, mask_FF=mask)
+    flow = model(noisy, timesteps, text.prompt_embeds_BPE, clean_BTCHW=made, mask_TT=mask)
     torch.testing.assert_close(noisy - flow, made, atol=1e-5, rtol=1e-5)  # the rollout keeps latents in float32
 
 
@@ -356,7 +356,7 @@ def test_last_step_keeps_what_the_last_evaluation_wrote() -> None:
     )
     with torch.no_grad():
         first = next(chunks)
-        kept = cache.ordered(1)[0]
+        kept = ordered(cache, 1)[0]
         assert calls == [(0, 0), (0, 1)]
         schedule = FlowSchedule(STEPS)
         (again,) = new_caches(network, text, 1, (6, *FRAME), LAST)
@@ -366,7 +366,7 @@ def test_last_step_keeps_what_the_last_evaluation_wrote() -> None:
         x0 = x0_from_flow(x, network(x, at, text.prompt_embeds_BPE, cache=again), schedule.sigmas[0])
         x = add_noise(x0, noise.draw(0, 1, (1, 2, *FRAME)).double(), schedule.sigmas[1])
         network(x, torch.full((1, 2), schedule.timesteps[1]), text.prompt_embeds_BPE, cache=again)
-        torch.testing.assert_close(kept, again.ordered(1)[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(kept, ordered(again, 1)[0], rtol=1e-5, atol=1e-5)
         list(chunks)
     assert len(calls) == 3 * len(STEPS.steps)
     assert first.start_frame == 0

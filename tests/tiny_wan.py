@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import WanConfig
 from selfforcing_core.guided import Guided
+from selfforcing_core.kv_cache import KVCache, dequantise
 from selfforcing_core.model import CausalWan
 
 CONFIG = WanConfig(
@@ -38,3 +40,20 @@ def guided(model: Any, text: Conditioning, options: dict[str, Any]) -> Guided:
     """The network as a rollout takes it; what belongs to it is taken out of the rollout's options."""
     names = {"negative", "guidance", "caches"} & options.keys()
     return Guided(model, text, **{name: options.pop(name) for name in names})
+
+
+def ordered(cache: KVCache, layer: int) -> tuple[Tensor, Tensor]:
+    """Copies of one layer's visible keys and values in the order of `KVCache.frames`; 8 bits as float32."""
+    slots = torch.tensor([cache._slot(frame) for frame in cache.frames()], dtype=torch.long)
+    tokens = (slots[:, None] * cache.tokens_per_frame + torch.arange(cache.tokens_per_frame)).flatten()
+    past = cache.past(layer)
+    pairs = ((past.k_BSNK, past.k_scale), (past.v_BSNK, past.v_scale))
+    k, v = (_chosen(stored, scale, tokens.to(stored.device)) for stored, scale in pairs)
+    return k, v
+
+
+def _chosen(stored_BSNK: Tensor, scale: Tensor | None, tokens: Tensor) -> Tensor:
+    chosen = stored_BSNK.index_select(1, tokens)
+    if scale is None:
+        return chosen
+    return dequantise(chosen, scale.index_select(1, tokens), torch.empty(0, device=chosen.device))

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfforcing_core.attention import block_causal_frames, teacher_forcing_frames
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig
 from selfforcing_core.geometry import chunk_lengths
+from selfforcing_core.masks import block_causal_frames, teacher_forcing_frames
 from selfforcing_core.schedule import TIMESTEPS, add_noise, sigma_table, training_weights, x0_from_flow
 from train.args import ClipArgs
 from train.losses import flow_loss, regression_loss
@@ -81,7 +81,7 @@ class Trajectories:
         noisy = states_BSTCHW[rows, index_BT, columns]
         timesteps = torch.tensor(self.timesteps, device=index_BT.device)[index_BT]
         mask = block_causal_frames(_lengths(frames, self.causal), window=self.causal.window)
-        flow = self.network(noisy, timesteps, condition.prompt_embeds_BPE, mask_FF=mask)
+        flow = self.network(noisy, timesteps, condition.prompt_embeds_BPE, mask_TT=mask)
         x0 = x0_from_flow(noisy, flow, self.levels.sigma(timesteps))
         return regression_loss(x0, states_BSTCHW[:, -1], counted_BT, frames_per_clip), x0
 
@@ -115,10 +115,10 @@ class Forcing:
         timesteps = (sigma * TIMESTEPS).float()
         context: dict[str, Any] = {}
         if not self.is_teacher_forcing and len(lengths) > 1:
-            context = {"mask_FF": block_causal_frames(lengths, window=self.causal.window)}
+            context = {"mask_TT": block_causal_frames(lengths, window=self.causal.window)}
         if self.is_teacher_forcing:
             context = {
-                "mask_FF": teacher_forcing_frames(lengths, window=self.causal.window),
+                "mask_TT": teacher_forcing_frames(lengths, window=self.causal.window),
                 "clean_BTCHW": clean_BTCHW,
             }
             if context_index_BT is not None:

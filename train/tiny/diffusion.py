@@ -25,10 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from selfforcing_core.attention import teacher_forcing_frames
 from selfforcing_core.checkpoint import read_checkpoint, save_checkpoint
 from selfforcing_core.cli import Parser
 from selfforcing_core.config import PRESETS, CausalConfig, StepConfig
+from selfforcing_core.masks import teacher_forcing_frames
 from selfforcing_core.model import CausalWan
 from selfforcing_core.schedule import TIMESTEPS, add_noise, shift_sigma
 from train.tiny.data import LATENT_FRAMES, Clips
@@ -57,7 +57,7 @@ def flow_loss(model: CausalWan, form: str, clips: Clips) -> Tensor:
     forced = {}
     if form == "forced":
         mask = teacher_forcing_frames((CAUSAL.chunk,) * levels, window=CAUSAL.window)
-        forced = {"clean_BTCHW": clean, "mask_FF": mask}
+        forced = {"clean_BTCHW": clean, "mask_TT": mask}
     flow = model(noisy, sigma_BT * TIMESTEPS, batch.prompt_embeds_BPE, **forced)
     return (flow - (noise - clean)).square().mean()
 
