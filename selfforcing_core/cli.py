@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .atomic import print_result
-from .catalogue import DOWNLOADS
+from .download import DOWNLOADS
 from .request import GROUPS, MODEL_NAMES, PromptBatch, Request
 from .versions import CORE, refusal
 
@@ -289,7 +289,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _download(options: argparse.Namespace) -> None:
-    from .catalogue import download, listed
+    from .download import download, listed
 
     if options.list:
         for row in listed(with_sizes=options.sizes):

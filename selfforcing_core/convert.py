@@ -23,8 +23,8 @@ from .checkpoint_header import COMFYUI_KEY, HEADER_KEY, file_header
 from .config import CLIP_DIM, BidirectionalConfig, CausalConfig, StepConfig, WanConfig
 from .hub import resolve_model
 from .keymap import DIALECTS, DIFFUSERS, EMA_CONTAINERS, RAW_CONTAINERS, from_wan
+from .latent_space import LATENT_SPACES
 from .scaled import ScaledWeights
-from .taehv_releases import LATENT_SPACES
 
 log = logging.getLogger(__name__)
 SHARD_SIZE = "5GB"  # as huggingface_hub reads it; diffusers would write 10

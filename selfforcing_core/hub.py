@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .catalogue import RELEASES, downloaded
+from .download import RELEASES, downloaded
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -96,7 +96,7 @@ def check_taehv(
     """
     from .checkpoint import read_checkpoint
     from .config import TAEHVConfig
-    from .taehv_releases import WAN_UNSCALED, expect_latent_space
+    from .latent_space import WAN_UNSCALED, expect_latent_space
 
     path = resolve_taehv(name_or_path)
     taehv = read_checkpoint(path)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import logging
-import math
 import warnings
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
-from .geometry import PIXEL_STEP, TEMPORAL_FACTOR, pixel_frames
+from .geometry import TEMPORAL_FACTOR, pixel_frames
 
 log = logging.getLogger(__name__)
 MASK_CHANNELS = TEMPORAL_FACTOR  # one per pixel frame that a latent frame stands for
@@ -115,17 +114,6 @@ def fit_image(image_RHW: Tensor, width: int, height: int) -> Tensor:
         image_RHW = F.interpolate(image_RHW[None], size, mode="bicubic", align_corners=False, antialias=True)[0]
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return image_RHW[:, top : top + height, left : left + width].clamp(0, 1)
-
-
-def size_for_image(image_RHW: Tensor, area: int) -> tuple[int, int]:
-    """Return width and height, multiples of 16, of about `area` pixels with the image's aspect.
-
-    The rule is Wan 2.1's (wan/image2video.py).
-    """
-    _, height, width = image_RHW.shape
-    ideal = math.sqrt(area * width / height), math.sqrt(area * height / width)
-    wide, high = (max(1, int(side // PIXEL_STEP)) * PIXEL_STEP for side in ideal)
-    return wide, high
 
 
 def first_frame_condition(vae: Encoder, image_BRHW: Tensor, num_latent_frames: int) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 from .config import TAEHVConfig, WanConfig
 from .device import Card
 from .geometry import TEMPORAL_FACTOR, pixel_frames, tokens_per_frame
-from .layout import wan_shapes
 from .roofline import Work, image_tokens, pass_work, taehv_flops, wan_vae_flops
+from .shapes import wan_shapes
 
 ALIVE = 6.5  # tensors [tokens, dim] beside a feed-forward's own at the network's peak, counted in a run
 DECODER_ALIVE = 2.5  # tensors of the size of the tiny decoder's last stage at its peak, likewise

@@ -20,7 +20,7 @@ from selfforcing_core.cli import main
 from selfforcing_core.config import CausalConfig, TAEHVConfig, WanConfig
 from selfforcing_core.convert import convert
 from selfforcing_core.keymap import DIALECTS
-from selfforcing_core.layout import taehv_shapes, wan_shapes
+from selfforcing_core.shapes import taehv_shapes, wan_shapes
 
 WAN = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, text_dim=8, freq_dim=16)
 I2V = replace(WAN, in_dim=36, model_type="i2v", num_heads=2)

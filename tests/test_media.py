@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from selfforcing_core.clip import clip_from_tensors, load_clip, transformers_tensors
-from selfforcing_core.image import first_frame_condition, fit_image, read_image, size_for_image
+from selfforcing_core.image import first_frame_condition, fit_image, read_image
 from selfforcing_core.wan_vae import StreamingWanDecoder, WanVAE, load_wan_vae, new_network, original_name
 from tests.golden_media import clip_shapes
 from tests.test_keymap import RECORDED, recorded_shapes
@@ -154,14 +154,6 @@ def test_a_picture_covers_the_frame_without_distortion() -> None:
     assert fitted[:, :, :14].max() < 0.05
     assert fitted[:, :, 18:].min() > 0.95
     assert torch.equal(fit_image(image, 80, 40), image)
-
-
-def test_size_follows_the_picture_and_the_area() -> None:
-    assert size_for_image(torch.zeros(3, 480, 832), 480 * 832) == (832, 480)
-    width, height = size_for_image(torch.zeros(3, 1000, 500), 480 * 832)
-    assert (width % 16, height % 16) == (0, 0)
-    assert abs(height / width - 2) < 0.1
-    assert 0.9 < width * height / (480 * 832) <= 1
 
 
 def test_a_picture_file_is_read_upright_over_white(tmp_path: Path) -> None:

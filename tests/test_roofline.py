@@ -14,7 +14,7 @@ from bench import roofline as bench
 from selfforcing_core import device as device_module
 from selfforcing_core.attention import attention_kernel
 from selfforcing_core.cli import main
-from selfforcing_core.config import PRESETS, TAEHVConfig, WanConfig
+from selfforcing_core.config import NETWORK_SIZES, TAEHVConfig, WanConfig
 from selfforcing_core.device import CARDS, Card
 from selfforcing_core.kv_cache import KVCache
 from selfforcing_core.meter import Meter, Recipe
@@ -156,7 +156,7 @@ def test_the_decoders_memory_is_predicted() -> None:
         network.decode_untrimmed(torch.zeros(1, 3, 16, 8, 8))
     told = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     seen = told["Total"] - sum(parameter.nbytes for parameter in network.parameters())
-    recipe = Recipe(PRESETS["tiny"], (3,), 8, 8, activation_bytes=4)
+    recipe = Recipe(NETWORK_SIZES["tiny"], (3,), 8, 8, activation_bytes=4)
     assert recipe.peak_bytes()["working"] == pytest.approx(seen, rel=0.1)
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from selfforcing_core.checkpoint import inspect_checkpoint, read_checkpoint
 from selfforcing_core.config import WanConfig
 from selfforcing_core.convert import convert
-from selfforcing_core.layout import wan_shapes
 from selfforcing_core.load import load_model
+from selfforcing_core.shapes import wan_shapes
 from selfforcing_core.tensor_files import read_tensors
 
 WAN = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, text_dim=8, freq_dim=16)

@@ -28,7 +28,7 @@ from torch import Tensor
 from selfforcing_core import generate
 from selfforcing_core import text as text_module
 from selfforcing_core.cli import main
-from selfforcing_core.embeddings import EmbeddingFolder
+from selfforcing_core.embedding_folder import EmbeddingFolder
 from selfforcing_core.load import load_text_encoder
 from selfforcing_core.text import TextEncoder, clean_prompt, encoder_bytes
 from selfforcing_core.umt5_layout import (

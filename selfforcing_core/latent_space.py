@@ -46,7 +46,7 @@ BY_GIT_NAME = {
 LATENT_SPACES = (*dict.fromkeys(name for names in BY_SHAPE.values() for name in names), WAN_UNSCALED)
 
 
-def latent_space(config: TAEHVConfig, path: Path) -> str | None:
+def identify_latent_space(config: TAEHVConfig, path: Path) -> str | None:
     """Return the latent space of the file at `path`, None where neither shapes nor fingerprint nor name decide."""
     candidates = BY_SHAPE.get((config.latent_channels, config.patch_size), ())
     if len(candidates) == 1:

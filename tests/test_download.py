@@ -9,8 +9,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from selfforcing_core.catalogue import RELEASES, download, file_sizes, find_release, listed
 from selfforcing_core.cli import main
+from selfforcing_core.download import RELEASES, download, file_sizes, find_release, listed
 
 REPO = {"a.safetensors": 5, "checkpoints/self_forcing_dmd.pt": 7, "taew2_1.safetensors": 3}
 

@@ -13,7 +13,6 @@ from typing import Any
 
 APACHE = "Apache-2.0"
 DOWNLOADS = Path("models")  # where `download` puts what it fetches, unless told otherwise
-NON_COMMERCIAL = "CC BY-NC-SA 4.0"
 UNSTATED = "see the source's page"
 
 
