@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 
 from selfforcing_core.cli import main
-from selfforcing_core.download import RELEASES, download, file_sizes, find_release, listed
+from selfforcing_core.download import RELEASES, download, file_sizes, find_release, list_releases
 
 REPO = {"a.safetensors": 5, "checkpoints/self_forcing_dmd.pt": 7, "taew2_1.safetensors": 3}
 
@@ -46,7 +46,7 @@ def test_a_release_comes_into_its_folder(hub: list[str], tmp_path: Path, capsys:
 
 def test_sizes_are_those_of_the_hub(hub: list[str]) -> None:
     assert file_sizes(find_release("taehv")) == {"taew2_1.safetensors": 3}
-    sizes = {row["name"]: row["bytes"] for row in listed(with_sizes=True)}
+    sizes = {row["name"]: row["bytes"] for row in list_releases(with_sizes=True)}
     assert sizes["taehv"] == 3
     assert sizes["clip"] is None
     assert not hub, "asking for sizes fetches nothing"

@@ -230,7 +230,7 @@ def test_a_prompt_too_long_is_cut_and_the_log_says_what_was_lost(
     with caplog.at_level(logging.WARNING, "selfforcing_core.text"):
         rows = encoder.encode([long, "a red square"])
     assert [record.getMessage() for record in caplog.records] == [
-        "prompt of 18 tokens cut to 16; not seen by the model: 'blue circle'"
+        "prompt of 18 tokens cut to 16; the model does not see: 'blue circle'"
     ]
     torch.testing.assert_close(rows[:1], encoder.encode([" ".join(["red"] * 15)]), atol=1e-5, rtol=1e-5)
 
