@@ -179,7 +179,9 @@ def test_any_prompt_is_cleaned_as_in_the_reference(prompt: str) -> None:
 
 
 def test_curly_and_straight_quotes_are_one_prompt(encoder: TextEncoder) -> None:
-    curly, straight = encoder.encode(["the \u201cred\u201d one\u2019s", 'the "red" one\'s'])
+    # One by one: rows of one batch may differ in their last bits, by the threads that computed them.
+    curly = encoder.encode(["the \u201cred\u201d one\u2019s"])
+    straight = encoder.encode(['the "red" one\'s'])
     assert torch.equal(curly, straight)
 
 
