@@ -57,11 +57,11 @@ def test_listing_names_licence_and_source_without_a_network(
 ) -> None:
     monkeypatch.setattr(huggingface_hub, "HfApi", None)  # would raise when called
     assert main(["download", "--list"]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name, release in RELEASES.items():
-        assert name in told
-        assert release.licence in told
-        assert release.source in told
+        assert name in output
+        assert release.licence in output
+        assert release.source in output
 
 
 def test_what_goes_wrong_is_one_line(

@@ -41,9 +41,13 @@ def test_diffusers_names_are_those_of_its_own_class(preset: str) -> None:
     image = {"image_dim": 1280, "added_kv_proj_dim": config.dim} if config.model_type == "i2v" else {}
     with torch.device("meta"):
         theirs = WanTransformer3DModel(
-            num_attention_heads=config.num_heads, attention_head_dim=config.head_dim, in_channels=config.in_dim,
-            ffn_dim=config.ffn_dim, num_layers=config.num_layers, **image,
-        )  # fmt: skip
+            num_attention_heads=config.num_heads,
+            attention_head_dim=config.head_dim,
+            in_channels=config.in_dim,
+            ffn_dim=config.ffn_dim,
+            num_layers=config.num_layers,
+            **image,
+        )
     expected = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
     assert {from_wan(name, "diffusers"): shape for name, shape in wan_shapes(config).items()} == expected
 
@@ -118,12 +122,12 @@ RECORDED = json.loads((Path(__file__).parent / "golden" / "checkpoints_layout.js
 def recorded_shapes(network: str) -> dict[str, tuple[int, ...]]:
     """Every parameter of a released network with its shape."""
     recorded = RECORDED[network]
-    found = {name: tuple(shape) for name, shape in recorded["top"].items()}
+    shapes = {name: tuple(shape) for name, shape in recorded["top"].items()}
     for group, repeated in (recorded["repeated"] or {}).items():
         for index in range(repeated["count"]):
-            found |= {f"{group}.{index}.{name}": tuple(shape) for name, shape in repeated["params"].items()}
-    assert len(found) == recorded["num_tensors"]
-    return found
+            shapes |= {f"{group}.{index}.{name}": tuple(shape) for name, shape in repeated["params"].items()}
+    assert len(shapes) == recorded["num_tensors"]
+    return shapes
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -131,10 +135,10 @@ def recorded_shapes(network: str) -> dict[str, tuple[int, ...]]:
 def test_released_networks_are_understood_in_every_dialect(network: str, dialect: str) -> None:
     shapes = recorded_shapes(network)
     file = {from_wan(name, dialect): shape for name, shape in shapes.items()}
-    found = {name: file[key] for name, key in wan_names(file).items()}
-    assert found == shapes
-    config = wan_config(found)
-    assert mismatch(wan_shapes(config), found) is None
+    file_shapes = {name: file[key] for name, key in wan_names(file).items()}
+    assert file_shapes == shapes
+    config = wan_config(file_shapes)
+    assert mismatch(wan_shapes(config), file_shapes) is None
     assert config in NETWORK_SIZES.values()
     recorded = RECORDED[network]["config"]
     assert {key: value for key, value in config.to_dict().items() if key in recorded} == {

@@ -31,8 +31,8 @@ def vae_weights(seed: int = 0) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------- VAE --
 def test_names_of_the_released_vae_are_those_of_diffusers_mapped() -> None:
     network = new_network(RECORDED["wan2.1_vae"]["config"]["dim"], RECORDED["wan2.1_vae"]["config"]["num_res_blocks"])
-    found = {original_name(key, 2): tuple(value.shape) for key, value in network.state_dict().items()}
-    assert found == recorded_shapes("wan2.1_vae")
+    shapes = {original_name(key, 2): tuple(value.shape) for key, value in network.state_dict().items()}
+    assert shapes == recorded_shapes("wan2.1_vae")
 
 
 @pytest.fixture(scope="module")
@@ -198,8 +198,24 @@ def of_mode(mode: str) -> Image.Image:
 
 
 EXACT = ("BMP", "DIB", "GIF", "ICO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")  # lossless
-WRITTEN = {"1": 9, "L": 10, "LA": 6, "P": 8, "PA": 1, "RGB": 10, "RGBA": 9, "RGBX": 1, "CMYK": 1, "YCbCr": 1,
-           "LAB": 1, "I": 2, "F": 2, "I;16": 4, "I;16L": 1, "I;16B": 3}  # fmt: skip
+WRITTEN = {
+    "1": 9,
+    "L": 10,
+    "LA": 6,
+    "P": 8,
+    "PA": 1,
+    "RGB": 10,
+    "RGBA": 9,
+    "RGBX": 1,
+    "CMYK": 1,
+    "YCbCr": 1,
+    "LAB": 1,
+    "I": 2,
+    "F": 2,
+    "I;16": 4,
+    "I;16L": 1,
+    "I;16B": 3,
+}
 IS_NEW_PIL = int(PIL.__version__.split(".")[0]) >= 13  # earlier ones write fewer modes
 
 
