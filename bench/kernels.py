@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_flatten
 from bench.report import now, write
 from bench.rollout import CASES, CAUSAL, STEPS, Case, hardware
 from selfforcing_core.conditioning import Conditioning
-from selfforcing_core.config import PRESETS, WanConfig
+from selfforcing_core.config import NETWORK_SIZES, WanConfig
 from selfforcing_core.geometry import SPATIAL_FACTOR
 from selfforcing_core.guided import Guided
 from selfforcing_core.model import CausalWan
@@ -40,7 +40,7 @@ CHUNKS = {"small": 3, "large": 2}
 ROUNDS = {"small": 41, "large": 5}
 NARROW = WanConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=30, text_len=4, text_dim=8)
 GROUPS = {"addmm": "linears", "mm": "linears", "convolution": "linears", "slow_conv3d_forward": "linears"}
-WAN = PRESETS["t2v-1.3b"]
+WAN = NETWORK_SIZES["t2v-1.3b"]
 ROWS, COLUMNS = (side // SPATIAL_FACTOR // WAN.patch_size[1] for side in (480, 832))  # of tokens
 SECONDS = 0.2  # of repetitions per operator
 

@@ -32,7 +32,7 @@ from bench.report import now, write
 from bench.rollout import hardware
 from selfforcing_core.attention import attend, attend_segments
 from selfforcing_core.conditioning import Conditioning
-from selfforcing_core.config import PRESETS, CausalConfig, StepConfig
+from selfforcing_core.config import NETWORK_SIZES, CausalConfig, StepConfig
 from selfforcing_core.geometry import tokens_per_frame
 from selfforcing_core.guided import Guided
 from selfforcing_core.kv_cache import KVCache, Past, dequantise, quantise
@@ -149,7 +149,7 @@ def measure_rollouts(captions: int, seeds: int, num_frames: int) -> dict[str, An
 @torch.no_grad()
 def measure_layer(repeats: int, layer: tuple[int, int, int, int] = LAYER) -> dict[str, Any]:
     """One layer's attention of the last chunk of a full cache, for each type of cache and of computation."""
-    config = replace(PRESETS["t2v-1.3b"], num_layers=1)
+    config = replace(NETWORK_SIZES["t2v-1.3b"], num_layers=1)
     chunk, num_frames, height, width = layer
     per_frame, rows = tokens_per_frame(height, width), []
     generator = torch.Generator().manual_seed(0)

@@ -26,12 +26,12 @@ from bench.rollout import hardware
 from selfforcing_core.atomic import replacing
 from selfforcing_core.checkpoint import save_checkpoint
 from selfforcing_core.conditioning import Conditioning
-from selfforcing_core.config import PRESETS, CausalConfig, StepConfig
+from selfforcing_core.config import NETWORK_SIZES, CausalConfig, StepConfig
 from selfforcing_core.guided import Guided
-from selfforcing_core.layout import wan_shapes
 from selfforcing_core.load import load_model
 from selfforcing_core.noise import SeededNoise
 from selfforcing_core.rollout import rollout
+from selfforcing_core.shapes import wan_shapes
 
 LATENT_SHAPE = (3, 16, 8, 8)  # one chunk of 64x64 pixels
 CASES = ("bfloat16 as stored", "bfloat16 to float32")
@@ -40,9 +40,9 @@ CASES = ("bfloat16 as stored", "bfloat16 to float32")
 def write_checkpoint(path: Path, preset: str) -> int:
     """Random bfloat16 weights; returns their bytes."""
     generator = torch.Generator().manual_seed(0)
-    shapes = wan_shapes(PRESETS[preset])
+    shapes = wan_shapes(NETWORK_SIZES[preset])
     state = {name: torch.randn(shape, generator=generator).mul_(0.02).bfloat16() for name, shape in shapes.items()}
-    save_checkpoint(path, state, PRESETS[preset], causal=CausalConfig(), steps=StepConfig())
+    save_checkpoint(path, state, NETWORK_SIZES[preset], causal=CausalConfig(), steps=StepConfig())
     return sum(tensor.nbytes for tensor in state.values())
 
 
@@ -122,7 +122,7 @@ def run(preset: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="t2v-1.3b")
+    parser.add_argument("--preset", choices=sorted(NETWORK_SIZES), default="t2v-1.3b")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--out", type=Path, help="file to write")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)

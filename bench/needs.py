@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bench.report import now, write
-from selfforcing_core.config import PRESETS
+from selfforcing_core.config import NETWORK_SIZES
 from selfforcing_core.device import CARDS
 from selfforcing_core.geometry import VideoGeometry
 from selfforcing_core.meter import Recipe
@@ -41,7 +41,7 @@ def needs(model: str, width: int, height: int, frames: int, window: int, weight_
     """Return bytes by what holds them and, for each card, frames per second that no run can exceed."""
     size = VideoGeometry(width, height, frames, chunk=3)
     recipe = Recipe(
-        PRESETS[model],
+        NETWORK_SIZES[model],
         size.chunk_lengths,
         size.latent_height,
         size.latent_width,

@@ -18,7 +18,7 @@ import torch
 
 from bench.report import write
 from bench.rollout import hardware
-from selfforcing_core.config import PRESETS
+from selfforcing_core.config import NETWORK_SIZES
 from selfforcing_core.device import CARDS, Card, measured_card
 from selfforcing_core.geometry import VideoGeometry
 from selfforcing_core.meter import Recipe
@@ -30,7 +30,7 @@ def recipe(args: argparse.Namespace, decoder: str) -> Recipe:
     """Raises ValueError naming the nearest sizes for those that do not fit."""
     size = VideoGeometry(args.width, args.height, args.frames, chunk=args.chunk)
     return Recipe(
-        PRESETS[args.model], size.chunk_lengths, size.latent_height, size.latent_width, steps=args.steps,
+        NETWORK_SIZES[args.model], size.chunk_lengths, size.latent_height, size.latent_width, steps=args.steps,
         window=args.window, decoder=decoder, commit_last=True,
     )  # fmt: skip
 
@@ -83,7 +83,7 @@ def table(told: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--model", choices=sorted(PRESETS), default="t2v-1.3b")
+    parser.add_argument("--model", choices=sorted(NETWORK_SIZES), default="t2v-1.3b")
     parser.add_argument("--width", type=int, default=832, help="pixels (default: %(default)s)")
     parser.add_argument("--height", type=int, default=480, help="pixels (default: %(default)s)")
     parser.add_argument("--frames", type=int, default=81, help="(default: %(default)s)")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..selfforcing_core.checkpoint import Checkpoint
 from ..selfforcing_core.geometry import SPATIAL_FACTOR
+from ..selfforcing_core.latent_space import WAN, WAN_UNSCALED
 from ..selfforcing_core.taehv import TAEHV, StreamingDecoder
-from ..selfforcing_core.taehv_releases import WAN, WAN_UNSCALED
 from . import folders, host
 
 WAN_LATENTS = comfy.latent_formats.Wan21()

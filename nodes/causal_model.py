@@ -18,7 +18,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..selfforcing_core.geometry import pixel_frames
-from ..selfforcing_core.taehv_releases import WAN
+from ..selfforcing_core.latent_space import WAN
 from . import page
 from .autoencoder import marked
 from .causal_pass import CausalPass

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..selfforcing_core.checkpoint import Checkpoint, read_checkpoint
 from ..selfforcing_core.config import CACHE_SOURCES, CausalConfig, StepConfig
 from ..selfforcing_core.hub import resolve_model, resolve_taehv
-from ..selfforcing_core.taehv_releases import LATENT_SPACES, WAN, WAN_UNSCALED, expect_latent_space
+from ..selfforcing_core.latent_space import LATENT_SPACES, WAN, WAN_UNSCALED, expect_latent_space
 from . import folders, host, page
 from .autoencoder import TAEHVAutoencoder
 from .causal_model import with_settings

@@ -1,7 +1,8 @@
 """Files and folders that appear whole or not at all, and the one place where a writer's error becomes a sentence.
 
-They are written under a temporary name beside their place, brought to the disk, and then renamed. Whatever a library
-raises when the disk is full, or the place cannot be written, leaves this file as `NotWritten`.
+They are written under a temporary name in the same folder, flushed to the disk, and then renamed: within a file system
+a rename happens at once. Whatever a library raises when the disk is full, or a path cannot be written, leaves this file
+as `NotWritten`.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PART = ".part"  # ending of temporary names
+# .NAME.PLACE-PROCESS.part: the machine and the process that write it, so that others know whether it is left behind.
 TEMPORARY = re.compile(r"\..+\.(?P<place>[0-9a-f]{8})-(?P<process>[0-9]+)\.part")
-STALE = 24 * 3600  # seconds after which the temporary file of a process that cannot be asked for counts as left behind
+STALE = 24 * 3600  # seconds after which a temporary file counts as left behind, where its process cannot be looked for
 LONGEST = 160  # bytes of a name that its temporary name repeats; file systems take 255
 PROBE = bytes(1 << 16)  # more than one block, so that a full disk shows
 
-# Libraries whose errors while they write are no OSError, by the beginning of their modules' names, and what torch says.
+# Libraries whose errors of writing are no OSError, by the beginning of their modules' names. torch raises RuntimeError,
+# which other mistakes are too: parts of the sentences that its writer of files says.
 WRITERS = ("safetensors", "av.", "lmdb.")
 TORCH_SAYS = ("inline_container", "pytorchstreamwriter", "iostream error", "parent directory")
 SPACE = "free some space, or write to another disk"
@@ -39,16 +42,16 @@ REMEDIES = {
 
 
 class NotWritten(ValueError):
-    """What a disk refused, in one line that names the file and the cause; what was there before is still there."""
+    """A write that the disk refused, in one line that names file and cause. What was there before is still there."""
 
 
 # ------------------------------------------------------------------- errors --
 @contextmanager
 def writing(path: str | Path, temporary: Path | None = None) -> Iterator[None]:
-    """Turn what goes wrong while `path` is written into NotWritten; other errors pass.
+    """Turn errors of writing `path` into NotWritten; other errors pass.
 
-    temporary: the name that the writers know, if it is another. An OSError that names another file passes as well:
-    somebody reads inside the block.
+    temporary: the name that the writers know, if it is another. An OSError that names another file passes too: it is
+    of something that the block reads.
     """
     try:
         yield
@@ -60,11 +63,11 @@ def writing(path: str | Path, temporary: Path | None = None) -> Iterator[None]:
 
 
 def print_result(text: str) -> None:
-    """Print what a command gives, and see it arrive. Raises NotWritten where the standard output takes no more."""
+    """Print a command's answer, and flush it. Raises NotWritten where the standard output takes no more."""
     try:
         print(text, flush=True)
     except OSError as error:
-        with suppress(OSError, ValueError):  # else Python says it again when it ends
+        with suppress(OSError, ValueError):  # else Python flushes at its end and reports the error once more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise not_written("the standard output", error) from error
 
@@ -77,7 +80,7 @@ def not_written(path: str | Path, cause: OSError) -> NotWritten:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, where they are missing. Raises NotWritten."""
+    """Make a folder and those above it, where they are missing. Raises NotWritten where that fails."""
     with writing(path), _unnamed():
         path.mkdir(parents=True, exist_ok=True)
 
@@ -86,16 +89,17 @@ def _cause(error: BaseException, path: Path, temporary: Path | None) -> OSError 
     """Return what the disk said, if this is an error of a writer of `path`; None for any other error."""
     if isinstance(error, OSError):
         names = [os.fspath(name) for name in (error.filename, error.filename2) if isinstance(name, (str, os.PathLike))]
-        is_ours = not names or any(_is_at(name, temporary or path) for name in names)
-        return error if is_ours else None
+        names_path = not names or any(_is_at(name, temporary or path) for name in names)
+        return error if names_path else None
     words = " ".join(str(error).split())[:200] or type(error).__name__
-    is_torchs = isinstance(error, RuntimeError) and any(mark in words.lower() for mark in TORCH_SAYS)
-    if is_torchs or f"{type(error).__module__}.".startswith(WRITERS):  # they may keep the cause for themselves
-        codes = [code for code in REMEDIES if os.strerror(code) in words]
-        if codes:
-            return OSError(codes[0], os.strerror(codes[0]))
-        return _probe_error(path, temporary) or OSError(words)
-    return None
+    is_of_torch = isinstance(error, RuntimeError) and any(part in words.lower() for part in TORCH_SAYS)
+    if not is_of_torch and not f"{type(error).__module__}.".startswith(WRITERS):
+        return None
+    code = next((code for code in REMEDIES if os.strerror(code) in words), None)
+    if code is not None:
+        return OSError(code, os.strerror(code))
+    # The library keeps the cause for itself: the disk is asked again.
+    return _probe_error(path, temporary) or OSError(words)
 
 
 def _is_at(name: str, place: Path) -> bool:
@@ -103,7 +107,10 @@ def _is_at(name: str, place: Path) -> bool:
 
 
 def _probe_error(path: Path, temporary: Path | None) -> OSError | None:
-    """Return what the disk says to some more bytes, at the end of what is given up if it is a file, else beside it."""
+    """Return the error of writing some more bytes, None without one.
+
+    They go to the end of the temporary file, which is given up anyway, or into a file of their own.
+    """
     probe = temporary_name((temporary or path.parent) / "probe")
     if temporary is not None and not temporary.is_dir():
         probe = temporary
@@ -111,7 +118,7 @@ def _probe_error(path: Path, temporary: Path | None) -> OSError | None:
         with probe.open("ab") as file:
             file.write(PROBE)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # network disks take anything until then
     except OSError as error:
         return error
     finally:
@@ -122,7 +129,7 @@ def _probe_error(path: Path, temporary: Path | None) -> OSError | None:
 
 @contextmanager
 def _unnamed() -> Iterator[None]:
-    """Let an OSError forget its file: it may name a folder above the one that is spoken of."""
+    """Remove the file name from an OSError: it may be that of a folder above, which `writing` would let pass."""
     try:
         yield
     except OSError as error:
@@ -130,10 +137,10 @@ def _unnamed() -> Iterator[None]:
 
 
 class GrowingFile:
-    """A new file that is written where it is to be, for a library that may forget what went wrong.
+    """A new file written under its own name, for a library that may forget an error.
 
     FFmpeg's muxers do, where they flush or end a file in fragments. The first error is kept: nothing is written after
-    it, and closing cuts the file to what it was at the last `check`. A file that never got there is removed.
+    it, and closing cuts the file to its length at the last `check`. A file that was never checked is removed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -141,7 +148,7 @@ class GrowingFile:
         self.error: OSError | None = None
         self.checked = 0  # bytes at the last check
         with writing(path):
-            self._file = path.open("xb", buffering=0)
+            self._file = path.open("xb", buffering=0)  # x: never over another file; each write reaches the system
 
     def write(self, data: bytes) -> int:
         """Write all of the data and return its length. Raises the first OSError at this call and all that follow."""
@@ -156,7 +163,7 @@ class GrowingFile:
         return len(data)
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Move as files do: muxers go back to fill in what they did not know at the beginning."""
+        """Move to a place in the file. Muxers go back to fill in lengths that they did not know at the beginning."""
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
@@ -164,13 +171,13 @@ class GrowingFile:
         return self._file.tell()
 
     def check(self) -> None:
-        """Raise NotWritten if anything was not written; else what is there will stay."""
+        """Raise NotWritten if anything was not written; else all that was written so far will stay."""
         if self.error is not None:
             raise not_written(self.path, self.error) from self.error
         self.checked = os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
-        """Bring everything to the disk. Raises NotWritten for what did not get there."""
+        """Flush everything to the disk and close. Raises NotWritten where something did not get there."""
         if self._file.closed:
             return
         try:
@@ -191,18 +198,18 @@ def replacing(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     """Yield an empty temporary file beside `path`; it becomes `path` when the block ends, and vanishes if it fails.
 
     Its bytes are on the disk before it gets its name: after a crash there is the old file or the whole new one, and a
-    network disk says what it could not keep. Raises NotWritten when `path` cannot be written, before the block runs
-    where that can be known, and ValueError when it is no file to write or exists and `overwrite` is off.
+    network disk reports what it could not keep. Raises NotWritten when `path` cannot be written, before the block runs
+    where that can be known, and ValueError when it is a folder or a device, or exists and `overwrite` is off.
     """
     path = Path(path)
     temporary = _claim(path, overwrite)
     try:
         with writing(path, temporary):
-            mode = temporary.stat().st_mode  # what the umask asks for; some writers put a private file in its place
+            mode = temporary.stat().st_mode  # by the user's umask; some writers put a private file in its place
             yield temporary
             _bring_to_disk(temporary)
             os.chmod(temporary, mode)
-            _check_place(path, overwrite)  # what came there meanwhile
+            _check_place(path, overwrite)  # hours may have passed since the first look
             os.replace(temporary, path)
     finally:
         with suppress(OSError):
@@ -220,7 +227,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     with writing(path), _unnamed():
         check_new_folder(path)
         sweep(path.parent)
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # of an earlier attempt of this process
         temporary.mkdir()
     try:
         with writing(path, temporary):
@@ -235,12 +242,12 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(path: str | Path, *, overwrite: bool) -> None:
-    """Raise the error that `replacing` would raise for `path` before its block; nothing is left behind."""
+    """Raise the errors that `replacing` raises for `path` before its block; leave nothing behind."""
     _claim(Path(path), overwrite).unlink()
 
 
 def check_new_folder(path: Path) -> None:
-    """Raise ValueError when a folder exists, NotWritten when it cannot be made here."""
+    """Raise ValueError when `path` exists, NotWritten when no folder can be made there."""
     with writing(path), _unnamed():
         if _mode(path) is not None:
             raise ValueError(f"{path}: exists already; a folder is never overwritten, name a new one")
@@ -249,7 +256,7 @@ def check_new_folder(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return the name beside `path` under which this process writes it; short enough wherever the name itself is."""
+    """Return the name beside `path` under which this process writes it; no longer than file systems take."""
     name = path.name
     if len(os.fsencode(name)) > LONGEST:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
@@ -257,7 +264,7 @@ def temporary_name(path: Path) -> Path:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what processes that were killed left half-written in a folder; looked at once per process and folder."""
+    """Remove what killed processes left half-written in a folder; do so once per process and folder."""
     _swept(folder.absolute())
 
 
@@ -266,7 +273,7 @@ def _claim(path: Path, overwrite: bool) -> Path:
     with writing(path), _unnamed():
         _check_place(path, overwrite)
         sweep(path.parent)
-        temporary.touch()  # says now what would else be said after hours of work
+        temporary.touch()  # fails now and not after hours of work
     return temporary
 
 
@@ -283,10 +290,7 @@ def _check_place(path: Path, overwrite: bool) -> None:
 
 
 def _mode(path: Path) -> int | None:
-    """Return the mode of what is at a path, None for nothing.
-
-    Of a link it is that of what it leads to, or the link's own where that is nothing.
-    """
+    """Return the mode of what is at a path, None for nothing; of a link that of its target, else its own."""
     try:
         return os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -304,13 +308,14 @@ def _sync(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # a file system that has no such thing
+        # Some file systems, mounted from elsewhere, have no such call.
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise
 
 
 # ------------------------------------------------------------ left behind ----
 def _place() -> str:
-    """Return a name of where process numbers mean the same: one machine, and one container of it."""
+    """Return a name of the machine, and of the container on it: only within one do process numbers mean the same."""
     try:
         space = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -331,6 +336,7 @@ def _swept(folder: Path) -> None:
 
 def _is_left_behind(path: Path, place: str, process: int) -> bool:
     """Return whether the process that wrote a temporary file is gone, or is elsewhere and has not written for a day."""
+    # Windows has no signal 0: os.kill would end the process.
     if place == _place() and os.name == "posix":
         return not _is_alive(process)
     return time.time() - path.stat().st_mtime > STALE

@@ -36,9 +36,9 @@ from .checkpoint_header import (
 )
 from .config import BidirectionalConfig, CausalConfig, StepConfig, TAEHVConfig, WanConfig
 from .keymap import describe_dialect, from_wan, is_stray, wan_names
-from .layout import Shape, mismatch, taehv_config, taehv_shapes, wan_config, wan_shapes
+from .latent_space import WAN, identify_latent_space
 from .scaled import QUANTIZATION_ENTRY, ScaledWeights, split_scales, stored_tensors
-from .taehv_releases import WAN, latent_space
+from .shapes import Shape, mismatch, taehv_config, taehv_shapes, wan_config, wan_shapes
 from .tensor_files import open_contents
 from .variants import not_supported, variant_among
 from .weight_sets import FileContents
@@ -237,7 +237,7 @@ def _latent_space(header_value: Any, config: WanConfig | TAEHVConfig, path: Path
     if header_value is not None:
         return str(header_value)
     if isinstance(config, TAEHVConfig):
-        return latent_space(config, path) if path.is_file() else None
+        return identify_latent_space(config, path) if path.is_file() else None
     # Wan 2.1 is the one released family with this text encoder and so many channels.
     return WAN if (config.text_dim, config.out_dim) == (UMT5_XXL_DIM, WAN_LATENT_CHANNELS) else None
 

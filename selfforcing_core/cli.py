@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .atomic import print_result
-from .catalogue import DOWNLOADS
+from .download import DOWNLOADS
 from .request import GROUPS, MODEL_NAMES, PromptBatch, Request
 from .versions import CORE, refusal
 
@@ -289,12 +289,12 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _download(options: argparse.Namespace) -> None:
-    from .catalogue import download, listed
+    from .download import download, list_releases
 
     if options.list:
-        for row in listed(with_sizes=options.sizes):
+        for row in list_releases(with_sizes=options.sizes):
             size = f"  {row['bytes'] / 1e9:.2f} GB" if row.get("bytes") else ""
-            print_result(f"{row['name']:26}{row['what']}{size}\n{'':26}{row['licence']}, {row['source']}")
+            print_result(f"{row['name']:26}{row['title']}{size}\n{'':26}{row['licence']}, {row['source']}")
         return
     if not options.name:
         raise ValueError("name what to fetch; --list shows what there is")

@@ -1,4 +1,4 @@
-"""The image encoder of Wan's image-to-video models: CLIP ViT-H/14 through transformers, the original names mapped.
+"""The image encoder of Wan's image-to-video models: CLIP ViT-H/14 through transformers, from files of either's names.
 
 Letters: B batch, R RGB, H W height and width, I image tokens, Y image-feature width.
 """
@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 # Of the pixels CLIP was trained on (github.com/openai/CLIP), after scaling to [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-HEAD_DIM = 80  # of ViT-H/14; a file that differs must say its heads
+HEAD_DIM = 80  # of ViT-H/14, width 1280 in 16 heads; a file that differs must say its heads
 ORIGINAL_PREFIX = "visual."  # in the whole open-clip file, beside the text tower
-FIRST = ("cls_embedding", "embeddings.class_embedding")  # original names, those of transformers
-OURS_PREFIX = "vision_model."  # what older versions of transformers put before every name
+FIRST = ("cls_embedding", "embeddings.class_embedding")  # one is in every encoder: the original name, transformers'
+TRANSFORMERS_PREFIX = "vision_model."  # before every name in older versions of transformers
 
-# Modules by their original name and by that of transformers, outside of the layers and in them.
+# Original names (github.com/Wan-Video/Wan2.1, wan/modules/clip.py) and those of transformers, outside of layers and in
+# them. "pre_layrnorm" is spelled so there.
 _TOP = {
     "cls_embedding": "embeddings.class_embedding",
     "pos_embedding": "embeddings.position_embedding.weight",
@@ -54,10 +55,11 @@ class ClipVision:
 
     @torch.no_grad()
     def encode(self, image_BRHW: Tensor) -> Tensor:
-        """Return the hidden states [B, I, Y] before the last layer, of images in [0, 1] (I is 257, Y 1280)."""
-        first = next(self.model.parameters())
-        pixels = preprocess(image_BRHW.to(first.device, torch.float32), int(self.model.config.to_dict()["image_size"]))
-        states = self.model(pixel_values=pixels.to(first.dtype), output_hidden_states=True).hidden_states
+        """Return the features [B, I, Y] that the last layer but one makes of images in [0, 1] (I is 257, Y 1280)."""
+        weight = next(self.model.parameters())
+        # Resized in float32, and only then rounded to what the network computes in.
+        pixels = preprocess(image_BRHW.to(weight.device, torch.float32), int(self.model.config.to_dict()["image_size"]))
+        states = self.model(pixel_values=pixels.to(weight.dtype), output_hidden_states=True).hidden_states
         assert states is not None
         return states[-2]  # Wan reads what open_clip gives with use_31_block (wan/modules/clip.py)
 
@@ -68,19 +70,19 @@ class ClipVision:
 
 
 def preprocess(image_BRHW: Tensor, size: int) -> Tensor:
-    """Return images in [0, 1] squeezed to size x size (the aspect is lost, as in the reference) and normalised."""
+    """Return images in [0, 1] squeezed to size x size, normalised. The aspect is lost, as in the reference."""
     # The reference hands over images in [-1, 1]; the way there and back keeps the rounding of its interpolation.
-    small = F.interpolate(image_BRHW * 2 - 1, (size, size), mode="bicubic", align_corners=False) * 0.5 + 0.5
-    mean, deviation = (torch.tensor(values).to(small).view(1, 3, 1, 1) for values in (MEAN, DEVIATION))
-    return (small - mean) / deviation
+    resized = F.interpolate(image_BRHW * 2 - 1, (size, size), mode="bicubic", align_corners=False) * 0.5 + 0.5
+    mean, deviation = (torch.tensor(values).to(resized).view(1, 3, 1, 1) for values in (MEAN, DEVIATION))
+    return (resized - mean) / deviation
 
 
 def load_clip(
     path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
 ) -> ClipVision:
-    """Return the image encoder of a file: original names (the whole open-clip file too) or those of transformers.
+    """Return the image encoder of a file, under original names (the whole open-clip file too) or transformers'.
 
-    Raises ValueError, one line, for whatever is no such encoder.
+    Raises ValueError, one line that names the file, for any other file.
     """
     try:
         tensors = transformers_tensors(below_prefix(read_tensors(path), FIRST, path, is_quiet=True))
@@ -91,13 +93,16 @@ def load_clip(
 
 
 def transformers_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the vision tower under transformers' names without their prefix, from original or transformers names."""
-    vision = {k.removeprefix(ORIGINAL_PREFIX): v for k, v in tensors.items() if k.startswith(ORIGINAL_PREFIX)}
-    tensors = vision or tensors
-    if "cls_embedding" not in tensors:
+    """Return the vision tower's weights under transformers' names without prefix, from either's names."""
+    vision_tower = {
+        key.removeprefix(ORIGINAL_PREFIX): tensor for key, tensor in tensors.items() if key.startswith(ORIGINAL_PREFIX)
+    }
+    tensors = vision_tower or tensors
+    if FIRST[0] not in tensors:
         parts = ("embeddings.", "pre_layrnorm.", "encoder.layers.", "post_layernorm.")
-        named = {key.removeprefix(OURS_PREFIX): value for key, value in tensors.items()}
-        return {key: value for key, value in named.items() if key.startswith(parts) and "position_ids" not in key}
+        unprefixed = {key.removeprefix(TRANSFORMERS_PREFIX): tensor for key, tensor in tensors.items()}
+        # Older versions save position numbers, which are no weights.
+        return {key: value for key, value in unprefixed.items() if key.startswith(parts) and "position_ids" not in key}
     renamed: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         renamed |= _renamed(key, tensor)
@@ -105,8 +110,9 @@ def transformers_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _renamed(key: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Return one original parameter as transformers has it; the merged projections become three."""
+    """Return an original parameter as transformers has it: merged projections become three, unknown ones nothing."""
     if key in _TOP:
+        # The originals have axes of size 1 to add them to a batch; transformers' are a vector and a table.
         flat = {"cls_embedding": tensor.flatten(), "pos_embedding": tensor.reshape(-1, tensor.shape[-1])}
         return {_TOP[key]: flat.get(key, tensor)}
     layer = re.match(r"transformer\.(\d+)\.(.+)\.(weight|bias)$", key)
@@ -126,7 +132,7 @@ def clip_from_tensors(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> CLIPVisionModel:
-    """Return the network with these weights (names of transformers without prefix).
+    """Return the network with these weights, under transformers' names without prefix.
 
     num_heads defaults to width / 80. Raises ValueError where weights are missing or have other shapes.
     """
@@ -146,19 +152,19 @@ def clip_from_tensors(
         num_attention_heads=num_heads or patches.shape[0] // HEAD_DIM,
         patch_size=patches.shape[-1],
         image_size=side * patches.shape[-1],
-        hidden_act="gelu",  # open_clip's; OpenAI's own models have an approximation of it
+        hidden_act="gelu",  # open_clip's; OpenAI's own models have x * sigmoid(1.702 x) in its place
     )
-    with torch.device("meta"):
+    with torch.device("meta"):  # no initial values that the file replaces
         model = CLIPVisionModel(config)
     expected: dict[str, Any] = model.state_dict()
-    prefix = OURS_PREFIX if any(key.startswith(OURS_PREFIX) for key in expected) else ""
+    prefix = TRANSFORMERS_PREFIX if any(key.startswith(TRANSFORMERS_PREFIX) for key in expected) else ""
     for key, value in expected.items():
         name = key.removeprefix(prefix)
         if name not in tensors or tensors[name].shape != value.shape:
             raise ValueError(f"is not a complete CLIP image encoder: {name} is missing or has another shape")
     weights = {key: tensors[key.removeprefix(prefix)].to(device=device, dtype=dtype) for key in expected}
     model.load_state_dict(weights, assign=True, strict=False)
-    # Position numbers are no weights and are not in the file.
+    # Position numbers are a buffer that no file needs to hold; the one of the meta device has no values.
     count = places.shape[0]
     embeddings = getattr(model, "vision_model", model).embeddings
     embeddings.register_buffer("position_ids", torch.arange(count, device=device).expand(1, -1), persistent=False)

@@ -1,4 +1,4 @@
-"""Every knob that describes a network or a sampler, as frozen dataclasses. Presets are data.
+"""Every knob that describes a network or a sampler, as frozen dataclasses. Sizes of released networks are data.
 
 Nothing here knows torch, files or devices. A config travels as JSON in the header of our safetensors files.
 """
@@ -170,7 +170,7 @@ class TAEHVConfig(_JsonConfig):
 
 
 # Wan 2.1's own (wan/configs/wan_t2v_1_3B.py and its neighbours), and the small network that this project trains.
-PRESETS: dict[str, WanConfig] = {
+NETWORK_SIZES: dict[str, WanConfig] = {
     "t2v-1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "t2v-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
     "i2v-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=36, model_type="i2v"),

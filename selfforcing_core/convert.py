@@ -1,6 +1,6 @@
-"""Any supported checkpoint to any other: names, number type, trained or averaged weights, a file or a folder of shards.
+"""Any supported checkpoint to any other: names, number type, raw or averaged weights, a file or a folder of shards.
 
-What is written says what it is: our header, and for ComfyUI `config.transformer.causal_ar`, by which its own causal
+The result says what it is: in our header, and for ComfyUI in `config.transformer.causal_ar`, by which its own causal
 nodes recognise a model that generates chunk by chunk.
 """
 
@@ -23,13 +23,15 @@ from .checkpoint_header import COMFYUI_KEY, HEADER_KEY, file_header
 from .config import CLIP_DIM, BidirectionalConfig, CausalConfig, StepConfig, WanConfig
 from .hub import resolve_model
 from .keymap import DIALECTS, DIFFUSERS, EMA_CONTAINERS, RAW_CONTAINERS, from_wan
+from .latent_space import LATENT_SPACES
 from .scaled import ScaledWeights
-from .taehv_releases import LATENT_SPACES
 
 log = logging.getLogger(__name__)
 SHARD_SIZE = "5GB"  # as huggingface_hub reads it; diffusers would write 10
+# The name by which diffusers looks for weights; of several shards each has its number in it.
 SHARD_NAME = "diffusion_pytorch_model{suffix}.safetensors"
-# The dialect each kind of output has unless another is asked for; a folder is what diffusers and its users expect.
+# The dialect of each kind of output unless another is asked for: Self Forcing's own scripts load its torch files,
+# diffusers a folder.
 USUAL_DIALECT = {"safetensors": "wan", "torch": "self-forcing", "folder": DIFFUSERS}
 
 
@@ -48,16 +50,16 @@ def convert(
 
     source: a bundle's name, that of a download, or a path. out: *.safetensors, *.pt or *.pth (Self Forcing's
     container), or a new folder of shards with index and config.json.
-    dialect: names to write, one of keymap.DIALECTS. dtype: "float32", "bfloat16" or "float16". weights: "raw", "ema" or
-    "auto". causal: whether the network generates chunk by chunk; None: what the file says, and where it does not, yes
-    for Self Forcing's own files and no for others. latent_space: what a TAEHV decodes.
+    dialect: names to write, one of keymap.DIALECTS. dtype: "float32", "bfloat16" or "float16"; None keeps that of the
+    file. weights: "raw", "ema" or "auto". causal: whether the network generates chunk by chunk; None: what the file
+    says, and where it does not, yes for Self Forcing's own files and no for others. latent_space: what a TAEHV decodes.
     Raises ValueError, with nothing written, for whatever does not fit.
     """
     out = Path(out)
     kind = _kind_of(out)
     dialect = dialect or USUAL_DIALECT[kind]
     _check_choices(dialect, dtype, latent_space)
-    _check_place(out, kind, overwrite)
+    _check_place(out, kind, overwrite)  # before gigabytes are read
     checkpoint = read_checkpoint(resolve_model(source), weights=weights)
     if isinstance(checkpoint.config, WanConfig):
         checkpoint = _with_settings(checkpoint, causal)
@@ -67,6 +69,7 @@ def convert(
         checkpoint = replace(checkpoint, latent_space=latent_space)
     checkpoint.say_notes()
     if isinstance(checkpoint.state_dict, ScaledWeights):
+        # Their products are float32, wider than what was trained; the file says how wide it means them to be.
         dtype = dtype or checkpoint.dtype
     if dtype is not None:
         _cast(checkpoint.state_dict, DTYPES[dtype])
@@ -86,9 +89,9 @@ def _kind_of(out: Path) -> str:
 
 def _check_choices(dialect: str, dtype: str | None, latent_space: str | None) -> None:
     choices = ((dialect, DIALECTS, "dialect"), (dtype, DTYPES, "dtype"), (latent_space, LATENT_SPACES, "latent space"))
-    for choice, known, what in choices:
-        if choice is not None and choice not in known:
-            raise ValueError(f"{what} {choice!r} is unknown; use one of {', '.join(known)}")
+    for choice, allowed, setting in choices:
+        if choice is not None and choice not in allowed:
+            raise ValueError(f"{setting} {choice!r} is unknown; use one of {', '.join(allowed)}")
 
 
 def _check_place(out: Path, kind: str, overwrite: bool) -> None:
@@ -99,21 +102,23 @@ def _check_place(out: Path, kind: str, overwrite: bool) -> None:
 
 
 def _with_settings(checkpoint: Checkpoint, causal: bool | None) -> Checkpoint:
-    """Return the checkpoint with its way of being run settled."""
+    """Return the checkpoint with settings for generating chunk by chunk (`causal`) or all frames at once.
+
+    None keeps those it has, and takes files of Self Forcing's trainer for causal.
+    """
     if causal is None:
-        # Files of Self Forcing's trainer have no header, and it makes causal networks.
+        # Its trainer writes no header, and saves causal networks only.
         is_self_forcing = checkpoint.dialect.startswith("self-forcing") and checkpoint.bidirectional is None
         if checkpoint.causal is None and not is_self_forcing:
             return checkpoint
     elif not causal:
-        whole = checkpoint.bidirectional or BidirectionalConfig()
-        return replace(checkpoint, causal=None, bidirectional=whole)
-    steps, chunks = checkpoint.steps or StepConfig(), checkpoint.causal or CausalConfig()
+        return replace(checkpoint, causal=None, bidirectional=checkpoint.bidirectional or BidirectionalConfig())
+    chunks, steps = checkpoint.causal or CausalConfig(), checkpoint.steps or StepConfig()
     return replace(checkpoint, causal=chunks, bidirectional=None, steps=steps)
 
 
 def _cast(state_dict: MutableMapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Cast in place and one at a time, so that each original can be given up as soon as its copy is there."""
+    """Cast in place, one tensor at a time: each original is given up before the next copy is made."""
     for name in list(state_dict):
         state_dict[name] = state_dict.pop(name).to(dtype)
 
@@ -137,11 +142,12 @@ def _write_safetensors(checkpoint: Checkpoint, out: Path, dialect: str, overwrit
 
 
 def _write_torch(checkpoint: Checkpoint, out: Path, dialect: str, overwrite: bool) -> None:
-    """Write the container of Self Forcing's trainer; a TAEHV is a flat dictionary."""
+    """Write the container of Self Forcing's trainer; of a TAEHV a flat dictionary, as it is released."""
     settings = (checkpoint.causal or CausalConfig(), checkpoint.steps or StepConfig())
     if (*settings, checkpoint.bidirectional, checkpoint.guidance) != (CausalConfig(), StepConfig(), None, None):
         log.warning("%s: a torch file has no place for chunks, steps and guidance; name them when it is sampled", out)
     contents: dict[str, Any] = dict(checkpoint.state_dict)
+    # Under the key that says which weights these are, so that a reader who asks for the average gets it.
     if checkpoint.kind == "wan":
         container = (EMA_CONTAINERS if checkpoint.weights == "ema" else RAW_CONTAINERS)[0]
         contents = {container: {from_wan(name, dialect): tensor for name, tensor in contents.items()}}
@@ -154,11 +160,13 @@ def _write_folder(checkpoint: Checkpoint, out: Path, dialect: str, overwrite: bo
     from huggingface_hub import split_torch_state_dict_into_shards
 
     assert isinstance(checkpoint.config, WanConfig)
+    # safetensors writes contiguous tensors only.
     tensors = {from_wan(name, dialect): tensor.contiguous() for name, tensor in checkpoint.state_dict.items()}
     shards = split_torch_state_dict_into_shards(tensors, filename_pattern=SHARD_NAME, max_shard_size=SHARD_SIZE)
     header = file_header(checkpoint.config, checkpoint.settings, checkpoint.latent_space)
     with replacing_folder(out) as temporary:
         for name, keys in shards.filename_to_tensors.items():
+            # "format" stands in every file that transformers and diffusers write for torch.
             save_file({key: tensors[key] for key in keys}, temporary / name, {"format": "pt", **header})
         if shards.is_sharded:
             index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
@@ -180,10 +188,11 @@ def _diffusers_config(config: WanConfig) -> dict[str, Any]:
         "freq_dim": config.freq_dim,
         "ffn_dim": config.ffn_dim,
         "num_layers": config.num_layers,
-        "cross_attn_norm": True,  # this and what is a plain value below is the same for every Wan 2.1
+        # Literal values are the same for every Wan 2.1.
+        "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
         "eps": config.eps,
         "image_dim": CLIP_DIM if is_i2v else None,
         "added_kv_proj_dim": config.dim if is_i2v else None,
-        "rope_max_seq_len": 1024,
+        "rope_max_seq_len": 1024,  # positions of the reference's table on each axis
     }

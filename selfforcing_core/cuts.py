@@ -14,15 +14,16 @@ from fractions import Fraction
 import numpy as np
 
 SIDE = 8  # frames are compared as thumbnails of SIDE x SIDE pixels, which fast motion changes least
-# Mean difference of two thumbnails, in [0, 1], and how many times the largest around it that has to be.
+# What the mean difference of two thumbnails, in [0, 1], has to be at a cut: this much, and so many times the largest
+# difference around it.
 LEAST_DIFFERENCE = 0.06
 TIMES_AROUND = 2.0
-AROUND = 4  # differences on each side; animation that holds each drawing for four frames is no row of cuts
-AROUND_SECONDS = 0.5  # further away nothing is the same motion
+AROUND = 4  # differences on each side, so that animation that holds each drawing for four frames has no cuts
+AROUND_SECONDS = 0.5  # what is further away is not the same motion; frames of a slideshow have nothing around them
 
 
 class CutDetector:
-    """A reader of thumbnails, one after another, that keeps nothing of them but how much they differ."""
+    """A detector that takes thumbnails one after another, and keeps of them only how much they differ."""
 
     def __init__(self) -> None:
         self.times: list[Fraction] = []
@@ -41,11 +42,13 @@ class CutDetector:
         """Return the times of the first frames behind a cut, in seconds."""
         times = []
         for index, difference in enumerate(self.differences):
+            # A flash is two large differences side by side, neither of which is twice the other.
             if difference >= max(LEAST_DIFFERENCE, TIMES_AROUND * max(self._around(index), default=0.0)):
                 times.append(float(self.times[index]))
         return times
 
     def _around(self, index: int) -> list[float]:
+        """Return the differences near one, without itself."""
         near = range(max(0, index - AROUND), min(len(self.times), index + AROUND + 1))
         return [
             self.differences[other]

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from .attention import MeasuredKernels, attention_kernel
 from .conditioning import Conditioning
 from .device import measured_card
-from .embeddings import EmbeddingFolder
+from .embedding_folder import EmbeddingFolder
 from .float8 import store_in_float8
 from .geometry import TEMPORAL_FACTOR
 from .guided import Guided

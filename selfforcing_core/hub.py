@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .catalogue import RELEASES, downloaded
+from .download import RELEASES, downloaded_path
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -66,7 +66,7 @@ def _resolve(name_or_path: str | Path, part: str) -> Path:
     if str(name_or_path).strip() and os.path.exists(path):  # unlike Path.exists it takes names that no file can have
         return path
     if name_or_path in RELEASES:
-        return downloaded(str(name_or_path))
+        return downloaded_path(str(name_or_path))
     if is_name:
         raise ValueError(f"the bundle {str(name_or_path)!r} has no {part}; {path} is missing")
     raise ValueError(f"{str(name_or_path)!r} is neither a bundle nor a path to something that exists; {_choices()}")
@@ -96,7 +96,7 @@ def check_taehv(
     """
     from .checkpoint import read_checkpoint
     from .config import TAEHVConfig
-    from .taehv_releases import WAN_UNSCALED, expect_latent_space
+    from .latent_space import WAN_UNSCALED, expect_latent_space
 
     path = resolve_taehv(name_or_path)
     taehv = read_checkpoint(path)

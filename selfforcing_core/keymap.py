@@ -1,9 +1,9 @@
-"""Names of Wan parameters in the dialects that checkpoints speak, and back. Pure string rules, no tensors.
+"""Names of Wan's parameters in the dialects of checkpoints, and back. Rules on strings, no tensors.
 
-Inside this project a parameter has its original Wan name ("blocks.0.self_attn.q.weight"). Trainers and hosts wrap the
-network, and each wrapper leaves a prefix or an infix in the name. Self Forcing (github.com/guandeh17/
-Self-Forcing) saves "model.<name>"; its own EMA keeps FSDP's infixes and cannot be loaded back by its own loader.
-diffusers (WanTransformer3DModel) has other names for the same modules.
+Inside this project a parameter has its original Wan name ("blocks.0.self_attn.q.weight"). Trainers and ComfyUI wrap the
+network, and each wrapper leaves a prefix or an infix in the name. Self Forcing (github.com/guandeh17/Self-Forcing)
+saves "model.<name>"; its average keeps FSDP's infixes, which its own loader cannot read back. diffusers
+(WanTransformer3DModel) has other names for the same modules.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 
 # Left behind by torch's FSDP, activation checkpointing, torch.compile and DDP, at any depth of a name.
 WRAPPER_INFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
-# Longest first: "model." alone must not match what "model.diffusion_model." means.
+# Prefixes that mean a dialect, longest first: "model." alone must not match what "model.diffusion_model." means. The
+# last one is empty and matches every name.
 DIALECT_PREFIXES = {
     "comfyui": "model.diffusion_model.",
     "comfyui-diffusion-model": "diffusion_model.",
@@ -35,6 +36,7 @@ DIFFUSERS_TOP = {
     "head.head": "proj_out",
     "head.modulation": "scale_shift_table",
 }
+# Inside a block; diffusers' to_out is a list of a linear layer and a dropout.
 _ATTENTIONS = {"self_attn": "attn1", "cross_attn": "attn2"}
 _PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
 DIFFUSERS_BLOCK = {
@@ -46,16 +48,16 @@ DIFFUSERS_BLOCK = {
     "cross_attn.k_img": "attn2.add_k_proj",
     "cross_attn.v_img": "attn2.add_v_proj",
     "cross_attn.norm_k_img": "attn2.norm_added_k",
-    "norm3": "norm2",  # the only layer norm of a block that has weights
-    "ffn.0": "ffn.net.0.proj",
+    "norm3": "norm2",  # the only layer norm of a block that has weights: modulation scales and shifts the others
+    "ffn.0": "ffn.net.0.proj",  # diffusers keeps the linear layer inside its activation
     "ffn.2": "ffn.net.2",
     "modulation": "scale_shift_table",
 }
-# Beside the network, adversarial training keeps a classifier; generation does not need it.
+# Beside the network, Self Forcing's adversarial training keeps a classifier of the critic's features.
 TRAINING_ONLY_PREFIXES = ("_cls_pred_branch.", "_register_tokens", "_gan_ca_blocks.")
-# Tables that a network computes and some trainers save: Wan's turns of the rotary embedding, diffusers' too.
+# Tables of the rotary embedding, Wan's and diffusers'. Every network computes them; some trainers save them as well.
 STRAY_BUFFERS = ("freqs", "rope.freqs", "rope.freqs_cos", "rope.freqs_sin")
-# The keys under which trainers put a network into a file, by what they hold. The first of each is what is written.
+# The keys under which trainers put a network into a file. The first of each is Self Forcing's, and is what is written.
 EMA_CONTAINERS = ("generator_ema", "ema", "ema_state_dict", "model_ema", "ema_model")
 RAW_CONTAINERS = ("generator", "model", "module", "state_dict", "model_state_dict")
 LORA_CONTAINERS = ("generator_lora",)
@@ -67,6 +69,7 @@ def strip_wrappers(key: str) -> str:
     """Return a key without the infixes of FSDP, activation checkpointing, compilation and DDP, wherever they stand."""
     if not any(infix in key for infix in WRAPPER_INFIXES):
         return key
+    # Part by part: as a substring, "module." would also cut the end of "my_module.".
     return ".".join(part for part in key.split(".") if f"{part}." not in WRAPPER_INFIXES)
 
 
@@ -78,22 +81,22 @@ def split_container(key: str) -> tuple[str, str]:
 
 def dialect_of(key: str) -> str:
     """Return the dialect that a key shows, by its prefix or diffusers' name of a module; "wan" when it shows none."""
-    bare = strip_wrappers(key)
-    name = next(name for name, prefix in DIALECT_PREFIXES.items() if bare.startswith(prefix))
-    bare = bare.removeprefix(DIALECT_PREFIXES[name])
-    return DIFFUSERS if _renamed(bare, *_FROM_DIFFUSERS) != bare else name
+    bare_key = strip_wrappers(key)
+    dialect = next(name for name, prefix in DIALECT_PREFIXES.items() if bare_key.startswith(prefix))
+    name = bare_key.removeprefix(DIALECT_PREFIXES[dialect])
+    return DIFFUSERS if _renamed(name, *_FROM_DIFFUSERS) != name else dialect
 
 
 def to_wan(key: str) -> str:
     """Return the original Wan name of a parameter called `key` in any dialect."""
-    bare = strip_wrappers(key)
-    while prefix := next(prefix for prefix in DIALECT_PREFIXES.values() if bare.startswith(prefix)):
-        bare = bare.removeprefix(prefix)  # more than one: a network inside a network, model.model.
-    return _renamed(bare, *_FROM_DIFFUSERS)
+    name = strip_wrappers(key)
+    while prefix := next(prefix for prefix in DIALECT_PREFIXES.values() if name.startswith(prefix)):
+        name = name.removeprefix(prefix)  # more than one where wrappers are nested: model.model.
+    return _renamed(name, *_FROM_DIFFUSERS)
 
 
 def from_wan(name: str, dialect: str) -> str:
-    """Return what a dialect of DIALECTS calls a parameter of Wan. Raises ValueError for any other dialect."""
+    """Return what one of DIALECTS calls a parameter of this original name. Raises ValueError for another dialect."""
     if dialect == DIFFUSERS:
         return _renamed(name, DIFFUSERS_TOP, DIFFUSERS_BLOCK)
     if dialect not in DIALECT_PREFIXES:
@@ -102,12 +105,12 @@ def from_wan(name: str, dialect: str) -> str:
 
 
 def _renamed(name: str, top: Mapping[str, str], block: Mapping[str, str]) -> str:
-    """Return a name with its module's path replaced as one of the tables says."""
+    """Return a name with its module's path replaced: by `block` behind "blocks.N.", else by `top`."""
     head, path, table = "", name, top
     if name.startswith("blocks.") and name.count(".") >= 2:
         _, index, path = name.split(".", 2)
         head, table = f"blocks.{index}.", block
-    if path in table:  # a parameter that belongs to no deeper module
+    if path in table:  # a parameter of the block itself: modulation
         return head + table[path]
     module, _, leaf = path.rpartition(".")
     return f"{head}{table[module]}.{leaf}" if module in table else name
@@ -131,7 +134,7 @@ def is_stray(key: str) -> bool:
 
 
 def wan_names(keys: Iterable[str]) -> dict[str, str]:
-    """Return the file's keys by their original Wan names, but for those that are training-only or stray.
+    """Map original Wan names to the file's keys, but for what only training needs and stray tables.
 
     Raises ValueError when two keys mean the same parameter.
     """
@@ -147,21 +150,24 @@ def wan_names(keys: Iterable[str]) -> dict[str, str]:
 
 
 def prefix_before(keys: Iterable[str], anchors: Iterable[str]) -> str | None:
-    """Return what stands before one of these names in a file that holds other things too, None where none of them is.
+    """Return what stands before one of the `anchors` in a file's keys, None where none of them is there.
 
-    For the networks beside the transformer, whose files differ in nothing else. Raises ValueError for two of them.
+    For text encoder, image encoder and VAE, whose files differ in the prefix alone. Raises ValueError for two prefixes.
     """
-    ends = tuple(anchors)
-    prefixes = {key[: -len(end)] for key in keys for end in ends if key == end or key.endswith(f".{end}")}
+    endings = tuple(anchors)
+    prefixes = {
+        key[: -len(ending)] for key in keys for ending in endings if key == ending or key.endswith(f".{ending}")
+    }
     if len(prefixes) > 1:
         names = " and ".join(repr(prefix) for prefix in sorted(prefixes))
-        raise ValueError(f"holds more than one such network, below {names}; save the one that is meant alone")
+        raise ValueError(f"holds more than one such network, below {names}; save the one that you mean alone")
     return next(iter(prefixes), None)
 
 
 def describe_dialect(keys: Iterable[str]) -> str:
-    """Return the dialect in a word or two for people, and whether wrapper infixes occur."""
+    """Return the dialect in words for people, and whether wrapper infixes occur."""
     keys = [key for key in keys if not is_training_only(key)]
-    dialects = {dialect_of(key) for key in keys}  # diffusers calls some parameters as Wan does
+    dialects = {dialect_of(key) for key in keys}
+    # One name of diffusers decides: it calls some parameters as Wan does.
     dialect = DIFFUSERS if DIFFUSERS in dialects else next(iter(dialects), "wan")
     return f"{dialect} with wrapper infixes" if any(strip_wrappers(key) != key for key in keys) else dialect

@@ -1,4 +1,4 @@
-"""What a rollout costs in closed form, chunk by chunk, and what share of a device's limit a run of it reached."""
+"""The work of a rollout in closed form, chunk by chunk, and what share of a device's limit a run of it reached."""
 
 from __future__ import annotations
 
@@ -12,49 +12,49 @@ from typing import Any
 from .config import TAEHVConfig, WanConfig
 from .device import Card
 from .geometry import TEMPORAL_FACTOR, pixel_frames, tokens_per_frame
-from .layout import wan_shapes
 from .roofline import Work, image_tokens, pass_work, taehv_flops, wan_vae_flops
+from .shapes import wan_shapes
 
-ALIVE = 6.5  # tensors [tokens, dim] beside a feed-forward's own at the network's peak, counted in a run
-DECODER_ALIVE = 2.5  # tensors of the size of the tiny decoder's last stage at its peak, likewise
+# Tensors that are alive at a peak, counted in a run: of [tokens, dim] beside those of a feed-forward layer, and of the
+# size of TAEHV's last stage.
+ALIVE = 6.5
+DECODER_ALIVE = 2.5
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is computed for every chunk of a video, in closed form.
-
-    lengths: latent frames of the chunks. steps: denoising passes of a chunk. window: latent frames in the cache, -1 for
-    all. decoder: "taehv", "vae" or "none". writes: whether a clean pass follows each chunk but the last, with
-    commit_last that one too. guided: whether every pass is made twice. Bytes as in `pass_work`.
-    """
+    """What is computed for every chunk of a video, in closed form."""
 
     config: WanConfig
-    lengths: Sequence[int]
+    lengths: Sequence[int]  # latent frames of each chunk
     latent_height: int
     latent_width: int
-    steps: int = 4
-    window: int = -1
-    decoder: str = "taehv"
-    writes: bool = True
-    commit_last: bool = False
-    guided: bool = False
-    batch: int = 1
-    weight_bytes: int = 2
+    steps: int = 4  # denoising passes of a chunk
+    window: int = -1  # latent frames in the cache, -1 for all
+    decoder: str = "taehv"  # "taehv", "vae" or "none"
+    writes: bool = True  # whether a clean pass, which writes the cache, follows each chunk but the last
+    commit_last: bool = False  # whether one follows the last chunk too
+    guided: bool = False  # whether every pass is made twice, with and without the prompt
+    batch: int = 1  # videos
+    weight_bytes: int = 2  # of one number, as in `pass_work`
     cache_bytes: int = 2
     activation_bytes: int = 2
     taehv: TAEHVConfig = field(default_factory=TAEHVConfig)
 
     @property
     def tokens_per_frame(self) -> int:
+        """Return the tokens of one latent frame."""
         return tokens_per_frame(self.latent_height, self.latent_width)
 
     @functools.cached_property
     def _ends(self) -> list[int]:
+        """Return the latent frame behind each chunk."""
         return list(itertools.accumulate(self.lengths))
 
     def a_pass(self, chunk: int) -> Work:
         """Return one pass of a chunk, at the cache's length there."""
         end = self._ends[chunk]
+        # Earlier chunks see less: until the window is full, a chunk costs more than the one before.
         visible = end if self.window == -1 else min(end, self.window)
         return pass_work(
             self.config,
@@ -67,10 +67,11 @@ class Recipe:
         )
 
     def decode(self, chunk: int) -> Work:
+        """Return the work of a chunk's decode."""
         length, size = self.lengths[chunk], (self.latent_height, self.latent_width)
         if self.decoder == "taehv":
             return Work(decode_flops=self.batch * taehv_flops(self.taehv, length, *size))
-        frames = length - 0.75 if chunk == 0 else length  # the first latent frame is one picture, not four
+        frames = length - 0.75 if chunk == 0 else length  # the first latent frame is one video frame, not four
         return Work(decode_flops=self.batch * wan_vae_flops(1, *size) * frames if self.decoder == "vae" else 0)
 
     def until_shown(self, chunk: int) -> Work:
@@ -79,31 +80,35 @@ class Recipe:
 
     def chunk(self, chunk: int) -> Work:
         """Return everything that a chunk costs: its frames, and the clean pass if another chunk follows."""
-        more = self.writes and (self.commit_last or chunk + 1 < len(self.lengths))
-        return self.until_shown(chunk) + self.a_pass(chunk) * (more * (1 + self.guided))
+        is_committed = self.writes and (self.commit_last or chunk + 1 < len(self.lengths))
+        return self.until_shown(chunk) + self.a_pass(chunk) * (is_committed * (1 + self.guided))
 
     @property
     def without(self) -> str:
-        """What `peak_bytes` leaves out, as the end of a sentence."""
+        """Return what `peak_bytes` leaves out, as the end of a sentence."""
         return "" if self.decoder == "taehv" else ", without the decoder"
 
     def peak_bytes(self) -> dict[str, int]:
-        """Return what the device holds at once while chunks are made: weights, caches, and what is worked with.
+        """Return what the device holds at once while chunks are made: weights, caches, and working memory.
 
-        The last is the larger of what the network's widest place (a block's feed-forward, with what is alive beside
-        it) and the decoder's last stage take.
+        The last is the larger of two peaks: a block's feed-forward layer with what is alive beside it, and the last
+        stage of the decoder.
         """
         config, rows = self.config, self.batch * max(self.lengths) * self.tokens_per_frame
         numbers = sum(math.prod(shape) for shape in wan_shapes(config).values())
         frames = sum(self.lengths) if self.window == -1 else min(sum(self.lengths), self.window)
-        kept = 2 * config.num_layers * self.batch * config.dim * (1 + self.guided)
-        caches = kept * frames * self.tokens_per_frame * self.cache_bytes if len(self.lengths) > 1 else 0
+        # Keys and values of one token in all layers; guidance has a second cache, for the negative prompt.
+        cached = 2 * config.num_layers * self.batch * config.dim * (1 + self.guided)
+        # A single chunk is never read back, so nothing is cached.
+        caches = cached * frames * self.tokens_per_frame * self.cache_bytes if len(self.lengths) > 1 else 0
         network = int(rows * (2 * config.ffn_dim + ALIVE * config.dim) * self.activation_bytes)
-        pictures = self.batch * max(self.lengths) * TEMPORAL_FACTOR * 64 * self.latent_height * self.latent_width
-        decoder = int(DECODER_ALIVE * pictures * self.taehv.decoder_widths[-1] * self.activation_bytes)
+        # A chunk is decoded at once, 8 x 8 pixels for each latent one.
+        pixels = self.batch * max(self.lengths) * TEMPORAL_FACTOR * 64 * self.latent_height * self.latent_width
+        decoder = int(DECODER_ALIVE * pixels * self.taehv.decoder_widths[-1] * self.activation_bytes)
         return {
             "weights": numbers * self.weight_bytes,
-            "caches": caches + kept * (config.text_len + image_tokens(config)) * self.activation_bytes,
+            # Keys and values of the prompt and the image are computed once, and stay in the computation's type.
+            "caches": caches + cached * (config.text_len + image_tokens(config)) * self.activation_bytes,
             "working": max(network, decoder if self.decoder == "taehv" else 0),
         }
 
@@ -121,12 +126,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Meter:
-    """What a run should take on its device, said before it, and what share of that it reached, said after it."""
+    """The prediction of a run on its device, and afterwards the shares of its limit that it reached."""
 
     recipe: Recipe
     card: Card
 
     def predicted(self) -> dict[str, Any]:
+        """Return what a run should take: seconds, frames per second, peak bytes, and the rates of the device."""
         limits = self.recipe.limits(self.card)
         return {
             "first_frame_seconds": limits["first_frame_seconds"],
@@ -147,7 +153,10 @@ class Meter:
         )
 
     def reached(self, chunk_seconds: Sequence[float]) -> dict[str, Any]:
-        """Return shares of every chunk's seconds, decode included; `above_limit` is whatever else they went into."""
+        """Return which shares of a run's time its floors are. chunk_seconds: of every chunk, decode included.
+
+        `above_limit` is the share of everything that no floor counts.
+        """
         floors = self.recipe.limits(self.card)
         by_group, total = floors["seconds_by_group"], sum(chunk_seconds)
         shares = {name: seconds / total for name, seconds in by_group.items()}

@@ -92,7 +92,7 @@ class Plan:
         if not isinstance(self.source, GivenVideo) or self.source.findings.sound is None:
             return None
         findings = self.source.findings
-        return Sound(findings.path, findings.start, findings.given / (findings.fps or Fraction(TRAINED_FPS)))
+        return Sound(findings.path, findings.start, findings.num_given / (findings.fps or Fraction(TRAINED_FPS)))
 
     @property
     def is_prefixed_by_image(self) -> bool:

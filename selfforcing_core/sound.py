@@ -1,4 +1,4 @@
-"""The sound of a video: carried over from the file that it goes on from, from a given file, or made of samples."""
+"""The sound of a video: carried over from the file that it goes on from, from a given file, or encoded from samples."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ log = logging.getLogger(__name__)
 # What AAC has a number for in its header (sampling frequency index, ISO/IEC 14496-3); other rates become 48000.
 AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000)
 AAC_LAYOUTS = ("mono", "stereo", "5.1", "7.1")
-LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1"}  # of so many channels
+LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1"}  # by number of channels
 LEAST_RATE = 4000  # samples a second
 MOST_RATE = 655_350  # what FLAC's frame header can say: 16 bits of 10 Hz (RFC 9639)
 BIT_RATE = 192_000  # of AAC, bits a second
-PCM_IN_MP4 = "pcm"  # which no browser plays
+PCM = "pcm"  # beginning of the names of uncompressed codecs
 
 
-def _is_taken(container: str, track: Any) -> bool:
-    """Return whether a container holds the codec of this sound as it is: some say so only when they are begun."""
-    if container == "mp4" and track.codec_context.name.startswith(PCM_IN_MP4):
-        return False
+def _can_copy(container: str, track: Any) -> bool:
+    """Return whether a container takes the codec of this sound as it is."""
+    if container == "mp4" and track.codec_context.name.startswith(PCM):
+        return False  # FFmpeg writes it, and no browser plays it
     try:
+        # Some muxers refuse a codec only when their header is written: this writes one, into memory.
         with av.open(io.BytesIO(), "w", format=container) as trial:
             trial.add_stream_from_template(track)
             trial.start_encoding()
@@ -51,7 +52,7 @@ class Sound:
 
     path: Path
     start: Fraction  # that moment on the file's own clock, in seconds
-    seconds: Fraction  # how long the part lasts that is used
+    seconds: Fraction  # length of the part that is used
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,11 @@ class Samples:
 
     @property
     def seconds(self) -> float:
-        """Return how many seconds it lasts."""
+        """Return the length in seconds."""
         return self.waveform.shape[1] / self.rate
 
     def check(self) -> None:
-        """Raise ValueError for what is no sound that can be encoded."""
+        """Raise ValueError for a shape, a rate or values that cannot be encoded."""
         shape = list(self.waveform.shape)
         if len(shape) != 2 or shape[0] not in LAYOUTS or not LEAST_RATE <= self.rate <= MOST_RATE:
             raise ValueError(
@@ -79,13 +80,14 @@ class Samples:
 
 
 def sound_of(path: str | Path) -> tuple[Sound, float]:
-    """Return the first sound track of a file from its beginning on, and how many seconds it lasts.
+    """Return the first sound track of a file from its beginning on, and its length in seconds.
 
-    Raises ValueError when it cannot be read, or holds none.
+    Raises ValueError when the file cannot be read, or holds no sound.
     """
     with _open(path) as file:
         track = file.streams.best("audio")
-        begin, end = (track.start_time or 0) * track.time_base, None  # packets may begin before what is heard
+        # Packets may begin before what is heard: encoders such as AAC's start with silence that players cut off.
+        begin, end = (track.start_time or 0) * track.time_base, None
         for packet in _packets(file, track, Path(path)):
             end = (packet.pts + (packet.duration or 0)) * packet.time_base
     if end is None:
@@ -109,7 +111,7 @@ def _packets(file: Any, track: Any, path: Path) -> Iterator[Any]:
     last: int | None = None
     try:
         for packet in file.demux(track):
-            if packet.pts is None or packet.dts is None:
+            if packet.pts is None or packet.dts is None:  # the empty packet at the end, or one of no known moment
                 continue
             if last is not None and packet.dts <= last:
                 log.warning("%s: a time stamp of its sound runs backwards; that packet is left out", path)
@@ -121,13 +123,13 @@ def _packets(file: Any, track: Any, path: Path) -> Iterator[Any]:
 
 
 class Track(Protocol):
-    """What is added to an open container beside its frames."""
+    """A sound that is added to an open container beside its frames."""
 
     def until(self, seconds: Fraction | None) -> None:
-        """Write what is heard before `seconds` of the video, or all that there is to its end."""
+        """Write what is heard before `seconds` of the video; None writes the rest."""
 
     def close(self) -> None:
-        """Let go of what the sound came from."""
+        """Close what the sound came from."""
 
 
 def sound_track(file: Any, sound: Sound | Samples, video_format: VideoFormat) -> Track:
@@ -139,7 +141,7 @@ def sound_track(file: Any, sound: Sound | Samples, video_format: VideoFormat) ->
 
 
 class SamplesTrack:
-    """A track of samples, encoded as far as the video has come; silence where they have ended."""
+    """A track of samples, encoded as far as the video has come; silence behind their end."""
 
     def __init__(self, file: Any, samples: Samples, codec: str) -> None:
         samples.check()
@@ -153,10 +155,11 @@ class SamplesTrack:
         self._num_encoded = 0  # samples of each channel
 
     def until(self, seconds: Fraction | None) -> None:
-        """Write what is heard before `seconds` of the video; None is its end."""
+        """Write what is heard before `seconds` of the video; None flushes the encoder."""
         if seconds is None:
             self._file.mux(self._out.encode(None))
             return
+        # Rounded from the start of the video each time, so that errors do not add up.
         end = round(seconds * self._samples.rate)
         piece = np.zeros((self._samples.waveform.shape[0], end - self._num_encoded), np.float32)
         sound = self._samples.waveform[:, self._num_encoded : end].detach().float().clamp(-1, 1).cpu().numpy()
@@ -172,12 +175,12 @@ class SamplesTrack:
 
 
 class SoundTrack:
-    """A track of a file's sound: as it is stored, or encoded again as AAC where the container asks for it."""
+    """A track of a file's sound: copied, or encoded again as AAC where the container does not take its codec."""
 
     def __init__(self, file: Any, sound: Sound) -> None:
         self._file, self._sound, self._source = file, sound, _open(sound.path)
         self._track = self._source.streams.best("audio")
-        if _is_taken(file.format.name, self._track):
+        if _can_copy(file.format.name, self._track):
             self._out = file.add_stream_from_template(self._track)
             self._packets = self._copied()
         else:
@@ -188,7 +191,7 @@ class SoundTrack:
         self._next: tuple[Fraction, Any] | None = next(self._packets, None)
 
     def until(self, seconds: Fraction | None) -> None:
-        """Write what is heard before `seconds` of the new video, or all that there is."""
+        """Write what is heard before `seconds` of the new video; None writes the rest."""
         while self._next is not None and (seconds is None or self._next[0] < seconds):
             packet = self._next[1]
             packet.stream = self._out
@@ -211,16 +214,19 @@ class SoundTrack:
             begin = packet.pts * packet.time_base - self._sound.start
             if begin >= self._sound.seconds:
                 return
-            if begin + (packet.duration or 0) * packet.time_base >= 0:  # a decoder begins with the one before
+            # The packet that ends at the start is kept too: decoders of AAC need the one before.
+            if begin + (packet.duration or 0) * packet.time_base >= 0:
                 yield begin, packet
 
     def _copied(self) -> Iterator[tuple[Fraction, Any]]:
+        """Yield the packets as they are stored, moved to the clock of the new video."""
         for begin, packet in self._demuxed():
             shift = round(self._sound.start / packet.time_base)
             packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
             yield begin, packet
 
     def _encoded(self) -> Iterator[tuple[Fraction, Any]]:
+        """Yield packets of AAC; what cannot be decoded is left out, with a warning."""
         for begin, packet in self._demuxed():
             try:
                 frames = packet.decode()

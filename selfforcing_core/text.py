@@ -1,7 +1,8 @@
-"""Prompts to embeddings with a UMT5 encoder of transformers, from its own folders, Wan's files and ComfyUI's.
+"""Prompts to embeddings by a UMT5 encoder of transformers, read from its own folders, Wan's files and ComfyUI's.
 
-Letters: B prompts, P text tokens (at most a model's fixed text length, 512 for Wan), E text width (4096 for Wan).
 transformers is imported inside the functions that need it, so that importing this module stays cheap.
+
+Letters: B batch, P text tokens (at most 512 for Wan), E text width (4096 for Wan).
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WAN_TEXT_LEN = 512  # github.com/Wan-Video/Wan2.1, wan/configs/shared_config.py
-# A tokenizer without a limit of its own reports a number around 1e30; Wan's is such a one.
+# A tokenizer without a limit of its own reports a number around 1e30, as Wan's does.
 _LARGEST_BELIEVABLE_LENGTH = 8192
 
 
 # ------------------------------------------------------------------ prompts --
 def clean_prompt(prompt: str) -> str:
-    """Return a prompt as the reference hands it to its tokenizer, and as it was in training.
+    """Return a prompt as the reference hands it to its tokenizer, in training too (wan/modules/tokenizers.py).
 
     ftfy mends wrongly decoded text, makes curly quotes straight and full-width letters ordinary ones, and drops control
     characters; HTML entities are undone (twice, as crawled captions need); white space becomes single spaces.
@@ -52,7 +53,7 @@ def clean_prompt(prompt: str) -> str:
 class TextEncoder:
     """A tokenizer and a UMT5 encoder that turn prompts into the embeddings that a video model reads.
 
-    tokenizer: appends its end token itself. text_len: the number of rows P that the video model expects.
+    tokenizer: appends the end token itself. text_len: the rows P that the video model was trained with.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: UMT5EncoderModel, *, text_len: int) -> None:
@@ -71,7 +72,7 @@ class TextEncoder:
         device: torch.device | str | None = None,
         text_len: int | None = None,
     ) -> TextEncoder:
-        """Load a folder in the layout of transformers (config, safetensors weights, tokenizer), from local files only.
+        """Load a folder as transformers saves it (config, safetensors weights, tokenizer), from local files only.
 
         `text_len` defaults to the tokenizer's own limit, or 512 where it has none, as Wan's.
         Raises ValueError where the folder does not hold a UMT5 encoder and its tokenizer.
@@ -86,7 +87,7 @@ class TextEncoder:
     def from_file(
         cls, path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
     ) -> TextEncoder:
-        """Load a UMT5 encoder of one file, with the names of Wan or of transformers, in 8 bits with scales too.
+        """Load a UMT5 encoder from one file, under the names of Wan or of transformers, in 8 bits with scales too.
 
         Wan's is models_t5_umt5-xxl-enc-bf16.pth, ComfyUI's umt5_xxl_fp16.safetensors and its fp8 forms. The tokenizer
         is looked for in `google/umt5-xxl`, where Wan's repositories have it, in `tokenizer`, in the file's own folder,
@@ -124,8 +125,8 @@ class TextEncoder:
         """Return the embeddings [B, P, E] of prompts, in the model's dtype on its device.
 
         Rows past a prompt's end token are zero.
-            An empty prompt is one end token. A prompt of more than P tokens is cut to P, the end token kept, as the
-            reference does, and a warning says what was cut.
+        An empty prompt is one end token. A prompt of more than P tokens is cut to P, the end token kept, as in the
+        reference, and a warning says what was cut.
         """
         if isinstance(prompts, str):
             raise ValueError(f"prompts must be a list of strings, got the string {prompts!r}; write [prompt]")
@@ -133,7 +134,8 @@ class TextEncoder:
             raise ValueError("there are no prompts to encode; give at least one (an empty string is allowed)")
         ids, mask = self._tokens([clean_prompt(prompt) for prompt in prompts])
         embeddings_BPE = embed_tokens(self.model, ids, mask)
-        # Only the longest prompt's rows are computed: the rest would be zeroed anyway.
+        # The reference computes P rows of every prompt and zeroes those past its end. The mask keeps those rows out of
+        # the others, so only as many as the longest prompt has are computed.
         return torch.nn.functional.pad(embeddings_BPE, (0, 0, 0, self.text_len - embeddings_BPE.shape[1]))
 
     def _tokens(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -150,14 +152,14 @@ class TextEncoder:
         ids = self.tokenizer(prompt, verbose=False)["input_ids"]
         if len(ids) <= self.text_len:
             return
-        # The last of text_len places is the end token's.
+        # The last of the text_len places is the end token's.
         lost = self.tokenizer.decode(ids[self.text_len - 1 :], skip_special_tokens=True)
-        log.warning("prompt of %d tokens cut to %d; not seen by the model: %a", len(ids), self.text_len, lost)
+        log.warning("prompt of %d tokens cut to %d; the model does not see: %a", len(ids), self.text_len, lost)
 
 
 def embed_tokens(model: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """Return the encoder's output [B, P, E] with zeros in the rows where mask is 0; ids and mask: integers [B, P]."""
-    # Wan's network attends to all rows without a mask, and was trained with zeros there.
+    """Return the encoder's output [B, P, E] with zeros in the rows where mask is 0. ids, mask: integers [B, P]."""
+    # Wan's cross-attention has no mask: it attends to the padding too, and was trained with zeros there.
     hidden_BPE = model(input_ids=ids, attention_mask=mask).last_hidden_state
     return hidden_BPE.masked_fill(mask.eq(0).unsqueeze(-1), 0.0)
 
@@ -184,7 +186,7 @@ _SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf
 def _is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(_SENTENCEPIECE[package]) is not None
-    except ModuleNotFoundError:  # find_spec imports the parents of a dotted name
+    except ModuleNotFoundError:  # find_spec imports the parent of a dotted name, here google
         return False
 
 
@@ -199,16 +201,17 @@ def _tokenizer_from_bytes(data: bytes, path: Path) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"{path} holds its tokenizer as a sentencepiece model; {remedy}, or install {' and '.join(missing)}"
         )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:  # transformers reads tokenizers from files only
         file = Path(folder) / ("tokenizer.json" if is_json else "spiece.model")
         file.write_bytes(data)
-        (Path(folder) / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))  # UMT5's
+        # UMT5 has no class of its own; without one AutoTokenizer would want the model's config.
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
         try:
             if not is_json:
                 return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-            return PreTrainedTokenizerFast(tokenizer_file=str(file), **names)
-        except Exception as error:  # two libraries read foreign bytes, each with errors of its own
+            special_tokens = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+            return PreTrainedTokenizerFast(tokenizer_file=str(file), **special_tokens)
+        except Exception as error:  # sentencepiece and tokenizers raise errors of their own for damaged bytes
             raise ValueError(f"{path} holds a damaged tokenizer ({_first_line(error)[:200]}); {remedy}") from error
 
 
@@ -226,9 +229,9 @@ def _read_config(folder: Path) -> UMT5Config:
 
 
 def encoder_bytes(path: Path, dtype: torch.dtype) -> int:
-    """Return the bytes of the weights of a text encoder, folder or file, in this number type; nothing is loaded.
+    """Return the bytes that a text encoder's weights take in this number type, of a folder or a file; load nothing.
 
-    Raises ValueError where `path` holds none.
+    Raises ValueError where `path` holds no text encoder.
     """
     if path.is_file():
         tensors, _ = _read_encoder(path, is_quiet=True)
@@ -246,7 +249,7 @@ def _load_model(
     from transformers import UMT5EncoderModel
     from transformers.utils import logging as transformers_logging
 
-    # Its bar would be drawn into ours, and say nothing: the file is mapped in an instant.
+    # transformers' bar would be drawn into ours, and say nothing: the file is mapped in an instant.
     had_progress_bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -267,15 +270,17 @@ def _first_line(error: BaseException) -> str:
 
 # ---------------------------------------------------------- files of weights --
 TOKENIZER_KEY = "spiece_model"  # of the tensor of bytes in ComfyUI's files
-# One of them is in every encoder: Wan's name of the embedding table, transformers', and its second name there.
-_TABLES = ("token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight")
+# The names of the table of token embeddings: Wan's, transformers', and transformers' second one for the same tensor.
+# Every encoder has one of them.
+_WAN_TABLE, _TABLE, _TABLE_AGAIN = "token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight"
 _OTHER_HALF = ("decoder.", "lm_head.")  # of a whole UMT5, which no video model reads
 
 
 def _read_encoder(path: Path, *, is_quiet: bool = False) -> tuple[Mapping[str, Tensor], bytes | None]:
     """Return the weights of an encoder under Wan's names, and the tokenizer's bytes if the file holds it."""
     try:
-        tensors = below_prefix(read_tensors(path, is_quiet=is_quiet), _TABLES, path, is_quiet=is_quiet)
+        tensors = read_tensors(path, is_quiet=is_quiet)
+        tensors = below_prefix(tensors, (_WAN_TABLE, _TABLE, _TABLE_AGAIN), path, is_quiet=is_quiet)
     except ValueError as error:
         message = str(error)  # read_tensors names the file, below_prefix does not
         raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from error
@@ -283,7 +288,7 @@ def _read_encoder(path: Path, *, is_quiet: bool = False) -> tuple[Mapping[str, T
     tokenizer = stored.get(TOKENIZER_KEY)
     if tokenizer is not None and tokenizer.dtype not in (torch.uint8, torch.int8):
         raise ValueError(f"{path}: {TOKENIZER_KEY} is {tokenizer.dtype}, not bytes; the file is damaged")
-    if _TABLES[0] in stored:
+    if _WAN_TABLE in stored:
         names = {key: key for key in stored if key != TOKENIZER_KEY}
     else:
         names = _wan_names(key for key in stored if key != TOKENIZER_KEY)
@@ -292,12 +297,14 @@ def _read_encoder(path: Path, *, is_quiet: bool = False) -> tuple[Mapping[str, T
 
 
 def _wan_names(keys: Iterable[str]) -> dict[str, str]:
-    """Return the file's names of transformers by Wan's; names of neither stay, to be named when refused."""
+    """Map Wan's names to a file's names of transformers; names of neither stay, so that a refusal can name them."""
     keys = [key for key in keys if not key.startswith(_OTHER_HALF)]
-    if _TABLES[1] in keys and _TABLES[2] in keys:
-        keys.remove(_TABLES[2])
+    if _TABLE in keys and _TABLE_AGAIN in keys:  # two names of one table
+        keys.remove(_TABLE_AGAIN)
     layers = {int(match[1]) for key in keys if (match := re.match(r"encoder\.block\.(\d+)\.", key))}
-    any_sizes = dict.fromkeys(("vocab", "dim", "dim_attn", "dim_ffn", "num_heads"), 1)  # only the names are needed
+    # umt5_key_from_wan goes from Wan to transformers; the way back is looked up among the names of as many layers.
+    # Names do not depend on the sizes.
+    any_sizes = dict.fromkeys(("vocab", "dim", "dim_attn", "dim_ffn", "num_heads"), 1)
     names = {umt5_key_from_wan(name): name for name in wan_umt5_shapes(**any_sizes, num_layers=len(layers))}
-    names[_TABLES[2]] = _TABLES[0]
+    names[_TABLE_AGAIN] = _WAN_TABLE
     return {names.get(key, key): key for key in keys}

@@ -1,4 +1,4 @@
-"""Wan's own UMT5 files for transformers: names, sizes and shapes of their parameters, and the network with them.
+"""Wan's own UMT5 files for transformers: names, shapes and sizes of their parameters, and the network with them.
 
 Wan's repositories keep the encoder of google/umt5-xxl under names of their own (github.com/Wan-Video/Wan2.1,
 wan/modules/t5.py); transformers computes the same function under others.
@@ -18,7 +18,8 @@ from .scaled import stored_tensors
 if TYPE_CHECKING:
     from transformers import UMT5Config, UMT5EncoderModel
 
-# Patterns of Wan's names and what transformers has in their place.
+# Patterns of Wan's names, and what transformers has in their place. In a block, layer 0 is attention, layer 1 the gated
+# feed-forward network.
 _WAN_TO_TRANSFORMERS = (
     (r"^token_embedding\.", "shared."),
     (r"^norm\.", "encoder.final_layer_norm."),
@@ -33,7 +34,7 @@ _WAN_TO_TRANSFORMERS = (
 
 
 def umt5_key_from_wan(key: str) -> str:
-    """Return the transformers name of an original Wan UMT5 parameter. Raises ValueError for a name that is none."""
+    """Return transformers' name of an original Wan UMT5 parameter. Raises ValueError for any other name."""
     for pattern, replacement in _WAN_TO_TRANSFORMERS:
         renamed, count = re.subn(pattern, replacement, key)
         if count:
@@ -44,7 +45,7 @@ def umt5_key_from_wan(key: str) -> str:
 def umt5_config(
     *, vocab: int, dim: int, dim_attn: int, dim_ffn: int, num_heads: int, num_layers: int, num_buckets: int = 32
 ) -> UMT5Config:
-    """Return the transformers configuration of a Wan UMT5 encoder, from the sizes as Wan names them.
+    """Return transformers' configuration of a Wan UMT5 encoder, from sizes under Wan's names.
 
     Raises ValueError where the heads do not divide the width of the attention.
     """
@@ -61,8 +62,8 @@ def umt5_config(
         num_heads=num_heads,
         relative_attention_num_buckets=num_buckets,
         relative_attention_max_distance=128,  # of every T5; the shapes do not show it
-        feed_forward_proj="gated-gelu",  # the tanh approximation, as Wan's
-        layer_norm_epsilon=1e-6,
+        feed_forward_proj="gated-gelu",  # the tanh approximation, as in Wan's t5.py
+        layer_norm_epsilon=1e-6,  # of Wan's T5LayerNorm
         pad_token_id=0,  # as in google/umt5-xxl's tokenizer
         eos_token_id=1,
     )
@@ -71,7 +72,8 @@ def umt5_config(
 def wan_umt5_shapes(
     *, vocab: int, dim: int, dim_attn: int, dim_ffn: int, num_heads: int, num_layers: int, num_buckets: int = 32
 ) -> dict[str, tuple[int, ...]]:
-    """Return every parameter of an original Wan UMT5 encoder with its shape."""
+    """Map every parameter of an original Wan UMT5 encoder to its shape."""
+    # T5 has no biases, and norms without a shift.
     block = {
         "norm1.weight": (dim,),
         "attn.q.weight": (dim_attn, dim),
@@ -91,9 +93,9 @@ def wan_umt5_shapes(
 
 
 def wan_umt5_sizes(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """Return the sizes of an original Wan UMT5 encoder, keywords of `umt5_config`, by its parameters' shapes.
+    """Return the sizes of an original Wan UMT5 encoder, keywords of `umt5_config`, from its parameters' shapes.
 
-    Raises ValueError where these are not the parameters of one.
+    Raises ValueError where these are the parameters of something else.
     """
     needed = ("token_embedding.weight", "blocks.0.attn.q.weight", "blocks.0.ffn.fc1.weight")
     bias = "blocks.0.pos_embedding.embedding.weight"
@@ -120,10 +122,10 @@ def umt5_from_wan_state_dict(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> UMT5EncoderModel:
-    """Build the transformers encoder from an original Wan UMT5 state dict (models_t5_umt5-xxl-enc-*.pth names).
+    """Build transformers' encoder from weights under Wan's names (those of models_t5_umt5-xxl-enc-*.pth).
 
-    All sizes come from the shapes; `num_heads`, when given, must agree. dtype and device default to the tensors'
-    own. Call it as `model(input_ids=..., attention_mask=...).last_hidden_state`, or through `embed_tokens`.
+    All sizes come from the shapes; `num_heads`, when given, must agree. dtype and device default to the tensors' own.
+    Call it as `model(input_ids=..., attention_mask=...).last_hidden_state`, or through `text.embed_tokens`.
     Raises ValueError for missing, unexpected or misshapen parameters.
     """
     from transformers import UMT5EncoderModel
@@ -131,16 +133,19 @@ def umt5_from_wan_state_dict(
     shapes = {key: tuple(tensor.shape) for key, tensor in stored_tensors(state_dict).items()}
     sizes = wan_umt5_sizes(shapes)
     if num_heads is not None and num_heads != sizes["num_heads"]:
-        raise ValueError(f"num_heads {num_heads} was asked for, but the position table has {sizes['num_heads']} heads")
+        raise ValueError(
+            f"num_heads {num_heads} was given, but the position table has {sizes['num_heads']} heads; leave it out"
+        )
     _check_shapes(shapes, wan_umt5_shapes(**sizes))
-    with torch.device("meta"):  # initial values of 5.7 billion numbers would be made in vain
+    with torch.device("meta"):  # else 5.7 billion numbers would get initial values in vain
         model = UMT5EncoderModel(umt5_config(**sizes))
     renamed: dict[str, Any] = {
         umt5_key_from_wan(key): tensor.to(device=device, dtype=dtype) for key, tensor in state_dict.items()
     }
-    # The transformers module has its one embedding table under two names.
+    # transformers' module has its one embedding table under two names.
     renamed["encoder.embed_tokens.weight"] = renamed["shared.weight"]
     model.load_state_dict(renamed, assign=True)
+    # Assigned twice, they would be two parameters of one tensor, and `to` would make two copies of it.
     model.encoder.embed_tokens.weight = model.shared.weight
     return model.eval().requires_grad_(False)
 

@@ -1,15 +1,17 @@
-"""Wan models of other kinds, by the parameters that only they have (github.com/Wan-Video, and who built on it).
+"""Wan models of other kinds, told by parameters that only they have (github.com/Wan-Video, and what was built on it).
 
 All of them hold the layers of a plain Wan 2.1 transformer too, so that without a look at these names they pass for one.
+They are refused by name, since without their own layers they would generate something else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-PLAIN = "Wan 2.1 text-to-video and image-to-video models of 1.3B and 14B are"
-FIRST_LAST = "img_emb.emb_pos"
-VARIANTS = {  # part of a parameter's name -> the model that has it
+SUPPORTED = "Wan 2.1 text-to-video and image-to-video models of 1.3B and 14B are"
+FIRST_LAST = "img_emb.emb_pos"  # the places of two images' tokens, where image-to-video has one image
+# Part of a parameter's name -> the model that has it.
+VARIANTS = {
     "vace_patch_embedding.": "Wan VACE",
     "vace_blocks.": "Wan VACE",
     "control_adapter.": "Wan Fun Camera (camera control)",
@@ -17,7 +19,7 @@ VARIANTS = {  # part of a parameter's name -> the model that has it
     "patch_embedding_wancamctrl": "LingBot-World (camera control)",
     "action_model.": "Matrix-Game (keyboard and mouse control)",
     "ref_conv.": "Wan Fun Control (reference picture)",
-    "casual_audio_encoder.": "Wan 2.2 S2V (speech to video)",
+    "casual_audio_encoder.": "Wan 2.2 S2V (speech to video)",  # spelled so in the release
     "audio_proj.audio_proj_glob": "HuMo (sound to video)",
     "face_adapter.": "Wan 2.2 Animate",
     "patch_embedding_mask.": "SCAIL 2 (pose control)",
@@ -25,7 +27,9 @@ VARIANTS = {  # part of a parameter's name -> the model that has it
     "patch_embedding_global.": "WanDancer",
     FIRST_LAST: "Wan first-and-last-frame (FLF2V)",
 }
-BY_CHANNELS = {  # (input channels, latent channels)
+# Models with the parameters of plain Wan and other channels: (input channels, latent channels) -> the model. Plain ones
+# have 16 latent channels, and 16 or, with 4 of mask and 16 of an image, 36 input channels.
+BY_CHANNELS = {
     (48, 48): "Wan 2.2 5B (text and image to video)",
     (48, 16): "Wan Fun Control (control video)",
 }
@@ -33,8 +37,7 @@ BY_CHANNELS = {  # (input channels, latent channels)
 
 def variant_among(names: Iterable[str]) -> str | None:
     """Return which model of another kind parameters of these names belong to, None where they are plain Wan's."""
-    variants = (VARIANTS[sign] for name in names for sign in VARIANTS if sign in name)
-    return next(variants, None)
+    return next((VARIANTS[part] for name in names for part in VARIANTS if part in name), None)
 
 
 def variant_of_channels(in_dim: int, out_dim: int) -> str | None:
@@ -44,4 +47,4 @@ def variant_of_channels(in_dim: int, out_dim: int) -> str | None:
 
 def not_supported(variant: str) -> str:
     """Return the sentence that refuses a model of another kind."""
-    return f"{variant} is not supported; {PLAIN}"
+    return f"{variant} is not supported; {SUPPORTED}"

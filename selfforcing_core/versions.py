@@ -1,7 +1,7 @@
 """The lowest versions of packages that pass the tests, and the sentence that refuses an older one.
 
-Commands and nodes ask when they start, before anything heavy is imported; whoever imports the core as a library is
-not asked. `make test-versions` tries these numbers.
+Commands and nodes check when they start, before anything heavy is imported; importing the core as a library checks
+nothing. `make test-versions` tries these numbers.
 """
 
 from __future__ import annotations
@@ -30,23 +30,25 @@ OPTIONAL = {"diffusers": "0.36"}  # looked at where it is used
 
 
 def refusal(needed_by: str, lowest: Mapping[str, str]) -> str:
-    """Return one sentence that names every installed package older than `lowest` says, or nothing.
+    """Return a sentence that names every installed package older than `lowest` says, or an empty one.
 
     needed_by: "training needs", say. Nightly and local versions (2.9.0.dev2025, 2.13.0+cpu) count as their release.
     A package that is missing, or does not say its version, is not judged here.
     """
     installed = {name: installed_version(name) for name in lowest}
-    old = [name for name, version in installed.items() if version and _release(version) < _release(lowest[name])]
-    if not old:
+    outdated = [name for name, version in installed.items() if version and _release(version) < _release(lowest[name])]
+    if not outdated:
         return ""
-    ages = " and ".join(f"{name} {installed[name]} is older than {lowest[name]}" for name in old)
-    wanted = " ".join(f'"{name}>={lowest[name]}"' for name in old)
-    build = " (torch in the build for your device, see pytorch.org)" if "torch" in old else ""
-    return f"{ages}, which {needed_by}; install with: pip install {wanted}{build}"
+    ages = " and ".join(f"{name} {installed[name]} is older than {lowest[name]}" for name in outdated)
+    requirements = " ".join(f'"{name}>={lowest[name]}"' for name in outdated)
+    # pip's own torch is for CUDA on Linux and for the CPU on Windows: it would replace the user's build.
+    build = " (torch in the build for your device, see pytorch.org)" if "torch" in outdated else ""
+    return f"{ages}, which {needed_by}; install with: pip install {requirements}{build}"
 
 
 def installed_version(name: str) -> str:
-    """Return the version of what is loaded, else of what is installed, without importing it; '' if nobody knows."""
+    """Return the version of a package as loaded, else as installed, without importing it; '' where neither says."""
+    # What is loaded counts: another folder on the path may come before the one that pip knows.
     loaded = getattr(sys.modules.get(name), "__version__", None)
     try:
         version = str(loaded or metadata.version(name))

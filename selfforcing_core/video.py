@@ -1,7 +1,7 @@
-"""Video files through PyAV, in the formats of video_formats.py, and contact sheets as PNG.
+"""Video files written through PyAV, in the formats of video_formats.py, and contact sheets as PNG.
 
-Equal frames become equal files, and the file says how its colours are coded, so that players show those that were made.
-Reading is in video_reader.py.
+Equal frames become equal files, and a file says how its colours are coded, so that players show the colours of the
+frames. Reading is in video_reader.py.
 
 Letters: V video frames, R RGB, H W height and width in pixels. Values of frames are in [0, 1].
 """
@@ -43,10 +43,10 @@ def write_video(
     codec: str | None = None,
     quality: int | None = None,
 ) -> int:
-    """Write frames and return their number; the file appears when it is complete, or not at all.
+    """Write frames to a file and return their number; the file appears when it is complete, or not at all.
 
     frames: [V,R,H,W], [1,V,R,H,W], or an iterable of such chunks, which is consumed one chunk at a time.
-    metadata: entries for the container; values that are not text are stored as JSON. sound: what is heard meanwhile.
+    metadata: entries for the container; values that are not text are stored as JSON. sound: what is heard with it.
     codec: of FORMATS, by default what the ending stands for (H.264 in .mp4, .mov and .mkv); quality: its own number.
     Raises ValueError for sizes that the codec cannot hold (most halve both sides), for chunks that differ in size, for
     no frames, for a path that cannot be written or already exists, and for whatever `check_video` refuses.
@@ -64,7 +64,7 @@ def write_video(
         for chunk_VRHW in _chunks(frames):
             writer.add(chunk_VRHW)
         writer.finish()
-        stack.close()  # before anything else is written into the file
+        stack.close()  # the container writes its end before entries are put in
         if writer.count == 0:
             raise ValueError("a video needs at least one frame")
         if writer.keeps_no_entries:
@@ -84,7 +84,7 @@ def _chunks(frames: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 class _Writer:
-    """A writer of frames into an open container; the first chunk says their size. track: the sound beside them."""
+    """A writer of frames into an open container; the first chunk decides their size. track: the sound beside them."""
 
     def __init__(
         self,
@@ -101,20 +101,21 @@ class _Writer:
         if not self.keeps_no_entries:
             file.metadata.update(as_texts(metadata))
         self.track: Track | None = None
-        os.environ.setdefault("SVT_LOG", "1")  # its encoder asks; else it prints pages
+        os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder reads it, and without it prints pages
         self.rate = Fraction(fps).limit_denominator(1001)  # holds 24000/1001 and its like
         options = video_format.encoder_options(quality, grows=grows)
         self.stream = file.add_stream(video_format.encoder, rate=self.rate, options=options)
         self.stream.pix_fmt = video_format.pixels
         context = self.stream.codec_context
-        context.thread_count = 1  # their number changes what x264 writes; that of a machine's cores must not
+        # x264 writes other bytes with another number of threads, and FFmpeg takes that of the machine's cores.
+        context.thread_count = 1
         if video_format.tag is not None and file.format.name in ("mp4", "mov"):
             context.codec_tag = video_format.tag
         context.color_primaries = context.color_trc = BT709
         context.colorspace, context.color_range = video_format.matrix, video_format.range
 
     def add(self, frames_VRHW: Tensor) -> None:
-        """Encode a chunk. Raises ValueError if its size is odd or not that of the ones before."""
+        """Encode a chunk. Raises ValueError for a size that the format cannot hold, or that changes."""
         height, width = frames_VRHW.shape[-2:]
         if self.count == 0:
             self.format.check_size(width, height)
@@ -125,7 +126,7 @@ class _Writer:
             self.file.mux(self.stream.encode(_coded(image, self.format)))
             self.count += 1
             if self.track is not None:
-                self.track.until(self.count / self.rate)
+                self.track.until(self.count / self.rate)  # frame by frame: players expect the two side by side
 
     def finish(self) -> None:
         """Encode what the encoder still holds back, and the rest of the sound; without frames do nothing."""
@@ -136,12 +137,13 @@ class _Writer:
 
 
 def _coded(image_HWR: np.ndarray, video_format: VideoFormat) -> Any:
-    """Return an image as the encoder takes it."""
+    """Return an image as a frame that the encoder takes."""
     if video_format.pixels == "pal8":
         return _with_palette(image_HWR)
     frame = av.VideoFrame.from_ndarray(image_HWR, format="rgb24" if video_format.bits == 8 else "rgb48le")
-    if video_format.matrix == RGB_MATRIX:
+    if video_format.matrix == RGB_MATRIX:  # no coefficients: channels change places only
         return frame.reformat(format=video_format.pixels)
+    # Without these arguments swscale would take BT.601 for any size, whatever the file then says.
     frame = frame.reformat(
         format=video_format.pixels,
         src_colorspace=video_format.matrix,
@@ -164,6 +166,7 @@ def _with_palette(image_HWR: np.ndarray) -> Any:
     colours = np.array(quantised.getpalette("RGB"), np.uint8).reshape(-1, 3)
     palette = np.zeros((256, 4), np.uint8)
     palette[:, 0], palette[: len(colours), 1:] = 255, colours  # opaque, as ARGB
+    # Spread by Floyd and Steinberg's weights: flat colours would show bands.
     indices = np.asarray(image.quantize(palette=quantised, dither=Image.Dither.FLOYDSTEINBERG))
     return av.VideoFrame.from_ndarray((indices, palette), format="pal8")  # type: ignore[arg-type]
 
@@ -180,13 +183,13 @@ _STREAMED = {
 
 
 class VideoStream:
-    """A video file that grows while it is made: what it holds at any moment can be played, whatever happens next.
+    """A video file that grows while it is generated: what it holds at any moment can be played, whatever happens next.
 
     .mp4 is H.264 in fragments, .mov ProRes in fragments, .mkv lossless (FFV1), unless a codec of FORMATS is asked for.
-    Memory does not grow with the length. A .webp is the exception: its bytes are written when it is closed. The file is
-    written where it is to be, not aside. sound: begins with the first frame, is cut where the video ends, and silent
-    where it is shorter. Raises ValueError for another ending, for a path that exists or cannot be written, and for
-    whatever `check_video` refuses.
+    Memory does not grow with the length, except for .webp, whose bytes are written when it is closed. The file is
+    written in its place, under its own name. sound: begins with the first frame, is cut where the video ends, and
+    silent where it is shorter. Raises ValueError for another ending, for a path that exists or cannot be written, and
+    for whatever `check_video` refuses.
     """
 
     def __init__(
@@ -203,12 +206,12 @@ class VideoStream:
         ending = self.path.suffix.lower()
         if ending not in _STREAMED:
             raise ValueError(f"{path}: cannot be streamed to; use an ending of {', '.join(_STREAMED)}")
-        usual, movflags, more = _STREAMED[ending]
-        video_format = check_video(path, codec or usual, quality, fps, has_sound=sound is not None)
+        default_codec, movflags, muxer = _STREAMED[ending]
+        video_format = check_video(path, codec or default_codec, quality, fps, has_sound=sound is not None)
         check_writable(self.path, overwrite=False)
         if sound is not None and movflags:
             movflags += "+delay_moov"  # else the silence that AAC begins with is not cut off
-        options = {**muxer_options(CONTAINERS[ending], movflags), **more, "flush_packets": "1"}
+        options = {**muxer_options(CONTAINERS[ending], movflags), **muxer, "flush_packets": "1"}
         self._growing_file = GrowingFile(self.path)
         try:
             self._file = av.open(self._growing_file, "w", format=CONTAINERS[ending], options=options)
@@ -221,21 +224,21 @@ class VideoStream:
 
     @property
     def num_frames(self) -> int:
-        """Return how many frames were written."""
+        """Return how many frames have been written."""
         return self._writer.count
 
     def write(self, frames_VRHW: Tensor) -> None:
-        """Append frames in [0, 1]. Raises ValueError if their size is odd or not that of the ones before.
+        """Append frames in [0, 1]. Raises ValueError for a size that the format cannot hold, or that changes.
 
         Raises NotWritten when the disk is full; what was written before can be played.
         """
-        self._growing_file.check()
+        self._growing_file.check()  # for an error that FFmpeg's muxer forgot
         with writing(self.path):
             self._writer.add(frames_VRHW)
         self._growing_file.check()
 
     def close(self) -> None:
-        """Finish the file, also where its last frames cannot be encoded; without any frame it is removed."""
+        """Finish the file, even where its last frames cannot be encoded; a file without frames is removed."""
         with writing(self.path):
             try:
                 self._writer.finish()
@@ -246,6 +249,7 @@ class VideoStream:
                     self._growing_file.close()
                     if self._writer.count == 0:
                         self.path.unlink(missing_ok=True)
+        # FFmpeg's muxers of these have no place for entries; the finished file has.
         if self._writer.count and self._writer.keeps_no_entries and self.metadata:
             retag(self.path, self.metadata)
 
@@ -259,8 +263,9 @@ class VideoStream:
 def _to_integers(frames_VRHW: Tensor, bits: int = 8) -> np.ndarray:
     """Return frames [V,R,H,W] in [0, 1] as uint8 or uint16 [V,H,W,R] on the CPU."""
     scaled = frames_VRHW.detach().float().clamp(0, 1) * (2**bits - 1)
-    whole = scaled.round().to(torch.uint8 if bits == 8 else torch.int32).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    return whole if bits == 8 else whole.astype(np.uint16)
+    integers = scaled.round().to(torch.uint8 if bits == 8 else torch.int32)
+    images = integers.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return images if bits == 8 else images.astype(np.uint16)  # torch computes little in uint16
 
 
 def write_contact_sheet(path: str | Path, frames_VRHW: Tensor, columns: int = 8, overwrite: bool = False) -> None:

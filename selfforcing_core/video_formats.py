@@ -1,6 +1,6 @@
 """The kinds of video files that are written, as data: which encoder, in which containers, with which colours and sound.
 
-What a row cannot do is refused here in a sentence, before anything is computed.
+What a format cannot do is refused here in a sentence, before anything is computed.
 """
 
 from __future__ import annotations
@@ -15,28 +15,26 @@ import torch
 from .video_reader import BT709, FULL, LIMITED, RGB_MATRIX
 
 CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".webp": "webp", ".gif": "gif"}
-AUTO_QUALITY = -1  # the format's default
+AUTO_QUALITY = -1  # the format's default, for widgets that hold a number
 
 
 def x264_options(**more: str) -> dict[str, str]:
-    """Return the options of x264: crf 18 is visually lossless (0 is exact, 51 is worst).
-
-    Its AVX-512 assembly encodes equal frames into files that differ, with one thread too; up to AVX2 it does not.
-    """
+    """Return options of x264 by which equal frames become equal files; crf 18 is visually lossless (51 is worst)."""
+    # Its AVX-512 assembly encodes equal frames into files that differ, with one thread too; up to AVX2 it does not.
     repeatable = {"x264-params": "asm=avx2"} if torch.cpu._is_avx2_supported() else {}  # x264 does not ask the CPU
     return {"crf": "18", "preset": "medium", **repeatable, **more}
 
 
 @dataclass(frozen=True)
 class Quality:
-    """A number that trades size for likeness, with its default and its ends."""
+    """A number that trades size for likeness, with its default and its range."""
 
     option: str  # of the encoder
     default: int
     worst: int
     best: int
     words: str  # what the number is called
-    libavcodec: int = 0  # the first version that obeys it
+    libavcodec: int = 0  # the first major version that obeys it
 
     @property
     def in_words(self) -> str:
@@ -46,7 +44,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class VideoFormat:
-    """One way to encode a video."""
+    """A way to encode a video."""
 
     name: str  # as it is asked for
     title: str  # as people know it
@@ -74,13 +72,13 @@ class VideoFormat:
 
     def encoder_options(self, quality: int | None, *, grows: bool) -> dict[str, str]:
         """Return the encoder's options for a quality of `check_quality`."""
-        more = (self.grows or {}) if grows else {}
+        options = {**self.options, **((self.grows or {}) if grows else {})}
         if self.quality is None or quality in (None, AUTO_QUALITY):
-            return {**self.options, **more}
-        return {**self.options, **more, self.quality.option: str(quality)}
+            return options
+        return {**options, self.quality.option: str(quality)}
 
     def check_quality(self, quality: int | None) -> None:
-        """Raise ValueError for a number that this format does not know."""
+        """Raise ValueError for a number outside of this format's range."""
         if quality is None or quality == AUTO_QUALITY:
             return
         if self.quality is None:
@@ -95,17 +93,17 @@ class VideoFormat:
 
     def check_size(self, width: int, height: int) -> None:
         """Raise ValueError for frames that cannot be encoded, naming the nearest sizes."""
-        over_x, over_y = width % self.even[0], height % self.even[1]
-        if over_x or over_y:
+        odd_x, odd_y = width % self.even[0], height % self.even[1]  # 0 or 1
+        if odd_x or odd_y:
             raise ValueError(
                 f"frames of {width}x{height} have an odd side, {self.title} needs even ones; "
-                f"use {width - over_x}x{height - over_y} or {width + over_x}x{height + over_y}"
+                f"use {width - odd_x}x{height - odd_y} or {width + odd_x}x{height + odd_y}"
             )
         if width < self.least_width:
             raise ValueError(f"frames of {width}x{height}: {self.title} needs a width of {self.least_width} or more")
 
     def check_fps(self, fps: float) -> None:
-        """Raise ValueError for a rate that is none, or that players of this format do not show."""
+        """Raise ValueError for a rate that is not positive, or that players of this format do not keep up."""
         if fps <= 0:
             raise ValueError(f"fps {fps} is not positive; Wan models are trained at 16")
         if self.most_fps is not None and fps > self.most_fps:
@@ -121,60 +119,116 @@ def _has_encoder(name: str) -> bool:
     return True
 
 
-_EVEN = (2, 2)
+_EVEN = (2, 2)  # of 4:2:0, where one colour value stands for 2 x 2 pixels
 # x265 encodes other frames with another number of frame threads, and writes the size of its pool into the file. Its
 # preset "fast" is not repeatable, not even with one thread, and once encoded a frame wrongly.
 _X265 = "frame-threads=1:wpp=1:info=0:log-level=error"
-FORMATS = {
-    each.name: each
-    for each in (
-        VideoFormat(
-            "h264", "H.264", (".mp4", ".mov", ".mkv"), "libx264", "yuv420p", x264_options(),
-            # A key frame, and with it a fragment, at least every 12 frames.
-            grows={"tune": "zerolatency", "g": "12"}, sound="aac", even=_EVEN,
-            quality=Quality("crf", 18, 51, 1, "crf"), note="small, plays everywhere",
-        ),
-        VideoFormat(
-            "h265", "H.265", (".mp4", ".mov", ".mkv"), "libx265", "yuv420p",
-            {"crf": "21", "preset": "medium", "x265-params": _X265},
-            grows={"preset": "veryfast", "tune": "zerolatency",
-                   "x265-params": f"{_X265}:keyint=12:min-keyint=12:scenecut=0"},
-            tag="hvc1",  # Apple's players take no other
-            sound="aac", even=_EVEN, least_width=64,  # at 48 pixels it writes beyond its own memory
-            quality=Quality("crf", 21, 51, 1, "crf"), note="smaller, for newer players",
-        ),
-        VideoFormat(
-            "av1", "AV1", (".mp4", ".mkv"), "libsvtav1", "yuv420p",
-            {"crf": "25", "preset": "8", "svtav1-params": "lp=1"},
-            grows={"g": "12", "svtav1-params": "lp=1:pred-struct=1:lookahead=0"}, sound="aac", even=_EVEN,
-            quality=Quality("crf", 25, 63, 1, "crf"), note="smaller, for newest players",
-        ),
-        VideoFormat(
-            "prores", "ProRes", (".mov", ".mkv"), "prores_ks", "yuv422p10le",
-            {"profile": "3", "vendor": "apl0"}, grows={}, bits=16, even=(2, 1),
-            sound="pcm_s16le",
-            quality=Quality("profile", 3, 0, 3, "0 proxy, 1 LT, 2 standard, 3 HQ:", libavcodec=62),
-            note="10 bit, large, for editing",
-        ),
-        VideoFormat(
-            "ffv1", "FFV1", (".mkv",), "ffv1", "bgr0", {"level": "3", "g": "1", "slices": "4"}, grows={},
-            matrix=RGB_MATRIX, range=FULL, sound="flac", note="lossless, large",
-        ),
-        VideoFormat(
-            "webp", "animated webp", (".webp",), "libwebp_anim", "bgra", {"quality": "85"},
-            matrix=RGB_MATRIX, range=FULL, quality=Quality("quality", 85, 0, 100, "quality"),
-            note="loops, without sound; written when the run ends",
-        ),
-        VideoFormat(
-            "gif", "gif", (".gif",), "gif", "pal8", {}, grows={}, matrix=RGB_MATRIX, range=FULL,
-            most_fps=50, note="loops, without sound, 256 colours a frame and large",
-        ),
-    )
-}  # fmt: skip
+_FORMATS = (
+    VideoFormat(
+        name="h264",
+        title="H.264",
+        endings=(".mp4", ".mov", ".mkv"),
+        encoder="libx264",
+        pixels="yuv420p",
+        options=x264_options(),
+        # A key frame, and with it a fragment, at least every 12 frames.
+        grows={"tune": "zerolatency", "g": "12"},
+        sound="aac",
+        even=_EVEN,
+        quality=Quality("crf", 18, 51, 1, "crf"),
+        note="small, plays everywhere",
+    ),
+    VideoFormat(
+        name="h265",
+        title="H.265",
+        endings=(".mp4", ".mov", ".mkv"),
+        encoder="libx265",
+        pixels="yuv420p",
+        options={"crf": "21", "preset": "medium", "x265-params": _X265},
+        grows={
+            "preset": "veryfast",
+            "tune": "zerolatency",
+            "x265-params": f"{_X265}:keyint=12:min-keyint=12:scenecut=0",
+        },
+        tag="hvc1",  # Apple's players take no other
+        sound="aac",
+        even=_EVEN,
+        least_width=64,  # at 48 pixels it writes beyond its own memory
+        quality=Quality("crf", 21, 51, 1, "crf"),
+        note="smaller, for newer players",
+    ),
+    VideoFormat(
+        name="av1",
+        title="AV1",
+        endings=(".mp4", ".mkv"),
+        encoder="libsvtav1",
+        pixels="yuv420p",
+        options={"crf": "25", "preset": "8", "svtav1-params": "lp=1"},  # lp: one thread, for repeatable files
+        # Frames refer to earlier ones only, and none waits for later ones.
+        grows={"g": "12", "svtav1-params": "lp=1:pred-struct=1:lookahead=0"},
+        sound="aac",
+        even=_EVEN,
+        quality=Quality("crf", 25, 63, 1, "crf"),
+        note="smaller, for newest players",
+    ),
+    VideoFormat(
+        name="prores",
+        title="ProRes",
+        endings=(".mov", ".mkv"),
+        encoder="prores_ks",
+        pixels="yuv422p10le",
+        options={"profile": "3", "vendor": "apl0"},  # passes for Apple's own encoder
+        grows={},  # every frame is a key frame
+        bits=16,
+        even=(2, 1),  # of 4:2:2
+        sound="pcm_s16le",
+        quality=Quality("profile", 3, 0, 3, "0 proxy, 1 LT, 2 standard, 3 HQ:", libavcodec=62),
+        note="10 bit, large, for editing",
+    ),
+    VideoFormat(
+        name="ffv1",
+        title="FFV1",
+        endings=(".mkv",),
+        encoder="ffv1",
+        pixels="bgr0",  # RGB: a way to YUV and back would lose the last bit
+        options={"level": "3", "g": "1", "slices": "4"},
+        grows={},
+        matrix=RGB_MATRIX,
+        range=FULL,
+        sound="flac",
+        note="lossless, large",
+    ),
+    VideoFormat(
+        name="webp",
+        title="animated webp",
+        endings=(".webp",),
+        encoder="libwebp_anim",
+        pixels="bgra",
+        options={"quality": "85"},
+        matrix=RGB_MATRIX,
+        range=FULL,
+        quality=Quality("quality", 85, 0, 100, "quality"),
+        note="loops, without sound; written when the run ends",
+    ),
+    VideoFormat(
+        name="gif",
+        title="gif",
+        endings=(".gif",),
+        encoder="gif",
+        pixels="pal8",
+        options={},
+        grows={},
+        matrix=RGB_MATRIX,
+        range=FULL,
+        most_fps=50,  # delays are in hundredths of a second, and browsers slow down those of one
+        note="loops, without sound, 256 colours a frame and large",
+    ),
+)
+FORMATS = {video_format.name: video_format for video_format in _FORMATS}
 
 
 def usual_ending(codec: str | None) -> str:
-    """Return the ending of files of a codec. Raises ValueError for one that is not known."""
+    """Return the ending of a codec's files. Raises ValueError for an unknown codec."""
     return ".mp4" if codec is None else _named(codec).endings[0]
 
 
@@ -185,19 +239,19 @@ def _named(codec: str) -> VideoFormat:
 
 
 def video_format(path: str | Path, codec: str | None = None) -> VideoFormat:
-    """Return how a file is to be encoded, by its ending and the codec that is asked for.
+    """Return the format of a file, by its ending and the codec that is asked for.
 
-    Raises ValueError for an ending or a codec that is not known, for two that do not go together, and for a codec
-    that this FFmpeg lacks; each says what there is.
+    Raises ValueError for an unknown ending or codec, for two that do not go together, and for a codec that this FFmpeg
+    lacks; each message lists what there is.
     """
     ending = Path(path).suffix.lower()
     if ending not in CONTAINERS:
         raise ValueError(f"{path}: unknown kind of video file; use an ending of {', '.join(CONTAINERS)}")
-    usual = next(each.name for each in FORMATS.values() if ending in each.endings)
-    candidate = _named(codec or usual)
+    default = next(name for name, candidate in FORMATS.items() if ending in candidate.endings)
+    candidate = _named(codec or default)
     if not candidate.is_here:
-        here = ", ".join(each.name for each in FORMATS.values() if each.is_here)
-        raise ValueError(f"codec {candidate.name}: this FFmpeg has no {candidate.encoder}; it has {here}")
+        available = ", ".join(name for name, other in FORMATS.items() if other.is_here)
+        raise ValueError(f"codec {candidate.name}: this FFmpeg has no {candidate.encoder}; it has {available}")
     if ending not in candidate.endings:
         endings = " or ".join(candidate.endings)
         raise ValueError(f"{path}: {candidate.title} is not written into {ending}; use {endings}")
@@ -207,7 +261,7 @@ def video_format(path: str | Path, codec: str | None = None) -> VideoFormat:
 def check_video(
     path: str | Path, codec: str | None, quality: int | None, fps: float, *, has_sound: bool = False
 ) -> VideoFormat:
-    """Return `video_format` after raising ValueError for whatever of this it cannot do."""
+    """Return the format of a file (see `video_format`). Raises ValueError for whatever of this it cannot do."""
     checked = video_format(path, codec)
     checked.check_quality(quality)
     checked.check_fps(fps)

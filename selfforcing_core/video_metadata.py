@@ -1,4 +1,4 @@
-"""Entries beside the frames of a video file, such as the workflow that made it: read, and added without encoding.
+"""Entries beside the frames of a video file, such as the workflow that made it: read, and added without encoding again.
 
 .mp4, .mov and .mkv keep them in their containers. .webp has EXIF texts "name:value", as ComfyUI writes and reads them;
 .gif has comments, one JSON object each.
@@ -21,27 +21,27 @@ from .atomic import replacing
 from .video_formats import CONTAINERS
 from .video_reader import file_name, open_video
 
-# What containers say about themselves.
+# Entries that FFmpeg writes into each container by itself.
 OWN_ENTRIES = {"major_brand", "minor_version", "compatible_brands", "encoder", "duration"}
 EXIF_TAGS = {"prompt": 0x0110, "workflow": 0x010F}  # where ComfyUI has them
 EXIF_FURTHER = 0xE000  # no tag of EXIF is named from here on
 HAS_EXIF = 0x08  # in the flags of a webp's VP8X chunk
-PIECE = 255  # bytes of a block of a gif's comment
+PIECE = 255  # bytes of a block of a gif's comment, whose length is one byte
 
 
 def as_texts(entries: Mapping[str, Any]) -> dict[str, str]:
-    """Return entries as files keep them: what is not text as JSON."""
+    """Return entries as files keep them: texts as they are, anything else as JSON."""
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in entries.items()}
 
 
 def muxer_options(container: str, movflags: str = "faststart") -> dict[str, str]:
-    """Return a container's options. Without use_metadata_tags mp4 keeps few names, without bitexact Matroska is never
-    twice the same.
-    """
+    """Return the options of a container, by FFmpeg's name of it. movflags: joined by +, for mp4 and mov."""
     if container in ("webp", "gif"):
-        return {"loop": "0"}
-    more = {} if container == "matroska" else {"movflags": f"use_metadata_tags+{movflags}"}
-    return {"fflags": "+bitexact", **more}
+        return {"loop": "0"}  # for ever
+    # Without this flag mp4 keeps a fixed list of names.
+    tags = {} if container == "matroska" else {"movflags": f"use_metadata_tags+{movflags}"}
+    # Without this one each Matroska file has random numbers of its own.
+    return {"fflags": "+bitexact", **tags}
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -65,7 +65,7 @@ def retag(path: str | Path, entries: Mapping[str, Any]) -> None:
     before = read_metadata(path)
     with replacing(path, overwrite=True) as temporary:
         if _image_kind(path) is None:
-            replaced = {name.lower() for name in entries} | OWN_ENTRIES
+            replaced = {name.lower() for name in entries} | OWN_ENTRIES  # Matroska returns names in capitals
             kept = {name: value for name, value in before.items() if name.lower() not in replaced}
             _copy(path, temporary, {**kept, **as_texts(entries)})
         else:
@@ -74,7 +74,7 @@ def retag(path: str | Path, entries: Mapping[str, Any]) -> None:
 
 
 def put_entries(path: Path, entries: Mapping[str, Any]) -> None:
-    """Write entries into a .webp or .gif where it is; those that it had go."""
+    """Write entries into a .webp or .gif in place; they replace all that it had."""
     if entries:
         put = _with_exif if _image_kind(path) == "webp" else _with_comment
         path.write_bytes(put(path, as_texts(entries)))
@@ -112,8 +112,9 @@ def _copy(source: Path, target: Path, entries: Mapping[str, str]) -> None:
 
 
 def _added(file: Any, stream: Any) -> Any:
-    """Add a stream like the given one and return it: without its tag an H.265 file is none for Apple's players."""
+    """Add a stream like the given one and return it."""
     copy = file.add_stream_from_template(stream, opaque=True)  # decoders of AV1 have no encoder of their name
+    # FFmpeg's own tag of H.265 is hev1, which Apple's players do not take.
     copy.codec_context.codec_tag = stream.codec_context.codec_tag
     return copy
 
@@ -145,7 +146,8 @@ def _with_exif(path: Path, entries: Mapping[str, str]) -> bytes:
         is_plain = value.isascii() and not value.startswith('"')
         exif[EXIF_TAGS.get(name, EXIF_FURTHER + number)] = f"{name}:{value if is_plain else json.dumps(value)}"
     chunks = [(name, data) for name, data in _riff_chunks(path.read_bytes()) if name != b"EXIF"]
-    if chunks[0][0] != b"VP8X":  # a single frame, whose file has no chunk of flags
+    # A file of a single frame has no chunk of flags: one is put before it, with the canvas's sides less one in 24 bits.
+    if chunks[0][0] != b"VP8X":
         sides = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
         chunks.insert(0, (b"VP8X", bytes(4) + sides))
     chunks[0] = (b"VP8X", bytes([chunks[0][1][0] | HAS_EXIF]) + chunks[0][1][1:])
@@ -155,11 +157,12 @@ def _with_exif(path: Path, entries: Mapping[str, str]) -> bytes:
 
 
 def _riff_chunks(data: bytes) -> list[tuple[bytes, bytes]]:
-    chunks, at = [], 12  # behind "RIFF", the file's length and "WEBP"
-    while at + 8 <= len(data):
-        size = struct.unpack_from("<I", data, at + 4)[0]
-        chunks.append((data[at : at + 4], data[at + 8 : at + 8 + size]))
-        at += 8 + size + size % 2  # chunks begin at even places
+    """Return name and bytes of each chunk."""
+    chunks, start = [], 12  # behind "RIFF", the file's length and "WEBP"
+    while start + 8 <= len(data):
+        size = struct.unpack_from("<I", data, start + 4)[0]
+        chunks.append((data[start : start + 4], data[start + 8 : start + 8 + size]))
+        start += 8 + size + size % 2  # chunks begin at even places
     return chunks
 
 
@@ -171,15 +174,16 @@ def _read_gif(path: str | Path) -> dict[str, str]:
         entries = json.loads(comments) if comments else {}
     except ValueError:
         entries = None
-    return entries if isinstance(entries, dict) else {"comment": comments}  # somebody else's words
+    return entries if isinstance(entries, dict) else {"comment": comments}  # of another program
 
 
 def _with_comment(path: Path, entries: Mapping[str, str]) -> bytes:
     """Return the gif's bytes with a comment behind its header, in place of the one that was written there."""
     data = path.read_bytes()
-    start = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)  # behind the table of colours, if it has one
+    # The header has 13 bytes; flags in its byte 10 say whether a table of 3 x 2^(n+1) bytes of colours follows.
+    start = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)
     rest = start
-    if data[start : start + 2] == b"!\xfe":
+    if data[start : start + 2] == b"!\xfe":  # a comment: blocks that begin with their length, up to an empty one
         rest += 2
         while data[rest]:
             rest += 1 + data[rest]

@@ -1,7 +1,7 @@
 """Video files read as they are meant to be seen: upright, in their own colours, at the rate that is asked for.
 
-Whatever was guessed, left out or changed on the way is a note, one sentence each. Nothing is kept but what is asked
-for: a long video is decoded again rather than kept in memory.
+Each guess, omission and change on the way becomes a note of one sentence. Only the frames that are asked for are kept:
+a long video is decoded again rather than held in memory.
 
 Letters: V video frames, R RGB, H W height and width in pixels. Values of frames are in [0, 1].
 """
@@ -29,12 +29,13 @@ TRAINED_FPS = 16  # of the clips that Wan 2.1 was trained on (sample_fps in its 
 
 # What the numbers in a frame's tags mean (ITU-T H.273), and what swscale calls these matrices.
 BT709, UNSPECIFIED, RESERVED, BT601, BT2020 = 1, 2, 3, 5, 9
+# 6 (SMPTE 170M) has the coefficients of 5.
 MATRICES = {BT709: BT709, 4: 4, BT601: BT601, 6: BT601, 7: 7, BT2020: BT2020}
 RGB_MATRIX = 0
 UNKNOWN, LIMITED, FULL = 0, 1, 2
-HDR_CURVES = {16: "PQ", 18: "HLG"}
+HDR_CURVES = {16: "PQ", 18: "HLG"}  # transfer characteristics of the same table
 SCALER = 0x2 | 0x2000 | 0x40000  # bilinear, chroma at full width, accurate rounding
-AREA = 0x20  # every pixel counts in a thumbnail
+AREA = 0x20  # averages, so that every pixel counts in a thumbnail
 
 LOCAL_ONLY = {"protocol_whitelist": "file,crypto,data"}  # a playlist must not make FFmpeg ask other machines
 
@@ -45,27 +46,27 @@ SPREAD = Fraction(3, 2)  # longest over shortest distance of frames that still c
 
 @dataclass
 class Findings:
-    """What a pass over a video came across; complete when the pass is. Times are in seconds."""
+    """The record of a pass over a video; complete when the pass is. Times are in seconds."""
 
     path: Path
     fps: Fraction | None  # the rate at which frames are given, None for every frame of the file once
     rate: Fraction | None  # what the file says, None if nothing
     width: int = 0  # of an upright frame with square pixels
     height: int = 0
-    square: tuple[int, int] = (0, 0)  # width and height as stored, with square pixels
+    square_size: tuple[int, int] = (0, 0)  # width and height as stored, not turned, with square pixels
     sound: str | None = None  # codec of the sound, None without one
     start: Fraction = Fraction(0)  # the first frame's moment on the file's clock
     seconds: Fraction = Fraction(0)  # from the first frame to the end of the last one that was read
-    read: int = 0  # frames of the file
-    given: int = 0  # frames at `fps`
-    repeated: int = 0
-    skipped: int = 0
-    shortest: Fraction | None = None  # distance of two frames
-    longest: Fraction = Fraction(0)
-    unstamped: int = 0  # frames without a time stamp
-    backwards: int = 0  # time stamps before the one before
-    damaged: int = 0  # places that could not be decoded
-    interlaced: int = 0  # frames
+    num_read: int = 0  # frames of the file
+    num_given: int = 0  # frames at `fps`
+    num_repeated: int = 0  # of these, frames given before
+    num_skipped: int = 0  # frames of the file that were never given
+    shortest_gap: Fraction | None = None  # between the moments of two neighbouring frames
+    longest_gap: Fraction = Fraction(0)
+    num_unstamped: int = 0  # frames without a time stamp
+    num_backward: int = 0  # time stamps that are not behind the one before
+    num_damaged: int = 0  # places that could not be decoded
+    num_interlaced: int = 0  # frames
     cut_detector: CutDetector = field(default_factory=CutDetector)
     notes: list[str] = field(default_factory=list)
 
@@ -75,24 +76,24 @@ class Findings:
         return self.cut_detector.cuts()
 
     def in_words(self) -> list[str]:
-        """Return one sentence for everything the reader of a result has to know."""
+        """Return one sentence for everything that who uses the frames has to know."""
         sentences = [*self.notes]
-        if self.unstamped:
-            sentences.append(f"{self.unstamped} frames have no time stamp and are taken at {self._rate_in_words()}")
-        if self.backwards:
+        if self.num_unstamped:
+            sentences.append(f"{self.num_unstamped} frames have no time stamp and are taken at {self._rate_in_words()}")
+        if self.num_backward:
             sentences.append(
-                f"{self.backwards} time stamps run backwards; these frames are taken at {self._rate_in_words()}"
+                f"{self.num_backward} time stamps run backwards; these frames are taken at {self._rate_in_words()}"
             )
-        if self.repeated or self.skipped or self._is_of_another_rate():
+        if self.num_repeated or self.num_skipped or self._is_of_another_rate():
             sentences.append(
                 f"has {self._own_rate_in_words()}; so that it lasts as long as before ({float(self.seconds):.2f} s), "
-                f"its {self.read} frames are read as {self.given} at {float(self.fps or 0):g} fps"
+                f"its {self.num_read} frames are read as {self.num_given} at {float(self.fps or 0):g} fps"
             )
-        if self.damaged:
-            sentences.append(f"{self.damaged} places are damaged; what could not be decoded is left out or patched")
-        if self.interlaced:
+        if self.num_damaged:
+            sentences.append(f"{self.num_damaged} places are damaged; what could not be decoded is left out or patched")
+        if self.num_interlaced:
             sentences.append(
-                f"{self.interlaced} frames are interlaced; their rows of two moments are read as one image"
+                f"{self.num_interlaced} frames are interlaced; their rows of two moments are read as one image"
             )
         if self.cuts:
             where = ", ".join(f"{cut:.2f}" for cut in self.cuts[:5]) + (", ..." if len(self.cuts) > 5 else "")
@@ -100,15 +101,17 @@ class Findings:
         return sentences
 
     def _is_of_another_rate(self) -> bool:
-        return bool(self.fps) and self.read > 1 and abs(self.read / self.seconds / self.fps - 1) > Fraction(1, 50)
+        return (
+            bool(self.fps) and self.num_read > 1 and abs(self.num_read / self.seconds / self.fps - 1) > Fraction(1, 50)
+        )
 
     def _rate_in_words(self) -> str:
         return f"{float(self.rate or _DEFAULT_RATE):g} fps"
 
     def _own_rate_in_words(self) -> str:
-        if self.shortest is not None and self.longest > self.shortest * SPREAD:
-            return f"a variable rate ({1 / float(self.longest):.4g} to {1 / float(self.shortest):.4g} fps)"
-        return f"{self.read / float(self.seconds):.4g} fps"
+        if self.shortest_gap is not None and self.longest_gap > self.shortest_gap * SPREAD:
+            return f"a variable rate ({1 / float(self.longest_gap):.4g} to {1 / float(self.shortest_gap):.4g} fps)"
+        return f"{self.num_read / float(self.seconds):.4g} fps"
 
 
 _DEFAULT_RATE = Fraction(25)  # of a file that says nothing, as FFmpeg's own readers of such formats assume
@@ -117,17 +120,17 @@ _DEFAULT_RATE = Fraction(25)  # of a file that says nothing, as FFmpeg's own rea
 class VideoReader:
     """A video file; each pass decodes it from its beginning.
 
-    fps: the rate at which frames are given: for each moment the frame that is shown then, each frame's own moment
-    rounded, so that the video lasts as long as before. None gives every frame of the file once. Every method raises
-    ValueError for what cannot be read.
+    fps: the rate at which frames are given. At each moment it is the frame that is shown then, with frames' own moments
+    rounded to the nearest, so that the video lasts as long as before. None gives every frame of the file once. Every
+    method raises ValueError for what cannot be read.
     """
 
     def __init__(self, path: str | Path, fps: float | None = None) -> None:
         self.path = Path(path)
-        self.fps = None if fps is None else Fraction(fps).limit_denominator(1001)
+        self.fps = None if fps is None else Fraction(fps).limit_denominator(1001)  # 24000/1001 and its like are exact
 
     def survey(self) -> Findings:
-        """Decode all of it and return what it holds."""
+        """Decode the whole video and return the record of it."""
         findings = self.findings()
         for _ in self._at_rate(findings):
             pass
@@ -138,10 +141,10 @@ class VideoReader:
     ) -> Iterator[Tensor]:
         """Yield frames [R,H,W] in [0, 1] from number `start` on; decoding stops behind the last of `count`.
 
-        A repeated frame is the same tensor again. findings: is filled on the way.
+        A repeated frame is converted once. findings: a record to fill on the way.
         """
         findings = self.findings() if findings is None else findings
-        last, image = None, None  # a repeated frame is converted once
+        last, image = None, None
         for number, frame in enumerate(self._at_rate(findings)):
             if count is not None and number >= start + count:
                 return
@@ -159,7 +162,7 @@ class VideoReader:
         return torch.stack(list(self.iter_frames(start, count)))
 
     def first_frames(self, count: int) -> tuple[Tensor, Findings]:
-        """Return at most `count` frames from the beginning, and what was found as far as it was decoded."""
+        """Return at most `count` frames [V,R,H,W] from the beginning, and the record of what was decoded for them."""
         findings = self.findings()
         return torch.stack(list(self.iter_frames(0, count, findings))), findings
 
@@ -174,35 +177,37 @@ class VideoReader:
         uses = 0  # of the current frame
         for time, frame in self._stamped(findings):
             if self.fps is None:
-                findings.given += 1
+                findings.num_given += 1
                 yield frame
                 continue
             if current is not None:
                 uses = 0
+                # A frame may come up to half a frame early: its moment is rounded, in place of always late.
                 early = min(time - current[0], 1 / self.fps) / 2
-                while findings.given <= (time - early) * self.fps:
-                    findings.given, uses = findings.given + 1, uses + 1
+                while findings.num_given <= (time - early) * self.fps:
+                    findings.num_given, uses = findings.num_given + 1, uses + 1
                     yield current[1]
                 _count_uses(findings, uses)
             current = time, frame
         if current is not None:
             uses = 0
-            while findings.given < round(findings.seconds * (self.fps or 0)) or findings.given == 0:
-                findings.given, uses = findings.given + 1, uses + 1
+            # The last frame stays until the video ends, and a video has at least one frame.
+            while findings.num_given < round(findings.seconds * (self.fps or 0)) or findings.num_given == 0:
+                findings.num_given, uses = findings.num_given + 1, uses + 1
                 yield current[1]
             _count_uses(findings, uses)
 
     def _stamped(self, findings: Findings) -> Iterator[tuple[Fraction, Any]]:
-        """Yield decoded frames with their moments in seconds from the first, which only grow."""
+        """Yield decoded frames with their moments in seconds from the first; each is later than the one before."""
         last: Fraction | None = None
         for frame, stamp, duration in self._decoded(findings):
             step = 1 / (findings.rate or _DEFAULT_RATE)
             if last is None:
                 findings.start = stamp or Fraction(0)
             time = None if stamp is None else stamp - findings.start
-            if last is None or time is None or time <= last:
-                findings.unstamped += time is None
-                findings.backwards += time is not None and last is not None
+            if last is None or time is None or time <= last:  # no usable moment: one frame of the file's rate later
+                findings.num_unstamped += time is None
+                findings.num_backward += time is not None and last is not None
                 time = Fraction(0) if last is None else last + step
             elif time - last > LONGEST_HOLD:
                 raise ValueError(
@@ -211,15 +216,14 @@ class VideoReader:
                 )
             else:
                 step = time - last
-                findings.shortest = step if findings.shortest is None else min(step, findings.shortest)
-                findings.longest = max(step, findings.longest)
+                findings.shortest_gap = step if findings.shortest_gap is None else min(step, findings.shortest_gap)
+                findings.longest_gap = max(step, findings.longest_gap)
             last = time
-            findings.read += 1
-            least = findings.shortest or 0  # some writers give the last frame no more than a tick
-            shown = (
-                duration if duration is not None and least <= duration <= LONGEST_HOLD else findings.shortest or step
-            )
-            findings.seconds = time + shown
+            findings.num_read += 1
+            # Some writers give the last frame a duration of one tick: none shorter than the shortest gap is believed.
+            if duration is None or not (findings.shortest_gap or 0) <= duration <= LONGEST_HOLD:
+                duration = findings.shortest_gap or step
+            findings.seconds = time + duration
             findings.cut_detector.add(time, _thumbnail(frame))
             yield time, frame
 
@@ -230,6 +234,7 @@ class VideoReader:
             assert stream is not None
             stream.thread_type = "AUTO"  # frames at once, not only slices of one
             _look_at_other_streams(file, findings)
+            # Not every container has each of these; only unstamped frames need one.
             findings.rate = stream.average_rate or stream.base_rate or stream.guessed_rate
             first: Any = None
             for frame in _frames(file, stream, findings):
@@ -241,7 +246,7 @@ class VideoReader:
                         f"{self.path}: changes its size from {first.width}x{first.height} to "
                         f"{frame.width}x{frame.height}; encode it in one size first"
                     )
-                findings.interlaced += frame.interlaced_frame
+                findings.num_interlaced += frame.interlaced_frame
                 base = frame.time_base or stream.time_base
                 stamp = frame.pts if frame.pts is not None else frame.dts
                 duration = getattr(frame, "duration", None)
@@ -251,20 +256,22 @@ class VideoReader:
                     duration * base if duration and base else None,
                 )
             if first is None:
-                raise ValueError(f"{self.path}: holds no video frame" + (", it is damaged" if findings.damaged else ""))
+                raise ValueError(
+                    f"{self.path}: holds no video frame" + (", it is damaged" if findings.num_damaged else "")
+                )
             _check_end(file, stream, findings)
 
 
 @dataclass(frozen=True)
 class GivenVideo:
-    """A video that another one goes on from, looked through once; its frames are decoded when they are asked for."""
+    """A video that another one goes on from, decoded once for its record, and again for frames that are asked for."""
 
     reader: VideoReader
     findings: Findings
 
     def __len__(self) -> int:
         """Return the number of frames at the asked rate."""
-        return self.findings.given
+        return self.findings.num_given
 
     @property
     def width(self) -> int:
@@ -278,7 +285,7 @@ class GivenVideo:
 
 
 def given_video(path: str | Path, fps: float) -> GivenVideo:
-    """Look through a video that is to be shown at `fps`. Raises ValueError when it is not a readable video."""
+    """Read through a video that is to be shown at `fps`. Raises ValueError when it is not a readable video."""
     reader = VideoReader(path, fps)
     return GivenVideo(reader, reader.survey())
 
@@ -306,6 +313,7 @@ def open_video(path: str | Path) -> Any:
     if not file.streams.video:
         file.close()
         raise ValueError(f"{path}: holds no video stream")
+    # FFmpeg guesses formats: it takes any text for a recording of a terminal, and any image for a video of one frame.
     if file.format.name == "tty":
         file.close()
         raise ValueError(f"{path}: cannot be read as a video (it is text)")
@@ -319,7 +327,8 @@ def open_video(path: str | Path) -> Any:
 
 
 def file_name(path: str | Path) -> str:
-    """Return the name by which FFmpeg takes a path for a file, whatever it holds: "take1:cat.mp4" were a protocol."""
+    """Return the name by which FFmpeg takes any path for a file."""
+    # What stands before a colon is a protocol to FFmpeg, as in "take1:cat.mp4", unless a slash comes first.
     return str(Path(path).absolute())
 
 
@@ -327,26 +336,26 @@ def file_name(path: str | Path) -> str:
 def _frames(file: Any, stream: Any, findings: Findings) -> Iterator[Any]:
     """Yield all frames that can be decoded; damage is counted."""
     try:
-        for packet in file.demux(stream):
-            findings.damaged += packet.is_corrupt
+        for packet in file.demux(stream):  # the last packet is empty and flushes the decoder
+            findings.num_damaged += packet.is_corrupt
             try:
                 frames = packet.decode()
             except FFmpegError:
-                findings.damaged += 1
+                findings.num_damaged += 1
                 continue
             for frame in frames:
-                findings.damaged += frame.is_corrupt
+                findings.num_damaged += frame.is_corrupt
                 yield frame
         return
     except FFmpegError:
-        findings.damaged += 1
+        findings.num_damaged += 1
     with suppress(FFmpegError):
         yield from stream.codec_context.decode(None)  # what had been decoded already
 
 
 def _count_uses(findings: Findings, uses: int) -> None:
-    findings.skipped += uses == 0
-    findings.repeated += max(0, uses - 1)
+    findings.num_skipped += uses == 0
+    findings.num_repeated += max(0, uses - 1)
 
 
 def _look_at_other_streams(file: Any, findings: Findings) -> None:
@@ -361,13 +370,13 @@ def _look_at_other_streams(file: Any, findings: Findings) -> None:
 
 
 def _begin(frame: Any, stream: Any, findings: Findings) -> None:
-    """Note everything that holds for all frames. Raises ValueError for colours that cannot be shown rightly."""
+    """Note what the first frame shows of all. Raises ValueError for colours that would come out wrong."""
     path, context = findings.path, stream.codec_context
     curve = getattr(frame, "color_trc", None) or context.color_trc
     if curve in HDR_CURVES:
         raise ValueError(
             f"{path}: is high dynamic range ({HDR_CURVES[curve]}), whose colours need to be mapped; "
-            f"convert it to SDR first"
+            "convert it to SDR first"
         )
     if _is_yuv(frame) and frame.colorspace not in (*MATRICES, UNSPECIFIED, RGB_MATRIX, RESERVED):
         raise ValueError(
@@ -378,7 +387,7 @@ def _begin(frame: Any, stream: Any, findings: Findings) -> None:
         findings.notes.append(f"does not say how its colours are coded; they are read as {name}, as players do")
     if context.color_primaries == BT2020:
         findings.notes.append("has the wide colours of BT.2020, which are read as if they were BT.709")
-    if "alpha_mode" in stream.metadata:
+    if "alpha_mode" in stream.metadata:  # of VP8 and VP9 in WebM, whose alpha FFmpeg's own decoders leave out
         findings.notes.append("is transparent in parts, which is not read")
     matrix = _display_matrix(frame)
     if matrix is not None and _turn(matrix) is None:
@@ -391,7 +400,7 @@ def _begin(frame: Any, stream: Any, findings: Findings) -> None:
         findings.notes.append(
             f"has oblong pixels ({shape.numerator}:{shape.denominator}); it is read as {width}x{height}"
         )
-    findings.square = width, height
+    findings.square_size = width, height
     is_swapped = matrix is not None and (_turn(matrix) or (False,))[0]
     findings.width, findings.height = (height, width) if is_swapped else (width, height)
 
@@ -403,13 +412,13 @@ def _check_end(file: Any, stream: Any, findings: Findings) -> None:
         announced = stream.duration * stream.time_base
     elif file.duration and len(file.streams) == 1:  # Matroska counts from 0, not from the first frame
         announced = Fraction(file.duration, av.time_base) - max(findings.start, Fraction(0))
-    slack = max(Fraction(1, 4), 3 * findings.longest)  # seconds; the last frames of whole files may last less
+    slack = max(Fraction(1, 4), 3 * findings.longest_gap)  # seconds; the last frames of whole files may last less
     if announced is not None and findings.seconds + slack < announced:
         findings.notes.append(f"ends after {float(findings.seconds):.2f} of {float(announced):.2f} s; it is cut off")
 
 
 def _square_size(frame: Any, shape: Fraction | None) -> tuple[int, int]:
-    """Return width and height of a frame whose pixels are made square, of which none are lost."""
+    """Return width and height of a frame with its pixels made square: one side grows, so that no row is lost."""
     if not shape or not 1 / STRANGEST_PIXEL <= shape <= STRANGEST_PIXEL:
         return frame.width, frame.height
     return max(frame.width, round(frame.width * shape)), max(frame.height, round(frame.height / shape))
@@ -421,6 +430,7 @@ def _is_yuv(frame: Any) -> bool:
 
 def _matrix(frame: Any) -> int:
     """Return the coefficients between YUV and RGB, as swscale numbers them; without a tag by size, as players do."""
+    # Standard definition (up to 576 rows) was BT.601, high definition is BT.709.
     if frame.colorspace in MATRICES:
         return MATRICES[frame.colorspace]
     return BT709 if frame.width >= 1280 or frame.height > 576 else BT601
@@ -429,6 +439,7 @@ def _matrix(frame: Any) -> int:
 def _range(frame: Any) -> int:
     if frame.color_range in (LIMITED, FULL):
         return int(frame.color_range)
+    # "yuvj" are FFmpeg's older names of full range; untagged YUV is limited by convention.
     return FULL if frame.format.name.startswith("yuvj") or not _is_yuv(frame) else LIMITED
 
 
@@ -453,11 +464,11 @@ def _thumbnail(frame: Any) -> np.ndarray:
 
 def _image(frame: Any, findings: Findings) -> np.ndarray:
     """Return the upright image of a frame as uint8 [H, W, R], transparency over white."""
-    size = findings.square
+    size = findings.square_size
     if any(component.is_alpha for component in frame.format.components):
         pixels = _converted(frame, *size, "rgba").astype(np.uint16)
         colours, alpha = pixels[..., :3], pixels[..., 3:]
-        image = ((colours * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+        image = ((colours * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)  # rounded: 127 is half of 255
     else:
         image = _converted(frame, *size, "rgb24")
     matrix = _display_matrix(frame)
@@ -475,19 +486,19 @@ def _display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return None
-    a, b, _, c, d, *_ = np.frombuffer(bytes(data), np.int32).tolist()
+    a, b, _, c, d, *_ = np.frombuffer(bytes(data), np.int32).tolist()  # of 3 x 3: the rest moves and projects
     return a, b, c, d
 
 
 def _turn(matrix: tuple[int, int, int, int]) -> tuple[bool, bool, bool] | None:
     """Return whether rows and columns change places, and whether each row and each column runs backwards.
 
-    None at a slant.
+    None for a turn that is no multiple of 90 degrees.
     """
     a, b, c, d = matrix
-    small = max(map(abs, matrix)) / 100  # half a degree
-    if abs(b) <= small and abs(c) <= small and a and d:
+    tolerance = max(map(abs, matrix)) / 100  # half a degree
+    if abs(b) <= tolerance and abs(c) <= tolerance and a and d:
         return False, a < 0, d < 0
-    if abs(a) <= small and abs(d) <= small and b and c:
+    if abs(a) <= tolerance and abs(d) <= tolerance and b and c:
         return True, c < 0, b < 0
     return None

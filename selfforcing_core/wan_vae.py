@@ -1,5 +1,8 @@
 """Wan 2.1's video VAE outside ComfyUI: diffusers' network, the original names, and an exact streamed decode.
 
+Its convolutions are causal in time: they see earlier frames and never later ones. So a decoder that keeps the last
+frames of every convolution's input continues where it stopped, and a chunk can be shown before the next one exists.
+
 Letters: B batch, T latent frames, C latent channels, H W height and width, V video frames, R RGB.
 Frames are in [0, 1]; latents are normalised per channel, as the diffusion network makes them.
 """
@@ -22,7 +25,7 @@ from .versions import OPTIONAL, refusal
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-# diffusers' names of modules and the original ones (github.com/Wan-Video/Wan2.1, vae.py), longest first
+# Patterns of diffusers' names of modules, and the original ones (github.com/Wan-Video/Wan2.1, wan/modules/vae.py).
 _ORIGINAL = (
     (r"^quant_conv\.", "conv1."),
     (r"^post_quant_conv\.", "conv2."),
@@ -34,6 +37,7 @@ _ORIGINAL = (
     (r"\.mid_block\.attentions\.0\.", ".middle.1."),
     (r"\.mid_block\.resnets\.1\.", ".middle.2."),
 )
+# In a residual block the originals are places in a list; what is missing has no weights.
 _ORIGINAL_RESIDUAL = {
     "norm1": "residual.0",
     "conv1": "residual.2",
@@ -41,7 +45,7 @@ _ORIGINAL_RESIDUAL = {
     "conv2": "residual.6",
     "conv_shortcut": "shortcut",
 }
-_FIRST = ("encoder.conv1.weight", "encoder.conv_in.weight")  # original, diffusers
+_FIRST = ("encoder.conv1.weight", "encoder.conv_in.weight")  # one is in every VAE: the original name, diffusers'
 
 
 # -------------------------------------------------------------------- names --
@@ -60,11 +64,11 @@ def original_name(key: str, num_res_blocks: int) -> str:
 
 
 def _res_blocks(keys: Mapping[str, Any], base: str, mark: str) -> int:
-    """Return the residual blocks per stage of the encoder, by the place of the decoder's first enlarging layer."""
+    """Return the residual blocks of an encoder's stage, by the place of the decoder's first enlarging layer."""
     places = [int(match[1]) for key in keys if (match := re.match(rf"{re.escape(base)}\.(\d+)\.{mark}", key))]
     if not places:
         raise ValueError(f"is no Wan 2.1 VAE: it has no {base} with {mark}")
-    return min(places) - 1  # the decoder has one block more per stage than the encoder
+    return min(places) - 1  # a stage of the decoder has one block more than one of the encoder
 
 
 # ------------------------------------------------------------------ network --
@@ -73,6 +77,8 @@ class WanVAE:
 
     def __init__(self, network: AutoencoderKLWan) -> None:
         self.network = network.eval().requires_grad_(False)
+        # Of each latent channel, over Wan's training data (vae.py of the reference); files of original weights lack
+        # them.
         shape = (1, -1, 1, 1, 1)
         self.mean = torch.tensor(network.config["latents_mean"]).view(shape)
         self.deviation = torch.tensor(network.config["latents_std"]).view(shape)
@@ -88,13 +94,13 @@ class WanVAE:
 
         Raises ValueError unless V is 4n+1 and the sides are multiples of 8.
         """
-        latent_frames(frames_BVRHW.shape[1])  # refuses any other number of frames
+        latent_frames(frames_BVRHW.shape[1])  # raises for any other number of frames
         height, width = frames_BVRHW.shape[-2:]
         if height % SPATIAL_FACTOR or width % SPATIAL_FACTOR:
             raise ValueError(f"frames of {width}x{height} pixels are not multiples of {SPATIAL_FACTOR}; resize them")
-        first = next(self.network.parameters())
-        pixels = rearrange(frames_BVRHW, "b v r h w -> b r v h w").to(first) * 2 - 1
-        mean = self.network.encode(pixels, return_dict=False)[0].mode().float()
+        weight = next(self.network.parameters())
+        pixels = rearrange(frames_BVRHW, "b v r h w -> b r v h w").to(weight) * 2 - 1  # the network reads [-1, 1]
+        mean = self.network.encode(pixels, return_dict=False)[0].mode().float()  # no sample of the posterior
         latents = (mean - self.mean.to(mean)) / self.deviation.to(mean)
         return rearrange(latents, "b c t h w -> b t c h w")
 
@@ -115,7 +121,7 @@ class WanVAE:
 
 
 class StreamingWanDecoder:
-    """A video decoded piece by piece with the decoder's own feature cache; the pieces joined are the whole decode."""
+    """A decoder of a video that comes piece by piece, by the network's own feature cache; joined, the whole decode."""
 
     def __init__(self, vae: WanVAE) -> None:
         self.vae = vae
@@ -125,8 +131,10 @@ class StreamingWanDecoder:
         """Forget the stream; the next latent is the first of a video."""
         from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
-        convolutions = [m for m in self.vae.network.decoder.modules() if isinstance(m, WanCausalConv3d)]
-        self.features: list[Any] = [None] * len(convolutions)
+        modules = self.vae.network.decoder.modules()
+        num_convolutions = sum(isinstance(module, WanCausalConv3d) for module in modules)
+        # By causal convolution: the last frames of its input. The decoder fills and reads them itself.
+        self.features: list[Any] = [None] * num_convolutions
         self.is_first = True
 
     def decode(self, latents_BTCHW: Tensor) -> Tensor:
@@ -139,6 +147,7 @@ class StreamingWanDecoder:
         network, frames = self.vae.network, []
         latents = network.post_quant_conv(self.vae.denormalised(latents_BTCHW))
         for latent in latents.split(1, dim=2):  # its cache is made for steps of one latent frame
+            # feat_idx is a counter of the convolutions on the way through, which finds each its part of the cache.
             frames.append(network.decoder(latent, feat_cache=self.features, feat_idx=[0], first_chunk=self.is_first))
             self.is_first = False
         return rearrange(torch.cat(frames, 2), "b r v h w -> b v r h w")
@@ -146,7 +155,7 @@ class StreamingWanDecoder:
 
 # ------------------------------------------------------------------ loading --
 def new_network(base_dim: int, num_res_blocks: int) -> AutoencoderKLWan:
-    """Return diffusers' Wan 2.1 VAE on the meta device. Raises ValueError if diffusers is missing or too old."""
+    """Return diffusers' Wan 2.1 VAE on the meta device. Raises ValueError where diffusers is missing or too old."""
     if reason := refusal("the Wan VAE needs", OPTIONAL):
         raise ValueError(f"{reason}, or decode with a TAEHV (--decoder taehv)")
     try:
@@ -165,10 +174,10 @@ def load_wan_vae(
     """Return the VAE of a file with original names (Wan2.1_VAE.pth, wan_2.1_vae.safetensors) or of diffusers' folder.
 
     The names may stand below a prefix (`model.`, `first_stage_model.`, `vae.`) or in a trainer's container.
-    Raises ValueError, one line, for whatever is not a Wan 2.1 VAE.
+    Raises ValueError, one line that names the file, for whatever is not a Wan 2.1 VAE.
     """
     path = Path(path)
-    folder = path / "vae" if (path / "vae").is_dir() else path
+    folder = path / "vae" if (path / "vae").is_dir() else path  # of a whole model of diffusers
     tensors = read_tensors(folder)
     try:
         tensors = below_prefix(tensors, _FIRST, path)
@@ -180,12 +189,12 @@ def load_wan_vae(
 def vae_from_tensors(
     tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> AutoencoderKLWan:
-    """Return the network with these weights, under original or diffusers names.
+    """Return the network with these weights, under original or diffusers' names.
 
     Raises ValueError where weights are missing, unknown or of other shapes.
     """
     is_original = _FIRST[0] in tensors
-    first = tensors.get(_FIRST[not is_original])
+    first = tensors.get(_FIRST[not is_original])  # the first convolution, whose output is as wide as the network's base
     if first is None or first.ndim != 5:
         raise ValueError("is no Wan VAE; give Wan2.1_VAE.pth, wan_2.1_vae.safetensors or diffusers' vae folder")
     if is_original:
@@ -203,9 +212,10 @@ def vae_from_tensors(
 
 
 def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    different = sorted(set(expected) - set(tensors)) or sorted(set(tensors) - set(expected))
-    if different:
-        raise ValueError(f"is not a complete Wan VAE: {different[0]} is missing or unknown; Wan 2.2's does not fit")
+    """Raise ValueError unless names and shapes are the expected ones."""
+    odd_names = sorted(set(expected) - set(tensors)) or sorted(set(tensors) - set(expected))
+    if odd_names:
+        raise ValueError(f"is not a complete Wan VAE: {odd_names[0]} is missing or unknown; Wan 2.2's does not fit")
     wrong = [name for name, shape in expected.items() if tuple(tensors[name].shape) != shape]
     if wrong:
         raise ValueError(f"is not a Wan 2.1 VAE: {wrong[0]} has shape {tuple(tensors[wrong[0]].shape)}")

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint import state_dict_saver
 from selfforcing_core.atomic import NotWritten
 from selfforcing_core.checkpoint import read_checkpoint
 from selfforcing_core.cli import main as command_line
-from selfforcing_core.embeddings import EmbeddingFolder
+from selfforcing_core.embedding_folder import EmbeddingFolder
 from selfforcing_core.kv_cache import CacheState
 from selfforcing_core.snapshot import Snapshot
 from selfforcing_core.video import VideoStream, read_video, write_contact_sheet, write_video

@@ -9,7 +9,7 @@ import torch
 
 from bench import rollout as bench
 from bench.needs import needs
-from selfforcing_core.config import PRESETS, WanConfig
+from selfforcing_core.config import NETWORK_SIZES, WanConfig
 
 TINY = bench.Case(WanConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=16, text_len=8), 4, 4, 6, 2, 0.5)
 
@@ -19,7 +19,7 @@ def test_flops_of_a_pass_agree_with_counting_by_hand() -> None:
     tokens, visible, D, F = 4680, 32760, 1536, 8960
     linear = 2 * tokens * (30 * (6 * D * D + 2 * D * F) + 2 * 64 * D)
     attention = 4 * tokens * (visible + 512) * D * 30
-    assert bench.pass_flops(PRESETS["t2v-1.3b"], tokens, visible) == linear + attention
+    assert bench.pass_flops(NETWORK_SIZES["t2v-1.3b"], tokens, visible) == linear + attention
 
 
 def test_the_last_chunk_has_no_clean_pass_and_later_chunks_see_more() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from selfforcing_core import checkpoint as checkpoint_module
 from selfforcing_core.checkpoint import inspect_checkpoint, read_checkpoint, save_checkpoint
 from selfforcing_core.config import CausalConfig, StepConfig, TAEHVConfig, WanConfig
-from selfforcing_core.layout import taehv_shapes, wan_shapes
+from selfforcing_core.shapes import taehv_shapes, wan_shapes
 
 WAN = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, text_dim=8, freq_dim=16)
 WIDE_HEADS = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=1, text_dim=8, text_len=4, freq_dim=16, eps=1e-5)

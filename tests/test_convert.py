@@ -20,7 +20,7 @@ from selfforcing_core.cli import main
 from selfforcing_core.config import CausalConfig, TAEHVConfig, WanConfig
 from selfforcing_core.convert import convert
 from selfforcing_core.keymap import DIALECTS
-from selfforcing_core.layout import taehv_shapes, wan_shapes
+from selfforcing_core.shapes import taehv_shapes, wan_shapes
 
 WAN = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, text_dim=8, freq_dim=16)
 I2V = replace(WAN, in_dim=36, model_type="i2v", num_heads=2)
@@ -32,19 +32,23 @@ def weights_of(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, T
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+def assert_same(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
-        (".safetensors", WAN), (".safetensors", I2V), ("", WAN), ("", I2V),
-        (".pt", WAN), (".pt", replace(I2V, num_heads=1)),  # it has no header: its heads are those of width / 128
+        (".safetensors", WAN),
+        (".safetensors", I2V),
+        ("", WAN),
+        ("", I2V),
+        (".pt", WAN),
+        (".pt", replace(I2V, num_heads=1)),  # it has no header: its heads are those of width / 128
     ],
-)  # fmt: skip
+)
 def test_every_output_reads_back_as_the_same_network(
     tmp_path: Path, dialect: str, kind: str, config: WanConfig
 ) -> None:
@@ -52,10 +56,10 @@ def test_every_output_reads_back_as_the_same_network(
     save_checkpoint(tmp_path / "in.safetensors", weights, config, causal=CausalConfig(window=6))
     convert(tmp_path / "in.safetensors", tmp_path / f"out{kind}", dialect=dialect)
     convert(tmp_path / f"out{kind}", tmp_path / "back.safetensors")
-    found = read_checkpoint(tmp_path / "back.safetensors")
-    assert_same(found.state_dict, weights)
-    assert found.config == config
-    assert found.dialect == "wan"
+    checkpoint = read_checkpoint(tmp_path / "back.safetensors")
+    assert_same(checkpoint.state_dict, weights)
+    assert checkpoint.config == config
+    assert checkpoint.dialect == "wan"
     assert sorted(os.listdir(tmp_path)) == sorted(["in.safetensors", f"out{kind}", "back.safetensors"])
 
 
@@ -130,9 +134,9 @@ def test_a_taehv_keeps_its_names_and_gets_its_latent_space(tmp_path: Path) -> No
     torch.save(weights, tmp_path / "in.pth")
     assert read_checkpoint(tmp_path / "in.pth").latent_space is None
     convert(tmp_path / "in.pth", tmp_path / "out.safetensors", latent_space="wan2.1", dtype="float16")
-    found = read_checkpoint(tmp_path / "out.safetensors")
-    assert found.latent_space == "wan2.1"
-    assert_same(found.state_dict, {name: tensor.half() for name, tensor in weights.items()})
+    checkpoint = read_checkpoint(tmp_path / "out.safetensors")
+    assert checkpoint.latent_space == "wan2.1"
+    assert_same(checkpoint.state_dict, {name: tensor.half() for name, tensor in weights.items()})
 
 
 @pytest.mark.parametrize(

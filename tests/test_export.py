@@ -444,7 +444,7 @@ def test_messages_name_settings_of_train_sample() -> None:
     assert in_keys("say so (--taehv-latents=wan2.1)") == "say so (latent_space=wan2.1)"
     never = {"extend", "extend_prompt", "latents", "sheet", "roofline", "compile", "fps", "model"}
     known = {*SampleArgs.__dataclass_fields__}
-    for file in ("plan", "generate", "write", "load", "hub", "taehv_releases"):
+    for file in ("plan", "generate", "write", "load", "hub", "latent_space"):
         source = (ROOT / f"selfforcing_core/{file}.py").read_text(encoding="utf-8")
         for flag in re.findall(r"--[a-z][a-z0-9-]*[a-z0-9]", source):
             key = in_keys(flag).partition("=")[0]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from selfforcing_core.catalogue import RELEASES
+from selfforcing_core.download import RELEASES
 from selfforcing_core.schedule import FlowSchedule
 from train import import_config
 from train.args import CONFIGS, DiffusionArgs, DmdArgs, OdeArgs, parse

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfforcing_core.config import PRESETS, TAEHVConfig
+from selfforcing_core.config import NETWORK_SIZES, TAEHVConfig
 from selfforcing_core.keymap import (
     DIALECTS,
     WRAPPER_INFIXES,
@@ -20,9 +20,9 @@ from selfforcing_core.keymap import (
     to_wan,
     wan_names,
 )
-from selfforcing_core.layout import mismatch, taehv_config, taehv_shapes, wan_config, wan_shapes
+from selfforcing_core.shapes import mismatch, taehv_config, taehv_shapes, wan_config, wan_shapes
 
-NAMES = sorted(wan_shapes(PRESETS["tiny"])) + sorted(wan_shapes(PRESETS["i2v-14b"]))
+NAMES = sorted(wan_shapes(NETWORK_SIZES["tiny"])) + sorted(wan_shapes(NETWORK_SIZES["i2v-14b"]))
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -37,13 +37,17 @@ def test_every_dialect_comes_back_to_the_wan_name(dialect: str) -> None:
 def test_diffusers_names_are_those_of_its_own_class(preset: str) -> None:
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
-    config = PRESETS[preset]
+    config = NETWORK_SIZES[preset]
     image = {"image_dim": 1280, "added_kv_proj_dim": config.dim} if config.model_type == "i2v" else {}
     with torch.device("meta"):
         theirs = WanTransformer3DModel(
-            num_attention_heads=config.num_heads, attention_head_dim=config.head_dim, in_channels=config.in_dim,
-            ffn_dim=config.ffn_dim, num_layers=config.num_layers, **image,
-        )  # fmt: skip
+            num_attention_heads=config.num_heads,
+            attention_head_dim=config.head_dim,
+            in_channels=config.in_dim,
+            ffn_dim=config.ffn_dim,
+            num_layers=config.num_layers,
+            **image,
+        )
     expected = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
     assert {from_wan(name, "diffusers"): shape for name, shape in wan_shapes(config).items()} == expected
 
@@ -86,9 +90,9 @@ def test_unknown_dialect_names_the_known_ones() -> None:
         from_wan("head.modulation", "elvish")
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("preset", sorted(NETWORK_SIZES))
 def test_wan_shapes_and_config_determine_each_other(preset: str) -> None:
-    config = PRESETS[preset]
+    config = NETWORK_SIZES[preset]
     assert wan_config(wan_shapes(config), num_heads=config.num_heads, text_len=config.text_len) == config
 
 
@@ -118,12 +122,12 @@ RECORDED = json.loads((Path(__file__).parent / "golden" / "checkpoints_layout.js
 def recorded_shapes(network: str) -> dict[str, tuple[int, ...]]:
     """Every parameter of a released network with its shape."""
     recorded = RECORDED[network]
-    found = {name: tuple(shape) for name, shape in recorded["top"].items()}
+    shapes = {name: tuple(shape) for name, shape in recorded["top"].items()}
     for group, repeated in (recorded["repeated"] or {}).items():
         for index in range(repeated["count"]):
-            found |= {f"{group}.{index}.{name}": tuple(shape) for name, shape in repeated["params"].items()}
-    assert len(found) == recorded["num_tensors"]
-    return found
+            shapes |= {f"{group}.{index}.{name}": tuple(shape) for name, shape in repeated["params"].items()}
+    assert len(shapes) == recorded["num_tensors"]
+    return shapes
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -131,11 +135,11 @@ def recorded_shapes(network: str) -> dict[str, tuple[int, ...]]:
 def test_released_networks_are_understood_in_every_dialect(network: str, dialect: str) -> None:
     shapes = recorded_shapes(network)
     file = {from_wan(name, dialect): shape for name, shape in shapes.items()}
-    found = {name: file[key] for name, key in wan_names(file).items()}
-    assert found == shapes
-    config = wan_config(found)
-    assert mismatch(wan_shapes(config), found) is None
-    assert config in PRESETS.values()
+    file_shapes = {name: file[key] for name, key in wan_names(file).items()}
+    assert file_shapes == shapes
+    config = wan_config(file_shapes)
+    assert mismatch(wan_shapes(config), file_shapes) is None
+    assert config in NETWORK_SIZES.values()
     recorded = RECORDED[network]["config"]
     assert {key: value for key, value in config.to_dict().items() if key in recorded} == {
         key: value for key, value in recorded.items() if key in config.to_dict()

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from selfforcing_core.config import PRESETS, WanConfig
+from selfforcing_core.config import NETWORK_SIZES, WanConfig
 from selfforcing_core.device import matmul_rate
 from selfforcing_core.kv_cache import KVCache
 from selfforcing_core.roofline import pass_flops, prompt_flops
@@ -35,7 +35,7 @@ SETTINGS = ["config=debug_cpu", *SHARED]
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("network")
-    sizes = {key: value for key, value in PRESETS["tiny"].to_dict().items() if key != "patch_size"}
+    sizes = {key: value for key, value in NETWORK_SIZES["tiny"].to_dict().items() if key != "patch_size"}
     return write_network(folder / "tiny.safetensors", 0, **sizes)
 
 

@@ -14,7 +14,7 @@ from bench import roofline as bench
 from selfforcing_core import device as device_module
 from selfforcing_core.attention import attention_kernel
 from selfforcing_core.cli import main
-from selfforcing_core.config import PRESETS, TAEHVConfig, WanConfig
+from selfforcing_core.config import NETWORK_SIZES, TAEHVConfig, WanConfig
 from selfforcing_core.device import CARDS, Card
 from selfforcing_core.kv_cache import KVCache
 from selfforcing_core.meter import Meter, Recipe
@@ -63,15 +63,15 @@ def test_a_pass_is_the_sum_of_its_groups() -> None:
 
 def test_the_published_size_takes_the_published_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--json", "--model", "t2v-1.3b"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["tflop_per_pass"] == [16.18, 20.22, 24.26, 28.3, 32.33, 36.37, 40.41]
-    assert told["mean_tflop_per_pass"] == 28.3
-    assert told["tflop_of_decode"] == {"taehv": 1.63, "vae": 40.65}
-    assert set(told["cards"]) == set(CARDS)
-    h100 = told["cards"]["h100"]
+    report = json.loads(capsys.readouterr().out)
+    assert report["tflop_per_pass"] == [16.18, 20.22, 24.26, 28.3, 32.33, 36.37, 40.41]
+    assert report["mean_tflop_per_pass"] == 28.3
+    assert report["tflop_of_decode"] == {"taehv": 1.63, "vae": 40.65}
+    assert set(report["cards"]) == set(CARDS)
+    h100 = report["cards"]["h100"]
     assert h100["none"]["attainable"]["fps"] < h100["none"]["data_sheet"]["fps"]
     assert h100["vae"]["attainable"]["fps"] < h100["taehv"]["attainable"]["fps"] < h100["none"]["attainable"]["fps"]
-    for card in told["cards"].values():
+    for card in report["cards"].values():
         groups = card["vae"]["data_sheet"]["seconds_by_group"]
         assert sum(groups.values()) == pytest.approx(sum(card["vae"]["data_sheet"]["chunk_seconds"]))
 
@@ -107,9 +107,9 @@ def test_a_run_at_the_limit_has_all_of_it() -> None:
     recipe = Recipe(CONFIG, (3, 3, 3), 8, 12)
     meter = Meter(recipe, Card(1e12, 1e11, 1.0, 1.0))
     floors = recipe.limits(meter.card)["chunk_seconds"]
-    told = meter.reached(floors)
-    assert told["share_of_limit"] == pytest.approx(1)
-    assert told["time_by_group"]["above_limit"] == pytest.approx(0)
+    shares = meter.reached(floors)
+    assert shares["share_of_limit"] == pytest.approx(1)
+    assert shares["time_by_group"]["above_limit"] == pytest.approx(0)
     slower = meter.reached([2 * seconds for seconds in floors])
     assert slower["share_of_limit"] == pytest.approx(0.5)
     assert sum(slower["time_by_group"].values()) == pytest.approx(1)
@@ -143,9 +143,9 @@ def test_peak_memory_is_predicted(dim: int, ffn: int, size: tuple[int, int]) -> 
         network(*frames, text, cache=cache)
         tracker.reset_mod_stats()
         network(*frames, text, cache=cache, start_frame=3)
-    seen = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     recipe = Recipe(config, (3, 3), *size, decoder="none", weight_bytes=4, cache_bytes=4, activation_bytes=4)
-    assert sum(recipe.peak_bytes().values()) == pytest.approx(seen, rel=0.1)
+    assert sum(recipe.peak_bytes().values()) == pytest.approx(peak, rel=0.1)
 
 
 def test_the_decoders_memory_is_predicted() -> None:
@@ -154,10 +154,10 @@ def test_the_decoders_memory_is_predicted() -> None:
     tracker.track_external(network)
     with torch.no_grad(), tracker:
         network.decode_untrimmed(torch.zeros(1, 3, 16, 8, 8))
-    told = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-    seen = told["Total"] - sum(parameter.nbytes for parameter in network.parameters())
-    recipe = Recipe(PRESETS["tiny"], (3,), 8, 8, activation_bytes=4)
-    assert recipe.peak_bytes()["working"] == pytest.approx(seen, rel=0.1)
+    snapshot = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    working = snapshot["Total"] - sum(parameter.nbytes for parameter in network.parameters())
+    recipe = Recipe(NETWORK_SIZES["tiny"], (3,), 8, 8, activation_bytes=4)
+    assert recipe.peak_bytes()["working"] == pytest.approx(working, rel=0.1)
 
 
 # ------------------------------------------------------------- command line --
@@ -167,10 +167,10 @@ def test_the_command_line_says_what_share_of_the_limit_it_reached(
     monkeypatch.setattr("selfforcing_core.generate.measured_card", lambda device, dtype: Card(1e11, 1e10, 1.0, 1.0))
     command = ["generate", "--prompt", "a red square", "--frames", "21", "--roofline", "--out"]
     assert main([*command, str(tmp_path / "a.mp4"), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)["roofline"]
-    assert 0 < told["share_of_limit"] < 1
-    assert told["peak_bytes"] > 4 * 3.8e6
-    assert sum(told["time_by_group"].values()) == pytest.approx(1)
+    shares = json.loads(capsys.readouterr().out)["roofline"]
+    assert 0 < shares["share_of_limit"] < 1
+    assert shares["peak_bytes"] > 4 * 3.8e6
+    assert sum(shares["time_by_group"].values()) == pytest.approx(1)
     assert main([*command, str(tmp_path / "b.mp4")]) == 0
     assert "of this device's limit of" in capsys.readouterr().out
 

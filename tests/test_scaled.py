@@ -16,8 +16,8 @@ from torch import Tensor
 from selfforcing_core.checkpoint import inspect_checkpoint, read_checkpoint
 from selfforcing_core.config import WanConfig
 from selfforcing_core.convert import convert
-from selfforcing_core.layout import wan_shapes
 from selfforcing_core.load import load_model
+from selfforcing_core.shapes import wan_shapes
 from selfforcing_core.tensor_files import read_tensors
 
 WAN = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, text_dim=8, freq_dim=16)
@@ -63,24 +63,24 @@ def test_every_form_of_a_scaled_file_is_the_product_it_stands_for(tmp_path: Path
     stored, header, exact = scaled(form)
     header = {name: text.replace("blocks.", f"{prefix}blocks.") for name, text in header.items()}
     save_file({prefix + name: tensor for name, tensor in stored.items()}, tmp_path / "m.safetensors", header)
-    found = read_checkpoint(tmp_path / "m.safetensors")
-    assert found.config == WAN
-    assert found.state_dict.keys() == exact.keys()
-    assert all(torch.equal(found.state_dict[name], exact[name]) for name in exact)
-    assert "widened" in found.notes[0]
+    checkpoint = read_checkpoint(tmp_path / "m.safetensors")
+    assert checkpoint.config == WAN
+    assert checkpoint.state_dict.keys() == exact.keys()
+    assert all(torch.equal(checkpoint.state_dict[name], exact[name]) for name in exact)
+    assert "widened" in checkpoint.notes[0]
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "float16"])
 def test_a_scaled_file_is_converted_by_one_rounding_of_the_product(tmp_path: Path, dtype: str | None) -> None:
     stored, header, exact = scaled("header")
     save_file(stored, tmp_path / "m.safetensors", header)
-    told = convert(tmp_path / "m.safetensors", tmp_path / "out.safetensors", dtype=dtype)
-    assert told["dtype"] == (dtype or "bfloat16")
-    assert told["notes"] == [], "nothing in the new file says that it were in 8 bits"
+    summary = convert(tmp_path / "m.safetensors", tmp_path / "out.safetensors", dtype=dtype)
+    assert summary["dtype"] == (dtype or "bfloat16")
+    assert summary["notes"] == [], "nothing in the new file says that it were in 8 bits"
     wide = torch.bfloat16 if dtype is None else getattr(torch, dtype)
-    found = load_file(tmp_path / "out.safetensors")
-    assert found.keys() == exact.keys()
-    assert all(torch.equal(found[name], exact[name].to(wide)) for name in exact)
+    converted = load_file(tmp_path / "out.safetensors")
+    assert converted.keys() == exact.keys()
+    assert all(torch.equal(converted[name], exact[name].to(wide)) for name in exact)
 
 
 def test_a_scaled_file_generates_as_the_network_it_stands_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -97,10 +97,10 @@ def test_a_scaled_file_generates_as_the_network_it_stands_for(tmp_path: Path, ca
 def test_inspection_of_a_scaled_file_tells_what_is_stored(tmp_path: Path) -> None:
     stored, _, _ = scaled("scale_weight", replace(WAN, ffn_dim=512))
     save_file(stored, tmp_path / "m.safetensors")
-    told = inspect_checkpoint(tmp_path / "m.safetensors")
-    assert told["dtype"] == "float8_e4m3fn"
-    assert told["weight_bytes"] == sum(stored[name].nbytes for name in wan_shapes(replace(WAN, ffn_dim=512)))
-    assert "widened" in told["notes"][0]
+    summary = inspect_checkpoint(tmp_path / "m.safetensors")
+    assert summary["dtype"] == "float8_e4m3fn"
+    assert summary["weight_bytes"] == sum(stored[name].nbytes for name in wan_shapes(replace(WAN, ffn_dim=512)))
+    assert "widened" in summary["notes"][0]
 
 
 def test_a_weight_in_8_bits_without_a_scale_is_what_it_says(tmp_path: Path) -> None:
@@ -109,17 +109,17 @@ def test_a_weight_in_8_bits_without_a_scale_is_what_it_says(tmp_path: Path) -> N
     name = "blocks.0.ffn.0.weight"
     del stored["blocks.0.ffn.0.weight_scale"]
     save_file(stored, tmp_path / "m.safetensors")
-    found = read_checkpoint(tmp_path / "m.safetensors").state_dict
-    assert torch.equal(found[name].float(), stored[name].float())
-    assert torch.equal(found["blocks.1.ffn.0.weight"], exact["blocks.1.ffn.0.weight"])
+    weights = read_checkpoint(tmp_path / "m.safetensors").state_dict
+    assert torch.equal(weights[name].float(), stored[name].float())
+    assert torch.equal(weights["blocks.1.ffn.0.weight"], exact["blocks.1.ffn.0.weight"])
 
 
 def test_tensors_of_other_networks_are_multiplied_too(tmp_path: Path) -> None:
     weight, scale = torch.randn(4, 4).to(torch.float8_e4m3fn), torch.tensor([3.0])
     save_file({"a.weight": weight, "a.scale_weight": scale, "scaled_fp8": torch.zeros(0)}, tmp_path / "m.safetensors")
-    found = read_tensors(tmp_path / "m.safetensors")
-    assert list(found) == ["a.weight"]
-    assert torch.equal(found["a.weight"], weight.float() * 3)
+    tensors = read_tensors(tmp_path / "m.safetensors")
+    assert list(tensors) == ["a.weight"]
+    assert torch.equal(tensors["a.weight"], weight.float() * 3)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,8 @@ def test_tensors_of_other_networks_are_multiplied_too(tmp_path: Path) -> None:
         ({"blocks.0.ffn.0.comfy_quant": b'{"format": "nvfp4"}'}, "'nvfp4', which is not read here"),
         ({"blocks.0.ffn.0.comfy_quant": b'{"format": "float8_e5m2"}'}, "float8_e5m2, but its weight is float8_e4m3fn"),
         ({"blocks.0.ffn.0.comfy_quant": b'{"format": "int8_tensorwise", "convrot": true}'}, "convrot"),
-        ({"blocks.0.ffn.0.comfy_quant": b"[]"}, "no JSON object"),
-        ({"blocks.0.ffn.0.comfy_quant": b"\xff"}, "no JSON"),
+        ({"blocks.0.ffn.0.comfy_quant": b"[]"}, "not a JSON object"),
+        ({"blocks.0.ffn.0.comfy_quant": b"\xff"}, "not JSON"),
         ({"blocks.0.ffn.9.comfy_quant": b'{"format": "float8_e4m3fn"}'}, "blocks.0.ffn.9.weight is missing"),
         ({"blocks.0.ffn.0.weight_scale_2": torch.ones(())}, "weight_scale_2"),
         ({"scaled_fp8x": torch.ones(())}, "scaled_fp8x"),
@@ -162,9 +162,9 @@ def test_what_cannot_be_a_scaled_weight_is_refused_by_name(
 def test_a_scale_of_one_beside_a_wide_weight_changes_nothing(tmp_path: Path) -> None:
     weights = weights_of()
     save_file({**weights, "blocks.0.ffn.0.scale_weight": torch.ones(1)}, tmp_path / "m.safetensors")
-    found = read_checkpoint(tmp_path / "m.safetensors")
-    assert torch.equal(found.state_dict["blocks.0.ffn.0.weight"], weights["blocks.0.ffn.0.weight"])
-    assert (found.dtype, found.notes) == ("float32", ())
+    checkpoint = read_checkpoint(tmp_path / "m.safetensors")
+    assert torch.equal(checkpoint.state_dict["blocks.0.ffn.0.weight"], weights["blocks.0.ffn.0.weight"])
+    assert (checkpoint.dtype, checkpoint.notes) == ("float32", ())
 
 
 @pytest.mark.skipif(shutil.which("sh") is None or not Path("/proc/self/status").exists(), reason="reads /proc (Linux)")
@@ -181,9 +181,9 @@ def test_a_scaled_file_is_widened_one_weight_at_a_time(tmp_path: Path) -> None:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
     before = anonymous_bytes()
-    found, most = read_checkpoint(tmp_path / "m.safetensors"), 0
+    checkpoint, most = read_checkpoint(tmp_path / "m.safetensors"), 0
     summed = 0.0
-    for tensor in found.state_dict.values():
+    for tensor in checkpoint.state_dict.values():
         most = max(most, anonymous_bytes() - before)
         summed += float(tensor.sum())
     assert most < 3 * largest, "a weight, its product, and what the allocator keeps"

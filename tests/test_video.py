@@ -30,10 +30,10 @@ def moving_gradient(frames: int = 9, width: int = 64, height: int = 48) -> Tenso
 def test_written_frames_come_back(tmp_path: Path, ending: str) -> None:
     frames = moving_gradient()
     assert write_video(tmp_path / f"a.{ending}", frames) == len(frames)
-    found = read_video(tmp_path / f"a.{ending}")
-    assert found.shape == frames.shape
-    assert (found - frames).abs().mean() < 0.01
-    assert (found - frames).abs().max() < 0.08
+    decoded = read_video(tmp_path / f"a.{ending}")
+    assert decoded.shape == frames.shape
+    assert (decoded - frames).abs().mean() < 0.01
+    assert (decoded - frames).abs().max() < 0.08
 
 
 def test_file_is_h264_in_yuv420p_at_the_asked_rate(tmp_path: Path) -> None:
@@ -57,23 +57,23 @@ def test_chunks_make_the_same_video_as_the_whole(tmp_path: Path) -> None:
 
 
 def test_chunks_are_consumed_as_they_come(tmp_path: Path) -> None:
-    seen = []
+    temporary_names = []
 
     def chunks() -> Iterator[Tensor]:
         for chunk in moving_gradient(8).split(4):
-            seen.append([name for name in os.listdir(tmp_path) if name.endswith(".part")])
+            temporary_names.append([name for name in os.listdir(tmp_path) if name.endswith(".part")])
             yield chunk
 
     write_video(tmp_path / "a.mp4", chunks())
-    assert [len(names) for names in seen] == [1, 1]
+    assert [len(names) for names in temporary_names] == [1, 1]
     assert os.listdir(tmp_path) == ["a.mp4"]
 
 
 def test_metadata_is_in_the_container(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", moving_gradient(), metadata={"prompt": "a red square", "selfforcing": {"seed": 1}})
-    found = read_metadata(tmp_path / "a.mp4")
-    assert found["prompt"] == "a red square"
-    assert json.loads(found["selfforcing"]) == {"seed": 1}
+    entries = read_metadata(tmp_path / "a.mp4")
+    assert entries["prompt"] == "a red square"
+    assert json.loads(entries["selfforcing"]) == {"seed": 1}
 
 
 def test_values_beyond_the_range_are_clipped(tmp_path: Path) -> None:

@@ -36,9 +36,9 @@ LIKENESS = {
     "webp": (6, 1.5),
     "gif": (6, 1.5),
 }
-CASES = [(name, ending) for name, made in FORMATS.items() for ending in made.endings]
-GROWING = [(name, made.endings[0]) for name, made in FORMATS.items() if made.grows is not None]
-WITH_SOUND = [(name, made.endings[0]) for name, made in FORMATS.items() if made.sound is not None]
+CASES = [(name, ending) for name, each in FORMATS.items() for ending in each.endings]
+GROWING = [(name, each.endings[0]) for name, each in FORMATS.items() if each.grows is not None]
+WITH_SOUND = [(name, each.endings[0]) for name, each in FORMATS.items() if each.sound is not None]
 RATE = 32_000
 
 
@@ -79,11 +79,11 @@ def test_the_colours_are_those_that_were_given(tmp_path: Path, codec: str, endin
     colours = torch.tensor(SWATCHES).float() / 255
     frames = colours[:, :, None, None].expand(-1, -1, 64, 64)
     path = written(tmp_path / f"a{ending}", frames, grows=grows, codec=codec, metadata={"comment": "\u00e4: b"})
-    found = frames_of(path).mean((-1, -2))
-    assert found.shape == colours.shape
+    decoded = frames_of(path).mean((-1, -2))
+    assert decoded.shape == colours.shape
     most, mean = LIKENESS[codec]
-    assert (found - colours).abs().max() * 255 <= most + 1e-3
-    assert (found - colours).abs().mean() * 255 <= mean + 1e-3
+    assert (decoded - colours).abs().max() * 255 <= most + 1e-3
+    assert (decoded - colours).abs().mean() * 255 <= mean + 1e-3
     assert {name.lower(): value for name, value in read_metadata(path).items()}["comment"] == "\u00e4: b"
     if ending in (".mp4", ".mov", ".mkv"):
         with av.open(str(path)) as file:
@@ -97,7 +97,7 @@ def test_the_colours_are_those_that_were_given(tmp_path: Path, codec: str, endin
                 assert context.codec_tag == "hvc1", "Apple's players ask for it"
 
 
-@pytest.mark.parametrize(("codec", "ending"), [(name, made.endings[0]) for name, made in FORMATS.items()])
+@pytest.mark.parametrize(("codec", "ending"), [(name, each.endings[0]) for name, each in FORMATS.items()])
 @pytest.mark.parametrize("grows", [False, True])
 def test_moving_pictures_come_back_and_equal_ones_become_equal_files(
     tmp_path: Path, codec: str, ending: str, grows: bool
@@ -110,9 +110,9 @@ def test_moving_pictures_come_back_and_equal_ones_become_equal_files(
         path = written(tmp_path / f"a{ending}", frames, grows=grows, codec=codec, sound=sound, metadata={"a": "b"})
         files.add(path.read_bytes())
     assert len(files) == 1
-    found = frames_of(path)
-    assert found.shape == frames.shape
-    assert (found - frames).abs().mean() * 255 < (5 if codec == "gif" else 2)
+    decoded = frames_of(path)
+    assert decoded.shape == frames.shape
+    assert (decoded - frames).abs().mean() * 255 < (5 if codec == "gif" else 2)
 
 
 def test_prores_holds_more_than_eight_bits(tmp_path: Path) -> None:
@@ -125,23 +125,23 @@ def test_prores_holds_more_than_eight_bits(tmp_path: Path) -> None:
     assert len(np.unique(luma)) > 0.2 * 256 * 2, "8 bits have 45 of these levels"
 
 
-@pytest.mark.parametrize("name", [name for name, made in FORMATS.items() if made.quality is not None])
+@pytest.mark.parametrize("name", [name for name, each in FORMATS.items() if each.quality is not None])
 def test_a_better_quality_is_a_larger_file_and_the_default_is_one_of_them(tmp_path: Path, name: str) -> None:
-    made = FORMATS[name]
-    assert made.quality is not None
-    if av.library_versions["libavcodec"][0] < made.quality.libavcodec:
+    video_format = FORMATS[name]
+    assert video_format.quality is not None
+    if av.library_versions["libavcodec"][0] < video_format.quality.libavcodec:
         with pytest.raises(ValueError, match="in its default only"):
-            made.check_quality(made.quality.worst)
+            video_format.check_quality(video_format.quality.worst)
         return
     frames = torch.rand(5, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
     def size(quality: int | None, grows: bool) -> int:
-        path = written(tmp_path / f"a{made.endings[0]}", frames, grows=grows, codec=name, quality=quality)
+        path = written(tmp_path / f"a{video_format.endings[0]}", frames, grows=grows, codec=name, quality=quality)
         return path.stat().st_size
 
     for grows in (False, True):
-        assert size(made.quality.worst, grows) < size(None, grows) <= size(made.quality.best, grows)
-    assert size(made.quality.default, False) == size(-1, False) == size(None, False)
+        assert size(video_format.quality.worst, grows) < size(None, grows) <= size(video_format.quality.best, grows)
+    assert size(video_format.quality.default, False) == size(-1, False) == size(None, False)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def heard(path: Path) -> tuple[np.ndarray, float]:
         track = file.streams.audio[0]
         frames: list[Any] = list(file.decode(track))
         first = float(frames[0].time)
-        parts = [made.to_ndarray()[0] for frame in [*frames, None] for made in resampler.resample(frame)]
+        parts = [part.to_ndarray()[0] for frame in [*frames, None] for part in resampler.resample(frame)]
     samples = np.concatenate(parts)
     shift = round((first - begin) * RATE)
     samples = samples[-shift:] if shift < 0 else np.concatenate([np.zeros(shift, np.float32), samples])
@@ -238,10 +238,16 @@ def test_samples_are_heard_from_the_first_frame_to_the_end_of_the_video(
         assert np.abs(samples[count + 2048 : round(1.2 * RATE)]).max() < 0.01
 
 
-@pytest.mark.parametrize(("source", "codec", "ending", "kept"), [
-    ("a.wav", "pcm_s16le", ".mp4", "aac"), ("a.wav", "pcm_s16le", ".mov", "pcm_s16le"),
-    ("a.mp3", "libmp3lame", ".mp4", "mp3"), ("a.flac", "flac", ".mkv", "flac"), ("a.m4a", "aac", ".mp4", "aac"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("source", "codec", "ending", "kept"),
+    [
+        ("a.wav", "pcm_s16le", ".mp4", "aac"),
+        ("a.wav", "pcm_s16le", ".mov", "pcm_s16le"),
+        ("a.mp3", "libmp3lame", ".mp4", "mp3"),
+        ("a.flac", "flac", ".mkv", "flac"),
+        ("a.m4a", "aac", ".mp4", "aac"),
+    ],
+)
 def test_a_sound_file_is_muxed_in(tmp_path: Path, source: str, codec: str, ending: str, kept: str) -> None:
     given = tone(3)
     with av.open(str(tmp_path / source), "w") as file:
@@ -290,13 +296,14 @@ def packets(path: Path) -> list[tuple[Any, ...]]:
         return [(frame.numpy().tobytes(),) for frame in (frames_of(path) * 255).round().byte()]
     with av.open(str(path)) as file:
         demuxed: Any = file.demux()
-        found = [
+        rows = [
             (packet.stream_index, float(packet.pts * packet.time_base), packet.is_keyframe, bytes(packet))
-            for packet in demuxed if packet.size
-        ]  # fmt: skip
+            for packet in demuxed
+            if packet.size
+        ]
         is_pcm = [stream.type == "audio" and stream.codec_context.name.startswith("pcm") for stream in file.streams]
-    pcm = b"".join(data for index, *_, data in found if is_pcm[index])  # which readers cut as they like
-    return [*sorted(each for each in found if not is_pcm[each[0]]), (pcm,)]
+    pcm = b"".join(data for index, *_, data in rows if is_pcm[index])  # which readers cut as they like
+    return [*sorted(each for each in rows if not is_pcm[each[0]]), (pcm,)]
 
 
 @pytest.mark.parametrize(("codec", "ending"), CASES)
@@ -307,9 +314,14 @@ def test_entries_are_added_to_a_finished_file_and_no_packet_changes(
     """Also what the file says of its pictures, their rate and their colours."""
     sound = tone(0.9) if FORMATS[codec].sound else None
     path = written(
-        tmp_path / f"a{ending}", moving_gradient(20, 96, 64), grows=grows, codec=codec, sound=sound, fps=12,
+        tmp_path / f"a{ending}",
+        moving_gradient(20, 96, 64),
+        grows=grows,
+        codec=codec,
+        sound=sound,
+        fps=12,
         metadata={"prompt": {"1": "\u00e4"}, "comment": "b: c"},
-    )  # fmt: skip
+    )
     before, said, frames = packets(path), about(path), frames_of(path)
     retag(path, {"selfforcing_schedule": "0s: a\n3s: \u00fc", "comment": "new"})
     retag(path, {"further": [1]})
@@ -317,9 +329,9 @@ def test_entries_are_added_to_a_finished_file_and_no_packet_changes(
     assert about(path)[1:] == said[1:]
     assert float(about(path)[0]) == pytest.approx(float(said[0]), rel=0.01)  # Matroska rounds to milliseconds
     assert torch.equal(frames_of(path), frames)
-    found = {name.lower(): value for name, value in read_metadata(path).items()}
-    assert found["selfforcing_schedule"] == "0s: a\n3s: \u00fc"
-    assert (found["comment"], json.loads(found["prompt"]), found["further"]) == ("new", {"1": "\u00e4"}, "[1]")
+    entries = {name.lower(): value for name, value in read_metadata(path).items()}
+    assert entries["selfforcing_schedule"] == "0s: a\n3s: \u00fc"
+    assert (entries["comment"], json.loads(entries["prompt"]), entries["further"]) == ("new", {"1": "\u00e4"}, "[1]")
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
@@ -331,9 +343,16 @@ def about(path: Path) -> Any:
     with av.open(str(path)) as file:
         context = file.streams.video[0].codec_context
         return (
-            file.streams.video[0].average_rate, context.name, context.codec_tag, context.colorspace,
-            context.color_range, context.pix_fmt, context.width, context.height, context.extradata,
-        )  # fmt: skip
+            file.streams.video[0].average_rate,
+            context.name,
+            context.codec_tag,
+            context.colorspace,
+            context.color_range,
+            context.pix_fmt,
+            context.width,
+            context.height,
+            context.extradata,
+        )
 
 
 def test_a_file_that_cannot_be_retagged_stays_as_it_is(tmp_path: Path) -> None:

@@ -83,14 +83,14 @@ def constant(rate: float, count: int) -> list[Fraction]:
 def test_every_rate_is_read_at_the_asked_one_and_lasts_as_long(tmp_path: Path, rate: float, ending: str) -> None:
     path = make(tmp_path / f"a.{ending}", constant(rate, 25))
     frames, findings = VideoReader(path, 16).first_frames(1000)
-    found = numbers(frames)
-    assert abs(len(found) / 16 - 25 / rate) <= 1 / 32 + 0.003
-    for index, number in enumerate(found):  # no other frame of a constant rate is nearer in time
+    shown = numbers(frames)
+    assert abs(len(shown) / 16 - 25 / rate) <= 1 / 32 + 0.003
+    for index, number in enumerate(shown):  # no other frame of a constant rate is nearer in time
         assert abs(number / rate - index / 16) <= 0.5 / rate + 0.002
     notes = " ".join(findings.in_words())
     assert ("fps" in notes) == (rate != 16)
     if rate != 16:
-        assert f"its 25 frames are read as {len(found)} at 16 fps" in notes
+        assert f"its 25 frames are read as {len(shown)} at 16 fps" in notes
     assert numbers(VideoReader(path).frames()) == list(range(25))
 
 
@@ -112,7 +112,7 @@ def test_no_pause_ends_before_its_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rate", [15, 16.5, 17])
 def test_another_rate_is_named_though_no_frame_is_left_out(tmp_path: Path, rate: float) -> None:
     findings = VideoReader(make(tmp_path / "a.mkv", constant(rate, 5)), 16).survey()
-    assert (findings.given, findings.repeated, findings.skipped) == (5, 0, 0)
+    assert (findings.num_given, findings.num_repeated, findings.num_skipped) == (5, 0, 0)
     assert f"has {rate:g}" in " ".join(findings.in_words())
 
 
@@ -134,7 +134,7 @@ def test_frames_that_refer_to_later_ones_come_in_the_order_in_which_they_are_sho
 def test_a_part_is_what_the_whole_has_there(tmp_path: Path) -> None:
     reader = VideoReader(make(tmp_path / "a.mp4", constant(30, 33)), 16)
     whole = reader.frames()
-    assert reader.survey().given == len(whole) == 18
+    assert reader.survey().num_given == len(whole) == 18
     assert torch.equal(reader.frames(7), whole[7:])
     assert torch.equal(reader.frames(2, 5), whole[2:7])
 
@@ -143,7 +143,7 @@ def test_decoding_ends_with_what_is_asked_for(tmp_path: Path) -> None:
     reader = VideoReader(make(tmp_path / "a.mp4", constant(16, 40)), 16)
     findings = reader.findings()
     assert len(list(reader.iter_frames(0, 5, findings))) == 5
-    assert findings.read < 8
+    assert findings.num_read < 8
 
 
 def test_a_video_without_time_stamps_is_taken_at_its_rate_and_said(tmp_path: Path) -> None:
@@ -217,8 +217,18 @@ def test_oblong_pixels_become_square(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------ colours --
-SWATCHES = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (128, 128, 128), (20, 200, 90),
-            (240, 200, 160), (90, 40, 10), (10, 60, 120)]  # fmt: skip
+SWATCHES = [
+    (255, 0, 0),
+    (0, 255, 0),
+    (0, 0, 255),
+    (255, 255, 255),
+    (0, 0, 0),
+    (128, 128, 128),
+    (20, 200, 90),
+    (240, 200, 160),
+    (90, 40, 10),
+    (10, 60, 120),
+]
 
 
 @pytest.mark.parametrize("ending", ["mp4", "mov", "mkv"])
@@ -310,8 +320,9 @@ def test_ten_bits_grey_and_odd_sizes_are_read(tmp_path: Path) -> None:
 def test_transparency_is_over_white_as_in_pictures(tmp_path: Path) -> None:
     half = np.zeros((16, 32, 4), np.uint8)
     half[:, 16:] = (255, 0, 0, 255)
-    path = make(tmp_path / "a.mkv", constant(16, 2), codec="ffv1", pixels="bgra", pictures=[half] * 2,
-                picture_format="rgba")  # fmt: skip
+    path = make(
+        tmp_path / "a.mkv", constant(16, 2), codec="ffv1", pixels="bgra", pictures=[half] * 2, picture_format="rgba"
+    )
     frame = VideoReader(path, 16).frames()[0]
     assert frame[:, 8, 4].tolist() == [1, 1, 1]
     assert frame[:, 8, 28].tolist() == [1, 0, 0]
@@ -400,8 +411,8 @@ def test_fast_motion_is_no_cut(speed: int) -> None:
     for seed in range(10):
         assert cuts_of(pan(seed, speed, 24)) == []
         for hold in (2, 3, 4):  # animation that holds each drawing
-            held = list(itertools.chain.from_iterable([picture] * hold for picture in pan(seed, speed, 12)))
-            assert cuts_of(held) == []
+            animation = list(itertools.chain.from_iterable([picture] * hold for picture in pan(seed, speed, 12)))
+            assert cuts_of(animation) == []
 
 
 def test_every_picture_of_a_slideshow_begins_a_scene(tmp_path: Path) -> None:

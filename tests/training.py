@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from selfforcing_core.checkpoint import read_checkpoint, save_checkpoint
 from selfforcing_core.config import CLIP_DIM, WanConfig
-from selfforcing_core.layout import wan_shapes
+from selfforcing_core.shapes import wan_shapes
 from selfforcing_core.wan_vae import new_network
 from tests.forks import Program, finish, ranks
 from train.data import DatabaseWriter

@@ -27,10 +27,10 @@ from selfforcing_core.versions import CORE, TRAINING
 ROOT = Path(__file__).resolve().parent.parent
 CORE_TESTS = (
     "golden", "rollout", "kv_cache", "layers", "attention", "precision", "guidance", "generate", "checkpoint",
-    "convert", "catalogue", "snapshot", "text", "prompts", "media", "video",
+    "convert", "download", "snapshot", "text", "prompts", "media", "video",
 )  # fmt: skip
 TRAINING_TESTS = ("losses", "data", "args", "conditions", "lora", "train")
-ENCODER_TESTS = ("golden", "text", "media", "guidance", "catalogue", "checkpoint")
+ENCODER_TESTS = ("golden", "text", "media", "guidance", "download", "checkpoint")
 BUILT_ON_TORCH = ("transformers", "diffusers", "huggingface-hub", "safetensors", "einops", "numpy")
 TOOLS = ("pytest", "hypothesis", "diffusers", "tensorboard")
 SAID = ("torch", "transformers", "diffusers", "huggingface-hub", "numpy", "safetensors", "av", "Pillow")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from selfforcing_core.clip import load_clip
 from selfforcing_core.conditioning import Conditioning
-from selfforcing_core.embeddings import EmbeddingFolder
+from selfforcing_core.embedding_folder import EmbeddingFolder
 from selfforcing_core.hub import resolve_text_encoder
 from selfforcing_core.image import first_frame_condition, fit_image
 from selfforcing_core.load import load_text_encoder

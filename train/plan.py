@@ -2,7 +2,7 @@
 
 Bytes per process: the real training step runs on tensors without memory (torch's FakeTensorMode, a process group that
 sends nothing) under torch's MemTracker. Time: arithmetic and traffic in closed form over what a card attains. Networks
-are those of the presets `size`, `teacher_size` and `critic_size`, so no file is read. processes=64 says how many the
+have the sizes named by `size`, `teacher_size` and `critic_size`, so no file is read. processes=64 says how many the
 run will have, stage=ode or stage=diffusion that it is one of the stages before the distillation.
 """
 

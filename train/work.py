@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from selfforcing_core.config import PRESETS, WanConfig
+from selfforcing_core.config import NETWORK_SIZES, WanConfig
 from selfforcing_core.device import Card
 from selfforcing_core.geometry import SPATIAL_FACTOR, chunk_lengths, tokens_per_frame
-from selfforcing_core.layout import wan_shapes
 from selfforcing_core.roofline import MOVES, Work, pass_work, prompt_flops
+from selfforcing_core.shapes import wan_shapes
 from train.args import ClipArgs, DiffusionArgs, DmdArgs, TrainArgs
 from train.networks import wide
 
@@ -30,9 +30,9 @@ OPTIMISER_MOVES = 8
 
 def config_of(size: str) -> WanConfig:
     """Return the sizes of a network by their name. Raises ValueError for an unknown one."""
-    if size not in PRESETS:
-        raise ValueError(f"size {size!r} is unknown; use one of {', '.join(PRESETS)}")
-    return PRESETS[size]
+    if size not in NETWORK_SIZES:
+        raise ValueError(f"size {size!r} is unknown; use one of {', '.join(NETWORK_SIZES)}")
+    return NETWORK_SIZES[size]
 
 
 def sizes_of(args: TrainArgs) -> dict[str, str]:

@@ -149,7 +149,7 @@ def text_encoders() -> dict[str, Any]:
 
 def random_taehv() -> dict[str, torch.Tensor]:
     """Weights of the released shapes, whose outputs are of the usual size."""
-    shapes = importlib.import_module(CORE + "layout").taehv_shapes(core["config"].TAEHVConfig())
+    shapes = importlib.import_module(CORE + "shapes").taehv_shapes(core["config"].TAEHVConfig())
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(shape, generator=generator) / max(torch.Size(shape[1:]).numel(), 1) ** 0.5

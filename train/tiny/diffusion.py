@@ -27,7 +27,7 @@ from torch import Tensor
 
 from selfforcing_core.checkpoint import read_checkpoint, save_checkpoint
 from selfforcing_core.cli import Parser
-from selfforcing_core.config import PRESETS, CausalConfig, StepConfig
+from selfforcing_core.config import NETWORK_SIZES, CausalConfig, StepConfig
 from selfforcing_core.masks import teacher_forcing_frames
 from selfforcing_core.model import CausalWan
 from selfforcing_core.schedule import TIMESTEPS, add_noise, shift_sigma
@@ -135,7 +135,7 @@ def main() -> None:
         dist.init_process_group("gloo")
     rank = dist.get_rank() if dist.is_initialized() else 0
     torch.manual_seed(args.seed)
-    model = CausalWan(PRESETS["tiny"])
+    model = CausalWan(NETWORK_SIZES["tiny"])
     if args.init is not None:
         model.load_state_dict({key: value.float() for key, value in read_checkpoint(args.init).state_dict.items()})
     else:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from selfforcing_core import taehv_releases
+from selfforcing_core import latent_space
 from selfforcing_core.checkpoint import read_checkpoint
 from selfforcing_core.config import TAEHVConfig
 from selfforcing_core.hub import check_taehv
-from selfforcing_core.layout import taehv_shapes
-from selfforcing_core.taehv_releases import expect_latent_space, git_name, latent_space
+from selfforcing_core.latent_space import expect_latent_space, git_name, identify_latent_space
+from selfforcing_core.shapes import taehv_shapes
 
 
 def write(path: Path, config: TAEHVConfig) -> Path:
@@ -33,20 +33,20 @@ def test_the_fingerprint_is_the_name_git_gives_the_file(tmp_path: Path) -> None:
 def test_a_released_file_is_known_by_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "misleading_taehv.pth", TAEHVConfig(encoder_width=8, decoder_widths=(8, 8, 8, 8)))
     assert read_checkpoint(path).latent_space is None
-    monkeypatch.setitem(taehv_releases.BY_GIT_NAME, git_name(path), "hunyuanvideo")
+    monkeypatch.setitem(latent_space.BY_GIT_NAME, git_name(path), "hunyuanvideo")
     assert read_checkpoint(path).latent_space == "hunyuanvideo"
 
 
 def test_shapes_decide_where_only_one_release_has_them(tmp_path: Path) -> None:
     wan22 = TAEHVConfig(latent_channels=48, patch_size=2, encoder_width=8, decoder_widths=(8, 8, 8, 8))
     assert read_checkpoint(write(tmp_path / "m.pth", wan22)).latent_space == "wan2.2"
-    assert latent_space(TAEHVConfig(latent_channels=5), tmp_path / "m.pth") is None
+    assert identify_latent_space(TAEHVConfig(latent_channels=5), tmp_path / "m.pth") is None
 
 
 def test_lighttaew2_1_is_known_by_its_name_and_not_taken_for_scaled_latents(tmp_path: Path) -> None:
     small = TAEHVConfig(encoder_width=8, decoder_widths=(8, 8, 8, 8))
     path = write(tmp_path / "lighttaew2_1.pth", small)
-    assert read_checkpoint(path).latent_space == taehv_releases.WAN_UNSCALED
+    assert read_checkpoint(path).latent_space == latent_space.WAN_UNSCALED
     with pytest.raises(ValueError, match=r"decodes latents of wan2\.1 unscaled"):
         check_taehv(path, channels=16, latent_space="wan2.1", said="wan2.1")
     wan22 = write(tmp_path / "lighttaew2_1_of_2.2.pth", TAEHVConfig(latent_channels=48, patch_size=2))
@@ -62,6 +62,6 @@ def test_undecided_asks_and_a_wrong_one_is_refused() -> None:
 
 
 def test_every_fingerprint_is_a_sha1_of_a_known_latent_space() -> None:
-    for name, space in taehv_releases.BY_GIT_NAME.items():
+    for name, space in latent_space.BY_GIT_NAME.items():
         assert len(bytes.fromhex(name)) == 20
-        assert space in taehv_releases.LATENT_SPACES
+        assert space in latent_space.LATENT_SPACES

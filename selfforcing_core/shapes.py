@@ -1,8 +1,8 @@
 """Names and shapes of every parameter of a network, from its config, and the config back from the shapes.
 
-Plain arithmetic without torch: a checkpoint is understood, or refused with one precise line, before any model is
-built. The names are those of Wan 2.1 (github.com/Wan-Video/Wan2.1, wan/modules/model.py) and of TAEHV
-(github.com/madebyollin/taehv, taehv.py).
+Arithmetic without torch: a checkpoint is understood, or refused in one line, before any network is built. The
+names are those of Wan 2.1 (github.com/Wan-Video/Wan2.1, wan/modules/model.py) and of TAEHV
+(github.com/madebyollin/taehv, taehv.py). D is the model width.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]  # by the names of the parameters
 
 WAN_HEAD_DIM = 128  # every released Wan 2.1 model; a file that differs says so in its header
-MEMORY_BLOCKS = 3  # per stage of TAEHV
+MEMORY_BLOCKS = 3  # of each stage of TAEHV, in encoder and decoder
 
 
 def wan_shapes(config: WanConfig) -> dict[str, Shape]:
-    """Return every parameter of a Wan transformer of this config; causal and bidirectional models have the same."""
+    """Return every parameter of a Wan transformer of this config; causal and bidirectional networks have the same."""
     D = config.dim
+    # What the blocks share: the way in for latents, text and time, and the way out.
     shapes: dict[str, Shape] = {
         "patch_embedding.weight": (D, config.in_dim, *config.patch_size),
         "patch_embedding.bias": (D,),
-        **_linear("text_embedding.0", D, config.text_dim),
+        **_linear("text_embedding.0", D, config.text_dim),  # the missing number is an activation
         **_linear("text_embedding.2", D, D),
         **_linear("time_embedding.0", D, config.freq_dim),
         **_linear("time_embedding.2", D, D),
         **_linear("time_projection.1", 6 * D, D),  # shift, scale and gate of attention and of the feed-forward layer
-        "head.modulation": (1, 2, D),  # shift and scale
+        "head.modulation": (1, 2, D),  # shift and scale, added to the time embedding's
         **_linear("head.head", config.out_dim * math.prod(config.patch_size), D),
     }
-    if config.model_type == "i2v":
+    if config.model_type == "i2v":  # image features to the model width: norm, linear, GELU, linear, norm
         shapes |= _norm("img_emb.proj.0", CLIP_DIM) | _linear("img_emb.proj.1", CLIP_DIM, CLIP_DIM)
         shapes |= _linear("img_emb.proj.3", D, CLIP_DIM) | _norm("img_emb.proj.4", D)
     block = _wan_block(config)
@@ -44,12 +45,14 @@ def wan_shapes(config: WanConfig) -> dict[str, Shape]:
 
 def _wan_block(config: WanConfig) -> dict[str, Shape]:
     D = config.dim
+    # norm3 stands before cross-attention, which nothing modulates; the other two norms have no weights.
     shapes: dict[str, Shape] = {"modulation": (1, 6, D), **_norm("norm3", D)}
     for attention in ("self_attn", "cross_attn"):
         for projection in ("q", "k", "v", "o"):
             shapes |= _linear(f"{attention}.{projection}", D, D)
+        # RMS norms over all heads at once, not over each head.
         shapes |= {f"{attention}.norm_q.weight": (D,), f"{attention}.norm_k.weight": (D,)}
-    if config.model_type == "i2v":
+    if config.model_type == "i2v":  # the image's tokens have keys and values of their own beside the text's
         shapes |= _linear("cross_attn.k_img", D, D) | _linear("cross_attn.v_img", D, D)
         shapes |= {"cross_attn.norm_k_img.weight": (D,)}
     return shapes | _linear("ffn.0", config.ffn_dim, D) | _linear("ffn.2", D, config.ffn_dim)
@@ -66,8 +69,8 @@ def _norm(name: str, width: int) -> dict[str, Shape]:
 def wan_config(shapes: Shapes, *, num_heads: int | None = None, text_len: int = 512) -> WanConfig:
     """Return the sizes of the Wan transformer with these parameters (original names).
 
-    Shapes say everything but the number of heads and the text length: give them where a file's header does.
-    Raises ValueError when heads are not given and D is not a multiple of 128, or when blocks are missing.
+    Shapes say everything but the number of heads and the text length: give them where a file's header does. Without
+    them a head is 128 wide. Raises ValueError when that does not divide the width, or when parameters are missing.
     """
     D, in_dim, *patch_size = _shape(shapes, "patch_embedding.weight", 5)
     if num_heads is None:
@@ -83,6 +86,7 @@ def wan_config(shapes: Shapes, *, num_heads: int | None = None, text_len: int = 
         num_heads=num_heads,
         num_layers=_count_blocks(shapes),
         in_dim=in_dim,
+        # The head gives all latent pixels of a patch at once.
         out_dim=_shape(shapes, "head.head.weight", 2)[0] // math.prod(patch_size),
         text_dim=_shape(shapes, "text_embedding.0.weight", 2)[1],
         text_len=text_len,
@@ -102,20 +106,24 @@ def _count_blocks(shapes: Shapes) -> int:
 
 
 def _shape(shapes: Shapes, name: str, axes: int) -> Shape:
+    """Return the shape of a parameter. Raises ValueError where it is missing or has another number of axes."""
     shape = shapes.get(name)
     if shape is None:
         raise ValueError(f"parameter {name} is missing; the file is incomplete")
     if len(shape) != axes or 0 in shape:
-        raise ValueError(f"parameter {name} has shape {list(shape)}, expected {axes} axes of 1 or more")
+        raise ValueError(
+            f"parameter {name} has shape {list(shape)}, expected {axes} axes of 1 or more; the file is damaged"
+        )
     return shape
 
 
 def taehv_shapes(config: TAEHVConfig) -> dict[str, Shape]:
-    """Return every parameter of a TAEHV of this config; numbers in the names are positions in its two layer lists."""
+    """Return every parameter of a TAEHV of this config; numbers in the names are places in its two lists of layers."""
     pixels, width, widths = config.image_channels * config.patch_size**2, config.encoder_width, config.decoder_widths
     shapes = _conv("encoder.0", width, pixels)
     index = 2  # behind the first convolution and its ReLU
     for pool in config.encoder_time:
+        # The layer that merges frames stands there where it merges none, too; then the one that halves the sides.
         shapes[f"encoder.{index}.conv.weight"] = (width, width * (2 if pool else 1), 1, 1)
         shapes[f"encoder.{index + 1}.weight"] = (width, width, 3, 3)
         shapes |= _memory_blocks(f"encoder.{index + 2}", width)
@@ -124,13 +132,13 @@ def taehv_shapes(config: TAEHVConfig) -> dict[str, Shape]:
 
     shapes |= _conv("decoder.1", widths[0], config.latent_channels)
     index = 3  # behind the clamp, the first convolution and its ReLU
-    for width, next_width, grow in zip(widths, widths[1:], config.decoder_time):
+    for width, next_width, grow in zip(widths, widths[1:], config.decoder_time):  # the encoder's stages, backwards
         shapes |= _memory_blocks(f"decoder.{index}", width)
         index += MEMORY_BLOCKS + 1  # an upsampling layer without parameters follows the blocks
         shapes[f"decoder.{index}.conv.weight"] = (width * (2 if grow else 1), width, 1, 1)
         shapes[f"decoder.{index + 1}.weight"] = (next_width, width, 3, 3)
         index += 2
-    return shapes | _conv(f"decoder.{index + 1}", pixels, widths[-1])
+    return shapes | _conv(f"decoder.{index + 1}", pixels, widths[-1])  # behind a ReLU
 
 
 def _conv(name: str, out_width: int, in_width: int) -> dict[str, Shape]:
@@ -141,7 +149,7 @@ def _memory_blocks(first: str, width: int) -> dict[str, Shape]:
     half, index = first.split(".")
     shapes: dict[str, Shape] = {}
     for block in range(int(index), int(index) + MEMORY_BLOCKS):
-        shapes |= _conv(f"{half}.{block}.conv.0", width, 2 * width)
+        shapes |= _conv(f"{half}.{block}.conv.0", width, 2 * width)  # reads a frame and the one before it
         shapes |= _conv(f"{half}.{block}.conv.2", width, width) | _conv(f"{half}.{block}.conv.4", width, width)
     return shapes
 
@@ -150,11 +158,11 @@ def taehv_config(shapes: Shapes, *, decoder_space: tuple[bool, bool, bool] = (Tr
     """Return the sizes of the TAEHV with these parameters.
 
     Shapes say everything but which stages enlarge the image (`decoder_space`: all, unless a header says otherwise).
-    Raises ValueError for networks that this project does not build.
+    Raises ValueError where parameters are missing, or change the frame rate by another factor than 1 or 2.
     """
     encoder_width, pixels = _shape(shapes, "encoder.0.weight", 4)[:2]
     patch_size = math.isqrt(pixels // 3)  # of RGB; every released file has 3 colours
-    # Where `taehv_shapes` puts the layers that merge and split frames, whichever of them do so by 1.
+    # The places at which `taehv_shapes` puts the layers that merge and split frames, and those that set the widths.
     encoder_time = [_factor(shapes, f"encoder.{index}.conv.weight", axis=1) for index in (2, 7, 12)]
     decoder_time = [_factor(shapes, f"decoder.{index}.conv.weight", axis=0) for index in (7, 13, 19)]
     widths = [_shape(shapes, f"decoder.{index}.weight", 4)[0] for index in (1, 8, 14, 20)]
@@ -184,11 +192,10 @@ def mismatch(expected: Shapes, shapes: Shapes) -> str | None:
     missing = [name for name in expected if name not in shapes]
     if missing:
         return f"{len(missing)} of {len(expected)} parameters are missing, the first is {missing[0]}"
-    extra = [name for name in shapes if name not in expected]
-    if extra:
-        return f"{len(extra)} parameters are unknown, the first is {extra[0]}"
-    wrong = [name for name in expected if expected[name] != shapes[name]]
-    if wrong:
-        name = wrong[0]
+    unknown = [name for name in shapes if name not in expected]
+    if unknown:
+        return f"{len(unknown)} parameters are unknown, the first is {unknown[0]}"
+    name = next((name for name in expected if expected[name] != shapes[name]), None)
+    if name is not None:
         return f"parameter {name} has shape {list(shapes[name])}, expected {list(expected[name])}"
     return None

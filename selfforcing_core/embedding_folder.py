@@ -1,7 +1,7 @@
-"""Embeddings of prompts kept on disk, found again by what was encoded and with what.
+"""Embeddings of prompts kept on disk under names that say what was encoded, and by which encoder.
 
-A file is named by a hash of the prompt as the tokenizer gets it, the number type and what the encoder's files hold
-(names, sizes and samples of their bytes), so another encoder under the same name finds nothing of the one before. Nor
+A file is named by a hash of the prompt as the tokenizer gets it, the number type, and what the encoder's files hold
+(names, sizes and samples of their bytes). So another encoder under the same name finds nothing of the one before. Nor
 does another way of cleaning prompts (a newer ftfy, say): what it changes is another prompt.
 
 Letters: P text tokens, E text width.
@@ -24,15 +24,15 @@ from .text import clean_prompt
 
 log = logging.getLogger(__name__)
 KEY = "prompt_embeds"  # the one tensor of a file, [P, E]
-# Places in each of an encoder's files, and bytes there, that are looked at. All of 11 GB would take longer
-# to read than a prompt to encode.
+# How many places of each of an encoder's files are read, and how many bytes there. All of 11 GB would take longer to
+# read than a prompt to encode.
 NUM_SAMPLES, SAMPLE_BYTES = 16, 2**16
 
 
 class EmbeddingFolder:
     """The kept embeddings of one encoder in one number type. Several processes may share a folder.
 
-    rows: how many there are of a prompt, "used" or "all" with the padding; part of a file's name.
+    rows: which a prompt's embeddings have, "used" by its tokens or "all" with the padding; part of a file's name.
     """
 
     def __init__(self, folder: str | Path, encoder: Path, dtype: torch.dtype, rows: str) -> None:
@@ -41,8 +41,9 @@ class EmbeddingFolder:
     def path(self, prompt: str) -> Path:
         """Return the file of a prompt's embeddings, whether it exists or not."""
         cleaned = clean_prompt(prompt)
-        # Earlier files are named by the prompt as it was typed, which is what was encoded only where cleaning leaves it
-        # alone: a prompt that it would change again might meet one of them.
+        # Older files are named by the prompt as it was typed, and that was encoded. Where cleaning a cleaned prompt
+        # changes it once more, one of them could have this prompt's name and embeddings of another text: the mark keeps
+        # them apart.
         mark = "" if clean_prompt(cleaned) == cleaned else " cleaned"
         content = f"{self.encoder}{mark}\n{cleaned}"
         return self.folder / f"{hashlib.sha256(content.encode()).hexdigest()}.safetensors"
@@ -50,7 +51,7 @@ class EmbeddingFolder:
     def get(self, prompt: str, encode: Callable[[str], Tensor]) -> Tensor:
         """Return the embeddings [P, E] of a prompt on the CPU: read, or encoded and kept.
 
-        A file that cannot be read is made anew, which a warning says. Raises NotWritten where it cannot be kept.
+        A file that cannot be read is written anew, with a warning. Raises NotWritten where it cannot be written.
         """
         path = self.path(prompt)
         if path.is_file():
@@ -60,6 +61,7 @@ class EmbeddingFolder:
                 log.warning("%s cannot be read (%s); the prompt is encoded again", path, error)
         embeddings_PE = encode(prompt).contiguous()
         make_folder(path.parent)
+        # Two processes that encode the same prompt both write the same bytes; the last one to rename its file stays.
         with replacing(path, overwrite=True) as temporary:
             save_file({KEY: embeddings_PE}, temporary)
         return embeddings_PE
@@ -74,6 +76,7 @@ def _identity(encoder: Path) -> str:
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as content:
             for place in range(NUM_SAMPLES):
+                # The first sample lies at the beginning, the last one ends where the file does.
                 content.seek(max(size - SAMPLE_BYTES, 0) * place // (NUM_SAMPLES - 1))
                 digest.update(content.read(SAMPLE_BYTES))
     return digest.hexdigest()

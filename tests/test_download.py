@@ -9,8 +9,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from selfforcing_core.catalogue import RELEASES, download, file_sizes, find_release, listed
 from selfforcing_core.cli import main
+from selfforcing_core.download import RELEASES, download, file_sizes, find_release, list_releases
 
 REPO = {"a.safetensors": 5, "checkpoints/self_forcing_dmd.pt": 7, "taew2_1.safetensors": 3}
 
@@ -46,7 +46,7 @@ def test_a_release_comes_into_its_folder(hub: list[str], tmp_path: Path, capsys:
 
 def test_sizes_are_those_of_the_hub(hub: list[str]) -> None:
     assert file_sizes(find_release("taehv")) == {"taew2_1.safetensors": 3}
-    sizes = {row["name"]: row["bytes"] for row in listed(with_sizes=True)}
+    sizes = {row["name"]: row["bytes"] for row in list_releases(with_sizes=True)}
     assert sizes["taehv"] == 3
     assert sizes["clip"] is None
     assert not hub, "asking for sizes fetches nothing"
@@ -57,11 +57,11 @@ def test_listing_names_licence_and_source_without_a_network(
 ) -> None:
     monkeypatch.setattr(huggingface_hub, "HfApi", None)  # would raise when called
     assert main(["download", "--list"]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name, release in RELEASES.items():
-        assert name in told
-        assert release.licence in told
-        assert release.source in told
+        assert name in output
+        assert release.licence in output
+        assert release.source in output
 
 
 def test_what_goes_wrong_is_one_line(

@@ -1,6 +1,6 @@
-"""Released weights by short names: where they lie, under which licence, and fetching them when asked to.
+"""Released weights by short names: where they are, under which licence, and fetching them when asked to.
 
-Downloads go through huggingface_hub: resumable, checked, with progress. Sizes are asked of the hub, never guessed.
+Downloads go through huggingface_hub: resumable, checked, with progress. Sizes come from the hub, never from a guess.
 """
 
 from __future__ import annotations
@@ -11,34 +11,35 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+DOWNLOADS = Path("models")  # where `download` puts what it fetches, unless another folder is given
 APACHE = "Apache-2.0"
-DOWNLOADS = Path("models")  # where `download` puts what it fetches, unless told otherwise
-NON_COMMERCIAL = "CC BY-NC-SA 4.0"
-UNSTATED = "see the source's page"
+UNSTATED = "see the source's page"  # where no licence is known here
 
 
 @dataclass(frozen=True)
 class Release:
-    """Files of one repository of huggingface.co; `files` may hold wildcards."""
+    """Files of one repository of huggingface.co."""
 
-    repo: str
-    files: tuple[str, ...]
-    licence: str
-    what: str
+    repo: str  # owner/name
+    files: tuple[str, ...]  # paths in the repository, with wildcards
+    licence: str  # of the weights
+    title: str  # what people choose it for
 
     @property
     def source(self) -> str:
+        """Return the page of the repository."""
         return f"https://huggingface.co/{self.repo}"
 
 
-def _self_forcing(file: str, what: str) -> Release:
-    return Release("gdhe17/Self-Forcing", (f"checkpoints/{file}",), UNSTATED, what)
+def _self_forcing(file: str, title: str) -> Release:
+    return Release("gdhe17/Self-Forcing", (f"checkpoints/{file}",), UNSTATED, title)
 
 
-def _wan(repo: str, files: tuple[str, ...], what: str) -> Release:
-    return Release(f"Wan-AI/{repo}", files, APACHE, what)
+def _wan(repo: str, files: tuple[str, ...], title: str) -> Release:
+    return Release(f"Wan-AI/{repo}", files, APACHE, title)
 
 
+# Small models are one file, large ones several with an index; the wildcard matches both.
 SHARDS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 RELEASES = {
     "self-forcing-dmd": _self_forcing("self_forcing_dmd.pt", "Self Forcing 1.3B, distribution matching"),
@@ -74,18 +75,19 @@ RELEASES = {
 
 
 def find_release(name: str) -> Release:
-    """Return the release of that name. Raises ValueError naming those there are."""
+    """Return the release of that name. Raises ValueError that lists the names."""
     if name not in RELEASES:
         raise ValueError(f"there is no release {name!r}; use one of {', '.join(RELEASES)}")
     return RELEASES[name]
 
 
-def listed(*, with_sizes: bool = False) -> list[dict[str, Any]]:
-    """Return the releases in plain JSON types; with sizes, the hub is asked for each."""
+def list_releases(*, with_sizes: bool = False) -> list[dict[str, Any]]:
+    """Return the releases as rows of JSON types; with sizes, the hub is asked for each."""
     rows = []
     for name, release in RELEASES.items():
-        row: dict[str, Any] = {"name": name, "what": release.what, "licence": release.licence, "source": release.source}
-        if with_sizes:
+        row: dict[str, Any] = {"name": name, "title": release.title}
+        row |= {"licence": release.licence, "source": release.source}
+        if with_sizes:  # None where the repository has none of the files any more
             row["bytes"] = sum(size_of.values()) if (size_of := file_sizes(release)) else None
         rows.append(row)
     return rows
@@ -97,7 +99,7 @@ def file_sizes(release: Release) -> dict[str, int]:
 
     try:
         files = HfApi().model_info(release.repo, files_metadata=True).siblings or []
-    except Exception as error:  # offline, refused, renamed: the library has a class for each
+    except Exception as error:  # offline, refused, renamed: the library has a class of its own for each
         raise ValueError(f"{release.source} cannot be asked ({_short(error)}); check the connection") from error
     return {
         file.rfilename: file.size or 0
@@ -107,7 +109,7 @@ def file_sizes(release: Release) -> dict[str, int]:
 
 
 def download(name: str, folder: Path) -> list[Path]:
-    """Fetch a release into `folder`/`name` and return its files; what is already there is kept or resumed.
+    """Fetch a release into `folder`/`name` and return its files; files that are there are kept, broken ones resumed.
 
     Raises ValueError if the name is unknown, the disk too small, or the hub does not answer.
     """
@@ -120,8 +122,10 @@ def download(name: str, folder: Path) -> list[Path]:
             f"{release.source} has no file {' or '.join(release.files)} any more; look there for its place"
         )
     target = folder / name
+    # A full disk would show only after hours. Files that are there are counted as whole.
     _check_space(folder, sum(size for file, size in sizes.items() if not (target / file).exists()))
     try:
+        # local_dir keeps the paths of the repository, and keeps the files out of the hub's cache.
         return [Path(hf_hub_download(release.repo, file, local_dir=target)) for file in sorted(sizes)]
     except Exception as error:
         raise ValueError(
@@ -129,20 +133,21 @@ def download(name: str, folder: Path) -> list[Path]:
         ) from error
 
 
-def downloaded(name: str, folder: Path = DOWNLOADS) -> Path:
+def downloaded_path(name: str, folder: Path = DOWNLOADS) -> Path:
     """Return the file of a release that `download` has put there, or the folder of its shards.
 
-    Raises ValueError where it has not.
+    Raises ValueError where it is not there.
     """
     release = find_release(name)
-    place = folder / name / release.files[0]
-    path = place.parent if "*" in place.name else place
+    file = folder / name / release.files[0]
+    path = file.parent if "*" in file.name else file
     if not path.exists():
         raise ValueError(f"{name} is a release that is not here ({path}); fetch it with: download {name}")
     return path
 
 
 def _check_space(folder: Path, needed: int) -> None:
+    # The folder may not exist yet; the nearest one above it is on the same disk.
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:

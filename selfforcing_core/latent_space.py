@@ -1,9 +1,9 @@
-"""Which latent space a TAEHV file speaks: what its shapes leave open, the bytes of the released files decide.
+"""Which latent space a TAEHV file decodes: what its shapes leave open, the bytes of the released files decide.
 
-HunyuanVideo, Wan 2.1, CogVideoX and Open-Sora have tiny autoencoders of exactly the same shapes; a wrong one decodes
-without an error into wrong colours. github.com/madebyollin/taehv keeps its weights in git, which names every version
-of a file by the SHA-1 of its length and bytes: those names are the fingerprints below (read from the repository's
-history, last on 2026-08-05).
+HunyuanVideo, Wan 2.1, CogVideoX and Open-Sora have tiny autoencoders of the same shapes; a wrong one decodes without an
+error into wrong colours. github.com/madebyollin/taehv keeps its weights in git, which names every version of a file by
+the SHA-1 of its length and bytes: those names are the fingerprints below (read from the repository's history, last on
+2026-08-05).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ WAN = "wan2.1"
 # Distilled from Wan's own VAE without the scaling of its latents by mean and deviation (github.com/ModelTC/LightX2V,
 # which tells it by the file's name, as ComfyUI does); its shapes are those of taew2_1.
 WAN_UNSCALED = "wan2.1 unscaled"
-BY_NAME = {"lighttaew2_1": WAN_UNSCALED}
+BY_NAME = {"lighttaew2_1": WAN_UNSCALED}  # by the beginning of the file's name, in small letters
 # (latent channels, patch size) -> the latent spaces of released files with these shapes
 BY_SHAPE = {
     (16, 1): (WAN, "hunyuanvideo", "cogvideox", "opensora1.3"),
@@ -46,8 +46,8 @@ BY_GIT_NAME = {
 LATENT_SPACES = (*dict.fromkeys(name for names in BY_SHAPE.values() for name in names), WAN_UNSCALED)
 
 
-def latent_space(config: TAEHVConfig, path: Path) -> str | None:
-    """Return the latent space of the file at `path`, None where neither shapes nor fingerprint nor name decide."""
+def identify_latent_space(config: TAEHVConfig, path: Path) -> str | None:
+    """Return the latent space of the TAEHV at `path`, None where neither shapes nor fingerprint nor name decide."""
     candidates = BY_SHAPE.get((config.latent_channels, config.patch_size), ())
     if len(candidates) == 1:
         return candidates[0]
@@ -60,7 +60,7 @@ def git_name(path: Path) -> str:
     """Return the SHA-1 under which git keeps the file's bytes (git hash-object)."""
     digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as file:
-        while piece := file.read(1 << 20):
+        while piece := file.read(1 << 20):  # bytes
             digest.update(piece)
     return digest.hexdigest()
 
@@ -68,9 +68,10 @@ def git_name(path: Path) -> str:
 def expect_latent_space(
     decoded: str | None, config: TAEHVConfig, needed: str, path: str | Path, setting: str | None = None
 ) -> None:
-    """Raise ValueError, asking or refusing, unless a TAEHV that decodes `decoded` decodes latents of `needed`.
+    """Raise ValueError unless a TAEHV of the latent space `decoded` decodes latents of `needed`.
 
-    decoded: None where the file does not say. setting: its name, by which the user says it.
+    decoded: None where the file does not say; then the sentence asks the user. setting: the name of the option or
+    widget with which they answer.
     """
     if decoded == needed:
         return
