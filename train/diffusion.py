@@ -54,6 +54,7 @@ class FlowMatching(ClipTrainer):
         args = self.args
         clean = self.clean(rows)
         frames = clean.shape[1]
+        # Uniform over the table's entries, as in the reference; the weights of the loss do the rest.
         index = (draws.uniforms(first, len(rows), frames) * ENTRIES).long().to(clean.device)
         part = Forcing(network, causal_of(args, frames), args.shift, args.forcing == "teacher")
         return part.loss(clean, draws.normal(first, tuple(clean.shape)).to(clean), index, condition)[0]
@@ -62,6 +63,7 @@ class FlowMatching(ClipTrainer):
         """Sample in many steps, with guidance."""
         args, (frames, channels, height, width) = self.args, self.shape
         causal, shape = causal_of(args, frames), (frames, channels, height, width)
+        # Without guidance there is no second pass, and no negative prompt to encode.
         negative = None if args.guidance == 1 else self.prompts.condition([args.negative_prompt])
         return Sampling(causal, steps_of(args), shape, not args.chunk, args.guidance, negative)
 

@@ -98,6 +98,7 @@ def join(device: str = "auto", shard_group: int = 0, meeting: Meeting | None = N
     """
     check(device, shard_group)
     kind = "cuda" if _wants_cuda(device) else "cpu"
+    # torchrun numbers the processes of each machine; everyone takes the GPU of its number.
     own = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(own)
@@ -184,6 +185,7 @@ def shard(network: Any, world: World, dtype: torch.dtype) -> Any:
     reduced = torch.promote_types(dtype, torch.float32)
     # Inputs are not cast: timesteps must stay float32, of which bfloat16 would keep 3 digits.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
+    # While one block computes, the next one's weights are gathered; no more are ever whole.
     for block in getattr(network, "blocks", ()):
         fully_shard(block, mesh=world.mesh, mp_policy=policy)
     fully_shard(network, mesh=world.mesh, mp_policy=policy)
@@ -202,6 +204,6 @@ def mean(world: World, value: torch.Tensor) -> float:
 
 def sums(world: World, values: torch.Tensor) -> list[float]:
     """Return sums over all processes, number by number, in one exchange and one wait for the device."""
-    values = values.detach().to(world.device, torch.float64, copy=True).reshape(-1)
+    values = values.detach().to(world.device, torch.float64, copy=True).reshape(-1)  # a copy, which is overwritten
     dist.all_reduce(values)
     return values.tolist()

@@ -41,7 +41,7 @@ from train.update_cost import copies_of, distillation_work
 from train.validation import Sampling
 
 log = logging.getLogger(__name__)
-CRITIC, TEACHER = "critic", "teacher"
+CRITIC, TEACHER = "critic", "teacher"  # the reference's fake score and real score
 FIRST_FRAMES = ("generated", "clips", "pictures")
 WARM_MOMENTUM = 0.9  # beta1 of the adversarial heads while they learn alone
 
@@ -164,6 +164,7 @@ def steps_of(args: DmdArgs) -> StepConfig:
 
 def context_sigma_of(args: DmdArgs) -> float:
     """Return the noise that a finished chunk has in training when it enters the cache."""
+    # The reference noises by the table's nearest entry, and the table has no 0: its last entry is 0.005.
     if args.train_context_sigma == "last_table":
         return float(nearest_sigma(torch.tensor(args.context_noise), sigma_table(args.shift)))
     return args.context_noise / TIMESTEPS
@@ -181,6 +182,7 @@ def first_number(args: DmdArgs, step: int, role: str) -> int:
 
     Each update takes those that follow the last one's, the student's of a step before the critic's.
     """
+    # -(-a // b) is a / b rounded up: multiples of b below a.
     every, warm = args.critic_per_student, args.critic_warmup
     students = max(0, -(-step // every) - -(-warm // every))  # updates of the student before this step
     return args.batch_size * (step + students + (role == CRITIC and trains_student(args, step)))
@@ -260,7 +262,7 @@ class Distillation(Trainer):
     def _add_discriminator(self, critic: Any) -> None:
         args = self.args
         with torch.random.fork_rng(devices=[]):  # layers draw from torch's own generator
-            torch.manual_seed(key_of(args.seed, "heads"))
+            torch.manual_seed(key_of(args.seed, "heads"))  # alike in every process and run
             heads: Any = Heads(critic.config, sees_time=args.gan_time, dtype=wide(args))
         if self.world.device.type != "cpu":  # drawn on the CPU, so that every device starts from the same heads
             heads = heads.to(self.world.device)
@@ -353,8 +355,10 @@ class Distillation(Trainer):
             )
             x = loss_window(clip, args.latent_frames, self.reencode)
         self.finite.see(finite.STUDENT, clip)
+        # In this order the first bad part is the cause: a window with NaN may just show the student's.
         if x is not clip:
             self.finite.see(finite.WINDOW, x)
+        # Of the first chunk's exit: bounds that follow it are refused where chunks have exits of their own.
         bounds = score_bounds(self.student.steps, exits[0], **_bounds_of(args))
         timesteps = score_timesteps(draws.uniform(first, count), args.score_shift, bounds=bounds)
         timesteps = timesteps.to(x.device, torch.float32)  # in float64 they are drawn, in float32 networks take them
@@ -363,8 +367,9 @@ class Distillation(Trainer):
             real = torch.stack([row.latents_STCHW[-1] for row in rows]).to(x)
             if is_student:
                 return self.adversarial.student_loss(x, real, draw, condition)
-            near = self.draws("penalty").normal(first, tuple(x.shape))
-            return self.adversarial.critic_loss(x, real, draw, condition, near)
+            # Another purpose than the role's, under which this would be the draw's own noise again.
+            nearby = self.draws("penalty").normal(first, tuple(x.shape))
+            return self.adversarial.critic_loss(x, real, draw, condition, nearby)
         if is_student:
             return self.matching.student_loss(x, draw, condition, negative, self.counted(frames))[0]
         return self.matching.critic_loss(x, draw, condition)
@@ -374,22 +379,23 @@ class Distillation(Trainer):
 
         Not a given one, nor the chunk that the re-encoded one before a long clip's window belongs to.
         """
-        args, without = self.args, 0
+        args, skipped = self.args, 0
         if frames > args.latent_frames:
-            without = 0 if args.score == "sid" else 1 if args.independent_first_frame else self.causal.chunk
+            skipped = 0 if args.score == "sid" else 1 if args.independent_first_frame else self.causal.chunk
         elif args.first_frame != "generated":
-            without = 1
-        return torch.arange(args.latent_frames, device=self.world.device) >= without if without else None
+            skipped = 1
+        return torch.arange(args.latent_frames, device=self.world.device) >= skipped if skipped else None
 
     def frames(self, draws: Draws) -> int:
         """Return how many latent frames this step's clips have: as many as the teacher sees, or some chunks more."""
         args, chunk = self.args, self.causal.chunk
-        more = (args.max_latent_frames - args.latent_frames) // chunk if args.max_latent_frames else 0
-        return args.latent_frames + draws.whole("frames", more + 1) * chunk
+        more_chunks = (args.max_latent_frames - args.latent_frames) // chunk if args.max_latent_frames else 0
+        return args.latent_frames + draws.whole("frames", more_chunks + 1) * chunk
 
     def exits(self, draws: Draws) -> list[int]:
         """Return the evaluation at which each chunk ends that the student generates."""
         args, causal, frames = self.args, self.causal, self.frames(draws)
+        # A given first frame is a chunk that nothing is evaluated for.
         lengths = chunk_lengths(frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
         count = len(lengths) - (args.first_frame != "generated")
         if args.last_step_only:
@@ -398,6 +404,7 @@ class Distillation(Trainer):
 
     def work(self, role: str) -> Work:
         configs = {name: built.config for name, built in self.built.items()}
+        # Drawn again from the same key, so they are those of the update itself.
         evaluations = [index + 1 for index in self.exits(self.draws(role))]
         copies = copies_of(self.args, self.world.size)
         return distillation_work(self.args, role, configs, evaluations, copies=copies)
@@ -405,6 +412,7 @@ class Distillation(Trainer):
     def reencode(self, latents_BTCHW: Tensor) -> Tensor:
         """Return the latent that the last picture of a clip has as the first of a video."""
         assert self.vae is not None
+        # Decoded from the start, since Wan's VAE is causal: a picture depends on all latents before it.
         return self.vae.encode(self.vae.decode(latents_BTCHW)[:, -1:])
 
     # ---------------------------------------------------------------- data --

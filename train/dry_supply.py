@@ -37,6 +37,7 @@ class DrySupply:
 
     def checkpoint(self, role: str, source: Source) -> Checkpoint:
         config = replace(config_of(sizes_of(self.args)[role]), num_layers=self.num_layers)
+        # Without tensors: networks are then left as they were allocated.
         return Checkpoint("wan", {}, config, None, None, "wan", "float32", "raw", {})
 
     def rows(self) -> _DryRows:
@@ -124,6 +125,7 @@ class _Tracker(MemTracker):
     def _no_hook(self, *_: Any) -> None:
         pass
 
+    # Torch registers these four by name; what they would note is not asked for.
     _pre_fw_hook = _post_fw_hook = _pre_bw_hook = _post_bw_hook = _no_hook
 
 
@@ -141,6 +143,7 @@ def tracked(trainer: Trainer) -> dict[str, int]:
     optimisers = [role.optimiser for role in trainer.roles.values()]
     peaks = {}
     for name in trainer.roles:
+        # External: what was there before the tracker, which only sees what is allocated inside.
         tracker = _Tracker()
         tracker.track_external(*dict.fromkeys(modules), *optimisers, *trainer.ema.values())
         with tracker:

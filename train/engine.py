@@ -48,6 +48,7 @@ from train.update_cost import clip_work, copies_of, reached
 from train.validation import Sampling, ValidationVideos
 
 log = logging.getLogger(__name__)
+# float64 is for comparisons: in it, how a batch is divided among parts and processes does not show.
 DTYPES = ("float64", "float32", "bfloat16")
 STUDENT = "student"  # the role whose average is kept and exported
 LARGEST = sys.float_info.max
@@ -101,6 +102,7 @@ def lr_scale(args: TrainArgs, step: int) -> float:
     """Return the share of the learning rates that the step numbered `step` from 0 has."""
     # The reference's rates are constant, which is the default here: no warm-up, and lr_end 1.
     warm = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
+    # Half a cosine, from 1 to 0.
     cosine = (1 + math.cos(math.pi * min(step / max(args.max_steps, 1), 1))) / 2
     return warm * (args.lr_end + (1 - args.lr_end) * cosine)
 
@@ -163,6 +165,7 @@ class Trainer(ABC):
 
     def add_role(self, role: str, built: Built, lr: float, heads: Any = None, lr_heads: float = 1.0) -> None:
         """Add what an optimiser trains. heads: more of it, with `lr_heads` times the learning rate."""
+        # full_lr is the rate without warm-up and decay, from which `update` sets that of each step.
         groups: list[dict[str, Any]] = [{"params": list(built.parameters.values()), "full_lr": lr}]
         parameters, modules = dict(built.parameters), (built.module,)
         if heads is not None:
@@ -225,6 +228,7 @@ class Trainer(ABC):
         if not parts:
             return
         self.finite.reasons[finite.PROMPTS] = [repr(text[:60]) for text in self.prompts.broken]
+        # Counts say which parts are bad; why, only the process knows that met it.
         gathered: list[Any] = [None] * self.world.size
         dist.all_gather_object(gathered, self.finite.reasons)
         findings = []
@@ -237,6 +241,7 @@ class Trainer(ABC):
     def _count_replaced(self, role: str, replaced: int) -> dict[str, float]:
         """Report bad rows: always by number in the metrics, in words whenever they became twice as many."""
         before, self.ever_replaced = self.ever_replaced, self.ever_replaced + replaced
+        # One more bit is twice as many: ten warnings in a thousand bad rows.
         if self.world.is_first and self.ever_replaced.bit_length() > before.bit_length():
             log.warning(
                 "rows of the database that cannot be used: %d times another one took the place since the run was "
@@ -247,13 +252,13 @@ class Trainer(ABC):
 
     def see_prompts(self, *conditions: Conditioning) -> None:
         """Note embeddings that are not finite. Raises ValueError if they are those of another encoder."""
-        wanted = self.built[STUDENT].config.text_dim
+        text_dim = self.built[STUDENT].config.text_dim
         for condition in conditions:
             width = condition.prompt_embeds_BPE.shape[-1]
-            if width != wanted:
+            if width != text_dim:
                 raise ValueError(
                     f"text_encoder {self.args.text_encoder} makes embeddings of width {width}, the network takes "
-                    f"{wanted}; give the encoder that it was trained with"
+                    f"{text_dim}; give the encoder that it was trained with"
                 )
             self.finite.see(finite.PROMPTS, condition.prompt_embeds_BPE)
 
@@ -269,6 +274,7 @@ class Trainer(ABC):
 
     def accumulate(self, role: str) -> Tensor:
         """Accumulate a role's gradients on a batch, part by part; return this process's share of the loss."""
+        # On the device, so that no part waits for the one before it.
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         parts = list(self.parts())
         for index, (first, count) in enumerate(parts):
@@ -290,6 +296,7 @@ class Trainer(ABC):
 
     def parts(self) -> Iterator[tuple[int, int]]:
         """Yield first clip of the step and number of clips of every part of this process's share."""
+        # Clips have their numbers in the whole batch, by which everything of theirs is drawn.
         share = self.args.batch_size // self.world.size
         start = self.world.rank * share
         for first in range(start, start + share, self.args.micro_batch):
@@ -316,9 +323,9 @@ class Trainer(ABC):
         # In place and back again, since a sharded network cannot be built a second time beside itself.
         for name, value in self.roles[STUDENT].parameters.items():
             if name in self.ema:
-                kept = value.detach().clone()
+                weight = value.detach().clone()
                 value.copy_(self.ema[name])
-                self.ema[name].copy_(kept)
+                self.ema[name].copy_(weight)
 
     # ------------------------------------------------------------- samples --
     def check_decoder(self) -> None:
@@ -338,13 +345,13 @@ class Trainer(ABC):
         if self._videos is None:
             texts = read_texts(self.args.sample_prompts) if self.args.sample_prompts else None
             self._videos = ValidationVideos(*self.examples(texts), self.args.decoder, self.world, self.args.seed)
-        how = self.sampling()
+        sampling = self.sampling()
         if self.args.sample_frames:
-            how = how.of_length(self.args.sample_frames)
+            sampling = sampling.of_length(self.args.sample_frames)
         self._swap_average()
         try:
             self._videos.write(
-                self.roles[STUDENT].network, how, Path(self.args.logdir) / "samples" / f"step_{self.step:06d}"
+                self.roles[STUDENT].network, sampling, Path(self.args.logdir) / "samples" / f"step_{self.step:06d}"
             )
         finally:
             self._swap_average()
@@ -393,6 +400,7 @@ class ClipTrainer(Trainer):
         return metrics
 
     def loss(self, role: str, first: int, count: int) -> Tensor:
+        # Rows follow from the step alone, so a resumed run goes on where it was without any state of a loader.
         number = self.step * self.args.batch_size + first
         rows = self.rows(range(number, number + count))
         condition = self.prompts.condition([row.prompt for row in rows])
@@ -455,7 +463,7 @@ def train(
         if world.is_first:
             resume.write_settings(folder, stage, args)
             state.clean(folder)
-        dist.barrier()
+        dist.barrier()  # nothing is written before what killed runs left is gone
         with closing(logs.Log(args, world, trainer.step)) as metrics_log:
             _steps(args, world, trainer, saver, metrics_log, _all_cards(world, getattr(torch, args.dtype)))
     except NothingLearnt as error:
@@ -492,6 +500,7 @@ def _steps(
             is_last = trainer.step == args.max_steps or is_asked
             if args.sample_every and (trainer.step % args.sample_every == 0 or is_last):
                 trainer.sample()
+            # A run that is asked to stop saves even where it otherwise never would, or its work would be lost.
             if (args.save_every and (trainer.step % args.save_every == 0 or is_last)) or is_asked:
                 saver.save(trainer.step, trainer.roles, trainer.ema)
             if is_asked:
@@ -530,7 +539,7 @@ def command(
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    args, wrong = None, ""
+    args, error_text = None, ""
     try:
         args = parse(kind, argv, sys.modules[check_args.__module__].__doc__)
         if args.dry_run:
@@ -540,10 +549,11 @@ def command(
         check_args(args, processes)
         distributed.check(args.device, args.shard_group)
     except ValueError as error:
-        wrong = " ".join(str(error).split())
+        error_text = " ".join(str(error).split())
+    # Also with a mistake: the others may not have made it, and would wait for this process.
     meeting = distributed.meet()
     try:
-        with resume.opened(meeting, name, args, wrong) as checkpoint:
+        with resume.opened(meeting, name, args, error_text) as checkpoint:
             assert args is not None
             # From here on one process may fail while the others wait for it in a collective.
             return _run(name, args, distributed.join(args.device, args.shard_group, meeting), make, checkpoint)
@@ -584,4 +594,5 @@ def _say_lost(name: str, args: TrainArgs, world: distributed.World) -> NoReturn:
     if status is None and world.is_first_to_notice():
         words = f"{name}: a process of the run is lost; the same command goes on from {newest(args.logdir)}"
         print("\n" + words, file=sys.stderr, flush=True)  # below the progress bar
+    # Without the usual end, which would wait for the lost process.
     os._exit(STOPPED if status is None else status)

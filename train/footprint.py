@@ -58,9 +58,10 @@ def peak_bytes(args: TrainArgs, processes: int, stage: type[Trainer]) -> dict[st
     totals = {}
     for name in peaks[0]:
         added = [peak[name] - kept_bytes(args, processes, dict.fromkeys(sizes, n)) for n, peak in zip(watched, peaks)]
+        # Every layer adds as much as every other one: its activations, or their recomputation's.
         slope = (added[-1] - added[0]) / (watched[-1] - watched[0]) if len(watched) > 1 else 0
-        more = added[-1] + slope * (layers[name] - watched[-1])
-        totals[name] = round(kept_bytes(args, processes, layers) + more)
+        step_bytes = added[-1] + slope * (layers[name] - watched[-1])
+        totals[name] = round(kept_bytes(args, processes, layers) + step_bytes)
     return totals
 
 
@@ -90,6 +91,7 @@ def _frozen(args: TrainArgs, configs: Mapping[str, WanConfig]) -> int:
     """Count what no optimiser changes: a teacher's numbers, or with adapters those of every file, which roles share."""
     if not args.lora_rank:
         return parameters(configs["teacher"]) if "teacher" in configs else 0
+    # Keyed by file, so that roles of one file are counted once; a role without a file is one of its own.
     files: dict[str, str] = {}
     if isinstance(args, DmdArgs):
         files = {"student": args.student, "critic": args.critic or args.teacher, "teacher": args.teacher}
@@ -135,6 +137,7 @@ def estimate(args: TrainArgs, processes: int, stage: type[Trainer]) -> dict[str,
         "clips_per_process_and_step": args.batch_size // processes,
     }
     work = updates(args, processes)
+    # A step trains the critic always and the student in every critic_per_student-th one, so costs are averaged.
     step = sum((each * (1 / _steps_per_update(args, role)) for role, each in work.items()), Work())
     hours = {name: sum(step.seconds(card.attainable).values()) * args.max_steps / 3600 for name, card in CARDS.items()}
     figures["flops_per_update"] = {role: each.flops for role, each in work.items()}

@@ -59,6 +59,7 @@ class Trajectories:
         index_BT = per_chunk(index_BT, self.causal)
         if not self.is_first_frame_clean:
             return index_BT
+        # As in the reference's image-to-video regression; the last timestep's state is the clip where it is 0.
         return torch.cat([torch.full_like(index_BT[:, :1], len(self.timesteps) - 1), index_BT[:, 1:]], 1)
 
     def counted(self, index_BT: Tensor) -> Tensor:
@@ -79,6 +80,7 @@ class Trajectories:
         columns = torch.arange(frames, device=index_BT.device)[None]
         noisy_BTCHW = states[rows, index_BT, columns]
         timesteps = torch.tensor(self.timesteps, device=index_BT.device)[index_BT]
+        # Every frame sees its own chunk and the chunks before it, which is what a cache will show it.
         mask = block_causal_frames(_lengths(frames, self.causal), window=self.causal.window)
         flow = self.network(noisy_BTCHW, timesteps, condition.prompt_embeds_BPE, mask_FF=mask)
         x0 = x0_from_flow(noisy_BTCHW, flow, self.levels.sigma(timesteps))
@@ -111,12 +113,14 @@ class Forcing:
         context_index_BT: entries at which the clean context is noised as well, with the same noise.
         """
         table = sigma_table(self.shift).to(clean_BTCHW.device)
+        # Independent levels per chunk: the network learns to denoise one given others of any cleanliness.
         index_BT = per_chunk(index_BT, self.causal)
         sigma = table[index_BT]
         noisy = add_noise(clean_BTCHW, noise_BTCHW, sigma)
         lengths = _lengths(clean_BTCHW.shape[1], self.causal)
         timesteps = (sigma * TIMESTEPS).float()
         context: dict[str, Any] = {}
+        # A clip of one chunk is seen whole, as a bidirectional network sees it.
         if not self.is_teacher_forcing and len(lengths) > 1:
             context = {"mask_FF": block_causal_frames(lengths, window=self.causal.window)}
         if self.is_teacher_forcing:
@@ -125,6 +129,7 @@ class Forcing:
                 "mask_FF": teacher_forcing_frames(lengths, window=self.causal.window),
                 "clean_BTCHW": clean_BTCHW,
             }
+            # A little noise on the context makes the network forgive the errors of its own samples.
             if context_index_BT is not None:
                 level = table[per_chunk(context_index_BT, self.causal)]
                 context["clean_BTCHW"] = add_noise(clean_BTCHW, noise_BTCHW, level)

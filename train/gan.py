@@ -37,6 +37,7 @@ class _Reader(nn.Module):
     def __init__(self, dim: int, num_heads: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.num_heads = num_heads
+        # A learned query: attention with it is a pooling that learns where in the clip to look.
         self.register = nn.Parameter(torch.randn(1, 1, dim, dtype=dtype))
         self.norm_register = nn.RMSNorm(dim, dtype=dtype)
         self.norm_features, self.norm = nn.LayerNorm(dim, dtype=dtype), nn.LayerNorm(dim, dtype=dtype)
@@ -156,7 +157,7 @@ class Adversarial:
         loss = self.critic_weight * loss
         for name, weight in (("real", self.r1), ("fake", self.r2)):
             if weight:
-                near = clips[name] + self.sigma * nearby_BTCHW.to(clips[name])
-                beside = self.discriminator.logits(near, draw.timesteps_B, condition)
-                loss = loss + 0.5 * weight * gradient_penalty(logits[name], beside)
+                nearby = clips[name] + self.sigma * nearby_BTCHW.to(clips[name])
+                nearby_logits = self.discriminator.logits(nearby, draw.timesteps_B, condition)
+                loss = loss + 0.5 * weight * gradient_penalty(logits[name], nearby_logits)
         return loss

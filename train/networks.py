@@ -91,6 +91,7 @@ def build(
             else frozen(read(role, source), args, world, is_recomputed=args.activation_checkpointing)
             for role, source in sources.items()
         }
+    # Roles of one file differ in their small adapters alone, so its frozen weights are kept once.
     sharing: dict[Source, list[str]] = {}
     for role, source in sources.items():
         sharing.setdefault(source if source.name else Source(role), []).append(role)
@@ -130,6 +131,7 @@ def _shared(
 ) -> dict[str, Built]:
     assert isinstance(checkpoint.config, WanConfig)
     network = CausalWan(checkpoint.config, device=META, dtype=getattr(torch, args.dtype))
+    # One set of adapters for each trained role; the switch says whose are on.
     switch = adapt(network, trained, rank=args.lora_rank, alpha=alpha_of(args), dtype=wide(args))
     if args.activation_checkpointing:
         network.checkpoint_blocks(context_fn=recompute_as(switch))

@@ -73,6 +73,7 @@ class Regression(ClipTrainer):
 
     def indices(self, draws: Draws, first: int, count: int, frames: int) -> Tensor:
         """Draw the states of the frames of some of the step's clips, [B, T]."""
+        # Uniform over the states, as in the reference.
         return (draws.uniforms(first, count, frames) * len(self.args.timesteps)).long()
 
     def sampling(self) -> Sampling:

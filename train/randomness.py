@@ -20,7 +20,7 @@ from selfforcing_core.noise import SeededNoise
 
 def key_of(*parts: object) -> int:
     """Return a 56-bit number that any change of the parts changes."""
-    # 56 bits are what a seed may have everywhere: torch takes 64 signed ones. Python's own hash differs between runs.
+    # Torch's seeds have 64 bits, some of them with a sign. Python's own hash of texts differs from run to run.
     return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=7).digest(), "little")
 
 
@@ -32,16 +32,17 @@ class Draws:
     step: int
     purpose: str
 
-    def _generator(self, *more: object) -> torch.Generator:
-        return torch.Generator().manual_seed(key_of(self.seed, self.step, self.purpose, *more))
+    def _generator(self, *parts: object) -> torch.Generator:
+        return torch.Generator().manual_seed(key_of(self.seed, self.step, self.purpose, *parts))
 
     def exit_steps(self, count: int, num_steps: int, *, per_chunk: bool) -> list[int]:
         """Draw the evaluation at which each of `count` chunks ends; the same for all of them unless per_chunk.
 
         It is the s of Self Forcing's algorithm 1 (arXiv 2506.08009), uniform over the steps.
         """
-        drawn = torch.randint(num_steps, (count,), generator=self._generator("exit")).tolist()
-        return drawn if per_chunk else drawn[:1] * count
+        # One for each chunk is drawn in either case, so that the first is the same number in both.
+        exits = torch.randint(num_steps, (count,), generator=self._generator("exit")).tolist()
+        return exits if per_chunk else exits[:1] * count
 
     def whole(self, name: str, count: int) -> int:
         """Draw a number below `count`, the same for all clips of the step."""

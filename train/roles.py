@@ -135,6 +135,7 @@ def loss_window(clip_BTCHW: Tensor, frames: int, reencode: Any) -> Tensor:
     """
     if clip_BTCHW.shape[1] <= frames:
         return clip_BTCHW
+    # In the reference the last 20 of more than 21 latent frames follow the one that is made anew.
     with torch.no_grad():  # the VAE is frozen, and the frame has no loss
         first = reencode(clip_BTCHW[:, : 1 - frames])
     return torch.cat([first.to(clip_BTCHW), clip_BTCHW[:, 1 - frames :]], 1)
@@ -162,6 +163,7 @@ class Matching:
     ) -> tuple[Tensor, Tensor]:
         """Return what guided critic and guided teacher take for the clean clip."""
         noisy, timesteps = self.noisy(x_BTCHW, draw), draw.timesteps_B
+        # Both judge the same noised clip: their difference is that of two scores at one point (DMD, eq. 2).
         fake = self.critic.x0(noisy, timesteps, condition)
         if self.critic_guidance != 1:
             fake = guided(fake, self.critic.x0(noisy, timesteps, negative), self.critic_guidance)

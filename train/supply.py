@@ -45,7 +45,7 @@ class FileSupply:
 
     def rows(self) -> ShuffledRows:
         """Return the clips of the database or, without one, the prompts, in the order in which a run takes them."""
-        args, size = self.args, None
+        args, size = self.args, None  # a database of ours records its pictures' size, the reference's does not
         if isinstance(args, DmdArgs):
             if not args.data:
                 texts: Any = [text_row(text) for text in read_texts(args.prompts)]

@@ -116,8 +116,9 @@ class Network:
             2 * own.attention_bytes,
             own.elementwise_bytes * BACKWARD_MOVES / MOVES,
         )
-        again = self.forward(num_tokens, 0 if evicts else num_visible, has_prompt=not evicts)
-        return work + again * self.args.activation_checkpointing
+        # Activation checkpointing repeats the pass. Where a cache evicted, attention's inputs were kept.
+        recomputed = self.forward(num_tokens, 0 if evicts else num_visible, has_prompt=not evicts)
+        return work + recomputed * self.args.activation_checkpointing
 
     def prompt(self) -> Work:
         """Count the prompt's embedding, and its keys and values in every layer."""
@@ -145,8 +146,10 @@ class Network:
 
     def update(self, part: Work, copies: int) -> Work:
         """Count an update of this network: all parts of a batch, and the optimiser's step on every copy."""
-        moved = OPTIMISER_MOVES * copies * trained_parameters(self.args, self.config) * sizes_in_bytes(self.args)[0]
-        return part * (self.args.batch_size / self.args.micro_batch) + Work(elementwise_bytes=moved)
+        optimiser_bytes = (
+            OPTIMISER_MOVES * copies * trained_parameters(self.args, self.config) * sizes_in_bytes(self.args)[0]
+        )
+        return part * (self.args.batch_size / self.args.micro_batch) + Work(elementwise_bytes=optimiser_bytes)
 
 
 def copies_of(args: TrainArgs, processes: int) -> int:
@@ -173,17 +176,20 @@ def distillation_work(
         lengths = chunk_lengths(args.latent_frames, chunk, independent_first_frame=args.independent_first_frame)
         fewest = len(lengths) - (args.first_frame != "generated")
         counts = range(fewest, fewest + max(0, args.max_latent_frames - args.latent_frames) // chunk + 1)
+        # Exits are drawn evenly from the first to the last step.
         evaluated = len(args.steps) if args.last_step_only else (len(args.steps) + 1) / 2
-        drawn = ([evaluated] * count for count in counts)
-        total = sum((distillation_work(args, role, configs, each, copies=copies) for each in drawn), Work())
+        rollouts = ([evaluated] * count for count in counts)
+        total = sum((distillation_work(args, role, configs, each, copies=copies) for each in rollouts), Work())
         return total * (1 / len(counts))
     student, critic = Network(args, configs["student"]), Network(args, configs["critic"])
     whole = args.latent_frames * _tokens(args.width, args.height)
     critic_forward, critic_backward = critic.forward(whole, whole), critic.backward(whole, whole)
     work = _rollout(student, args, evaluations, with_gradient=role == "student")
     if role == "critic":
+        # Real and generated clips, and for each penalty one of them with a little noise.
         compared = 2 + bool(args.gan_r1) + bool(args.gan_r2) if args.score == "gan" else 1
         return critic.update(work + (critic_forward + critic_backward) * compared, copies)
+    # The student's loss: how critic and teacher score its clip.
     scored = critic_forward
     if args.score != "dmd":  # the scores carry gradient to the clip, and leave some in the critic
         scored += critic_backward
@@ -209,6 +215,7 @@ def _rollout(student: Network, args: DmdArgs, evaluations: Sequence[float], *, w
     evaluations = [0] * (args.first_frame != "generated") + list(evaluations)
     lengths = [1 if args.independent_first_frame else length] + [length] * (len(evaluations) - 1)
     past, frames = 0, sum(lengths)
+    # A single chunk needs no cache: nothing follows it.
     is_cached, evicts = len(lengths) > 1, -1 < args.window < frames
     work = student.prompt() * is_cached
     for length, count in zip(lengths, evaluations):

@@ -57,7 +57,7 @@ class ValidationVideos:
         self.taehv = load_taehv(decoder, dtype=torch.float32, device=world.device)[0]
 
     @torch.no_grad()
-    def write(self, network: Any, how: Sampling, folder: Path) -> list[Path]:
+    def write(self, network: Any, sampling: Sampling, folder: Path) -> list[Path]:
         """Write one video and contact sheet per prompt; return this process's videos.
 
         The processes share the prompts. All of them evaluate the sharded network equally often, so the last round may
@@ -67,22 +67,23 @@ class ValidationVideos:
         for first in range(0, len(self.texts), self.world.size):
             number = first + self.world.rank
             condition = self.conditions[number % len(self.texts)]
+            # Decoded chunk by chunk, so that the decoder needs the memory of one chunk, beside a training run's.
             decoder, frames = StreamingDecoder(self.taehv), []
             noise = SeededNoise(self.seed, number)  # alike in all steps: the weights make the difference
             for chunk in rollout(
-                Guided(network, condition, negative=how.negative, guidance=how.guidance),
+                Guided(network, condition, negative=sampling.negative, guidance=sampling.guidance),
                 noise=noise,
-                latent_shape=how.latent_shape,
-                causal=how.causal,
-                steps=how.steps,
-                start=how.prefixes[number % len(self.texts)] if how.prefixes else None,
+                latent_shape=sampling.latent_shape,
+                causal=sampling.causal,
+                steps=sampling.steps,
+                start=sampling.prefixes[number % len(self.texts)] if sampling.prefixes else None,
             ):
                 frames.append(decoder.decode(chunk.latents_BTCHW.float())[0].cpu())
             if number < len(self.texts):
                 make_folder(folder)
                 video, out = torch.cat(frames), folder / f"{number:03d}.mp4"
                 write_video(out, video, metadata={"comment": self.texts[number]}, overwrite=True)
-                shown = torch.linspace(0, len(video) - 1, min(SHEET_FRAMES, len(video))).round().long()
-                write_contact_sheet(out.with_suffix(".png"), video[shown], overwrite=True)
+                indices = torch.linspace(0, len(video) - 1, min(SHEET_FRAMES, len(video))).round().long()
+                write_contact_sheet(out.with_suffix(".png"), video[indices], overwrite=True)
                 videos.append(out)
         return videos
