@@ -122,11 +122,11 @@ class _DryDraws:
 class _Tracker(MemTracker):
     """Torch's, without its books per module: those know neither frozen weights nor networks that are called twice."""
 
-    def _no_hook(self, *_: Any) -> None:
+    def _ignore(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     # Torch registers these four by name; what they would note is not asked for.
-    _pre_fw_hook = _post_fw_hook = _pre_bw_hook = _post_bw_hook = _no_hook
+    _pre_fw_hook = _post_fw_hook = _pre_bw_hook = _post_bw_hook = _ignore
 
 
 def tracked(trainer: Trainer) -> dict[str, int]:
