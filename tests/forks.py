@@ -27,7 +27,7 @@ from torch.distributed import TCPStore
 PRELOADED = [
     "pytest",
     "tests.training",
-    "train.dry_stages",
+    "train.dry_supply",
     "train.dmd",
     "train.diffusion",
     "train.ode",

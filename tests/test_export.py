@@ -32,7 +32,7 @@ from selfforcing_core.schedule import FlowSchedule
 from selfforcing_core.taehv import TAEHV
 from selfforcing_core.video import read_video
 from tests.training import ROOT, write_database, write_encoders, write_network
-from train import diffusion, dmd, ode, samples
+from train import diffusion, dmd, ode, validation
 from train import sample as sample_module
 from train.args import DiffusionArgs, DmdArgs, OdeArgs, to_yaml
 from train.conditions import Prompts
@@ -315,7 +315,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[torch.Tensor]]:
 
         return rollout
 
-    monkeypatch.setattr(samples, "rollout", recording("training", samples.rollout))
+    monkeypatch.setattr(validation, "rollout", recording("training", validation.rollout))
     monkeypatch.setattr(generate_module, "rollout", recording("sample", generate_module.rollout))
     return found
 
@@ -339,7 +339,7 @@ def test_validation_videos_and_train_sample_are_the_same(
     how = stages[type(args)].sampling(trainer)  # type: ignore[arg-type]
     texts = ["a red square", "a green circle"]
     conditions = [prompts.condition([text]) for text in texts]
-    videos = samples.Samples(texts, conditions, "tiny", world, args.seed)
+    videos = validation.ValidationVideos(texts, conditions, "tiny", world, args.seed)
     videos.write(load_model(out)[0], how, tmp_path / "videos")
     sample_module.sample(SampleArgs(logdir=str(tmp_path / "run")))
     assert len(recorded["training"]) == len(recorded["sample"]) == 2
@@ -348,7 +348,7 @@ def test_validation_videos_and_train_sample_are_the_same(
 
 
 def test_validation_videos_of_another_length_are_whole_for_bidirectional_networks() -> None:
-    how = samples.Sampling(CausalConfig(4), StepConfig(), (4, 16, 4, 4), is_bidirectional=True)
+    how = validation.Sampling(CausalConfig(4), StepConfig(), (4, 16, 4, 4), is_bidirectional=True)
     assert how.of_length(6).causal == CausalConfig(6)
     assert replace(how, causal=CausalConfig(2, 4), is_bidirectional=False).of_length(6).causal == CausalConfig(2, 4)
     assert how.of_length(6).latent_shape == (6, 16, 4, 4)
@@ -472,12 +472,11 @@ def test_a_decoder_of_an_unknown_latent_space_is_asked_about(
     assert sample_module.main([*options, "latent_space=hunyuanvideo"]) == 2
     assert "decodes latents of hunyuanvideo" in capsys.readouterr().err
 
-    trainer: Any = SimpleNamespace(args=replace(run, decoder=str(tmp_path / "taehv.safetensors")), world=None)
+    checkpoint = read_checkpoint(tmp_path / "wan.safetensors")
+    trainer: Any = SimpleNamespace(args=replace(run, decoder=str(tmp_path / "taehv.safetensors")))
     trainer.sources = lambda: {"student": None}
-    found = read_checkpoint(tmp_path / "wan.safetensors")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.engine.read_on_first", lambda *_: found)
-        with pytest.raises(ValueError, match=r"say so \(decoder_latent_space=wan2.1\)"):
-            Trainer.check_decoder(trainer)
-        trainer.args.decoder_latent_space = "wan2.1"
+    trainer.supply = SimpleNamespace(checkpoint=lambda role, source: checkpoint)
+    with pytest.raises(ValueError, match=r"say so \(decoder_latent_space=wan2.1\)"):
         Trainer.check_decoder(trainer)
+    trainer.args.decoder_latent_space = "wan2.1"
+    Trainer.check_decoder(trainer)

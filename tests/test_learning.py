@@ -26,8 +26,8 @@ from train import check_data, diffusion, distributed, dmd, finite, ode
 from train.args import DiffusionArgs, DmdArgs, OdeArgs, parse
 from train.conditions import Prompts
 from train.data import ClipDatabase, DatabaseWriter, ShuffledRows
-from train.draws import Draws, item, key_of
-from train.dry_stages import dry_stage
+from train.dry_supply import DrySupply
+from train.randomness import Draws, item, key_of
 
 SHAPE = (4, 16, 4, 4)  # of the rows of `write_database`
 
@@ -109,7 +109,7 @@ def test_every_loss_of_every_stage_stays_on_the_networks_device(
     """And every tensor that reaches attention lies there: masks, cache and conditions with it."""
     small = {"dim": 32, "ffn_dim": 48, "num_heads": 2, "num_layers": 2, "text_dim": 16, "text_len": 5, "freq_dim": 32}
     sizes = {"tiny": WanConfig(**small), "i2v": WanConfig(**small, in_dim=36, model_type="i2v")}  # type: ignore[arg-type]
-    monkeypatch.setattr("train.dry_stages.config_of", sizes.__getitem__)
+    monkeypatch.setattr("train.dry_supply.config_of", sizes.__getitem__)
     monkeypatch.setattr(distributed, "shard", unsharded)
     attended: set[str] = set()
     attend = model.attend
@@ -124,11 +124,12 @@ def test_every_loss_of_every_stage_stays_on_the_networks_device(
         "dtype=float32", "activation_checkpointing=false", *more,
     ]  # fmt: skip
     args, device = parse(kind, words), torch.device("meta")
-    trainer: Any = dry_stage(STAGE_OF[kind], args, distributed.World(0, 1, device, None, None), 2)  # type: ignore[arg-type]
-    monkeypatch.setattr(trainer, "draws", lambda purpose: Draws(args.seed, trainer.step, purpose))
+    world = distributed.World(0, 1, device, None, None)  # type: ignore[arg-type]
+    supply: Any = DrySupply(args, world, 2)
+    supply.draws = lambda step, purpose: Draws(args.seed, step, purpose)
     if "vae=x" in more:
-        trainer.vae = WanVAE(new_network(8, 1).to(device))  # type: ignore[arg-type]
-        monkeypatch.setattr(trainer, "reencode", lambda x: dmd.Distillation.reencode(trainer, x))
+        supply.vae = lambda: WanVAE(new_network(8, 1).to(device))  # type: ignore[arg-type]
+    trainer: Any = STAGE_OF[kind](args, world, supply)
     for role, held in trainer.roles.items():
         while "vae=x" in more and 2 * len(trainer.exits(trainer.draws(role))) == args.latent_frames:
             trainer.step += 1  # to a clip that is longer than the window

@@ -22,10 +22,10 @@ from train.args import DiffusionArgs, DmdArgs, OdeArgs, parse
 from train.data import DatabaseWriter
 from train.diffusion import FlowMatching
 from train.dmd import Distillation
-from train.dry_stages import tracked
+from train.dry_supply import tracked
 from train.footprint import kept_bytes, peak_bytes
 from train.ode import Regression
-from train.work import config_of, parameters
+from train.update_cost import config_of, parameters
 
 TINY = {"student": "tiny", "teacher": "tiny", "critic": "tiny"}
 SHARED = ["batch_size=6", "micro_batch=3", "width=64", "height=64", "dtype=float32"]

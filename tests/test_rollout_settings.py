@@ -146,7 +146,7 @@ def test_a_given_first_frame_is_the_rows_and_has_no_loss(
     spy = Spy(trainer.student.network)
     trainer.student = replace(trainer.student, network=spy)
     found = compared(trainer)
-    first = trainer.rows(range(1))[1][0].latents_STCHW[-1][:1]
+    first = trainer.rows(range(1))[0].latents_STCHW[-1][:1]
     assert found.x.shape == (1, 4, 16, 4, 4)
     assert torch.equal(found.x[0, :1], first)
     assert found.counted.tolist() == [False, True, True, True]
@@ -168,7 +168,7 @@ def test_first_frames_come_from_pictures_too(
     vae, _ = write_encoders(folder)
     more = [data, *FIRST, "first_frame=pictures", f"vae={vae}"]
     trainer = Distillation(parse(DmdArgs, [*settings, *more]), world)
-    _, rows = trainer.rows(range(2))
+    rows = trainer.rows(range(2))
     assert trainer.vae is not None
     found = trainer.first_frames(rows)
     assert found is not None
@@ -203,8 +203,7 @@ def test_clips_that_are_sampled_begin_with_their_own_frames(
     texts, conditions = trainer.examples(None)
     prefixes = trainer.sampling().prefixes
     assert len(texts) == len(conditions) == len(prefixes) == 4
-    database = trainer.data
-    assert database is not None
+    database = trainer.shuffled.data
     held = {row.prompt: row.latents_STCHW[-1][:1] for row in (database[index] for index in range(len(database)))}
     for text, prefix in zip(texts, prefixes):
         assert torch.equal(prefix[0], held[text])
@@ -306,7 +305,7 @@ def test_the_critic_has_betas_and_a_norm_of_its_own(
 
 # ------------------------------------------------------------------ stages --
 def test_regression_may_have_a_first_frame_of_its_own_and_an_end_that_is_only_the_target(
-    settings: list[str], folder: Path, world: distributed.World, monkeypatch: pytest.MonkeyPatch
+    settings: list[str], folder: Path, world: distributed.World
 ) -> None:
     writer, generator = DatabaseWriter(folder / "ode"), torch.Generator().manual_seed(0)
     states = torch.randn(3, 4, 16, 4, 4, generator=generator).half().float()
@@ -327,10 +326,9 @@ def test_regression_may_have_a_first_frame_of_its_own_and_an_end_that_is_only_th
     assert {index for pair in seen for index in pair} == {0, 1}, "never the end"
     assert any(first != rest for first, rest in seen), "the first frame has a level of its own"
     assert trainer.sampling().causal.independent_first_frame
-    trainer.settings.timesteps = [1000.0, 0.0]
-    monkeypatch.setattr("train.engine.ClipDatabase", lambda path: trainer.data)
+    trainer.args.timesteps = [1000.0, 0.0]
     with pytest.raises(ValueError, match="3 states, not 2"):
-        trainer.open_data()
+        trainer.check_rows(trainer.built[STUDENT].config)
 
 
 # ------------------------------------------------------------------ mistakes --

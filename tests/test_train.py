@@ -19,9 +19,9 @@ from train import diffusion, footprint, ode
 from train.args import CONFIGS, DmdArgs, config_path, parse
 from train.data import DatabaseWriter
 from train.dmd import main
-from train.draws import Draws, item
 from train.engine import lr_scale
 from train.export import ExportArgs, export
+from train.randomness import Draws, item
 
 CONFIG_NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 

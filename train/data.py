@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from selfforcing_core.atomic import replacing_folder
-from train.draws import item
+from train.randomness import item
 
 GROWTH = 1 << 30  # bytes added to a database's room when it is full
 UNWRITTEN = 1 << 20  # bytes at a database's end that may be missing: pages that were freed before they were written

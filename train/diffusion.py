@@ -15,16 +15,16 @@ from torch import Tensor
 
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import StepConfig
-from train import distributed, engine
+from train import engine
 from train.args import DiffusionArgs
 from train.data import Row
-from train.draws import Draws
 from train.engine import ClipTrainer, check_chunks
 from train.footprint import estimate
 from train.forcing import Forcing, causal_of
-from train.samples import Sampling
+from train.randomness import Draws
+from train.validation import Sampling
 
-ENTRIES = 1000  # noise levels to draw from
+ENTRIES = 1000  # noise levels to draw from: those of the reference's table, which have a training weight each
 
 
 def check(args: DiffusionArgs, processes: int) -> None:
@@ -41,35 +41,35 @@ def check(args: DiffusionArgs, processes: int) -> None:
 
 
 def steps_of(args: DiffusionArgs) -> StepConfig:
-    """Many steps along the probability-flow equation."""
+    """Return many steps along the probability-flow equation, since this network is not a few-step one yet."""
     return StepConfig.even(args.sampling_steps, shift=args.shift, solver=args.solver)
 
 
 class FlowMatching(ClipTrainer):
     """On the clean clips of a database."""
 
-    def __init__(self, args: DiffusionArgs, world: distributed.World) -> None:
-        super().__init__(args, world)
-        self.settings = args
+    args: DiffusionArgs
 
     def loss_of(self, network: Any, rows: list[Row], condition: Conditioning, draws: Draws, first: int) -> Tensor:
-        args = self.settings
+        args = self.args
         clean = self.clean(rows)
         frames = clean.shape[1]
+        # Uniform over the table's entries, as in the reference; the weights of the loss do the rest.
         index = (draws.uniforms(first, len(rows), frames) * ENTRIES).long().to(clean.device)
         part = Forcing(network, causal_of(args, frames), args.shift, args.forcing == "teacher")
         return part.loss(clean, draws.normal(first, tuple(clean.shape)).to(clean), index, condition)[0]
 
     def sampling(self) -> Sampling:
-        """In many steps, with guidance."""
-        args, (frames, channels, height, width) = self.settings, self.shape
+        """Sample in many steps, with guidance."""
+        args, (frames, channels, height, width) = self.args, self.shape
         causal, shape = causal_of(args, frames), (frames, channels, height, width)
+        # Without guidance there is no second pass, and no negative prompt to encode.
         negative = None if args.guidance == 1 else self.prompts.condition([args.negative_prompt])
         return Sampling(causal, steps_of(args), shape, not args.chunk, args.guidance, negative)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     return engine.command(
         "train.diffusion", DiffusionArgs, check, FlowMatching, functools.partial(estimate, stage=FlowMatching), argv
     )

@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 8 -m train.dmd config=self_forcing_dmd logdir=runs/dmd
 
 The same command again goes on where the last checkpoint was written. Numbers do not depend on the number of processes.
-Letters: B batch, T latent frames, C channels, H W latent size, P text tokens, E text width.
+Letters: B batch, T latent frames, C latent channels, H W latent size, P text tokens, E text width, I image tokens,
+Y image-feature width, R RGB.
 """
 
 from __future__ import annotations
@@ -25,23 +26,22 @@ from selfforcing_core.geometry import SPATIAL_FACTOR, VideoGeometry, chunk_lengt
 from selfforcing_core.image import fit_image
 from selfforcing_core.roofline import Work
 from selfforcing_core.schedule import TIMESTEPS, nearest_sigma, sigma_table
-from selfforcing_core.wan_vae import WanVAE, load_wan_vae
 from train import distributed, engine, finite
 from train.args import DmdArgs
-from train.conditions import Pictures, read_texts
-from train.data import ClipDatabase, Row, ShuffledRows
-from train.draws import Draws, item, key_of
+from train.data import Row
 from train.engine import SAMPLED, STUDENT, Trainer
 from train.footprint import estimate
 from train.gan import Adversarial, Discriminator, Heads
 from train.losses import score_timesteps
-from train.networks import Source, build, read_on_first, wide
+from train.networks import Source, build, wide
+from train.randomness import Draws, key_of
 from train.roles import Levels, Matching, Score, ScoreDraw, Student, loss_window, score_bounds
-from train.samples import Sampling
-from train.work import copies_of, distillation_work
+from train.supply import Supply, text_row
+from train.update_cost import copies_of, distillation_work
+from train.validation import Sampling
 
 log = logging.getLogger(__name__)
-CRITIC, TEACHER = "critic", "teacher"
+CRITIC, TEACHER = "critic", "teacher"  # the reference's fake score and real score
 FIRST_FRAMES = ("generated", "clips", "pictures")
 WARM_MOMENTUM = 0.9  # beta1 of the adversarial heads while they learn alone
 
@@ -69,10 +69,7 @@ def check(args: DmdArgs, processes: int) -> None:
         raise ValueError(f"score_shift {args.score_shift} is not between 0.01 and 100; the reference's is 5")
     causal_of(args)
     engine.check_chunks(args)
-    VideoGeometry(
-        args.width, args.height, pixel_frames(args.latent_frames), chunk=args.chunk or args.latent_frames,
-        independent_first_frame=args.independent_first_frame,
-    )  # fmt: skip
+    _check_geometry(args, args.latent_frames, args.chunk or args.latent_frames)
     if args.max_latent_frames:
         _check_long(args)
     if args.first_frame != "generated":
@@ -83,16 +80,18 @@ def check(args: DmdArgs, processes: int) -> None:
             raise ValueError(f"{name} {list(betas)} are not two numbers in [0, 1); use for instance [0.0, 0.999]")
 
 
+def _check_geometry(args: DmdArgs, latent_frames: int, chunk: int) -> None:
+    first = args.independent_first_frame
+    VideoGeometry(args.width, args.height, pixel_frames(latent_frames), chunk=chunk, independent_first_frame=first)
+
+
 def _check_long(args: DmdArgs) -> None:
     if args.max_latent_frames < args.latent_frames:
         raise ValueError(
             f"max_latent_frames {args.max_latent_frames} is less than the {args.latent_frames} latent_frames that are "
             "judged; leave it out, or use more"
         )
-    VideoGeometry(
-        args.width, args.height, pixel_frames(args.max_latent_frames), chunk=args.chunk or 1,
-        independent_first_frame=args.independent_first_frame,
-    )  # fmt: skip
+    _check_geometry(args, args.max_latent_frames, args.chunk or 1)
     if not args.chunk or not args.vae:
         raise ValueError("rollouts longer than latent_frames need chunks (chunk=3) and vae=... to re-encode with")
 
@@ -116,7 +115,7 @@ def _check_first_frame(args: DmdArgs) -> None:
 
 
 def _check_steps(args: DmdArgs) -> None:
-    """Of the evaluation at which a chunk ends, and the timesteps at which the result is compared."""
+    """Check the evaluation at which a chunk ends, and the timesteps at which the result is compared."""
     steps_of(args)
     if args.context_noise and not args.chunk:
         raise ValueError("context_noise is about a cache, and chunk=0 has none; leave it out")
@@ -152,18 +151,20 @@ def check_pictures(args: DmdArgs) -> None:
 
 
 def causal_of(args: DmdArgs) -> CausalConfig:
-    return CausalConfig(
-        args.chunk or args.latent_frames, args.window, args.sink, args.independent_first_frame, args.context_noise,
-        args.cache_source,
-    )  # fmt: skip
+    """Return how the student's clips are cut into chunks, and what it sees of earlier ones."""
+    chunk = args.chunk or args.latent_frames
+    first, noise = args.independent_first_frame, args.context_noise
+    return CausalConfig(chunk, args.window, args.sink, first, noise, args.cache_source)
 
 
 def steps_of(args: DmdArgs) -> StepConfig:
+    """Return the few steps that the student learns to sample in."""
     return StepConfig(tuple(args.steps), shift=args.shift, warp=args.warp)
 
 
 def context_sigma_of(args: DmdArgs) -> float:
-    """The noise that a finished chunk has in training when it enters the cache."""
+    """Return the noise that a finished chunk has in training when it enters the cache."""
+    # The reference noises by the table's nearest entry, and the table has no 0: its last entry is 0.005.
     if args.train_context_sigma == "last_table":
         return float(nearest_sigma(torch.tensor(args.context_noise), sigma_table(args.shift)))
     return args.context_noise / TIMESTEPS
@@ -171,15 +172,17 @@ def context_sigma_of(args: DmdArgs) -> float:
 
 # ------------------------------------------------------------------- order --
 def trains_student(args: DmdArgs, step: int) -> bool:
-    """Whether the student is trained in a step: every `critic_per_student` steps once the critic is warm."""
+    """Return whether the student is trained in a step: every `critic_per_student` steps once the critic is warm."""
+    # Two time scales (DMD2, arXiv 2405.14867, section 4.2): the critic must catch up with the student to judge it.
     return step >= args.critic_warmup and step % args.critic_per_student == 0
 
 
 def first_number(args: DmdArgs, step: int, role: str) -> int:
-    """How many clips all updates before this one took: the number of its first in the order of prompts.
+    """Return how many clips all updates before this one took: the number of its first in the order of prompts.
 
     Each update takes those that follow the last one's, the student's of a step before the critic's.
     """
+    # -(-a // b) is a / b rounded up: multiples of b below a.
     every, warm = args.critic_per_student, args.critic_warmup
     students = max(0, -(-step // every) - -(-warm // every))  # updates of the student before this step
     return args.batch_size * (step + students + (role == CRITIC and trains_student(args, step)))
@@ -206,25 +209,28 @@ def _described(shape: Sequence[int]) -> str:
 class Distillation(Trainer):
     """Student, critic and, except for adversarial training, teacher."""
 
-    def __init__(self, args: DmdArgs, world: distributed.World) -> None:
-        super().__init__(args, world)
-        self.settings, self.causal = args, causal_of(args)
+    args: DmdArgs
+
+    def __init__(self, args: DmdArgs, world: distributed.World, supply: Supply | None = None) -> None:
+        super().__init__(args, world, supply)
+        self.causal = causal_of(args)
         self.prefixes: Sequence[Tensor] = ()  # first frames of the clips that are sampled, where they are given
         sources = self.sources()
-        config = read_on_first(sources[STUDENT], world).config  # its weights are mapped, not read
+        config = self.supply.checkpoint(STUDENT, sources[STUDENT]).config
         assert isinstance(config, WanConfig)
         if config.model_type == "i2v":
             check_pictures(args)
-        self.latent_shape = (
-            args.latent_frames, config.out_dim, args.height // SPATIAL_FACTOR, args.width // SPATIAL_FACTOR
-        )  # fmt: skip
-        self.open_data(config.model_type == "i2v")
-        self.built = built = build(sources, [STUDENT, CRITIC], args, world)
+        height, width = args.height // SPATIAL_FACTOR, args.width // SPATIAL_FACTOR
+        self.latent_shape = (args.latent_frames, config.out_dim, height, width)
+        self.shuffled = self.supply.rows()
+        if args.data:
+            self._check_rows(self.shuffled.data.shape[1:])
+        self.vae = self.supply.vae()
+        self.pictures = self.supply.pictures(self.vae) if config.model_type == "i2v" else None
+        self.built = built = build(sources, [STUDENT, CRITIC], args, world, self.supply.checkpoint)
         check_networks({role: each.config for role, each in built.items()})
-        self.student = Student(
-            built[STUDENT].network, self.causal, steps_of(args), loss_frames=args.latent_frames,
-            context_sigma=context_sigma_of(args),
-        )  # fmt: skip
+        network, steps, sigma = built[STUDENT].network, steps_of(args), context_sigma_of(args)
+        self.student = Student(network, self.causal, steps, sigma, loss_frames=args.latent_frames)
         self.add_role(STUDENT, built[STUDENT], args.lr)
         if args.score == "gan":
             self._add_discriminator(built[CRITIC])
@@ -232,75 +238,59 @@ class Distillation(Trainer):
             self._add_matching(built)
 
     def sources(self) -> dict[str, Source]:
-        args = self.settings
-        found = {
-            STUDENT: Source(args.student, args.weights), CRITIC: Source(args.critic or args.teacher),
-            TEACHER: Source(args.teacher),
-        }  # fmt: skip
-        if args.score == "gan":
-            del found[TEACHER]
-        return found
+        args = self.args
+        # The critic starts as the teacher by default: its task is the teacher's, on the student's clips.
+        sources = {STUDENT: Source(args.student, args.weights), CRITIC: Source(args.critic or args.teacher)}
+        if args.score != "gan":  # there real clips take the teacher's place
+            sources[TEACHER] = Source(args.teacher)
+        return sources
 
     def _add_matching(self, built: dict[str, Any]) -> None:
-        args, levels = self.settings, Levels(rule=self.settings.score_levels)
+        args, levels = self.args, Levels(rule=self.args.score_levels)
         self.matching = Matching(
             Score(self.finite.watch(finite.TEACHER, built[TEACHER].network), levels),
-            Score(self.finite.watch(finite.CRITIC, built[CRITIC].network), levels), guidance=args.guidance,
-            levels=Levels(args.score_shift, args.score_levels), score=args.score, sid_alpha=args.sid_alpha,
-            critic_guidance=args.guidance_critic, see=functools.partial(self.finite.see, finite.GUIDED),
-        )  # fmt: skip
+            Score(self.finite.watch(finite.CRITIC, built[CRITIC].network), levels),
+            guidance=args.guidance,
+            levels=Levels(args.score_shift, args.score_levels),
+            score=args.score,
+            sid_alpha=args.sid_alpha,
+            critic_guidance=args.guidance_critic,
+            see=functools.partial(self.finite.see, finite.GUIDED),
+        )
         self.add_role(CRITIC, built[CRITIC], args.lr_critic)
 
     def _add_discriminator(self, critic: Any) -> None:
-        args = self.settings
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key_of(args.seed, "heads"))
+        args = self.args
+        with torch.random.fork_rng(devices=[]):  # layers draw from torch's own generator
+            torch.manual_seed(key_of(args.seed, "heads"))  # alike in every process and run
             heads: Any = Heads(critic.config, sees_time=args.gan_time, dtype=wide(args))
         if self.world.device.type != "cpu":  # drawn on the CPU, so that every device starts from the same heads
             heads = heads.to(self.world.device)
         heads = distributed.shard(heads, self.world, getattr(torch, args.dtype))
+        network, watched = (self.finite.watch(finite.CRITIC, part) for part in (critic.network, heads))
         self.adversarial = Adversarial(
-            Discriminator(
-                self.finite.watch(finite.CRITIC, critic.network), critic.module,
-                self.finite.watch(finite.CRITIC, heads), sees_time=args.gan_time,
-            ),
-            Levels(args.score_shift, args.score_levels), args.gan_weight, args.gan_critic_weight,
-            args.gan_relativistic, args.gan_r1, args.gan_r2, args.gan_sigma,
-        )  # fmt: skip
+            Discriminator(network, critic.module, watched, sees_time=args.gan_time),
+            Levels(args.score_shift, args.score_levels),
+            weight=args.gan_weight,
+            critic_weight=args.gan_critic_weight,
+            is_relativistic=args.gan_relativistic,
+            r1=args.gan_r1,
+            r2=args.gan_r2,
+            sigma=args.gan_sigma,
+        )
         self.add_role(CRITIC, critic, args.lr_critic, heads, args.lr_heads)
 
-    def open_data(self, takes_pictures: bool) -> None:
-        args = self.settings
-        size = (args.image_height, args.image_width) if args.image_height and args.image_width else None
-        self.data = ClipDatabase(args.data, size) if args.data else None
-        if self.data is not None:
-            self.shuffled = ShuffledRows(self.data, args.seed)
-        if self.data is not None and args.score == "gan" and self.data.shape[1:] != self.latent_shape:
+    def _check_rows(self, shape: tuple[int, int, int, int]) -> None:
+        """Raise ValueError for clips [T, C, H, W] of a database that are not of the run's size, where they must be."""
+        args = self.args
+        if args.score == "gan" and shape != self.latent_shape:
             raise ValueError(
-                f"{args.data}: real clips of {_described(self.data.shape[1:])}, but the student's have "
+                f"{args.data}: real clips of {_described(shape)}, but the student's have "
                 f"{_described(self.latent_shape)}; set width, height and latent_frames as theirs, or give other clips"
             )
-        self.texts = [] if self.data is not None else read_texts(args.prompts)
-        self.vae: WanVAE | None = None
-        if args.vae:
-            narrow = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
-            self.vae = load_wan_vae(args.vae, dtype=narrow, device=self.world.device)
-        self.pictures: Pictures | None = None
-        if takes_pictures:
-            if self.vae is None or not args.clip or self.data is None:
-                raise ValueError("an image-to-video student needs vae=..., clip=... and data=... with pictures")
-            self.pictures = Pictures(self.vae, args.clip, (args.width, args.height, args.latent_frames), args,
-                                     self.world)  # fmt: skip
-
-        if args.first_frame == "clips" and self.data is not None:
-            self._check_size(self.data)
-
-    def _check_size(self, data: ClipDatabase) -> None:
-        """Raise ValueError unless a clip's frames are of the run's size."""
-        held = data.shape[2:]
-        if held != self.latent_shape[1:]:
+        if args.first_frame == "clips" and shape[1:] != self.latent_shape[1:]:
             raise ValueError(
-                f"{self.settings.data}: frames of shape {held}, those of the run are {self.latent_shape[1:]}; set "
+                f"{args.data}: frames of shape {shape[1:]}, those of the run are {self.latent_shape[1:]}; set "
                 "width and height to theirs"
             )
 
@@ -308,97 +298,105 @@ class Distillation(Trainer):
         super().resume(checkpoint)
         stored = Path(self.args.logdir) / "config.yaml"
         is_older = stored.is_file() and "skip_bad_rows" not in stored.read_text(encoding="utf-8")
-        if is_older and self.settings.critic_per_student > 1 and self.world.is_first:
+        if is_older and self.args.critic_per_student > 1 and self.world.is_first:
             log.warning(
                 "%s is of an earlier version, which left prompts out of every round: from step %d on the order is that "
-                "of this version, in which each is seen once per round", checkpoint, self.step,
-            )  # fmt: skip
+                "of this version, in which each is seen once per round",
+                checkpoint,
+                self.step,
+            )
 
     def betas(self, role: str) -> tuple[float, float]:
-        if role != CRITIC or not self.settings.betas_critic:
+        if role != CRITIC or not self.args.betas_critic:
             return super().betas(role)
-        return self.settings.betas_critic[0], self.settings.betas_critic[1]
+        return self.args.betas_critic[0], self.args.betas_critic[1]
 
     def max_grad_norm(self, role: str) -> float:
-        own = self.settings.max_grad_norm_critic if role == CRITIC else 0.0
+        own = self.args.max_grad_norm_critic if role == CRITIC else 0.0
         return own or super().max_grad_norm(role)
 
     # ---------------------------------------------------------------- step --
     def run_step(self) -> dict[str, float]:
-        """The critic always, the student every `critic_per_student` steps once the critic is warm."""
-        told: dict[str, float] = {}
-        if trains_student(self.settings, self.step):
-            told |= self.update(STUDENT)
-        if self.settings.score == "gan":
-            self._warm_heads(self.step >= self.settings.critic_warmup)
-        told |= self.update(CRITIC)
+        """Train the critic always, the student every `critic_per_student` steps once the critic is warm."""
+        metrics: dict[str, float] = {}
+        if trains_student(self.args, self.step):
+            metrics |= self.update(STUDENT)
+        if self.args.score == "gan":
+            self._warm_heads(self.step >= self.args.critic_warmup)
+        metrics |= self.update(CRITIC)
         self.step += 1
-        return told
+        return metrics
 
     def _warm_heads(self, is_warm: bool) -> None:
-        """At first the heads alone learn, with momentum."""
+        """Let the heads alone learn at first, with momentum, since they start from nothing and the critic does not."""
         network, heads = self.roles[CRITIC].optimiser.param_groups
-        network["full_lr"] = self.settings.lr_critic if is_warm else 0.0
+        network["full_lr"] = self.args.lr_critic if is_warm else 0.0
         first, second = self.betas(CRITIC)
         heads["betas"] = (first if is_warm else WARM_MOMENTUM, second)
 
     def loss(self, role: str, first: int, count: int) -> Tensor:
-        """On clips that the student makes for this: with gradient through them, or without for the critic."""
-        args, draws = self.settings, self.draws(role)
+        """Return the loss on clips that the student makes for this; the critic's has no gradient through them."""
+        args, draws = self.args, self.draws(role)
         number = first_number(args, self.step, role) + first
-        texts, rows = self.rows(range(number, number + count))
-        condition, negative = self.conditions(texts, rows)
+        rows = self.rows(range(number, number + count))
+        condition, negative = self.conditions(rows)
         self.see_prompts(condition, negative)
         self.finite.see(finite.IMAGES, condition.image_BTCHW, condition.clip_BIY)
         is_student = role == STUDENT
         frames, exits = self.frames(draws), self.exits(draws)
         with torch.set_grad_enabled(is_student):
             clip = self.student.sample(
-                condition, noise=draws.noise(first), latent_shape=(frames, *self.latent_shape[1:]), exit_steps=exits,
-                with_gradient=is_student, prefix_BTCHW=self.first_frames(rows),
-            )  # fmt: skip
+                condition,
+                noise=draws.noise(first),
+                latent_shape=(frames, *self.latent_shape[1:]),
+                exit_steps=exits,
+                with_gradient=is_student,
+                prefix_BTCHW=self.first_frames(rows),
+            )
             x = loss_window(clip, args.latent_frames, self.reencode)
         self.finite.see(finite.STUDENT, clip)
+        # In this order the first bad part is the cause: a window with NaN may just show the student's.
         if x is not clip:
             self.finite.see(finite.WINDOW, x)
+        # Of the first chunk's exit: bounds that follow it are refused where chunks have exits of their own.
         bounds = score_bounds(self.student.steps, exits[0], **_bounds_of(args))
         timesteps = score_timesteps(draws.uniform(first, count), args.score_shift, bounds=bounds)
-        timesteps = timesteps.to(x.device, torch.float32)
+        timesteps = timesteps.to(x.device, torch.float32)  # in float64 they are drawn, in float32 networks take them
         draw = ScoreDraw(timesteps, draws.normal(first, tuple(x.shape)).to(x))
         if args.score == "gan":
             real = torch.stack([row.latents_STCHW[-1] for row in rows]).to(x)
             if is_student:
                 return self.adversarial.student_loss(x, real, draw, condition)
-            near = self.draws("penalty").normal(first, tuple(x.shape))
-            return self.adversarial.critic_loss(x, real, draw, condition, near)
+            # Another purpose than the role's, under which this would be the draw's own noise again.
+            nearby = self.draws("penalty").normal(first, tuple(x.shape))
+            return self.adversarial.critic_loss(x, real, draw, condition, nearby)
         if is_student:
             return self.matching.student_loss(x, draw, condition, negative, self.counted(frames))[0]
         return self.matching.critic_loss(x, draw, condition)
 
     def counted(self, frames: int) -> Tensor | None:
-        """Which frames of a student's clip of this length have a loss, [T]; None: all.
+        """Return which frames of a student's clip of this length have a loss, [T]; None: all.
 
         Not a given one, nor the chunk that the re-encoded one before a long clip's window belongs to.
         """
-        args, without = self.settings, 0
+        args, skipped = self.args, 0
         if frames > args.latent_frames:
-            without = 0 if args.score == "sid" else 1 if args.independent_first_frame else self.causal.chunk
+            skipped = 0 if args.score == "sid" else 1 if args.independent_first_frame else self.causal.chunk
         elif args.first_frame != "generated":
-            without = 1
-        return torch.arange(args.latent_frames, device=self.world.device) >= without if without else None
+            skipped = 1
+        return torch.arange(args.latent_frames, device=self.world.device) >= skipped if skipped else None
 
     def frames(self, draws: Draws) -> int:
-        """Latent frames of this step's clips: as many as the teacher sees, or chunks more up to the longest."""
-        args, chunk = self.settings, self.causal.chunk
-        more = (args.max_latent_frames - args.latent_frames) // chunk if args.max_latent_frames else 0
-        return args.latent_frames + draws.whole("frames", more + 1) * chunk
+        """Return how many latent frames this step's clips have: as many as the teacher sees, or some chunks more."""
+        args, chunk = self.args, self.causal.chunk
+        more_chunks = (args.max_latent_frames - args.latent_frames) // chunk if args.max_latent_frames else 0
+        return args.latent_frames + draws.whole("frames", more_chunks + 1) * chunk
 
     def exits(self, draws: Draws) -> list[int]:
-        """The evaluation at which each chunk ends that the student generates."""
-        args, causal = self.settings, self.causal
-        lengths = chunk_lengths(
-            self.frames(draws), causal.chunk, independent_first_frame=causal.independent_first_frame
-        )  # fmt: skip
+        """Return the evaluation at which each chunk ends that the student generates."""
+        args, causal, frames = self.args, self.causal, self.frames(draws)
+        # A given first frame is a chunk that nothing is evaluated for.
+        lengths = chunk_lengths(frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
         count = len(lengths) - (args.first_frame != "generated")
         if args.last_step_only:
             return [len(args.steps) - 1] * count
@@ -406,27 +404,25 @@ class Distillation(Trainer):
 
     def work(self, role: str) -> Work:
         configs = {name: built.config for name, built in self.built.items()}
+        # Drawn again from the same key, so they are those of the update itself.
         evaluations = [index + 1 for index in self.exits(self.draws(role))]
         copies = copies_of(self.args, self.world.size)
-        return distillation_work(self.settings, role, configs, evaluations, copies=copies)
+        return distillation_work(self.args, role, configs, evaluations, copies=copies)
 
     def reencode(self, latents_BTCHW: Tensor) -> Tensor:
-        """The latent that the last picture of a clip has as the first of a video."""
+        """Return the latent that the last picture of a clip has as the first of a video."""
         assert self.vae is not None
+        # Decoded from the start, since Wan's VAE is causal: a picture depends on all latents before it.
         return self.vae.encode(self.vae.decode(latents_BTCHW)[:, -1:])
 
     # ---------------------------------------------------------------- data --
-    def rows(self, numbers: range) -> tuple[list[str], list[Row]]:
-        """Prompts, and rows where they come from a database."""
-        if self.data is None:
-            return [self.texts[item(self.args.seed, n, len(self.texts))] for n in numbers], []
-        rows = self.take(self.shuffled, numbers)
-        return [row.prompt for row in rows], rows
+    def rows(self, numbers: range) -> list[Row]:
+        return self.take(self.shuffled, numbers)
 
     @torch.no_grad()
     def first_frames(self, rows: list[Row]) -> Tensor | None:
-        """Latents [B, 1, C, H, W] of the frames that clips of these rows begin with, where they are given."""
-        args, kind = self.settings, self.settings.first_frame
+        """Return the latents [B, 1, C, H, W] that clips of these rows begin with, where they are given."""
+        args, kind = self.args, self.args.first_frame
         if kind == "generated":
             return None
         like = {"device": self.world.device, "dtype": wide(args)}
@@ -437,38 +433,40 @@ class Distillation(Trainer):
         return self.vae.encode(torch.stack(images)[:, None].to(self.world.device)).to(**like)
 
     def images(self, rows: list[Row]) -> list[Tensor]:
-        """The rows' pictures [R, H, W] in [-1, 1]. Raises ValueError where one has none."""
-        found = [row.image_RHW for row in rows if row.image_RHW is not None]
-        if len(found) != len(rows):
-            raise ValueError(f"{self.settings.data}: holds rows without pictures; make it with --video_path")
-        return found
+        """Return the rows' pictures, RGB in [-1, 1]. Raises ValueError where one has none."""
+        images = [row.image_RHW for row in rows if row.image_RHW is not None]
+        if len(images) != len(rows):
+            raise ValueError(f"{self.args.data}: holds rows without pictures; make it with --video_path")
+        return images
 
-    def conditions(self, texts: list[str], rows: list[Row]) -> tuple[Conditioning, Conditioning]:
-        """What the clips are conditioned on, and the same with the negative prompt."""
-        pair = self.prompts.condition(texts), self.prompts.condition([self.settings.negative_prompt] * len(texts))
+    def conditions(self, rows: list[Row]) -> tuple[Conditioning, Conditioning]:
+        """Return what the clips are conditioned on, and the same with the negative prompt."""
+        texts = [row.prompt for row in rows]
+        pair = self.prompts.condition(texts), self.prompts.condition([self.args.negative_prompt] * len(texts))
         if self.pictures is None:
             return pair
-        seen = self.pictures.condition(pair[0], self.images(rows))
-        return seen, Conditioning(pair[1].prompt_embeds_BPE, seen.image_BTCHW, seen.clip_BIY)
+        condition = self.pictures.condition(pair[0], self.images(rows))
+        # The picture stays on both sides of guidance, as in Wan's own sampling: only the prompt is negated.
+        return condition, Conditioning(pair[1].prompt_embeds_BPE, condition.image_BTCHW, condition.clip_BIY)
 
     def sampling(self) -> Sampling:
-        args = self.settings
+        args = self.args
         return Sampling(
             self.causal, steps_of(args), self.latent_shape, is_bidirectional=not args.chunk, prefixes=self.prefixes
         )
 
     def examples(self, texts: list[str] | None) -> tuple[list[str], list[Conditioning]]:
         if self.pictures is not None or texts is None:
-            found, rows = self.rows(range(SAMPLED))
+            rows = self.rows(range(SAMPLED))
         else:
-            found, rows = texts, []
-        given = self.first_frames(rows)
-        self.prefixes = () if given is None else given.split(1)
-        return found, [self.conditions([text], rows[n : n + 1])[0] for n, text in enumerate(found)]
+            rows = [text_row(text) for text in texts]
+        first_BTCHW = self.first_frames(rows)
+        self.prefixes = () if first_BTCHW is None else first_BTCHW.split(1)
+        return [row.prompt for row in rows], [self.conditions([row])[0] for row in rows]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     return engine.command(
         "train.dmd", DmdArgs, check, Distillation, functools.partial(estimate, stage=Distillation), argv
     )

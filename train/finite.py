@@ -1,7 +1,7 @@
-"""Whether all that a loss is made of are numbers: noted on the device where it is made, read once per update.
+"""Whether all that a loss is made of is finite: noted on the device where it is computed, read once per update.
 
-Outside the losses, because they put 0 in place of NaN as the reference does: a teacher that says NaN would teach
-nothing, and no loss and no gradient would show it.
+Outside the losses, because they put 0 in place of NaN as the reference does: a teacher that predicts NaN would teach
+nothing, and neither loss nor gradient would show it.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ WORDS = {  # what is said of each, and the remedy
 
 
 class FiniteCheck:
-    """What was seen since `clear`. reasons: in words, what a process knows beyond the part's name."""
+    """What was noted since `clear`."""
 
     def __init__(self) -> None:
-        self.flags: dict[str, Tensor] = {}
-        self.reasons: dict[str, list[str]] = {}
+        self.flags: dict[str, Tensor] = {}  # of each part, on its device: whether it held NaN or Inf
+        self.reasons: dict[str, list[str]] = {}  # what a process knows beyond the part's name, in words
 
     def clear(self) -> None:
         self.flags, self.reasons = {}, {}
@@ -60,16 +60,17 @@ class FiniteCheck:
         """Note whether a part's tensors hold NaN or Inf. Waits for no device, and makes no tensor of their size."""
         for tensor in tensors:
             if tensor is not None:
+                # A NaN is both the smallest and the largest element, so two numbers tell of all.
                 flag = torch.stack(tensor.detach().aminmax()).isfinite().logical_not().any()
                 self.flags[part] = flag | self.flags[part] if part in self.flags else flag
 
     def note(self, part: str, reason: str, *, device: torch.device) -> None:
-        """Note that a part is bad, which the host knows."""
+        """Note that a part is bad, which was found without looking at the device."""
         self.flags[part] = torch.ones((), dtype=torch.bool, device=device)
         self.reasons.setdefault(part, []).append(reason)
 
     def watch(self, part: str, network: Any) -> Any:
-        """A network that is called like this one and whose predictions are seen."""
+        """Return a network that is called like this one and whose predictions are noted."""
 
         def call(*args: Any, **options: Any) -> Tensor:
             prediction = network(*args, **options)
@@ -79,12 +80,12 @@ class FiniteCheck:
         return call
 
     def counts(self, device: torch.device) -> Tensor:
-        """One number for each of PARTS: 1 if it is bad here."""
+        """Return one number for each of PARTS: 1 if it is bad in this process."""
         fine = torch.zeros((), dtype=torch.bool, device=device)
         return torch.stack([self.flags.get(part, fine) for part in PARTS]).double()
 
 
 def causes(counts: Sequence[float]) -> list[str]:
-    """The bad parts, by `counts` over all processes, that no other one made bad."""
+    """Return the bad parts, by `counts` over all processes, that no other one made bad."""
     bad = {part for part, count in zip(PARTS, counts, strict=True) if count}
     return next(([part for part in cause if part in bad] for cause in CAUSES if bad.intersection(cause)), [])

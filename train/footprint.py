@@ -1,4 +1,4 @@
-"""What a run will take, found before anything is allocated: counts, bytes and hours.
+"""What a run will take, known before anything is allocated: counts, bytes and hours.
 
 Bytes per process: the real training step runs on tensors without memory (torch's FakeTensorMode, a process group that
 sends nothing) under torch's MemTracker. Time: arithmetic and traffic in closed form over what a card attains.
@@ -22,7 +22,7 @@ from selfforcing_core.roofline import Work
 from train.args import ClipArgs, DmdArgs, TrainArgs
 from train.distributed import World, new_mesh
 from train.engine import Trainer
-from train.work import (
+from train.update_cost import (
     clip_work,
     config_of,
     copies_of,
@@ -34,6 +34,7 @@ from train.work import (
     trained_parameters,
 )
 
+# GPU memory as sold: RTX 4090, RTX 6000 Ada, A100 and H100, H200.
 CARD_BYTES = {"24 GB": 24e9, "48 GB": 48e9, "80 GB": 80e9, "141 GB": 141e9}
 WATCHED = (2, 3)  # layers of the networks whose step is watched
 
@@ -53,13 +54,15 @@ def peak_bytes(args: TrainArgs, processes: int, stage: type[Trainer]) -> dict[st
     watched = sorted({min(count, max(layers.values())) for count in WATCHED})
     with _fresh_processes().Pool(len(watched)) as pool:
         peaks = pool.starmap(_watch, [(args, processes, count, stage) for count in watched])
-    found = {}
+    # What is kept is known exactly; only what a step adds beside it is extrapolated.
+    totals = {}
     for name in peaks[0]:
         added = [peak[name] - kept_bytes(args, processes, dict.fromkeys(sizes, n)) for n, peak in zip(watched, peaks)]
+        # Every layer adds as much as every other one: its activations, or their recomputation's.
         slope = (added[-1] - added[0]) / (watched[-1] - watched[0]) if len(watched) > 1 else 0
-        more = added[-1] + slope * (layers[name] - watched[-1])
-        found[name] = round(kept_bytes(args, processes, layers) + more)
-    return found
+        step_bytes = added[-1] + slope * (layers[name] - watched[-1])
+        totals[name] = round(kept_bytes(args, processes, layers) + step_bytes)
+    return totals
 
 
 def _fresh_processes() -> BaseContext:
@@ -70,12 +73,12 @@ def _fresh_processes() -> BaseContext:
     # Torch's tracker and what it needs take many seconds to import: once for all processes of all calls. Nothing else
     # is done in the server, so that what is copied from it holds no tensor, and no thread that a copy would lack. No
     # command is among what is loaded: runpy warns of one that is there before it is run.
-    context.set_forkserver_preload(["train.footprint", "train.dry_stages"])
+    context.set_forkserver_preload(["train.footprint", "train.dry_supply"])
     return context
 
 
 def kept_bytes(args: TrainArgs, processes: int, layers: Mapping[str, int]) -> int:
-    """Bytes per process of weights, moments, gradients and average, for networks of these numbers of layers."""
+    """Return the bytes per process of weights, moments, gradients and average, for networks of so many layers."""
     wide, narrow = sizes_in_bytes(args)
     configs = {role: replace(config_of(size), num_layers=layers[role]) for role, size in sizes_of(args).items()}
     trained = trained_parameters(args, configs["student"]) * 5  # weights, gradients, two moments; and the average
@@ -85,9 +88,10 @@ def kept_bytes(args: TrainArgs, processes: int, layers: Mapping[str, int]) -> in
 
 
 def _frozen(args: TrainArgs, configs: Mapping[str, WanConfig]) -> int:
-    """Numbers that no optimiser changes: a teacher's, or with adapters those of every file, which its roles share."""
+    """Count what no optimiser changes: a teacher's numbers, or with adapters those of every file, which roles share."""
     if not args.lora_rank:
         return parameters(configs["teacher"]) if "teacher" in configs else 0
+    # Keyed by file, so that roles of one file are counted once; a role without a file is one of its own.
     files: dict[str, str] = {}
     if isinstance(args, DmdArgs):
         files = {"student": args.student, "critic": args.critic or args.teacher, "teacher": args.teacher}
@@ -99,18 +103,21 @@ def _watch(args: TrainArgs, processes: int, num_layers: int, stage: type[Trainer
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from train.dry_stages import dry_stage, tracked
+    from train.dry_supply import DrySupply, tracked
 
-    logging.disable(logging.WARNING)
+    logging.disable(logging.WARNING)  # this process exists to count; what it would warn of, the real run says
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
     world = World(0, processes, torch.device("cpu"), new_mesh("cpu", processes, args.shard_group), None)
+    # The second part of a batch adds to gradients that are there; from then on every part takes what the last one did.
+    args = replace(args, batch_size=min(args.batch_size, 2 * args.micro_batch * processes))
+    make: Any = stage
     with FakeTensorMode():
-        return tracked(dry_stage(stage, args, world, num_layers))
+        return tracked(make(args, world, DrySupply(args, world, num_layers)))
 
 
 # --------------------------------------------------------------- estimate --
 def updates(args: TrainArgs, processes: int) -> dict[str, Work]:
-    """What an update of each role that is trained takes all processes together at least."""
+    """Return what an update of each role that is trained takes all processes together at least."""
     configs = {role: config_of(size) for role, size in sizes_of(args).items()}
     copies = copies_of(args, processes)
     if isinstance(args, DmdArgs):
@@ -130,10 +137,11 @@ def estimate(args: TrainArgs, processes: int, stage: type[Trainer]) -> dict[str,
         "clips_per_process_and_step": args.batch_size // processes,
     }
     work = updates(args, processes)
+    # A step trains the critic always and the student in every critic_per_student-th one, so costs are averaged.
     step = sum((each * (1 / _steps_per_update(args, role)) for role, each in work.items()), Work())
     hours = {name: sum(step.seconds(card.attainable).values()) * args.max_steps / 3600 for name, card in CARDS.items()}
     figures["flops_per_update"] = {role: each.flops for role, each in work.items()}
-    figures["least_gpu_hours"] = {name: round(taken, 2) for name, taken in hours.items()}
+    figures["least_gpu_hours"] = {name: round(time, 2) for name, time in hours.items()}
     figures["least_gpu_hours_are"] = (
         f"arithmetic over {Card.flops_share} of the data sheet's dense bfloat16 rate, or traffic over "
         f"{Card.bandwidth_share} of its bandwidth, whichever takes longer, for linears, attention and the rest in turn"

@@ -2,7 +2,7 @@
 
 Each chunk of a clip has a noise level of its own, and the network sees the whole clip at once through a mask.
 
-Letters: B batch, T latent frames, C channels, H W latent size, S states of a trajectory, F frames of the mask.
+Letters: B batch, T latent frames, C latent channels, H W latent size, P text tokens, E text width.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ from train.roles import Levels
 
 
 def causal_of(args: ClipArgs, frames: int) -> CausalConfig:
-    """How a clip of this many latent frames is cut into chunks."""
-    return CausalConfig(
-        args.chunk or frames, args.window, independent_first_frame=args.independent_first_frame
-    )  # fmt: skip
+    """Return how a clip of this many latent frames is cut into chunks."""
+    return CausalConfig(args.chunk or frames, args.window, independent_first_frame=args.independent_first_frame)
 
 
 def per_chunk(values_BT: Tensor, causal: CausalConfig) -> Tensor:
-    """Every frame gets the value of its chunk's first frame."""
+    """Give every frame the value of its chunk's first frame."""
+    # The frames of a chunk are denoised together, so they share a level, as they will when the network samples.
     lengths = _lengths(values_BT.shape[1], causal)
     starts = torch.tensor([sum(lengths[:index]) for index in range(len(lengths))])
     frames = torch.repeat_interleave(starts, torch.tensor(lengths), output_size=sum(lengths))
@@ -46,49 +45,55 @@ def _lengths(frames: int, causal: CausalConfig) -> tuple[int, ...]:
 class Trajectories:
     """Regression of a clip's end from a state along its way (CausVid, arXiv 2412.07772, section 4.3).
 
-    timesteps: of the trajectory's states, noisiest first; the last may be 0, and such frames do not count. A state more
-    than timesteps is the clip's end, which is never seen.
+    Where a trajectory has one state more than timesteps, that is the clip's end, which is the target alone.
     """
 
     network: Any
     causal: CausalConfig
-    timesteps: tuple[float, ...]
+    timesteps: tuple[float, ...]  # of the trajectory's states, noisiest first; at 0 there is nothing to predict
     levels: Levels
     is_first_frame_clean: bool = False  # image-to-video: frame 0 is always the state of the last timestep
 
     def _states(self, index_BT: Tensor) -> Tensor:
-        """The state that every frame really starts from."""
+        """Return the state that every frame really starts from."""
         index_BT = per_chunk(index_BT, self.causal)
         if not self.is_first_frame_clean:
             return index_BT
+        # As in the reference's image-to-video regression; the last timestep's state is the clip where it is 0.
         return torch.cat([torch.full_like(index_BT[:, :1], len(self.timesteps) - 1), index_BT[:, 1:]], 1)
 
     def counted(self, index_BT: Tensor) -> Tensor:
-        """bool [B, T], the frames whose error counts: all but those that are clean from the start."""
+        """Return which frames' error counts, bool [B, T]: all but those that are clean from the start."""
         return torch.tensor(self.timesteps, device=index_BT.device)[self._states(index_BT)] != 0
 
     def loss(
-        self, states_BSTCHW: Tensor, index_BT: Tensor, condition: Conditioning, frames_per_clip: Tensor | None = None
+        self, states: Tensor, index_BT: Tensor, condition: Conditioning, frames_per_clip: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(loss, prediction). index_BT: state of each frame; that of a chunk's first frame counts for the chunk.
+        """Return loss and prediction [B, T, C, H, W].
 
-        frames_per_clip: as in `regression_loss`, where these clips are a part of a batch.
+        states: trajectories [B, states, T, C, H, W]. index_BT: state of each frame; that of a chunk's first frame
+        counts for the chunk. frames_per_clip: as in `regression_loss`, where these clips are a part of a batch.
         """
-        batch, _, frames = states_BSTCHW.shape[:3]
+        batch, _, frames = states.shape[:3]
         counted_BT, index_BT = self.counted(index_BT), self._states(index_BT)
         rows = torch.arange(batch, device=index_BT.device)[:, None]
         columns = torch.arange(frames, device=index_BT.device)[None]
-        noisy = states_BSTCHW[rows, index_BT, columns]
+        noisy_BTCHW = states[rows, index_BT, columns]
         timesteps = torch.tensor(self.timesteps, device=index_BT.device)[index_BT]
+        # Every frame sees its own chunk and the chunks before it, which is what a cache will show it.
         mask = block_causal_frames(_lengths(frames, self.causal), window=self.causal.window)
-        flow = self.network(noisy, timesteps, condition.prompt_embeds_BPE, mask_TT=mask)
-        x0 = x0_from_flow(noisy, flow, self.levels.sigma(timesteps))
-        return regression_loss(x0, states_BSTCHW[:, -1], counted_BT, frames_per_clip), x0
+        flow = self.network(noisy_BTCHW, timesteps, condition.prompt_embeds_BPE, mask_TT=mask)
+        x0 = x0_from_flow(noisy_BTCHW, flow, self.levels.sigma(timesteps))
+        return regression_loss(x0, states[:, -1], counted_BT, frames_per_clip), x0
 
 
 @dataclass(frozen=True)
 class Forcing:
-    """Flow matching with a noise level per chunk, on noisy context (diffusion forcing) or clean (teacher forcing)."""
+    """Flow matching with a noise level per chunk, on noisy context or clean.
+
+    On noisy context it is Diffusion Forcing (arXiv 2407.01392, algorithm 1) with a level per chunk in place of one per
+    frame; on clean context, which every chunk sees of all chunks before it, teacher forcing.
+    """
 
     network: Any
     causal: CausalConfig
@@ -103,28 +108,33 @@ class Forcing:
         condition: Conditioning,
         context_index_BT: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(loss, flow). index_BT: entries of the 1000-entry schedule, noisiest first, per chunk.
+        """Return loss and flow. index_BT: entries of the 1000-entry schedule, noisiest first, per chunk.
 
         context_index_BT: entries at which the clean context is noised as well, with the same noise.
         """
         table = sigma_table(self.shift).to(clean_BTCHW.device)
+        # Independent levels per chunk: the network learns to denoise one given others of any cleanliness.
         index_BT = per_chunk(index_BT, self.causal)
         sigma = table[index_BT]
         noisy = add_noise(clean_BTCHW, noise_BTCHW, sigma)
         lengths = _lengths(clean_BTCHW.shape[1], self.causal)
         timesteps = (sigma * TIMESTEPS).float()
         context: dict[str, Any] = {}
+        # A clip of one chunk is seen whole, as a bidirectional network sees it.
         if not self.is_teacher_forcing and len(lengths) > 1:
             context = {"mask_TT": block_causal_frames(lengths, window=self.causal.window)}
         if self.is_teacher_forcing:
+            # The clean clip goes in front of the noisy one, so that one pass trains all chunks at once.
             context = {
                 "mask_TT": teacher_forcing_frames(lengths, window=self.causal.window),
                 "clean_BTCHW": clean_BTCHW,
             }
+            # A little noise on the context makes the network forgive the errors of its own samples.
             if context_index_BT is not None:
                 level = table[per_chunk(context_index_BT, self.causal)]
                 context["clean_BTCHW"] = add_noise(clean_BTCHW, noise_BTCHW, level)
                 context["clean_timesteps_BT"] = (level * TIMESTEPS).float()
         flow = self.network(noisy, timesteps, condition.prompt_embeds_BPE, **context)
+        # The reference's weights: a bell, so that the noisiest and the cleanest levels count less.
         weight = training_weights(self.shift).to(flow)[index_BT]
         return flow_loss(flow, clean_BTCHW, noise_BTCHW, weight), flow

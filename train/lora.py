@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.draws import key_of
+from train.randomness import key_of
 
 PART = ".lora."  # in the names of adapters' parameters: <layer>.lora.<role>.down or .up
 COMFYUI = "diffusion_model."  # what ComfyUI puts before a layer's name

@@ -1,4 +1,4 @@
-"""What a run will take, found before anything is allocated: python -m train.plan config=self_forcing_dmd
+"""What a run will take, known before anything is allocated: python -m train.plan config=self_forcing_dmd
 
 Bytes per process: the real training step runs on tensors without memory (torch's FakeTensorMode, a process group that
 sends nothing) under torch's MemTracker. Time: arithmetic and traffic in closed form over what a card attains. Networks
@@ -28,9 +28,10 @@ STAGES: dict[str, tuple[type[TrainArgs], type[Trainer]]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     own = {"processes": os.environ.get("WORLD_SIZE", "1"), "stage": "dmd"}
     rest = []
+    # These two are no settings of a stage, so they are taken out before the strict parser sees the rest.
     for word in sys.argv[1:] if argv is None else argv:
         name, _, value = word.partition("=")
         if name in own:

@@ -221,7 +221,7 @@ def _agree(meeting: Meeting, stage: str, args: TrainArgs | None, mistake: str) -
     """Raise ValueError on all processes if one has a mistake, or other settings than the first."""
     settings = None if args is None else to_dict(args)
     words = json.dumps({"host": socket.gethostname(), "mistake": mistake, "stage": stage, "settings": settings})
-    told = [json.loads(answer) for answer in meeting.told("settings", words)]
+    told = [json.loads(answer) for answer in meeting.exchange("settings", words)]
     _raise_first([one["mistake"] for one in told], [one["host"] for one in told])
     first = told[0]
     for rank, one in enumerate(told):
@@ -254,7 +254,7 @@ def _every(meeting: Meeting, about: str, look: Any) -> list[str]:
     except (ValueError, OSError) as error:
         mistake = " ".join(str(error).split())
     words = json.dumps({"host": socket.gethostname(), "mistake": mistake, "answer": answer})
-    told = [json.loads(one) for one in meeting.told(about, words)]
+    told = [json.loads(one) for one in meeting.exchange(about, words)]
     _raise_first([one["mistake"] for one in told], [one["host"] for one in told])
     return [one["answer"] for one in told]
 

@@ -32,8 +32,8 @@ from selfforcing_core.schedule import FlowSchedule
 from train import distributed
 from train.args import NetworkArgs, mistake, parse
 from train.conditions import Prompts, read_texts
-from train.draws import key_of
 from train.networks import Source, frozen, read_on_first
+from train.randomness import key_of
 
 log = logging.getLogger(__name__)
 
@@ -94,9 +94,10 @@ def check(args: TrajectoryArgs) -> None:
 def make(args: TrajectoryArgs, world: distributed.World) -> dict[str, int]:
     """Write this process's share of the prompts' trajectories; returns the counts over all processes."""
     texts = list(dict.fromkeys(read_texts(args.prompts)))
-    if read_on_first(Source(args.teacher), world).causal is not None and world.is_first:
+    checkpoint = read_on_first(Source(args.teacher), world)
+    if checkpoint.causal is not None and world.is_first:
         log.warning("%s says that it is causal; its trajectories are those of all frames at once", args.teacher)
-    prompts, teacher = Prompts(args, world), frozen(Source(args.teacher), args, world)
+    prompts, teacher = Prompts(args, world), frozen(checkpoint, args, world)
     shape = (args.latent_frames, teacher.config.out_dim, args.height // SPATIAL_FACTOR, args.width // SPATIAL_FACTOR)
     told = {"written": 0, "there": 0, "not_numbers": 0}
     for first in tqdm(range(0, len(texts), world.size), disable=not world.is_first, ascii=True):

@@ -2,6 +2,8 @@
 
 No generator is carried along, so neither the number of processes, nor how a batch is divided among and within them, nor
 a resume changes a single number.
+
+Letters: B batch, T latent frames.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from selfforcing_core.noise import SeededNoise
 
 
 def key_of(*parts: object) -> int:
-    """A 56-bit number that any change of the parts changes."""
+    """Return a 56-bit number that any change of the parts changes."""
+    # Torch's seeds have 64 bits, some of them with a sign. Python's own hash of texts differs from run to run.
     return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=7).digest(), "little")
 
 
@@ -29,39 +32,44 @@ class Draws:
     step: int
     purpose: str
 
-    def _generator(self, *more: object) -> torch.Generator:
-        return torch.Generator().manual_seed(key_of(self.seed, self.step, self.purpose, *more))
+    def _generator(self, *parts: object) -> torch.Generator:
+        return torch.Generator().manual_seed(key_of(self.seed, self.step, self.purpose, *parts))
 
     def exit_steps(self, count: int, num_steps: int, *, per_chunk: bool) -> list[int]:
-        """The evaluation at which each of `count` chunks ends; the same for all of them unless per_chunk."""
-        drawn = torch.randint(num_steps, (count,), generator=self._generator("exit")).tolist()
-        return drawn if per_chunk else drawn[:1] * count
+        """Draw the evaluation at which each of `count` chunks ends; the same for all of them unless per_chunk.
+
+        It is the s of Self Forcing's algorithm 1 (arXiv 2506.08009), uniform over the steps.
+        """
+        # One for each chunk is drawn in either case, so that the first is the same number in both.
+        exits = torch.randint(num_steps, (count,), generator=self._generator("exit")).tolist()
+        return exits if per_chunk else exits[:1] * count
 
     def whole(self, name: str, count: int) -> int:
-        """A number below `count`, the same for all clips of the step."""
+        """Draw a number below `count`, the same for all clips of the step."""
         return int(torch.randint(count, (1,), generator=self._generator(name)))
 
     def noise(self, first: int) -> SeededNoise:
-        """Noise of a rollout whose rows are the clips `first`, `first` + 1, ... of the step."""
+        """Return the noise of a rollout whose rows are the clips `first`, `first` + 1, ... of the step."""
         return SeededNoise(key_of(self.seed, self.step, self.purpose, "rollout"), first_row=first)
 
     def uniform(self, first: int, count: int) -> Tensor:
-        """A number in [0, 1) for each of these clips, float64."""
+        """Draw a number in [0, 1) for each of these clips, float64."""
         return self.uniforms(first, count, 1)[:, 0]
 
     def uniforms(self, first: int, count: int, frames: int) -> Tensor:
-        """Numbers in [0, 1) [B, T] for each of these clips, float64."""
+        """Draw numbers in [0, 1) [B, T] for each of these clips, float64."""
+        # A generator for each clip, so that its numbers are the same in whatever part of a batch it is.
         generators = (self._generator("level", row) for row in range(first, first + count))
         return torch.stack([torch.rand(frames, generator=generator, dtype=torch.float64) for generator in generators])
 
     def normal(self, first: int, shape: tuple[int, ...]) -> Tensor:
-        """Noise [B, ...] for the clips `first` to `first` + B, float32."""
+        """Draw noise [B, ...] for the clips `first` to `first` + B, float32."""
         rows = range(first, first + shape[0])
         return torch.stack([torch.randn(shape[1:], generator=self._generator("noise", row)) for row in rows])
 
 
 def item(seed: int, number: int, count: int) -> int:
-    """Which of `count` examples is the `number`-th to be seen: every one once per round, in an order of the round's."""
+    """Return which of `count` examples is the `number`-th of a run: each comes once per round, in the round's order."""
     epoch, place = divmod(number, count)
     return int(_order(seed, epoch, count)[place])
 

@@ -18,13 +18,13 @@ from selfforcing_core.config import WanConfig
 from selfforcing_core.device import Card
 from selfforcing_core.roofline import Work, pass_work
 from tests.training import write_network
-from train import distributed, engine, work
+from train import distributed, engine, update_cost
 from train.args import DiffusionArgs, DmdArgs, OdeArgs, parse
 from train.data import DatabaseWriter
 from train.diffusion import FlowMatching
 from train.dmd import Distillation, main
 from train.ode import Regression
-from train.work import Network, clip_work, distillation_work, reached
+from train.update_cost import Network, clip_work, distillation_work, reached
 
 # Six blocks and 64 tokens per frame, so that what is not counted (time embedding, a discriminator's heads) is little.
 SIZES: dict[str, Any] = {
@@ -125,8 +125,8 @@ def test_traffic_by_hand() -> None:
     found = clip_work(args, CONFIG, (6, 16, 16, 16))
     assert found.linear_bytes == 2 * 3 * (once.linear_bytes + prompt.linear_bytes)
     assert found.attention_bytes == 2 * 3 * once.attention_bytes
-    optimiser = work.OPTIMISER_MOVES * 4 * work.parameters(CONFIG)
-    passes = once.elementwise_bytes * (1 + work.BACKWARD_MOVES / 21)
+    optimiser = update_cost.OPTIMISER_MOVES * 4 * update_cost.parameters(CONFIG)
+    passes = once.elementwise_bytes * (1 + update_cost.BACKWARD_MOVES / 21)
     assert found.elementwise_bytes == pytest.approx(2 * passes + optimiser)
     copied = clip_work(args, CONFIG, (6, 16, 16, 16), copies=3)
     assert copied.elementwise_bytes == pytest.approx(2 * passes + 3 * optimiser)

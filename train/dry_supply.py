@@ -1,0 +1,154 @@
+"""Zeros without memory in place of all that a stage reads or draws, and the bytes that its step takes on them.
+
+Letters: B batch, T latent frames, C latent channels, H W latent size, P text tokens, E text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from selfforcing_core.checkpoint import Checkpoint
+from selfforcing_core.conditioning import Conditioning
+from selfforcing_core.config import CLIP_DIM, CLIP_TOKENS, WanConfig
+from selfforcing_core.image import MASK_CHANNELS
+from train import state
+from train.args import OdeArgs
+from train.data import Row
+from train.distributed import World
+from train.engine import Trainer
+from train.networks import Source
+from train.update_cost import config_of, latent_shape, sizes_of
+
+
+class DrySupply:
+    """A `Supply` of zeros, with networks of the presets' sizes but of `num_layers` layers."""
+
+    def __init__(self, args: Any, world: World, num_layers: int) -> None:
+        self.args, self.num_layers = args, num_layers
+        config = config_of(args.size)
+        self.shape = latent_shape(args, config)
+        self.prompts = _DryPrompts(config, getattr(torch, args.dtype), world.device)
+
+    def checkpoint(self, role: str, source: Source) -> Checkpoint:
+        config = replace(config_of(sizes_of(self.args)[role]), num_layers=self.num_layers)
+        # Without tensors: networks are then left as they were allocated.
+        return Checkpoint("wan", {}, config, None, None, "wan", "float32", "raw", {})
+
+    def rows(self) -> _DryRows:
+        states = len(self.args.timesteps) if isinstance(self.args, OdeArgs) else 1
+        return _DryRows((states, *self.shape))
+
+    def vae(self) -> _DryEncoders:
+        return _DryEncoders(self.shape)
+
+    def pictures(self, vae: _DryEncoders) -> _DryEncoders:
+        return vae
+
+    def draws(self, step: int, purpose: str) -> _DryDraws:
+        return _DryDraws()
+
+
+@dataclass
+class _DryPrompts:
+    config: WanConfig
+    dtype: torch.dtype
+    device: torch.device
+
+    def condition(self, texts: Sequence[str]) -> Conditioning:
+        shape = (len(texts), self.config.text_len, self.config.text_dim)
+        return Conditioning(torch.zeros(shape, dtype=self.dtype, device=self.device))
+
+
+class _DryRows:
+    """A database and the order of its rows in one."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.data, self.shape, self.bad = self, shape, []
+
+    def take(self, numbers: Iterable[int]) -> list[Row]:
+        # A picture of one pixel, since what is made of pictures is not counted.
+        return [Row("", torch.zeros(self.shape), torch.zeros(3, 1, 1)) for _ in numbers]
+
+
+@dataclass
+class _DryEncoders:
+    """VAE and CLIP. Latents are their own pixels, which are not counted either."""
+
+    shape: tuple[int, int, int, int]
+
+    def decode(self, latents_BTCHW: Tensor) -> Tensor:
+        return latents_BTCHW
+
+    def encode(self, frames: Tensor) -> Tensor:
+        return torch.zeros(len(frames), 1, *self.shape[1:])
+
+    def condition(self, text: Conditioning, images: Sequence[Tensor]) -> Conditioning:
+        embeds_BPE, (frames, channels, *size) = text.prompt_embeds_BPE, self.shape
+        image = torch.zeros(len(embeds_BPE), frames, MASK_CHANNELS + channels, *size).to(embeds_BPE)
+        return Conditioning(embeds_BPE, image, torch.zeros(len(embeds_BPE), CLIP_TOKENS, CLIP_DIM).to(embeds_BPE))
+
+
+class _DryDraws:
+    """Every clip is of the longest kind; every chunk ends at its first evaluation, since earlier ones leave nothing."""
+
+    def exit_steps(self, count: int, num_steps: int, *, per_chunk: bool) -> list[int]:
+        return [0] * count
+
+    def whole(self, name: str, count: int) -> int:
+        return count - 1
+
+    def noise(self, first: int) -> _DryDraws:
+        return self
+
+    def draw(self, start_frame: int, step: int, shape: tuple[int, ...]) -> Tensor:
+        return torch.zeros(shape)
+
+    def uniform(self, first: int, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.float64)
+
+    def uniforms(self, first: int, count: int, frames: int) -> Tensor:
+        return torch.zeros(count, frames, dtype=torch.float64)
+
+    def normal(self, first: int, shape: tuple[int, ...]) -> Tensor:
+        return torch.zeros(shape)
+
+
+class _Tracker(MemTracker):
+    """Torch's, without its books per module: those know neither frozen weights nor networks that are called twice."""
+
+    def _ignore(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    # Torch registers these four by name; what they would note is not asked for.
+    _pre_fw_hook = _post_fw_hook = _pre_bw_hook = _post_bw_hook = _ignore
+
+
+def tracked(trainer: Trainer) -> dict[str, int]:
+    """Return the peak bytes of this process in an update of each role that is trained, everything included.
+
+    Also for a real trainer: then it is what was really used.
+    """
+    # Moments and average exist from the first steps on, so they belong to what an update finds.
+    for role in trainer.roles.values():
+        state.moments(role)
+    trainer.start_average()
+    modules = [module for role in trainer.roles.values() for module in role.modules]
+    modules += [built.module for built in trainer.built.values()]
+    optimisers = [role.optimiser for role in trainer.roles.values()]
+    peaks = {}
+    for name in trainer.roles:
+        # External: what was there before the tracker, which only sees what is allocated inside.
+        tracker = _Tracker()
+        tracker.track_external(*dict.fromkeys(modules), *optimisers, *trainer.ema.values())
+        with tracker:
+            trainer.accumulate(name)
+            trainer.apply(name)
+        snapshot = tracker.get_tracker_snapshot("peak").items()
+        peaks[name] = next(size["Total"] for device, size in snapshot if device.type == trainer.world.device.type)
+    return peaks
