@@ -13,7 +13,10 @@ from selfforcing_core.schedule import FlowSchedule
 from train import import_config
 from train.args import CONFIGS, DiffusionArgs, DmdArgs, OdeArgs, parse
 from train.dmd import steps_of
-from train.import_config import NO_OPS, RELEASED, main, translate
+from train.import_config import main, translate
+from train.import_distillation import VAE
+from train.reference_config import RELEASED
+from train.reference_keys import ANY, NO_OPS
 
 # configs/default_config.yaml of Self-Forcing, which its own configurations are laid over
 DEFAULTS: dict[str, Any] = {
@@ -82,7 +85,7 @@ def ours(theirs: dict[str, Any], *ignored: str) -> Any:
     """The settings as the stage's command reads them."""
     found = translate(theirs, ignored)
     kind = import_config.STAGES[found.stage][0]
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), found.ours))
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), found.settings))
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
@@ -97,7 +100,7 @@ def test_every_published_key_is_translated_a_named_no_op_or_refused(name: str) -
         other = others[value] if isinstance(value, bool) else [7.0] if isinstance(value, list) else (
             {"x": 1} if isinstance(value, dict) else 7 if isinstance(value, (int, float)) else "another"
         )  # fmt: skip
-        if key in NO_OPS and NO_OPS[key][1] is import_config.ANY:
+        if key in NO_OPS and NO_OPS[key][1] is ANY:
             assert key in unused
             continue
         try:
@@ -105,7 +108,7 @@ def test_every_published_key_is_translated_a_named_no_op_or_refused(name: str) -
         except ValueError:
             continue
         is_named = key in {each for keys in changed.unused.values() for each in keys}
-        assert is_named or changed.ours != found.ours, f"{key} is dropped in silence"
+        assert is_named or changed.settings != found.settings, f"{key} is dropped in silence"
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "causvid"])
@@ -203,7 +206,7 @@ def test_pictures_come_from_a_database() -> None:
         ({"lr_critic": None}, {"lr_critic": 2e-6}),
         ({"timestep_shift": None, "model_kwargs": None}, {"shift": 8.0, "score_shift": 1.0}),
         ({"num_frame_per_block": None}, {"chunk": 1}),
-        ({"num_training_frames": 27}, {"max_latent_frames": 27, "vae": import_config.VAE}),
+        ({"num_training_frames": 27}, {"max_latent_frames": 27, "vae": VAE}),
         ({"ema_weight": 0.0}, {"ema_start": import_config.NEVER}),
         ({"sharding_strategy": "no_shard"}, {"shard_group": 1}),
         ({"distribution_loss": "sid", "sid_alpha": 0.5}, {"score": "sid", "sid_alpha": 0.5}),
@@ -280,9 +283,9 @@ def test_stages_before_the_distillation_get_their_own_settings() -> None:
 def test_a_critic_that_the_reference_does_not_guide_is_not_guided() -> None:
     scales = {"guidance_scale": None, "real_guidance_scale": 5.0, "fake_guidance_scale": 1.5}
     found = translate({**DMD, **scales, "distribution_loss": "sid"})
-    assert "guidance_critic" not in found.ours
+    assert "guidance_critic" not in found.settings
     assert "fake_guidance_scale" in found.unused["distribution_loss: sid guides its teacher alone"]
-    assert translate({**DMD, **scales}).ours["guidance_critic"] == 2.5
+    assert translate({**DMD, **scales}).settings["guidance_critic"] == 2.5
 
 
 def test_the_command_says_for_which_command_and_what_it_left(

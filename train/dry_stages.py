@@ -17,7 +17,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CLIP_DIM, CLIP_TOKENS
 from selfforcing_core.image import MASK_CHANNELS
-from train import state
+from train import run_checkpoints
 from train.args import DmdArgs, OdeArgs, TrainArgs
 from train.data import Row
 from train.distributed import World
@@ -161,7 +161,7 @@ def tracked(trainer: Trainer) -> dict[str, int]:
     Also for a real trainer: then it is what was really used.
     """
     for role in trainer.roles.values():
-        state.moments(role)
+        run_checkpoints.moments(role)
     trainer.start_average()
     modules = [module for role in trainer.roles.values() for module in role.modules]
     modules += [built.module for built in trainer.built.values()]

@@ -33,15 +33,15 @@ from selfforcing_core.device import Card
 from selfforcing_core.geometry import PATCH, chunk_lengths
 from selfforcing_core.hub import check_taehv
 from selfforcing_core.roofline import Work
-from train import distributed, finite, logs, resume, state
+from train import distributed, finite, logs, resume, run_checkpoints
 from train.args import ClipArgs, TrainArgs, mistake, parse, to_yaml
 from train.conditions import Prompts, read_texts
 from train.data import ClipDatabase, Row, ShuffledRows
 from train.draws import Draws
 from train.finite import FiniteCheck
 from train.networks import Built, Source, build, read_on_first, wide
+from train.run_checkpoints import Role
 from train.samples import Samples, Sampling
-from train.state import Role
 from train.work import clip_work, copies_of, reached
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def lr_scale(args: TrainArgs, step: int) -> float:
 
 def newest(logdir: str) -> str:
     """The last good checkpoint in words."""
-    found = state.complete(Path(logdir))
+    found = run_checkpoints.complete(Path(logdir))
     return str(found[-1]) if found else "the start, no checkpoint is there yet"
 
 
@@ -170,10 +170,10 @@ class Trainer(ABC):
         return self.args.max_grad_norm
 
     def resume(self, checkpoint: Path) -> None:
-        self.step = state.step_of(checkpoint)
-        if state.has_average(checkpoint):
+        self.step = run_checkpoints.step_of(checkpoint)
+        if run_checkpoints.has_average(checkpoint):
             self.start_average()
-        state.load(checkpoint, self.roles, self.ema)
+        run_checkpoints.load(checkpoint, self.roles, self.ema)
 
     def draws(self, purpose: str) -> Draws:
         """The random numbers of this step for a purpose."""
@@ -435,11 +435,11 @@ def train(
         trainer.check_decoder()
     if checkpoint is not None:
         trainer.resume(checkpoint)
-    saver = state.Saver(folder, args.keep_last)
+    saver = run_checkpoints.Saver(folder, args.keep_last)
     try:
         if world.is_first:
             resume.write_settings(folder, stage, args)
-            state.clean(folder)
+            run_checkpoints.clean(folder)
         dist.barrier()
         with closing(logs.Log(args, world, trainer.step)) as told_to:
             _steps(args, world, trainer, saver, told_to, _all_cards(world, getattr(torch, args.dtype)))
@@ -454,7 +454,7 @@ def train(
     dist.barrier()
 
 
-def _complete(saver: state.Saver, args: TrainArgs) -> None:
+def _complete(saver: run_checkpoints.Saver, args: TrainArgs) -> None:
     try:
         saver.wait()
     except NotWritten as error:
@@ -462,7 +462,12 @@ def _complete(saver: state.Saver, args: TrainArgs) -> None:
 
 
 def _steps(
-    args: TrainArgs, world: distributed.World, trainer: Trainer, saver: state.Saver, told_to: logs.Log, card: Card
+    args: TrainArgs,
+    world: distributed.World,
+    trainer: Trainer,
+    saver: run_checkpoints.Saver,
+    told_to: logs.Log,
+    card: Card,
 ) -> None:
     with logs.quiet_threads(), stopping() as asked, logging_redirect_tqdm():  # words go below the bar, not behind it
         while trainer.step < args.max_steps:

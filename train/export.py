@@ -20,11 +20,12 @@ from selfforcing_core.atomic import print_result, replacing
 from selfforcing_core.checkpoint import DTYPES, save_checkpoint
 from selfforcing_core.checkpoint_header import SamplingSettings, lora_header
 from selfforcing_core.config import BidirectionalConfig, CausalConfig, StepConfig, WanConfig
-from train import diffusion, dmd, lora, ode, resume, state
+from train import diffusion, dmd, lora, ode, resume
 from train.args import DiffusionArgs, DmdArgs, OdeArgs, mistake, parse
 from train.data import ClipDatabase
 from train.forcing import causal_of
 from train.networks import alpha_of, read_network
+from train.run_checkpoints import complete, has_average, read, step_of
 
 log = logging.getLogger(__name__)
 AnyArgs = DmdArgs | DiffusionArgs | OdeArgs
@@ -70,12 +71,12 @@ def export(args: ExportArgs) -> Path:
     run = read_run(folder)
     if args.form == "lora" and not run.lora_rank:
         raise ValueError(f"{folder}: trained whole networks, there are no adapters; leave form=lora out")
-    found = [path for path in state.complete(folder) if not args.step or state.step_of(path) == args.step]
-    if not found:
+    checkpoints = [path for path in complete(folder) if args.step in (0, step_of(path))]
+    if not checkpoints:
         raise ValueError(f"{folder}: holds no complete checkpoint" + (f" of step {args.step}" if args.step else ""))
-    is_average = args.weights == "ema" or (args.weights == "auto" and state.has_average(found[-1]))
-    tensors = state.read(found[-1], "ema." if is_average else "roles.student.weights.")
-    about = {"trained": f"step {state.step_of(found[-1])}, {'ema' if is_average else 'raw'}"}
+    is_average = args.weights == "ema" or (args.weights == "auto" and has_average(checkpoints[-1]))
+    tensors = read(checkpoints[-1], "ema." if is_average else "roles.student.weights.")
+    about = {"trained": f"step {step_of(checkpoints[-1])}, {'ema' if is_average else 'raw'}"}
     if args.form == "lora":
         _write_lora(args, run, tensors, about)
     else:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from selfforcing_core.atomic import make_folder, replacing, writing
-from train import state
+from train import run_checkpoints
 from train.args import ClipArgs, DiffusionArgs, DmdArgs, OdeArgs, TrainArgs, keys, read_known, to_dict, to_yaml
 from train.distributed import Meeting
 
@@ -152,7 +152,7 @@ def check(folder: Path, stage: str, args: TrainArgs, *, is_told: bool = True) ->
 
     Raises ValueError if the folder holds another run: checkpoints, or steps in its log.
     """
-    found, log_file = state.complete(folder), folder / "log.jsonl"
+    found, log_file = run_checkpoints.complete(folder), folder / "log.jsonl"
     if found and not args.resume:
         raise ValueError(f"{folder} holds checkpoints of another run; choose another logdir, or leave resume on")
     if not found and (not args.resume or not log_file.is_file() or not log_file.stat().st_size):

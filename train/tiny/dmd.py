@@ -45,7 +45,7 @@ def load(path: Path) -> CausalWan:
     return model
 
 
-class Trainer:
+class TinyDistillation:
     """The three roles, their optimisers and the average of the generator's weights."""
 
     def __init__(self, args: argparse.Namespace, rank: int) -> None:
@@ -152,7 +152,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
-    Trainer(args, dist.get_rank() if dist.is_initialized() else 0).run()
+    TinyDistillation(args, dist.get_rank() if dist.is_initialized() else 0).run()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -81,16 +81,6 @@ def combinations() -> list[tuple[str, ...]]:
     return list(itertools.product(*ATTRIBUTES.values()))
 
 
-def choose_heldout(count: int = 128, seed: int = 0) -> list[tuple[str, ...]]:
-    """`count` combinations that training never sees; every value of every attribute occurs among them."""
-    every = combinations()
-    order = np.random.default_rng(seed).permutation(len(every))
-    chosen = sorted(every[i] for i in order[:count])
-    for position, values in enumerate(ATTRIBUTES.values()):
-        assert {words[position] for words in chosen} == set(values), "choose another seed"
-    return chosen
-
-
 def heldout() -> list[tuple[str, ...]]:
     """The combinations left out of training, from the bundle's list."""
     return [tuple(words) for words in json.loads(HELDOUT_FILE.read_text())]
