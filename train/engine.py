@@ -394,7 +394,7 @@ class ClipTrainer(Trainer):
 
     def clean(self, rows: list[Row]) -> Tensor:
         """The last state of each row, [B, T, C, H, W], where and as sums are computed."""
-        return torch.stack([row.latents_STCHW[-1] for row in rows]).to(self.world.device, wide(self.args))
+        return torch.stack([row.states[-1] for row in rows]).to(self.world.device, wide(self.args))
 
     def examples(self, texts: list[str] | None) -> tuple[list[str], list[Conditioning]]:
         if texts is None:
