@@ -92,6 +92,7 @@ def speed(server: Server, folder: Path, repeats: int) -> dict[str, Any]:
             name: {kind: statistics.median(pair[place][kind] for pair in runs) for kind in ("first_frame", "fps")}
             for place, name in enumerate(("command_line", "node"))
         }
+        # Of pairs that ran one after the other, and not of the medians, which may be from different minutes.
         lost = statistics.median(1 - node["fps"] / line["fps"] for line, node in runs)
         results[model] = {"side": side, "frames": frames, "runs": runs, "median": mean, "fps_lost": lost}
     return results
@@ -123,7 +124,7 @@ def memory(server: Server) -> dict[str, Any]:
 
 def run(repeats: int) -> dict[str, Any]:
     """Start ComfyUI in a folder of its own, and measure speed and memory."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the server and of the command line, which both inherit it
     checkout = find_checkouts()[0]
     with tempfile.TemporaryDirectory() as folder:
         server = Server(checkout, Path(folder) / "base")

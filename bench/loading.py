@@ -33,12 +33,14 @@ from selfforcing_core.noise import SeededNoise
 from selfforcing_core.rollout import rollout
 
 LATENT_SHAPE = (3, 16, 8, 8)  # one chunk of 64x64 pixels
+# As stored, weights may stay mapped; converted, each is read once and its bfloat16 form let go.
 CASES = ("bfloat16 as stored", "bfloat16 to float32")
 
 
 def write_checkpoint(path: Path, preset: str) -> int:
     """Write random bfloat16 weights, and return their bytes."""
     generator = torch.Generator().manual_seed(0)
+    # Small numbers, so that thirty layers of them give no NaN.
     shapes = wan_shapes(PRESETS[preset])
     state = {name: torch.randn(shape, generator=generator).mul_(0.02).bfloat16() for name, shape in shapes.items()}
     save_checkpoint(path, state, PRESETS[preset], causal=CausalConfig(), steps=StepConfig())

@@ -39,6 +39,7 @@ CASES = (  # model, width, height, frames, window in latent frames (-1: all), by
 
 def needs(model: str, width: int, height: int, frames: int, window: int, weight_bytes: int) -> dict[str, Any]:
     """Return bytes by what holds them and, for each card, frames per second that no run can exceed."""
+    # Chunks of three latent frames, as the published causal models have them.
     size = VideoGeometry(width, height, frames, chunk=3)
     recipe = Recipe(
         PRESETS[model],

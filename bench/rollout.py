@@ -60,6 +60,7 @@ class Case:
         return tokens_per_frame(self.latent_height, self.latent_width)
 
 
+# Two sizes, since what is not arithmetic weighs more in a small network: its share of the matmul rate is lower.
 CASES = {
     "small": Case(WanConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=4), 16, 28, 9, repeats=5, goal=0.70),
     "large": Case(WanConfig(dim=512, ffn_dim=2048, num_heads=8, num_layers=8), 30, 52, 21, repeats=1, goal=0.85),
@@ -86,6 +87,7 @@ def clocks() -> Iterator[dict[str, float]]:
 
 def matmul_rate(repeats: int = 3) -> float:
     """Measure float32 FLOP per CPU second of a square matmul, the median of `repeats` after a warm-up."""
+    # The best that this thread does: what a product of matrices does not reach, no chunk will.
     a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE)
     out = torch.empty_like(a)
     rates = []
@@ -115,6 +117,7 @@ def time_chunks(model: CausalWan, case: Case, latent_frames: int, seed: int) -> 
         Guided(model, Conditioning(embeds_BPE)), noise=SeededNoise(seed), latent_shape=shape, causal=CAUSAL, steps=STEPS
     )
     timings: list[dict[str, float]] = []
+    # The rate is taken on both sides of each chunk, since the machine may be slower or faster by then.
     before = matmul_rate()
     for _ in range(latent_frames // CAUSAL.chunk):
         with clocks() as timing:
@@ -228,6 +231,7 @@ def run(names: list[str], command: str) -> dict[str, Any]:
     """Measure each case in a process of its own, so that its peak memory is its own."""
     cases = {}
     for name in names:
+        # Started anew and not forked: a fork begins with the memory of this process.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
             cases[name] = fresh.submit(measure, name).result()
     return {

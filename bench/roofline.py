@@ -23,6 +23,7 @@ from selfforcing_core.device import CARDS, Card, measured_card
 from selfforcing_core.geometry import VideoGeometry
 from selfforcing_core.meter import Recipe
 
+# "none" is the network alone; the others are counted with it, since they share the card.
 DECODERS = ("taehv", "vae", "none")
 
 
@@ -47,7 +48,7 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     passes = [network.a_pass(index) for index in range(len(network.lengths))]
     tflop = [work.flops / 1e12 for work in passes]
     cards: dict[str, Any] = {name: limits(args, card) for name, card in CARDS.items()}
-    if args.measure:
+    if args.measure:  # in the type that the machine computes fastest in
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         cards["this machine"] = limits(args, measured_card(device, dtype)) | {"hardware": hardware()}

@@ -60,7 +60,7 @@ def examine(data: ClipDatabase) -> dict[str, Any]:
         shard, place = data.place(index)
         try:
             row = shard.row(place)
-        except BadRow as error:
+        except BadRow as error:  # by the very code with which a run reads it
             bad[error.kind] += 1
             log.error("%s", error)
             continue
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         print_result(json.dumps(counts))
     except (ValueError, OSError) as error:
         return mistake("train.check_data", error)
-    return 1 if counts["bad"] else 0
+    return 1 if counts["bad"] else 0  # so that a script stops before it starts a run
 
 
 if __name__ == "__main__":

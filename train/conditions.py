@@ -65,7 +65,7 @@ class Prompts:
     def _embeds(self, text: str) -> Tensor:
         embeds = self._encode(text) if self._folder is None else self._folder.get(text, self._encode)
         if not embeds.isfinite().all():
-            self.broken.append(text)
+            self.broken.append(text)  # the step's check of finite numbers names it, and not the network
         return embeds
 
     @functools.cached_property
@@ -104,6 +104,7 @@ class Pictures:
 
     def condition(self, text: Conditioning, images_RHW: Sequence[Tensor]) -> Conditioning:
         """Return the conditioning of texts with their pictures, in [-1, 1] and of any size."""
+        # Covered and trimmed to the clip's size, as the first frame of a video is; fit_image wants [0, 1].
         fitted = [fit_image((image + 1) / 2, self.width, self.height) for image in images_RHW]
         images = torch.stack(fitted).to(self.world.device)
         channels = first_frame_condition(self.vae, images, self.latent_frames)

@@ -26,7 +26,7 @@ from torch import Tensor
 from selfforcing_core.atomic import replacing_folder
 from train.draws import item
 
-GROWTH = 1 << 30  # bytes added to a database's room when it is full
+GROWTH = 1 << 30  # bytes: LMDB wants to know how large a file may become, and is given more when that is reached
 UNWRITTEN = 1 << 20  # bytes at a database's end that may be missing: pages that were freed before they were written
 ARRAYS = ("latents", "prompts", "img")
 
@@ -325,6 +325,7 @@ def write_shards(rows: Iterable[tuple[int, str, Tensor, Tensor | None]], out: Pa
                     counts["not_numbers"] += 1
                 else:
                     prompts.add(prompt)
+                    # Dealt in turn, so that shards are of about the same size.
                     writers[number % num_shards].add(prompt, latents, image)
                     counts["written"] += 1
         finally:

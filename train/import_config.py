@@ -41,6 +41,7 @@ from train.reference_keys import Translation, leave_rest
 
 NEVER = 1_000_000_000  # a step that no run reaches
 CHANNELS = 16  # of a Wan 2.1 latent
+# Settings and check of each of our stages, and which one each trainer of the reference becomes.
 STAGES: dict[str, tuple[type[Any], Callable[[Any, int], None]]] = {
     "dmd": (DmdArgs, dmd.check),
     "ode": (OdeArgs, ode.check),
@@ -81,6 +82,7 @@ def translate(values: Settings, ignored: Sequence[str] = ()) -> Translation:
 
 
 def _is_causvid(values: Settings) -> bool:
+    # CausVid has one trainer for each loss, which is named by the script that is started, not by a key.
     return "trainer" not in values and bool({"distillation_loss", "model_name"} & set(values))
 
 
@@ -101,7 +103,7 @@ def _stage_of(reference: ReferenceConfig, is_causvid: bool) -> str:
     losses = {"score_distillation": (None, "dmd", "sid"), "ode": (None, "ode")}.get(trainer)
     if loss == "causvid":
         raise ValueError("distribution_loss: 'causvid' trains on noised clips, train.dmd on the student's own rollouts")
-    if losses and loss not in losses:
+    if losses and loss not in losses:  # the trainers gan and diffusion read no loss
         names = ", ".join(name for name in losses if name)
         raise ValueError(f"distribution_loss: {loss!r} is none of ours with trainer {trainer}; {names} are")
     return stage
@@ -131,7 +133,7 @@ def _translate_shared(reference: ReferenceConfig, translation: Translation, is_c
     else:
         settings["batch_size"] = total
     if (is_mixed := reference.take("mixed_precision", as_switch)) is not None:
-        settings["dtype"] = "bfloat16" if is_mixed else "float32"
+        settings["dtype"] = "bfloat16" if is_mixed else "float32"  # of the computation; weights are float32 in both
     if reference.values.get("sharding_strategy") == "no_shard":
         reference.untaken.discard("sharding_strategy")
         settings["shard_group"] = 1
@@ -168,6 +170,7 @@ def _chunk(reference: ReferenceConfig, translation: Translation, is_causvid: boo
 def _translate_student(reference: ReferenceConfig, translation: Translation, is_causvid: bool) -> None:
     """Translate where the trained network starts: a checkpoint if there is one; the name beside it tells its size."""
     settings, stage = translation.settings, translation.stage
+    # A generator_type is Self-Forcing-Plus's, where networks are large unless they are named.
     default = LARGE if "generator_type" in reference.values and stage == "dmd" else SMALL
     class_name = reference.take("model_name", as_text) if is_causvid else None
     if class_name is not None and class_name.lower() not in CLASSES:
@@ -177,6 +180,7 @@ def _translate_student(reference: ReferenceConfig, translation: Translation, is_
     if len(set(names)) > 1:
         raise ValueError(f"generator_name: {names[1]!r} and model_kwargs.model_name {names[0]!r} differ; leave one out")
     name = names[0] if names else default
+    # An empty generator_ckpt is none.
     checkpoint = reference.take("generator_ckpt", lambda value: value and as_text(value))
     settings["student" if stage == "dmd" else "network"] = checkpoint or network_file(name)
     if checkpoint:
@@ -271,6 +275,7 @@ def _warped(step: float, shift: float) -> float:
 
 def _check(translation: Translation) -> None:
     """Raise ValueError where the stage itself would refuse the result."""
+    # What is printed is to run as it is: a combination that ours refuses fails here, not on 64 GPUs.
     kind, check = STAGES[translation.stage]
     filled: Settings = {"logdir": "unnamed", **translation.settings}
     if not {"data", "prompts"} & set(filled):  # left to the user, which is said and no mistake

@@ -73,7 +73,7 @@ def encode(
 ) -> dict[str, int]:
     """Write the latents of these videos; return how many were written, there already, left out, and have cuts."""
     counts, num_with_sound = {"written": 0, "there": 0, "left_out": 0, "with_cuts": 0}, 0
-    for video in tqdm(videos, ascii=True):
+    for video in tqdm(videos, ascii=True):  # a video that cannot be used is left out, not the run ended
         target = out / f"{video.stem}.pt"
         if target.is_file():
             counts["there"] += 1
@@ -95,6 +95,7 @@ def encode(
             counts["left_out"] += 1
             continue
         make_folder(out)
+        # Renamed when it is whole, since the next start takes whatever has this name for done.
         with replacing(target, overwrite=True) as temporary:
             torch.save({prompt: latents.float().cpu()}, temporary)  # the layout that the reference's scripts read
         counts["written"] += 1
@@ -133,6 +134,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(
                 f"fps {options.fps} is not a rate between {LEAST_FPS} and {MOST_FPS}; models are trained at 16"
             )
+        # Chunks of 1: any whole number of latent frames will do here, and a stage cuts them as it likes.
         geometry = VideoGeometry(options.width, options.height, options.frames, chunk=1)
         videos = sorted(path for path in options.input_video_folder.glob("*") if path.suffix.lower() in SUFFIXES)
         if not videos:

@@ -56,10 +56,10 @@ def rows_of(
             text = None if prompts is None else prompts / f"{path.stem}.txt"
             video = None if videos is None else videos / f"{path.stem}.mp4"
             if (text is not None and not text.is_file()) or (video is not None and not video.is_file()):
-                counts["missing_files"] += 1
+                counts["missing_files"] += 1  # what belongs to one row came from several tools, and may be incomplete
                 continue
             prompt = stored_prompt if text is None else read_one(text)
-            if len(prompt) < max(min_prompt, 1):
+            if len(prompt) < max(min_prompt, 1):  # short ones say little of a clip; the reference drops those below 300
                 counts["short_prompts"] += 1
                 continue
             yield number, prompt, latents, None if video is None else first_frame(video)

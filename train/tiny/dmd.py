@@ -74,6 +74,7 @@ class TinyDistillation:
         with torch.set_grad_enabled(with_gradient):
             return self.sampler.sample(
                 condition,
+                # Times a prime, so that seeds next to each other share no rollout; every process has rows of its own.
                 noise=SeededNoise(self.args.seed * 1_000_003 + self.rollouts, first_row=self.rank * rows),
                 latent_shape=(LATENT_FRAMES, channels, height, width),
                 exit_steps=[exit_step] * (LATENT_FRAMES // CAUSAL.chunk),
@@ -93,12 +94,13 @@ class TinyDistillation:
         """Update the student once, and return the mean size of the matching gradient."""
         condition = self.condition()
         x = self.sample(condition, with_gradient=True)
+        # Guidance pushes the teacher's prediction away from that for the empty caption.
         empty = Conditioning(self.clips.captions.empty.expand_as(condition.prompt_embeds_BPE))
         loss, gradient = self.matching.student_loss(x, self.draw(x), condition, empty)
         loss.backward()
         self.step(self.student, self.optimiser)
         for name, value in self.student.state_dict().items():
-            self.ema[name].lerp_(value, 1 - self.args.ema)
+            self.ema[name].lerp_(value, 1 - self.args.ema)  # the average is steadier than any of its moments
         self.last = (x.detach(), condition)
         return float(gradient.abs().mean())
 
@@ -117,6 +119,7 @@ class TinyDistillation:
     def step(self, model: CausalWan, optimiser: torch.optim.Optimizer) -> None:
         """Take a step with the gradients of all processes, and clear them."""
         average_gradients(model.parameters())
+        # After averaging, so that every process scales by the same norm.
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         model.zero_grad()
@@ -124,6 +127,8 @@ class TinyDistillation:
     def run(self) -> None:
         """Warm up the critic, then alternate; the averaged student is saved every --save-every iterations."""
         start, loss = time.monotonic(), 0.0
+        # A critic that lags behind the student points the gradient the wrong way (DMD2, arXiv 2405.14867, section 4.2),
+        # which is also why it is updated several times for each update of the student.
         for _ in range(self.args.warmup):
             loss = self.critic_step()
         for iteration in range(1, self.args.iterations + 1):

@@ -95,6 +95,7 @@ class Generator:
     @torch.no_grad()
     def frames(self, captions: list[str], num_frames: int, seed: int, first_row: int = 0) -> Tensor:
         """Generate frames [B, V, R, H, W]; row b depends on the seed and first_row + b alone."""
+        # As the command line makes a video, chunk by chunk, and not in some way of training's.
         channels = self.taehv.config.latent_channels
         decoder, side = StreamingDecoder(self.taehv), SIZE // 8
         chunks = rollout(
@@ -144,6 +145,7 @@ def pair_differences(videos: Videos) -> dict[str, float]:
     """Return the mean differences of the two videos of a caption: size and starting point on the ring, in pixels."""
     pairs = [(a, b) for a, b in videos.pairs if a.shape_share and b.shape_share]
     sizes = [abs(a.radius - b.radius) for a, b in pairs]
+    # Edges are joined, so that no two points are further apart than half of SIZE in x and in y.
     starts = [np.abs((np.subtract(a.start, b.start) + SIZE / 2) % SIZE - SIZE / 2).mean() for a, b in pairs]
     return {"size_difference": float(np.mean(sizes)), "start_difference": float(np.mean(starts))}
 
@@ -176,6 +178,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     num_frames = pixel_frames(LATENT_FRAMES)
     long_frames = pixel_frames(LATENT_FRAMES * LONG)
     real = real_videos(captions, num_frames, args.seed)
+    # Captions of other videos agree by chance alone, as often as each word occurs.
     order = np.random.default_rng(args.seed).permutation(len(captions))
     result: dict[str, Any] = {"real": score(real), "shuffled": score(real, [captions[i] for i in order])}
     log.info("real %s", _short(result["real"]))

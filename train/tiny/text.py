@@ -147,6 +147,7 @@ class Readers(nn.Module):
 
     def attributes(self, hidden_BPE: Tensor, mask_BP: Tensor) -> list[Tensor]:
         """Return the logits of every attribute's classes, read from the mean over the rows of real tokens."""
+        # The mean and one linear layer: what they can read, the cross-attention of a small video model can, too.
         weight = mask_BP.unsqueeze(-1).to(hidden_BPE)
         mean_BE = (hidden_BPE * weight).sum(1) / weight.sum(1)
         return [reader(mean_BE) for reader in self.attribute]
@@ -201,6 +202,7 @@ def train_encoder(
     model, readers = build_encoder(recipe), Readers(recipe.dim)
     parameters = [p for p in (*model.parameters(), *readers.parameters()) if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    # Fifty steps of warm-up, since AdamW's first steps are of full size in whatever direction.
     decay = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: min(1.0, (step + 1) / 50) * (1 - step / recipe.steps)
     )
@@ -227,7 +229,8 @@ def write_folder(model: UMT5EncoderModel, recipe: TextTraining, out: Path) -> No
     folder.mkdir(parents=True)
     write_tokenizer(folder, recipe.text_len)
     model.config.architectures = ["UMT5EncoderModel"]
-    model.config.tie_word_embeddings = True
+    model.config.tie_word_embeddings = True  # the one table of words is the encoder's, and stored once
+    # transformers 4 reads torch_dtype, 5 reads dtype.
     _write_json(folder / "config.json", {**model.config.to_diff_dict(), "dtype": "float16", "torch_dtype": "float16"})
     tensors = {name: value.detach().half().contiguous() for name, value in model.named_parameters()}
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
