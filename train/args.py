@@ -257,8 +257,8 @@ def config_path(name: str) -> Path:
     for path in (Path(name), CONFIGS / Path(name).name, CONFIGS / f"{Path(name).name}.yaml"):
         if os.path.isfile(path):  # unlike Path.is_file it also takes names that no file can have
             return path
-    known = ", ".join(path.stem for path in sorted(CONFIGS.glob("*.yaml")))
-    raise ValueError(f"config {name!r} is no file and not in train/configs; use one of {known}")
+    names = ", ".join(path.stem for path in sorted(CONFIGS.glob("*.yaml")))
+    raise ValueError(f"config {name!r} is no file and not in train/configs; use one of {names}")
 
 
 def mistake(name: str, error: Exception, *, is_told: bool = True) -> int:
@@ -318,13 +318,13 @@ def read_known(path: Path, kind: type[Any]) -> tuple[dict[str, Any], dict[str, s
     Raises ValueError as `parse` does, for values alone.
     """
     types = get_type_hints(kind)
-    known, unknown = {}, {}
+    settings, unknown = {}, {}
     for key, node in _nodes(path):
         if key in types:
-            known[key] = _from_node(node, types[key], f"{path}: {key}")
+            settings[key] = _from_node(node, types[key], f"{path}: {key}")
         else:
             unknown[key] = node.value if isinstance(node, yaml.ScalarNode) else yaml.serialize(node).strip()
-    return known, unknown
+    return settings, unknown
 
 
 def keys(path: Path) -> set[str]:
@@ -383,32 +383,32 @@ def _nodes(path: Path) -> list[tuple[str, yaml.Node]]:
 
 
 def _check_key(key: str, kind: type[Any], where: str) -> None:
-    known = [item.name for item in fields(kind)]
-    if key not in known:
-        near = difflib.get_close_matches(key, known, n=3, cutoff=0.4) or known
+    names = [item.name for item in fields(kind)]
+    if key not in names:
+        near = difflib.get_close_matches(key, names, n=3, cutoff=0.4) or names
         raise ValueError(f"{where}: {key!r} is no setting of {kind.__name__}; nearest are {', '.join(near)}")
 
 
 # ------------------------------------------------------------------- values --
-def _from_node(node: yaml.Node, wanted: Any, where: str) -> Any:
+def _from_node(node: yaml.Node, hint: Any, where: str) -> Any:
     """Read a setting from YAML. Its type says what a scalar is: YAML alone takes `007` for 7 and `no` for false."""
     if isinstance(node, yaml.ScalarNode):
-        if _plain(wanted) is list:
+        if _plain(hint) is list:
             raise ValueError(f"{where} {node.value!r} is no list; write for instance [1000, 750]")
-        return _from_text(node.value, wanted, where)
-    if isinstance(node, yaml.SequenceNode) and _plain(wanted) is list:
-        inner = get_args(_without_none(wanted))[0]
+        return _from_text(node.value, hint, where)
+    if isinstance(node, yaml.SequenceNode) and _plain(hint) is list:
+        inner = get_args(_without_none(hint))[0]
         return [_from_node(item, inner, f"{where}: entry {n}") for n, item in enumerate(node.value, 1)]
     node_kind = "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
-    raise ValueError(f"{where} is {node_kind}, where one {WORDS[_plain(wanted)]} belongs; put a text into quotes")
+    raise ValueError(f"{where} is {node_kind}, where one {WORDS[_plain(hint)]} belongs; put a text into quotes")
 
 
-def _from_text(text: str, wanted: Any, where: str) -> Any:
+def _from_text(text: str, hint: Any, where: str) -> Any:
     """Read a setting from what was written for it."""
-    plain = _plain(wanted)
+    plain = _plain(hint)
     if plain is str:
         return text
-    if NoneType in get_args(wanted) and text == "null":
+    if NoneType in get_args(hint) and text == "null":
         return None
     if plain is list:
         try:
@@ -417,22 +417,22 @@ def _from_text(text: str, wanted: Any, where: str) -> Any:
             node = None
         if not isinstance(node, yaml.SequenceNode):
             raise ValueError(f"{where} {text!r} is no list; write for instance [1000,750]")
-        return _from_node(node, wanted, where)
+        return _from_node(node, hint, where)
     return {bool: _truth, int: _whole, float: _number}[plain](text, where)
 
 
-def _without_none(wanted: Any) -> Any:
-    return next((part for part in get_args(wanted) if part is not NoneType), wanted) if _is_optional(wanted) else wanted
+def _without_none(hint: Any) -> Any:
+    return next((part for part in get_args(hint) if part is not NoneType), hint) if _is_optional(hint) else hint
 
 
-def _is_optional(wanted: Any) -> bool:
-    return NoneType in get_args(wanted)
+def _is_optional(hint: Any) -> bool:
+    return NoneType in get_args(hint)
 
 
-def _plain(wanted: Any) -> Any:
+def _plain(hint: Any) -> Any:
     """Return str, int, float, bool or list."""
-    wanted = _without_none(wanted)
-    return get_origin(wanted) or wanted
+    hint = _without_none(hint)
+    return get_origin(hint) or hint
 
 
 def _truth(text: str, where: str) -> bool:
@@ -476,12 +476,12 @@ def _number(text: str, where: str) -> float:
 # --------------------------------------------------------------------- help --
 def described(kind: type[Any], about: str | None = None) -> str:
     """Return every setting with its type, default and the comment at its line."""
-    known = ", ".join(path.stem for path in sorted(CONFIGS.glob("*.yaml")))
+    names = ", ".join(path.stem for path in sorted(CONFIGS.glob("*.yaml")))
     lines = [about.strip(), ""] if about else []
     lines += [
         "Settings are written key=value; later ones win, and win over those of a file.",
         "  -h, --help  print this and end",
-        *_row("config=FILE", f"a YAML file of settings, or one of train/configs: {known}"),
+        *_row("config=FILE", f"a YAML file of settings, or one of train/configs: {names}"),
     ]
     listed: set[str] = set()
     for part in kind.__mro__:  # a stage's own settings first, what all stages share last
@@ -507,9 +507,9 @@ def _row(setting: str, words: str) -> list[str]:
     return textwrap.wrap(words, 118, initial_indent=f"{setting:38}", subsequent_indent=" " * 38)
 
 
-def _word(wanted: Any) -> str:
-    inner = get_args(_without_none(wanted)) if _plain(wanted) is list else ()
-    return f"list of {WORDS[inner[0]]}s" if inner else WORDS[_plain(wanted)]
+def _word(hint: Any) -> str:
+    inner = get_args(_without_none(hint)) if _plain(hint) is list else ()
+    return f"list of {WORDS[inner[0]]}s" if inner else WORDS[_plain(hint)]
 
 
 def _shown(item: dataclasses.Field[Any]) -> str:

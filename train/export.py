@@ -59,9 +59,9 @@ def read_run(folder: Path) -> AnyArgs:
 def _check(args: ExportArgs) -> None:
     if not args.logdir or not args.out:
         raise ValueError("give logdir=FOLDER of the run and out=FILE.safetensors")
-    for name, known in (("dtype", tuple(DTYPES)), ("weights", ("auto", "ema", "raw")), ("form", ("whole", "lora"))):
-        if getattr(args, name) not in known:
-            raise ValueError(f"{name} {getattr(args, name)!r} cannot be written; use one of {', '.join(known)}")
+    for name, choices in (("dtype", tuple(DTYPES)), ("weights", ("auto", "ema", "raw")), ("form", ("whole", "lora"))):
+        if getattr(args, name) not in choices:
+            raise ValueError(f"{name} {getattr(args, name)!r} cannot be written; use one of {', '.join(choices)}")
 
 
 def export(args: ExportArgs) -> Path:

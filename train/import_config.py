@@ -154,12 +154,12 @@ def _chunk(reference: ReferenceConfig, translation: Translation, is_causvid: boo
     """Return the chunk in latent frames; 0: a bidirectional student."""
     count = reference.take("num_frame_per_block", as_count, 1)
     kind, task = reference.take("generator_type", as_text), reference.take("generator_task", as_text)
-    for key, value, known in (
+    for key, value, choices in (
         ("generator_type", kind, ("causal", "bidirectional")),
         ("generator_task", task, ("causal_video", "bidirectional_video")),
     ):
-        if value not in (None, *known):
-            raise ValueError(f"{key}: {value!r} is none of ours; {' and '.join(known)} are")
+        if value not in (None, *choices):
+            raise ValueError(f"{key}: {value!r} is none of ours; {' and '.join(choices)} are")
     if kind != "bidirectional" and not (is_causvid and task == "bidirectional_video"):
         return count
     if "num_frame_per_block" in reference:

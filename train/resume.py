@@ -119,9 +119,9 @@ def read_settings(folder: Path) -> Stored:
 def _stage(file: Path) -> str:
     with file.open("rb") as opened_file:
         first_line = COMMAND.match(opened_file.readline().decode("utf-8", "replace"))
-    known = keys(file)
+    names = keys(file)
     # The first versions wrote no command into the file.
-    stage = first_line[1] if first_line else next((stage for mark, stage in MARKS.items() if mark in known), "")
+    stage = first_line[1] if first_line else next((stage for mark, stage in MARKS.items() if mark in names), "")
     if stage not in STAGES:
         raise ValueError(f"of {stage or 'no stage that is known'}; known are {', '.join(STAGES)}")
     return stage

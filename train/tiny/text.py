@@ -99,12 +99,12 @@ def write_tokenizer(folder: Path, text_len: int) -> None:
 
 
 # ----------------------------------------------------------------- captions --
-def phrase_caption(words: Words, named: list[bool], order: int) -> str:
-    """Write a caption for five attribute words of which only the `named` ones are said, in one of four word orders.
+def phrase_caption(words: Words, mentions: list[bool], order: int) -> str:
+    """Write a caption for five attribute words of which `mentions` says which are said, in one of four word orders.
 
     Order 0 is the world's own; bit 0 puts the speed before the direction, bit 1 the background first.
     """
-    colour, shape, direction, speed, background = (word if said else "" for word, said in zip(words, named))
+    colour, shape, direction, speed, background = (word if said else "" for word, said in zip(words, mentions))
     thing = f"a {colour} {shape}" if colour or shape else ""
     manner = f"{speed} {direction}" if order & 1 else f"{direction} {speed}"
     motion = f"moving {manner}" if direction or speed else ""
@@ -116,14 +116,14 @@ def phrase_caption(words: Words, named: list[bool], order: int) -> str:
 def draw_caption(rng: random.Random, pool: list[Words], recipe: TextTraining) -> tuple[str, Words]:
     """Draw a random caption and what it says: a word, or `unnamed`, for each attribute."""
     words = rng.choice(pool)
-    named = [rng.random() >= share for share in recipe.leave_out.values()]
+    mentions = [rng.random() >= share for share in recipe.leave_out.values()]
     if rng.random() < recipe.empty:
-        named = [False] * len(words)
+        mentions = [False] * len(words)
     order = rng.choice((0, 0, 1, 2, 3))  # the world's own order twice as often
-    caption = phrase_caption(words, named, order).split()
+    caption = phrase_caption(words, mentions, order).split()
     if rng.random() < recipe.stranger:
         caption.insert(rng.randrange(len(caption) + 1), UNKNOWN)
-    return " ".join(caption), tuple(word if said else UNNAMED for word, said in zip(words, named))
+    return " ".join(caption), tuple(word if said else UNNAMED for word, said in zip(words, mentions))
 
 
 def classes(attribute: str) -> list[str]:
@@ -268,9 +268,9 @@ def evaluation_sets(pool: list[Words]) -> dict[str, tuple[list[str], list[Words]
         "background first": ([True] * 5, 2),
     }
     sets = {}
-    for name, (named, order) in variants.items():
-        said = [tuple(word if n else UNNAMED for word, n in zip(words, named)) for words in pool]
-        sets[name] = ([phrase_caption(words, named, order) for words in pool], said)
+    for name, (mentions, order) in variants.items():
+        said = [tuple(word if n else UNNAMED for word, n in zip(words, mentions)) for words in pool]
+        sets[name] = ([phrase_caption(words, mentions, order) for words in pool], said)
     sets["empty"] = ([""], [(UNNAMED,) * 5])
     return sets
 
