@@ -36,6 +36,7 @@ from selfforcing_core.noise import SeededNoise
 from selfforcing_core.rollout import OnStep, rollout
 from selfforcing_core.rope import rotary_table
 
+# Chunks of a video, and pairs of videos of which the one with the median counts.
 CHUNKS = {"small": 3, "large": 2}
 ROUNDS = {"small": 41, "large": 5}
 NARROW = WanConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=30, text_len=4, text_dim=8)
@@ -55,13 +56,14 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        made = func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        # Views compute nothing; _unsafe_view is one that does not say so.
         if not func.is_view and func is not torch.ops.aten._unsafe_view.default:
             leaves, _ = tree_flatten((args, kwargs))
             key = (func, *(_shape(leaf) for leaf in leaves))
             self.counts[key] += 1
             self.calls.setdefault(key, lambda: func(*args, **kwargs))
-        return made
+        return result
 
 
 class Stopwatch(TorchDispatchMode):
@@ -72,11 +74,11 @@ class Stopwatch(TorchDispatchMode):
         self.groups: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        began = time.thread_time()
-        made = func(*args, **(kwargs or {}))
+        start = time.thread_time()
+        result = func(*args, **(kwargs or {}))
         if not func.is_view:
-            self.groups[_group(func)] += time.thread_time() - began  # type: ignore[assignment]
-        return made
+            self.groups[_group(func)] += time.thread_time() - start  # type: ignore[assignment]
+        return result
 
 
 def _group(func: Any) -> str:
@@ -91,46 +93,49 @@ def _shape(leaf: Any) -> Any:
 
 
 def alone(call: Callable[[], object]) -> float:
-    """CPU seconds of one call, the median over about SECONDS."""
-    taken: list[float] = []
-    while len(taken) < 3 or (sum(taken) < SECONDS and len(taken) < 500):
-        began = time.process_time()
+    """Return CPU seconds of one call, the median over about SECONDS."""
+    seconds: list[float] = []
+    while len(seconds) < 3 or (sum(seconds) < SECONDS and len(seconds) < 500):
+        start = time.process_time()
         call()
-        taken.append(time.process_time() - began)
-    return statistics.median(taken[1:])
+        seconds.append(time.process_time() - start)
+    return statistics.median(seconds[1:])  # the first call warms up
 
 
 def video(model: CausalWan, case: Case, chunks: int, on_step: OnStep | None = None) -> float:
-    """CPU seconds of a video."""
+    """Return CPU seconds of a video."""
     text = Conditioning(torch.zeros(1, case.config.text_len, case.config.text_dim))
     shape = (chunks * CAUSAL.chunk, case.config.in_dim, case.latent_height, case.latent_width)
-    began = time.thread_time()
+    start = time.thread_time()
     for _ in rollout(
         Guided(model, text), noise=SeededNoise(0), latent_shape=shape, causal=CAUSAL, steps=STEPS, on_step=on_step
     ):
         pass
-    return time.thread_time() - began
+    return time.thread_time() - start
 
 
 def half_watched(model: CausalWan, case: Case, chunks: int, is_watched: bool) -> tuple[float, Counter[str]]:
-    """A video whose passes are watched and plain in turn, what comes before the first as told: CPU seconds of the plain
-    ones, each with what follows before the next one, and of the operators of the others by group."""
-    watch, watching, plain, began = Stopwatch(), ExitStack(), 0.0, 0.0
+    """Make a video whose passes are watched and plain in turn; is_watched: what comes before the first.
+
+    Returns CPU seconds of the plain ones, each with what follows before the next one, and of the operators of the
+    others by group.
+    """
+    watch, watching, plain, start = Stopwatch(), ExitStack(), 0.0, 0.0
 
     def change(chunk: int, step: int) -> None:
-        nonlocal is_watched, plain, began
+        nonlocal is_watched, plain, start
         if not is_watched:
-            plain += time.thread_time() - began
+            plain += time.thread_time() - start
         watching.close()
         is_watched = not is_watched
         if is_watched:
             watching.enter_context(watch)
-        began = time.thread_time()
+        start = time.thread_time()
 
     if is_watched:
         watching.enter_context(watch)
     with watching:
-        began = time.thread_time()
+        start = time.thread_time()
         video(model, case, chunks, change)
         change(0, 0)
     return plain, watch.groups
@@ -138,48 +143,53 @@ def half_watched(model: CausalWan, case: Case, chunks: int, is_watched: bool) ->
 
 @torch.no_grad()
 def measure(name: str) -> dict[str, Any]:
+    """Report one case: the video's time over that of its operators, in their place and alone."""
     torch.manual_seed(0)
     case, chunks = CASES[name], CHUNKS[name]
     model = CausalWan(case.config).eval().requires_grad_(False)
     video(model, case, chunks)
     rounds = []
     for _ in range(ROUNDS[name]):
-        (one, groups), (other, more) = (half_watched(model, case, chunks, first) for first in (True, False))
+        # Each pass is plain in one of the two videos and watched in the other, so that together they are one of each.
+        (plain, groups), (rest, more) = (half_watched(model, case, chunks, first) for first in (True, False))
         groups = groups + more
-        rounds.append(((one + other) / groups.total(), one + other, groups))
-    over, total, groups = sorted(rounds, key=lambda one: one[0])[len(rounds) // 2]
+        rounds.append(((plain + rest) / groups.total(), plain + rest, groups))
+    over, total, groups = sorted(rounds, key=lambda each: each[0])[len(rounds) // 2]
     with Recorder() as recorder:
         video(model, case, chunks)
     before, alone_seconds = video(model, case, chunks), 0.0
     for key, count in recorder.counts.items():
         alone_seconds += count * alone(recorder.calls[key])
     return {
-        "chunks": chunks, "cpu_seconds": total,
+        "chunks": chunks,
+        "cpu_seconds": total,
         "over_kernels_in_place": over - 1,
-        "over_kernels_in_place_of_every_round": sorted(round(one[0] - 1, 4) for one in rounds),
+        "over_kernels_in_place_of_every_round": sorted(round(each[0] - 1, 4) for each in rounds),
         "over_kernels_alone": (before + video(model, case, chunks)) / 2 / alone_seconds - 1,
         "share_by_group": {group: seconds / total for group, seconds in groups.items()},
-        "operators": sum(recorder.counts.values()), "different_operators": len(recorder.counts),
-    }  # fmt: skip
+        "operators": sum(recorder.counts.values()),
+        "different_operators": len(recorder.counts),
+    }
 
 
 @torch.no_grad()
 def measure_host() -> dict[str, float]:
-    """Milliseconds of the host: for a pass of a network in which nothing else takes time, and for what a chunk at
-    480x832 does once."""
+    """Return milliseconds of the host: for a pass of a network in which nothing else takes time, and for what a chunk
+    at 480x832 does once."""
     case, chunks = Case(NARROW, 2, 2, 21, repeats=9, goal=0), 7
     model = CausalWan(NARROW).eval().requires_grad_(False)
-    passes = chunks * (len(STEPS.steps) + 1) - 1
+    passes = chunks * (len(STEPS.steps) + 1) - 1  # a clean pass after each chunk but the last
     seconds = [video(model, case, chunks) / passes for _ in range(case.repeats)][1:]
     tables = []
     for start in range(0, 20 * CAUSAL.chunk, CAUSAL.chunk):
-        began = time.thread_time()
+        before = time.thread_time()
         rotary_table(WAN.head_dim, start, CAUSAL.chunk, ROWS, COLUMNS)
-        tables.append(time.thread_time() - began)
+        tables.append(time.thread_time() - before)
     return {"pass_of_30_layers": 1000 * statistics.median(seconds), "rotary_table": 1000 * statistics.median(tables)}
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=[*CHUNKS, "all"], default="all")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -187,12 +197,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     cases = {name: measure(name) for name in (CHUNKS if args.case == "all" else [args.case])}
-    told = {
-        "cases": cases, "host_milliseconds": measure_host(), "threads": 1, "hardware": hardware(),
+    report = {
+        "cases": cases,
+        "host_milliseconds": measure_host(),
+        "threads": 1,
+        "hardware": hardware(),
         "command": " ".join(["python", "-m", "bench.kernels", *sys.argv[1:]]),
         "date": now(),
-    }  # fmt: skip
-    text = write(told, args.out)
+    }
+    text = write(report, args.out)
     words = "; ".join(
         f"{name}: {case['over_kernels_in_place']:+.1%} over its kernels in place, "
         f"{case['over_kernels_alone']:+.1%} over them alone"

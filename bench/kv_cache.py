@@ -9,6 +9,9 @@ values back from the cache, which attention otherwise takes as they were compute
 "layer": self-attention of one layer in the shape of Wan 2.1 1.3B to a full cache of normal random numbers (so that its
 errors say nothing about a trained model), and the most memory that it held at once, the insides of the kernels
 included. "at once" converts all keys and values before it multiplies, "by segments" one chunk's.
+
+Letters: B batch, T latent frames, C latent channels, H W latent size, S cached tokens, N heads, K head width, V video
+frames.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from train.tiny.data import LATENT_FRAMES
 from train.tiny.world import SIZE, detect, heldout, named_scene
 
 INT8, FLOAT8 = torch.int8, torch.float8_e4m3fn
+# Each with whether the current chunk's own keys and values are read back, too.
 CACHES: dict[str, tuple[torch.dtype, bool]] = {
     "float32": (torch.float32, False),
     "bfloat16": (torch.bfloat16, False),
@@ -56,7 +60,7 @@ LAYER = (3, 21, 30, 52)  # chunk, frames of the cache, latent height and width: 
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """The most that was allocated on the CPU at once while it ran, the insides of operations included."""
+    """Return the most bytes that were allocated on the CPU at once while it ran, insides of operations included."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     assert profiler.profiler is not None
@@ -72,7 +76,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
 # ------------------------------------------------------------------ rollout --
 @contextmanager
 def own_chunk_read_back(is_on: bool) -> Iterator[None]:
-    """While it runs, attention sees the current chunk as the cache would give it back."""
+    """Let attention see the current chunk as the cache would give it back, for as long as this lasts."""
     segments = Past.segments
 
     def rounded(self: Past, k: Tensor, v: Tensor, **options: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -91,13 +95,13 @@ def own_chunk_read_back(is_on: bool) -> Iterator[None]:
 
 @torch.no_grad()
 def measure_rollouts(captions: int, seeds: int, num_frames: int) -> dict[str, Any]:
-    """Every caption and seed with every cache in turn, so that a change of the machine's speed meets all of them."""
+    """Measure every caption and seed with every cache in turn, so that a change of the machine's speed meets all."""
     model, checkpoint = load_model("tiny", dtype=torch.float32)
     taehv, _ = load_taehv("tiny", dtype=torch.float32)
     text_encoder, side = load_text_encoder("tiny"), SIZE // 8
     causal, steps = checkpoint.causal or CausalConfig(), checkpoint.steps or StepConfig()
     shape = (num_frames, model.config.in_dim, side, side)
-    found: dict[str, dict[str, list[float]]] = {
+    measured: dict[str, dict[str, list[float]]] = {
         name: {key: [] for key in ("error", "seconds", "colour", "shape")} for name in CACHES
     }
     for words in heldout()[:captions]:
@@ -106,49 +110,50 @@ def measure_rollouts(captions: int, seeds: int, num_frames: int) -> dict[str, An
             exact = None
             for name, (dtype, reads_own_back) in CACHES.items():
                 model.cache_dtype = dtype
-                chunks, latents = (
-                    rollout(
-                        Guided(model, conditioning),
-                        noise=SeededNoise(seed),
-                        latent_shape=shape,
-                        causal=causal,
-                        steps=steps,
-                    ),
-                    [],
-                )
+                guided, latents = Guided(model, conditioning), []
+                chunks = rollout(guided, noise=SeededNoise(seed), latent_shape=shape, causal=causal, steps=steps)
                 with own_chunk_read_back(reads_own_back):
                     for _ in range(num_frames // causal.chunk):
-                        started = time.perf_counter()
+                        start = time.perf_counter()
                         latents.append(next(chunks).latents_BTCHW)
-                        found[name]["seconds"].append(time.perf_counter() - started)
+                        measured[name]["seconds"].append(time.perf_counter() - start)
                 video = torch.cat(latents, 1)
-                exact = video if exact is None else exact
-                found[name]["error"].append(float((video - exact).norm() / exact.norm()))
-                seen = detect(taehv.decode(video)[0].clamp(0, 1))
-                found[name]["colour"].append(float(np.mean([colour == words[0] for colour in seen.colours_V])))
-                found[name]["shape"].append(float(np.mean([shape == words[1] for shape in seen.shapes_V])))
+                exact = video if exact is None else exact  # the first cache is float32
+                measured[name]["error"].append(float((video - exact).norm() / exact.norm()))
+                detection = detect(taehv.decode(video)[0].clamp(0, 1))
+                measured[name]["colour"].append(float(np.mean([colour == words[0] for colour in detection.colours_V])))
+                measured[name]["shape"].append(float(np.mean([word == words[1] for word in detection.shapes_V])))
     rows = []
     capacity = num_frames if causal.window == -1 else min(causal.window, num_frames)
     for name, (dtype, _) in CACHES.items():
-        one = found[name]
-        size = KVCache.num_bytes(model.config, batch=1, tokens_per_frame=tokens_per_frame(side, side),
-                                 capacity=capacity, dtype=dtype)  # fmt: skip
-        rows.append({
-            "cache": name, "cache_bytes": size,
-            "error_mean": statistics.mean(one["error"]), "error_largest": max(one["error"]),
-            "colour": statistics.mean(one["colour"]), "shape": statistics.mean(one["shape"]),
-            "median_seconds_per_chunk": statistics.median(one["seconds"]),
-        })  # fmt: skip
+        values, per_frame = measured[name], tokens_per_frame(side, side)
+        size = KVCache.num_bytes(model.config, batch=1, tokens_per_frame=per_frame, capacity=capacity, dtype=dtype)
+        row = {
+            "cache": name,
+            "cache_bytes": size,
+            "error_mean": statistics.mean(values["error"]),
+            "error_largest": max(values["error"]),
+            "colour": statistics.mean(values["colour"]),
+            "shape": statistics.mean(values["shape"]),
+            "median_seconds_per_chunk": statistics.median(values["seconds"]),
+        }
+        rows.append(row)
     return {
-        "model": "tiny", "captions": captions, "seeds": seeds, "latent_shape": shape, "chunk": causal.chunk,
-        "window": causal.window, "sink": causal.sink, "caches": rows,
-    }  # fmt: skip
+        "model": "tiny",
+        "captions": captions,
+        "seeds": seeds,
+        "latent_shape": shape,
+        "chunk": causal.chunk,
+        "window": causal.window,
+        "sink": causal.sink,
+        "caches": rows,
+    }
 
 
 # -------------------------------------------------------------------- layer --
 @torch.no_grad()
 def measure_layer(repeats: int, layer: tuple[int, int, int, int] = LAYER) -> dict[str, Any]:
-    """One layer's attention of the last chunk of a full cache, for each type of cache and of computation."""
+    """Measure one layer's attention of the last chunk of a full cache, for each type of cache and of computation."""
     config = replace(NETWORK_SIZES["t2v-1.3b"], num_layers=1)
     chunk, num_frames, height, width = layer
     per_frame, rows = tokens_per_frame(height, width), []
@@ -160,7 +165,7 @@ def measure_layer(repeats: int, layer: tuple[int, int, int, int] = LAYER) -> dic
         expected = None
         for dtype in (torch.float32, torch.bfloat16, FLOAT8, INT8):
             if computed == torch.bfloat16 and dtype == torch.float32:
-                continue
+                continue  # nobody keeps more digits than were computed
             cache = KVCache(config, batch=1, tokens_per_frame=per_frame, capacity=num_frames, dtype=dtype)
             for index, (k, v) in enumerate(past):
                 cache.stage(index * chunk, chunk)
@@ -170,14 +175,18 @@ def measure_layer(repeats: int, layer: tuple[int, int, int, int] = LAYER) -> dic
             if cache.converts(k):
                 ways["by segments"] = lambda: _by_segments(cache, q, k, v)  # noqa: B023
             for way, function in ways.items():
-                made = function().float()
-                expected = made if expected is None else expected
-                rows.append({
-                    "computed_in": str(computed).removeprefix("torch."), "cache": str(dtype).removeprefix("torch."),
-                    "way": way, "error": float((made - expected).norm() / expected.norm()),
-                    "cache_bytes": _num_bytes(cache), "peak_bytes": peak_bytes(function),
+                output = function().float()
+                expected = output if expected is None else expected
+                row = {
+                    "computed_in": str(computed).removeprefix("torch."),
+                    "cache": str(dtype).removeprefix("torch."),
+                    "way": way,
+                    "error": float((output - expected).norm() / expected.norm()),
+                    "cache_bytes": _num_bytes(cache),
+                    "peak_bytes": peak_bytes(function),
                     "seconds": min(_seconds(function) for _ in range(repeats)),
-                })  # fmt: skip
+                }
+                rows.append(row)
     return {"config": "t2v-1.3b", "chunk": chunk, "frames": num_frames, "latent": (height, width), "cases": rows}
 
 
@@ -187,27 +196,32 @@ def _by_segments(cache: KVCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _num_bytes(cache: KVCache) -> int:
-    held = (cache.k, cache.v, cache.k_scale, cache.v_scale)
-    return sum(tensor.nbytes for tensor in held if tensor is not None)
+    tensors = (cache.k, cache.v, cache.k_scale, cache.v_scale)
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _seconds(function: Callable[[], Any]) -> float:
-    started = time.perf_counter()
+    start = time.perf_counter()
     function()
-    return time.perf_counter() - started
+    return time.perf_counter() - start
 
 
 # ------------------------------------------------------------------- report --
 def run(captions: int, seeds: int, num_frames: int, repeats: int) -> dict[str, Any]:
+    """Measure videos and the layer on one thread."""
     torch.set_num_threads(1)
     return {
-        "rollout": measure_rollouts(captions, seeds, num_frames), "layer": measure_layer(repeats), "threads": 1,
-        "hardware": hardware(), "command": " ".join(["python", "-m", "bench.kv_cache", *sys.argv[1:]]),
+        "rollout": measure_rollouts(captions, seeds, num_frames),
+        "layer": measure_layer(repeats),
+        "threads": 1,
+        "hardware": hardware(),
+        "command": " ".join(["python", "-m", "bench.kv_cache", *sys.argv[1:]]),
         "date": now(),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", type=int, default=8, help="number of captions")
     parser.add_argument("--seeds", type=int, default=2, help="videos of each")

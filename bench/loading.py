@@ -16,14 +16,13 @@ import sys
 import tempfile
 import threading
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.report import now, write
 from bench.rollout import hardware
-from selfforcing_core.atomic import replacing
 from selfforcing_core.checkpoint import save_checkpoint
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import NETWORK_SIZES, CausalConfig, StepConfig
@@ -34,12 +33,14 @@ from selfforcing_core.rollout import rollout
 from selfforcing_core.shapes import wan_shapes
 
 LATENT_SHAPE = (3, 16, 8, 8)  # one chunk of 64x64 pixels
+# As stored, weights may stay mapped; converted, each is read once and its bfloat16 form let go.
 CASES = ("bfloat16 as stored", "bfloat16 to float32")
 
 
 def write_checkpoint(path: Path, preset: str) -> int:
-    """Random bfloat16 weights; returns their bytes."""
+    """Write random bfloat16 weights, and return their bytes."""
     generator = torch.Generator().manual_seed(0)
+    # Small numbers, so that thirty layers of them give no NaN.
     shapes = wan_shapes(NETWORK_SIZES[preset])
     state = {name: torch.randn(shape, generator=generator).mul_(0.02).bfloat16() for name, shape in shapes.items()}
     save_checkpoint(path, state, NETWORK_SIZES[preset], causal=CausalConfig(), steps=StepConfig())
@@ -56,7 +57,7 @@ class Watch:
         self.thread.start()
 
     def _watch(self) -> None:
-        while not self.done.wait(0.01):
+        while not self.done.wait(0.01):  # seconds: a copy of a large matrix takes longer, and so is seen
             self._look()
 
     def _look(self) -> None:
@@ -66,6 +67,7 @@ class Watch:
         self.mapped = max(self.mapped, kilobytes["RssFile"] * 1024)
 
     def stop(self) -> dict[str, int]:
+        """End watching, and return the peaks."""
         self._look()
         self.done.set()
         self.thread.join()
@@ -77,9 +79,9 @@ def measure(path: Path, case: str) -> dict[str, Any]:
     """Load and make one chunk, in this process."""
     torch.set_num_threads(1)
     dtype = torch.float32 if case.endswith("float32") else torch.bfloat16
-    before, watch, started = Watch().stop(), Watch(), time.perf_counter()
+    before, watch, start = Watch().stop(), Watch(), time.perf_counter()
     model, checkpoint = load_model(path, dtype=dtype)
-    loaded, loading = time.perf_counter(), watch.stop()
+    end_of_loading, loading = time.perf_counter(), watch.stop()
     watch = Watch()
     conditioning = Conditioning(torch.zeros(1, 8, model.config.text_dim, dtype=dtype))
     assert checkpoint.causal is not None
@@ -99,28 +101,34 @@ def measure(path: Path, case: str) -> dict[str, Any]:
         "before": before,
         "while_loading": loading,
         "while_generating": watch.stop(),
-        "seconds_to_load": loaded - started,
-        "seconds_from_start_to_first_chunk": time.perf_counter() - started,
+        "seconds_to_load": end_of_loading - start,
+        "seconds_from_start_to_first_chunk": time.perf_counter() - start,
     }
 
 
 def run(preset: str) -> dict[str, Any]:
+    """Write the file, and measure each case in a process of its own, whose memory nothing before it has grown."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         size = write_checkpoint(path, preset)
         results = []
         for case in CASES:
             command = [sys.executable, "-m", "bench.loading", "--measure", str(path), "--case", case]
-            told = subprocess.run(command, check=True, capture_output=True, text=True)
-            results.append(json.loads(told.stdout))
+            process = subprocess.run(command, check=True, capture_output=True, text=True)
+            results.append(json.loads(process.stdout))
     return {
-        "preset": preset, "file_bytes": size, "latent_shape": LATENT_SHAPE, "cases": results,
-        "hardware": hardware(), "command": " ".join(["python", "-m", "bench.loading", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }  # fmt: skip
+        "preset": preset,
+        "file_bytes": size,
+        "latent_shape": LATENT_SHAPE,
+        "cases": results,
+        "hardware": hardware(),
+        "command": " ".join(["python", "-m", "bench.loading", *sys.argv[1:]]),
+        "date": now(),
+    }
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(NETWORK_SIZES), default="t2v-1.3b")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -132,14 +140,13 @@ def main() -> None:
         print(json.dumps(measure(args.measure, args.case)))
         return
     result = run(args.preset)
-    if args.out:
-        with replacing(args.out) as temporary:
-            temporary.write_text(json.dumps(result, indent=2) + "\n")
-    for case in result["cases"] if not args.json else []:
-        peak, held = case["while_loading"]["anonymous_bytes"] / 1e9, case["weight_bytes_in_memory"] / 1e9
-        print(f"{case['case']}: {held:.2f} GB of weights, peak {peak:.2f} GB, {case['seconds_to_load']:.1f} s")
+    text = write(result, args.out)
     if args.json:
-        print(json.dumps(result, indent=2))
+        print(text)
+        return
+    for case in result["cases"]:
+        peak, weights = case["while_loading"]["anonymous_bytes"] / 1e9, case["weight_bytes_in_memory"] / 1e9
+        print(f"{case['case']}: {weights:.2f} GB of weights, peak {peak:.2f} GB, {case['seconds_to_load']:.1f} s")
 
 
 if __name__ == "__main__":

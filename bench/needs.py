@@ -39,6 +39,7 @@ CASES = (  # model, width, height, frames, window in latent frames (-1: all), by
 
 def needs(model: str, width: int, height: int, frames: int, window: int, weight_bytes: int) -> dict[str, Any]:
     """Return bytes by what holds them and, for each card, frames per second that no run can exceed."""
+    # Chunks of three latent frames, as the published causal models have them.
     size = VideoGeometry(width, height, frames, chunk=3)
     recipe = Recipe(
         NETWORK_SIZES[model],
@@ -49,7 +50,7 @@ def needs(model: str, width: int, height: int, frames: int, window: int, weight_
         weight_bytes=weight_bytes,
         commit_last=True,
     )
-    held = recipe.peak_bytes()
+    peak = recipe.peak_bytes()
     limits = {name: recipe.limits(CARDS[name].attainable) for name in CARDS_AT_HOME}
     return {
         "model": model,
@@ -58,8 +59,8 @@ def needs(model: str, width: int, height: int, frames: int, window: int, weight_
         "frames": frames,
         "window": window,
         "weight_bytes": weight_bytes,
-        "gigabytes": {name: round(number / 1e9, 2) for name, number in held.items()},
-        "gigabytes_together": round(sum(held.values()) / 1e9, 1),
+        "gigabytes": {name: round(number / 1e9, 2) for name, number in peak.items()},
+        "gigabytes_together": round(sum(peak.values()) / 1e9, 1),
         "fps_at_most": {name: round(limit["fps"], 1) for name, limit in limits.items()},
         "first_frame_seconds_at_least": {
             name: round(limit["first_frame_seconds"], 2) for name, limit in limits.items()
@@ -68,6 +69,7 @@ def needs(model: str, width: int, height: int, frames: int, window: int, weight_
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.needs", description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, help="also write it to this file")
     args = parser.parse_args(argv)

@@ -11,12 +11,13 @@ from selfforcing_core.atomic import replacing
 
 
 def now() -> str:
+    """Return the time in UTC, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def write(told: dict[str, Any], out: Path | None) -> str:
-    """The report as JSON, also in the file `out` if one is named, complete or not at all."""
-    text = json.dumps(told, indent=1)
+def write(report: dict[str, Any], out: Path | None) -> str:
+    """Write a report to the file `out` if one is named, whole or not at all, and return it as JSON."""
+    text = json.dumps(report, indent=1)
     if out is not None:
         with replacing(out) as temporary:
             Path(temporary).write_text(text + "\n")

@@ -251,7 +251,7 @@ def check_lmdb(fixture: Fixture) -> None:
         database = ClipDatabase(folder / name, size)  # type: ignore[arg-type]
         rows = [database[index] for index in range(len(database))]
         assert [row.prompt for row in rows] == fixture.meta["prompts"][name]
-        fixture.check(f"{name}.latents", torch.stack([row.latents_STCHW for row in rows]), atol=0, rtol=0)
+        fixture.check(f"{name}.latents", torch.stack([row.states for row in rows]), atol=0, rtol=0)
         if size is not None:
             pictures = [row.image_RHW for row in rows if row.image_RHW is not None]
             fixture.check(image, torch.stack(pictures), atol=1e-6, rtol=0)

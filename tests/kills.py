@@ -26,7 +26,7 @@ import torch
 
 from tests.forks import PRELOADED
 from tests.training import numbers, run_settings
-from train import state
+from train import run_checkpoints
 from train.dmd import main as train
 
 
@@ -55,8 +55,8 @@ def finished(arguments: Sequence[str], log: Path) -> None:
 
 
 def content(folder: Path) -> dict[str, torch.Tensor]:
-    (newest,) = state.complete(folder)[-1:]
-    return state.read(newest, "")
+    (newest,) = run_checkpoints.complete(folder)[-1:]
+    return run_checkpoints.read(newest, "")
 
 
 def kill(count: int, steps: int, seed: int, folder: Path) -> dict[str, int]:
@@ -80,7 +80,7 @@ def kill(count: int, steps: int, seed: int, folder: Path) -> dict[str, int]:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             told["kills"] += 1
-            told["in_a_save"] += any(killed.glob(f"checkpoints/*{state.PARTIAL}"))
+            told["in_a_save"] += any(killed.glob(f"checkpoints/*{run_checkpoints.PARTIAL}"))
         else:
             compare(calm, killed)
             killed = folder / f"killed-{told['runs_that_reached_their_end']}"

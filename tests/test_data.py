@@ -41,7 +41,7 @@ def test_what_is_written_is_read_back(
     told = json.loads(capsys.readouterr().out)
     assert (told["written"], told["duplicate_prompts"], told["not_numbers"]) == (3, 1, 1)
     rows = [ClipDatabase(out)[index] for index in range(len(ClipDatabase(out)))]
-    found = {row.prompt: row.latents_STCHW for row in rows}
+    found = {row.prompt: row.states for row in rows}
     for prompt, seed in (("a", 0), ("b", 1), ("c", 2)):
         assert torch.equal(found[prompt], latents(seed).half().float())
 
@@ -108,7 +108,7 @@ def test_trajectories_keep_their_states(tmp_path: Path) -> None:
     writer = DatabaseWriter(tmp_path / "ode")
     writer.add(prompt, states)
     writer.close()
-    assert ClipDatabase(tmp_path / "ode")[0].latents_STCHW.shape == (5, *SHAPE)
+    assert ClipDatabase(tmp_path / "ode")[0].states.shape == (5, *SHAPE)
 
 
 def test_images_of_several_sizes_lie_beside_each_other(tmp_path: Path) -> None:

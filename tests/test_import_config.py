@@ -13,76 +13,175 @@ from selfforcing_core.schedule import FlowSchedule
 from train import import_config
 from train.args import CONFIGS, DiffusionArgs, DmdArgs, OdeArgs, parse
 from train.dmd import steps_of
-from train.import_config import NO_OPS, RELEASED, main, translate
+from train.import_config import main, translate
+from train.import_distillation import VAE
+from train.reference_config import RELEASED
+from train.reference_keys import ANY, NO_OPS
 
 # configs/default_config.yaml of Self-Forcing, which its own configurations are laid over
 DEFAULTS: dict[str, Any] = {
-    "independent_first_frame": False, "warp_denoising_step": False, "weight_decay": 0.01,
-    "same_step_across_blocks": True, "discriminator_lr_multiplier": 1.0, "last_step_only": False, "i2v": False,
-    "num_training_frames": 21, "gc_interval": 100, "context_noise": 0, "causal": True, "ckpt_step": 0,
-    "prompt_name": "MovieGenVideoBench", "prompt_path": "prompts/MovieGenVideoBench.txt", "eval_first_n": 64,
-    "num_samples": 1, "height": 480, "width": 832, "num_frames": 81,
-}  # fmt: skip
+    "independent_first_frame": False,
+    "warp_denoising_step": False,
+    "weight_decay": 0.01,
+    "same_step_across_blocks": True,
+    "discriminator_lr_multiplier": 1.0,
+    "last_step_only": False,
+    "i2v": False,
+    "num_training_frames": 21,
+    "gc_interval": 100,
+    "context_noise": 0,
+    "causal": True,
+    "ckpt_step": 0,
+    "prompt_name": "MovieGenVideoBench",
+    "prompt_path": "prompts/MovieGenVideoBench.txt",
+    "eval_first_n": 64,
+    "num_samples": 1,
+    "height": 480,
+    "width": 832,
+    "num_frames": 81,
+}
 WRAPS = {f"{role}_fsdp_wrap_strategy": "size" for role in ("generator", "real_score", "fake_score", "text_encoder")}
 WANDB = {f"wandb_{name}": name for name in ("host", "key", "entity", "project")}
 DMD: dict[str, Any] = {
-    **WRAPS, **WANDB, "generator_ckpt": "checkpoints/ode_init.pt", "real_name": "Wan2.1-T2V-14B",
-    "denoising_step_list": [1000, 750, 500, 250], "warp_denoising_step": True, "ts_schedule": False,
-    "num_train_timestep": 1000, "timestep_shift": 5.0, "guidance_scale": 3.0, "denoising_loss_type": "flow",
-    "mixed_precision": True, "seed": 0, "sharding_strategy": "hybrid_full", "lr": 2.0e-6, "lr_critic": 4.0e-7,
-    "beta1": 0.0, "beta2": 0.999, "beta1_critic": 0.0, "beta2_critic": 0.999,
-    "data_path": "prompts/vidprom_filtered_extended.txt", "batch_size": 1, "ema_weight": 0.99, "ema_start_step": 200,
-    "total_batch_size": 64, "log_iters": 50, "negative_prompt": "bad", "dfake_gen_update_ratio": 5,
-    "image_or_video_shape": [1, 21, 16, 60, 104], "distribution_loss": "dmd", "trainer": "score_distillation",
-    "gradient_checkpointing": True, "num_frame_per_block": 3, "load_raw_video": False,
+    **WRAPS,
+    **WANDB,
+    "generator_ckpt": "checkpoints/ode_init.pt",
+    "real_name": "Wan2.1-T2V-14B",
+    "denoising_step_list": [1000, 750, 500, 250],
+    "warp_denoising_step": True,
+    "ts_schedule": False,
+    "num_train_timestep": 1000,
+    "timestep_shift": 5.0,
+    "guidance_scale": 3.0,
+    "denoising_loss_type": "flow",
+    "mixed_precision": True,
+    "seed": 0,
+    "sharding_strategy": "hybrid_full",
+    "lr": 2.0e-6,
+    "lr_critic": 4.0e-7,
+    "beta1": 0.0,
+    "beta2": 0.999,
+    "beta1_critic": 0.0,
+    "beta2_critic": 0.999,
+    "data_path": "prompts/vidprom_filtered_extended.txt",
+    "batch_size": 1,
+    "ema_weight": 0.99,
+    "ema_start_step": 200,
+    "total_batch_size": 64,
+    "log_iters": 50,
+    "negative_prompt": "bad",
+    "dfake_gen_update_ratio": 5,
+    "image_or_video_shape": [1, 21, 16, 60, 104],
+    "distribution_loss": "dmd",
+    "trainer": "score_distillation",
+    "gradient_checkpointing": True,
+    "num_frame_per_block": 3,
+    "load_raw_video": False,
     "model_kwargs": {"timestep_shift": 5.0},
-}  # fmt: skip
+}
 SID = {**DMD, "real_name": "Wan2.1-T2V-1.3B", "lr_critic": 2.0e-6, "weight_decay": 0.0, "sid_alpha": 1.0}
 PLUS: dict[str, Any] = {
     **{key: value for key, value in DMD.items() if key != "generator_ckpt"},
-    "i2v": False, "fake_name": "Wan2.1-T2V-14B", "generator_type": "bidirectional", "generator_name": "Wan2.1-T2V-14B",
-    "text_encoder_cpu_offload": False, "guidance_scale": 5.0, "sharding_strategy": "full",
-    "data_type": "text_folder", "data_path": "prompts/accvideo/", "log_iters": 200,
-}  # fmt: skip
+    "i2v": False,
+    "fake_name": "Wan2.1-T2V-14B",
+    "generator_type": "bidirectional",
+    "generator_name": "Wan2.1-T2V-14B",
+    "text_encoder_cpu_offload": False,
+    "guidance_scale": 5.0,
+    "sharding_strategy": "full",
+    "data_type": "text_folder",
+    "data_path": "prompts/accvideo/",
+    "log_iters": 200,
+}
 PLUS_I2V = {
-    **PLUS, "i2v": True, "guidance_scale": 6.0, "text_encoder_cpu_offload": True, "data_path": "/data/output_lmdb/",
-    "image_encoder_fsdp_wrap_strategy": "size", "log_iters": 100,
+    **PLUS,
+    "i2v": True,
+    "guidance_scale": 6.0,
+    "text_encoder_cpu_offload": True,
+    "data_path": "/data/output_lmdb/",
+    "image_encoder_fsdp_wrap_strategy": "size",
+    "log_iters": 100,
     **dict.fromkeys(("real_name", "fake_name", "generator_name"), "Wan2.1-I2V-14B-480P"),
-}  # fmt: skip
+}
 CAUSVID: dict[str, Any] = {
-    **WRAPS, **WANDB, "model_name": "wan", "generator_name": "causal_wan", "generator_ckpt": "ode_003000/model.pt",
-    "generator_grad": {"model": True}, "real_score_grad": {"model": False}, "fake_score_grad": {"model": True},
-    "denoising_step_list": [1000, 757, 522, 0], "num_train_timestep": 1000, "timestep_shift": 8.0,
-    "real_guidance_scale": 3.5, "generator_task": "causal_video", "real_task_type": "bidirectional_video",
-    "fake_task_type": "bidirectional_video", "denoising_loss_type": "flow", "mixed_precision": True, "seed": 0,
-    "wandb_name": "x", "sharding_strategy": "hybrid_full", "lr": 2.0e-6, "beta1": 0.9, "beta2": 0.999,
-    "data_path": "mixkit_latents_lmdb", "batch_size": 1, "log_iters": 200, "negative_prompt": "bad",
-    "dfake_gen_update_ratio": 5, "image_or_video_shape": [1, 21, 16, 60, 104], "output_path": "/mnt/x",
-    "distillation_loss": "dmd", "gradient_checkpointing": True, "num_frame_per_block": 3,
+    **WRAPS,
+    **WANDB,
+    "model_name": "wan",
+    "generator_name": "causal_wan",
+    "generator_ckpt": "ode_003000/model.pt",
+    "generator_grad": {"model": True},
+    "real_score_grad": {"model": False},
+    "fake_score_grad": {"model": True},
+    "denoising_step_list": [1000, 757, 522, 0],
+    "num_train_timestep": 1000,
+    "timestep_shift": 8.0,
+    "real_guidance_scale": 3.5,
+    "generator_task": "causal_video",
+    "real_task_type": "bidirectional_video",
+    "fake_task_type": "bidirectional_video",
+    "denoising_loss_type": "flow",
+    "mixed_precision": True,
+    "seed": 0,
+    "wandb_name": "x",
+    "sharding_strategy": "hybrid_full",
+    "lr": 2.0e-6,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "data_path": "mixkit_latents_lmdb",
+    "batch_size": 1,
+    "log_iters": 200,
+    "negative_prompt": "bad",
+    "dfake_gen_update_ratio": 5,
+    "image_or_video_shape": [1, 21, 16, 60, 104],
+    "output_path": "/mnt/x",
+    "distillation_loss": "dmd",
+    "gradient_checkpointing": True,
+    "num_frame_per_block": 3,
     "warp_denoising_step": False,
-}  # fmt: skip
+}
 PUBLISHED = {
-    "self_forcing_dmd": DMD, "self_forcing_sid": SID, "self_forcing_14b_dmd": PLUS,
-    "self_forcing_14b_i2v_dmd": PLUS_I2V, "causvid": CAUSVID,
-}  # fmt: skip
-SHARED = ("seed", "mixed_precision", "lr", "beta1", "beta2", "batch_size", "log_iters", "gradient_checkpointing",
-          "num_frame_per_block", "model_kwargs", "generator_ckpt")  # fmt: skip
+    "self_forcing_dmd": DMD,
+    "self_forcing_sid": SID,
+    "self_forcing_14b_dmd": PLUS,
+    "self_forcing_14b_i2v_dmd": PLUS_I2V,
+    "causvid": CAUSVID,
+}
+SHARED = (
+    "seed",
+    "mixed_precision",
+    "lr",
+    "beta1",
+    "beta2",
+    "batch_size",
+    "log_iters",
+    "gradient_checkpointing",
+    "num_frame_per_block",
+    "model_kwargs",
+    "generator_ckpt",
+)
 CAUSAL_ODE = {
-    **{key: DMD[key] for key in SHARED}, "generator_grad": {"model": True}, "generator_task": "causal_video",
-    "denoising_step_list": [1000, 750, 500, 250], "warp_denoising_step": True, "trainer": "ode",
+    **{key: DMD[key] for key in SHARED},
+    "generator_grad": {"model": True},
+    "generator_task": "causal_video",
+    "denoising_step_list": [1000, 750, 500, 250],
+    "warp_denoising_step": True,
+    "trainer": "ode",
     "data_path": "dataset/ODE6KCausal_chunkwise",
-}  # fmt: skip
+}
 CAUSAL_TF = {
     **{key: value for key, value in DMD.items() if key not in ("generator_ckpt", "denoising_step_list")},
-    "trainer": "diffusion", "teacher_forcing": True, "data_path": "dataset/clean_data", "ema_start_step": 2000000000,
-}  # fmt: skip
+    "trainer": "diffusion",
+    "teacher_forcing": True,
+    "data_path": "dataset/clean_data",
+    "ema_start_step": 2000000000,
+}
 
 
 def ours(theirs: dict[str, Any], *ignored: str) -> Any:
     """The settings as the stage's command reads them."""
     found = translate(theirs, ignored)
     kind = import_config.STAGES[found.stage][0]
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), found.ours))
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), found.settings))
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
@@ -94,10 +193,14 @@ def test_every_published_key_is_translated_a_named_no_op_or_refused(name: str) -
     assert {"wandb_key", "generator_fsdp_wrap_strategy"} <= unused
     others = {True: False, False: True}
     for key, value in theirs.items():
-        other = others[value] if isinstance(value, bool) else [7.0] if isinstance(value, list) else (
-            {"x": 1} if isinstance(value, dict) else 7 if isinstance(value, (int, float)) else "another"
-        )  # fmt: skip
-        if key in NO_OPS and NO_OPS[key][1] is import_config.ANY:
+        other = (
+            others[value]
+            if isinstance(value, bool)
+            else [7.0]
+            if isinstance(value, list)
+            else ({"x": 1} if isinstance(value, dict) else 7 if isinstance(value, (int, float)) else "another")
+        )
+        if key in NO_OPS and NO_OPS[key][1] is ANY:
             assert key in unused
             continue
         try:
@@ -105,7 +208,7 @@ def test_every_published_key_is_translated_a_named_no_op_or_refused(name: str) -
         except ValueError:
             continue
         is_named = key in {each for keys in changed.unused.values() for each in keys}
-        assert is_named or changed.ours != found.ours, f"{key} is dropped in silence"
+        assert is_named or changed.settings != found.settings, f"{key} is dropped in silence"
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "causvid"])
@@ -203,18 +306,22 @@ def test_pictures_come_from_a_database() -> None:
         ({"lr_critic": None}, {"lr_critic": 2e-6}),
         ({"timestep_shift": None, "model_kwargs": None}, {"shift": 8.0, "score_shift": 1.0}),
         ({"num_frame_per_block": None}, {"chunk": 1}),
-        ({"num_training_frames": 27}, {"max_latent_frames": 27, "vae": import_config.VAE}),
+        ({"num_training_frames": 27}, {"max_latent_frames": 27, "vae": VAE}),
         ({"ema_weight": 0.0}, {"ema_start": import_config.NEVER}),
         ({"sharding_strategy": "no_shard"}, {"shard_group": 1}),
         ({"distribution_loss": "sid", "sid_alpha": 0.5}, {"score": "sid", "sid_alpha": 0.5}),
-        ({"model_kwargs": {"timestep_shift": 3.0, "local_attn_size": 9, "sink_size": 3}},
-         {"shift": 3.0, "window": 9, "sink": 3}),
+        (
+            {"model_kwargs": {"timestep_shift": 3.0, "local_attn_size": 9, "sink_size": 3}},
+            {"shift": 3.0, "window": 9, "sink": 3},
+        ),
         ({"model_kwargs": {"model_name": "Wan2.1-T2V-14B"}}, {"student": "checkpoints/ode_init.pt", "size": "t2v-14b"}),
-        ({"trainer": "gan", "gen_lr": 1e-6, "critic_lr": 3e-6, "data_path": "clips", "r1_weight": 2.0},
-         {"score": "gan", "lr": 1e-6, "lr_critic": 3e-6, "data": "clips", "gan_r1": 2.0}),
+        (
+            {"trainer": "gan", "gen_lr": 1e-6, "critic_lr": 3e-6, "data_path": "clips", "r1_weight": 2.0},
+            {"score": "gan", "lr": 1e-6, "lr_critic": 3e-6, "data": "clips", "gan_r1": 2.0},
+        ),
         ({"gen_lr": 1.0}, {"lr": 2e-6}),
     ],
-)  # fmt: skip
+)
 def test_keys_that_change_the_method_are_translated(theirs: dict[str, Any], expected: dict[str, Any]) -> None:
     found = ours({**DMD, **theirs})
     assert {key: getattr(found, key) for key in expected} == expected
@@ -280,9 +387,9 @@ def test_stages_before_the_distillation_get_their_own_settings() -> None:
 def test_a_critic_that_the_reference_does_not_guide_is_not_guided() -> None:
     scales = {"guidance_scale": None, "real_guidance_scale": 5.0, "fake_guidance_scale": 1.5}
     found = translate({**DMD, **scales, "distribution_loss": "sid"})
-    assert "guidance_critic" not in found.ours
+    assert "guidance_critic" not in found.settings
     assert "fake_guidance_scale" in found.unused["distribution_loss: sid guides its teacher alone"]
-    assert translate({**DMD, **scales}).ours["guidance_critic"] == 2.5
+    assert translate({**DMD, **scales}).settings["guidance_critic"] == 2.5
 
 
 def test_the_command_says_for_which_command_and_what_it_left(

@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import HashStore
 from tests.forks import Program, finish
 from tests.full_disk import no_longer_than
 from tests.training import numbers, run_settings, write_database
-from train import diffusion, resume, state
+from train import diffusion, resume, run_checkpoints
 from train.args import DmdArgs, OdeArgs, TrainArgs, parse, to_yaml
 from train.distributed import Meeting
 from train.dmd import main
@@ -128,8 +128,8 @@ def test_what_is_no_checkpoint_of_the_run_is_neither_read_nor_removed(tmp_path: 
     kept = ["step_000002_mine", "step_backup", "best.partial"]
     for name in (*kept, "step_000002", "step_000003.partial"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert [path.name for path in state.complete(tmp_path)] == ["step_000002"]
-    state.clean(tmp_path)
+    assert [path.name for path in run_checkpoints.complete(tmp_path)] == ["step_000002"]
+    run_checkpoints.clean(tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == sorted([*kept, "step_000002"])
 
 
@@ -253,8 +253,11 @@ def machines(arguments: list[list[str]], folders: list[Path], code: str = "") ->
     programs = []
     for rank, (words, folder) in enumerate(zip(arguments, folders)):
         environment = {
-            "RANK": str(rank), "WORLD_SIZE": str(len(arguments)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        }  # fmt: skip
+            "RANK": str(rank),
+            "WORLD_SIZE": str(len(arguments)),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         folder.mkdir(exist_ok=True)
         programs.append(Program("train.dmd", words, folder, environment, code))
     with TemporaryDirectory() as outputs:

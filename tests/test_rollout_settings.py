@@ -146,7 +146,7 @@ def test_a_given_first_frame_is_the_rows_and_has_no_loss(
     spy = Spy(trainer.student.network)
     trainer.student = replace(trainer.student, network=spy)
     found = compared(trainer)
-    first = trainer.rows(range(1))[0].latents_STCHW[-1][:1]
+    first = trainer.rows(range(1))[0].states[-1][:1]
     assert found.x.shape == (1, 4, 16, 4, 4)
     assert torch.equal(found.x[0, :1], first)
     assert found.counted.tolist() == [False, True, True, True]
@@ -204,7 +204,7 @@ def test_clips_that_are_sampled_begin_with_their_own_frames(
     prefixes = trainer.sampling().prefixes
     assert len(texts) == len(conditions) == len(prefixes) == 4
     database = trainer.shuffled.data
-    held = {row.prompt: row.latents_STCHW[-1][:1] for row in (database[index] for index in range(len(database)))}
+    held = {row.prompt: row.states[-1][:1] for row in (database[index] for index in range(len(database)))}
     for text, prefix in zip(texts, prefixes):
         assert torch.equal(prefix[0], held[text])
 

@@ -36,9 +36,13 @@ HELP = {"-h", "--help"}
 ALIASES = {"--config-path": "config", "--logdir": "logdir", "--max-iters": "max_steps"}
 # without one:
 SWITCHES = {
-    "--no-visualize": "sample_every=0", "--no-save": "save_every=0", "--disable-wandb": "wandb=false",
-    "--auto-resume": "resume=true", "--no-auto-resume": "resume=false", "--dry-run": "dry_run=true",
-}  # fmt: skip
+    "--no-visualize": "sample_every=0",
+    "--no-save": "save_every=0",
+    "--disable-wandb": "wandb=false",
+    "--auto-resume": "resume=true",
+    "--no-auto-resume": "resume=false",
+    "--dry-run": "dry_run=true",
+}
 # accepted, and said to have no use; with a value, and without one:
 UNUSED_VALUES = {
     "--wandb-save-dir": "curves for Weights & Biases go into logdir",
@@ -58,9 +62,9 @@ WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false
 class NetworkArgs:
     """What everything has that loads networks."""
 
-    seed: int = 0
+    seed: int = 0  # of every random number; the same seed gives the same run on any number of processes
     text_encoder: str = ""  # a bundle's name, a folder of transformers or a UMT5 file
-    text_encoder_offload: bool = True  # in main memory; on the device only while it encodes
+    text_encoder_offload: bool = True  # in CPU memory; on the device only while it encodes
     embeddings: str = ""  # folder of prompts' embeddings: written when first needed, then read; empty: kept in memory
     device: str = "auto"  # auto: cuda if there is one
     dtype: str = "bfloat16"  # of the computation; what is trained and sums are float32 (float64 for float64)
@@ -79,13 +83,13 @@ class TrainArgs(NetworkArgs):
     keep_last: int = 2  # checkpoints
     tensorboard: bool = True  # curves in logdir, where the package tensorboard is installed
     wandb: bool = False  # curves to Weights & Biases as well; the key comes from the environment (WANDB_API_KEY)
-    dry_run: bool = False
+    dry_run: bool = False  # print what the run would take, as train.plan does, and end
 
     size: str = "t2v-1.3b"  # of what is trained, for the plan: t2v-1.3b, t2v-14b, i2v-14b, tiny
     chunk: int = 3  # latent frames; 0: all, for bidirectional networks
-    window: int = -1
+    window: int = -1  # latent frames that a chunk sees, itself included; -1: the whole video
     independent_first_frame: bool = False  # frame 0 is a chunk of its own, the others follow in chunks
-    activation_checkpointing: bool = True
+    activation_checkpointing: bool = True  # activations are computed again in the backward pass, not kept
 
     # of a database: another row takes the place of one that is damaged or holds NaN or Inf, and log.jsonl counts them
     # (rows_replaced); false: the first one that is drawn ends the run
@@ -94,19 +98,19 @@ class TrainArgs(NetworkArgs):
     # optimisation
     batch_size: int = 64  # clips per step over all processes
     micro_batch: int = 1  # clips at once
-    lr: float = 2e-6
-    betas: list[float] = field(default_factory=lambda: [0.0, 0.999])
+    lr: float = 2e-6  # of AdamW, as the next two; 2e-6 is Self Forcing's for 1.3B
+    betas: list[float] = field(default_factory=lambda: [0.0, 0.999])  # no momentum
     weight_decay: float = 0.01
     warmup_steps: int = 0  # over which learning rates rise from 0
     lr_end: float = 1.0  # share of the learning rates that is left at max_steps, on half a cosine; 1: constant
-    max_grad_norm: float = 10.0
+    max_grad_norm: float = 10.0  # gradients of a role are scaled down to this norm
     max_loss: float = 1e4  # a loss beyond it, of either sign, stops the run
-    ema_decay: float = 0.99
+    ema_decay: float = 0.99  # share of the average of the weights that a step leaves
     ema_start: int = 200  # step from which the average is kept
 
-    # low-rank adapters in place of whole networks; roles that start from the same file share it, frozen
+    # LoRA in place of whole networks; roles that start from the same file share it, frozen
     lora_rank: int = 0  # 0: train whole networks
-    lora_alpha: float = 0.0  # adapters count alpha / rank times; 0: as the rank
+    lora_alpha: float = 0.0  # LoRA counts alpha / rank times; 0: as the rank
 
     # videos of fixed prompts, and a contact sheet of each, below logdir/samples
     sample_every: int = 0  # steps; 0: never
@@ -134,7 +138,7 @@ class DmdArgs(TrainArgs):
     first_frame: str = "generated"  # of causal students; clips: the database's own, pictures: its pictures', encoded
     image_height: int = 0  # of a database's pictures where it does not record it
     image_width: int = 0
-    negative_prompt: str = ""
+    negative_prompt: str = ""  # what the teacher's guidance keeps away from
     vae: str = ""  # Wan VAE: for image-to-video, and to make a long clip's window start like a video
     clip: str = ""  # image encoder, for image-to-video
 
@@ -143,9 +147,9 @@ class DmdArgs(TrainArgs):
     height: int = 480
     latent_frames: int = 21  # of the clip that teacher and critic see
     max_latent_frames: int = 0  # longest rollout; longer ones than latent_frames are judged by their end; 0: as it
-    sink: int = 0
-    steps: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])
-    shift: float = 5.0
+    sink: int = 0  # first latent frames that never leave the window
+    steps: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])  # timesteps, noisiest first
+    shift: float = 5.0  # of the noise levels: higher ones get more of the steps
     warp: bool = True  # steps go through the shift; false: they are the timesteps themselves
     cache_source: str = "clean"  # clean, or last_step: students that sample without the clean pass
     train_context_sigma: str = "exact"  # exact: clean context; last_table: 0.005 of noise, as in the reference
@@ -157,7 +161,7 @@ class DmdArgs(TrainArgs):
     score: str = "dmd"  # dmd, sid or gan
     guidance: float = 4.0  # on the teacher, usual meaning: 1 is none. The reference's w = 3 is 4 here
     guidance_critic: float = 1.0  # on the critic, where the student is trained
-    sid_alpha: float = 1.0
+    sid_alpha: float = 1.0  # of score=sid: alpha of its equation 23 (arXiv 2404.04057)
     score_shift: float = 5.0  # of the timesteps at which clips are compared
     score_levels: str = "exact"  # exact: sigma = t / 1000; table: nearest entry, as in the reference
     min_score_timestep: float = 0.0  # of them, before score_shift
@@ -171,8 +175,8 @@ class DmdArgs(TrainArgs):
 
     # score=gan
     gan_weight: float = 1e-2  # of the student's loss
-    gan_critic_weight: float = 1e-2
-    gan_relativistic: bool = False
+    gan_critic_weight: float = 1e-2  # of the critic's loss
+    gan_relativistic: bool = False  # real and generated clips are judged against each other, not each by itself
     gan_r1: float = 0.0  # weights of the gradient penalties on real and on generated clips
     gan_r2: float = 0.0
     gan_sigma: float = 0.01  # noise of their finite differences
@@ -189,7 +193,7 @@ class ClipArgs(TrainArgs):
     data: str = ""  # database, or folder of shards
     width: int = 832  # of its clips, for the plan: pixels
     height: int = 480
-    latent_frames: int = 21
+    latent_frames: int = 21  # 81 frames of video
 
 
 @dataclass
@@ -203,7 +207,7 @@ class DiffusionArgs(ClipArgs):
     sampling_steps: int = 30
     solver: str = "euler"  # euler, or unipc (needs the package diffusers)
     guidance: float = 5.0  # usual meaning: 1 is none; 5 is Wan's own
-    negative_prompt: str = ""
+    negative_prompt: str = ""  # what guidance keeps away from
 
 
 @dataclass
@@ -231,10 +235,10 @@ def parse(kind: type[Args], argv: Sequence[str] | None = None, about: str | None
             print(described(kind, about))
         raise SystemExit(0)
     pairs = _pairs(words)
-    named = [value for key, value in pairs if key == "config"]
-    if len(named) > 1:
-        raise ValueError(f"{len(named)} configurations are named ({', '.join(named)}); give one")
-    values = read(config_path(named[0]), kind) if named else {}
+    configs = [value for key, value in pairs if key == "config"]
+    if len(configs) > 1:
+        raise ValueError(f"{len(configs)} configurations are named ({', '.join(configs)}); give one")
+    values = read(config_path(configs[0]), kind) if configs else {}
     types = get_type_hints(kind)
     for key, text in pairs:
         if key != "config":
@@ -249,23 +253,23 @@ def is_first() -> bool:
 
 
 def config_path(name: str) -> Path:
-    """The file behind a name: as it stands, or in train/configs (also written configs/x.yaml, or x)."""
+    """Find the file behind a name: as it stands, or in train/configs (also written configs/x.yaml, or x)."""
     for path in (Path(name), CONFIGS / Path(name).name, CONFIGS / f"{Path(name).name}.yaml"):
         if os.path.isfile(path):  # unlike Path.is_file it also takes names that no file can have
             return path
-    known = ", ".join(path.stem for path in sorted(CONFIGS.glob("*.yaml")))
-    raise ValueError(f"config {name!r} is no file and not in train/configs; use one of {known}")
+    names = ", ".join(path.stem for path in sorted(CONFIGS.glob("*.yaml")))
+    raise ValueError(f"config {name!r} is no file and not in train/configs; use one of {names}")
 
 
 def mistake(name: str, error: Exception, *, is_told: bool = True) -> int:
-    """Say a user's mistake as one line on stderr, unless another process does; the exit status of a command line."""
+    """Say a user's mistake as one line on stderr, unless another process does; return the exit status, 2."""
     if is_told:
         print(f"{name}: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
     return 2
 
 
 def _pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
-    """(key, value) of every argument, flags of launch lines included."""
+    """Split arguments into (key, value), flags of launch lines included."""
     pairs: list[tuple[str, str]] = []
     rest = iter(argv)
     for word in rest:
@@ -287,6 +291,7 @@ def _pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
             pairs.append((ALIASES[flag], value))
         elif flag in SWITCHES and not equals:
             pairs += _pairs([SWITCHES[flag]])
+        # Flags without use are accepted, so that a launch line of the reference runs as it is.
         elif flag in UNUSED_VALUES or (flag in UNUSED and not equals):
             if is_first():
                 log.warning("%s has no use here: %s", name, {**UNUSED_VALUES, **UNUSED}[flag])
@@ -313,13 +318,13 @@ def read_known(path: Path, kind: type[Any]) -> tuple[dict[str, Any], dict[str, s
     Raises ValueError as `parse` does, for values alone.
     """
     types = get_type_hints(kind)
-    known, unknown = {}, {}
+    settings, unknown = {}, {}
     for key, node in _nodes(path):
         if key in types:
-            known[key] = _from_node(node, types[key], f"{path}: {key}")
+            settings[key] = _from_node(node, types[key], f"{path}: {key}")
         else:
             unknown[key] = node.value if isinstance(node, yaml.ScalarNode) else yaml.serialize(node).strip()
-    return known, unknown
+    return settings, unknown
 
 
 def keys(path: Path) -> set[str]:
@@ -328,7 +333,7 @@ def keys(path: Path) -> set[str]:
 
 
 def to_dict(args: Any) -> dict[str, Any]:
-    """Plain Python types."""
+    """Return settings as plain Python types."""
     return dataclasses.asdict(args)
 
 
@@ -354,7 +359,7 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def _nodes(path: Path) -> list[tuple[str, yaml.Node]]:
-    """Keys and what is written behind them, not yet read as anything."""
+    """Return keys and what is written behind them, not yet read as anything."""
     try:
         loader = yaml.SafeLoader(path.read_bytes())
         try:
@@ -363,47 +368,47 @@ def _nodes(path: Path) -> list[tuple[str, yaml.Node]]:
                 return []
             if not isinstance(node, yaml.MappingNode):
                 raise ValueError("is no mapping of settings")
-            keys = [key.value if isinstance(key, yaml.ScalarNode) else "" for key, _ in node.value]
-            twice = sorted({key for key in keys if keys.count(key) > 1})
-            loader.flatten_mapping(node)
+            names = [key.value if isinstance(key, yaml.ScalarNode) else "" for key, _ in node.value]
+            doubles = sorted({name for name in names if names.count(name) > 1})  # YAML would take the last in silence
+            loader.flatten_mapping(node)  # fills in what "<<: *anchor" stands for
         finally:
             loader.dispose()
     except (OSError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())[:200]})") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    if twice:
-        raise ValueError(f"{path}: holds {', '.join(twice)} more than once; keep one of them")
+    if doubles:
+        raise ValueError(f"{path}: holds {', '.join(doubles)} more than once; keep one of them")
     return list({str(key.value): (str(key.value), value) for key, value in node.value}.values())
 
 
 def _check_key(key: str, kind: type[Any], where: str) -> None:
-    known = [item.name for item in fields(kind)]
-    if key not in known:
-        near = difflib.get_close_matches(key, known, n=3, cutoff=0.4) or known
+    names = [item.name for item in fields(kind)]
+    if key not in names:
+        near = difflib.get_close_matches(key, names, n=3, cutoff=0.4) or names
         raise ValueError(f"{where}: {key!r} is no setting of {kind.__name__}; nearest are {', '.join(near)}")
 
 
 # ------------------------------------------------------------------- values --
-def _from_node(node: yaml.Node, wanted: Any, where: str) -> Any:
-    """A setting from YAML. Its type says what a scalar is, not YAML, which takes `007` and `no` for something else."""
+def _from_node(node: yaml.Node, hint: Any, where: str) -> Any:
+    """Read a setting from YAML. Its type says what a scalar is: YAML alone takes `007` for 7 and `no` for false."""
     if isinstance(node, yaml.ScalarNode):
-        if _plain(wanted) is list:
+        if _plain(hint) is list:
             raise ValueError(f"{where} {node.value!r} is no list; write for instance [1000, 750]")
-        return _from_text(node.value, wanted, where)
-    if isinstance(node, yaml.SequenceNode) and _plain(wanted) is list:
-        inner = get_args(_without_none(wanted))[0]
+        return _from_text(node.value, hint, where)
+    if isinstance(node, yaml.SequenceNode) and _plain(hint) is list:
+        inner = get_args(_without_none(hint))[0]
         return [_from_node(item, inner, f"{where}: entry {n}") for n, item in enumerate(node.value, 1)]
-    found = "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
-    raise ValueError(f"{where} is {found}, where one {WORDS[_plain(wanted)]} belongs; put a text into quotes")
+    node_kind = "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+    raise ValueError(f"{where} is {node_kind}, where one {WORDS[_plain(hint)]} belongs; put a text into quotes")
 
 
-def _from_text(text: str, wanted: Any, where: str) -> Any:
-    """A setting from what was written for it."""
-    plain = _plain(wanted)
+def _from_text(text: str, hint: Any, where: str) -> Any:
+    """Read a setting from what was written for it."""
+    plain = _plain(hint)
     if plain is str:
         return text
-    if NoneType in get_args(wanted) and text == "null":
+    if NoneType in get_args(hint) and text == "null":
         return None
     if plain is list:
         try:
@@ -412,22 +417,22 @@ def _from_text(text: str, wanted: Any, where: str) -> Any:
             node = None
         if not isinstance(node, yaml.SequenceNode):
             raise ValueError(f"{where} {text!r} is no list; write for instance [1000,750]")
-        return _from_node(node, wanted, where)
+        return _from_node(node, hint, where)
     return {bool: _truth, int: _whole, float: _number}[plain](text, where)
 
 
-def _without_none(wanted: Any) -> Any:
-    return next((part for part in get_args(wanted) if part is not NoneType), wanted) if _is_optional(wanted) else wanted
+def _without_none(hint: Any) -> Any:
+    return next((part for part in get_args(hint) if part is not NoneType), hint) if _is_optional(hint) else hint
 
 
-def _is_optional(wanted: Any) -> bool:
-    return NoneType in get_args(wanted)
+def _is_optional(hint: Any) -> bool:
+    return NoneType in get_args(hint)
 
 
-def _plain(wanted: Any) -> Any:
-    """str, int, float, bool or list."""
-    wanted = _without_none(wanted)
-    return get_origin(wanted) or wanted
+def _plain(hint: Any) -> Any:
+    """Return str, int, float, bool or list."""
+    hint = _without_none(hint)
+    return get_origin(hint) or hint
 
 
 def _truth(text: str, where: str) -> bool:
@@ -443,6 +448,7 @@ def _whole(text: str, where: str) -> int:
     except ValueError:
         remedy = "write for instance 100"
     try:
+        # Beyond 2**53 a float no longer holds every whole number, so that the advice might be another one.
         if abs(value := float(text)) < 2**53 and value.is_integer():
             remedy = f"write {int(value)}"
     except ValueError:
@@ -453,13 +459,14 @@ def _whole(text: str, where: str) -> int:
 def _number(text: str, where: str) -> float:
     word = text.strip().lower()
     try:
-        value = float(re.sub(r"^([+-]?)\.inf$", r"\1inf", word))
+        value = float(re.sub(r"^([+-]?)\.inf$", r"\1inf", word))  # YAML writes .inf, Python inf
     except ValueError:
         value = math.nan
     if math.isnan(value):
         raise ValueError(f"{where} {text!r} is no number; write for instance 0.5 or 2e-6")
     if re.fullmatch(r"[+-]?0[0-9_]+", word):  # YAML takes 010 for 8
         raise ValueError(f"{where} {text!r} begins with 0; write {value:g}")
+    # 1e999 would become infinity and 1e-999 zero without a word.
     is_zero_meant = not re.search("[1-9]", word.partition("e")[0])
     if (math.isinf(value) and "inf" not in word) or (value == 0 and not is_zero_meant):
         raise ValueError(f"{where} {text!r} is beyond what a number can hold; write inf or 0 if that is meant")
@@ -469,44 +476,44 @@ def _number(text: str, where: str) -> float:
 # --------------------------------------------------------------------- help --
 def described(kind: type[Any], about: str | None = None) -> str:
     """Return every setting with its type, default and the comment at its line."""
-    known = ", ".join(path.stem for path in sorted(CONFIGS.glob("*.yaml")))
+    names = ", ".join(path.stem for path in sorted(CONFIGS.glob("*.yaml")))
     lines = [about.strip(), ""] if about else []
     lines += [
         "Settings are written key=value; later ones win, and win over those of a file.",
         "  -h, --help  print this and end",
-        *_row("config=FILE", f"a YAML file of settings, or one of train/configs: {known}"),
+        *_row("config=FILE", f"a YAML file of settings, or one of train/configs: {names}"),
     ]
-    seen: set[str] = set()
-    for part in kind.__mro__:
-        if not dataclasses.is_dataclass(part) or not set(part.__annotations__) - seen:
+    listed: set[str] = set()
+    for part in kind.__mro__:  # a stage's own settings first, what all stages share last
+        if not dataclasses.is_dataclass(part) or not set(part.__annotations__) - listed:
             continue
         lines += ["", (part.__doc__ or part.__name__).partition("\n")[0]]
         comments = dict(_comments(part))
         for item in fields(part):
-            if item.name in part.__annotations__ and item.name not in seen:
+            if item.name in part.__annotations__ and item.name not in listed:
                 heading, comment = comments.get(item.name, ("", ""))
                 lines += textwrap.wrap(heading, 116, initial_indent="  -- ", subsequent_indent="     ")
                 word = _word(get_type_hints(part)[item.name])
                 lines += _row(f"{item.name}={_shown(item)}", f"{word}{comment and '; '}{comment}")
-        seen |= set(part.__annotations__)
+        listed |= set(part.__annotations__)
     return "\n".join(lines)
 
 
 def _row(setting: str, words: str) -> list[str]:
-    """A setting, and words in a column beside or below it."""
+    """Return lines of a setting with words in a column beside or below it."""
     setting = f"  {setting}"
     if len(setting) > 36:
         return [setting, *textwrap.wrap(words, 118, initial_indent=" " * 38, subsequent_indent=" " * 38)]
     return textwrap.wrap(words, 118, initial_indent=f"{setting:38}", subsequent_indent=" " * 38)
 
 
-def _word(wanted: Any) -> str:
-    inner = get_args(_without_none(wanted)) if _plain(wanted) is list else ()
-    return f"list of {WORDS[inner[0]]}s" if inner else WORDS[_plain(wanted)]
+def _word(hint: Any) -> str:
+    inner = get_args(_without_none(hint)) if _plain(hint) is list else ()
+    return f"list of {WORDS[inner[0]]}s" if inner else WORDS[_plain(hint)]
 
 
 def _shown(item: dataclasses.Field[Any]) -> str:
-    """A default as one would write it."""
+    """Return a default as one would write it."""
     value = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
     if isinstance(value, list):
         return f"[{','.join(f'{entry:.6g}' if isinstance(entry, float) else str(entry) for entry in value)}]"
@@ -514,7 +521,10 @@ def _shown(item: dataclasses.Field[Any]) -> str:
 
 
 def _comments(kind: type[Any]) -> Iterator[tuple[str, tuple[str, str]]]:
-    """(name, (lines of comment above it, comment at its line)) of every setting of a class, from its source."""
+    """Yield (name, (lines of comment above it, comment at its line)) of every setting of a class.
+
+    Read from the source, so that a setting is explained in one place, which both readers and --help see.
+    """
     source = textwrap.dedent(inspect.getsource(kind))
     notes: dict[int, tuple[bool, str]] = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

@@ -1,6 +1,6 @@
 """What clips are conditioned on, as the networks of a run take it: prompts, and for image-to-video pictures.
 
-Letters: B batch, P text tokens, E text width, R RGB, H W height and width, T latent frames.
+Letters: B batch, P text tokens, E text width, R RGB, H W height and width of a picture.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from train.args import NetworkArgs
 from train.distributed import World
 
 log = logging.getLogger(__name__)
-KNOWN = 64  # embeddings and pictures that are kept; a prompt of UMT5-XXL takes 4 MB in bfloat16
+KEPT_IN_MEMORY = 64  # embeddings; a prompt of UMT5-XXL, 512 rows of 4,096, takes 4 MB in bfloat16
 
 
 def read_texts(path: str) -> list[str]:
-    """The prompts of a file, one per line, or of a folder of .txt files, one each, in the order of their names.
+    """Read the prompts of a file, one per line, or of a folder of .txt files, one each, in the order of their names.
 
     Raises ValueError if there are none.
     """
@@ -54,32 +54,32 @@ class Prompts:
     def __init__(self, args: NetworkArgs, world: World) -> None:
         self.args, self.world = args, world
         self.dtype: torch.dtype = getattr(torch, args.dtype)
-        self.embeds = functools.lru_cache(KNOWN)(self._embeds)
+        self.embeds = functools.lru_cache(KEPT_IN_MEMORY)(self._embeds)
         self.broken: list[str] = []  # texts whose embeddings hold NaN or Inf
 
     def condition(self, texts: Sequence[str]) -> Conditioning:
-        """Embeddings [B, P, E] of these texts, where and as the networks compute."""
+        """Return the embeddings [B, P, E] of these texts, where and as the networks compute."""
         embeds = torch.stack([self.embeds(text) for text in texts])
         return Conditioning(embeds.to(self.world.device, self.dtype))
 
     def _embeds(self, text: str) -> Tensor:
-        embeds = self._encode(text) if self._kept is None else self._kept.get(text, self._encode)
+        embeds = self._encode(text) if self._folder is None else self._folder.get(text, self._encode)
         if not embeds.isfinite().all():
-            self.broken.append(text)
+            self.broken.append(text)  # the step's check of finite numbers names it, and not the network
         return embeds
 
     @functools.cached_property
-    def _kept(self) -> EmbeddingFolder | None:
+    def _folder(self) -> EmbeddingFolder | None:
         if not self.args.embeddings:
             return None
         return EmbeddingFolder(self.args.embeddings, resolve_text_encoder(self.args.text_encoder), self._narrow, "all")
 
     @property
-    def _narrow(self) -> torch.dtype:
+    def _narrow(self) -> torch.dtype:  # not float64, which is for checks of the networks' own arithmetic
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
 
     def _encode(self, text: str) -> Tensor:
-        encoder = self._encoder
+        encoder = self._encoder  # 11 GB in bfloat16, which is why it may wait in CPU memory
         if self.args.text_encoder_offload:
             encoder.to(self.world.device)
         embeds = encoder.encode([text])[0].cpu()
@@ -103,7 +103,8 @@ class Pictures:
         self.clip = load_clip(clip, dtype=narrow, device=world.device)
 
     def condition(self, text: Conditioning, images_RHW: Sequence[Tensor]) -> Conditioning:
-        """The texts with their pictures, in [-1, 1] and of any size."""
+        """Return the conditioning of texts with their pictures, in [-1, 1] and of any size."""
+        # Covered and trimmed to the clip's size, as the first frame of a video is; fit_image wants [0, 1].
         fitted = [fit_image((image + 1) / 2, self.width, self.height) for image in images_RHW]
         images = torch.stack(fitted).to(self.world.device)
         channels = first_frame_condition(self.vae, images, self.latent_frames)

@@ -2,9 +2,10 @@
 
 A database maps `latents_<i>_data` to float16 bytes, `prompts_<i>_data` to UTF-8, optionally `img_<i>_data` to RGB bytes
 (uint8, [H, W, 3]), and `<array>_shape` to decimal numbers, the first of which is the number of rows. The reference does
-not record the picture's size; ours does, under `img_size` ("H W").
+not record the picture's size; ours does, under `img_size` ("H W"). The latents of a row are a clip, [T, C, H, W], or
+the states of a trajectory, one such clip for each of its noise levels, noisiest first.
 
-Letters: N rows, S states of a trajectory, T latent frames, C channels, H W size, R RGB.
+Letters: T latent frames, C latent channels, H W height and width of latents or of a picture, R RGB.
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ from torch import Tensor
 from selfforcing_core.atomic import replacing_folder
 from train.randomness import item
 
-GROWTH = 1 << 30  # bytes added to a database's room when it is full
+GROWTH = 1 << 30  # bytes: LMDB wants to know how large a file may become, and is given more when that is reached
 UNWRITTEN = 1 << 20  # bytes at a database's end that may be missing: pages that were freed before they were written
 ARRAYS = ("latents", "prompts", "img")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example. latents_STCHW: float32; a clip is a trajectory of one state. image_RHW: in [-1, 1]."""
+    """One example."""
 
     prompt: str
-    latents_STCHW: Tensor
-    image_RHW: Tensor | None = None
+    states: Tensor  # float32, clips [T, C, H, W] stacked: those of a trajectory, or one
+    image_RHW: Tensor | None = None  # in [-1, 1]
 
 
 class BadRow(ValueError):
-    """One row that cannot be used, while others of its database may. kind: in a word or two, to count by."""
+    """One row that cannot be used, while others of its database may. kind: the reason in a word or two."""
 
     def __init__(self, kind: str, words: str) -> None:
         super().__init__(words)
@@ -84,11 +85,12 @@ class ClipDatabase:
         return shard.row(place)
 
     def prompt(self, index: int) -> str:
+        """Return the prompt of a row alone, without reading its latents."""
         shard, place = self.place(index)
         return shard.prompt(place)
 
     def place(self, index: int) -> tuple[_Shard, int]:
-        """The shard in which a row lies, and its number there."""
+        """Return the shard in which a row lies, and its number there."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         for shard in self.shards:
@@ -99,38 +101,44 @@ class ClipDatabase:
 
 
 class ShuffledRows:
-    """A database's rows as a run sees them: every one once per round, in an order of the round's.
+    """A database's rows as a run sees them: every one once per epoch, in another order in each.
 
-    In place of a bad row comes the next good one of the same round, so that it depends on nothing but the row's number
-    which that is. bad: what was wrong with the rows that were replaced, since the list was last cleared.
+    In place of a bad row comes the next good one of the same epoch: which one that is depends on the row's number
+    alone, not on what was read before, so that a resumed run and every number of processes see the same rows.
     """
 
     def __init__(self, data: ClipDatabase, seed: int) -> None:
         self.data, self.seed = data, seed
-        self.bad: list[str] = []
+        self.bad: list[str] = []  # why rows were replaced, since the list was last cleared
 
     def take(self, numbers: Iterable[int]) -> list[Row]:
-        """The rows that are seen as the `numbers` of a run. Raises ValueError if no row of the database is good."""
+        """Read the rows that a run sees as these numbers, counted over all its epochs.
+
+        Raises ValueError if no row of the database is good.
+        """
         return [self._row(number) for number in numbers]
 
     def _row(self, number: int) -> Row:
         count = len(self.data)
         epoch, place = divmod(number, count)
-        words = ""
+        mistake = ""
         for more in range(count):
             try:
                 row = self.data[item(self.seed, epoch * count + (place + more) % count, count)]
             except BadRow as error:
-                words = words or str(error)
+                mistake = mistake or str(error)
                 continue
-            if words:
-                self.bad.append(words)
+            if mistake:
+                self.bad.append(mistake)
             return row
         raise ValueError(f"{self.data.path}: no row can be used; python -m train.check_data {self.data.path} says why")
 
 
 def _can_be_read(folder: Path) -> bool:
-    """Whether every entry of a database can be read, by a process that reading beyond the file's end may kill."""
+    """Return whether every entry of a database can be read.
+
+    LMDB maps its file: reading beyond the end of a short one kills the process (SIGBUS), so that another process tries.
+    """
     walk = (
         "import lmdb, sys\n"
         "with lmdb.open(sys.argv[1], readonly=True, lock=False).begin() as all:\n"
@@ -146,10 +154,12 @@ class _Shard:
             self.database = lmdb.open(str(folder), readonly=True, lock=False, readahead=False, meminit=False)
         except lmdb.Error as error:
             raise ValueError(f"{folder}: is no LMDB database ({error})") from error
-        wanted = (self.database.info()["last_pgno"] + 1) * self.database.stat()["psize"]
-        missing = wanted - (folder / "data.mdb").stat().st_size
-        if missing > UNWRITTEN or (missing > 0 and not _can_be_read(folder)):  # it would end the process without a word
-            raise ValueError(f"{folder}: data.mdb is cut off, {missing} of {wanted} bytes are missing; copy it again")
+        # The file has to reach to the last page that the database knows. One that was copied while it was written, or
+        # not to its end, is shorter.
+        size = (self.database.info()["last_pgno"] + 1) * self.database.stat()["psize"]
+        missing = size - (folder / "data.mdb").stat().st_size
+        if missing > UNWRITTEN or (missing > 0 and not _can_be_read(folder)):
+            raise ValueError(f"{folder}: data.mdb is cut off, {missing} of {size} bytes are missing; copy it again")
         shape = self._text("latents_shape").split()
         if len(shape) not in (5, 6) or not all(number.isdecimal() for number in shape):
             raise ValueError(f"{folder}: latents_shape is {' '.join(shape)!r}, not rows and the shape of one")
@@ -164,19 +174,19 @@ class _Shard:
     def _get(self, key: str) -> bytes | None:
         try:
             with self.database.begin() as transaction:
-                found = transaction.get(key.encode())
-                return None if found is None else bytes(found)
+                value = transaction.get(key.encode())
+                return None if value is None else bytes(value)
         except lmdb.Error as error:
             raise BadRow("damaged", f"{self.folder}: {key} cannot be read ({error})") from error
 
     def _text(self, key: str) -> str:
-        found = self._get(key)
-        if found is None:
+        value = self._get(key)
+        if value is None:
             raise ValueError(f"{self.folder}: has no {key}; the database is incomplete, make it again")
-        return found.decode()
+        return value.decode()
 
     def has_more(self) -> bool:
-        """Whether there are rows beyond the number that is recorded."""
+        """Return whether there are rows beyond the number that is recorded."""
         return self._get(f"latents_{self.count}_data") is not None
 
     def prompt(self, index: int) -> str:
@@ -206,8 +216,8 @@ class _Shard:
         data = self._get(f"img_{index}_data")
         if data is None:
             return None
-        own = self._get(f"img_{index}_size")
-        image_size = tuple(map(int, own.split())) if own else self.image_size
+        own_size = self._get(f"img_{index}_size")  # of a picture that is unlike the database's first
+        image_size = tuple(map(int, own_size.split())) if own_size else self.image_size
         if image_size is None or len(data) != 3 * image_size[0] * image_size[1]:
             if self.is_size_recorded:
                 size = f"{len(data)} bytes, not the {_times(image_size or ())} x 3 that are recorded"
@@ -217,7 +227,7 @@ class _Shard:
                 "the pictures' height and width (the reference's are 480 x 832)"
             )
         pixels = torch.from_numpy(np.frombuffer(data, np.uint8).reshape(*image_size, 3).copy())
-        return pixels.permute(2, 0, 1).float() / 127.5 - 1
+        return pixels.permute(2, 0, 1).float() / 127.5 - 1  # [0, 255] to the [-1, 1] of VAE and CLIP
 
 
 def _times(shape: Iterable[int]) -> str:
@@ -226,22 +236,28 @@ def _times(shape: Iterable[int]) -> str:
 
 # -------------------------------------------------------------- .pt files --
 def read_pairs(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """(prompt, latents [S, T, C, H, W] or [T, C, H, W]) of a .pt file {prompt: tensor with a leading axis of one}."""
+    """Yield (prompt, latents) of a .pt file {prompt: tensor with a leading axis of one}, latents as a row has them.
+
+    Raises ValueError for whatever is no such file.
+    """
     try:
-        held: Any = torch.load(path, map_location="cpu", weights_only=True)
+        pairs: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # an unpickler that is fed damaged bytes may raise anything
         raise ValueError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]})") from error
-    is_pairs = isinstance(held, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in held.items())
+    is_pairs = isinstance(pairs, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in pairs.items())
     if not is_pairs:
         raise ValueError(f"{path}: is no dictionary from prompts to latents")
-    for prompt, latents in held.items():
+    for prompt, latents in pairs.items():
         if latents.ndim not in (5, 6) or latents.shape[0] != 1:
-            raise ValueError(f"{path}: latents of shape {tuple(latents.shape)} are not [1, (S,) T, C, H, W]")
+            raise ValueError(f"{path}: latents of shape {tuple(latents.shape)} are not [1, (states,) T, C, H, W]")
         yield prompt, latents[0]
 
 
 class DatabaseWriter:
-    """Rows into a database; its room grows as needed, and its shape is that of the rows that were really written."""
+    """Writes rows into a database that grows as needed.
+
+    Its recorded shape is that of the rows that were really written, whenever the writer stops.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -253,11 +269,12 @@ class DatabaseWriter:
         self.image_size: tuple[int, int] | None = None  # of the first image
 
     def add(self, prompt: str, latents: Tensor, image_HWR: Tensor | None = None) -> None:
-        """One row. image_HWR: uint8. Raises ValueError if its latents have another shape than those before."""
+        """Add a row. image_HWR: uint8. Raises ValueError if its latents have another shape than those before."""
         if self.count and tuple(latents.shape) != self.shape:
             raise ValueError(f"latents of shape {tuple(latents.shape)} among others of {self.shape}")
         self.shape = tuple(latents.shape)
         entries = {
+            # float16 as in the reference: latents lie within a few units of 0, where its steps are below 0.004
             f"latents_{self.count}_data": latents.to(torch.float16).contiguous().numpy().tobytes(),
             f"prompts_{self.count}_data": prompt.encode(),
         }
@@ -281,7 +298,7 @@ class DatabaseWriter:
                     for key, value in entries.items():
                         transaction.put(key.encode(), value)
                 return
-            except lmdb.MapFullError:
+            except lmdb.MapFullError:  # the transaction is undone, and the whole row is put again
                 self.database.set_mapsize(self.database.info()["map_size"] + GROWTH)
 
     def close(self) -> None:
@@ -290,30 +307,31 @@ class DatabaseWriter:
 
 
 def write_shards(rows: Iterable[tuple[int, str, Tensor, Tensor | None]], out: Path, num_shards: int) -> dict[str, int]:
-    """(file number, prompt, latents, picture) into a new database, or into shard_<i> of it by file number.
+    """Write (file number, prompt, latents, picture) into a new database, or into shard_<i> of it by file number.
 
-    The first row of a prompt wins; rows whose latents are not numbers are left out; both are counted. The folder
+    The first row of a prompt wins; rows whose latents hold NaN or Inf are left out; both are counted. The folder
     appears whole or not at all. Raises ValueError if it is there already, NotWritten where it cannot be.
     """
-    told = {"written": 0, "duplicate_prompts": 0, "not_numbers": 0}
-    seen: set[str] = set()
+    counts = {"written": 0, "duplicate_prompts": 0, "not_numbers": 0}
+    prompts: set[str] = set()
     with replacing_folder(out) as partial:
         folders = [partial] if num_shards == 1 else [partial / f"shard_{index}" for index in range(num_shards)]
         writers = [DatabaseWriter(folder) for folder in folders]
         try:
             for number, prompt, latents, image in rows:
-                if prompt in seen:
-                    told["duplicate_prompts"] += 1
+                if prompt in prompts:
+                    counts["duplicate_prompts"] += 1
                 elif not latents.isfinite().all():
-                    told["not_numbers"] += 1
+                    counts["not_numbers"] += 1
                 else:
-                    seen.add(prompt)
+                    prompts.add(prompt)
+                    # Dealt in turn, so that shards are of about the same size.
                     writers[number % num_shards].add(prompt, latents, image)
-                    told["written"] += 1
+                    counts["written"] += 1
         finally:
             for writer in writers:
                 writer.close()
         for folder, writer in zip(folders, writers):
-            if told["written"] and not writer.count:  # a shard without rows could not be opened
+            if counts["written"] and not writer.count:  # a shard without rows could not be opened
                 shutil.rmtree(folder)
-    return told
+    return counts

@@ -364,7 +364,7 @@ class Distillation(Trainer):
         timesteps = timesteps.to(x.device, torch.float32)  # in float64 they are drawn, in float32 networks take them
         draw = ScoreDraw(timesteps, draws.normal(first, tuple(x.shape)).to(x))
         if args.score == "gan":
-            real = torch.stack([row.latents_STCHW[-1] for row in rows]).to(x)
+            real = torch.stack([row.states[-1] for row in rows]).to(x)
             if is_student:
                 return self.adversarial.student_loss(x, real, draw, condition)
             # Another purpose than the role's, under which this would be the draw's own noise again.
@@ -427,7 +427,7 @@ class Distillation(Trainer):
             return None
         like = {"device": self.world.device, "dtype": wide(args)}
         if kind == "clips":
-            return torch.stack([row.latents_STCHW[-1][:1] for row in rows]).to(**like)
+            return torch.stack([row.states[-1][:1] for row in rows]).to(**like)
         images = [fit_image((image + 1) / 2, args.width, args.height) for image in self.images(rows)]
         assert self.vae is not None
         return self.vae.encode(torch.stack(images)[:, None].to(self.world.device)).to(**like)

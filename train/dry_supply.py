@@ -17,7 +17,7 @@ from selfforcing_core.checkpoint import Checkpoint
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CLIP_DIM, CLIP_TOKENS, WanConfig
 from selfforcing_core.image import MASK_CHANNELS
-from train import state
+from train import run_checkpoints
 from train.args import OdeArgs
 from train.data import Row
 from train.distributed import World
@@ -136,7 +136,7 @@ def tracked(trainer: Trainer) -> dict[str, int]:
     """
     # Moments and average exist from the first steps on, so they belong to what an update finds.
     for role in trainer.roles.values():
-        state.moments(role)
+        run_checkpoints.moments(role)
     trainer.start_average()
     modules = [module for role in trainer.roles.values() for module in role.modules]
     modules += [built.module for built in trainer.built.values()]

@@ -35,14 +35,14 @@ from selfforcing_core.device import Card
 from selfforcing_core.geometry import PATCH, chunk_lengths
 from selfforcing_core.hub import check_taehv
 from selfforcing_core.roofline import Work
-from train import distributed, finite, logs, resume, state
+from train import distributed, finite, logs, resume, run_checkpoints
 from train.args import ClipArgs, TrainArgs, mistake, parse, to_yaml
 from train.conditions import read_texts
 from train.data import Row, ShuffledRows
 from train.finite import FiniteCheck
 from train.networks import Built, Source, build, wide
 from train.randomness import Draws
-from train.state import Role
+from train.run_checkpoints import Role
 from train.supply import FileSupply, Supply
 from train.update_cost import clip_work, copies_of, reached
 from train.validation import Sampling, ValidationVideos
@@ -109,7 +109,7 @@ def lr_scale(args: TrainArgs, step: int) -> float:
 
 def newest(logdir: str) -> str:
     """Name the last good checkpoint, in words."""
-    checkpoints = state.complete(Path(logdir))
+    checkpoints = run_checkpoints.complete(Path(logdir))
     return str(checkpoints[-1]) if checkpoints else "the start, no checkpoint is there yet"
 
 
@@ -184,10 +184,10 @@ class Trainer(ABC):
         return self.args.max_grad_norm
 
     def resume(self, checkpoint: Path) -> None:
-        self.step = state.step_of(checkpoint)
-        if state.has_average(checkpoint):
+        self.step = run_checkpoints.step_of(checkpoint)
+        if run_checkpoints.has_average(checkpoint):
             self.start_average()
-        state.load(checkpoint, self.roles, self.ema)
+        run_checkpoints.load(checkpoint, self.roles, self.ema)
 
     def draws(self, purpose: str) -> Draws:
         """Return the random numbers of this step for a purpose."""
@@ -417,7 +417,7 @@ class ClipTrainer(Trainer):
 
     def clean(self, rows: list[Row]) -> Tensor:
         """Return the last state of each row, [B, T, C, H, W], where and as sums are computed."""
-        return torch.stack([row.latents_STCHW[-1] for row in rows]).to(self.world.device, wide(self.args))
+        return torch.stack([row.states[-1] for row in rows]).to(self.world.device, wide(self.args))
 
     def examples(self, texts: list[str] | None) -> tuple[list[str], list[Conditioning]]:
         if texts is None:
@@ -458,11 +458,11 @@ def train(
         trainer.check_decoder()
     if checkpoint is not None:
         trainer.resume(checkpoint)
-    saver = state.Saver(folder, args.keep_last)
+    saver = run_checkpoints.Saver(folder, args.keep_last)
     try:
         if world.is_first:
             resume.write_settings(folder, stage, args)
-            state.clean(folder)
+            run_checkpoints.clean(folder)
         dist.barrier()  # nothing is written before what killed runs left is gone
         with closing(logs.Log(args, world, trainer.step)) as metrics_log:
             _steps(args, world, trainer, saver, metrics_log, _all_cards(world, getattr(torch, args.dtype)))
@@ -477,7 +477,7 @@ def train(
     dist.barrier()
 
 
-def _complete(saver: state.Saver, args: TrainArgs) -> None:
+def _complete(saver: run_checkpoints.Saver, args: TrainArgs) -> None:
     try:
         saver.wait()
     except NotWritten as error:
@@ -485,7 +485,12 @@ def _complete(saver: state.Saver, args: TrainArgs) -> None:
 
 
 def _steps(
-    args: TrainArgs, world: distributed.World, trainer: Trainer, saver: state.Saver, metrics_log: logs.Log, card: Card
+    args: TrainArgs,
+    world: distributed.World,
+    trainer: Trainer,
+    saver: run_checkpoints.Saver,
+    metrics_log: logs.Log,
+    card: Card,
 ) -> None:
     with logs.quiet_threads(), stopping() as signals, logging_redirect_tqdm():  # words go below the bar, not behind it
         while trainer.step < args.max_steps:

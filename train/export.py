@@ -2,7 +2,7 @@
 
     python -m train.export logdir=runs/dmd out=student.safetensors
 
-A run of adapters gives the whole student, adapters merged in, or with form=lora a LoRA in ComfyUI's naming. The file
+A run of LoRA gives the whole student, merged, or with form=lora the LoRA alone in ComfyUI's naming. The file
 says how its network is sampled: chunks or all frames at once, steps and solver, guidance.
 """
 
@@ -20,11 +20,12 @@ from selfforcing_core.atomic import print_result, replacing
 from selfforcing_core.checkpoint import DTYPES, save_checkpoint
 from selfforcing_core.checkpoint_header import SamplingSettings, lora_header
 from selfforcing_core.config import BidirectionalConfig, CausalConfig, StepConfig, WanConfig
-from train import diffusion, dmd, lora, ode, resume, state
+from train import diffusion, dmd, lora, ode, resume
 from train.args import DiffusionArgs, DmdArgs, OdeArgs, mistake, parse
 from train.data import ClipDatabase
 from train.forcing import causal_of
 from train.networks import alpha_of, read_network
+from train.run_checkpoints import complete, has_average, read, step_of
 
 log = logging.getLogger(__name__)
 AnyArgs = DmdArgs | DiffusionArgs | OdeArgs
@@ -38,7 +39,7 @@ class ExportArgs:
     out: str = ""
     step: int = 0  # 0: the newest checkpoint
     weights: str = "auto"  # ema, raw, or auto: the average where there is one
-    form: str = "whole"  # whole network, or lora: the adapters alone
+    form: str = "whole"  # whole network, or lora: the LoRA alone
     dtype: str = "bfloat16"
     overwrite: bool = False
 
@@ -58,24 +59,24 @@ def read_run(folder: Path) -> AnyArgs:
 def _check(args: ExportArgs) -> None:
     if not args.logdir or not args.out:
         raise ValueError("give logdir=FOLDER of the run and out=FILE.safetensors")
-    for name, known in (("dtype", tuple(DTYPES)), ("weights", ("auto", "ema", "raw")), ("form", ("whole", "lora"))):
-        if getattr(args, name) not in known:
-            raise ValueError(f"{name} {getattr(args, name)!r} cannot be written; use one of {', '.join(known)}")
+    for name, choices in (("dtype", tuple(DTYPES)), ("weights", ("auto", "ema", "raw")), ("form", ("whole", "lora"))):
+        if getattr(args, name) not in choices:
+            raise ValueError(f"{name} {getattr(args, name)!r} cannot be written; use one of {', '.join(choices)}")
 
 
 def export(args: ExportArgs) -> Path:
-    """Write what the run trained; returns the file. Raises ValueError if there is nothing to write."""
+    """Write what the run trained, and return the file. Raises ValueError if there is nothing to write."""
     _check(args)
     folder = Path(args.logdir)
     run = read_run(folder)
     if args.form == "lora" and not run.lora_rank:
-        raise ValueError(f"{folder}: trained whole networks, there are no adapters; leave form=lora out")
-    found = [path for path in state.complete(folder) if not args.step or state.step_of(path) == args.step]
-    if not found:
+        raise ValueError(f"{folder}: trained whole networks, there is no LoRA; leave form=lora out")
+    checkpoints = [path for path in complete(folder) if args.step in (0, step_of(path))]
+    if not checkpoints:
         raise ValueError(f"{folder}: holds no complete checkpoint" + (f" of step {args.step}" if args.step else ""))
-    is_average = args.weights == "ema" or (args.weights == "auto" and state.has_average(found[-1]))
-    tensors = state.read(found[-1], "ema." if is_average else "roles.student.weights.")
-    about = {"trained": f"step {state.step_of(found[-1])}, {'ema' if is_average else 'raw'}"}
+    is_average = args.weights == "ema" or (args.weights == "auto" and has_average(checkpoints[-1]))
+    tensors = read(checkpoints[-1], "ema." if is_average else "roles.student.weights.")
+    about = {"trained": f"step {step_of(checkpoints[-1])}, {'ema' if is_average else 'raw'}"}
     if args.form == "lora":
         _write_lora(args, run, tensors, about)
     else:
@@ -87,14 +88,14 @@ def export(args: ExportArgs) -> Path:
 class SampledAs:
     """What the header of an export says of how its network is sampled; see Checkpoint."""
 
-    causal: CausalConfig | None
-    bidirectional: BidirectionalConfig | None
+    causal: CausalConfig | None  # None: bidirectional
+    bidirectional: BidirectionalConfig | None  # None: causal
     steps: StepConfig
-    guidance: float | None = None
+    guidance: float | None = None  # usual meaning: 1 is none; None: the network learnt its teacher's
 
 
 def sampled_as(run: AnyArgs) -> SampledAs:
-    """How the network of a run is sampled, as `Trainer.sampling` does it while it is trained."""
+    """Describe how the network of a run is sampled, as `Trainer.sampling` does it while it is trained."""
     whole = None if run.chunk else BidirectionalConfig(_latent_frames(run))
     if isinstance(run, DmdArgs):
         return SampledAs(dmd.causal_of(run) if run.chunk else None, whole, dmd.steps_of(run))
@@ -105,7 +106,7 @@ def sampled_as(run: AnyArgs) -> SampledAs:
 
 
 def _latent_frames(run: AnyArgs) -> int | None:
-    """Of the run's clips; None where its database is not at hand, which alone knows."""
+    """Return the latent frames of the run's clips; None where its database, which alone knows, is not at hand."""
     if isinstance(run, DmdArgs):
         return run.latent_frames
     try:
@@ -120,29 +121,37 @@ def _start(run: AnyArgs) -> str:
 
 
 def _write_lora(args: ExportArgs, run: AnyArgs, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-    named = lora.comfyui_names(tensors, alpha_of(run))
+    renamed = lora.comfyui_names(tensors, alpha_of(run))
+    weights = {name: value.to(DTYPES[args.dtype]).contiguous() for name, value in renamed.items()}
+    sampled = sampled_as(run)
+    settings = SamplingSettings(sampled.causal, sampled.steps, sampled.bidirectional, sampled.guidance)
+    header = {**about, "base": _start(run), **lora_header(_start(run), settings)}
     with replacing(Path(args.out), overwrite=args.overwrite) as temporary:
-        held = {name: value.to(DTYPES[args.dtype]).contiguous() for name, value in named.items()}
-        how = sampled_as(run)
-        header = lora_header(_start(run), SamplingSettings(how.causal, how.steps, how.bidirectional, how.guidance))
-        save_file(held, temporary, {**about, "base": _start(run), **header})
+        save_file(weights, temporary, header)
 
 
 def _write_whole(args: ExportArgs, run: AnyArgs, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-    source = read_network(_start(run), run.weights)
+    source = read_network(_start(run), run.weights)  # a run's checkpoint holds no sizes: those of its start are its own
     assert isinstance(source.config, WanConfig)
     if run.lora_rank:
         tensors = lora.merged(source.state_dict, tensors, alpha_of(run) / run.lora_rank)
-    how = sampled_as(run)
+    sampled = sampled_as(run)
     save_checkpoint(
-        args.out, {name: value.to(DTYPES[args.dtype]) for name, value in tensors.items()}, source.config, about,
-        causal=how.causal, bidirectional=how.bidirectional, steps=how.steps, guidance=how.guidance,
-        latent_space=source.latent_space, overwrite=args.overwrite,
-    )  # fmt: skip
+        args.out,
+        {name: value.to(DTYPES[args.dtype]) for name, value in tensors.items()},
+        source.config,
+        about,
+        causal=sampled.causal,
+        bidirectional=sampled.bidirectional,
+        steps=sampled.steps,
+        guidance=sampled.guidance,
+        latent_space=source.latent_space,
+        overwrite=args.overwrite,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     try:
         print_result(str(export(parse(ExportArgs, argv, __doc__))))
     except ValueError as error:

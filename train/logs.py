@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: a progress bar, log.jsonl, and curves in TensorBoard and Weights & Biases."""
+"""What a run reports while it goes on: a progress bar, log.jsonl, and curves in TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check(args: TrainArgs) -> None:
 
 @contextmanager
 def quiet_threads() -> Iterator[None]:
-    """Leave what a disk refuses TensorBoard's thread to the next step, which says it: no traceback of the thread."""
+    """Hide errors of the disk in TensorBoard's thread: the next step meets and reports them in one sentence."""
     before = threading.excepthook
     threading.excepthook = lambda thrown: None if isinstance(thrown.exc_value, OSError) else before(thrown)
     try:
@@ -44,7 +44,7 @@ def quiet_threads() -> Iterator[None]:
 
 
 class Log:
-    """The first process's; the others' is silent."""
+    """The log of the first process; that of the others is silent."""
 
     def __init__(self, args: TrainArgs, world: World, step: int) -> None:
         self.is_on, self.folder = world.is_first, Path(args.logdir)
@@ -55,53 +55,57 @@ class Log:
             return
         self._rewind(step)
         if args.tensorboard and (board := _tensorboard(self.folder, step)) is not None:
-            self.boards.append(lambda told, at: [board.add_scalar(name, value, at) for name, value in told.items()])
+            self.boards.append(
+                lambda metrics, at: [board.add_scalar(name, value, at) for name, value in metrics.items()]
+            )
         if args.wandb:
             import wandb  # type: ignore[import-not-found]
 
-            run = wandb.init(project="self-forcing", dir=str(self.folder), id=self._run_id(), resume="allow",
-                             config=to_dict(args))  # fmt: skip
-            self.boards.append(lambda told, at: run.log(told, step=at))
+            # A resumed run draws on in the same curves: "allow" takes the id up if the service knows it.
+            settings = {"id": self._run_id(), "resume": "allow", "config": to_dict(args)}
+            run = wandb.init(project="self-forcing", dir=str(self.folder), **settings)
+            self.boards.append(lambda metrics, at: run.log(metrics, step=at))
 
     def _rewind(self, step: int) -> None:
-        """Drop what was told after the checkpoint that the run goes on from."""
+        """Drop what was logged after the checkpoint that the run goes on from; those steps come again."""
         path = self.folder / "log.jsonl"
         if not path.is_file():
             return
-        kept = []
+        lines = []
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
+                    lines.append(line + "\n")
             except ValueError:  # the run died while it wrote this line
                 break
         with replacing(path, overwrite=True) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.write_text("".join(lines), encoding="utf-8")
 
     def _run_id(self) -> str:
-        """The name under which the curves of this folder go on."""
+        """Return the name under which the curves of this folder go on at Weights & Biases."""
         path = self.folder / "wandb-run-id.txt"
         if not path.is_file():
             with replacing(path) as temporary:
                 temporary.write_text(os.urandom(4).hex(), encoding="utf-8")
         return path.read_text(encoding="utf-8")
 
-    def step(self, step: int, told: dict[str, float]) -> None:
-        """One line about a finished step. Raises NotWritten when the disk is full."""
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Write one line about a finished step. Raises NotWritten when the disk is full."""
         if not self.is_on:
             return
         path = self.folder / "log.jsonl"
         with writing(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **told}) + "\n")
-        self.shown |= {name: f"{value:.3g}" for name, value in told.items() if "/" not in name}
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.shown |= {name: f"{value:.3g}" for name, value in metrics.items() if "/" not in name}
         names = sorted(self.shown, key=lambda name: not name.endswith("_loss"))
         self.bar.set_postfix({name: self.shown[name] for name in names[:SHOWN]})
         self.bar.update()
         with writing(self.folder):
-            for tell in self.boards:
-                tell(told, step)
+            for draw in self.boards:
+                draw(metrics, step)
 
     def close(self) -> None:
+        """Leave the bar as it stands."""
         self.bar.close()
 
 
@@ -112,4 +116,5 @@ def _tensorboard(folder: Path, step: int) -> Any:
         log.info("no TensorBoard curves: the package tensorboard is not installed")
         return None
     with writing(folder / "tensorboard"):
+        # Curves beyond the step that the run goes on from are hidden, as lines of the log are dropped.
         return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=10)

@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): several roles share one frozen network and switch theirs on in place.
+"""LoRA (arXiv 2106.09685): several roles share one frozen network, and each switches its own low-rank matrices on.
 
-Every matrix of the blocks gets, per role, two small ones: y = W x + (alpha / rank) up down x. With none switched on, or
-with `up` zero as at the start, the network is the frozen one, bit by bit.
+Every matrix of the blocks gets, per role, two small ones: y = W x + (alpha / rank) up down x (eq. 3, with the factor of
+section 4.1). With none switched on, or with `up` zero as at the start, the network is the frozen one, bit-exact.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from torch import Tensor, nn
 
 from train.randomness import key_of
 
-PART = ".lora."  # in the names of adapters' parameters: <layer>.lora.<role>.down or .up
+PART = ".lora."  # in the names of its parameters: <layer>.lora.<role>.down or .up
 COMFYUI = "diffusion_model."  # what ComfyUI puts before a layer's name
 
 
 class Switch:
-    """Which role's adapters a network adds; None: no one's."""
+    """Says whose LoRA a network adds; None: no one's."""
 
     def __init__(self) -> None:
         self.role: str | None = None
 
     @contextmanager
     def on(self, role: str | None) -> Iterator[None]:
+        """Switch to a role, and back to the one before at the end."""
         before, self.role = self.role, role
         try:
             yield
@@ -35,35 +36,37 @@ class Switch:
             self.role = before
 
 
-class _Adapter(nn.Module):
+class _LowRank(nn.Module):
     def __init__(self, layer: nn.Linear, rank: int, dtype: torch.dtype) -> None:
         super().__init__()
+        # As wide as the layer where it counts, of `rank` in the middle: 2 rank D numbers in place of D^2.
         factory: Any = {"device": layer.weight.device, "dtype": dtype}
         self.down = nn.Parameter(torch.empty(rank, layer.in_features, **factory))
         self.up = nn.Parameter(torch.zeros(layer.out_features, rank, **factory))
 
 
 class AdaptedLinear(nn.Linear):
-    """A frozen linear layer with one adapter per role."""
+    """A frozen linear layer with low-rank matrices for each role."""
 
     def __init__(
         self, layer: nn.Linear, roles: Sequence[str], rank: int, scale: float, dtype: torch.dtype, switch: Switch
     ) -> None:
+        # On "meta" nothing is allocated, since the weights that count are the layer's own.
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
-        self.lora = nn.ModuleDict({role: _Adapter(layer, rank, dtype) for role in roles})
+        self.lora = nn.ModuleDict({role: _LowRank(layer, rank, dtype) for role in roles})
         self.scale, self.switch = scale, switch
 
     def forward(self, input: Tensor) -> Tensor:
-        made = super().forward(input)
+        output = super().forward(input)
         if self.switch.role is None or self.switch.role not in self.lora:
-            return made
-        adapter = self.lora[self.switch.role]
-        return made + F.linear(F.linear(input, adapter.down), adapter.up) * self.scale  # type: ignore[arg-type]
+            return output
+        lora = self.lora[self.switch.role]
+        return output + F.linear(F.linear(input, lora.down), lora.up) * self.scale  # type: ignore[arg-type]
 
 
 def adapt(network: Any, roles: Sequence[str], *, rank: int, alpha: float, dtype: torch.dtype) -> Switch:
-    """Freeze a network, give every matrix of its blocks an adapter for each role; returns the switch of all."""
+    """Freeze a network, give every matrix of its blocks LoRA for each role, and return the switch of all of them."""
     network.requires_grad_(False)
     switch = Switch()
     for module in list(network.blocks.modules()):
@@ -74,17 +77,18 @@ def adapt(network: Any, roles: Sequence[str], *, rank: int, alpha: float, dtype:
 
 
 def starts(names: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
-    """First values of the adapters among a network's parameters (name: shape); each depends on its name alone.
+    """Return first values of the LoRA among a network's parameters (name: shape); each depends on its name alone.
 
     `down` is uniform as in the paper's code, `up` is zero, so that training starts from the frozen network.
     """
-    found = {}
+    tensors = {}
     for name, shape in names.items():
         if PART in name:
             generator = torch.Generator().manual_seed(key_of(seed, name))
+            # torch's Kaiming initialisation with a = sqrt(5), as in the paper's code, comes to 1 / sqrt(inputs).
             bound = shape[1] ** -0.5 if name.endswith(".down") else 0.0
-            found[name] = (torch.rand(tuple(shape), generator=generator) * 2 - 1) * bound
-    return found
+            tensors[name] = (torch.rand(tuple(shape), generator=generator) * 2 - 1) * bound
+    return tensors
 
 
 class Adapted:
@@ -98,7 +102,7 @@ class Adapted:
         return self.network.config
 
     def new_cache(self, **sizes: Any) -> Any:
-        """A cache of the shared network."""
+        """Make a cache for the shared network."""
         return self.network.new_cache(**sizes)
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
@@ -107,34 +111,37 @@ class Adapted:
 
 
 def recompute_as(switch: Switch) -> Any:
-    """For torch's activation checkpointing: what a forward pass had switched on is on when it is computed again."""
+    """Return what torch's activation checkpointing enters: the role of the forward pass, when that is repeated.
+
+    The backward pass computes activations again at a time when another role may be switched on.
+    """
     return lambda: (nullcontext(), switch.on(switch.role))
 
 
 # ----------------------------------------------------------------- weights --
 def split(name: str) -> tuple[str, str, str]:
-    """(layer, role, part) of an adapter's parameter."""
+    """Split the name of a parameter of LoRA into layer, role and part."""
     layer, rest = name.split(PART)
     role, part = rest.split(".")
     return layer, role, part
 
 
-def merged(base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """The network's weights with the adapters of one role added, in float32 where they change."""
-    made = dict(base)
-    for name, down in adapters.items():
+def merged(base: Mapping[str, Tensor], lora: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Add the LoRA of one role to a network's weights, in float32 where they change; scale: alpha / rank."""
+    weights = dict(base)
+    for name, down in lora.items():
         layer, role, part = split(name)
         if part == "down":
-            up = adapters[f"{layer}{PART}{role}.up"]
-            made[f"{layer}.weight"] = base[f"{layer}.weight"].float() + scale * (up.float() @ down.float())
-    return made
+            up = lora[f"{layer}{PART}{role}.up"]
+            weights[f"{layer}.weight"] = base[f"{layer}.weight"].float() + scale * (up.float() @ down.float())
+    return weights
 
 
-def comfyui_names(adapters: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """The adapters as ComfyUI's LoRA loader reads them: <layer>.lora_down.weight, lora_up.weight and alpha."""
-    made: dict[str, Tensor] = {}
-    for name, tensor in adapters.items():
+def comfyui_names(lora: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """Rename LoRA to what ComfyUI's loader reads: <layer>.lora_down.weight, lora_up.weight and alpha."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in lora.items():
         layer, _, part = split(name)
-        made[f"{COMFYUI}{layer}.lora_{part}.weight"] = tensor
-        made[f"{COMFYUI}{layer}.alpha"] = torch.tensor(float(alpha))
-    return made
+        renamed[f"{COMFYUI}{layer}.lora_{part}.weight"] = tensor
+        renamed[f"{COMFYUI}{layer}.alpha"] = torch.tensor(float(alpha))  # the loader divides it by the rank itself
+    return renamed

@@ -5,7 +5,9 @@
 
 The prompt of videos/x.mp4 is that of prompts/x.txt; its latents become latents/x.pt. The first frames of a video,
 upright and at --fps, are scaled to cover the size and trimmed evenly. What was changed is named, so are cuts. What is
-there already is not made again, so the same command goes on after a stop. Everything left out is named and counted.
+there already is not made again, so the same command goes on after a stop. Whatever is left out is named and counted.
+
+Letters: V video frames, R RGB, H W height and width in pixels.
 """
 
 from __future__ import annotations
@@ -31,12 +33,12 @@ from selfforcing_core.wan_vae import WanVAE, load_wan_vae
 from train.args import mistake
 
 log = logging.getLogger(__name__)
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 DTYPES = ("bfloat16", "float32")
 
 
 def first_frames(path: Path, geometry: VideoGeometry, fps: float = TRAINED_FPS) -> tuple[Tensor, Findings]:
-    """Return the first frames of a video at `fps` in the clips' size, [V, R, H, W] in [0, 1], and what was found.
+    """Return the first frames of a video at `fps` in the clips' size, [V, R, H, W] in [0, 1], and what was changed.
 
     Raises ValueError if it is too short.
     """
@@ -50,7 +52,7 @@ def first_frames(path: Path, geometry: VideoGeometry, fps: float = TRAINED_FPS) 
 
 
 def prompt_of(video: Path, prompts: Path) -> str:
-    """The prompt beside a video. Raises ValueError if there is none."""
+    """Read the prompt beside a video. Raises ValueError if there is none."""
     path = prompts / f"{video.stem}.txt"
     if not path.is_file():
         raise ValueError(f"{video}: has no prompt; {path} is missing")
@@ -69,46 +71,49 @@ def encode(
     fps: float = TRAINED_FPS,
     skip_cuts: bool = False,
 ) -> dict[str, int]:
-    """Write the latents of these videos; returns how many were written, there already, left out, and have cuts."""
-    told, silent = {"written": 0, "there": 0, "left_out": 0, "with_cuts": 0}, 0
-    for video in tqdm(videos, ascii=True):
+    """Write the latents of these videos; return how many were written, there already, left out, and have cuts."""
+    counts, num_with_sound = {"written": 0, "there": 0, "left_out": 0, "with_cuts": 0}, 0
+    for video in tqdm(videos, ascii=True):  # a video that cannot be used is left out, not the run ended
         target = out / f"{video.stem}.pt"
         if target.is_file():
-            told["there"] += 1
+            counts["there"] += 1
             continue
         try:
             prompt = prompt_of(video, prompts)
             frames, findings = first_frames(video, geometry, fps)
             for note in findings.in_words():
                 log.warning("%s: %s", video, note)
-            told["with_cuts"] += bool(findings.cuts)
+            counts["with_cuts"] += bool(findings.cuts)
+            # A model learns a cut as motion; some databases are of cut films, so that the user decides.
             if skip_cuts and findings.cuts:
                 raise ValueError(f"{video}: has cuts")
             latents = vae.encode(frames[None])
             if not latents.isfinite().all():
-                raise ValueError(f"{video}: has latents that are not numbers")
+                raise ValueError(f"{video}: has latents with NaN or Inf")
         except ValueError as error:
             log.warning("%s; left out", error)
-            told["left_out"] += 1
+            counts["left_out"] += 1
             continue
         make_folder(out)
+        # Renamed when it is whole, since the next start takes whatever has this name for done.
         with replacing(target, overwrite=True) as temporary:
-            torch.save({prompt: latents.float().cpu()}, temporary)
-        told["written"] += 1
-        silent += findings.sound is not None
-    if silent:
-        log.warning("latents hold no sound; that of %d videos is not in them", silent)
-    return told
+            torch.save({prompt: latents.float().cpu()}, temporary)  # the layout that the reference's scripts read
+        counts["written"] += 1
+        num_with_sound += findings.sound is not None
+    if num_with_sound:
+        log.warning("latents hold no sound; that of %d videos is not in them", num_with_sound)
+    return counts
 
 
 def _own_device(name: str) -> str:
+    """Return this process's own device; torchrun numbers the processes of a machine in LOCAL_RANK."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = Parser(prog="python -m train.make_latents", description=str(__doc__).splitlines()[0])
     parser.add_argument("--input_video_folder", type=Path, required=True)
     parser.add_argument("--output_latent_folder", type=Path, required=True)
@@ -129,18 +134,18 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(
                 f"fps {options.fps} is not a rate between {LEAST_FPS} and {MOST_FPS}; models are trained at 16"
             )
+        # Chunks of 1: any whole number of latent frames will do here, and a stage cuts them as it likes.
         geometry = VideoGeometry(options.width, options.height, options.frames, chunk=1)
-        found = sorted(path for path in options.input_video_folder.glob("*") if path.suffix.lower() in VIDEOS)
-        if not found:
-            raise ValueError(f"{options.input_video_folder}: holds no video ({', '.join(VIDEOS)})")
+        videos = sorted(path for path in options.input_video_folder.glob("*") if path.suffix.lower() in SUFFIXES)
+        if not videos:
+            raise ValueError(f"{options.input_video_folder}: holds no video ({', '.join(SUFFIXES)})")
         device = _own_device(options.device)
         dtype = options.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
         vae = load_wan_vae(options.vae, dtype=getattr(torch, dtype), device=device)
-        told = encode(
-            found[rank::size], options.prompt_folder, options.output_latent_folder, vae, geometry, options.fps,
-            options.skip_cuts,
-        )  # fmt: skip
-        print_result(json.dumps({**({"process": rank} if size > 1 else {}), **told}))
+        share = videos[rank::size]  # processes need not meet: each video is a file of its own
+        latents = options.output_latent_folder
+        counts = encode(share, options.prompt_folder, latents, vae, geometry, options.fps, options.skip_cuts)
+        print_result(json.dumps({**({"process": rank} if size > 1 else {}), **counts}))
     except (ValueError, OSError) as error:
         return mistake("train.make_latents", error)
     return 0

@@ -62,7 +62,7 @@ class Regression(ClipTrainer):
 
     def loss_of(self, network: Any, rows: list[Row], condition: Conditioning, draws: Draws, first: int) -> Tensor:
         args = self.args
-        states = torch.stack([row.latents_STCHW for row in rows]).to(self.world.device, wide(args))
+        states = torch.stack([row.states for row in rows]).to(self.world.device, wide(args))
         frames = states.shape[2]
         causal, levels = causal_of(args, frames), Levels(args.shift, args.levels)
         part = Trajectories(network, causal, tuple(args.timesteps), levels, args.first_frame_clean)

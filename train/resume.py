@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from selfforcing_core.atomic import make_folder, replacing, writing
-from train import state
+from train import run_checkpoints
 from train.args import ClipArgs, DiffusionArgs, DmdArgs, OdeArgs, TrainArgs, keys, read_known, to_dict, to_yaml
 from train.distributed import Meeting
 
@@ -30,7 +30,8 @@ MARKS = {"student": "train.dmd", "forcing": "train.diffusion", "timesteps": "tra
 COMMAND = re.compile(r"# (train\.[a-z]+)\b.*")  # the first line
 SHARED_WITHIN = 30.0  # seconds in which a network disk must show a new file to all machines
 
-# Settings that may differ, and why nothing that was trained becomes wrong.
+# Settings that may differ, and why nothing that was trained becomes wrong. Whatever is not listed, a setting that is
+# new too, ends the run before it starts.
 HARMLESS = {
     "logdir": "a folder may be moved",
     "max_steps": "a run may be longer; with lr_end its learning rates follow the new length from here on",
@@ -73,7 +74,7 @@ OWN = ("logdir", "device", "embeddings")
 
 
 def harmless(kind: type[TrainArgs]) -> dict[str, str]:
-    """The settings of a stage that may change in a run, with the reason."""
+    """Return the settings of a stage that may change in a run, with the reason."""
     reasons = dict(HARMLESS)
     if issubclass(kind, ClipArgs):
         reasons |= HARMLESS_FOR_CLIPS
@@ -83,15 +84,15 @@ def harmless(kind: type[TrainArgs]) -> dict[str, str]:
 # ----------------------------------------------------------------- settings --
 @dataclass(frozen=True)
 class Stored:
-    """A run's command and settings, as its folder holds them; gone: those that are no settings any more."""
+    """A run as its folder holds it."""
 
-    stage: str
-    settings: dict[str, Any]
-    gone: dict[str, Any]
+    stage: str  # its command, for instance train.dmd
+    settings: dict[str, Any]  # all that the stage has today; one that did not exist then has its default
+    gone: dict[str, Any]  # settings that this version has no more
 
 
 def write_settings(folder: Path, stage: str, args: TrainArgs) -> None:
-    """Say which run a folder holds."""
+    """Write which run a folder holds."""
     with replacing(folder / SETTINGS) as temporary:
         temporary.write_text(f"# {stage}: the settings of this run\n{to_yaml(args)}", encoding="utf-8")
 
@@ -117,23 +118,23 @@ def read_settings(folder: Path) -> Stored:
 
 def _stage(file: Path) -> str:
     with file.open("rb") as opened_file:
-        named = COMMAND.match(opened_file.readline().decode("utf-8", "replace"))
-    known = keys(file)
-    stage = named[1] if named else next((stage for mark, stage in MARKS.items() if mark in known), "")
+        first_line = COMMAND.match(opened_file.readline().decode("utf-8", "replace"))
+    names = keys(file)
+    # The first versions wrote no command into the file.
+    stage = first_line[1] if first_line else next((stage for mark, stage in MARKS.items() if mark in names), "")
     if stage not in STAGES:
         raise ValueError(f"of {stage or 'no stage that is known'}; known are {', '.join(STAGES)}")
     return stage
 
 
 def changes(stored: Stored, args: TrainArgs) -> dict[str, str]:
-    """The settings that differ from a run's of the same stage, as "old -> new"."""
-    now = to_dict(args)
-    told = {
+    """Return the settings that differ from a run's of the same stage, as "old -> new"."""
+    differences = {
         name: f"{_shown(stored.settings[name])} -> {_shown(value)}"
-        for name, value in now.items()
+        for name, value in to_dict(args).items()
         if not _is_same(name, stored.settings[name], value)
     }
-    return {**told, **{name: f"{_shown(value)} -> no setting any more" for name, value in stored.gone.items()}}
+    return {**differences, **{name: f"{_shown(value)} -> no setting any more" for name, value in stored.gone.items()}}
 
 
 def _is_same(name: str, old: Any, new: Any) -> bool:
@@ -148,14 +149,16 @@ def _shown(value: Any) -> str:
 
 
 def check(folder: Path, stage: str, args: TrainArgs, *, is_told: bool = True) -> Path | None:
-    """The checkpoint from which a run goes on in a folder; None: it starts. Nothing is written.
+    """Find the checkpoint from which a run goes on in a folder; None: it starts. Nothing is written.
 
-    Raises ValueError if the folder holds another run: checkpoints, or steps in its log.
+    is_told: log what differs and may. Raises ValueError if the folder holds another run: checkpoints, or steps in its
+    log.
     """
-    found, log_file = state.complete(folder), folder / "log.jsonl"
-    if found and not args.resume:
+    checkpoints, log_file = run_checkpoints.complete(folder), folder / "log.jsonl"
+    if checkpoints and not args.resume:
         raise ValueError(f"{folder} holds checkpoints of another run; choose another logdir, or leave resume on")
-    if not found and (not args.resume or not log_file.is_file() or not log_file.stat().st_size):
+    # Before its first checkpoint a run has a log. Going on with it would mix two runs, unless the settings agree.
+    if not checkpoints and (not args.resume or not log_file.is_file() or not log_file.stat().st_size):
         _check_named(stage, args, {})
         return None
     stored = read_settings(folder)
@@ -166,14 +169,14 @@ def check(folder: Path, stage: str, args: TrainArgs, *, is_told: bool = True) ->
     allowed = {*harmless(type(args)), *args.resume_changed}
     refused = [f"{name}: {words}" for name, words in differing.items() if name not in allowed]
     if refused:
-        named = ",".join(name for name in differing if name not in allowed)
+        names = ",".join(name for name in differing if name not in allowed)
         raise ValueError(
             f"{folder} holds a run with other settings ({'; '.join(refused)}); give the old ones to go on, "
-            f"resume_changed=[{named}] to go on with the new ones, or another logdir to start anew"
+            f"resume_changed=[{names}] to go on with the new ones, or another logdir to start anew"
         )
     if differing and is_told:
         log.warning("%s goes on with %s", folder, "; ".join(f"{name}: {words}" for name, words in differing.items()))
-    return found[-1] if found else None
+    return checkpoints[-1] if checkpoints else None
 
 
 def _check_named(stage: str, args: TrainArgs, gone: dict[str, str]) -> None:
@@ -187,20 +190,20 @@ def _check_named(stage: str, args: TrainArgs, gone: dict[str, str]) -> None:
 def opened(meeting: Meeting, stage: str, args: TrainArgs | None, mistake: str = "") -> Iterator[Path | None]:
     """Hold the run's folder, which all processes share, and yield the checkpoint to go on from.
 
-    args: None where they could not be read; mistake: why, or what else is wrong with them. Raises ValueError on all
-    processes for what is wrong on one of them, for settings that differ between them, for the folder of another run
-    or of one that is still going on, and for a folder that they do not share. Nothing is written before that is known,
-    and a folder that is new is removed again if nothing comes into it.
+    args: None where they could not be read; mistake: why, or what else is wrong with them. Nothing is written before
+    all is known to be right, and a folder that is new is removed again if nothing comes into it. Raises ValueError on
+    all processes for what is wrong on one of them, for settings that differ between them, for the folder of another
+    run or of one that is still going on, and for a folder that they do not share.
     """
     _agree(meeting, stage, args, mistake)
     assert args is not None
     folder = Path(args.logdir)
     answer = _ask(meeting, "folder", lambda: str((check(folder, stage, args) or Path()).name))
     is_new = meeting.rank == 0 and not folder.exists()
-    held: list[Any] = []
+    locks: list[Any] = []
     token = f".shared-{os.getpid()}-{time.time_ns()}"
     try:
-        token = _ask(meeting, "token", lambda: _begin(folder, token, held))
+        token = _ask(meeting, "token", lambda: _begin(folder, token, locks))
         # once more, now that no other run can write there
         answer = _ask(meeting, "held folder", lambda: str((check(folder, stage, args, is_told=False) or Path()).name))
         _every(meeting, "sight", lambda: _see(folder, token, meeting))
@@ -209,7 +212,7 @@ def opened(meeting: Meeting, stage: str, args: TrainArgs | None, mistake: str = 
     finally:
         if meeting.rank == 0:
             _leave(folder, token, meeting)
-            for file in held:
+            for file in locks:
                 file.close()
             if is_new and folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK}:
                 with suppress(OSError):
@@ -221,20 +224,20 @@ def _agree(meeting: Meeting, stage: str, args: TrainArgs | None, mistake: str) -
     """Raise ValueError on all processes if one has a mistake, or other settings than the first."""
     settings = None if args is None else to_dict(args)
     words = json.dumps({"host": socket.gethostname(), "mistake": mistake, "stage": stage, "settings": settings})
-    told = [json.loads(answer) for answer in meeting.exchange("settings", words)]
-    _raise_first([one["mistake"] for one in told], [one["host"] for one in told])
-    first = told[0]
-    for rank, one in enumerate(told):
-        same = {**one["settings"], **{name: first["settings"].get(name) for name in OWN}}
+    answers = [json.loads(answer) for answer in meeting.exchange("settings", words)]
+    _raise_first([answer["mistake"] for answer in answers], [answer["host"] for answer in answers])
+    first = answers[0]
+    for rank, other in enumerate(answers):
+        same = {**other["settings"], **{name: first["settings"].get(name) for name in OWN}}
         every = sorted({*same, *first["settings"]})
         different = [key for key in every if same.get(key) != first["settings"].get(key)]
-        if one["stage"] != first["stage"] or different:
-            what = "; ".join(
+        if other["stage"] != first["stage"] or different:
+            differences = "; ".join(
                 f"{key}: {_shown(first['settings'].get(key))} and {_shown(same.get(key))}" for key in different
             )
             raise ValueError(
-                f"process 0 ({first['host']}, {first['stage']}) and process {rank} ({one['host']}, {one['stage']}) "
-                f"have different settings ({what or 'another stage'}); start all of them with the same ones"
+                f"process 0 ({first['host']}, {first['stage']}) and process {rank} ({other['host']}, {other['stage']}) "
+                f"have different settings ({differences or 'another stage'}); start all of them with the same ones"
             )
 
 
@@ -247,34 +250,34 @@ def _raise_first(mistakes: list[str], hosts: list[str]) -> None:
 
 
 def _every(meeting: Meeting, about: str, look: Any) -> list[str]:
-    """What every process finds. Raises ValueError on all of them if one does."""
+    """Let every process look, and return what all of them found. Raises ValueError on all if one does."""
     answer, mistake = "", ""
     try:
         answer = look()
     except (ValueError, OSError) as error:
         mistake = " ".join(str(error).split())
     words = json.dumps({"host": socket.gethostname(), "mistake": mistake, "answer": answer})
-    told = [json.loads(one) for one in meeting.exchange(about, words)]
-    _raise_first([one["mistake"] for one in told], [one["host"] for one in told])
-    return [one["answer"] for one in told]
+    answers = [json.loads(text) for text in meeting.exchange(about, words)]
+    _raise_first([each["mistake"] for each in answers], [each["host"] for each in answers])
+    return [each["answer"] for each in answers]
 
 
 def _ask(meeting: Meeting, about: str, look: Any) -> str:
-    """What the first process finds, for all. Raises ValueError on all of them if it does."""
+    """Let the first process look, and return what it found to all. Raises ValueError on all of them if it does."""
     return _every(meeting, about, look if meeting.rank == 0 else str)[0]
 
 
-def _begin(folder: Path, token: str, held: list[Any]) -> str:
+def _begin(folder: Path, token: str, locks: list[Any]) -> str:
     """Hold the folder, and write what the others are to see."""
     make_folder(folder)
-    held.append(_lock(folder))
+    locks.append(_lock(folder))
     with writing(folder):
         (folder / token).touch()
     return token
 
 
 def _lock(folder: Path) -> Any:
-    """An open file that no other run has, as long as this process lives."""
+    """Open a file that no other run can lock as long as this process lives; a killed one leaves no lock behind."""
     with writing(folder):
         file = (folder / LOCK).open("w", encoding="utf-8")
     try:
@@ -296,6 +299,7 @@ def _lock(folder: Path) -> Any:
 def _see(folder: Path, token: str, meeting: Meeting) -> str:
     """Find what the first process wrote, and write there as well."""
     end = time.monotonic() + SHARED_WITHIN
+    # Asked by listing, since a network disk may remember for a while that a file is not there.
     while not (folder.is_dir() and token in os.listdir(folder)):
         if time.monotonic() > end:
             raise ValueError(

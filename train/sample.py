@@ -4,6 +4,8 @@ python -m train.sample logdir=runs/dmd prompts=prompts.txt taehv=taew2_1.safeten
 
 What is not set is as in the run: device and number type, chunks, steps and guidance, the decoder and the prompts of its
 validation videos, pictures of its database. Prompt n begins with the noise that it has in the validation videos.
+
+Letters: R RGB, H W height and width in pixels.
 """
 
 from __future__ import annotations
@@ -97,7 +99,7 @@ class _Example:
 
 
 def sample(args: SampleArgs) -> list[dict[str, Any]]:
-    """Make the videos; returns what is measured of each. Raises ValueError for whatever cannot work."""
+    """Make the videos and return the metrics of each. Raises ValueError for whatever cannot work."""
     if not args.logdir:
         raise ValueError("give logdir=FOLDER of the run")
     run = read_run(Path(args.logdir))
@@ -110,14 +112,14 @@ def sample(args: SampleArgs) -> list[dict[str, Any]]:
     examples = _examples(args, run, is_i2v=config.model_type == "i2v")
     with _in_keys():
         request = _request(args, run)
-        stored = "bfloat16" if run.dtype == "bfloat16" else "float32"
-        stored = stored if args.dtype == "auto" else args.dtype
-        size = sum(math.prod(shape) for shape in wan_shapes(config).values()) * _itemsize(stored)
+        run_dtype = "bfloat16" if run.dtype == "bfloat16" else "float32"
+        dtype = run_dtype if args.dtype == "auto" else args.dtype
+        size = sum(math.prod(shape) for shape in wan_shapes(config).values()) * _itemsize(dtype)
         folder = Path(args.out or Path(args.logdir) / "samples")
         make_folder(folder)
         with tempfile.TemporaryDirectory(prefix=".sample-", dir=_room(size, Path(args.logdir))) as temporary:
             model = Path(temporary) / "student.safetensors"
-            export(ExportArgs(args.logdir, str(model), args.step, args.weights, dtype=stored))
+            export(ExportArgs(args.logdir, str(model), args.step, args.weights, dtype=dtype))
             request = replace(request, model=str(model))
             batches = [
                 PromptBatch(
@@ -127,47 +129,69 @@ def sample(args: SampleArgs) -> list[dict[str, Any]]:
             ]
             if all(example.image_RHW is None for example in examples):
                 return generate_all(request, batches, show_progress=True)
-            made = []
+            metrics = []
             for batch, example in zip(batches, examples):  # a request has one picture
-                image = _written(example, Path(temporary) / "first.png")
-                made += generate_all(replace(request, image=image), [batch], show_progress=True)
-            return made
+                image = _write_image(example, Path(temporary) / "first.png")
+                metrics += generate_all(replace(request, image=image), [batch], show_progress=True)
+            return metrics
 
 
 def _request(args: SampleArgs, run: AnyArgs) -> Request:
-    """The request without its model, prompt and pictures."""
+    """Build the request without its model, prompt and pictures."""
     width, height, frames = _size(args, run)
-    is_dmd = isinstance(run, DmdArgs)
-    own = not args.taehv and not args.vae  # the decoder is the run's
-    taehv = run.decoder if own else args.taehv
-    latent_space = args.latent_space or (run.decoder_latent_space if own or taehv == run.decoder else "")
+    is_dmd = isinstance(run, DmdArgs)  # the other stages have neither VAE nor CLIP
+    is_run_decoder = not args.taehv and not args.vae
+    taehv = run.decoder if is_run_decoder else args.taehv
+    latent_space = args.latent_space or (run.decoder_latent_space if is_run_decoder or taehv == run.decoder else "")
     vae, clip = (args.vae or run.vae, args.clip or run.clip) if is_dmd else (args.vae, args.clip)
     negative = args.negative_prompt or ("" if isinstance(run, OdeArgs) else run.negative_prompt)
     if args.steps and args.sampling_steps:
         raise ValueError("steps and sampling_steps both say which timesteps; give one of them")
     device = _device(args, run)
     return Request(
-        prompt="", out=Path(), text_encoder=args.text_encoder or run.text_encoder, taehv=taehv or None,
-        taehv_latents=latent_space or None, vae=_path(vae), decoder=args.decoder or ("taehv" if taehv else "vae"),
-        image=_path(args.image), clip=_path(clip), width=width, height=height, frames=frames or None,
-        seed=run.seed if args.seed == -1 else args.seed, chunk=args.chunk or None, window=args.window or None,
-        sink=None if args.sink == -1 else args.sink, cache_source=args.cache_source or None,
-        steps=args.sampling_steps or tuple(args.steps) or None, shift=args.shift or None, solver=args.solver or None,
-        cfg=args.guidance or None, negative=negative, device=device, dtype=_dtype(args, run, device),
-        attention=args.attention, cache_dtype=args.cache_dtype or None, fp8=args.fp8, overwrite=args.overwrite,
-    )  # fmt: skip
+        prompt="",
+        out=Path(),
+        text_encoder=args.text_encoder or run.text_encoder,
+        taehv=taehv or None,
+        taehv_latents=latent_space or None,
+        vae=_path(vae),
+        decoder=args.decoder or ("taehv" if taehv else "vae"),
+        image=_path(args.image),
+        clip=_path(clip),
+        width=width,
+        height=height,
+        frames=frames or None,
+        seed=run.seed if args.seed == -1 else args.seed,
+        # None leaves each of these to the header of the export, which says how the run samples.
+        chunk=args.chunk or None,
+        window=args.window or None,
+        sink=None if args.sink == -1 else args.sink,
+        cache_source=args.cache_source or None,
+        steps=args.sampling_steps or tuple(args.steps) or None,
+        shift=args.shift or None,
+        solver=args.solver or None,
+        cfg=args.guidance or None,
+        negative=negative,
+        device=device,
+        dtype=_dtype(args, run, device),
+        attention=args.attention,
+        cache_dtype=args.cache_dtype or None,
+        fp8=args.fp8,
+        overwrite=args.overwrite,
+    )
 
 
 # ------------------------------------------------------------ as in the run --
 def _examples(args: SampleArgs, run: AnyArgs, *, is_i2v: bool) -> list[_Example]:
-    """Prompts: those that are asked for, of the validation videos, of training. For image-to-video, with pictures."""
+    """Choose prompts: those that are asked for, of the validation videos, of training; with pictures if need be."""
     if is_i2v and not args.image and (args.prompts or not run.data):
         raise ValueError("an image-to-video student needs a first frame; give image=...")
-    named = args.prompts or ("" if is_i2v and not args.image else run.sample_prompts)
-    if not named and isinstance(run, DmdArgs) and not run.data:
-        named = run.prompts
-    if named:
-        return [_Example(text) for text in read_texts(named)][: args.count or None]
+    # Prompts of the validation videos have no pictures; the database's rows have both.
+    file = args.prompts or ("" if is_i2v and not args.image else run.sample_prompts)
+    if not file and isinstance(run, DmdArgs) and not run.data:
+        file = run.prompts
+    if file:
+        return [_Example(text) for text in read_texts(file)][: args.count or None]
     if not run.data:
         raise ValueError("the run names neither prompts nor a database; give prompts=FILE")
     data = ClipDatabase(run.data, _image_size(run))
@@ -183,8 +207,8 @@ def _image_size(run: AnyArgs) -> tuple[int, int] | None:
     return None
 
 
-def _written(example: _Example, file: Path) -> Path:
-    """The picture of a database's row as a file."""
+def _write_image(example: _Example, file: Path) -> Path:
+    """Write the picture of a database's row to a file."""
     assert example.image_RHW is not None
     pixels = ((example.image_RHW + 1) * 127.5).round().to(torch.uint8)
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file)
@@ -192,7 +216,7 @@ def _written(example: _Example, file: Path) -> Path:
 
 
 def _size(args: SampleArgs, run: AnyArgs) -> tuple[int, int, int]:
-    """Width, height and frames: those that are asked for, else those of the training's clips."""
+    """Return width, height and frames: those that are asked for, else those of the training's clips."""
     if all((args.width, args.height, args.frames)):
         return args.width, args.height, args.frames
     if isinstance(run, DmdArgs):
@@ -204,19 +228,20 @@ def _size(args: SampleArgs, run: AnyArgs) -> tuple[int, int, int]:
 
 
 def _device(args: SampleArgs, run: AnyArgs) -> str:
-    wanted = args.device if args.device != "auto" else run.device
+    device = args.device if args.device != "auto" else run.device
     has_cuda = torch.cuda.is_available()
-    if wanted == "auto":
+    if device == "auto":
         return "cuda" if has_cuda else "cpu"
-    if args.device == "auto" and wanted.startswith("cuda") and not has_cuda:
-        log.warning("the run's device %s is not here; device=cpu is used", wanted)
+    if args.device == "auto" and device.startswith("cuda") and not has_cuda:
+        log.warning("the run's device %s is not here; device=cpu is used", device)
         return "cpu"
-    return wanted
+    return device
 
 
 def _dtype(args: SampleArgs, run: AnyArgs, device: str) -> str:
     if args.dtype != "auto":
         return args.dtype
+    # Many CPUs only emulate bfloat16, and are slower with it.
     return "bfloat16" if run.dtype == "bfloat16" and device != "cpu" else "float32"
 
 
@@ -227,9 +252,9 @@ def _itemsize(dtype: str) -> int:
 
 
 def _room(size: int, logdir: Path) -> Path:
-    """A folder with room for `size` bytes: $TMPDIR where it is set, else the run's own. Raises ValueError without room.
+    """Choose a folder with room for `size` bytes: $TMPDIR where it is set, else the run's own.
 
-    Not the machine's usual folder for temporary files, which often lies in memory.
+    Not the machine's usual folder for temporary files, which often lies in memory. Raises ValueError without room.
     """
     folder = Path(os.environ.get("TMPDIR") or logdir)
     try:
@@ -250,7 +275,7 @@ def _path(name: str) -> Path | None:
 
 # ----------------------------------------------------------------- messages --
 def in_keys(text: str) -> str:
-    """What the core says of its flags, in our settings: "--cfg 5" becomes "guidance=5"."""
+    """Translate what the core says of its flags to settings of this command: "--cfg 5" becomes "guidance=5"."""
 
     def setting(flag: re.Match[str]) -> str:
         name = flag[1].replace("-", "_")
@@ -268,22 +293,22 @@ class _InKeys(logging.Filter):
 @contextmanager
 def _in_keys() -> Iterator[None]:
     """Let the core speak of settings as this command line takes them."""
-    plans, words = logging.getLogger("selfforcing_core.plan"), _InKeys()
-    plans.addFilter(words)
+    logger, rewriting = logging.getLogger("selfforcing_core.plan"), _InKeys()
+    logger.addFilter(rewriting)
     try:
         yield
     except ValueError as error:
         raise ValueError(in_keys(str(error))) from error
     finally:
-        plans.removeFilter(words)
+        logger.removeFilter(rewriting)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
-        for made in sample(parse(SampleArgs, argv, __doc__)):
-            print_result(str(made["out"]))
+        for metrics in sample(parse(SampleArgs, argv, __doc__)):
+            print_result(str(metrics["out"]))
     except ValueError as error:
         return mistake("train.sample", error)
     return 0

@@ -4,8 +4,11 @@
     python -m train.make_lmdb --data_path pairs --lmdb_path trajectories
 
 The teacher samples each prompt in many Euler steps with guidance; the states at the student's own timesteps are kept,
-noisiest first, the clean clip last. What is there already is not made again, so the same command goes on.
-Letters: B batch, S states, T latent frames, C channels, H W latent size.
+noisiest first, the clean clip last. A student that regresses from each state to the clean clip learns to jump to the
+end of the teacher's path: the start of the distillation, as in CausVid (arXiv 2412.07772). What is there already is not
+made again, so the same command goes on.
+
+Letters: B batch, T latent frames, C latent channels, H W latent size.
 """
 
 from __future__ import annotations
@@ -49,28 +52,31 @@ class TrajectoryArgs(NetworkArgs):
     width: int = 832  # pixels
     height: int = 480
     latent_frames: int = 21
-    sampling_steps: int = 48
+    sampling_steps: int = 48  # with shift 5 they pass through the default timesteps
     shift: float = 5.0
     guidance: float = 6.0  # usual meaning: 1 is none
     timesteps: list[float] = field(default_factory=lambda: [1000.0, 937.5, 2500 / 3, 625.0])  # kept, besides the end
 
 
 class Recorder:
-    """A network that remembers what it was asked at some timesteps: the states of a trajectory."""
+    """A network that remembers its inputs at some timesteps: the states of a trajectory.
+
+    In place of an option of the rollout, which so stays the one that every model is sampled with.
+    """
 
     def __init__(self, network: Any, timesteps: list[float]) -> None:
-        self.network, self.wanted = network, timesteps
-        self.states: dict[float, Tensor] = {}
+        self.network, self.timesteps = network, timesteps
+        self.states: dict[float, Tensor] = {}  # by timestep
 
     @property
     def config(self) -> Any:
         return self.network.config
 
     def __call__(self, noisy_BTCHW: Tensor, timesteps_BT: Tensor, *args: Any, **options: Any) -> Tensor:
-        timestep = float(timesteps_BT.flatten()[0])
-        for wanted in self.wanted:
-            if abs(timestep - wanted) < 1e-2:
-                self.states[wanted] = noisy_BTCHW.clone()
+        timestep = float(timesteps_BT.flatten()[0])  # a bidirectional teacher has one for all frames
+        for recorded in self.timesteps:
+            if abs(timestep - recorded) < 1e-2:  # those of the schedule are float32
+                self.states[recorded] = noisy_BTCHW.clone()
         return self.network(noisy_BTCHW, timesteps_BT, *args, **options)
 
 
@@ -92,20 +98,20 @@ def check(args: TrajectoryArgs) -> None:
 
 @torch.no_grad()
 def make(args: TrajectoryArgs, world: distributed.World) -> dict[str, int]:
-    """Write this process's share of the prompts' trajectories; returns the counts over all processes."""
+    """Write this process's share of the prompts' trajectories; return the counts over all processes."""
     texts = list(dict.fromkeys(read_texts(args.prompts)))
     checkpoint = read_on_first(Source(args.teacher), world)
     if checkpoint.causal is not None and world.is_first:
         log.warning("%s says that it is causal; its trajectories are those of all frames at once", args.teacher)
     prompts, teacher = Prompts(args, world), frozen(checkpoint, args, world)
     shape = (args.latent_frames, teacher.config.out_dim, args.height // SPATIAL_FACTOR, args.width // SPATIAL_FACTOR)
-    told = {"written": 0, "there": 0, "not_numbers": 0}
+    counts = {"written": 0, "there": 0, "not_numbers": 0}
     for first in tqdm(range(0, len(texts), world.size), disable=not world.is_first, ascii=True):
         number = min(first + world.rank, len(texts) - 1)  # all evaluate the sharded teacher equally often
         out = Path(args.out) / f"{number:05d}.pt"
         is_needed = torch.tensor(float(first + world.rank < len(texts) and not out.is_file()))
-        if distributed.mean(world, is_needed) == 0:
-            told["there"] += first + world.rank < len(texts)
+        if distributed.mean(world, is_needed) == 0:  # a row that one process needs is computed by all, and dropped
+            counts["there"] += first + world.rank < len(texts)
             continue
         recorder = Recorder(teacher.network, args.timesteps)
         chunks = rollout(
@@ -123,18 +129,18 @@ def make(args: TrajectoryArgs, world: distributed.World) -> dict[str, int]:
         clean = torch.cat([chunk.latents_BTCHW for chunk in chunks], 1)
         states = torch.stack([*(recorder.states[at] for at in args.timesteps), clean], 1).half().cpu()
         if not states.isfinite().all():
-            log.warning("the trajectory of %r is not all numbers and is left out", texts[number][:60])
-            told["not_numbers"] += 1
+            log.warning("the trajectory of %r holds NaN or Inf and is left out", texts[number][:60])
+            counts["not_numbers"] += 1
         elif is_needed:
             make_folder(out.parent)
             with replacing(out, overwrite=True) as temporary:
                 torch.save({texts[number]: states}, temporary)
-            told["written"] += 1
-    return {name: round(distributed.mean(world, torch.tensor(float(n))) * world.size) for name, n in told.items()}
+            counts["written"] += 1
+    return {name: round(distributed.mean(world, torch.tensor(float(n))) * world.size) for name, n in counts.items()}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
         args = parse(TrajectoryArgs, argv, __doc__)
@@ -145,14 +151,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with distributed.ending_together(world):
             try:
-                told = make(args, world)
+                counts = make(args, world)
             except ValueError as error:
                 status = mistake("train.trajectories", error, is_told=world.is_first_to_notice())
                 return distributed.fail(world, status)
     finally:
         dist.destroy_process_group()
     if world.is_first:
-        print(json.dumps(told))
+        print(json.dumps(counts))
     return 0
 
 

@@ -5,6 +5,8 @@ numbers; the first frame is repeated three times in front, as in a causal video 
 turn these latents back into frames, jittered so that it tolerates what a generator gets slightly wrong, and its encoder
 to predict them: the way the released TAEHV was made from Wan's VAE.
 
+Letters: B batch, V video frames, R RGB, T latent frames, C latent channels, H W height and width in pixels.
+
     python -m train.tiny.codec basis --out out/tiny/basis.safetensors
     python -m train.tiny.codec taehv --basis out/tiny/basis.safetensors --part decoder --out out/tiny/decoder.st
     python -m train.tiny.codec taehv --basis out/tiny/basis.safetensors --part encoder --out out/tiny/encoder.st
@@ -41,28 +43,32 @@ JITTER = 0.1  # deviation of the noise added to latents while the decoder trains
 
 
 class PatchBasis:
-    """Linear codec: frames [B, 4n+1, R, H, W] in [0, 1] to latents [B, n+1, C, H/8, W/8] and back."""
+    """Linear encoder: frames [B, V, R, H, W] in [0, 1], 4 n + 1 of them, to latents [B, T, C, H/8, W/8], n + 1."""
 
     def __init__(self, mean: Tensor, basis: Tensor) -> None:
-        self.mean, self.basis = mean, basis  # [768], [768, C] with latents = (patch - mean) @ basis
+        # Of patches of 4 x 3 x 8 x 8 = 768 numbers: latents = (patch - mean) @ basis.
+        self.mean, self.basis = mean, basis
 
     @classmethod
     def load(cls, path: Path) -> PatchBasis:
+        """Read a basis that the command wrote."""
         tensors = load_file(path)
         return cls(tensors["mean"], tensors["basis"])
 
     def encode(self, frames_BVRHW: Tensor) -> Tensor:
+        """Encode frames to latents, exactly and without anything learnt."""
         return rearrange((patches(frames_BVRHW) - self.mean) @ self.basis, "b t h w c -> b t c h w")
 
 
 def patches(frames_BVRHW: Tensor) -> Tensor:
-    """[B, n+1, H/8, W/8, 768]: the pixels that one latent position stands for."""
+    """Cut frames into the 768 pixels that each latent position stands for, [B, T, H/8, W/8, 768]."""
+    # Wan's VAE encodes the first frame by itself; three more of it make a whole group of four.
     padded = torch.cat([frames_BVRHW[:, :1].expand(-1, 3, -1, -1, -1), frames_BVRHW], 1)
     return rearrange(padded, "b (t f) r (h p) (w q) -> b t h w (f r p q)", f=4, p=8, q=8)
 
 
 def clips(rng: np.random.Generator, batch: int, num_frames: int, banned: set[tuple[str, ...]]) -> Tensor:
-    """Rendered clips [B, V, R, H, W] in [0, 1] of scenes whose combination of words is not `banned`."""
+    """Render clips [B, V, R, H, W] in [0, 1] of random scenes whose combination of words is not `banned`."""
     scenes = []
     while len(scenes) < batch:
         scene = random_scene(rng)
@@ -72,30 +78,35 @@ def clips(rng: np.random.Generator, batch: int, num_frames: int, banned: set[tup
 
 
 def fit_basis(num_clips: int, seed: int, channels: int = 16) -> PatchBasis:
-    """Principal components of patches; the first is scaled to DEVIATION, the others to the root of their share."""
+    """Find the principal components of patches; the first is scaled to DEVIATION, the others as said beside it."""
     frames = clips(np.random.default_rng(seed), num_clips, 9, set(heldout()))
-    flat = patches(frames).flatten(0, 3).double()
+    flat = patches(frames).flatten(0, 3).double()  # small variances would drown in float32's rounding
     mean = flat.mean(0)
     variance, vectors = torch.linalg.eigh((flat - mean).T @ (flat - mean) / len(flat))
     variance, vectors = variance.flip(0)[:channels], vectors.flip(1)[:, :channels]
+    # A component's deviation becomes DEVIATION (variance / variance[0])^(1/4): the root of its share of the deviation.
     scale = DEVIATION * (variance[0] * variance) ** -0.25
     return PatchBasis(mean.float(), (vectors * scale).float())
 
 
-def psnr(found: Tensor, wanted: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of values in [0, 1]."""
-    return -10 * math.log10(float((found - wanted).square().mean()))
+def psnr(frames: Tensor, expected: Tensor) -> float:
+    """Return the peak signal-to-noise ratio in dB of values in [0, 1]."""
+    return -10 * math.log10(float((frames - expected).square().mean()))
 
 
 def decoder_loss(taehv: TAEHV, frames: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the error of frames decoded from jittered latents: squared for the picture, absolute for its edges."""
     jittered = latents + JITTER * torch.randn(latents.shape, generator=generator)
+    # The decoder makes four frames of every latent frame; those before the video's first are not compared.
     error = taehv.decode_untrimmed(jittered)[:, taehv.frames_to_trim :] - frames
+    # The squared term holds large errors down, the absolute one sharpens; at an error of 0.05 they are equal.
     return 20 * error.square().mean() + error.abs().mean()
 
 
 def rescaled(half: dict[str, Tensor], part: str, old: PatchBasis, new: PatchBasis) -> dict[str, Tensor]:
-    """A decoder or encoder that was trained on one basis, for a basis that differs in the scale of its channels."""
+    """Convert a decoder or encoder to a basis that differs from its own in the scale of the channels alone."""
     ratio = new.basis.norm(dim=0) / old.basis.norm(dim=0)
+    # New latents are `ratio` times the old ones: the decoder's first layer divides, the encoder's last multiplies.
     if part == "decoder":
         return half | {"decoder.1.weight": half["decoder.1.weight"] / ratio[:, None, None]}
     last = max((name for name in half if name.endswith(".bias")), key=lambda name: int(name.split(".")[1]))
@@ -104,12 +115,20 @@ def rescaled(half: dict[str, Tensor], part: str, old: PatchBasis, new: PatchBasi
 
 
 def train(
-    part: str, basis: PatchBasis, *, steps: int, batch: int, num_frames: int, lr: float, seed: int,
+    part: str,
+    basis: PatchBasis,
+    *,
+    steps: int,
+    batch: int,
+    num_frames: int,
+    lr: float,
+    seed: int,
     init: dict[str, Tensor] | None = None,
-) -> TAEHV:  # fmt: skip
+) -> TAEHV:
     """Train "decoder" or "encoder" against the analytic latents, from scratch or from `init` (names as saved)."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
+    # No part of the bundle sees the held-out combinations, the codec as little as the video model.
     rng, banned = np.random.default_rng(seed), set(heldout())
     taehv = TAEHV(CONFIG)
     if init is not None:
@@ -117,7 +136,7 @@ def train(
     parameters = list(getattr(taehv, part).parameters())
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
-    started = time.monotonic()
+    start = time.monotonic()
     for step in range(steps):
         frames = clips(rng, batch, num_frames, banned)
         latents = basis.encode(frames)
@@ -133,12 +152,12 @@ def train(
         if step % 50 == 0 or step == steps - 1:
             with torch.no_grad():
                 quality = psnr(taehv.decode(latents), frames)
-            log.info("step %d loss %.4f psnr %.1f dB, %.0f s", step, loss.item(), quality, time.monotonic() - started)
+            log.info("step %d loss %.4f psnr %.1f dB, %.0f s", step, loss.item(), quality, time.monotonic() - start)
     return taehv
 
 
 def join(decoder_file: Path, encoder_file: Path, out: Path) -> None:
-    """One TAEHV checkpoint from the two halves."""
+    """Write one TAEHV checkpoint from the two halves."""
     from selfforcing_core.checkpoint import save_checkpoint
 
     halves = {**load_file(decoder_file), **load_file(encoder_file)}
@@ -146,6 +165,7 @@ def join(decoder_file: Path, encoder_file: Path, out: Path) -> None:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     fit = commands.add_parser("basis", help="fit the analytic latent space")
@@ -175,8 +195,16 @@ def main() -> None:
         basis, init = PatchBasis.load(args.basis), load_file(args.init) if args.init else None
         if init is not None and args.init_basis is not None:
             init = rescaled(init, args.part, PatchBasis.load(args.init_basis), basis)
-        taehv = train(args.part, basis, steps=args.steps, batch=args.batch, num_frames=args.frames, lr=args.lr,
-                      seed=args.seed, init=init)  # fmt: skip
+        taehv = train(
+            args.part,
+            basis,
+            steps=args.steps,
+            batch=args.batch,
+            num_frames=args.frames,
+            lr=args.lr,
+            seed=args.seed,
+            init=init,
+        )
         half = {f"{args.part}.{key}": value for key, value in getattr(taehv, args.part).state_dict().items()}
         save_file({key: value.contiguous() for key, value in half.items()}, args.out)
     else:

@@ -4,7 +4,7 @@
     python -m train.tiny.data --out train/configs/tiny_prompts.txt      # captions alone, for train.dmd
 
 The world wraps around, so rolling a latent frame by whole latent positions is again a scene of the same caption.
-Letters: N clips, B batch, T latent frames, C channels, H W latent size, P text tokens, E text width.
+Letters: B batch, T latent frames, C latent channels, H W latent size, P text tokens, E text width.
 """
 
 from __future__ import annotations
@@ -28,12 +28,15 @@ from train.tiny.world import ATTRIBUTES, combinations, heldout, named_scene, ran
 log = logging.getLogger(__name__)
 LATENT_FRAMES = 9  # of a training clip: three chunks of three
 UNSAID = 0.1  # chance that a caption leaves out the speed, and likewise the background
-EMPTY = 0.1  # chance that the caption is empty (the unconditional case)
+EMPTY = 0.1  # chance that the caption is empty: guidance needs the unconditional case (arXiv 2207.12598)
 TEXT_ENCODER = Path("assets/tiny/text_encoder")
 
 
 def make_clips(count: int, basis: PatchBasis, seed: int) -> dict[str, Tensor]:
-    """latents [N, T, C, H, W] float16 and the index of each clip's combination of words [N]."""
+    """Render and encode random clips: their "latents", float16 [T, C, H, W] stacked, and their "labels".
+
+    A label is the number of a clip's five words in `combinations()`; those held out never occur.
+    """
     rng = np.random.default_rng(seed)
     allowed = [index for index, words in enumerate(combinations()) if words not in set(heldout())]
     latents, labels = [], []
@@ -49,9 +52,11 @@ def make_clips(count: int, basis: PatchBasis, seed: int) -> dict[str, Tensor]:
 
 @dataclass
 class Batch:
+    """What a step of training reads."""
+
     latents_BTCHW: Tensor
     prompt_embeds_BPE: Tensor
-    labels_B: Tensor
+    labels_B: Tensor  # of `make_clips`
 
 
 class Clips:
@@ -64,8 +69,9 @@ class Clips:
         self.captions = CaptionTable()
 
     def batch(self, size: int, num_frames: int = LATENT_FRAMES) -> Batch:
-        """`size` clips of the first `num_frames` latent frames, rolled at random, with caption variants."""
+        """Draw `size` clips of the first `num_frames` latent frames, rolled at random, with caption variants."""
         rows = torch.randint(len(self.latents), (size,), generator=self.generator)
+        # The world is a torus: rolled by whole latent positions, a clip becomes another one of the same caption.
         shifts = torch.randint(self.latents.shape[-1], (size, 2), generator=self.generator).tolist()
         clips = [self.latents[row, :num_frames].float().roll(shift, (-2, -1)) for row, shift in zip(rows, shifts)]
         labels = self.labels[rows]
@@ -87,27 +93,29 @@ class CaptionTable:
         self.empty = encoder.encode([""]).float()[0]
 
     def draw(self, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """Embeddings [B, P, E] of random variants of the captions, some empty."""
+        """Return embeddings [B, P, E] of random variants of the captions, some empty."""
         said = torch.rand(len(labels), 3, generator=generator)
         variant = (said[:, 0] < UNSAID).long() * 2 + (said[:, 1] < UNSAID).long()
         embeds = self.embeds[variant, labels]
         return torch.where((said[:, 2] < EMPTY)[:, None, None], self.empty, embeds)
 
     def full(self, labels: Tensor) -> Tensor:
-        """Embeddings of the captions that say everything."""
+        """Return embeddings of the captions that say everything."""
         return self.embeds[0, labels]
 
 
 def training_captions(seed: int) -> list[str]:
-    """One caption for every combination that is not held out, some without the speed or the background."""
-    rng, held = np.random.default_rng(seed), set(heldout())
+    """Write one caption for every combination that is not held out, some without the speed or the background."""
+    rng, left_out = np.random.default_rng(seed), set(heldout())
     return [
         named_scene(words).caption(speed=bool(rng.random() >= UNSAID), background=bool(rng.random() >= UNSAID))
-        for words in combinations() if words not in held
-    ]  # fmt: skip
+        for words in combinations()
+        if words not in left_out
+    ]
 
 
 def main() -> None:
+    """Run the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--basis", type=Path, help="of the latents; without it captions are written in place of clips")
     parser.add_argument("--out", type=Path, required=True)

@@ -1,11 +1,13 @@
 """Self Forcing with distribution matching for the tiny bundle (arXiv 2506.08009, algorithm 1).
 
-The generator rolls out its own video with the core's `rollout`, one random denoising step per rollout carries gradient,
-and the difference between a critic (trained on the fly on what the generator makes) and the bidirectional teacher
-pushes whole clips towards what the teacher finds likely.
+The student rolls out its own video with the core's `rollout`, one random denoising step per rollout carries gradient,
+and the difference between a critic (trained meanwhile on what the student makes) and the bidirectional teacher pushes
+whole clips towards what the teacher finds likely.
 
     torchrun --nproc-per-node 2 -m train.tiny.dmd --generator out/tiny/causal.safetensors \
         --teacher out/tiny/teacher.safetensors --out out/tiny/dmd.safetensors
+
+Letters: B batch, T latent frames, C latent channels, H W latent size, P text tokens, E text width.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def load(path: Path) -> CausalWan:
-    """A network in float32 from a checkpoint of an earlier stage."""
+    """Load a network in float32 from a checkpoint of an earlier stage."""
     checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint.config, WanConfig):
         raise ValueError(f"{path} holds a {checkpoint.kind}, not a video model")
@@ -45,59 +47,65 @@ def load(path: Path) -> CausalWan:
     return model
 
 
-class Trainer:
-    """The three roles, their optimisers and the average of the generator's weights."""
+class TinyDistillation:
+    """The three roles, their optimisers and the average of the student's weights."""
 
     def __init__(self, args: argparse.Namespace, rank: int) -> None:
         self.args, self.rank = args, rank
-        self.generator, self.teacher = load(args.generator), load(args.teacher).requires_grad_(False)
+        self.student, self.teacher = load(args.student), load(args.teacher).requires_grad_(False)
+        # At the start the critic is the teacher, so that their difference is 0 and grows as the student's clips differ.
         self.critic = copy.deepcopy(self.teacher).requires_grad_(True)
-        self.ema = {name: value.clone() for name, value in self.generator.state_dict().items()}
+        self.ema = {name: value.clone() for name, value in self.student.state_dict().items()}
         self.clips = Clips(args.clips, args.seed, rank)
         self.shared = torch.Generator().manual_seed(args.seed)  # the same numbers in every process
-        betas = (0.0, 0.99)
-        self.generator_tool = torch.optim.AdamW(self.generator.parameters(), args.lr, betas, weight_decay=0.01)
-        self.critic_tool = torch.optim.AdamW(self.critic.parameters(), args.lr_critic, betas, weight_decay=0.01)
-        self.student = Student(self.generator, CAUSAL, STEPS, loss_frames=LATENT_FRAMES)
+        betas = (0.0, 0.99)  # no momentum: each network's target moves with the other
+        self.optimiser = torch.optim.AdamW(self.student.parameters(), args.lr, betas, weight_decay=0.01)
+        self.critic_optimiser = torch.optim.AdamW(self.critic.parameters(), args.lr_critic, betas, weight_decay=0.01)
+        self.sampler = Student(self.student, CAUSAL, STEPS, loss_frames=LATENT_FRAMES)
         self.matching = Matching(Score(self.teacher), Score(self.critic), guidance=args.guidance)
         self.rollouts = 0
 
     def sample(self, condition: Conditioning, *, with_gradient: bool) -> Tensor:
-        """Clips [B, T, C, H, W] of the generator, stopped at one random step that all chunks and processes share."""
+        """Sample clips [B, T, C, H, W], stopped at one random step that all chunks and processes share."""
         self.rollouts += 1
         exit_step = int(torch.randint(len(STEPS.steps), (1,), generator=self.shared))
         rows = len(condition.prompt_embeds_BPE)
         channels, height, width = self.clips.latents.shape[2:]
         with torch.set_grad_enabled(with_gradient):
-            return self.student.sample(
-                condition, noise=SeededNoise(self.args.seed * 1_000_003 + self.rollouts, first_row=self.rank * rows),
+            return self.sampler.sample(
+                condition,
+                # Times a prime, so that seeds next to each other share no rollout; every process has rows of its own.
+                noise=SeededNoise(self.args.seed * 1_000_003 + self.rollouts, first_row=self.rank * rows),
                 latent_shape=(LATENT_FRAMES, channels, height, width),
-                exit_steps=[exit_step] * (LATENT_FRAMES // CAUSAL.chunk), with_gradient=with_gradient,
-            )  # fmt: skip
+                exit_steps=[exit_step] * (LATENT_FRAMES // CAUSAL.chunk),
+                with_gradient=with_gradient,
+            )
 
     def condition(self) -> Conditioning:
+        """Draw captions; their clips are not used, since the student makes its own."""
         return Conditioning(self.clips.batch(self.args.batch, CAUSAL.chunk).prompt_embeds_BPE)
 
     def draw(self, x: Tensor) -> ScoreDraw:
-        """Random score timesteps and noise."""
+        """Draw the timesteps and the noise with which clips are compared."""
         uniform = torch.rand(len(x), generator=self.clips.generator)
         return ScoreDraw(score_timesteps(uniform, SHIFT), torch.randn(x.shape, generator=self.clips.generator))
 
-    def generator_step(self) -> float:
-        """One update of the generator; returns the size of the matching gradient."""
+    def student_step(self) -> float:
+        """Update the student once, and return the mean size of the matching gradient."""
         condition = self.condition()
         x = self.sample(condition, with_gradient=True)
+        # Guidance pushes the teacher's prediction away from that for the empty caption.
         empty = Conditioning(self.clips.captions.empty.expand_as(condition.prompt_embeds_BPE))
         loss, gradient = self.matching.student_loss(x, self.draw(x), condition, empty)
         loss.backward()
-        self.step(self.generator, self.generator_tool)
-        for name, value in self.generator.state_dict().items():
-            self.ema[name].lerp_(value, 1 - self.args.ema)
+        self.step(self.student, self.optimiser)
+        for name, value in self.student.state_dict().items():
+            self.ema[name].lerp_(value, 1 - self.args.ema)  # the average is steadier than any of its moments
         self.last = (x.detach(), condition)
         return float(gradient.abs().mean())
 
     def critic_step(self, *, reuse: bool = False) -> float:
-        """One update of the critic on fresh clips of the generator, or on those of its last update."""
+        """Update the critic once on new clips of the student, or on those of its last update, and return the loss."""
         if reuse:
             x, condition = self.last
         else:
@@ -105,35 +113,40 @@ class Trainer:
             x = self.sample(condition, with_gradient=False)
         loss = self.matching.critic_loss(x, self.draw(x), condition)
         loss.backward()
-        self.step(self.critic, self.critic_tool)
+        self.step(self.critic, self.critic_optimiser)
         return loss.item()
 
-    def step(self, model: CausalWan, tool: torch.optim.Optimizer) -> None:
+    def step(self, model: CausalWan, optimiser: torch.optim.Optimizer) -> None:
+        """Take a step with the gradients of all processes, and clear them."""
         average_gradients(model.parameters())
+        # After averaging, so that every process scales by the same norm.
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        tool.step()
+        optimiser.step()
         model.zero_grad()
 
     def run(self) -> None:
-        """Warm up the critic, then alternate; the averaged generator is saved every --save-every iterations."""
-        started, loss = time.monotonic(), 0.0
+        """Warm up the critic, then alternate; the averaged student is saved every --save-every iterations."""
+        start, loss = time.monotonic(), 0.0
+        # A critic that lags behind the student points the gradient the wrong way (DMD2, arXiv 2405.14867, section 4.2),
+        # which is also why it is updated several times for each update of the student.
         for _ in range(self.args.warmup):
             loss = self.critic_step()
         for iteration in range(1, self.args.iterations + 1):
-            size = self.generator_step()
+            size = self.student_step()
             for turn in range(self.args.critic_steps):
-                loss = self.critic_step(reuse=turn == 0)
+                loss = self.critic_step(reuse=turn == 0)  # a rollout is the dear part of a step
             if self.rank == 0 and iteration % 5 == 0:
-                seconds = time.monotonic() - started
+                seconds = time.monotonic() - start
                 log.info("iteration %d gradient %.4f critic %.4f, %.0f s", iteration, size, loss, seconds)
             if self.rank == 0 and (iteration % self.args.save_every == 0 or iteration == self.args.iterations):
-                save(self.generator, self.ema, self.args.out.with_suffix(f".{iteration}.safetensors"), self.clips)
+                save(self.student, self.ema, self.args.out.with_suffix(f".{iteration}.safetensors"), self.clips)
 
 
 def main() -> None:
+    """Run the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, default=Path("out/tiny/clips.safetensors"), help="only captions are used")
-    parser.add_argument("--generator", type=Path, required=True, help="causal checkpoint to start from")
+    parser.add_argument("--generator", dest="student", type=Path, required=True, help="causal checkpoint to start from")
     parser.add_argument(
         "--teacher", type=Path, required=True, help="bidirectional checkpoint; the critic starts here too"
     )
@@ -143,8 +156,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=6, help="videos per process")
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--lr-critic", type=float, default=4e-4)
-    parser.add_argument("--critic-steps", type=int, default=3, help="critic updates per generator update")
-    parser.add_argument("--warmup", type=int, default=24, help="critic updates before the first generator update")
+    parser.add_argument("--critic-steps", type=int, default=3, help="critic updates per student update")
+    parser.add_argument("--warmup", type=int, default=24, help="critic updates before the first student update")
     parser.add_argument("--guidance", type=float, default=1.2, help="scale on the teacher; 1 is no guidance")
     parser.add_argument("--ema", type=float, default=0.98)
     parser.add_argument("--seed", type=int, default=0)
@@ -152,7 +165,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
-    Trainer(args, dist.get_rank() if dist.is_initialized() else 0).run()
+    TinyDistillation(args, dist.get_rank() if dist.is_initialized() else 0).run()
     if dist.is_initialized():
         dist.destroy_process_group()
 

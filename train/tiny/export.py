@@ -22,12 +22,14 @@ def export(source: Path, out: Path) -> None:
     checkpoint = read_checkpoint(source)
     with safe_open(source, "pt") as file:
         trained = file.metadata()[TRAINED_KEY]
+    # Half the bytes; the networks are read as float32 again where a CPU computes.
     state = {key: value.to(torch.bfloat16) for key, value in checkpoint.state_dict.items()}
     settings = {"causal": checkpoint.causal, "steps": checkpoint.steps}
     save_checkpoint(out, state, checkpoint.config, {TRAINED_KEY: trained}, **settings, latent_space=LATENT_SPACE)
 
 
 def main() -> None:
+    """Run the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("--out", type=Path, required=True)

@@ -20,10 +20,11 @@ PROMPTS = (
     "a yellow triangle moving down quickly on a purple background",
     "a white circle moving right slowly on a brown background",
 )
-FRAMES, COLUMNS = 141, 12
+FRAMES, COLUMNS = 141, 12  # four times the length that the model was trained on
 
 
 def main() -> None:
+    """Run the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
@@ -31,8 +32,8 @@ def main() -> None:
     bundle = bundle_path("tiny")
     generator = Generator(bundle / "model.safetensors", bundle / "taehv.safetensors", bundle / "text_encoder")
     videos = generator.frames(list(PROMPTS), FRAMES, args.seed)
-    picked = torch.linspace(0, FRAMES - 1, COLUMNS).round().long()
-    write_contact_sheet(args.out, videos[:, picked].flatten(0, 1), columns=COLUMNS, overwrite=True)
+    shown = torch.linspace(0, FRAMES - 1, COLUMNS).round().long()
+    write_contact_sheet(args.out, videos[:, shown].flatten(0, 1), columns=COLUMNS, overwrite=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Captions of the tiny world (`train.tiny.world`) are drawn with random words left
 combinations held out from training are never drawn. Two linear readers are trained along with the encoder: every named
 attribute, or that it is not named, from the mean of the rows; every word from its own row. The readers are thrown away.
 
-Letters: B captions, P tokens, E text width.
+Letters: B batch of captions, P text tokens, E text width.
 """
 
 from __future__ import annotations
@@ -36,38 +36,39 @@ if TYPE_CHECKING:
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as Wan's tokenizer has them
 SPECIAL = {"pad_token": PAD, "eos_token": EOS, "unk_token": UNKNOWN}
 FILLERS = ("a", "moving", "on", "background")
-UNNAMED = "unnamed"
+UNNAMED = "unnamed"  # what a reader has to say of an attribute that the caption leaves out
 Words = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class TextTraining:
-    """Sizes of the encoder and the recipe; probabilities are per caption."""
+    """Sizes of the encoder and the recipe; probabilities are of a caption."""
 
-    text_len: int = 16
+    text_len: int = 16  # tokens; the longest caption has 12
     dim: int = 128
     ffn_dim: int = 128
     num_heads: int = 4
     num_layers: int = 2
     steps: int = 1000
-    batch: int = 64
+    batch: int = 64  # captions
     lr: float = 2e-3
+    # how often each attribute is unsaid: speed and background as captions of the videos leave them out
     leave_out: dict[str, float] = field(
         default_factory=lambda: {"colour": 0.1, "shape": 0.1, "direction": 0.1, "speed": 0.3, "background": 0.3}
     )
-    empty: float = 0.03
+    empty: float = 0.03  # guidance conditions on the empty caption
     stranger: float = 0.1  # one word that the tokenizer does not know is put somewhere
 
 
 def vocabulary() -> dict[str, int]:
-    """Word to token id: the three special tokens, then every word of the world's captions."""
+    """Map words to token ids: the three special tokens, then every word of the world's captions."""
     words = [PAD, EOS, UNKNOWN, *FILLERS, *(word for values in ATTRIBUTES.values() for word in values)]
     return {word: index for index, word in enumerate(words)}
 
 
 # ---------------------------------------------------------------- tokenizer --
 def build_tokenizer() -> Tokenizer:
-    """Whole words to ids: lower-cased, punctuation ignored, one id for all unknown words, an end token appended."""
+    """Build what turns whole words into ids: lower case, no punctuation, one id for unknown words, an end token."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
     tokenizer = Tokenizer(models.WordLevel(vocabulary(), unk_token=UNKNOWN))
@@ -98,12 +99,12 @@ def write_tokenizer(folder: Path, text_len: int) -> None:
 
 
 # ----------------------------------------------------------------- captions --
-def phrase_caption(words: Words, named: list[bool], order: int) -> str:
-    """A caption for five attribute words of which only the `named` ones are said, in one of four word orders.
+def phrase_caption(words: Words, mentions: list[bool], order: int) -> str:
+    """Write a caption for five attribute words of which `mentions` says which are said, in one of four word orders.
 
     Order 0 is the world's own; bit 0 puts the speed before the direction, bit 1 the background first.
     """
-    colour, shape, direction, speed, background = (word if said else "" for word, said in zip(words, named))
+    colour, shape, direction, speed, background = (word if said else "" for word, said in zip(words, mentions))
     thing = f"a {colour} {shape}" if colour or shape else ""
     manner = f"{speed} {direction}" if order & 1 else f"{direction} {speed}"
     motion = f"moving {manner}" if direction or speed else ""
@@ -113,25 +114,25 @@ def phrase_caption(words: Words, named: list[bool], order: int) -> str:
 
 
 def draw_caption(rng: random.Random, pool: list[Words], recipe: TextTraining) -> tuple[str, Words]:
-    """A random caption and what it says: a word, or `unnamed`, for each attribute."""
+    """Draw a random caption and what it says: a word, or `unnamed`, for each attribute."""
     words = rng.choice(pool)
-    named = [rng.random() >= share for share in recipe.leave_out.values()]
+    mentions = [rng.random() >= share for share in recipe.leave_out.values()]
     if rng.random() < recipe.empty:
-        named = [False] * len(words)
-    order = rng.choice((0, 0, 1, 2, 3))
-    caption = phrase_caption(words, named, order).split()
+        mentions = [False] * len(words)
+    order = rng.choice((0, 0, 1, 2, 3))  # the world's own order twice as often
+    caption = phrase_caption(words, mentions, order).split()
     if rng.random() < recipe.stranger:
         caption.insert(rng.randrange(len(caption) + 1), UNKNOWN)
-    return " ".join(caption), tuple(word if said else UNNAMED for word, said in zip(words, named))
+    return " ".join(caption), tuple(word if said else UNNAMED for word, said in zip(words, mentions))
 
 
 def classes(attribute: str) -> list[str]:
-    """What a caption can say about an attribute."""
+    """List what a caption can say about an attribute."""
     return [*ATTRIBUTES[attribute], UNNAMED]
 
 
 def targets(said: list[Words]) -> Tensor:
-    """Class numbers [B, number of attributes]."""
+    """Number what captions say: a class for each caption and attribute."""
     return torch.tensor([[classes(a).index(word) for a, word in zip(ATTRIBUTES, row)] for row in said])
 
 
@@ -145,13 +146,15 @@ class Readers(nn.Module):
         self.word = nn.Linear(dim, len(vocabulary()))
 
     def attributes(self, hidden_BPE: Tensor, mask_BP: Tensor) -> list[Tensor]:
+        """Return the logits of every attribute's classes, read from the mean over the rows of real tokens."""
+        # The mean and one linear layer: what they can read, the cross-attention of a small video model can, too.
         weight = mask_BP.unsqueeze(-1).to(hidden_BPE)
         mean_BE = (hidden_BPE * weight).sum(1) / weight.sum(1)
         return [reader(mean_BE) for reader in self.attribute]
 
 
 def reading_loss(readers: Readers, hidden_BPE: Tensor, ids_BP: Tensor, mask_BP: Tensor, said: Tensor) -> Tensor:
-    """Cross-entropy of all readers, summed over attributes, plus that of the words over real rows."""
+    """Sum the cross-entropy of the attributes' readers and that of the words over real rows."""
     losses = [
         nn.functional.cross_entropy(logits, said[:, index])
         for index, logits in enumerate(readers.attributes(hidden_BPE, mask_BP))
@@ -162,7 +165,10 @@ def reading_loss(readers: Readers, hidden_BPE: Tensor, ids_BP: Tensor, mask_BP: 
 
 
 def build_encoder(recipe: TextTraining) -> UMT5EncoderModel:
-    """A UMT5 encoder with random weights; its final norm's gain stays 1, so every row has a root mean square of 1."""
+    """Build a UMT5 encoder with random weights.
+
+    Its final norm's gain stays 1, so that every row has a root mean square of 1, whatever training does.
+    """
     from transformers import UMT5EncoderModel
 
     config = umt5_config(
@@ -180,7 +186,7 @@ def build_encoder(recipe: TextTraining) -> UMT5EncoderModel:
 
 
 def batches(tokenizer: Any, recipe: TextTraining, pool: list[Words], seed: int) -> Iterator[tuple[Tensor, ...]]:
-    """Endless (ids [B, P], mask [B, P], classes [B, attributes])."""
+    """Yield ids [B, P], mask [B, P] and classes of random captions, for ever."""
     rng = random.Random(seed)
     while True:
         captions, said = zip(*(draw_caption(rng, pool, recipe) for _ in range(recipe.batch)))
@@ -196,6 +202,7 @@ def train_encoder(
     model, readers = build_encoder(recipe), Readers(recipe.dim)
     parameters = [p for p in (*model.parameters(), *readers.parameters()) if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    # Fifty steps of warm-up, since AdamW's first steps are of full size in whatever direction.
     decay = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: min(1.0, (step + 1) / 50) * (1 - step / recipe.steps)
     )
@@ -222,7 +229,8 @@ def write_folder(model: UMT5EncoderModel, recipe: TextTraining, out: Path) -> No
     folder.mkdir(parents=True)
     write_tokenizer(folder, recipe.text_len)
     model.config.architectures = ["UMT5EncoderModel"]
-    model.config.tie_word_embeddings = True
+    model.config.tie_word_embeddings = True  # the one table of words is the encoder's, and stored once
+    # transformers 4 reads torch_dtype, 5 reads dtype.
     _write_json(folder / "config.json", {**model.config.to_diff_dict(), "dtype": "float16", "torch_dtype": "float16"})
     tensors = {name: value.detach().half().contiguous() for name, value in model.named_parameters()}
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
@@ -238,7 +246,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 # --------------------------------------------------------------- evaluation --
 @torch.no_grad()
 def read_captions(encoder: TextEncoder, readers: Readers, captions: list[str], said: list[Words]) -> dict[str, float]:
-    """Share of captions whose attribute a reader tells from the encoder as it was saved, and share of words."""
+    """Return the share of captions whose attribute a reader tells from the saved encoder, and the share of words."""
     rows_BPE = encoder.encode(captions).float()
     batch = encoder.tokenizer(captions, padding="max_length", max_length=encoder.text_len, return_tensors="pt")
     ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -251,8 +259,8 @@ def read_captions(encoder: TextEncoder, readers: Readers, captions: list[str], s
     return {**{name: round(share, 4) for name, share in zip(ATTRIBUTES, right)}, "word": round(word, 4)}
 
 
-def evaluation_sets(held: list[Words]) -> dict[str, tuple[list[str], list[Words]]]:
-    """Captions of the held-out combinations: in full, without speed, without background, background first."""
+def evaluation_sets(pool: list[Words]) -> dict[str, tuple[list[str], list[Words]]]:
+    """Write captions of held-out combinations: in full, without speed, without background, background first."""
     variants = {
         "in full": ([True] * 5, 0),
         "without speed": ([True, True, True, False, True], 0),
@@ -260,28 +268,28 @@ def evaluation_sets(held: list[Words]) -> dict[str, tuple[list[str], list[Words]
         "background first": ([True] * 5, 2),
     }
     sets = {}
-    for name, (named, order) in variants.items():
-        said = [tuple(word if n else UNNAMED for word, n in zip(words, named)) for words in held]
-        sets[name] = ([phrase_caption(words, named, order) for words in held], said)
+    for name, (mentions, order) in variants.items():
+        said = [tuple(word if n else UNNAMED for word, n in zip(words, mentions)) for words in pool]
+        sets[name] = ([phrase_caption(words, mentions, order) for words in pool], said)
     sets["empty"] = ([""], [(UNNAMED,) * 5])
     return sets
 
 
 def rounding_error(model: UMT5EncoderModel, saved: TextEncoder, captions: list[str]) -> float:
-    """Relative error of the saved encoder's rows against the trained one's."""
+    """Return the relative error of the saved encoder's rows against the trained one's."""
     trained = TextEncoder(saved.tokenizer, model, text_len=saved.text_len)
     exact = trained.encode(captions)
     return float((saved.encode(captions) - exact).norm() / exact.norm())
 
 
-def report(model: UMT5EncoderModel, readers: Readers, folder: Path, held: list[Words]) -> dict[str, Any]:
-    """What the readers tell from the encoder as it was saved, its size, and what rounding to float16 cost."""
+def report(model: UMT5EncoderModel, readers: Readers, folder: Path, pool: list[Words]) -> dict[str, Any]:
+    """Report what the readers tell from the encoder as it was saved, its size, and what rounding to float16 cost."""
     saved = TextEncoder.from_folder(folder)
-    sets = evaluation_sets(held)
+    sets = evaluation_sets(pool)
     return {
         "bytes": sum(file.stat().st_size for file in folder.iterdir()),
         "float16_relative_error": rounding_error(model, saved, sets["in full"][0]),
-        "held_out_combinations": len(held),
+        "held_out_combinations": len(pool),
         "read_correctly": {name: read_captions(saved, readers, *captions) for name, captions in sets.items()},
     }
 
@@ -295,13 +303,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=TextTraining.steps)
     args = parser.parse_args(argv)
-    recipe, held, started = TextTraining(steps=args.steps), heldout(), time.perf_counter()
-    pool = sorted(set(combinations()) - set(held))
+    recipe, left_out, start = TextTraining(steps=args.steps), heldout(), time.perf_counter()
+    pool = sorted(set(combinations()) - set(left_out))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(), **SPECIAL)
     model, readers = train_encoder(tokenizer, recipe, pool, args.seed)
     write_folder(model, recipe, args.out)
-    summary = {"seed": args.seed, "steps": args.steps, "seconds": round(time.perf_counter() - started, 1)}
-    print(json.dumps({**summary, **report(model, readers, args.out, held)}, indent=1))
+    summary = {"seed": args.seed, "steps": args.steps, "seconds": round(time.perf_counter() - start, 1)}
+    print(json.dumps({**summary, **report(model, readers, args.out, left_out)}, indent=1))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ One shape moves over a plain background at constant velocity; whatever leaves on
 word of the caption stays true for as long as the video lasts. Size and starting point are not in the caption: a model
 has to remember them.
 
-Frames are float32 RGB in [0, 1], [V, R, H, W] with H = W = SIZE. Letters: B batch, V video frames, R RGB, H W pixels.
+Frames are float32 RGB in [0, 1], [V, R, H, W] with H = W = SIZE.
+
+Letters: V video frames, R RGB, H W height and width in pixels.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SIZE = 64
+SIZE = 64  # pixels: 8 x 8 latent positions and 16 tokens a latent frame, small enough to train on a CPU
 RADIUS = (8.0, 12.0)  # pixels, half of the shape's width
 EDGE = 0.7  # pixels over which an outline fades
 
@@ -55,55 +57,48 @@ HELDOUT_FILE = Path(__file__).resolve().parents[2] / "assets" / "tiny" / "heldou
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption names (the first five), and what it does not (radius and start, in pixels)."""
+    """What is to be seen: five words of the caption, and what it leaves to chance."""
 
     colour: str
     shape: str
     direction: str
     speed: str
     background: str
-    radius: float = 10.0
-    start: tuple[float, float] = (32.0, 32.0)
+    radius: float = 10.0  # pixels
+    start: tuple[float, float] = (32.0, 32.0)  # centre in the first frame, x and y in pixels
 
     @property
     def words(self) -> tuple[str, str, str, str, str]:
         return self.colour, self.shape, self.direction, self.speed, self.background
 
     def caption(self, *, speed: bool = True, background: bool = True) -> str:
-        """The sentence for this scene; speed and background may be left unsaid."""
+        """Write the sentence for this scene; speed and background may be left unsaid."""
         text = f"a {self.colour} {self.shape} moving {self.direction}"
         text += f" {self.speed}" if speed else ""
         return text + (f" on a {self.background} background" if background else "")
 
 
 def combinations() -> list[tuple[str, ...]]:
-    """Every combination of the five named attributes, in a fixed order."""
+    """List every combination of the five named attributes, in a fixed order."""
     return list(itertools.product(*ATTRIBUTES.values()))
 
 
-def choose_heldout(count: int = 128, seed: int = 0) -> list[tuple[str, ...]]:
-    """`count` combinations that training never sees; every value of every attribute occurs among them."""
-    every = combinations()
-    order = np.random.default_rng(seed).permutation(len(every))
-    chosen = sorted(every[i] for i in order[:count])
-    for position, values in enumerate(ATTRIBUTES.values()):
-        assert {words[position] for words in chosen} == set(values), "choose another seed"
-    return chosen
-
-
 def heldout() -> list[tuple[str, ...]]:
-    """The combinations left out of training, from the bundle's list."""
+    """Read the combinations that training never sees, from the bundle's list; every word occurs among them.
+
+    So that a score on them says whether a model composes words, and not whether it remembers its clips.
+    """
     return [tuple(words) for words in json.loads(HELDOUT_FILE.read_text())]
 
 
 def named_scene(words: tuple[str, ...]) -> Scene:
-    """The scene of five words, with the default size and start."""
+    """Make the scene of five words, with the default size and start."""
     colour, shape, direction, speed, background = words
     return Scene(colour, shape, direction, speed, background)
 
 
 def random_scene(rng: np.random.Generator, words: tuple[str, ...] | None = None) -> Scene:
-    """A scene with the given words (drawn if None), random size and start."""
+    """Draw a scene with the given words (drawn, too, if None), random size and start."""
     if words is None:
         words = tuple(str(rng.choice(values)) for values in ATTRIBUTES.values())
     radius = float(rng.uniform(*RADIUS))
@@ -117,29 +112,30 @@ def _pixel_centres() -> Tensor:
 
 
 def _wrapped(offset: Tensor) -> Tensor:
-    """Signed distance on a ring of SIZE pixels, in [-SIZE/2, SIZE/2)."""
+    """Return the signed distance on a ring of SIZE pixels, in [-SIZE/2, SIZE/2)."""
     return (offset + SIZE / 2) % SIZE - SIZE / 2
 
 
 def outline_distance(shape: str, dx: Tensor, dy: Tensor, radius: Tensor | float) -> Tensor:
-    """Signed distance in pixels to the outline of a shape centred at 0; negative inside."""
+    """Return the signed distance in pixels to the outline of a shape centred at 0; negative inside."""
     if shape == "circle":
         return torch.hypot(dx, dy) - radius
     if shape == "square":
-        return torch.maximum(dx.abs(), dy.abs()) - radius * 0.886  # the circle's area
-    half = radius * 1.347  # equilateral, apex up, centroid at 0, the circle's area
+        return torch.maximum(dx.abs(), dy.abs()) - radius * 0.886  # sqrt(pi) / 2: of the circle's area
+    half = radius * 1.347  # of a side: equilateral, apex up, centroid at 0, of the circle's area
     slope = math.sqrt(3.0)
     return torch.maximum(dy - half * slope / 3, (dx.abs() * slope - dy) / 2 - half * slope / 3)
 
 
 def render(scene: Scene, num_frames: int) -> Tensor:
-    """Frames [V, R, H, W] in [0, 1] of a scene, anti-aliased."""
+    """Render frames [V, R, H, W] in [0, 1] of a scene, anti-aliased."""
     time = torch.arange(num_frames, dtype=torch.float32)[:, None, None]
     velocity = [SPEEDS[scene.speed] * axis for axis in DIRECTIONS[scene.direction]]
     dx = _wrapped(_pixel_centres()[None, None, :] - (scene.start[0] + velocity[0] * time))
     dy = _wrapped(_pixel_centres()[None, :, None] - (scene.start[1] + velocity[1] * time))
     dx, dy = torch.broadcast_tensors(dx, dy)
     distance = outline_distance(scene.shape, dx, dy, scene.radius)
+    # From the exact distance: a shape moves by parts of a pixel, as slow speeds need.
     cover = (0.5 - distance / EDGE).clamp(0, 1)[:, None]
     ink = torch.tensor(COLOURS[scene.colour])[None, :, None, None]
     ground = torch.tensor(BACKGROUNDS[scene.background])[None, :, None, None]
@@ -148,10 +144,9 @@ def render(scene: Scene, num_frames: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Detection:
-    """What the detector read in one video; words are None where none was found in most frames.
+    """What the detector read in one video; words are None where most frames show none.
 
     A colour needs something that stands out from the background, a shape something that looks like one.
-    radius, start: pixels. found: share of frames with a shape.
     """
 
     colour: str | None
@@ -159,16 +154,16 @@ class Detection:
     direction: str | None
     speed: str | None
     background: str
-    radius: float
-    start: tuple[float, float]
-    found: float
+    radius: float  # pixels, the median over frames; NaN without a shape
+    start: tuple[float, float]  # centre in the first frame that shows a shape, pixels
+    shape_share: float  # of the frames, that show a shape
     colours_V: tuple[str | None, ...]
     shapes_V: tuple[str | None, ...]
 
 
 @functools.cache
 def _templates() -> tuple[Tensor, Tensor]:
-    """Masks of the three shapes at all sizes, centred: areas [S, K], masks [S, K, H, W]."""
+    """Return masks of the three shapes at all sizes, centred: their areas and themselves, by shape and size."""
     offset = _pixel_centres() - SIZE / 2
     dx, dy = offset[None, :].expand(SIZE, SIZE), offset[:, None].expand(SIZE, SIZE)
     radii = torch.arange(4.0, 18.0, 0.25)
@@ -182,21 +177,23 @@ def _nearest(rgb: Tensor, palette: dict[str, tuple[float, float, float]]) -> str
 
 
 def _ring_mean(weight: Tensor) -> float:
-    """Centre of mass on a ring of SIZE cells (pixel units)."""
+    """Return the centre of mass on a ring of SIZE pixels."""
     pixels_per_radian = SIZE / (2 * math.pi)
+    # The circular mean: a shape half over the edge has its centre at the edge, not in the middle.
     angle = _pixel_centres() / pixels_per_radian
     mean = math.atan2(float((weight * angle.sin()).sum()), float((weight * angle.cos()).sum()))
     return mean % (2 * math.pi) * pixels_per_radian
 
 
-Reading = tuple[str, float, float, float]
+Reading = tuple[str, float, float, float]  # shape, x, y, radius of one frame
 
 
 def _read_frame(frame_RHW: Tensor, ground: Tensor) -> tuple[str | None, Reading | None]:
-    """Colour of what stands out in one frame, and (shape, x, y, radius) if that has a shape."""
+    """Read the colour of what stands out in one frame, and (shape, x, y, radius) if that has a shape."""
+    # About half of the least distance between a colour and a background, 0.55 (green on teal).
     mask = ((frame_RHW - ground[:, None, None]).norm(dim=0) > 0.3).float()
     area = float(mask.sum())
-    if not 60 <= area <= 1200:
+    if not 60 <= area <= 1200:  # circles of the world have 201 to 452 pixels
         return None, None
     colour = _nearest(frame_RHW[:, mask > 0].median(dim=1).values, COLOURS)
     x, y = _ring_mean(mask.sum(0)), _ring_mean(mask.sum(1))
@@ -205,6 +202,7 @@ def _read_frame(frame_RHW: Tensor, ground: Tensor) -> tuple[str | None, Reading 
     areas, masks = _templates()
     size = (areas - area).abs().argmin(-1)
     candidates = torch.stack([masks[k, int(size[k])] for k in range(len(SHAPES))])
+    # Intersection over union with each shape at the mask's own area; below 0.6 it looks like none of them.
     overlap = (candidates * centred).sum((-1, -2)) / torch.maximum(candidates, centred).sum((-1, -2))
     best = int(overlap.argmax())
     if float(overlap[best]) < 0.6:
@@ -213,37 +211,44 @@ def _read_frame(frame_RHW: Tensor, ground: Tensor) -> tuple[str | None, Reading 
 
 
 def _majority(words: list[str | None]) -> str | None:
-    """The word of more than half of the frames, else None."""
+    """Return the word of more than half of the frames, else None."""
     best = max(set(words), key=words.count)
     return best if best is not None and words.count(best) * 2 > len(words) else None
 
 
 def detect(frames_VRHW: Tensor) -> Detection:
     """Read a video [V, R, H, W] in [0, 1]: per-frame colour and shape, and motion from the shape's path."""
-    ground = frames_VRHW.flatten(2).median(dim=-1).values.median(dim=0).values
+    # A shape covers at most a ninth of a frame, so that the median pixel is of the background.
     grounds = frames_VRHW.flatten(2).median(dim=-1).values
+    ground = grounds.median(dim=0).values
     readings = [_read_frame(frame, own) for frame, own in zip(frames_VRHW.float(), grounds)]
-    seen = [(index, reading) for index, (_, reading) in enumerate(readings) if reading is not None]
+    path = [(index, reading) for index, (_, reading) in enumerate(readings) if reading is not None]
     colours = [colour for colour, _ in readings]
     shapes = [reading[0] if reading else None for _, reading in readings]
     direction = speed = None
-    if len(seen) * 2 > len(readings) and len(seen) > 1:
-        direction, speed = _read_motion(seen)
-    radius = float(np.median([reading[3] for _, reading in seen])) if seen else math.nan
-    start = (seen[0][1][1], seen[0][1][2]) if seen else (math.nan, math.nan)
+    if len(path) * 2 > len(readings) and len(path) > 1:
+        direction, speed = _read_motion(path)
     return Detection(
-        _majority(colours), _majority(shapes), direction, speed, _nearest(ground, BACKGROUNDS),
-        radius, start, len(seen) / len(readings), tuple(colours), tuple(shapes),
-    )  # fmt: skip
+        colour=_majority(colours),
+        shape=_majority(shapes),
+        direction=direction,
+        speed=speed,
+        background=_nearest(ground, BACKGROUNDS),
+        radius=float(np.median([reading[3] for _, reading in path])) if path else math.nan,
+        start=(path[0][1][1], path[0][1][2]) if path else (math.nan, math.nan),
+        shape_share=len(path) / len(readings),
+        colours_V=tuple(colours),
+        shapes_V=tuple(shapes),
+    )
 
 
-def _read_motion(seen: list[tuple[int, Reading]]) -> tuple[str | None, str | None]:
-    """Direction and speed words from wrapped displacements between frames that show a shape."""
-    steps = torch.tensor([later[0] - earlier[0] for earlier, later in zip(seen, seen[1:])], dtype=torch.float32)
-    moves = torch.tensor([[b[1][1] - a[1][1], b[1][2] - a[1][2]] for a, b in zip(seen, seen[1:])])
+def _read_motion(path: list[tuple[int, Reading]]) -> tuple[str | None, str | None]:
+    """Read the words for direction and speed from wrapped displacements between frames that show a shape."""
+    steps = torch.tensor([later[0] - earlier[0] for earlier, later in zip(path, path[1:])], dtype=torch.float32)
+    moves = torch.tensor([[b[1][1] - a[1][1], b[1][2] - a[1][2]] for a, b in zip(path, path[1:])])
     velocity = _wrapped(moves).sum(0) / steps.sum()
     length = float(velocity.norm())
-    if length < 0.15:
+    if length < 0.15:  # pixels per frame, a quarter of the slow speed: it stands still
         return None, None
     along = {word: float((velocity * torch.tensor(axis)).sum()) for word, axis in DIRECTIONS.items()}
     return max(along, key=lambda word: along[word]), min(SPEEDS, key=lambda word: abs(SPEEDS[word] - length))

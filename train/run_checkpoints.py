@@ -1,4 +1,4 @@
-"""Checkpoints of a run: sharded, written beside the training and aside, then renamed, and found by the same command.
+"""Checkpoints of a run: sharded, written by a thread while training goes on, and renamed when they are complete.
 
 A folder `step_000100` is complete; one that ends in `.partial` was being written or removed when the run died.
 """
@@ -28,41 +28,42 @@ from train.distributed import is_lost
 log = logging.getLogger(__name__)
 PARTIAL = ".partial"
 GIVE_UP = 20.0  # seconds that a run which ends waits for its last checkpoint
-NAME = re.compile(r"step_[0-9]+")  # of a checkpoint; whatever else lies there is the user's
+CHECKPOINT_NAME = re.compile(r"step_[0-9]+")  # whatever else lies beside checkpoints is the user's, and stays
 
 
 @dataclass(frozen=True)
 class Role:
-    """What one optimiser trains: the network as it is called, the sharded modules behind it, and the numbers."""
+    """What one optimiser trains."""
 
-    network: Any
-    modules: tuple[Any, ...]
-    parameters: dict[str, nn.Parameter]
+    network: Any  # as it is called
+    modules: tuple[Any, ...]  # the sharded modules behind it
+    parameters: dict[str, nn.Parameter]  # those that are trained, by the names of checkpoints
     optimiser: torch.optim.Optimizer
 
 
 # --------------------------------------------------------------- on disk --
 def complete(folder: Path) -> list[Path]:
-    """Complete checkpoints below a run's folder, oldest first."""
-    found = folder.glob("checkpoints/step_*")
-    return sorted((path for path in found if NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
+    """Return the complete checkpoints below a run's folder, oldest first."""
+    folders = [path for path in folder.glob("checkpoints/step_*") if path.is_dir()]
+    return sorted((path for path in folders if CHECKPOINT_NAME.fullmatch(path.name)), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
+    """Return the step after which a checkpoint was made."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def clean(folder: Path) -> None:
     """Remove what a run that died was writing or removing. The folder must be held (`resume.opened`)."""
     for path in folder.glob(f"checkpoints/*{PARTIAL}"):
-        if NAME.fullmatch(path.name.removesuffix(PARTIAL)):
+        if CHECKPOINT_NAME.fullmatch(path.name.removesuffix(PARTIAL)):
             _discard(path)
 
 
 def _remove(checkpoint: Path) -> None:
-    leaving = checkpoint.with_name(checkpoint.name + PARTIAL)  # half a checkpoint must not look like one
-    checkpoint.rename(leaving)
-    _discard(leaving)
+    partial = checkpoint.with_name(checkpoint.name + PARTIAL)  # half a checkpoint must not look like a whole one
+    checkpoint.rename(partial)
+    _discard(partial)
 
 
 def _discard(partial: Path) -> None:
@@ -71,21 +72,22 @@ def _discard(partial: Path) -> None:
         log.warning("%s cannot be removed; the next start of the run tries again", partial)
 
 
-def names(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint holds: dotted names and the description of each."""
+def describe(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds: dotted names and the description of each."""
     return dict(FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata)
 
 
 def has_average(checkpoint: Path) -> bool:
-    return any(name.startswith("ema.") for name in names(checkpoint))
+    """Return whether the average of the weights had begun."""
+    return any(name.startswith("ema.") for name in describe(checkpoint))
 
 
 def read(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
-    """The whole tensors below a dotted prefix, by one process alone. Raises ValueError if there are none."""
-    wanted = {name: about for name, about in names(checkpoint).items() if name.startswith(prefix)}
-    if not wanted:
+    """Read the whole tensors below a dotted prefix, in one process alone. Raises ValueError if there are none."""
+    described = {name: about for name, about in describe(checkpoint).items() if name.startswith(prefix)}
+    if not described:
         raise ValueError(f"{checkpoint}: holds nothing below {prefix!r}; its average starts at step ema_start")
-    tensors = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in wanted.items()}
+    tensors = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in described.items()}
     with warnings.catch_warnings():  # that one process reads is meant
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         state_dict_loader.load(tensors, checkpoint_id=str(checkpoint), no_dist=True)
@@ -94,7 +96,7 @@ def read(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
 
 # -------------------------------------------------------------- in a run --
 def _content(roles: dict[str, Role], ema: dict[str, Tensor]) -> dict[str, Any]:
-    """The tensors themselves, by name: loading writes into them."""
+    """Return the tensors themselves, by name: loading writes into them."""
     return {
         "roles": {name: {"weights": dict(role.parameters), "moments": moments(role)} for name, role in roles.items()},
         "ema": ema,
@@ -102,15 +104,16 @@ def _content(roles: dict[str, Role], ema: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def moments(role: Role) -> dict[str, dict[str, Tensor]]:
-    """AdamW's numbers by parameter; those that no step has made yet are as its first step makes them."""
-    made = {}
+    """Return AdamW's numbers by parameter; those that no step has made yet are as its first step makes them."""
+    states = {}
     for name, parameter in role.parameters.items():
-        held = role.optimiser.state[parameter]
-        if not held:
-            held["step"] = torch.tensor(0.0)
-            held["exp_avg"], held["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        made[name] = held
-    return made
+        state = role.optimiser.state[parameter]
+        # AdamW makes them in its first step, but loading needs tensors to write into before that.
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        states[name] = state
+    return states
 
 
 def load(checkpoint: Path, roles: dict[str, Role], ema: dict[str, Tensor]) -> None:
@@ -125,7 +128,7 @@ def load(checkpoint: Path, roles: dict[str, Role], ema: dict[str, Tensor]) -> No
             state_dict_loader.load(content, checkpoint_id=str(checkpoint))
     except CheckpointException as error:
         cause = first_cause(error)
-        if is_lost(cause):
+        if is_lost(cause):  # another process is gone, which says nothing about the checkpoint
             raise cause from error
         words = " ".join(str(cause).split())[:200] or type(cause).__name__
         raise ValueError(
@@ -134,20 +137,20 @@ def load(checkpoint: Path, roles: dict[str, Role], ema: dict[str, Tensor]) -> No
 
 
 def _check_fits(checkpoint: Path, content: dict[str, Any]) -> None:
-    wanted = dict(_flat("", content))
-    found = {name: tuple(about.size) for name, about in names(checkpoint).items()}
-    different = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    expected = dict(_flat("", content))
+    stored = {name: tuple(about.size) for name, about in describe(checkpoint).items()}
+    different = sorted(name for name in expected.keys() | stored.keys() if expected.get(name) != stored.get(name))
     if different:
         name = different[0]
         raise ValueError(
             f"{checkpoint}: holds other tensors than this run trains ({len(different)} differ, the first is {name}: "
-            f"{found.get(name, 'missing')} -> {wanted.get(name, 'missing')}); give the networks and sizes it was "
+            f"{stored.get(name, 'missing')} -> {expected.get(name, 'missing')}); give the networks and sizes it was "
             "written with, or another logdir"
         )
 
 
 def _flat(prefix: str, content: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(dotted name, shape) of every tensor."""
+    """Yield the dotted name and the shape of every tensor."""
     for name, value in content.items():
         if isinstance(value, dict):
             yield from _flat(f"{prefix}{name}.", value)
@@ -156,12 +159,12 @@ def _flat(prefix: str, content: dict[str, Any]) -> Iterator[tuple[str, tuple[int
 
 
 def first_cause(error: CheckpointException) -> BaseException:
-    """What went wrong on the first process that could not go on."""
+    """Return what went wrong on the first process that could not go on."""
     return next(iter(error.failures.values()))[0]
 
 
 class Saver:
-    """Writes checkpoints beside the training: a save copies everything to main memory and returns."""
+    """Writes checkpoints while training goes on: a save copies everything to CPU memory and returns."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
@@ -176,7 +179,7 @@ class Saver:
         if dist.get_rank() == 0:
             make_folder(partial.parent)
             shutil.rmtree(partial, ignore_errors=True)
-        dist.barrier()
+        dist.barrier()  # nobody writes into the folder before the remains of an earlier run are gone
         future = state_dict_saver.async_save(_content(roles, ema), checkpoint_id=str(partial), process_group=self.group)
         assert isinstance(future, Future)
         self.pending = future, target
@@ -210,7 +213,7 @@ class Saver:
                 if target.exists():
                     _remove(target)
                 partial.rename(target)
-                for old in complete(self.folder)[: -self.keep]:
+                for old in complete(self.folder)[: -self.keep]:  # only now that a newer one is complete
                     _remove(old)
 
     def give_up(self) -> None:
@@ -220,7 +223,7 @@ class Saver:
         (future, target), self.pending = self.pending, None
         try:
             future.result(timeout=GIVE_UP)
-        except (Exception, CheckpointException):
+        except (Exception, CheckpointException):  # torch's is a BaseException
             shutil.rmtree(target.with_name(target.name + PARTIAL), ignore_errors=True)
             return
         self.pending = future, target
