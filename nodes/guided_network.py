@@ -25,9 +25,9 @@ from ..selfforcing_core.schedule import TIMESTEPS
 from . import host
 from .causal_model import forget_extra_bytes
 from .causal_pass import COMPILE_OPTIONS, CausalPass
+from .guider_prompts import PromptSource, conditionings_of
 from .model_settings import KEY, Settings
 from .patches import has_wrappers
-from .prompts import PromptSource, conditionings_of
 from .shared_network import config_of
 
 LatentShape = tuple[int, int, int, int]  # T, C, H, W

@@ -26,10 +26,10 @@ from ..selfforcing_core.geometry import pixel_frames
 from ..selfforcing_core.prompt_schedule import HISTORIES
 from . import host, page
 from .figures import Figures
+from .guider_prompts import Reader
 from .outbox import AGAIN_AFTER, EVENT, PATIENCE, Outbox, thumbnails
 from .pacing import Viewer
 from .page_steering import PageSteering
-from .prompts import Reader
 from .steering_record import SteeringRecord
 
 ROUTE = "/selfforcing/live"

@@ -29,10 +29,7 @@ from ..selfforcing_core.schedule import TIMESTEPS
 from ..selfforcing_core.snapshot import Snapshot
 from . import host, page
 from .guided_network import GuidedNetwork, LatentShape, RunNoise, Steering, compute_dtype, memory_explained
-from .model_settings import BASE, CAUSAL, FEW_STEP, kind_note, settings_of
-from .patches import check_model_options, check_model_sampling, check_prompt_inputs, unapplied_names
-from .progress import CallbackProgress, Progress
-from .prompts import (
+from .guider_prompts import (
     GuiderConditioning,
     GuiderTimeline,
     PromptStart,
@@ -41,6 +38,9 @@ from .prompts import (
     later_conditionings,
     scheduled_seeds,
 )
+from .model_settings import BASE, CAUSAL, FEW_STEP, kind_note, settings_of
+from .patches import check_model_options, check_model_sampling, check_prompt_inputs, unapplied_names
+from .progress import CallbackProgress, Progress
 from .shared_network import check_causal, config_of
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..selfforcing_core.geometry import pixel_frames
 from ..selfforcing_core.prompt_schedule import OWN_SEED, Entry, moment_of, schedule_text, seed_at
-from .prompts import Timeline
+from .guider_prompts import Timeline
 
 USUAL_FPS = 16.0  # of Wan; a schedule in other frames per second says so
 TEXT_LETTERS = 120  # of a prompt in the list of events

@@ -29,10 +29,10 @@ from .autoencoder import check_latent, check_space
 from .causal_model import show_left_out
 from .frame_stream import FrameStream, frame_stream
 from .guided_network import SeededGraphNoise, compute_dtype
+from .guider_prompts import reader_of, text_in_graph, timeline_of
 from .live import Live, open_live
 from .model_settings import causal_settings, settings_of, sigmas_of
 from .progress import OnFrames, StreamProgress
-from .prompts import reader_of, text_in_graph, timeline_of
 from .sampling import ChunkGuider, ChunkSampler, Run, SnapshotHolder, known_frames, layout
 from .shared_network import config_of
 from .steering_record import SteeringRecord

@@ -59,16 +59,15 @@ PACKAGE = load_pack()
 
 
 def part(name: str) -> Any:
-    """A module of the pack's nodes or, in a folder of its own, of what they stand on."""
-    folder = "" if (PACK / f"nodes/{name}.py").is_file() else ".adapter"
-    return importlib.import_module(f"{PACKAGE}{folder}.{name}")
+    """Return a module of the pack's nodes."""
+    return importlib.import_module(f"{PACKAGE}.{name}")
 
 
 autoencoder, causal_model, causal_pass, frame_stream, guided_network, host, loader = map(
     part, ("autoencoder", "causal_model", "causal_pass", "frame_stream", "guided_network", "host", "loader")
 )
 model_file, folders, model_settings, page, sampling, shared_network, text_nodes = map(
-    part, ("model_file", "folders", "model_settings", "page", "sampling", "shared_network", "text")
+    part, ("model_file", "folders", "model_settings", "page", "sampling", "shared_network", "text_encode")
 )
 CORE = PACKAGE.rpartition(".")[0] + ".selfforcing_core."
 core = {

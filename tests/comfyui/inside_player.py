@@ -19,7 +19,7 @@ class Stage:
 
     def __init__(self, pace: float) -> None:
         self.waiting_modules = part("live"), part("outbox")
-        record_module, prompts = part("steering_record"), part("prompts")
+        record_module, prompts = part("steering_record"), part("guider_prompts")
         self.run, self.is_here, self.messages = None, True, []
         self.before = page.send, page.is_listening, self.waiting_modules[0].PATIENCE
         page.send = lambda event, data, client: self.receive(data)
@@ -159,7 +159,7 @@ def a_picture_that_moves_is_taken_to_move_on() -> dict[str, float]:
 
 
 def the_first_prompt_is_found_in_the_graph_or_not_guessed() -> dict[str, str]:
-    found = part("prompts").text_in_graph
+    found = part("guider_prompts").text_in_graph
     graph = {
         "1": {"class_type": "CLIPTextEncode", "inputs": {"text": "a"}},
         "2": {"class_type": "WanImageToVideo", "inputs": {"positive": ["1", 0]}},

@@ -190,7 +190,7 @@ def a_prompt_typed_into_a_resumed_run() -> dict[str, Any]:
     sampled(patcher, keep=kept, causal=last_step)
     hands = {history: Hand(1, history) for history in ("recode", "keep")}
     videos = [sampled(patcher, latent=long, resume=kept, causal=last_step, steering=hand) for hand in hands.values()]
-    moment = part("prompts").PromptStart
+    moment = part("guider_prompts").PromptStart
 
     def refusal(seconds: float) -> str:
         guider = comfy.samplers.CFGGuider(patcher)

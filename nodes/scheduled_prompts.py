@@ -9,8 +9,8 @@ from comfy_api.latest import io
 
 from ..selfforcing_core.prompt_schedule import HISTORIES, Entry, parse_schedule, schedule_note
 from . import folders, host, page
-from .prompts import READER, ClipReader, PromptStart, Reader, SeedStart
-from .text import TextReader
+from .guider_prompts import READER, ClipReader, PromptStart, Reader, SeedStart
+from .text_encode import TextReader
 
 
 class SelfForcingPromptSchedule(io.ComfyNode):

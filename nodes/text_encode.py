@@ -14,7 +14,7 @@ from comfy_api.latest import io
 
 from ..selfforcing_core.text import TextEncoder
 from . import folders, host
-from .prompts import READER, with_words
+from .guider_prompts import READER, with_words
 
 log = logging.getLogger(__name__)
 SMALL = 2**30  # bytes of a folder's weights: up to here, as the bundled encoder, they are kept in float32
