@@ -117,7 +117,7 @@ def taehv_streams_latent_by_latent() -> dict[str, Any]:
     progress = part("progress").StreamProgress(
         1, 9, stream=frame_stream.frame_stream(vae), latent_format=None, live=None, on_frames=pieces.append
     )
-    progress.resumed(latents)
+    progress.begin_with(latents)
     found["resumed"] = bool(torch.equal(torch.cat(pieces, 1), whole))
     return {"is_same": found, "largest": max(piece.shape[1] for piece in pieces), "shape": list(whole.shape)}
 

@@ -33,7 +33,7 @@ class Stage:
             record,
             fps=10.0,
             lengths=lengths,
-            read=lambda text: [],
+            reader=lambda text: [],
             seed=0,
             pace=pace,
             hidden=None,
@@ -87,7 +87,7 @@ def a_run_waits_for_its_viewer() -> dict[str, Any]:
         stage.show(60, 30)
         held = waited((0.1, stage.command("hold")), (0.3, stage.command("reroll", seed=7)))
         found["held while ahead"], found["is rolled again"] = held
-        found["paused"] = stage.run.figures.paused
+        found["paused"] = stage.run.figures.pause_seconds
         stage.run.command({"action": "go_on"})
         comfy.model_management.interrupt_current_processing(True)
         try:
@@ -191,7 +191,7 @@ def a_steered_run_is_kept_in_its_files() -> dict[str, Any]:
     files.keep_schedule("")
     is_untouched = before == [path.read_bytes() for path in paths]
     files.keep_schedule("0s: a\n3s: b")
-    unkept = files.finished("0s: half a character, \ud800")  # no file can hold it
+    unkept = files.finish("0s: half a character, \ud800")  # no file can hold it
     return {
         "unkept": unkept,
         "refusal": refusal, "written": files.written(), "is_untouched": is_untouched,
