@@ -55,9 +55,9 @@ class Tab:
             self.errors.append(said[:2000])
 
     async def evaluate(self, script: str) -> Any:
-        found = await self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in found, json.dumps(found["exceptionDetails"])[:2000]
-        return found["result"].get("value")
+        result = await self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in result, json.dumps(result["exceptionDetails"])[:2000]
+        return result["result"].get("value")
 
     async def until(self, script: str) -> None:
         for _ in range(PATIENCE * 5):
@@ -85,7 +85,7 @@ class Tab:
 
 @asynccontextmanager
 async def tab(chromium: str, address: str, pack: str) -> AsyncIterator[Tab]:
-    """The only tab of a browser that ends with the block."""
+    """Open the only tab of a browser that ends with the block."""
     with tempfile.TemporaryDirectory() as profile:
         process = await asyncio.create_subprocess_exec(
             chromium,
@@ -107,10 +107,10 @@ async def tab(chromium: str, address: str, pack: str) -> AsyncIterator[Tab]:
                 async with session.get(f"http://{devtools}/json") as answer:
                     (entry,) = [entry for entry in await answer.json() if entry["type"] == "page"]
                 async with session.ws_connect(entry["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-                    made = Tab(socket, session, address, pack)
-                    await made.call("Page.enable")
-                    await made.call("Runtime.enable")
-                    yield made
+                    page = Tab(socket, session, address, pack)
+                    await page.call("Page.enable")
+                    await page.call("Runtime.enable")
+                    yield page
         finally:
             process.kill()
             await process.wait()
@@ -121,5 +121,5 @@ async def _devtools_address(process: asyncio.subprocess.Process) -> str:
     while True:
         line = (await asyncio.wait_for(process.stderr.readline(), PATIENCE)).decode()
         assert line, "the browser ended"
-        if found := re.search(r"ws://([\d.:]+)/", line):
-            return found[1]
+        if match := re.search(r"ws://([\d.:]+)/", line):
+            return match[1]

@@ -65,12 +65,12 @@ async def play(address: str, client_id: str, reactions: list) -> None:
                 await command(run=data["run"], **each)
 
         async def tell() -> None:
-            told = None
+            reported = None
             while True:
                 await asyncio.sleep(EVERY)
-                if run and screen.frame() != told:
-                    told = screen.frame()
-                    await command(run=run, action="shown", frame=told)
+                if run and screen.frame() != reported:
+                    reported = screen.frame()
+                    await command(run=run, action="shown", frame=reported)
 
         telling = asyncio.create_task(tell()) if speaks and not silent else None
         tasks = [telling]
@@ -100,8 +100,8 @@ async def play(address: str, client_id: str, reactions: list) -> None:
                             await react(reaction, data)
                         break
                 if not silent:
-                    shown = {"shown": screen.frame()} if speaks else {}
-                    await command(run=data["run"], action="ack", number=data["number"], **shown)
+                    position = {"shown": screen.frame()} if speaks else {}
+                    await command(run=data["run"], action="ack", number=data["number"], **position)
 
 
 asyncio.run(play(sys.argv[1], sys.argv[2], json.loads(sys.argv[3])))
