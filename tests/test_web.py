@@ -50,6 +50,7 @@ def compiler() -> Path:
     except subprocess.TimeoutExpired:
         pytest.skip(f"npm's registry did not answer within {REGISTRY_SECONDS} s: run once with a connection")
     if process.returncode:
+        # A mistake in this repository; anything else is taken for a machine without network.
         assert "EUSAGE" not in process.stderr, process.stderr  # package.json and its lock disagree
         pytest.skip(
             f"npm could not install TypeScript; run `npm ci` in {INSTALLED} to see why: {process.stderr[-300:]}"

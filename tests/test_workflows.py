@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-TITLE = 30  # pixels above a node's place
+TITLE = 30  # pixels above a node's place, where ComfyUI draws its title
 
 
 def ids(paths: list[Path]) -> list[str]:

@@ -313,13 +313,15 @@ async def steer(page: Tab, session: aiohttp.ClientSession, renderer: str, seed: 
     await page.evaluate(f"window.prepare(333, {seed}); window.run()")
     # In one step: between two, a fast host may end the run.
     await page.until("/chunk/.test(window.told()) && (window.control('hold').click(), true)")
+    # The chunk that was being made is finished first, and is the one that is held.
     await page.until("/held/.test(window.told())")
     report["told"] = await page.evaluate("window.told()")
     report["figures"] = await page.evaluate("window.figures()")
     report["keys_when_held"] = await page.evaluate("window.keys()")
-    await page.evaluate("window.go_to(8)")
+    await page.evaluate("window.go_to(8)")  # the last frame of the first chunk: made under the first prompt
     report["before"] = await page.evaluate("window.seen()")
     await page.evaluate("window.control('prompt-text').focus()")
+    # As a keyboard does it, since scripts cannot raise the events that a browser trusts.
     await page.call("Input.insertText", text="a blue square moving left slowly on a black background")
     await page.screenshot(picture(f"held_{renderer}"))
     for kind in ("keyDown", "keyUp"):
@@ -345,6 +347,7 @@ async def end(page: Tab, session: aiohttp.ClientSession, key: str, renderer: str
     """End a long run by a key of the player: the history's entry, the player's words, and the file that it names."""
     before = set(await history(session))
     await page.evaluate(f"window.prepare(2001, {random.randrange(2**32)}); window.run()")
+    # Once a chunk is finished: before that there is nothing to keep, and no file to name.
     going = "window.keys().stop === 'on' && /chunk [1-9][0-9]* of 167/.test(window.told())"
     await page.until(f"{going} && (window.control('{key}').click(), true)")
     entry = await next_entry(session, before)
@@ -366,6 +369,7 @@ async def leave(page: Tab, session: aiohttp.ClientSession) -> dict[str, Any]:
     for node in prompt.values():
         if node["class_type"] == "SelfForcingStreamToFile":
             node["inputs"] |= {"length": 2001, "seed": random.randrange(2**32)}
+    # Another client's run goes first, so that the page's own waits in the queue while the page is elsewhere.
     await session.post(f"http://{ADDRESS}/prompt", json={"prompt": prompt})
     await page.evaluate(f"window.prepare(2001, {random.randrange(2**32)}); window.run()")
     (waiting,) = await queued(session, "queue_pending")
@@ -409,6 +413,7 @@ async def queued(session: aiohttp.ClientSession, state: str) -> list[str]:
 
 async def players(page: Tab) -> int:
     """Count the players that are alive, by the browser's own count of objects."""
+    # A player that nothing refers to any more is collected, so counting objects finds those that leak.
     script = f"import('/extensions/{PACK}/panel.js').then(module => module.Panel.prototype)"
     prototype = await page.call("Runtime.evaluate", expression=script, awaitPromise=True)
     objects = await page.call("Runtime.queryObjects", prototypeObjectId=prototype["result"]["objectId"])

@@ -35,7 +35,7 @@ class Tab:
         self.errors: list[str] = []
 
     async def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        self.count += 1
+        self.count += 1  # answers carry the number of their call; events, which come in between, have none
         await self.socket.send_json({"id": self.count, "method": method, "params": parameters})
         async with asyncio.timeout(PATIENCE):
             while True:
@@ -90,10 +90,10 @@ async def tab(chromium: str, address: str, pack: str) -> AsyncIterator[Tab]:
         process = await asyncio.create_subprocess_exec(
             chromium,
             "--headless=new",
-            "--no-sandbox",
+            "--no-sandbox",  # the sandbox does not start for root, as whom containers run
             "--disable-gpu",
-            "--disable-dev-shm-usage",
-            "--remote-debugging-port=0",
+            "--disable-dev-shm-usage",  # of 64 MB in a container by default, which a page of this size exceeds
+            "--remote-debugging-port=0",  # any free one; the browser names it on stderr
             f"--user-data-dir={profile}",
             f"--window-size={WINDOW[0]},{WINDOW[1]}",
             "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
@@ -112,6 +112,7 @@ async def tab(chromium: str, address: str, pack: str) -> AsyncIterator[Tab]:
                     await page.call("Runtime.enable")
                     yield page
         finally:
+            # Nothing of its profile is wanted, and a page that asks whether to leave would keep it open.
             process.kill()
             await process.wait()
 

@@ -97,10 +97,12 @@ async def record(page: Tab) -> dict[str, Any]:
     await page.evaluate(OPEN.replace("PACK", PACK).replace("FIRST", json.dumps(FIRST)))
     await page.evaluate(RUN)
     await page.until(f"{COLOUR} !== ''")
+    # From the first picture on: before it, loading the model would fill the film.
     film = Film(page, await page.evaluate(BOX))
     await film.roll(BEFORE)
     before = await page.evaluate(COLOUR)
     await page.evaluate(CONTROL.replace("NAME", "prompt-text") + ".focus()")
+    # Four letters between two pictures look like typing, at the speed at which pictures can be taken.
     for place in range(0, len(SECOND), 4):
         await page.call("Input.insertText", text=SECOND[place : place + 4])
         await film.take()

@@ -133,6 +133,7 @@ def test_a_run_of_this_client_can_be_finished_from_another_terminal(server: Serv
         *settings,
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        # After two chunks, so that there is something to keep and much left to make.
         deadline = time.monotonic() + 120
         while not (tmp_path / "seen/00002.jpg").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -186,6 +187,7 @@ class FakeConnection:
 
 
 def frame(opcode: int, data: bytes, *, is_last: bool = True) -> bytes:
+    # RFC 6455, section 5.2: seven bits of length, or 126 and two bytes, or 127 and eight.
     size = len(data)
     if size < 126:
         length = bytes([size])

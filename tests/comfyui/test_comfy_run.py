@@ -37,6 +37,7 @@ def named_files() -> set[str]:
 @pytest.fixture(scope="module")
 def catalogued(server: Server) -> Iterator[Server]:
     """Return the server with files of the right names and nothing in them: clients look at names only."""
+    # Files that other tests have put there stay, with what is in them; only these are removed again.
     models, placed = server.folder / "models", []
     for path in (models / name for name in named_files()):
         if path.exists():

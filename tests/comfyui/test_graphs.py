@@ -45,6 +45,7 @@ def stocked(server: Server) -> Server:
     models = server.folder / "models"
     for folder in ("diffusion_models", "text_encoders", "vae", "vae_approx", "clip_vision"):
         (models / folder).mkdir(parents=True, exist_ok=True)
+    # As the reference's trainer saves it: the average's weights under one key, with the wrapper's prefix.
     released = {"model." + name: value for name, value in random_weights(T2V).items()}
     torch.save({"generator_ema": released}, models / "diffusion_models/self_forcing_dmd.pt")
     save_file(random_weights(T2V), models / "diffusion_models/wan2.1_t2v_14b_lightx2v_4step.safetensors")
@@ -58,7 +59,7 @@ def stocked(server: Server) -> Server:
     save_checkpoint(models / "vae_approx" / DECODER, taehv.state_dict, taehv.config, latent_space=WAN)
     folder = models / "text_encoders/wide"
     shutil.copytree(ROOT / "assets/tiny/text_encoder", folder, dirs_exist_ok=True)
-    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").unlink()  # the bundle's, which is narrower than Wan's encoder
     torch.manual_seed(0)
     config = umt5_config(vocab=512, dim=4096, dim_attn=64, dim_ffn=64, num_heads=2, num_layers=1)
     UMT5EncoderModel(config).save_pretrained(folder)
@@ -215,6 +216,7 @@ def test_cache_options_change_what_a_chunk_sees(stocked: Server) -> None:
         return latents_of(stocked, prompt)
 
     plain = run()
+    # Elsewhere, but of the same numbers: a cache in CPU memory changes nothing.
     assert torch.equal(run(window=-1, cache_device="cpu"), plain)
     assert (run(window=6) - plain)[:, :, :6].abs().max() == 0, "two chunks fit the window"
     assert (run(window=6) - plain)[:, :, 6:].abs().max() > 0
@@ -282,6 +284,7 @@ def test_wans_own_image_conditioning_runs_chunk_by_chunk(stocked: Server) -> Non
         start_image=["picture", 0],
     )
     with_picture = latents_of(stocked, prompt)
+    # Nobody knows what random weights make of a picture; but it has to be another video with another picture.
     add(prompt, "other", "ImageInvert", image=["picture", 0])
     prompt["start"]["inputs"]["start_image"] = ["other", 0]
     assert (latents_of(stocked, prompt) - with_picture).abs().max() > 0.01

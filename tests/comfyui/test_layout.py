@@ -71,6 +71,7 @@ def test_a_workflow_opens_readable_and_whole_in_a_window_of_1920_by_1080(
     result = report[f"{renderer} dark {name}"]
     assert result["scale"] >= SCALES[0]
     for left, top, width, height in (node["box"] for node in result["nodes"]):
+        # What the front end's own bars cover at this size.
         assert (left + result["offset"][0]) * result["scale"] >= 60, "behind the side bar"
         assert (top + result["offset"][1]) * result["scale"] >= 90, "behind the menus"
         assert (left + width + result["offset"][0]) * result["scale"] <= 1920

@@ -21,7 +21,7 @@ from tests.comfyui.page import Page, page
 from train.tiny.world import detect
 
 REST = "square moving left slowly on a black background"
-LENGTH, CHUNKS = 69, 6
+LENGTH, CHUNKS = 69, 6  # 18 latent frames, of which the first is one frame and each other four
 SILENT = [{"when": {"number": -1}, "do": [], "acknowledge": False}]
 
 
@@ -40,7 +40,7 @@ def test_the_page_that_queued_gets_every_chunk_and_no_other_gets_any(server: Ser
         viewer, _ = play(server, [])
         other.process.kill()
         other.process.wait()
-        time.sleep(0.2)
+        time.sleep(0.2)  # its last lines are on their way through the pipe
         while not other.arrived.empty():
             assert other.arrived.get()["type"] != "live"
     messages = viewer.live()
@@ -64,7 +64,7 @@ def test_a_page_that_never_answers_gets_two_messages_with_pictures_and_the_hosts
     with page(server, SILENT) as viewer:
         server.result(server.submit(prompt, viewer.client_id))
         viewer.until("execution_success")
-        time.sleep(0.5)
+        time.sleep(0.5)  # ComfyUI's own events come before what the outbox still sends
         while not viewer.arrived.empty():
             viewer.events.append(viewer.arrived.get())
         assert not any(message["indices"] for message in viewer.live()[2:])
@@ -151,6 +151,7 @@ def made_by(server: Server, prompt: dict[str, Any], node: str, client_id: str) -
 @pytest.mark.parametrize("case", ["prompt", "seed", "reroll", "seed to file", "linked seed"])
 def test_a_steered_result_is_never_taken_for_that_of_its_inputs(server: Server, case: str) -> None:
     """Steered, queued again, and queued once more: ComfyUI's cache has the plain result then, and only that one."""
+    # Below 2**53: the page's numbers are exact no further.
     seed, node, prompt = fresh_seed() % 2**53, SAMPLER, tiny_prompt(f"a red {REST}", length=33)
     if case == "seed to file":
         prompt = json.loads((ROOT / "workflows/api/tiny_endless.json").read_text())
@@ -158,6 +159,7 @@ def test_a_steered_result_is_never_taken_for_that_of_its_inputs(server: Server, 
     inputs = prompt[node]["inputs"]
     inputs |= {"seed": seed, "length": 33}
     plain, _ = made_by(server, prompt, node, "")
+    # ComfyUI's cache has the plain result by now and would answer with it: nothing would run, nothing be steered.
     inputs["shift"] = inputs["shift"] + 5.0 if inputs["shift"] == 0 else inputs["shift"]  # the same in other words
     if case == "linked seed":
         prompt["seed"] = {"class_type": "PrimitiveInt", "inputs": {"value": seed}}
@@ -231,7 +233,7 @@ def test_a_changed_seed_holds_from_the_next_chunk_on(server: Server) -> None:
 # ------------------------------------------------------- finish, pace, record --
 def with_outputs(prompt: dict[str, Any]) -> dict[str, Any]:
     """Return the prompt with its latents and schedule saved, and a second sampler that goes on from its state."""
-    prompt[SAMPLER]["inputs"] |= {"keep_state": True}
+    prompt[SAMPLER]["inputs"] |= {"keep_state": True}  # so that the run can be checked by going on from it
     more = {**prompt[SAMPLER], "inputs": {**prompt[SAMPLER]["inputs"], "state": [SAMPLER, 2], "player": False}}
     save = {"class_type": "SaveLatent", "inputs": {"filename_prefix": f"latents/{uuid.uuid4().hex}"}}
     return {
@@ -264,7 +266,7 @@ def test_a_run_that_is_finished_early_keeps_exactly_the_chunks_made(server: Serv
     assert torch.equal(part, whole[:, :, : 3 * num_chunks])
     assert torch.equal(whole, latents_of(server, tiny_prompt(f"a red {REST}", seed=seed, length=LENGTH, player=False)))
     (file,) = server._files(entry["outputs"][SAVE])
-    assert len(read_mp4(file)[0]) == 12 * num_chunks - 3
+    assert len(read_mp4(file)[0]) == 12 * num_chunks - 3  # a chunk is 12 frames, and the video's first latent frame 1
     assert entry["outputs"]["text"]["text"] == [f"0s: a red {REST}"]
     again, was_computed = made_by(server, tiny_prompt(f"a red {REST}", seed=seed, length=LENGTH), SAMPLER, "")
     assert again.shape == whole.shape, "ComfyUI's cache never takes the part for the whole"

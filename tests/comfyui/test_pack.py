@@ -67,6 +67,7 @@ OUTPUTS = {
     "SelfForcingStreamToFile": ["LATENT", "STRING", "STRING"],
 }
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # a combo whose choice brings inputs of its own
+# Lists that offer the bundle's parts, which lie in the pack and not in ComfyUI's folders.
 LISTS = {
     "SelfForcingModelLoader": "unet_name",
     "SelfForcingTextEncode": "text_encoder",

@@ -31,7 +31,7 @@ from tests.comfyui.graphs import (
 from tests.comfyui.host_server import Refused, Server, failure
 from train.tiny.world import detect
 
-NUM_CHUNKS, NUM_STEPS, NUM_FRAMES = 3, 4, 33
+NUM_CHUNKS, NUM_STEPS, NUM_FRAMES = 3, 4, 33  # of workflows/api/tiny_t2v.json
 SCENES = [
     ("red", "square", "a red square moving left slowly on a black background"),
     ("green", "circle", "a green circle moving down slowly on a black background"),
@@ -107,7 +107,7 @@ def test_progress_counts_network_calls_and_every_chunk_is_previewed(server: Serv
         received = events.until("execution_success", "execution_error")
     assert received[-1]["type"] == "execution_success"
     counts = [e["data"] for e in received if e["type"] == "progress" and e["data"]["node"] == SAMPLER]
-    calls = NUM_CHUNKS * (NUM_STEPS + 1) - 1
+    calls = NUM_CHUNKS * (NUM_STEPS + 1) - 1  # each chunk is also written into the cache, but for the last
     assert {count["max"] for count in counts} == {calls}
     assert counts[-1]["value"] == calls
     assert sum(e["type"] == "binary" for e in received) >= NUM_CHUNKS
@@ -118,6 +118,7 @@ def test_interrupted_run_leaves_the_next_one_as_if_it_had_never_been(server: Ser
     prompt = tiny_prompt(**sampler_inputs)
     with server.events() as events:
         prompt_id = server.submit(prompt, events.client_id)
+        # Pressed while it samples; loaders report progress as well.
         while events.until("progress")[-1]["data"]["node"] != SAMPLER:
             pass
         server.post("/interrupt")
@@ -226,7 +227,7 @@ def test_every_format_of_the_list_is_written_and_sound_is_muxed_in(server: Serve
     seed, frames = fresh_seed(), {}
     for choice in choices:
         prompt = to_file(tiny_prompt(seed=seed, length=21), format=choice, filename_prefix="kinds/a", quality=-1)
-        is_silent = "loops" in choice
+        is_silent = "loops" in choice  # webp and gif are pictures, which have no sound
         (path,) = server.run(prompt if is_silent else with_sound(server, prompt, 5.0))["file"]
         if path.suffix == ".webp":
             with Image.open(path) as file:
@@ -235,6 +236,7 @@ def test_every_format_of_the_list_is_written_and_sound_is_muxed_in(server: Serve
         frames[choice] = read_video(path)
         assert "prompt" in {name.lower() for name in read_metadata(path)}
         if not is_silent:
+            # Encoders fade in, and the last packet is filled up with silence.
             assert min(loudness(path)[2:-1]) > 0.1 * max(loudness(path))
     for choice, video in frames.items():
         assert video.shape == (21, 3, 64, 64)
@@ -274,6 +276,7 @@ def test_a_stopped_file_has_its_sound_and_is_named(server: Server) -> None:
     (path,) = (server.folder / "output/loud").glob("*.mp4")
     count = len(read_video(path))
     assert 9 <= count < 417
+    # AAC has 1024 samples a packet; the sound of the frames that were made is there, but for one packet.
     assert len(loudness(path)) >= count / 16 * 16000 / 1024 - 1
     assert f"a_00001_.mp4 holds the {count} frames made so far" in server.log()
 

@@ -37,6 +37,7 @@ def shelves(stocked: Server) -> Server:
     for name, (config, more) in FILES.items():
         shapes = {key: torch.zeros(shape) for key, shape in more.items()}
         save_file({**random_weights(config), **shapes}, folder / f"{name}.safetensors")
+    # The 5B model has latents of 48 channels, of another VAE, and is told by them alone.
     wide = {**random_weights(T2V), "patch_embedding.weight": torch.zeros(T2V.dim, 48, 1, 2, 2)}
     wide |= {"head.head.weight": torch.zeros(192, T2V.dim), "head.head.bias": torch.zeros(192)}
     save_file(wide, folder / "5b.safetensors")
@@ -160,6 +161,7 @@ def patched(name: str) -> Prompt:
 
 def encoded_by_another_vae(vae: str) -> Prompt:
     prompt = streamed(latent_image=["start", 2])
+    # ComfyUI's "pixel_space" is a VAE that does nothing, and needs no file.
     add(prompt, "vae", *(("VAELoader",) if vae == "pixel_space" else ("SelfForcingTAEHVLoader",)), vae_name=vae)
     add(prompt, "picture", "LoadImage", image="example.png")
     size = {"width": SIDE, "height": SIDE, "length": 25, "batch_size": 1}
@@ -211,6 +213,7 @@ WRONG: tuple[tuple[Callable[[], Prompt], str], ...] = (
 @pytest.mark.parametrize("case", range(len(WRONG)))
 def test_a_wrong_wiring_ends_in_its_sentence_before_the_model_is_loaded(shelves: Server, case: int) -> None:
     build, sentence = WRONG[case]
+    # A real model takes a minute to load: whoever has wired it wrongly is to hear of it before.
     before = shelves.log().count(LOADED)
     assert sentence in failure(shelves.result(shelves.submit(build())))
     assert shelves.log().count(LOADED) == before
