@@ -1,4 +1,4 @@
-"""Everything asked of the running ComfyUI: folders, devices, memory, progress, previews, interruption.
+"""What is asked of the running ComfyUI: devices, memory, progress, previews, interruption.
 
 Features are tested for, never versions. Tested are ComfyUI 0.3.64 to 0.33; what is said of versions below is of these.
 
