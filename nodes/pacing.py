@@ -15,7 +15,7 @@ class Viewer:
         self.fps = fps
         self.frame: int | None = None  # on screen, by the page's last word
         self.reported_at = 0.0  # seconds of the monotonic clock
-        self.is_moving = False  # it was another frame than the word before
+        self.is_moving = False  # it was further on than at the word before
 
     def tell(self, frame: int) -> None:
         """Note that this frame is on screen."""
