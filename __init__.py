@@ -10,6 +10,8 @@ from typing import Any
 
 __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
 
+# No NODE_CLASS_MAPPINGS beside the entry point: ComfyUI would look at those alone. And the folder is not named again in
+# pyproject.toml ([tool.comfy] web), or every script would be loaded twice.
 WEB_DIRECTORY = "web"  # the live player and the nodes' help pages
 
 
@@ -27,6 +29,6 @@ async def comfy_entrypoint() -> Any:
 
         return SelfForcingExtension()
     except Exception:
-        # The host logs one line and drops the traceback, which is what a bug report needs.
+        # ComfyUI logs one line and drops the traceback, which is what a bug report needs.
         logging.getLogger(__name__).exception("Self Forcing nodes could not be loaded")
         raise

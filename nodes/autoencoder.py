@@ -1,6 +1,6 @@
 """TAEHV as a VAE of ComfyUI, and the two latent conventions.
 
-Letters: B batch, T latent frames, C latent channels, V video frames, R RGB, H W size.
+Letters: B batch, T latent frames, C latent channels, V video frames, R RGB, H W height and width.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def network_latents(samples_BCTHW: Tensor) -> Tensor:
 
 def graph_latents(latents_BTCHW: Tensor) -> Tensor:
     """Return latents in raw VAE space [B, C, T, H, W]; the inverse of `network_latents`."""
+    # times deviation, plus mean, of each of the 16 channels
     return WAN_LATENTS.process_out(rearrange(latents_BTCHW, "b t c h w -> b c t h w"))
 
 
@@ -55,12 +56,12 @@ def graph_clips(frames_BVRHW: Tensor) -> list[Tensor]:
     return list(rearrange(frames_BVRHW, "b v r h w -> b v h w r"))
 
 
-def check_channels(channels: int, what: str) -> None:
+def check_channels(channels: int, part: str) -> None:
     """Raise ValueError for a model or VAE of other latents than Wan 2.1's, as the number of their channels tells."""
     if channels != WAN_LATENTS.latent_channels:
         raise ValueError(
-            f"this {what} is made for latents of {channels} channels, but Wan 2.1's have "
-            f"{WAN_LATENTS.latent_channels}; choose a {what} for Wan 2.1"
+            f"this {part} is made for latents of {channels} channels, but Wan 2.1's have "
+            f"{WAN_LATENTS.latent_channels}; choose a {part} for Wan 2.1"
         )
 
 
@@ -74,7 +75,7 @@ def check_channels(channels: int, what: str) -> None:
 def marked(samples: Tensor, space: str | None) -> Tensor:
     """Write the latent space on a LATENT's tensor, where it is known; the same tensor."""
     if space is not None:
-        setattr(samples, SPACE, space)
+        setattr(samples, SPACE, space)  # lost by any operation on the tensor, so that it never outlives its truth
     return samples
 
 
@@ -95,6 +96,7 @@ def space_of_vae(vae: Any) -> str | None:
     if isinstance(vae, TAEHVAutoencoder):
         return vae.latent_space
     network = getattr(vae, "first_stage_model", None)
+    # 16 channels are also those of HunyuanVideo, Flux and Cosmos: shapes alone do not tell them apart.
     home, kind = type(network).__module__, type(network).__name__
     if getattr(vae, "latent_channels", None) != WAN_LATENTS.latent_channels:
         return None  # whatever it is, `check_channels` refuses it
@@ -147,6 +149,7 @@ class TAEHVAutoencoder:
     without the scaling by mean and deviation, which is done here.
     """
 
+    # What ComfyUI's nodes ask of a VAE: the axes of its latents (time, height, width), and that it is one for videos.
     latent_dim = 3
     output_channels = 3
     not_video = False
@@ -157,7 +160,7 @@ class TAEHVAutoencoder:
         self.latent_space = latent_space if self.is_scaled else WAN
         self.device = memory.vae_device()
         self.vae_dtype = memory.vae_dtype(self.device, [torch.float16, torch.bfloat16, torch.float32])
-        operations = comfy.ops.manual_cast
+        operations = comfy.ops.manual_cast  # layers that cast their weights to their input's type as they are called
         self.first_stage_model = TAEHV(checkpoint.config, operations=operations, dtype=self.vae_dtype)
         self.first_stage_model.load_state_dict(checkpoint.state_dict)
         self.first_stage_model.eval().requires_grad_(False)
@@ -172,6 +175,7 @@ class TAEHVAutoencoder:
     def working_bytes(self, latent_height: int, latent_width: int) -> float:
         """Return the memory that decoding one latent frame takes at most: its frames at full size in a few copies."""
         widest = max(self.first_stage_model.config.decoder_widths)
+        # 8 by 8 pixels for each place of a latent, in the decoder's widest feature map.
         pixels = 64 * latent_height * latent_width * self.first_stage_model.frames_per_latent
         return 3.0 * pixels * widest * self.vae_dtype.itemsize
 
@@ -196,11 +200,13 @@ class TAEHVAutoencoder:
 
     def encode(self, pixels_VHWR: Tensor) -> Tensor:
         """Encode IMAGE frames [V, H, W, R] of one video (or [B, V, H, W, R]) to LATENT samples."""
+        # VAE Encode gives the frames of one video as a batch of pictures.
         frames = pixels_VHWR[None] if pixels_VHWR.ndim == 4 else pixels_VHWR
         host.load(
             [self.patcher],
             working_bytes=frames.shape[1] * self.working_bytes(*(side // SPATIAL_FACTOR for side in frames.shape[2:4])),
         )
+        # Pictures may have a fourth channel, for transparency.
         frames_BVRHW = rearrange(frames[..., :3], "b v h w r -> b v r h w").to(self.device, self.vae_dtype)
         encoded_BTCHW = self.first_stage_model.encode(frames_BVRHW)
         raw = graph_latents(encoded_BTCHW) if self.is_scaled else rearrange(encoded_BTCHW, "b t c h w -> b c t h w")

@@ -45,7 +45,7 @@ def with_settings(patcher: Any, settings: Settings) -> Any:
         (WrappersMP.OUTER_SAMPLE, _check_and_mark),  # in this order: the first is the outermost
         (WrappersMP.OUTER_SAMPLE, _count_extra_bytes),
     )
-    # A MODEL that passes our nodes twice has each wrapper once.
+    # ComfyUI appends what is added under one key. A MODEL that passes our nodes twice has each wrapper once.
     for kind in dict.fromkeys(kind for kind, _ in wrappers):
         clone.remove_wrappers_with_key(kind, KEY)
     for kind, wrapper in wrappers:
@@ -55,6 +55,7 @@ def with_settings(patcher: Any, settings: Settings) -> Any:
 
 def check_at_once(settings: Settings, num_frames: int, sampler: Any) -> None:
     """Raise ValueError where a sampler of others would evaluate more frames together than the MODEL ever saw so."""
+    # Samplers of ComfyUI are a function in a KSAMPLER; whoever wraps another sampler keeps it among its options.
     name = getattr(getattr(sampler, "sampler_function", sampler), "__name__", type(sampler).__name__)
     wraps_ours = any(hasattr(option, "whole_frames") for option in getattr(sampler, "extra_options", {}).values())
     if settings.kind != CAUSAL or num_frames <= settings.causal.chunk or name == COMFYUI_CAUSAL_SAMPLER or wraps_ours:
@@ -77,6 +78,7 @@ def _slice_condition_channels(
     executor: Any, x: Tensor, t: Tensor, c_concat: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
     """Give a chunk its own frames of the condition channels, which span the whole video."""
+    # ComfyUI gives them by position; another wrapper may hand them on by name.
     options = kwargs.get("transformer_options") or next((a for a in args if isinstance(a, dict) and KEY in a), None)
     current = _current_pass(options)
     if current is not None and c_concat is not None:
@@ -115,6 +117,7 @@ def _run_causally(
         return current.evaluate(native, x, timestep, context, clip_fea, transformer_options)
 
     # Wrappers of other packs that come after ours stay around our pass as they stand around ComfyUI's.
+    # An executor is the rest of the chain: its wrappers from idx on, and the innermost function, which is replaced.
     inner = type(executor)(our_pass, native, executor.wrappers, executor.idx)
     return inner(x, timestep, context, clip_fea, time_dim_concat, transformer_options, *args, **kwargs)
 
@@ -144,6 +147,7 @@ def _check_and_mark(
             show_left_out(noise.shape[2], num_kept)
             noise, latent_image = noise[:, :, :num_kept], latent_image[:, :, :num_kept]
             denoise_mask = None if denoise_mask is None else denoise_mask[:, :, :num_kept]
+            # 0.27 and later also hand over the shapes, for latents of several parts packed into one.
             kwargs |= {"latent_shapes": [latent_image.shape]} if "latent_shapes" in kwargs else {}
     samples = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
     return marked(samples.to(memory.intermediate_device()), settings.latent_space)
@@ -174,6 +178,7 @@ def _count_extra_bytes(
     def of_a_chunk(input_shape: Sequence[int], **options: Any) -> float:
         return estimate(model, [*input_shape[:2], frames, *input_shape[3:]], **options) + extra
 
+    # On the instance, where it hides the method of the class, since ComfyUI asks the model itself.
     model.memory_required = of_a_chunk
     try:
         return executor(noise, latent_image, sampler, *args, **kwargs)
@@ -184,6 +189,3 @@ def _count_extra_bytes(
 def forget_extra_bytes(model: nn.Module) -> None:
     """Give ComfyUI its own estimate back: the caches lie in memory now, or are gone."""
     model.__dict__.pop("memory_required", None)
-
-
-# --------------------------------------------------------------- settings --

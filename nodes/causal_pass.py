@@ -47,6 +47,7 @@ class CausalPass:
         self.is_watched = is_watched
         self.start_frame: int | None = None  # of the chunk being evaluated; None: ComfyUI's own forward pass
         self.num_frames = 0  # latent frames of that chunk
+        # Every conditioning has a cache: from the second block on, keys and values of the video depend on the text.
         self.evaluated: set[int] = set()  # caches of the conditionings that the latest call came to
         self._prompts: dict[int, tuple[Tensor, Tensor | None]] = {}  # from which a cache's text was made
         self._shared: SharedNetwork | None = None  # made when it is first asked for, and then kept
@@ -76,14 +77,16 @@ class CausalPass:
         if self.compile_options is None:
             return
         if OVERRIDE in options or self._shared.follows:
-            what = "attention" if OVERRIDE in options else "cross-attention or feed-forward network"
-            log.warning("blocks are not compiled: another %s is set on the model, which runs outside them", what)
+            part = "attention" if OVERRIDE in options else "cross-attention or feed-forward network"
+            log.warning("blocks are not compiled: another %s is set on the model, which runs outside them", part)
             return
         if comfyui_attention(options) is not None:  # it is called between the compiled parts, for a block's own tokens
             log.info("cross-attention is inside the compiled blocks, and stays torch's")
         self._shared.network.compile_blocks(**self.compile_options)
         self._is_compiled = True
 
+    # Caches grow and change their cursors from call to call, at which torch.compile would compile anew; blocks are
+    # compiled one by one instead, each a function of tensors alone.
     @torch.compiler.disable
     def evaluate(
         self,
@@ -101,6 +104,8 @@ class CausalPass:
         shared = self.share(native, options)
         shared.network.axes = rope_axes(options) or PLAIN
         ids, flows = options["uuids"], []  # ComfyUI names the conditioning of each part of its batch
+        # A batch holds the chunk once for each conditioning, in ComfyUI's order. Those that do not fit the memory, or
+        # whose text has another length, come in a call of their own.
         count = len(ids)
         clips = [None] * count if clip_BIY is None else clip_BIY.chunk(count)
         rows = zip(ids, x_BCTHW.chunk(count), t_B.chunk(count), context_BPE.chunk(count), clips)
@@ -123,7 +128,7 @@ class CausalPass:
 
     def _cache_for(self, identity: Any, x_BCTHW: Tensor) -> KVCache:
         """Return the cache of a conditioning. Raises ValueError for an evaluation that the rollout did not ask for."""
-        index = self.index_of.get(identity)
+        index = self.index_of.get(identity)  # ComfyUI gives each conditioning a UUID, and keeps it all through a run
         if index is None:
             # Its keys and values would have to go somewhere, and every cache is another prompt's.
             raise _not_followed("evaluates a prompt that is not the sampler's, as PerpNeg and others do")
@@ -143,7 +148,7 @@ class CausalPass:
         before = self._prompts.get(index)
         if before is not None and not all(a is b or _is_equal(a, b) for a, b in zip(before, prompt)):
             self.caches[index].cross.clear()  # keys and values of the text; those of the video stay
-        self._prompts[index] = prompt
+        self._prompts[index] = prompt  # compared by identity first: nearly always it is the same tensor
 
     @contextmanager
     def _foreign_layers(
@@ -158,7 +163,8 @@ class CausalPass:
             yield
             return
         network = shared.network
-        place = {
+        # What ComfyUI's Wan tells attention and patches; total_blocks, block_index and grid_sizes in later versions.
+        layer_options = {
             **options,
             "total_blocks": len(network.blocks),
             "block_type": "double",
@@ -167,17 +173,17 @@ class CausalPass:
             "cond_or_uncond": options["cond_or_uncond"][row : row + 1],
         }
         for module in shared.cross_attentions:
-            module.options = place
+            module.options = layer_options
         for feed in shared.feed_forwards:
             feed.batch = x_BCTHW.shape[0]
         places = _places(network, has_image=has_image, is_compiled=self._is_compiled)
-        with nullcontext() if function is None else attention_by(_attend_by(function, place, places)):
+        with nullcontext() if function is None else attention_by(_attend_by(function, layer_options, places)):
             yield
 
 
-def _not_followed(what: str) -> ValueError:
+def _not_followed(action: str) -> ValueError:
     return ValueError(
-        f"a node on this model {what}, which the cache of a video made chunk by chunk cannot follow; remove it, or "
+        f"a node on this model {action}, which the cache of a video made chunk by chunk cannot follow; remove it, or "
         "sample the whole video with ComfyUI's own sampler"
     )
 
@@ -188,6 +194,7 @@ def _is_equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 def _places(network: CausalWan, *, has_image: bool, is_compiled: bool) -> Iterator[tuple[int, bool]]:
     """Yield block, and whether it is to the image, of each call of attention in an evaluation, in their order."""
+    # A stream in step with the evaluation, since attention itself does not know in which block it is asked.
     for index, block in enumerate(network.blocks):
         yield index, False  # a block's own tokens
         if not is_compiled and not isinstance(block.cross_attn, ForeignCrossAttention):
@@ -196,17 +203,20 @@ def _places(network: CausalWan, *, has_image: bool, is_compiled: bool) -> Iterat
                 yield index, True
 
 
-def _attend_by(function: Callable[..., Tensor], place: dict[str, Any], places: Iterator[tuple[int, bool]]) -> Attend:
+def _attend_by(
+    function: Callable[..., Tensor], layer_options: dict[str, Any], places: Iterator[tuple[int, bool]]
+) -> Attend:
     """Return `attend` by a function of ComfyUI, called as ComfyUI's Wan calls it.
 
     Its own functions take heads apart as they lie in a cache, which saves copying all that is visible; what a node or
     another pack has set need not.
     """
-    takes_heads = OVERRIDE not in place and function.__module__ == attentions.__name__
+    takes_heads = OVERRIDE not in layer_options and function.__module__ == attentions.__name__
 
     def attend(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask_LS: Tensor | None) -> Tensor:
-        place["block_index"], is_image = next(places)
-        exact = {"low_precision_attention": False} if is_image else {}  # as newer versions ask for
+        layer_options["block_index"], is_image = next(places)
+        # 0.33's Wan asks so for the image: a package such as SageAttention may make NaN of it.
+        exact = {"low_precision_attention": False} if is_image else {}
         if takes_heads:
             return function(
                 *(x.transpose(1, 2) for x in (q_BLNK, k_BSNK, v_BSNK)),
@@ -214,16 +224,17 @@ def _attend_by(function: Callable[..., Tensor], place: dict[str, Any], places: I
                 mask=mask_LS,
                 skip_reshape=True,
                 skip_output_reshape=True,
-                transformer_options=place,
+                transformer_options=layer_options,
                 **exact,
             ).transpose(1, 2)
         attended = function(
             *(x.flatten(2) for x in (q_BLNK, k_BSNK, v_BSNK)),
             heads=q_BLNK.shape[2],
             mask=mask_LS,
-            transformer_options=place,
+            transformer_options=layer_options,
             **exact,
         )
+        # ComfyUI's functions join the heads again, [B, L, N times K].
         return attended.unflatten(2, q_BLNK.shape[2:])
 
     return attend

@@ -12,6 +12,7 @@ from .sampler import State
 from .sampling import ChunkGuider, ChunkSampler, Run, SnapshotHolder
 from .stream_run import NO_STATE
 
+# What users of ComfyUI's own causal nodes, and of other packs, search for.
 ALIASES = ["self forcing", "autoregressive causal video"]
 
 
@@ -47,8 +48,9 @@ class SelfForcingSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, state: SnapshotHolder | None = None, keep_state: bool = False) -> io.NodeOutput:
+        # Sampling fills the holder later: a node behind this one has to wait for the sampled LATENT.
         run = Run(resume=state, keep=SnapshotHolder() if keep_state else None)
-        return io.NodeOutput(ChunkSampler(run), host.blocked(NO_STATE) if run.keep is None else run.keep)
+        return io.NodeOutput(ChunkSampler(run), host.blocker(NO_STATE) if run.keep is None else run.keep)
 
 
 class SelfForcingFewStepSampler(io.ComfyNode):
@@ -137,7 +139,7 @@ class SelfForcingGuider(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, positive: list[Any], cfg: float, negative: list[Any] | None = None) -> io.NodeOutput:
-        settings_of(model)
+        settings_of(model)  # raises for a MODEL that no node of ours has prepared
         guider = ChunkGuider(model)
         guider.set_prompts(positive, negative, cfg)
         return io.NodeOutput(guider)

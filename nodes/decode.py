@@ -38,6 +38,7 @@ class SelfForcingTAEHVDecode(io.ComfyNode):
     def execute(cls, samples: dict[str, Any], taehv: Any) -> io.NodeOutput:
         autoencoder = taehv_autoencoder(taehv)
         check_space(autoencoder, space_of(samples), "these are")
+        # A list of clips: IMAGE has no axis for videos, and joined, those of a batch would play one after the other.
         return io.NodeOutput(list(autoencoder.decode(samples["samples"])))
 
 
@@ -62,4 +63,5 @@ class SelfForcingTAEHVEncode(io.ComfyNode):
     @classmethod
     def execute(cls, pixels: Any, taehv: Any) -> io.NodeOutput:
         autoencoder = taehv_autoencoder(taehv)
+        # The LATENT says whose it is, so that a model of another space refuses to go on from it.
         return io.NodeOutput(graph_latent(autoencoder.encode(pixels), autoencoder.latent_space))

@@ -9,11 +9,11 @@ from .decode import SelfForcingTAEHVDecode, SelfForcingTAEHVEncode
 from .image_to_video import SelfForcingImageToVideo
 from .live import add_route
 from .loader import SelfForcingCacheOptions, SelfForcingModelLoader, SelfForcingPatchModel, SelfForcingTAEHVLoader
-from .prompt_schedule import SelfForcingPromptSchedule
 from .sampler import SelfForcingStreamSampler
-from .state import SelfForcingResume, SelfForcingSnapshot
+from .scheduled_prompts import SelfForcingPromptSchedule
+from .snapshot_resume import SelfForcingResume, SelfForcingSnapshot
 from .stream_to_file import SelfForcingStreamToFile
-from .text import SelfForcingTextEncode
+from .text_encode import SelfForcingTextEncode
 
 
 class SelfForcingExtension(ComfyExtension):

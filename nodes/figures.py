@@ -11,8 +11,8 @@ class Figures:
 
     def __init__(self, fps: float) -> None:
         self.fps = fps
-        self.began_at = self.chunk_began_at = time.perf_counter()  # seconds of that clock
-        self.paused = 0.0  # seconds that the run waited, or computed what was thrown away
+        self.run_start = self.chunk_start = time.perf_counter()  # seconds of a clock that nothing sets back
+        self.pause_seconds = 0.0  # seconds that the run waited, or computed what was thrown away
         self.first_seconds = 0.0  # from the beginning to the first frames
         self.first_frames = 0  # how many those were
         self.num_frames = 0  # made so far
@@ -24,7 +24,7 @@ class Figures:
         What came first is left out of the rate: it includes loading and warming up.
         """
         self.num_frames = num_frames
-        seconds = time.perf_counter() - self.began_at - self.paused
+        seconds = time.perf_counter() - self.run_start - self.pause_seconds
         if not self.first_frames:
             self.first_seconds, self.first_frames = seconds, num_frames
         frames_since, seconds_since = num_frames - self.first_frames, seconds - self.first_seconds
@@ -39,11 +39,11 @@ class Figures:
             "share_of_limit": rate / self.limit_fps if rate and self.limit_fps else None,
         }
 
-    def throw_away(self, waited_from: float) -> None:
+    def throw_away(self, wait_start: float) -> None:
         """Leave out the attempt at a chunk that is made once more, as little of the rate as the wait behind it."""
-        self.paused += waited_from - self.chunk_began_at
+        self.pause_seconds += wait_start - self.chunk_start
 
-    def go_on(self, waited_from: float) -> None:
+    def go_on(self, wait_start: float) -> None:
         """Leave out the wait, which ends now; the next chunk begins."""
-        self.chunk_began_at = time.perf_counter()
-        self.paused += self.chunk_began_at - waited_from
+        self.chunk_start = time.perf_counter()
+        self.pause_seconds += self.chunk_start - wait_start

@@ -4,7 +4,7 @@ Each stream has the same face. `decode` takes normalised latents [B, T, C, H, W]
 complete, [B, V, R, H, W] in [0, 1], where the graph keeps tensors; V may be 0, and so may T, to say that the chunk
 before was the last. Joined they are those of VAE Decode. `state` and `restore` undo a chunk.
 
-Letters: B batch, T latent frames, C latent channels, V video frames, R RGB, H W size.
+Letters: B batch, T latent frames, C latent channels, V video frames, R RGB, H W height and width.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FrameStream(Protocol):
         """Return the frames that these latents complete, as the file's head says."""
         ...
 
-    def counted(self, recipe: Recipe) -> Recipe:
+    def with_decoder(self, recipe: Recipe) -> Recipe:
         """Return the same with this decoder's work in it, where that is known."""
         ...
 
@@ -59,7 +59,7 @@ class FrameStream(Protocol):
 
 def frame_stream(vae: Any) -> FrameStream:
     """Return a new stream by a VAE of any loader. Raises ValueError for a VAE of other latents."""
-    if isinstance(vae, TAEHVAutoencoder):
+    if isinstance(vae, TAEHVAutoencoder):  # its loader has checked its latents
         return _TAEHVStream(vae)
     check_channels(vae.latent_channels, "VAE")
     group = _group(vae.first_stage_model)
@@ -82,15 +82,17 @@ class _TAEHVStream:
         if not latents_BTCHW.shape[1]:
             batch, _, _, height, width = latents_BTCHW.shape
             return host.to_graph(torch.zeros(batch, 0, 3, height * SPATIAL_FACTOR, width * SPATIAL_FACTOR))
+        # One by one, so that no more than a latent frame's activations are alive, however long the chunk is.
         return torch.cat([self._decode_one(latent_BCHW) for latent_BCHW in latents_BTCHW.unbind(1)], 1)
 
     def _decode_one(self, latent_BCHW: Tensor) -> Tensor:
         return host.to_graph(self.decoder.decode(self.autoencoder.own_latents(latent_BCHW[:, None])))
 
-    def counted(self, recipe: Recipe) -> Recipe:
+    def with_decoder(self, recipe: Recipe) -> Recipe:
         return replace(recipe, decoder="taehv", taehv=self.autoencoder.first_stage_model.config)
 
     def state(self) -> Any:
+        # A new list of the same tensors: the decoder puts new ones in their places and writes into none.
         return list(self.decoder.memory), self.decoder.is_first
 
     def restore(self, state: Any) -> None:
@@ -103,9 +105,11 @@ def _group(network: Any) -> tuple[int, int] | None:
 
     ComfyUI decodes the first latent frame alone and then, later versions, two at a time.
     """
-    home = sys.modules.get(type(network).__module__)
+    home = sys.modules.get(type(network).__module__)  # another pack may bring a WanVAE of its own
     if type(network).__name__ != "WanVAE" or not hasattr(network, "conv2") or not hasattr(network, "decoder"):
         return None
+    # 0.27 and 0.33 have the first function and decode pairs; 0.3.64 has the second and decodes one by one. Both count
+    # the causal convolutions, each of which remembers the frames that it needs of the group before.
     for name, group in (("count_cache_layers", 2), ("count_conv3d", 1)):
         if hasattr(home, name):
             return group, getattr(home, name)(network.decoder)
@@ -117,10 +121,10 @@ class _WanStream:
 
     note = ""
 
-    def __init__(self, vae: Any, group: int, places: int) -> None:
+    def __init__(self, vae: Any, group: int, num_memories: int) -> None:
         self.vae, self.group, self.patchers = vae, group, [vae.patcher]
-        self.memory: list[Any] = [None] * places
-        self.waiting: Tensor | None = None
+        self.memory: list[Any] = [None] * num_memories
+        self.pending: Tensor | None = None  # latents [B, C, T, H, W] that do not fill a group yet
         self.is_first = True
 
     def working_bytes(self, latent_height: int, latent_width: int) -> float:
@@ -130,15 +134,15 @@ class _WanStream:
 
     def decode(self, latents_BTCHW: Tensor, *, is_last: bool) -> Tensor:
         new = graph_latents(latents_BTCHW).to(self.vae.device, self.vae.vae_dtype)
-        waiting = new if self.waiting is None else torch.cat([self.waiting, new], 2)
+        pending = new if self.pending is None else torch.cat([self.pending, new], 2)
         frames = []
-        while waiting.shape[2]:
-            count = 1 if self.is_first else self.group
-            if waiting.shape[2] < count and not is_last:
+        while pending.shape[2]:
+            count = 1 if self.is_first else self.group  # the first latent frame is one frame of the video, others four
+            if pending.shape[2] < count and not is_last:
                 break
-            frames.append(self._decode_group(waiting[:, :, :count]))
-            waiting, self.is_first = waiting[:, :, count:], False
-        self.waiting = waiting
+            frames.append(self._decode_group(pending[:, :, :count]))
+            pending, self.is_first = pending[:, :, count:], False
+        self.pending = pending
         if frames:
             return rearrange(torch.cat(frames, 2), "b r v h w -> b v r h w")
         batch, _, _, height, width = new.shape
@@ -147,18 +151,20 @@ class _WanStream:
     def _decode_group(self, latents_BCTHW: Tensor) -> Tensor:
         network = self.vae.first_stage_model
         with torch.no_grad():
+            # feat_idx counts the convolutions of one call, which pick their memory out of the list by it.
             frames_BRVHW = network.decoder(network.conv2(latents_BCTHW), feat_cache=self.memory, feat_idx=[0])
         frames_BRVHW = torch.cat(frames_BRVHW, 2) if isinstance(frames_BRVHW, list) else frames_BRVHW
+        # To [0, 1]; ComfyUI's VAE does the same behind its own decode.
         return self.vae.process_output(host.to_graph(frames_BRVHW))
 
-    def counted(self, recipe: Recipe) -> Recipe:
+    def with_decoder(self, recipe: Recipe) -> Recipe:
         return replace(recipe, decoder="vae")
 
     def state(self) -> Any:
-        return list(self.memory), self.waiting, self.is_first
+        return list(self.memory), self.pending, self.is_first
 
     def restore(self, state: Any) -> None:
-        memory, self.waiting, self.is_first = state
+        memory, self.pending, self.is_first = state
         self.memory = list(memory)
 
 
@@ -179,10 +185,11 @@ class _WholeStream:
         if not is_last:
             batch, _, _, height, width = latents_BTCHW.shape
             return host.to_graph(torch.zeros(batch, 0, 3, height * SPATIAL_FACTOR, width * SPATIAL_FACTOR))
+        # ComfyUI loads it for that by its own estimate, and decodes in tiles if memory runs out.
         images = self.vae.decode(graph_latents(torch.cat(self.chunks, 1)))
         return rearrange(images, "b v h w r -> b v r h w")
 
-    def counted(self, recipe: Recipe) -> Recipe:
+    def with_decoder(self, recipe: Recipe) -> Recipe:
         return recipe
 
     def state(self) -> Any:

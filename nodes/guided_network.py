@@ -26,9 +26,9 @@ from ..selfforcing_core.schedule import TIMESTEPS
 from . import host
 from .causal_model import forget_extra_bytes
 from .causal_pass import COMPILE_OPTIONS, CausalPass
+from .guider_prompts import PromptSource, conditionings_of
 from .model_settings import KEY, Settings
 from .patches import has_wrappers
-from .prompts import PromptSource, conditionings_of
 from .shared_network import config_of
 
 LatentShape = tuple[int, int, int, int]  # T, C, H, W
@@ -59,12 +59,12 @@ class GuidedNetwork:
     causal_pass: CausalPass | None = field(default=None, init=False)  # None: the bidirectional pass is ComfyUI's own
     # Of the last call: its first frame, and which conditionings were evaluated.
     latest: tuple[int, set[int]] | None = field(default=None, init=False)
-    used: set[int] = field(default_factory=set, init=False)  # conditionings that were evaluated at all
+    evaluated: set[int] = field(default_factory=set, init=False)  # conditionings that were evaluated at all
 
     def __post_init__(self) -> None:
         patcher = self.guider.model_patcher
         native = config_of(patcher.model.diffusion_model)
-        # condition channels and CLIP features are ComfyUI's: to the rollout this is a text-to-video network
+        # Condition channels and CLIP features are ComfyUI's: to the rollout this is a text-to-video network
         self.config = replace(native, model_type="t2v", in_dim=native.out_dim)
         self.device, self.dtype = patcher.load_device, compute_dtype(patcher.model)
         self.cache_dtype = self.settings.cache_dtype or self.dtype
@@ -74,6 +74,7 @@ class GuidedNetwork:
     @property
     def conditioning(self) -> Conditioning:
         """Return rows, type and place of what is computed; the prompts themselves are the guider's."""
+        # A stand-in of one token: the rollout hands it back to __call__, which does not look at it.
         return Conditioning(
             torch.zeros(self.chunk_shape[0], 1, self.config.text_dim, device=self.device, dtype=self.dtype)
         )
@@ -92,21 +93,22 @@ class GuidedNetwork:
             is_watched=has_wrappers(self.model_options),
         )
         # One object and no dictionary: ComfyUI copies nested ones at every call, and a copy would stay empty.
-        inner = {**self.model_options.get("transformer_options", {}), KEY: self.causal_pass}
-        self.causal_pass.share(patcher.model.diffusion_model, inner)
-        self.model_options = {**self.model_options, "transformer_options": inner}
+        options = {**self.model_options.get("transformer_options", {}), KEY: self.causal_pass}
+        self.causal_pass.share(patcher.model.diffusion_model, options)  # now, so that a refusal costs no evaluation
+        self.model_options = {**self.model_options, "transformer_options": options}
         return caches
 
     def renew(self) -> Conditioning:
         """Take the guider's prompts anew, since they have changed: their caches are those of the ones before."""
         assert self.causal_pass is not None
         self.causal_pass.index_of = self._index_of()
-        self.latest, self.used = None, set()  # another prompt may have other conditionings
+        self.latest, self.evaluated = None, set()  # another prompt may have other conditionings
         return self.conditioning
 
     def kept_loaded(self) -> AbstractContextManager[None]:
         """Keep the MODEL loaded over work that may bring in other networks of ComfyUI."""
         patcher = self.guider.model_patcher
+        # ComfyUI evaluates all conditionings in one batch where it can.
         shape = (self.num_caches * self.chunk_shape[0], *self.chunk_shape[1:])
         return host.kept_loaded(patcher, working_bytes=patcher.memory_required(shape) + self.working_bytes)
 
@@ -147,7 +149,7 @@ class GuidedNetwork:
         assert writes, "ComfyUI samples without gradient, where every pass writes into the cache"
         if self.causal_pass is not None:
             self.causal_pass.begin_call(start_frame, x_BTCHW.shape[1])
-        sigma_B = timesteps_BT[:, 0] / TIMESTEPS
+        sigma_B = timesteps_BT[:, 0] / TIMESTEPS  # all frames of a chunk have the same noise level
         x0_BCTHW = self.guider(
             rearrange(x_BTCHW, "b t c h w -> b c t h w"),
             sigma_B,
@@ -166,15 +168,16 @@ class GuidedNetwork:
 
         A step may leave out a prompt, but the last pass over a chunk, which the cache keeps, has to have them all.
         """
+        # A new chunk begins: the latest call was the last one over the chunk before.
         has_begun = self.latest is not None and self.latest[0] != start_frame
-        is_whole = not has_begun or (self.latest is not None and self.latest[1] == self.used)
-        if not evaluated or not is_whole or (has_begun and not evaluated <= self.used):
+        is_whole = not has_begun or (self.latest is not None and self.latest[1] == self.evaluated)
+        if not evaluated or not is_whole or (has_begun and not evaluated <= self.evaluated):
             raise ValueError(
                 "an evaluation of the model was skipped by a node that saves steps (such as EasyCache, TeaCache or a "
                 "cfg that ends early), which leaves a hole in the cache of a video made chunk by chunk; remove it"
             )
         self.latest = start_frame, evaluated
-        self.used |= evaluated
+        self.evaluated |= evaluated
 
 
 class RunNoise:
@@ -221,6 +224,7 @@ def memory_explained(network: GuidedNetwork, causal: CausalConfig, shape: Latent
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
+        # ComfyUI's own tip for this error is a smaller batch, which is of one video as a rule.
         raise ValueError(_remedies(network, causal, shape, batch)) from error
 
 
@@ -234,10 +238,12 @@ def _remedies(network: GuidedNetwork, causal: CausalConfig, shape: LatentShape, 
         tokens = tokens_per_frame(height, width)
         return count * KVCache.num_bytes(config, batch=batch, tokens_per_frame=tokens, capacity=capacity, dtype=dtype)
 
-    whole = size(capacity, network.cache_dtype)
-    narrow, halved = whole - size(small, network.cache_dtype), whole - size(capacity, torch.float8_e4m3fn)
+    cache_bytes = size(capacity, network.cache_dtype)
+    saved_by_window = cache_bytes - size(small, network.cache_dtype)
+    saved_by_dtype = cache_bytes - size(capacity, torch.float8_e4m3fn)
     return (
-        f"out of memory while generating; the KV cache alone takes {whole} bytes. In Cache Options (Self Forcing): "
-        f"window {small} saves {narrow} bytes, cache_dtype float8_e4m3fn {halved}, cache_device cpu {whole}; "
+        f"out of memory while generating; the KV cache alone takes {cache_bytes} bytes. In Cache Options (Self "
+        f"Forcing): window {small} saves {saved_by_window} bytes, cache_dtype float8_e4m3fn {saved_by_dtype}, "
+        f"cache_device cpu {cache_bytes}; "
         "a smaller width and height save in proportion"
     )

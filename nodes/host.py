@@ -1,6 +1,8 @@
-"""Everything asked of the running ComfyUI: folders, devices, memory, progress, previews, interruption.
+"""What is asked of the running ComfyUI: devices, memory, progress, previews, interruption.
 
-Features are tested for, never versions. Letters: V video frames, R RGB, H W pixels.
+Features are tested for, never versions. Tested are ComfyUI 0.3.64 to 0.33; what is said of versions below is of these.
+
+Letters: B batch, T latent frames, C latent channels, R RGB, H W height and width in pixels.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ PREVIEW_SIZE = 512  # pixels of a preview's longer side; ComfyUI may shrink it f
 
 def schema(*, search_aliases: Sequence[str] = (), **options: Any) -> io.Schema:
     """Return a node's schema, with search aliases where ComfyUI knows them."""
+    # 0.3.64's Schema is a dataclass without that field, and would refuse the keyword.
     has_aliases = any(item.name == "search_aliases" for item in fields(io.Schema))
     return io.Schema(**options, **({"search_aliases": list(search_aliases)} if has_aliases else {}))
 
@@ -42,6 +45,8 @@ def patcher_of(
 ) -> Any:
     """Hand a module to ComfyUI's memory manager. `dynamic`: all weights are in ComfyUI's own layers."""
     patcher = comfy.model_patcher.ModelPatcher
+    # Dynamic VRAM of later versions brings weights to the device one by one as a layer asks for them, which only layers
+    # of comfy.ops do. At its start ComfyUI points CoreModelPatcher at the class that does so; 0.3.64 has no such name.
     if dynamic:
         patcher = getattr(comfy.model_patcher, "CoreModelPatcher", patcher)
     return patcher(module, load_device=load_device, offload_device=offload_device)
@@ -49,6 +54,7 @@ def patcher_of(
 
 def load(patchers: Sequence[Any], *, working_bytes: float = 0, whole: bool = False) -> None:
     """Bring networks to their devices, leaving `working_bytes` free; ComfyUI offloads others as it sees fit."""
+    # force_full_load: no weights stay in CPU memory to be copied at each call, as modules without comfy.ops need it.
     memory.load_models_gpu(list(patchers), memory_required=working_bytes, force_full_load=whole)
 
 
@@ -63,6 +69,7 @@ def kept_loaded(patcher: Any, *, working_bytes: float) -> Iterator[None]:
     try:
         yield
     finally:
+        # Loading what is loaded costs a walk over all modules: only where something has left.
         if any(network.loaded_size() < size for network, size in zip(networks, before)):
             load(networks, working_bytes=working_bytes)
 
@@ -75,6 +82,7 @@ def card(device: torch.device, dtype: torch.dtype) -> Card:
 
 def to_graph(tensor: Tensor) -> Tensor:
     """Return a tensor in float32 on the device where ComfyUI keeps what travels between nodes."""
+    # CPU memory, but for --gpu-only: what a node returns is kept for later runs, and would fill the GPU.
     return tensor.to(device=memory.intermediate_device(), dtype=torch.float32)
 
 
@@ -85,7 +93,7 @@ def check_interrupted() -> None:
 
 def with_companions(patcher: Any, companions: Sequence[Any]) -> Any:
     """Return a clone of the MODEL with which other networks come to their devices, and stay while it is sampled."""
-    clone = patcher.clone()
+    clone = patcher.clone()  # a MODEL is shared by all nodes that it is connected to
     clone.set_additional_models(COMPANIONS, list(companions))
     return clone
 
@@ -96,13 +104,14 @@ def with_shift(patcher: Any, shift: float) -> Any:
     class Sampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
         pass
 
+    # multiplier: timesteps of Wan go from 0 to 1000, sigmas from 0 to 1.
     sampling = Sampling(patcher.model.model_config)
     sampling.set_parameters(shift=shift, multiplier=1000)
     patcher.add_object_patch("model_sampling", sampling)
     return patcher
 
 
-def blocked(reason: str) -> Any:
+def blocker(reason: str) -> Any:
     """Return what stands in place of an output: nodes that need it do not run, and say why."""
     return ExecutionBlocker(reason)
 
@@ -113,24 +122,26 @@ class ProgressBar:
 
     def __init__(self, total: int) -> None:
         self.bar = comfy.utils.ProgressBar(total)
-        self.done = 0
+        self.num_calls = 0  # begun so far
 
-    def back_to(self, count: int) -> None:
+    def back_to(self, num_calls: int) -> None:
         """Forget what came after this many calls: it is made again."""
-        self.done = count
+        self.num_calls = num_calls
 
     def step(self) -> None:
         """Count one more network call, which is about to start; its predecessor is done."""
-        self.bar.update_absolute(self.done)
-        self.done += 1
+        self.bar.update_absolute(self.num_calls)
+        self.num_calls += 1
 
     def finish(self) -> None:
+        """Show a full bar: the last call is done."""
         self.bar.update_absolute(self.bar.total)
 
     def show(self, frame_RHW: Tensor) -> None:
         """Show one frame in [0, 1] on the node."""
         pixels = (frame_RHW.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        self.bar.update_absolute(self.done, preview=("JPEG", Image.fromarray(pixels), PREVIEW_SIZE))
+        # A preview goes out with a value of the bar, and always at once; values alone are thinned out by ComfyUI.
+        self.bar.update_absolute(self.num_calls, preview=("JPEG", Image.fromarray(pixels), PREVIEW_SIZE))
 
 
 def rough_frames(latents_BTCHW: Tensor, latent_format: Any) -> Tensor:
@@ -139,6 +150,7 @@ def rough_frames(latents_BTCHW: Tensor, latent_format: Any) -> Tensor:
     batch, _, channels, height, width = latents_BTCHW.shape
     if factors is None or len(factors) != channels:
         return torch.zeros(batch, 0, 3, height, width)
+    # As ComfyUI's Latent2RGBPreviewer: a linear map from channels to colours in [-1, 1], fitted for each latent space.
     bias_R = torch.tensor(latent_format.latent_rgb_factors_bias or [0.0, 0.0, 0.0])
     rgb = torch.einsum("btchw,cr->btrhw", latents_BTCHW.float().cpu(), torch.tensor(factors))
     return ((rgb + bias_R[:, None, None] + 1) / 2).clamp(0, 1)

@@ -1,6 +1,6 @@
 """How a video begins: with an image, with frames, or with another video that goes on.
 
-Letters: B batch, T latent frames, C latent channels, H W size, V video frames, R RGB.
+Letters: B batch, T latent frames, C latent channels, H W height and width, V video frames, R RGB.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..selfforcing_core.geometry import SPATIAL_FACTOR, VideoGeometry, covered_l
 from . import host, page
 from .autoencoder import WAN_LATENTS, check_channels, check_latent, check_space, graph_latent
 from .model_settings import CAUSAL, settings_of
-from .sampling import layout
+from .sampling import chunking_behind
 from .shared_network import config_of
 from .stream_run import rounded_size
 
@@ -109,10 +109,12 @@ class SelfForcingImageToVideo(io.ComfyNode):
         latent: dict[str, Any] | None = None,
         clip_vision_output: Any = None,
     ) -> io.NodeOutput:
+        # An output without a value would stop the graph; an empty list of prompts does no harm where cfg is 1.
         prompts = (positive, negative if negative is not None else [])
         _check_inputs(model, vae, start_image, latent)
         settings = settings_of(model)
         if config_of(model.model.diffusion_model).model_type == "i2v":
+            # Few-step models see all frames at once: their videos have no chunks that a length would have to fit.
             chunk = settings.causal.chunk if settings.kind == CAUSAL else 1
             size = rounded_size(width, height, length, chunk)
             values = _condition(vae, start_image, size, clip_vision_output)
@@ -148,7 +150,7 @@ def _first_latents(
         return latent["samples"]
     if start_image is None:
         raise ValueError("a text-to-video model begins with frames; connect start_image (and vae) or latent")
-    count = rounded_length(len(start_image), chunk=1)
+    count = rounded_length(len(start_image), chunk=1)  # 4n + 1: a latent frame holds four, the first one alone
     if count != len(start_image):
         page.show_text(
             f"start_image has {len(start_image)} frames; the first {count} are used: a count of the form 4n+1"
@@ -160,7 +162,7 @@ def _first_latents(
 def _start_of_video(first_BCTHW: Tensor, causal: Any, length: int, batch_size: int) -> dict[str, Any]:
     """Return a LATENT whose first frames are known and whose others are to be made, told apart by its noise mask."""
     count, (latent_height, latent_width) = first_BCTHW.shape[2], first_BCTHW.shape[-2:]
-    chunks = layout(count, causal)
+    chunks = chunking_behind(count, causal)
     size = rounded_size(
         latent_width * SPATIAL_FACTOR,
         latent_height * SPATIAL_FACTOR,
@@ -177,6 +179,7 @@ def _start_of_video(first_BCTHW: Tensor, causal: Any, length: int, batch_size: i
         )
     samples = _zeros(batch_size, size.latent_frames, latent_height, latent_width)
     samples[:, :, :count] = first_BCTHW.to(samples)
+    # As ComfyUI has it for pictures: 1 is to be made, 0 is known.
     mask = torch.ones_like(samples[:, :1])
     mask[:, :, :count] = 0
     return {"samples": samples, "noise_mask": mask}
@@ -189,11 +192,14 @@ def _condition(vae: Any, start_image: Tensor | None, size: VideoGeometry, clip_v
             "this is an image-to-video model; connect start_image, vae and clip_vision_output (the images that it "
             "continues come as condition, so latent does not fit)"
         )
+    # As WanImageToVideo builds it: the VAE encodes the given frames and grey ones behind them as one video, and
+    # the mask says which latent frames are the user's. ComfyUI inverts it and lays it beside the latents.
     frames_VHWR = torch.full((size.frames, size.height, size.width, 3), GREY)
     count = min(len(start_image), size.frames)
     frames_VHWR[:count] = _fitted(start_image[:count], size.width, size.height).to(frames_VHWR)
     mask = torch.ones(1, 1, size.latent_frames, size.latent_height, size.latent_width)
     mask[:, :, : covered_latents(count)] = 0
+    # Names of options beside the embeddings, which ComfyUI's Wan turns into condition channels.
     values = {"concat_latent_image": vae.encode(frames_VHWR), "concat_mask": mask}
     return values if clip_vision_output is None else {**values, "clip_vision_output": clip_vision_output}
 

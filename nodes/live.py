@@ -5,7 +5,7 @@ secret name, the client id of the page that queued it, and an action; commands o
 the server's queue, and so may interrupt what it runs, may also finish it early: by prompt and client id, without the
 name. How messages go out, and that none pile up, is the outbox's business.
 
-Letters: V video frames, R RGB, H W pixels.
+Letters: V video frames, R RGB, H W height and width in pixels.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from ..selfforcing_core.geometry import pixel_frames
 from ..selfforcing_core.prompt_schedule import HISTORIES
 from . import host, page
 from .figures import Figures
+from .guider_prompts import Reader
 from .outbox import AGAIN_AFTER, EVENT, PATIENCE, Outbox, thumbnails
 from .pacing import Viewer
 from .page_steering import PageSteering
-from .prompts import Reader
 from .steering_record import SteeringRecord
 
 ROUTE = "/selfforcing/live"
-FRAME_RATE = 24  # at most so many frames for every second that generating took
+FRAME_RATE = 24  # at most so many frames for every second that generating took: a fast run would fill the connection
 LISTEN = 0.1  # seconds between two looks at what a waiting chunk waits for
 TAB = "selfforcing_tab"  # under which the page tells which of its open workflows queued the prompt
 ACTIONS = ("prompt", "seed", "hold", "go_on", "reroll", "finish", "shown", "ack")
@@ -41,6 +41,7 @@ COMMAND_BYTES = 65536  # many times the longest prompt, so that nobody fills the
 PROMPT_LETTERS = 10000  # the encoder reads 512 tokens; more than that is a mistake of the clipboard
 
 log = logging.getLogger(__name__)
+# The server's thread has nothing but a name to find a run by, so these two belong to the process.
 _runs: dict[str, Live] = {}
 _steered: Counter[int] = Counter()  # by the seed of their node: runs whose result is not that of its inputs alone
 
@@ -55,34 +56,34 @@ class Live:
         *,
         fps: float,
         lengths: Sequence[int],
-        read: Reader | None,
+        reader: Reader | None,
         seed: int,
         pace: float,
         hidden: Any,
     ) -> None:
         self.name = uuid.uuid4().hex  # a secret: whoever knows it may steer
-        self.audience, self.record, self.read = audience, record, read
+        self.audience, self.record, self.reader = audience, record, reader
         self.own_seed, self.pace = seed, pace or None
         self.viewer, self.figures, self.steering = Viewer(fps), Figures(fps), PageSteering()
         self.read_text = ""  # the text of the prompt that was read last
         self.is_steered = False  # the result is another than that of the node's inputs
         self.is_again = False  # the coming frames replace those of the chunk shown last
-        _runs[self.name] = self
-        unchanging = {
+        _runs[self.name] = self  # the outbox's thread takes it out when its last message is sent
+        fixed_fields = {
             "run": self.name,
             "prompt_id": audience.prompt,
             "node": audience.node,
             "num_chunks": len(lengths),
             "num_frames": pixel_frames(sum(lengths)),
             "fps": fps,
-            "can_prompt": read is not None,
+            "can_prompt": reader is not None,
             "can_finish": True,
             "pace": self.pace,
             **_queued_from(hidden),
         }
         self.outbox = Outbox(
             lambda message: page.send(EVENT, message, audience.client),
-            unchanging,
+            fixed_fields,
             lambda: {"ahead": self.viewer.seconds_ahead(self.figures.num_frames), "events": record.events},
             lambda: _runs.pop(self.name, None),
         )
@@ -95,7 +96,7 @@ class Live:
     @property
     def has_page(self) -> bool:
         """Return whether a player has answered."""
-        return self.outbox.answered > 0
+        return self.outbox.num_answered > 0
 
     @property
     def is_finishing(self) -> bool:
@@ -111,6 +112,7 @@ class Live:
             self.outbox.put(chunk=chunk)
             return
         rate = self.figures.count(num_frames)
+        # A run that is faster than it plays is shown with fewer frames, each at its own time; the file has all of them.
         every = max(1, math.ceil((rate or 0) / FRAME_RATE))
         frames = list(zip(range(first_frame, num_frames, every), thumbnails(frames_VRHW[::every])))
         self.outbox.put(frames, is_again=self.is_again, chunk=chunk, stats=self.figures.stats(rate))
@@ -121,30 +123,31 @@ class Live:
 
         can_hold: it was made, not given. is_last: nothing follows, so nothing can be ahead.
         """
-        waited_from, steering = time.perf_counter(), self.steering
+        wait_start, steering = time.perf_counter(), self.steering
         with steering.changed:
             steering.next_seed, steering.is_released = None, False
+            # Condition.wait lets go of the lock, so that the page's commands come in meanwhile.
             self._wait(can_hold=can_hold, is_last=is_last)
             self.outbox.put(state="sampling")  # before what else there is to tell, which nobody is to take for a hold
             self.is_again = steering.next_seed is not None and not steering.is_finishing
             if self.is_again:
-                self._roll_again(waited_from)
-            self.figures.go_on(waited_from)
+                self._roll_again(wait_start)
+            self.figures.go_on(wait_start)
             return self.is_again
 
     def _wait(self, *, can_hold: bool, is_last: bool) -> None:
         """Wait until there is no reason left; say the reason, and again for a page that was loaded anew."""
-        latest_reason, told_at, lost_at = "", 0.0, time.monotonic() + PATIENCE
+        latest_reason, reported_at, deadline = "", 0.0, time.monotonic() + PATIENCE
         while reason := self._reason(can_hold=can_hold, is_last=is_last):
             self.steering.is_waiting = reason == "held"
-            if reason != latest_reason or time.monotonic() > told_at + AGAIN_AFTER:
-                latest_reason, told_at = reason, time.monotonic()
+            if reason != latest_reason or time.monotonic() > reported_at + AGAIN_AFTER:
+                latest_reason, reported_at = reason, time.monotonic()
                 self.outbox.put(state=reason)
-            self.steering.changed.wait(LISTEN)  # lets go of the lock meanwhile
+            self.steering.changed.wait(LISTEN)
             host.check_interrupted()
             if page.is_listening(self.audience.client):
-                lost_at = time.monotonic() + PATIENCE
-            elif time.monotonic() > lost_at:
+                deadline = time.monotonic() + PATIENCE
+            elif time.monotonic() > deadline:
                 log.warning("the page that the run waited for (%s) is gone; the run goes on", reason)
                 self.steering.is_held = False
                 self.viewer.forget()
@@ -160,13 +163,13 @@ class Live:
         ahead = None if is_last or self.pace is None else self.viewer.seconds_ahead(self.figures.num_frames)
         return "ahead" if ahead is not None and self.pace is not None and ahead > self.pace else ""
 
-    def _roll_again(self, waited_from: float) -> None:
+    def _roll_again(self, wait_start: float) -> None:
         start, seed = self.steering.chunk_start, self.steering.next_seed
         assert seed is not None
         self.steering.chunk_seed = seed
         self.record.reroll(start, seed)
         self.record.use(start, seed)
-        self.figures.throw_away(waited_from)
+        self.figures.throw_away(wait_start)
         self._tell_schedule()
 
     def seed_at(self, start_frame: int) -> int | None:
@@ -186,13 +189,13 @@ class Live:
         One that cannot be read, or that `check` refuses, is said to be refused and is none.
         """
         typed = self.steering.take_prompt()
-        if typed is None or self.read is None:
+        if typed is None or self.reader is None:
             return None
         text, history = typed
         try:
-            conditioning = self.read(text)
+            conditioning = self.reader(text)
             check(conditioning)
-        except host.Interrupted:
+        except host.Interrupted:  # the stop button, which ends the run in any case
             raise
         except Exception as error:  # a long run does not end because of a sentence typed into it
             log.exception("the prompt typed into the player could not be read")
@@ -213,7 +216,7 @@ class Live:
 
     def _count(self) -> None:
         """Note that the result is another than that of the node's inputs from here on."""
-        if not self.is_steered:
+        if not self.is_steered:  # once for a run: one more is enough to make it another
             self.is_steered = True
             _steered[self.own_seed] += 1
 
@@ -277,7 +280,7 @@ class Live:
 
     def _typed(self, message: dict[str, Any]) -> tuple[str, str]:
         text, history = message.get("text"), message.get("history", HISTORIES[0])
-        if self.read is None:
+        if self.reader is None:
             raise ValueError("nothing here can read a new prompt; connect clip to the sampler")
         if not isinstance(text, str) or not text.strip() or len(text) > PROMPT_LETTERS:
             raise ValueError(f"a prompt is 1 to {PROMPT_LETTERS} letters")
@@ -293,7 +296,7 @@ def open_live(
     *,
     fps: float,
     lengths: Sequence[int],
-    read: Reader | None,
+    reader: Reader | None,
     seed: int,
     pace: float,
     hidden: Any,
@@ -305,7 +308,7 @@ def open_live(
     audience = page.audience()
     if audience is None:
         return None
-    return Live(audience, record, fps=fps, lengths=lengths, read=read, seed=seed, pace=pace, hidden=hidden)
+    return Live(audience, record, fps=fps, lengths=lengths, reader=reader, seed=seed, pace=pace, hidden=hidden)
 
 
 def times_steered(seed: int | None) -> int:
@@ -321,12 +324,14 @@ def add_route() -> None:
     """Add the route of the page's commands; once, while ComfyUI loads the pack."""
     server = page.server()
     if server is not None:
+        # ComfyUI adds what is in this table to its application when all packs are loaded.
         server.routes.post(ROUTE)(_answer)
 
 
 async def _answer(request: web.Request) -> web.Response:
     try:
         body = b""
+        # Read in pieces: a body without a length, sent on and on, is cut off as well.
         async for part in request.content.iter_chunked(COMMAND_BYTES):
             body += part
             if len(body) > COMMAND_BYTES:
@@ -335,6 +340,7 @@ async def _answer(request: web.Request) -> web.Response:
         live = _named(message)
         if live is None and message.get("action") in ("ack", "shown"):  # of the last message: the run is gone by then
             return web.json_response({})
+        # 404 tells the page that the run is over, 403 and 400 that this command was not taken.
         if live is None:
             return web.json_response({"error": _not_running(message)}, status=404)
         refusal = live.refusal(message)
@@ -377,7 +383,7 @@ def _queued_from(hidden: Any) -> dict[str, str]:
 def _parsed(body: bytes) -> dict[str, Any]:
     try:
         message = json.loads(body)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # the latter of "[" a few thousand times
         raise ValueError("a command is a JSON object") from error
     if not isinstance(message, dict):
         raise ValueError("a command is a JSON object")
@@ -386,6 +392,7 @@ def _parsed(body: bytes) -> dict[str, Any]:
 
 def _whole(message: dict[str, Any], name: str) -> int:
     value = message.get(name)
+    # bool is a kind of int in Python. 2**64: torch takes no larger seeds, and the page's numbers end before that.
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
         raise ValueError(f"{name} {str(value)[:40]!r} is no whole number from 0 to 2**64 - 1")
     return value

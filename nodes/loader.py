@@ -28,7 +28,7 @@ from .model_settings import (
     settings_of,
 )
 
-# Parts of file names that a new node chooses before others.
+# The fp8 types by the names of ComfyUI's own Load Diffusion Model.
 WEIGHT_DTYPES = {
     "default": None,
     "float32": torch.float32,
@@ -59,12 +59,13 @@ def _latent_space(checkpoint: Checkpoint, choice: str, name: str) -> str:
     Raises ValueError where neither says so, and for the TAEHV of another released model than Wan 2.1. A name outside
     the released ones is that of a small model's own space, which the decoders' users compare.
     """
+    # TAEHV files of several models have equal shapes and decode each other's latents into wrong colours.
     file_space = checkpoint.latent_space
     if file_space is not None and choice not in ("auto", file_space):
         page.show_text(f"{name} says that it decodes latents of {file_space}; latents={choice} is not followed")
     if file_space is None or (file_space in LATENT_SPACES and file_space != WAN_UNSCALED):
-        known = choice if file_space is None and choice != "auto" else file_space
-        expect_latent_space(known, checkpoint.config, WAN, name, setting="latents")
+        space = choice if file_space is None and choice != "auto" else file_space
+        expect_latent_space(space, checkpoint.config, WAN, name, setting="latents")
         return WAN
     return file_space
 
@@ -80,6 +81,7 @@ def load_model(unet_name: str, weight_dtype: str, weights: str, kind: str, disab
         is_fast_fp8=weight_dtype.endswith("_fast"),
         is_dynamic=not disable_dynamic,
     )
+    # Later versions replay it where a MODEL is wanted on another device (Select Model Device); without it, it stays.
     model.cached_patcher_init = load_model, (unet_name, weight_dtype, weights, kind)
     return model
 
@@ -183,6 +185,7 @@ class SelfForcingPatchModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, kind: str, chunk: int, shift: float) -> io.NodeOutput:
+        # A MODEL of another loader brings nothing of its training along: the widgets have to say it.
         settings = Settings(kind, CausalConfig(chunk=chunk), StepConfig(shift=shift))
         return io.NodeOutput(host.with_shift(with_settings(model, settings), shift))
 
@@ -274,13 +277,13 @@ class SelfForcingCacheOptions(io.ComfyNode):
             causal = replace(causal, context_noise=context_noise)
         if cache_source != "auto":
             causal = replace(causal, cache_source=cache_source)
-        changed = replace(
+        new_settings = replace(
             settings,
             causal=causal,
             cache_dtype=CACHE_DTYPES[cache_dtype],
             cache_device=None if cache_device == "default" else cache_device,
         )
-        return io.NodeOutput(with_settings(model, changed))
+        return io.NodeOutput(with_settings(model, new_settings))
 
 
 class SelfForcingTAEHVLoader(io.ComfyNode):

@@ -52,9 +52,11 @@ def model_from_checkpoint(
         model_config.sampling_settings = {"shift": steps.shift}
     _choose_dtype(model_config, checkpoint, dtype)
     if is_fast_fp8:
+        # ComfyUI then picks layers that multiply in float8 where the GPU can, as its own loader does for "_fast".
         model_config.optimizations["fp8"] = True
-    model = model_config.get_model(checkpoint.state_dict, "")
+    model = model_config.get_model(checkpoint.state_dict, "")  # "": no prefix before the names of parameters
     patcher = host.patcher_of(model, memory.get_torch_device(), memory.unet_offload_device(), dynamic=is_dynamic)
+    # Under dynamic VRAM weights stay where the file maps them, and are read when a layer is first called.
     assign = getattr(patcher, "is_dynamic", lambda: False)()
     if isinstance(checkpoint.state_dict, ScaledWeights):
         _fill_scaled(model.diffusion_model, checkpoint.state_dict, assign=assign)
@@ -82,6 +84,7 @@ def kind_in(checkpoint: Checkpoint) -> str:
         return CAUSAL
     if checkpoint.bidirectional is None:
         return UNKNOWN
+    # "renoise" is how distilled models go from step to step; teachers are sampled with an ODE solver.
     return FEW_STEP if checkpoint.steps is None or checkpoint.steps.solver == "renoise" else BASE
 
 
@@ -99,22 +102,25 @@ def _fill_scaled(network: nn.Module, weights: ScaledWeights, *, assign: bool) ->
         widened = {name: tensor.to(places[name].dtype) for name, tensor in weights.items()}
         network.load_state_dict(widened, assign=True)
         return
-    for name, tensor in weights.items():
+    for name, tensor in weights.items():  # `items` widens each weight as it comes to it
         places[name].data.copy_(tensor)
 
 
 def _comfyui_config(config: WanConfig, *, is_causal: bool) -> Any:
     """Return ComfyUI's class for this network; with is_causal the one that its causal nodes ask for, if it has it."""
+    # Built here and not detected from the weights, as ComfyUI does it: its causal class is only chosen for an entry
+    # `causal_ar` in the header of a safetensors file, which released files do not have.
     classes = comfy.supported_models
     config_class = classes.WAN21_I2V if config.model_type == "i2v" else classes.WAN21_T2V
     if is_causal and config.model_type == "t2v":
-        config_class = getattr(classes, "WAN21_CausalAR_T2V", config_class)
+        config_class = getattr(classes, "WAN21_CausalAR_T2V", config_class)  # since 0.22, for text-to-video alone
     return config_class({"image_model": "wan2.1", **asdict(config)})
 
 
 def _choose_dtype(model_config: Any, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
     """Follow ComfyUI's rule: weights as stored where the device computes in that type, else cast at use."""
     supported = model_config.supported_inference_dtypes
+    # ComfyUI widens float8 weights where all of them fit the GPU so, for which it asks how many there are.
     num_parameters = sum(weight.numel() for weight in stored_tensors(checkpoint.state_dict).values())
     stored = getattr(torch, checkpoint.dtype)
     weights = dtype or memory.unet_dtype(

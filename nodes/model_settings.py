@@ -33,6 +33,7 @@ class Settings:
 
 def settings_of(patcher: Any) -> Settings:
     """Return what our loader or patch node left on a MODEL. Raises ValueError for a MODEL that neither has seen."""
+    # model_options travel with a MODEL through every node that clones it: LoRA loaders, ModelSamplingSD3 and so on.
     settings = patcher.model_options.get(KEY)
     if isinstance(settings, Settings):
         return settings
@@ -73,6 +74,7 @@ def sigmas_of(patcher: Any, num_steps: int, shift: float) -> Tensor:
     trained = settings_of(patcher).steps
     keeps_list = num_steps in (AUTO, len(trained.steps))
     used_shift = shift or getattr(patcher.get_model_object("model_sampling"), "shift", trained.shift)
+    # A released list such as 1000, 750, 500, 250 is warped by the shift, s t / (1 + (s - 1) t) for t in [0, 1].
     if keeps_list:
         schedule = FlowSchedule(replace(trained, shift=used_shift))
         if not trained.warp and trained.sigma == "exact" and used_shift != trained.shift:
@@ -81,4 +83,5 @@ def sigmas_of(patcher: Any, num_steps: int, shift: float) -> Tensor:
         log.info("the model's own steps are %d; %d even ones are used", len(trained.steps), num_steps)
         even = StepConfig.even(num_steps, shift=used_shift)
         schedule = FlowSchedule(replace(trained, steps=even.steps, shift=used_shift, warp=True))
+    # SIGMAS of ComfyUI end with the level that the last step reaches.
     return torch.tensor([*schedule.sigmas, 0.0], dtype=torch.float32)

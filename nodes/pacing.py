@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-TRUSTED = 0.5  # seconds: a page whose picture moves says so at least this often
-SILENT = 6.0  # seconds: one whose picture stands still says so every two, if it is still there
+TRUSTED = 0.5  # seconds: a page whose picture moves says so this often (REPORT_MS in web/panel.js)
+SILENT = 6.0  # seconds: one whose picture stands still says so every two (STILL_MS), if it is still there
 
 
 class Viewer:
@@ -13,14 +13,14 @@ class Viewer:
 
     def __init__(self, fps: float) -> None:
         self.fps = fps
-        self.frame: int | None = None
-        self.told_at = 0.0
-        self.is_moving = False
+        self.frame: int | None = None  # on screen, by the page's last word
+        self.reported_at = 0.0  # seconds of the monotonic clock
+        self.is_moving = False  # it was further on than at the word before
 
     def tell(self, frame: int) -> None:
         """Note that this frame is on screen."""
         self.is_moving = self.frame is not None and frame > self.frame
-        self.frame, self.told_at = frame, time.monotonic()
+        self.frame, self.reported_at = frame, time.monotonic()
 
     def forget(self) -> None:
         """Note that the page is gone: nothing is known until one speaks again."""
@@ -31,8 +31,9 @@ class Viewer:
 
         A moving picture is taken to have moved on since, for as long as a page may be silent about it.
         """
-        frame, since = self.frame, time.monotonic() - self.told_at  # the server's thread may write it meanwhile
+        frame, since = self.frame, time.monotonic() - self.reported_at  # the server's thread may write it meanwhile
         if frame is None or since > SILENT:
             return None
-        passed = min(since, TRUSTED) if self.is_moving else 0.0
-        return max(0.0, (num_frames - 1 - frame) / self.fps - passed)
+        # Not further: a page that stalls would otherwise be thought to have shown what it has not.
+        seconds_moved = min(since, TRUSTED) if self.is_moving else 0.0
+        return max(0.0, (num_frames - 1 - frame) / self.fps - seconds_moved)

@@ -16,13 +16,14 @@ log = logging.getLogger(__name__)
 
 def server() -> Any:
     """Return ComfyUI's web server; None where ComfyUI runs without one."""
+    # Importing it would start one: whoever runs ComfyUI's code without a server has not imported it.
     module = sys.modules.get("server")
     return getattr(getattr(module, "PromptServer", None), "instance", None)
 
 
 def show_text(text: str) -> None:
     """Show a line on the node that runs now, below those it shows already, and in the log."""
-    log.warning("%s", text)
+    log.warning("%s", text)  # for scripts, which see no nodes, and for versions that cannot show text
     context, page = get_executing_context(), server()
     if context is None or not hasattr(page, "send_progress_text"):
         return
@@ -35,7 +36,7 @@ def show_text(text: str) -> None:
 @functools.lru_cache(maxsize=1)
 def _lines_on(prompt: str, node: str) -> list[str]:
     """Return what the node that ran last shows: ComfyUI keeps one text for each node."""
-    return []
+    return []  # the cache hands out the same list until another node, or another prompt, asks
 
 
 def is_read(hidden: Any, output: int) -> bool:
@@ -43,6 +44,7 @@ def is_read(hidden: Any, output: int) -> bool:
     context, prompt = get_executing_context(), getattr(hidden, "prompt", None)
     if context is None or not isinstance(prompt, dict) or context.node_id not in prompt:
         return False
+    # In the graph as it is queued a link is a list of a node's id and the number of its output.
     return any([context.node_id, output] in node.get("inputs", {}).values() for node in prompt.values())
 
 
@@ -57,7 +59,7 @@ class Audience:
 
 def audience() -> Audience | None:
     """Return the audience of the node that runs now; None where no page queued it."""
-    context, client = get_executing_context(), getattr(server(), "client_id", None)
+    context, client = get_executing_context(), getattr(server(), "client_id", None)  # client: of the running prompt
     return Audience(client, context.prompt_id, context.node_id) if client and context is not None else None
 
 
@@ -68,6 +70,7 @@ def is_listening(client: str) -> bool:
 
 def send(event: str, data: dict[str, Any], client: str) -> None:
     """Send an event to the pages of this client alone; any thread may."""
+    # Without a client ComfyUI would send it to every open page. It only puts it into the server's queue.
     server().send_sync(event, data, client)
 
 
@@ -81,6 +84,6 @@ def graph_metadata(hidden: Any) -> dict[str, Any]:
 
 def add_metadata(hidden: Any, **entries: str) -> None:
     """Let the nodes that save what comes of this prompt write more entries beside the workflow."""
-    known = getattr(hidden, "extra_pnginfo", None)
-    if isinstance(known, dict):  # one for all nodes of the prompt
-        known.update(entries)
+    metadata = getattr(hidden, "extra_pnginfo", None)
+    if isinstance(metadata, dict):  # one for all nodes of the prompt: SaveVideo, which runs later, writes it out
+        metadata.update(entries)

@@ -30,10 +30,19 @@ OVERRIDE = "optimized_attention_override"
 REMEDY = "remove it, or sample the whole video with ComfyUI's own sampler"
 # Lists of functions that no Wan network of ComfyUI ever asked for: there they change nothing either.
 WITHOUT_EFFECT = {
-    "attn1_output_patch", "attn2_output_patch", "emb_patch", "forward_timestep_embed_patch", "input_block_patch",
-    "input_block_patch_after_skip", "middle_block_after_patch", "middle_block_patch", "noise_refiner",
-    "output_block_patch", "post_input",
-}  # fmt: skip
+    "attn1_output_patch",
+    "attn2_output_patch",
+    "emb_patch",
+    "forward_timestep_embed_patch",
+    "input_block_patch",
+    "input_block_patch_after_skip",
+    "middle_block_after_patch",
+    "middle_block_patch",
+    "noise_refiner",
+    "output_block_patch",
+    "post_input",
+}
+# Lists that ComfyUI's Wan does ask for, between its layers, and whose nodes fill them.
 SETTERS = {
     "attn1_patch": "InfiniteTalk, HyperTile, ToMe or a hypernetwork",
     "attn2_patch": "InfiniteTalk or a hypernetwork",
@@ -45,8 +54,9 @@ WHOLE_VIDEO_INPUTS = {
     "time_dim_concat": "frames joined to the video in time, as WanPhantomSubjectToVideo sets them",
     "context_latents": "reference latents beside the video, as Bernini's nodes set them",
 }
-ROPE_AXES = ("t", "y", "x")
+ROPE_AXES = ("t", "y", "x")  # as the names of ComfyUI's options end
 FOLLOWED = ("cross_attn", "ffn")  # modules of a block that may be anything, since they see no other tokens
+# Who usually replaces a module of this name, for the sentence that refuses it.
 HINTS = {
     "self_attn": "Enhance-A-Video or a sage attention of KJNodes for this block; Patch Sage Attention and "
     "--use-sage-attention are followed",
@@ -54,11 +64,12 @@ HINTS = {
     "network": "TeaCache or another node that skips evaluations",
 }
 HARMLESS_WRAPPERS = {"selfforcing", "torch.compile"}  # keys of ours, and of ComfyUI's own compilation
+# What torch itself writes on instances, as hooks and compilation do, is no patch.
 _TORCH_METHODS = frozenset(vars(nn.Module)) - {"forward"}
 
 
-def _refuse(what: str) -> ValueError:
-    return ValueError(f"this model carries {what}, which generating chunk by chunk cannot follow; {REMEDY}")
+def _refuse(obstacle: str) -> ValueError:
+    return ValueError(f"this model carries {obstacle}, which generating chunk by chunk cannot follow; {REMEDY}")
 
 
 def check_model_options(model_options: Mapping[str, Any]) -> None:
@@ -92,13 +103,14 @@ def check_model_sampling(model_sampling: Any) -> None:
         raise _refuse(
             f"a model sampling that is not of flow matching ({', '.join(kinds)}); ModelSamplingSD3 sets one that is"
         )
-    scale = getattr(model_sampling, "noise_scale", 1.0)
+    scale = getattr(model_sampling, "noise_scale", 1.0)  # of later versions; SIGMAS say nothing of it
     if scale != 1:
         raise _refuse(f"a noise scale of {scale:g} (ModelNoiseScale)")
 
 
 def check_transformer_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError for patches between the layers, as one evaluation is given them."""
+    # Replacements have keys such as ("double_block", 3): Wan's blocks are called by the name that Flux gave its own.
     blocks = [key for key in options.get("patches_replace", {}).get("dit", {}) if key[0] == "double_block"]
     if blocks:
         raise _refuse(
@@ -130,8 +142,8 @@ def rope_axes(options: Mapping[str, Any]) -> Axes | None:
     rope_options = options.get("rope_options")
     if not rope_options:
         return None
-    known = {f"{kind}_{axis}" for kind in ("scale", "shift") for axis in ROPE_AXES}
-    unknown = sorted(name for name, value in rope_options.items() if name not in known and value)
+    names = {f"{kind}_{axis}" for kind in ("scale", "shift") for axis in ROPE_AXES}
+    unknown = sorted(name for name, value in rope_options.items() if name not in names and value)
     if unknown:
         raise _refuse(f"RoPE options that are not known here ({', '.join(unknown)})")
     t, y, x = (
@@ -157,7 +169,7 @@ def comfyui_attention(options: Mapping[str, Any]) -> Callable[..., Tensor] | Non
     or by a pack that replaces the function. Torch's, and what ComfyUI takes by itself where it does not trust torch's,
     are left to the network's own door.
     """
-    function = comfy.ldm.wan.model.optimized_attention
+    function = comfy.ldm.wan.model.optimized_attention  # as that module has it: packs replace it just there
     plain = [attentions.attention_pytorch]
     if not cli_args.use_quad_cross_attention:
         plain += [attentions.attention_sub_quad, attentions.attention_basic]
@@ -189,9 +201,9 @@ def check_module(path: str, module: nn.Module, *, is_comfyuis: bool = True) -> N
     where = path or "the network"
     setter = HINTS.get(path.rpartition(".")[2] or "network")
     hint = "" if setter is None else f" ({setter})"
-    changed = next(_changed_methods(module), None)
-    if changed is not None:
-        raise _refuse(f"another {changed} of {where}{hint}")
+    method = next(_changed_methods(module), None)
+    if method is not None:
+        raise _refuse(f"another {method} of {where}{hint}")
     if module._forward_hooks or module._forward_pre_hooks:
         raise _refuse(f"a forward hook on {where}")
     if is_comfyuis and not _is_of_comfyui(module):
@@ -213,6 +225,7 @@ def _changed_methods(module: nn.Module) -> Iterator[str]:
     """Yield methods that an instance has replaced. ComfyUI leaves the class's own there after a patch."""
     for name, value in vars(module).items():
         own = getattr(type(module), name, None)
+        # Object patches (`add_object_patch`) write a bound function where the class has a method.
         if callable(own) and name not in _TORCH_METHODS and value is not None:
             is_own = getattr(value, "__func__", None) is own and getattr(value, "__self__", None) is module
             if not is_own:
@@ -222,6 +235,7 @@ def _changed_methods(module: nn.Module) -> Iterator[str]:
 # --------------------------------------------------------------- weights --
 def unapplied_names(patcher: Any, names: Iterable[str]) -> list[str]:
     """Return the network's parameters for which the MODEL carries a patch that ComfyUI has not applied."""
+    # `patches` are those that the MODEL carries, `backup` the weights from before one was applied.
     keys = ((name, f"diffusion_model.{name}") for name in names)
     return [name for name, key in keys if key in patcher.patches and key not in patcher.backup]
 
@@ -234,6 +248,7 @@ def unapplied_weights(patcher: Any, names: Iterable[str]) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name in unapplied_names(patcher, names):
         key = f"diffusion_model.{name}"
+        # In float32, as ComfyUI computes a LoRA, and on a copy: the MODEL without it stays as it is.
         weight = patcher.get_model_object(key).to(patcher.load_device, torch.float32, copy=True)
         weights[name] = comfy.lora.calculate_weight(patcher.patches[key], weight, key)
     return weights

@@ -48,11 +48,11 @@ class CallbackProgress:
     is_finished = False
 
     def __init__(
-        self, callback: Any, sigmas: Tensor, like_BTCHW: Tensor, earlier: list[Tensor], num_calls: int
+        self, callback: Any, sigmas: Tensor, like_BTCHW: Tensor, earlier_latents: list[Tensor], num_calls: int
     ) -> None:
-        self.callback, self.sigmas, self.num_calls, self.calls = callback, sigmas, num_calls, 0
+        self.callback, self.sigmas, self.total_calls, self.num_calls = callback, sigmas, num_calls, 0
         self.latest_BCTHW = host.to_graph(torch.zeros(like_BTCHW.transpose(1, 2).shape))
-        for latents_BTCHW in earlier:  # what a resumed state brings along
+        for latents_BTCHW in earlier_latents:  # what a resumed state brings along
             self._put(latents_BTCHW, 0)
 
     def _put(self, latents_BTCHW: Tensor, start_frame: int) -> Tensor:
@@ -61,18 +61,22 @@ class CallbackProgress:
         return new
 
     def step(self) -> None:
-        self.calls += 1
+        """Count the evaluation."""
+        self.num_calls += 1
 
     def chunk(self, chunk: Chunk) -> bool:
+        """Show the chunk's newest frame, at the end of the video all of it; nothing is made once more."""
         if self.callback is None:
             return False
         new = self._put(chunk.latents_BTCHW, chunk.start_frame)
         is_last = chunk.start_frame + new.shape[2] == self.latest_BCTHW.shape[2]
         steps = len(self.sigmas) - 1
-        index = steps - 1 if is_last else min(steps - 1, self.calls * steps // max(self.num_calls, 1))
-        # ComfyUI shows the first frame of what it is given: the newest one
-        shown = self.latest_BCTHW if is_last else new[:, :, -1:]
-        self.callback({"i": index, "denoised": shown, "x": shown, "sigma": self.sigmas[0], "sigma_hat": self.sigmas[0]})
+        index = steps - 1 if is_last else min(steps - 1, self.num_calls * steps // max(self.total_calls, 1))
+        # ComfyUI's preview is of the first frame that it is given, so that is the newest one. Of the last call it keeps
+        # everything: SamplerCustomAdvanced makes its second output, denoised_output, of it.
+        preview_BCTHW = self.latest_BCTHW if is_last else new[:, :, -1:]
+        sigma = self.sigmas[0]
+        self.callback({"i": index, "denoised": preview_BCTHW, "x": preview_BCTHW, "sigma": sigma, "sigma_hat": sigma})
         return False
 
     def finish(self) -> None:
@@ -96,10 +100,10 @@ class StreamProgress(host.ProgressBar):
         self.num_frames, self.stream, self.latent_format = num_frames, stream, latent_format
         self.live, self.on_frames = live, on_frames
         self.num_accepted = 0  # video frames that nothing replaces any more
-        self.calls = 0  # network calls up to the last chunk that was accepted
+        self.calls_at_accept = 0  # network calls up to the last chunk that was accepted
         self.is_finished = False
 
-    def resumed(self, video_BTCHW: Tensor) -> None:
+    def begin_with(self, video_BTCHW: Tensor) -> None:
         """Decode what a run that goes on from a snapshot has already."""
         if self.stream is not None:
             for latent_BTCHW in video_BTCHW.split(1, 1):  # a file takes them one by one, however many there are
@@ -107,11 +111,12 @@ class StreamProgress(host.ProgressBar):
                 self._accept(self.stream.decode(latent_BTCHW, is_last=False))
 
     def chunk(self, chunk: Chunk) -> bool:
-        may_repeat = self.live is not None and not chunk.is_given
+        """Decode and show a chunk; return whether the page wants it once more."""
+        may_repeat = self.live is not None and not chunk.is_given  # frames that the user gave are as they are
         is_end = chunk.start_frame + chunk.latents_BTCHW.shape[1] == self.num_frames
         self.is_finished = is_end or (may_repeat and self._is_finishing())
         # A decoder remembers the frames before: what is decoded of an attempt has to be undone with it.
-        before = self.stream.state() if self.stream is not None and may_repeat else None
+        decoder_state = self.stream.state() if self.stream is not None and may_repeat else None
         if self.stream is None:
             frames_BVRHW = chunk.latents_BTCHW[:, :0]
         else:
@@ -119,10 +124,10 @@ class StreamProgress(host.ProgressBar):
         self._show(frames_BVRHW, chunk)
         if self._wants_again(frames_BVRHW, may_repeat):
             if self.stream is not None:
-                self.stream.restore(before)
-            self.back_to(self.calls)  # the bar goes back too: its total does not count what is thrown away
+                self.stream.restore(decoder_state)
+            self.back_to(self.calls_at_accept)  # the bar goes back too: its total does not count what is thrown away
             return True
-        self.calls = self.done
+        self.calls_at_accept = self.num_calls
         self._accept(frames_BVRHW)
         if may_repeat and not self.is_finished and self._is_finishing():  # it was asked for while this chunk waited
             self.is_finished = True
@@ -136,6 +141,7 @@ class StreamProgress(host.ProgressBar):
         try:
             return self.live.wants_again(can_hold=may_repeat, is_last=self.is_finished)
         except host.Interrupted:
+            # It was whole and on screen: a file that is written on the way is to hold it.
             self._accept(frames_BVRHW)
             raise
 

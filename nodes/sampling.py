@@ -29,10 +29,7 @@ from ..selfforcing_core.schedule import TIMESTEPS
 from ..selfforcing_core.snapshot import Snapshot
 from . import host, page
 from .guided_network import GuidedNetwork, LatentShape, RunNoise, Steering, compute_dtype, memory_explained
-from .model_settings import BASE, CAUSAL, FEW_STEP, kind_note, settings_of
-from .patches import check_model_options, check_model_sampling, check_prompt_inputs, unapplied_names
-from .progress import CallbackProgress, Progress
-from .prompts import (
+from .guider_prompts import (
     GuiderConditioning,
     GuiderTimeline,
     PromptStart,
@@ -41,6 +38,9 @@ from .prompts import (
     later_conditionings,
     scheduled_seeds,
 )
+from .model_settings import BASE, CAUSAL, FEW_STEP, kind_note, settings_of
+from .patches import check_model_options, check_model_sampling, check_prompt_inputs, unapplied_names
+from .progress import CallbackProgress, Progress
 from .shared_network import check_causal, config_of
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class SnapshotHolder:
-    """A snapshot, with its video, as a socket: empty until the sampler that it belongs to has run."""
+    """A snapshot, with its video, as a socket: empty until the sampler that it belongs to has run.
+
+    A SAMPLER node of ComfyUI returns before anything is sampled, so what it puts out can only be filled later.
+    """
 
     snapshot: Snapshot | None = None
 
@@ -80,7 +83,7 @@ class ChunkSampler(comfy.samplers.KSAMPLER):
     """SAMPLER: chunk by chunk with a KV cache; with `is_whole` all frames at once and without."""
 
     def __init__(self, run: Run) -> None:
-        super().__init__(sample_chunks, {"run": run})
+        super().__init__(sample_chunks, {"run": run})  # options that ComfyUI hands to the function by name
         self.run = run
 
     def check(self, guider: Any) -> None:
@@ -89,8 +92,9 @@ class ChunkSampler(comfy.samplers.KSAMPLER):
         _check_kind(settings.kind, self.run.is_whole)
         if not self.run.is_whole:
             check_causal(native)
-        later = [conditioning for conditioning in guider.conds.get("positive", []) if PromptStart.KEY in conditioning]
-        check_conditionings([*conditionings_of(guider), *later], config_of(native))
+        # Later prompts too: a mistake in the last of them is to cost no video.
+        later_prompts = [entry for entry in guider.conds.get("positive", []) if PromptStart.KEY in entry]
+        check_conditionings([*conditionings_of(guider), *later_prompts], config_of(native))
         note = kind_note(settings)
         if note is not None:
             page.show_text(note)
@@ -99,7 +103,7 @@ class ChunkSampler(comfy.samplers.KSAMPLER):
         """Return how many of so many latent frames are whole chunks."""
         if self.run.is_whole:
             return num_frames
-        causal = layout(known_frames(mask), self._causal(guider))
+        causal = chunking_behind(known_frames(mask), self._causal(guider))
         return whole_chunks(num_frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
 
     def frames_at_once(self, guider: Any, noise_shape: tuple[int, ...]) -> int:
@@ -124,6 +128,7 @@ class ChunkSampler(comfy.samplers.KSAMPLER):
         batch, _, frames, height, width = noise_shape
         stored = settings.cache_dtype or computed
 
+        # All frames where the window has no end (-1); the sink is within the window.
         def size(config: WanConfig, dtype: torch.dtype) -> int:
             return KVCache.num_bytes(
                 config,
@@ -135,6 +140,7 @@ class ChunkSampler(comfy.samplers.KSAMPLER):
 
         cache_bytes = size(config, stored) if settings.cache_device is None else 0
         is_copied = settings.cache_device is not None or stored != computed
+        # One layer at a time, and twice: the past as it is computed with, and joined with what is new.
         copied_bytes = 2 * size(replace(config, num_layers=1), computed) if is_copied else 0
         return max(1, len(conditionings_of(guider))) * cache_bytes + copied_bytes
 
@@ -149,9 +155,11 @@ class ChunkGuider(comfy.samplers.CFGGuider):
             conditionings["negative"] = negative
         elif cfg != 1:
             raise ValueError(f"cfg {cfg} needs a negative prompt; connect one, or set cfg to 1")
+        # Guidance can also be distilled into the weights, and then a scale comes on top of it.
         trained_cfg = settings_of(self.model_patcher).guidance
         if trained_cfg is not None and trained_cfg != cfg:
             page.show_text(f"the model's file says that it is sampled with cfg {trained_cfg:g}; cfg here is {cfg:g}")
+        # The inner method takes any names; CFGGuider's own asks for both prompts.
         self.inner_set_conds(conditionings)
         self.set_cfg(cfg)
 
@@ -177,16 +185,17 @@ def sample_chunks(
     settings = settings_of(guider.model_patcher)
     _check_kind(settings.kind, run.is_whole)
     check_model_sampling(guider.model_patcher.get_model_object("model_sampling"))
-    later = later_conditionings(guider)
-    _check_passes(guider, later, run, extra_args.get("model_options", {}))
+    later_prompts = later_conditionings(guider)
+    _check_passes(guider, later_prompts, run, extra_args.get("model_options", {}))
     x_BTCHW = rearrange(noise_BCTHW, "b c t h w -> b t c h w")
     batch, frames = x_BTCHW.shape[:2]
     shape: LatentShape = tuple(x_BTCHW.shape[1:])  # type: ignore[assignment]
+    # ComfyUI keeps frames that a mask declares known by mixing them in at each step; here the cache reads them once.
     prefix = None if run.is_whole else _given_frames(extra_args.get("denoise_mask"), model_k.latent_image)
     num_known = 0 if prefix is None else prefix.shape[1]
-    causal = layout(num_known, run.causal or settings.causal)
+    causal = chunking_behind(num_known, run.causal or settings.causal)
     if run.is_whole:
-        causal = CausalConfig(chunk=frames)
+        causal = CausalConfig(chunk=frames)  # the same loop: a video of one chunk
     # The graph decides the noise levels, the MODEL how it gets from one to the next.
     steps = replace(steps_of(sigmas), solver=settings.steps.solver)
     lengths = chunk_lengths(frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
@@ -197,13 +206,13 @@ def sample_chunks(
     # One more pass writes each clean chunk into the cache; nothing reads what the last one would write.
     writes = causal.cache_source == "clean"
     num_calls = len(lengths) * (len(steps.steps) + writes) - writes
-    resumed = None if run.resume is None else run.resume.filled()
-    done: list[Tensor] = []  # where the graph keeps it: on the device, memory would grow with the length
-    if resumed is not None:
-        assert resumed.video_BTCHW is not None
-        done.append(host.to_graph(resumed.video_BTCHW))
+    snapshot = None if run.resume is None else run.resume.filled()
+    video: list[Tensor] = []  # so far, where the graph keeps it: on the device, memory would grow with the length
+    if snapshot is not None:
+        assert snapshot.video_BTCHW is not None
+        video.append(host.to_graph(snapshot.video_BTCHW))
     if run.progress is None:
-        progress: Progress = CallbackProgress(callback, sigmas, x_BTCHW, done, num_calls)
+        progress: Progress = CallbackProgress(callback, sigmas, x_BTCHW, video, num_calls)
     else:
         progress = run.progress(num_calls)
 
@@ -212,10 +221,13 @@ def sample_chunks(
         progress.step()
 
     prompts = None
-    if later or run.steering is not None:
-        resumed_at = 0 if resumed is None else resumed.end_frame
-        fixed = 0 if resumed is None or is_past_known(resumed, causal) else resumed_at
-        prompts = GuiderTimeline(network, later, lengths, run.steering, fixed_frames=fixed, resumed_at=resumed_at)
+    if later_prompts or run.steering is not None:
+        resumed_at = 0 if snapshot is None else snapshot.end_frame
+        # A snapshot holds keys and values; to compute them again under another prompt takes the latents behind them.
+        fixed_frames = 0 if snapshot is None or is_past_known(snapshot, causal) else resumed_at
+        prompts = GuiderTimeline(
+            network, later_prompts, lengths, run.steering, fixed_frames=fixed_frames, resumed_at=resumed_at
+        )
     with memory_explained(network, causal, shape, batch):
         caches = None if run.is_whole else network.allocate(shape, causal)
         chunks = rollout(
@@ -226,26 +238,26 @@ def sample_chunks(
             steps=steps,
             on_step=on_step,
             prompt_at=prompts and prompts.at,
-            start=resumed or prefix,
+            start=snapshot or prefix,
         )
         try:
-            _collect(chunks, done, frames, progress, run.keep)
+            _collect(chunks, video, frames, progress, run.keep)
         finally:
-            chunks.close()
+            chunks.close()  # now, and not when the generator is collected: it holds the caches
             network.release()
-    return rearrange(torch.cat(done, 1).to(noise_BCTHW.device), "b t c h w -> b c t h w")
+    return rearrange(torch.cat(video, 1).to(noise_BCTHW.device), "b t c h w -> b c t h w")
 
 
 def _check_passes(
     guider: Any,
-    later: list[tuple[PromptStart, list[GuiderConditioning]]],
+    later_prompts: list[tuple[PromptStart, list[GuiderConditioning]]],
     run: Run,
     model_options: dict[str, Any],
 ) -> None:
     """Raise ValueError for prompts, or for what is set on the MODEL, that passes over it cannot follow."""
     patcher = guider.model_patcher
     native = patcher.model.diffusion_model
-    all_conditionings = [*conditionings_of(guider), *(each for _, conditionings in later for each in conditionings)]
+    all_conditionings = [*conditionings_of(guider), *(entry for _, entries in later_prompts for entry in entries)]
     check_conditionings(all_conditionings, config_of(native))
     if not run.is_whole:
         check_causal(native)
@@ -254,37 +266,37 @@ def _check_passes(
             check_prompt_inputs(conditioning["model_conds"])
         return
     # ComfyUI's own forward pass follows whatever is set on it, but for one kind of parameters in a LoRA.
-    lost = unapplied_names(patcher, (name for name, _ in native.named_parameters() if name.endswith("modulation")))
-    if lost:
+    unapplied = unapplied_names(patcher, (name for name, _ in native.named_parameters() if name.endswith("modulation")))
+    if unapplied:
         log.warning(
             "%d modulation entries of a LoRA are not applied (%s, ...): ComfyUI's own forward pass leaves them out",
-            len(lost),
-            lost[0],
+            len(unapplied),
+            unapplied[0],
         )
 
 
 def _collect(
     chunks: Generator[Chunk, bool | None, None],
-    done: list[Tensor],
+    video: list[Tensor],
     num_frames: int,
     progress: Progress,
     keep: SnapshotHolder | None,
 ) -> None:
-    """Add the latents of every chunk to `done` until the last of the video, or the one that is to be its last.
+    """Add the latents of every chunk to `video` until the last of the video, or the one that is to be its last.
 
     A chunk is made again as long as whoever follows the progress wants that. keep: takes the final snapshot.
     """
     for chunk in chunks:
         while progress.chunk(chunk):
             chunk = chunks.send(True)
-        done.append(host.to_graph(chunk.latents_BTCHW))
+        video.append(host.to_graph(chunk.latents_BTCHW))
         is_last = progress.is_finished or chunk.start_frame + chunk.latents_BTCHW.shape[1] == num_frames
         if keep is not None and is_last:
             snapshot = chunk.snapshot(torch.device("cpu"))  # nothing on the device: it may be full by now
-            keep.snapshot = replace(snapshot, video_BTCHW=torch.cat(done, 1)).to("cpu")
+            keep.snapshot = replace(snapshot, video_BTCHW=torch.cat(video, 1)).to("cpu")
         if is_last:
             break
-    host.check_interrupted()
+    host.check_interrupted()  # a stop that came while the last chunk was shown
     progress.finish()
 
 
@@ -296,11 +308,14 @@ def steps_of(sigmas: Tensor) -> StepConfig:
             f"the sigmas {[round(level, 4) for level in levels]} do not end at 0, so no chunk would become clean; "
             "use Sigmas (Self Forcing), or BasicScheduler with denoise 1"
         )
+    # Sigmas are timesteps / 1000 that have been through the shift already: neither shift nor warp is left to be done.
     return StepConfig(tuple(TIMESTEPS * level for level in levels[:-1]), shift=1.0, warp=False)
 
 
-def layout(num_known: int, causal: CausalConfig) -> CausalConfig:
+def chunking_behind(num_known: int, causal: CausalConfig) -> CausalConfig:
     """Return how a video that begins with known frames is cut: behind a single one, frame 0 is a chunk of its own."""
+    # A picture is one latent frame, since the causal VAE encodes the first frame of a video alone. The reference counts
+    # likewise for a given picture: one frame, then whole chunks.
     is_single = num_known % causal.chunk == 1 and causal.chunk > 1
     return replace(causal, independent_first_frame=True) if is_single else causal
 
@@ -317,6 +332,7 @@ def known_frames(mask_BCTHW: Tensor | None) -> int:
     """Return how many first frames a noise mask declares known (0). Raises ValueError for any other mask."""
     if mask_BCTHW is None:
         return 0
+    # A picture's mask has no axis of time: it cannot say which frames it means, and is refused below.
     values = rearrange(mask_BCTHW, "b c t h w -> t (b c h w)") if mask_BCTHW.ndim == 5 else mask_BCTHW.flatten(1)
     largest, smallest = values.amax(1).tolist(), values.amin(1).tolist()
     count = next((index for index, value in enumerate(largest) if value > 0), len(largest))

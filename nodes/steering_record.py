@@ -7,7 +7,7 @@ from typing import Any
 
 from ..selfforcing_core.geometry import pixel_frames
 from ..selfforcing_core.prompt_schedule import OWN_SEED, Entry, moment_of, schedule_text, seed_at
-from .prompts import Timeline
+from .guider_prompts import Timeline
 
 USUAL_FPS = 16.0  # of Wan; a schedule in other frames per second says so
 TEXT_LETTERS = 120  # of a prompt in the list of events
@@ -22,7 +22,8 @@ class SteeringRecord:
     def __init__(self, timeline: Timeline, lengths: Sequence[int], fps: float) -> None:
         self.timeline, self.fps = timeline, fps
         self.starts = [sum(lengths[:index]) for index in range(len(lengths))]
-        self.prompts = dict(timeline.prompts)
+        self.prompts = dict(timeline.prompts)  # later ones, and what becomes of the history, by their first chunk
+        # A seed is kept for each chunk and not from a chunk on: re-rolling one leaves those behind it as they are.
         self.seeds: dict[int, int] = {}  # by hand: of every chunk that had one
         self.first = timeline.first
         self.events: list[dict[str, Any]] = []
@@ -55,21 +56,23 @@ class SteeringRecord:
 
         The first prompt is empty where its text is not known, which Prompt Schedule refuses.
         """
-        entries, before = [], None
+        entries, previous_seed = [], None
         rate = None if self.fps == USUAL_FPS else self.fps
         for start in (start for start in self.starts if start <= self.latest):
             seed = self.seeds.get(start, seed_at(self.timeline.seeds, start))
             prompt, history = (self.first, None) if start == 0 else self.prompts.get(start, ("", None))
-            changed = None if seed == before else OWN_SEED if seed is None else seed
-            if start == 0 or history is not None or changed is not None:
-                entries.append(Entry(moment_of(start, self.fps), prompt, history, changed, None if start else rate))
-            before = seed
+            # A seed of the text holds until the next one, so it is written where it changes, and undone by "own".
+            new_seed = None if seed == previous_seed else OWN_SEED if seed is None else seed
+            if start == 0 or history is not None or new_seed is not None:
+                entries.append(Entry(moment_of(start, self.fps), prompt, history, new_seed, None if start else rate))
+            previous_seed = seed
         return schedule_text(entries)
 
-    def _note(self, kind: str, start: int, **what: Any) -> None:
+    def _note(self, kind: str, start: int, **details: Any) -> None:
         frame = pixel_frames(start)
         place = {"chunk": self.starts.index(start), "frame": frame, "seconds": frame / self.fps}
-        self.events = [*self.events, {"kind": kind, **place, **what}]
+        # A new list: the outbox's thread may be sending the old one.
+        self.events = [*self.events, {"kind": kind, **place, **details}]
 
 
 def _shortened(text: str) -> str:

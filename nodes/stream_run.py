@@ -1,6 +1,6 @@
 """A run of a streaming node: from its inputs to latents, with frames, player, progress and record on the way.
 
-Letters: B batch, T latent frames, C latent channels, H W latent size, V video frames, R RGB.
+Letters: B batch, T latent frames, C latent channels, H W latent size.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from .autoencoder import check_latent, check_space
 from .causal_model import show_left_out
 from .frame_stream import FrameStream, frame_stream
 from .guided_network import SeededGraphNoise, compute_dtype
+from .guider_prompts import reader_of, text_in_graph, timeline_of
 from .live import Live, open_live
 from .model_settings import causal_settings, settings_of, sigmas_of
 from .progress import OnFrames, StreamProgress
-from .prompts import reader_of, text_in_graph, timeline_of
-from .sampling import ChunkGuider, ChunkSampler, Run, SnapshotHolder, known_frames, layout
+from .sampling import ChunkGuider, ChunkSampler, Run, SnapshotHolder, chunking_behind, known_frames
 from .shared_network import config_of
 from .steering_record import SteeringRecord
 
@@ -78,7 +78,7 @@ class StreamResult:
     """What a run of a streaming node gave."""
 
     samples: Tensor  # of a LATENT [B, C, T, H, W]; T is shorter than asked for where the run was finished early
-    kept: Any  # the snapshot where it ended, or what stands for that in the graph
+    state: Any  # SnapshotHolder of where it ended, or what stands for that in the graph
     schedule: str  # Prompt Schedule text that repeats the run
     ending: str  # "whole" or "early"
 
@@ -92,6 +92,7 @@ def sample(inputs: StreamInputs, *, on_frames: OnFrames, on_end: OnEnd = lambda 
     model, latent, lengths, causal = _video(inputs)
     stream = None if inputs.taehv is None else frame_stream(inputs.taehv)
     sigmas = sigmas_of(model, inputs.steps, inputs.shift)
+    # The decoder is loaded with the MODEL and stays: coming and going, it would make ComfyUI unload parts of either.
     guider = ChunkGuider(host.with_companions(model, stream.patchers if stream else []))
     guider.set_prompts(inputs.positive, inputs.negative, inputs.cfg)
     meter = Meter(
@@ -107,15 +108,15 @@ def sample(inputs: StreamInputs, *, on_frames: OnFrames, on_end: OnEnd = lambda 
             total, sum(lengths), stream=stream, latent_format=model.model.latent_format, live=live, on_frames=on_frames
         )
         if inputs.state is not None:
-            watcher.resumed(inputs.state.filled().video_BTCHW)
+            watcher.begin_with(inputs.state.filled().video_BTCHW)
         return watcher
 
-    kept = SnapshotHolder() if inputs.keep_state else None
+    holder = SnapshotHolder() if inputs.keep_state else None
     run = Run(
         causal=causal,
         progress=progress,
         resume=inputs.state,
-        keep=kept,
+        keep=holder,
         steering=live,
         working_bytes=stream.working_bytes(*latent["samples"].shape[-2:]) if stream else 0,
     )
@@ -124,6 +125,7 @@ def sample(inputs: StreamInputs, *, on_frames: OnFrames, on_end: OnEnd = lambda 
         if live is not None:
             live.figures.limit_fps = meter.predicted()["fps"] / latent["samples"].shape[0]  # of one video
             live.say(stream.note if stream is not None and stream.note else meter.in_words())
+        # As SamplerCustomAdvanced calls a guider, but for the callback: StreamProgress is told by the rollout itself.
         samples = guider.sample(
             SeededGraphNoise(inputs.seed, lengths).generate_noise(latent),
             latent["samples"],
@@ -138,8 +140,8 @@ def sample(inputs: StreamInputs, *, on_frames: OnFrames, on_end: OnEnd = lambda 
             page.add_metadata(inputs.hidden, **{SCHEDULE_KEY: record.text()})
     finally:
         _close(live, on_end, record, ending)
-    snapshot = host.blocked(NO_STATE) if kept is None else kept
-    return StreamResult(host.to_graph(samples), snapshot, record.text(), ending)
+    state = host.blocker(NO_STATE) if holder is None else holder
+    return StreamResult(host.to_graph(samples), state, record.text(), ending)
 
 
 def _video(inputs: StreamInputs) -> tuple[Any, dict[str, Any], tuple[int, ...], CausalConfig]:
@@ -166,7 +168,7 @@ def _live(inputs: StreamInputs, lengths: Sequence[int], record: SteeringRecord) 
         record,
         fps=inputs.fps,
         lengths=lengths,
-        read=reader_of(inputs.positive, inputs.clip),
+        reader=reader_of(inputs.positive, inputs.clip),
         seed=inputs.seed,
         pace=inputs.pace,
         hidden=inputs.hidden,
@@ -178,6 +180,7 @@ def _close(live: Live | None, on_end: OnEnd, record: SteeringRecord, ending: str
     files: list[dict[str, Any]] = []
     is_written = False
     try:
+        # A run that nobody steered is repeated by the graph itself, which the file holds anyway.
         files, is_written = on_end(record.text() if record.events else ""), True
     finally:
         if live is not None:
@@ -187,6 +190,7 @@ def _close(live: Live | None, on_end: OnEnd, record: SteeringRecord, ending: str
 def _record(inputs: StreamInputs, lengths: Sequence[int]) -> SteeringRecord:
     """Return what the run begins with, to which is added what is done by hand."""
     timeline, audience = timeline_of(inputs.positive, lengths), page.audience()
+    # Embeddings of ComfyUI's own nodes have lost their text; the graph that was queued has it still.
     if not timeline.first and audience is not None:
         timeline = replace(timeline, first=text_in_graph(getattr(inputs.hidden, "prompt", None), audience.node))
     return SteeringRecord(timeline, lengths, inputs.fps)
@@ -204,6 +208,7 @@ def _recipe(
     """Return the work of this run, from which follows what it should take on the MODEL's device."""
     model = inputs.model.model
     dtype = compute_dtype(model)
+    # weight_bytes: as they lie in memory and are read for each pass; activations are of the type computed in.
     recipe = Recipe(
         config_of(model.diffusion_model),
         lengths,
@@ -218,7 +223,7 @@ def _recipe(
         cache_bytes=(settings_of(inputs.model).cache_dtype or dtype).itemsize,
         activation_bytes=dtype.itemsize,
     )
-    return recipe if stream is None else stream.counted(recipe)
+    return recipe if stream is None else stream.with_decoder(recipe)
 
 
 def _empty_latent(inputs: StreamInputs, causal: CausalConfig, channels: int) -> tuple[dict[str, Any], tuple[int, ...]]:
@@ -234,13 +239,14 @@ def _empty_latent(inputs: StreamInputs, causal: CausalConfig, channels: int) -> 
                 f"latent_image of shape {tuple(samples.shape)} is not a Wan video's [batch, {channels}, frames, "
                 "height, width]; use Empty HunyuanVideo Latent or Empty AR Video Latent"
             )
-        causal = layout(known_frames(latent_image.get("noise_mask")), causal)
+        causal = chunking_behind(known_frames(latent_image.get("noise_mask")), causal)
         latent_image = _of_whole_chunks(latent_image, causal)
         frames, latent_height, latent_width = latent_image["samples"].shape[2:]
         width, height, length = latent_width * SPATIAL_FACTOR, latent_height * SPATIAL_FACTOR, pixel_frames(frames)
         size = VideoGeometry(width, height, length, causal.chunk, causal.independent_first_frame)
         return latent_image, size.chunk_lengths
     size = rounded_size(inputs.width, inputs.height, inputs.length, causal.chunk, causal.independent_first_frame)
+    # On the CPU: where the rollout begins with noise alone, only the shape of this is read.
     empty = torch.zeros(1, channels, size.latent_frames, size.latent_height, size.latent_width)
     return {"samples": empty}, size.chunk_lengths
 
@@ -257,13 +263,14 @@ def rounded_size(
         independent_first_frame,
     )
     first = "1 and then " if independent_first_frame else ""
-    for name, wish, used, rule in (
+    # Rounded and not refused: ComfyUI's own widgets step by 4 frames and 16 pixels, whatever the chunks are.
+    for name, wish, rounded, rule in (
         ("width", width, size.width, f"multiples of {PIXEL_STEP} pixels"),
         ("height", height, size.height, f"multiples of {PIXEL_STEP} pixels"),
         ("length", length, size.frames, f"whole chunks ({first}{chunk} latent frames, 4 frames each but the first, 1)"),
     ):
-        if wish != used:
-            page.show_text(f"{name} {wish} is rounded to {used}: {rule}")
+        if wish != rounded:
+            page.show_text(f"{name} {wish} is rounded to {rounded}: {rule}")
     return size
 
 

@@ -1,4 +1,7 @@
-"""The streaming sampler that writes its video to disk while it is made, however long it gets."""
+"""The streaming sampler that writes its video to disk while it is made, however long it gets.
+
+Letters: B batch, V video frames, R RGB, H W height and width in pixels.
+"""
 
 from __future__ import annotations
 
@@ -50,20 +53,21 @@ class _Files:
         self.ending, self.codec = CHOICES[choice]
         self.sounds = sounds  # one for each video, one for all, or none
         self.streams: list[VideoStream] = []
-        self.open = ExitStack()
+        self.exit_stack = ExitStack()  # closes them all, whatever one of them says to that
         self.subfolder = ""
 
     def append(self, frames_BVRHW: Tensor) -> None:
         """Append a chunk's frames to the files."""
+        # With the first frames and not before: a run that is refused leaves no empty file behind.
         while len(self.streams) < len(frames_BVRHW):
             path, self.subfolder = folders.output_file(self.prefix, self.ending, *self.size)
             sound = self.sounds[min(len(self.streams), len(self.sounds) - 1)] if self.sounds else None
             stream = VideoStream(path, self.fps, self.metadata, codec=self.codec, quality=self.quality, sound=sound)
-            self.streams.append(self.open.enter_context(stream))
+            self.streams.append(self.exit_stack.enter_context(stream))
         for stream, frames_VRHW in zip(self.streams, frames_BVRHW):
             stream.write(frames_VRHW)
 
-    def finished(self, schedule: str) -> list[dict[str, str]]:
+    def finish(self, schedule: str) -> list[dict[str, str]]:
         """Close all of them, with what was done by hand as a schedule, "" if nothing; what the page lists."""
         self.close()
         try:
@@ -81,8 +85,8 @@ class _Files:
         ]
 
     def close(self) -> None:
-        """Close all files, whatever one of them says to that."""
-        self.open.close()
+        """Close all files; those that are closed already stay so."""
+        self.exit_stack.close()
 
     def keep_schedule(self, schedule: str) -> None:
         """Write the prompts of a run that was steered into its closed files; nothing for "", where none was."""
@@ -138,6 +142,7 @@ class SelfForcingStreamToFile(io.ComfyNode):
             "Generates a video chunk by chunk and writes every chunk to disk as soon as it is decoded, so memory does "
             "not grow with the length. The file can be played after a stop or a crash as far as it was made."
         )
+        # In the order in which they were added over time, which saved workflows rely on: pace came after fps.
         pace = next(entry for entry in schema.inputs if entry.id == "pace")
         schema.inputs = [
             *(entry for entry in schema.inputs if entry.id not in ("keep_state", "pace")),
@@ -217,21 +222,23 @@ class SelfForcingStreamToFile(io.ComfyNode):
         if latent_image is not None:
             batch, *_, height, width = latent_image["samples"].shape
             size = (width * SPATIAL_FACTOR, height * SPATIAL_FACTOR)
+        # Of the video as it will be made, which is rounded down to whole tokens.
         FORMATS[codec].check_size(*(side // PIXEL_STEP * PIXEL_STEP for side in size))
         files = _Files(
             filename_prefix, format, fps, quality, page.graph_metadata(cls.hidden), size, _sounds(audio, batch)
         )
         try:
             run = StreamInputs(taehv=taehv, latent_image=latent_image, fps=fps, hidden=cls.hidden, **inputs)
-            result = sample(run, on_frames=files.append, on_end=files.finished)
-        except BaseException:
+            result = sample(run, on_frames=files.append, on_end=files.finish)
+        except BaseException:  # the stop button's too: what is written so far is closed and can be played
             files.close()
             files.say_kept()
             raise
         files.say_sound()
-        shown = [ui.SavedResult(each["filename"], each["subfolder"], io.FolderType.output) for each in files.written()]
+        saved = [ui.SavedResult(file["filename"], file["subfolder"], io.FolderType.output) for file in files.written()]
+        # ComfyUI plays a video and shows a picture; webp and gif are pictures that move.
         preview = (
-            ui.PreviewVideo(shown) if ending not in (".webp", ".gif") else ui.SavedImages(shown, ending == ".webp")
+            ui.PreviewVideo(saved) if ending not in (".webp", ".gif") else ui.SavedImages(saved, ending == ".webp")
         )
         latent = graph_latent(result.samples, space_of(result.samples))
         return io.NodeOutput(latent, str(files.streams[0].path), result.schedule, ui=preview)

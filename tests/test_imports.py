@@ -107,8 +107,8 @@ def test_no_import_goes_in_a_circle() -> None:
 NODE_FILES = {
     f"nodes/{name}.py"
     for name in (
-        "custom_sampling", "decode", "extension", "image_to_video", "loader", "prompt_schedule", "sampler", "state",
-        "stream_to_file", "text",
+        "custom_sampling", "decode", "extension", "image_to_video", "loader", "sampler", "scheduled_prompts",
+        "snapshot_resume", "stream_to_file", "text_encode",
     )
 }  # fmt: skip
 

@@ -28,15 +28,15 @@ const FRAMES = 4; // video frames of a latent frame
 const CHUNK = 3; // latent frames, where the node does not say
 
 /** The names that we gave. A widget that the user has named otherwise keeps that name. @type {WeakMap<object, string>} */
-const given = new WeakMap();
+const ownLabels = new WeakMap();
 
 /** @param {any} widget @param {Record<number, string>} meanings */
 function label(widget, meanings) {
-  if (widget.label !== undefined && widget.label !== widget.name && widget.label !== given.get(widget)) return;
+  if (widget.label !== undefined && widget.label !== widget.name && widget.label !== ownLabels.get(widget)) return;
   const meaning = meanings[widget.value];
-  if (!meaning && !given.has(widget)) return;
+  if (!meaning && !ownLabels.has(widget)) return;
   const text = meaning ? `${widget.name} \u00b7 ${meaning}` : widget.name;
-  given.set(widget, text);
+  ownLabels.set(widget, text);
   widget.label = text;
 }
 
@@ -52,6 +52,7 @@ function stepByChunks(node) {
   const length = find("length");
   if (!LENGTHS.includes(node.comfyClass) || !length?.options) return;
   const step = FRAMES * (find("chunk")?.value || CHUNK);
+  // Newer front ends read step2; older ones step, of which an arrow adds a tenth.
   Object.assign(length.options, { step2: step, step: 10 * step });
   length.callback = (/** @type {number} */ value) => {
     const { min = 1, max = value } = length.options;

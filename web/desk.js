@@ -39,8 +39,8 @@ function isOf(event, sent) {
  * @param {Happening[]} news events that came since
  */
 export function stillWaiting(sent, news) {
-  const taken = sent.map((each) => news.some((event) => isOf(event, each))).lastIndexOf(true);
-  return sent.slice(taken + 1);
+  const lastTaken = sent.map((each) => news.some((event) => isOf(event, each))).lastIndexOf(true);
+  return sent.slice(lastTaken + 1);
 }
 
 /**
@@ -294,9 +294,9 @@ export class Desk {
     key.hidden = !this.schedule;
     if (drawn === this.#drawn) return;
     this.#drawn = drawn;
-    const taken = this.events.map((event) => this.#event(event, fps));
+    const past = this.events.map((event) => this.#event(event, fps));
     const waiting = this.sent.map((sent) => this.#waiting(sent));
-    list.replaceChildren(...[...taken, ...waiting].map((entry) => make("li", {}, entry)));
+    list.replaceChildren(...[...past, ...waiting].map((entry) => make("li", {}, entry)));
   }
 
   /** @param {Happening} event @param {number} fps */

@@ -74,6 +74,7 @@ export function explain(element, title) {
 
 /** A place in a video as players write it: "0:03.2", "1:04:15.0". @param {number} seconds */
 export function clock(seconds) {
+  // 1e-6: a tenth of a second is no binary number, and may lie a little below its digit.
   const tenths = Math.floor(Math.max(seconds, 0) * 10 + 1e-6);
   const [hours, minutes] = [Math.floor(tenths / 36_000), Math.floor(tenths / 600) % 60];
   const rest = `${String(Math.floor((tenths % 600) / 10)).padStart(2, "0")}.${tenths % 10}`;

@@ -70,6 +70,7 @@ export class Film {
 
   /** @returns {number | null} the number of the frame on screen */
   shown() {
+    // 1e-3 of a frame: currentTime is rounded, and may lie a little before the frame that it was set to.
     return this.isReady ? Math.min(Math.floor(this.position + 1e-3), this.end - 1) : null;
   }
 

@@ -488,7 +488,7 @@ export class Panel {
     files.replaceChildren(...links.flatMap((link, place) => [place ? ", " : "File: ", link]));
   }
 
-  /** @returns {import("./words.js").Told[]} */
+  /** @returns {import("./words.js").Phrase[]} */
   #status() {
     const { over, started, waiting, playing, end, position, message } = this.playback;
     if (!message) return this.film ? [] : [NO_RUN];

@@ -84,14 +84,14 @@ function records(list, top) {
   return /** @type {Record<string, unknown>[]} */ (records);
 }
 
-/** @param {Record<string, unknown>} given @returns {Happening[]} one, or none where it says too little */
-function happening(given) {
-  const kind = oneOf(given.kind, /** @type {const} */ (["prompt", "seed", "reroll"]));
-  const frame = count(given.frame, MAX_INDEX);
+/** @param {Record<string, unknown>} fields @returns {Happening[]} one, or none where it says too little */
+function happening(fields) {
+  const kind = oneOf(fields.kind, /** @type {const} */ (["prompt", "seed", "reroll"]));
+  const frame = count(fields.frame, MAX_INDEX);
   if (!kind || frame === null) return [];
-  const [chunk, seconds] = [count(given.chunk, MAX_INDEX) ?? 0, measure(given.seconds) ?? 0];
-  const seed = count(given.seed, Number.MAX_SAFE_INTEGER);
-  return [{ kind, chunk, frame, seconds, text: line(given.text), history: line(given.history), seed }];
+  const [chunk, seconds] = [count(fields.chunk, MAX_INDEX) ?? 0, measure(fields.seconds) ?? 0];
+  const seed = count(fields.seed, Number.MAX_SAFE_INTEGER);
+  return [{ kind, chunk, frame, seconds, text: line(fields.text), history: line(fields.history), seed }];
 }
 
 /** @param {unknown} files @returns {SavedFile[]} */
@@ -122,12 +122,12 @@ function picture(base64) {
  */
 export function readMessage(detail) {
   if (typeof detail !== "object" || detail === null) return null;
-  const given = /** @type {Record<string, unknown>} */ (detail);
-  const node = typeof given.node === "number" ? String(given.node) : given.node;
-  if (typeof given.run !== "string" || !given.run || typeof node !== "string" || !node) return null;
-  const numFrames = count(given.num_frames, MAX_INDEX) ?? 0;
-  const jpegs = Array.isArray(given.jpegs) ? given.jpegs : [];
-  const indices = (Array.isArray(given.indices) ? given.indices : []).map((index) =>
+  const fields = /** @type {Record<string, unknown>} */ (detail);
+  const node = typeof fields.node === "number" ? String(fields.node) : fields.node;
+  if (typeof fields.run !== "string" || !fields.run || typeof node !== "string" || !node) return null;
+  const numFrames = count(fields.num_frames, MAX_INDEX) ?? 0;
+  const jpegs = Array.isArray(fields.jpegs) ? fields.jpegs : [];
+  const indices = (Array.isArray(fields.indices) ? fields.indices : []).map((index) =>
     count(index, (numFrames || MAX_INDEX) - 1),
   );
   /** @type {Frame[]} */
@@ -137,45 +137,45 @@ export function readMessage(detail) {
     if (index !== null && blob) frames.push({ index, picture: blob });
   }
   const stats = /** @type {Record<string, unknown>} */ (
-    typeof given.stats === "object" && given.stats !== null ? given.stats : {}
+    typeof fields.stats === "object" && fields.stats !== null ? fields.stats : {}
   );
-  const fps = measure(given.fps);
+  const fps = measure(fields.fps);
   return {
-    run: given.run,
-    promptId: line(given.prompt_id),
+    run: fields.run,
+    promptId: line(fields.prompt_id),
     node,
-    workflow: line(given.workflow),
-    tab: line(given.tab),
-    number: count(given.number, Number.MAX_SAFE_INTEGER),
-    state: oneOf(given.state, /** @type {const} */ (["held", "ahead", "done"])) ?? "sampling",
-    ending: oneOf(given.ending, /** @type {const} */ (["whole", "early", "stopped"])),
-    chunk: count(given.chunk, MAX_INDEX) ?? 0,
-    numChunks: count(given.num_chunks, MAX_INDEX) ?? 0,
+    workflow: line(fields.workflow),
+    tab: line(fields.tab),
+    number: count(fields.number, Number.MAX_SAFE_INTEGER),
+    state: oneOf(fields.state, /** @type {const} */ (["held", "ahead", "done"])) ?? "sampling",
+    ending: oneOf(fields.ending, /** @type {const} */ (["whole", "early", "stopped"])),
+    chunk: count(fields.chunk, MAX_INDEX) ?? 0,
+    numChunks: count(fields.num_chunks, MAX_INDEX) ?? 0,
     numFrames,
     fps: fps && fps >= 0.1 && fps <= 240 ? fps : 16,
     frames,
-    again: given.again === true ? (indices[0] ?? null) : null,
+    again: fields.again === true ? (indices[0] ?? null) : null,
     stats: {
       fps: measure(stats.fps),
       firstFrameSeconds: measure(stats.first_frame_seconds),
       realTime: measure(stats.real_time),
       shareOfLimit: measure(stats.share_of_limit),
     },
-    ahead: measure(given.ahead),
-    pace: measure(given.pace),
-    events: Array.isArray(given.events) ? records(given.events, MAX_EVENTS).flatMap(happening) : null,
-    schedule: line(given.schedule, MAX_SCHEDULE),
-    files: readFiles(given.files),
-    canFinish: given.can_finish === true,
-    canPrompt: given.can_prompt === true,
-    text: line(given.message),
+    ahead: measure(fields.ahead),
+    pace: measure(fields.pace),
+    events: Array.isArray(fields.events) ? records(fields.events, MAX_EVENTS).flatMap(happening) : null,
+    schedule: line(fields.schedule, MAX_SCHEDULE),
+    files: readFiles(fields.files),
+    canFinish: fields.can_finish === true,
+    canPrompt: fields.can_prompt === true,
+    text: line(fields.message),
   };
 }
 
 /** One run: frames by number, a bounded buffer of the newest ones, and a clock that waits for those not yet there. */
 export class Playback {
   /** @type {number | null} when the clock was last read; null while it stands */
-  #read = null;
+  #readAt = null;
   /** @type {Map<number, Blob>} */
   #pictures = new Map();
   /** @type {number[]} numbers of the frames at hand, ascending */
@@ -267,7 +267,7 @@ export class Playback {
   /** Whether there is a frame to go on to. The clock stands while there is none, so the place is kept. */
   #look() {
     const waiting = !this.over && (!this.started || this.position >= this.end);
-    if (waiting !== this.waiting) this.#read = null;
+    if (waiting !== this.waiting) this.#readAt = null;
     this.waiting = waiting;
   }
 
@@ -278,9 +278,9 @@ export class Playback {
    */
   tick(now) {
     if (this.moving) {
-      const passed = this.#read === null ? 0 : Math.min(Math.max(now - this.#read, 0), MAX_STEP_MS);
-      this.#read = now;
-      this.#advance((passed / 1000) * (this.message?.fps ?? 0));
+      const elapsed = this.#readAt === null ? 0 : Math.min(Math.max(now - this.#readAt, 0), MAX_STEP_MS);
+      this.#readAt = now;
+      this.#advance((elapsed / 1000) * (this.message?.fps ?? 0));
     }
     return this.shown();
   }
@@ -318,7 +318,7 @@ export class Playback {
 
   pause() {
     this.playing = this.ended = false;
-    this.#read = null;
+    this.#readAt = null;
   }
 
   /** Go to a frame; outside of what is at hand, to the nearest. @param {number} index */

@@ -13,9 +13,9 @@ const MARGIN = 10; // pixels that the classic canvas puts around a widget
 const SHEET = new URL("player.css", import.meta.url).href;
 const TAB = "selfforcing_tab"; // where the server finds which of the open workflows queued a run
 const NO_ID = "00000000-0000-0000-0000-000000000000"; // of a graph until it is loaded from a workflow
-const OUTPUTS_MS = 1000;
-const AGAIN_MS = 100;
-const AGAIN_AT_MOST = 100; // ten seconds
+const OUTPUTS_MS = 1000; // after a workflow was opened; nothing tells when ComfyUI has its files
+const AGAIN_MS = 100; // between two attempts to deliver a message to a workflow that is being opened
+const AGAIN_AT_MOST = 100; // attempts: ten seconds
 
 /** @type {Map<ComfyNode, Panel>} */
 const panels = new Map();
@@ -27,7 +27,7 @@ const panels = new Map();
  */
 let missed = null;
 /** @type {ReturnType<typeof setTimeout> | undefined} */
-let again;
+let retry;
 
 /**
  * This page's own names of the workflows that it has open: copies of one may have its id.
@@ -115,9 +115,9 @@ function deliver(message) {
  * @param {number} times
  */
 function deliverMissed(times) {
-  clearTimeout(again);
+  clearTimeout(retry);
   if (missed) deliver(missed);
-  if (missed && times) again = setTimeout(deliverMissed, AGAIN_MS, times - 1);
+  if (missed && times) retry = setTimeout(deliverMissed, AGAIN_MS, times - 1);
 }
 
 /** @param {CustomEvent<unknown>} event */

@@ -3,7 +3,7 @@
 import { clock } from "./elements.js";
 
 /** @typedef {import("./playback.js").Message} Message */
-/** @typedef {[string, string]} Told words, and the sentence that explains them */
+/** @typedef {[string, string]} Phrase words, and the sentence that explains them */
 /**
  * @typedef {object} Viewing what the page knows beyond the newest message
  * @property {boolean} over the run ended
@@ -15,7 +15,7 @@ import { clock } from "./elements.js";
 
 /** The server's line of figures before the run: it belongs behind the (i). */
 export const ESTIMATE = /^by estimate /;
-/** @type {Told} */
+/** @type {Phrase} */
 export const NO_RUN = ["no run yet", "Queue the workflow to begin."];
 const CHUNKS = "Chunks finished: the parts of the video that are made one after the other.";
 const REAL_TIME = "Speed of making over speed of playing; from 100 % on it never waits.";
@@ -26,17 +26,17 @@ const LIMIT =
  * What happens now.
  * @param {Message} message the newest one
  * @param {Viewing} viewing
- * @returns {Told[]}
+ * @returns {Phrase[]}
  */
 export function sayStatus(message, viewing) {
   const { over, secondsAhead } = viewing;
-  /** @type {Told} */
+  /** @type {Phrase} */
   const chunks = [`chunk ${message.chunk} of ${message.numChunks || "?"}`, CHUNKS];
   if (over) return [sayEnding(message), chunks];
   return [...sayState(message, viewing), chunks, ...(secondsAhead === null ? [] : [sayAhead(message, secondsAhead)])];
 }
 
-/** @param {Message} message @param {Viewing} viewing @returns {Told[]} one, or none while chunks are simply made */
+/** @param {Message} message @param {Viewing} viewing @returns {Phrase[]} one, or none while chunks are simply made */
 function sayState({ state, chunk, numChunks }, { isDry, isHoldAsked, isFinishAsked }) {
   if (numChunks && chunk >= numChunks && state !== "held")
     return [["ending", "Every chunk is made; the last frames and the file are written."]];
@@ -48,14 +48,14 @@ function sayState({ state, chunk, numChunks }, { isDry, isHoldAsked, isFinishAsk
   return isDry ? [["waiting for the next chunk", "All that was received has been shown."]] : [];
 }
 
-/** @param {Message} message @returns {Told} */
+/** @param {Message} message @returns {Phrase} */
 function sayEnding({ state, ending, chunk, numChunks }) {
   if (ending === "early") return ["finished here", "Ended by hand; what was made went on to the other nodes."];
   if (state === "done" && ending !== "stopped" && chunk >= numChunks) return ["done", "The video is whole."];
   return ["stopped", "The run ended before the video was whole; nothing went on to other nodes."];
 }
 
-/** @param {Message} message @param {number} seconds @returns {Told} */
+/** @param {Message} message @param {number} seconds @returns {Phrase} */
 function sayAhead({ pace }, seconds) {
   const limit = pace === null ? "" : ` The run waits from ${pace} s on.`;
   return [

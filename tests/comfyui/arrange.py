@@ -41,11 +41,12 @@ class Plan:
 
 
 def arrange(twin: dict[str, Any], heights: dict[str, int], rooms: dict[str, int], note: tuple[str, int]) -> Plan:
-    """Places for every node of a twin and its note (id and height).
+    """Return places for every node of a twin and its note (id and height).
 
     heights: of each node as it is saved. rooms: what it may need below its title in any renderer; never less.
     """
     sections = _sections(twin)
+    # Loaders and prompts as far right as they may, work as far left: both then lie close to the sampler.
     left = _columns(twin, [key for key, name in sections.items() if name in (MODELS, PROMPT, PICTURE)], late=True)
     work = _columns(twin, [key for key, name in sections.items() if name == SAMPLE], late=False)
     left_x, work_x = NOTE_WIDTH + COLUMN_GAP, 0
@@ -66,12 +67,12 @@ def arrange(twin: dict[str, Any], heights: dict[str, int], rooms: dict[str, int]
 
 def _sections(twin: dict[str, Any]) -> dict[str, str]:
     """A picture that comes out of a sampler is part of the sampling that follows."""
-    found: dict[str, str] = {}
+    sections: dict[str, str] = {}
     for key in _in_order(twin):
-        found[key] = SECTIONS.get(twin[key]["class_type"], SAMPLE)
-        if found[key] == PICTURE and any(found[source] == SAMPLE for source in _sources(twin, key)):
-            found[key] = SAMPLE
-    return found
+        sections[key] = SECTIONS.get(twin[key]["class_type"], SAMPLE)
+        if sections[key] == PICTURE and any(sections[source] == SAMPLE for source in _sources(twin, key)):
+            sections[key] = SAMPLE
+    return sections
 
 
 def _sources(twin: dict[str, Any], key: str) -> list[str]:
@@ -80,30 +81,31 @@ def _sources(twin: dict[str, Any], key: str) -> list[str]:
 
 def _in_order(twin: dict[str, Any]) -> list[str]:
     """Each node behind those it reads from."""
-    found: list[str] = []
+    order: list[str] = []
 
     def visit(key: str) -> None:
-        if key not in found:
+        if key not in order:
             for source in _sources(twin, key):
                 visit(source)
-            found.append(key)
+            order.append(key)
 
     for key in twin:
         visit(key)
-    return found
+    return order
 
 
 def _columns(twin: dict[str, Any], keys: list[str], *, late: bool) -> dict[str, int]:
     """The column of each of these nodes: as far right (late) or left as their links among themselves allow."""
+    # The longest path: a node is one column behind the last of those that feed it.
     edges = [(source, key) for key in keys for source in _sources(twin, key) if source in keys]
-    found = dict.fromkeys(keys, 0)
+    columns = dict.fromkeys(keys, 0)
     for key in [key for key in _in_order(twin) if key in keys]:
-        found[key] = max((found[source] + 1 for source, target in edges if target == key), default=0)
+        columns[key] = max((columns[source] + 1 for source, target in edges if target == key), default=0)
     if late:
-        last = max(found.values(), default=0)
+        last = max(columns.values(), default=0)
         for key in reversed([key for key in _in_order(twin) if key in keys]):
-            found[key] = min((found[target] - 1 for source, target in edges if source == key), default=last)
-    return found
+            columns[key] = min((columns[target] - 1 for source, target in edges if source == key), default=last)
+    return columns
 
 
 def _stack(
@@ -129,7 +131,7 @@ def _stack(
 def _groups(
     sections: dict[str, str], boxes: dict[str, tuple[list[int], list[int]]], rooms: dict[str, int]
 ) -> list[dict[str, Any]]:
-    found = []
+    groups = []
     for name in (MODELS, PROMPT, PICTURE, SAMPLE, SAVE):
         frame = _around((boxes[key], rooms[key]) for key, section in sections.items() if section == name)
         if frame is None:
@@ -141,11 +143,17 @@ def _groups(
             right - left + 2 * PADDING,
             bottom - top + TITLE + HEADER + PADDING,
         ]
-        found.append({
-            "id": len(found) + 1, "title": name, "bounding": bounding, "color": COLOURS[name], "font_size": 24,
-            "flags": {},
-        })  # fmt: skip
-    return found
+        groups.append(
+            {
+                "id": len(groups) + 1,
+                "title": name,
+                "bounding": bounding,
+                "color": COLOURS[name],
+                "font_size": 24,
+                "flags": {},
+            }
+        )
+    return groups
 
 
 def _around(items: Iterable[tuple[tuple[list[int], list[int]], int]]) -> tuple[int, int, int, int] | None:
@@ -164,5 +172,6 @@ def _view(
     frame = _around((box, {**rooms, note[0]: note[1]}[key]) for key, box in boxes.items())
     assert frame is not None
     scale = min(WINDOW[0] / (frame[2] + 2 * PADDING), WINDOW[1] / (frame[3] + 2 * PADDING))
+    # Two digits, as the front end saves it: another drawing of the same graph changes nothing.
     scale = round(min(max(scale, SCALES[0]), SCALES[1]), 2)
     return scale, [LEFT / scale + PADDING / 2, TOP / scale]

@@ -198,9 +198,9 @@ async def browse(page: Tab, session: aiohttp.ClientSession) -> dict[str, Any]:
     broken = await page.evaluate(HOST_LOADER)
     if broken:
         return {"broken": broken}
-    found: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     for name in NAMES:
-        found[name] = await drop(page, name)
+        report[name] = await drop(page, name)
         await asyncio.sleep(0.5)
         await page.screenshot(picture(name))
     runs = {name: await run_by_the_button(page, session, name) for name in NAMES if name.startswith("tiny")}
@@ -212,13 +212,19 @@ async def browse(page: Tab, session: aiohttp.ClientSession) -> dict[str, Any]:
     vue = await steer(page, session, "vue", 5)
     delays = await send_late(page)
     return {
-        "workflows": found, "runs": runs, "twice": twice, "classic": classic, "left": left, "vue": vue,
-        "errors": page.errors, "delays": delays,
-    }  # fmt: skip
+        "workflows": report,
+        "runs": runs,
+        "twice": twice,
+        "classic": classic,
+        "left": left,
+        "vue": vue,
+        "errors": page.errors,
+        "delays": delays,
+    }
 
 
 async def run_by_the_button(page: Tab, session: aiohttp.ClientSession, name: str) -> Any:
-    """What the history says of a dropped workflow."""
+    """Return what the history says of a dropped workflow."""
     await drop(page, name)
     await page.evaluate(PLAYER)
     ran = await press(page, session)
@@ -263,27 +269,29 @@ async def run_twice(page: Tab, session: aiohttp.ClientSession) -> dict[str, Any]
 
 
 async def send_late(page: Tab) -> list[list[Any]]:
-    """Prompts at seconds 1, 12 and 60 of a run that keeps its pace: how long until each shows, the status
-    then, when that was, and the status as it was sent."""
+    """Send prompts at seconds 1, 12 and 60 of a run that keeps its pace.
+
+    Return for each how long it took until it showed, the status then, when that was, and the status as it was sent.
+    """
     await drop(page, "tiny_endless")
     await page.evaluate(PLAYER)
     await asyncio.sleep(1)
     await page.evaluate("window.prepare(2001, 5, 2); window.run()")
     await page.until("/chunk [1-9]/.test(window.told()) && window.colour() === 'red'")
-    began, found = time.monotonic(), []
+    start, rows = time.monotonic(), []
     for second, colour in ((1, "blue"), (12, "green"), (60, "red")):
-        await asyncio.sleep(max(0.0, began + second - time.monotonic()))
+        await asyncio.sleep(max(0.0, start + second - time.monotonic()))
         text = json.dumps(f"a {colour} square moving left slowly on a black background")
         before = await page.evaluate("window.told()")
-        delay, told = await page.evaluate(f"window.send({text}, '{colour}')"), await page.evaluate("window.told()")
-        found.append([delay, told, time.monotonic() - began, before])
+        delay, status = await page.evaluate(f"window.send({text}, '{colour}')"), await page.evaluate("window.told()")
+        rows.append([delay, status, time.monotonic() - start, before])
     await page.evaluate("window.control('finish').click()")
     await page.until("/finished here/.test(window.told())")
-    return found
+    return rows
 
 
 def made(entry: Any) -> bool:
-    """Whether a run made its video anew, by what the server says that it took from its cache."""
+    """Return whether a run made its video anew, by what the server says that it took from its cache."""
     (cached,) = (data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
     (stream,) = (key for key, node in entry["prompt"][2].items() if node["class_type"] == "SelfForcingStreamToFile")
     return stream not in cached
@@ -298,45 +306,48 @@ async def steer(page: Tab, session: aiohttp.ClientSession, renderer: str, seed: 
     await drop(page, "tiny_endless")
     await page.evaluate(PLAYER)
     await asyncio.sleep(1)
-    found: dict[str, Any] = {"is_shown": await page.evaluate("!!window.player()?.isConnected")}
-    if not found["is_shown"]:
-        return found
-    found["widgets"] = await page.evaluate(WIDGETS)
+    report: dict[str, Any] = {"is_shown": await page.evaluate("!!window.player()?.isConnected")}
+    if not report["is_shown"]:
+        return report
+    report["widgets"] = await page.evaluate(WIDGETS)
     await page.evaluate(f"window.prepare(333, {seed}); window.run()")
     # In one step: between two, a fast host may end the run.
     await page.until("/chunk/.test(window.told()) && (window.control('hold').click(), true)")
+    # The chunk that was being made is finished first, and is the one that is held.
     await page.until("/held/.test(window.told())")
-    found["told"] = await page.evaluate("window.told()")
-    found["figures"] = await page.evaluate("window.figures()")
-    found["keys_when_held"] = await page.evaluate("window.keys()")
-    await page.evaluate("window.go_to(8)")
-    found["before"] = await page.evaluate("window.seen()")
+    report["told"] = await page.evaluate("window.told()")
+    report["figures"] = await page.evaluate("window.figures()")
+    report["keys_when_held"] = await page.evaluate("window.keys()")
+    await page.evaluate("window.go_to(8)")  # the last frame of the first chunk: made under the first prompt
+    report["before"] = await page.evaluate("window.seen()")
     await page.evaluate("window.control('prompt-text').focus()")
+    # As a keyboard does it, since scripts cannot raise the events that a browser trusts.
     await page.call("Input.insertText", text="a blue square moving left slowly on a black background")
     await page.screenshot(picture(f"held_{renderer}"))
     for kind in ("keyDown", "keyUp"):
         await page.call("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13)
     await asyncio.sleep(0.5)
-    found["written"] = await page.evaluate("window.control('prompt-text').value")
+    report["written"] = await page.evaluate("window.control('prompt-text').value")
     await page.evaluate("window.control('go_on').click()")
     await page.until("!/held/.test(window.told()) && (window.keys_then = window.keys(), true)")
-    found["keys_when_on"] = await page.evaluate("window.keys_then")
+    report["keys_when_on"] = await page.evaluate("window.keys_then")
     await page.until("/chunk 28 of 28/.test(window.told()) && (window.to_the_end(), true)")
     await asyncio.sleep(1.5)
     await page.evaluate("window.to_the_end()")
-    found["after"] = await page.evaluate("window.seen()")
-    found["sent"] = await page.evaluate("window.role('sent')")
-    found["error"] = await page.evaluate("window.role('error')")
+    report["after"] = await page.evaluate("window.seen()")
+    report["sent"] = await page.evaluate("window.role('sent')")
+    report["error"] = await page.evaluate("window.role('error')")
     await page.screenshot(picture(f"steered_{renderer}"))
-    found["finished"] = await end(page, session, "finish", renderer)
-    found["stopped"] = await end(page, session, "stop", renderer)
-    return found
+    report["finished"] = await end(page, session, "finish", renderer)
+    report["stopped"] = await end(page, session, "stop", renderer)
+    return report
 
 
 async def end(page: Tab, session: aiohttp.ClientSession, key: str, renderer: str) -> dict[str, Any]:
     """End a long run by a key of the player: the history's entry, the player's words, and the file that it names."""
     before = set(await history(session))
     await page.evaluate(f"window.prepare(2001, {random.randrange(2**32)}); window.run()")
+    # Once a chunk is finished: before that there is nothing to keep, and no file to name.
     going = "window.keys().stop === 'on' && /chunk [1-9][0-9]* of 167/.test(window.told())"
     await page.until(f"{going} && (window.control('{key}').click(), true)")
     entry = await next_entry(session, before)
@@ -358,6 +369,7 @@ async def leave(page: Tab, session: aiohttp.ClientSession) -> dict[str, Any]:
     for node in prompt.values():
         if node["class_type"] == "SelfForcingStreamToFile":
             node["inputs"] |= {"length": 2001, "seed": random.randrange(2**32)}
+    # Another client's run goes first, so that the page's own waits in the queue while the page is elsewhere.
     await session.post(f"http://{ADDRESS}/prompt", json={"prompt": prompt})
     await page.evaluate(f"window.prepare(2001, {random.randrange(2**32)}); window.run()")
     (waiting,) = await queued(session, "queue_pending")
@@ -368,7 +380,7 @@ async def leave(page: Tab, session: aiohttp.ClientSession) -> dict[str, Any]:
     while await queued(session, "queue_running") != [waiting]:
         await asyncio.sleep(0.2)
     await asyncio.sleep(4)
-    found: dict[str, Any] = {"told_in_the_copy": await page.evaluate("window.told()")}
+    report: dict[str, Any] = {"told_in_the_copy": await page.evaluate("window.told()")}
     for _ in range(30):
         await page.evaluate("window.command('Workspace.PreviousOpenedWorkflow')")
         await asyncio.sleep(0.5)
@@ -376,37 +388,38 @@ async def leave(page: Tab, session: aiohttp.ClientSession) -> dict[str, Any]:
             break
     for _ in range(60):
         await asyncio.sleep(0.5)
-        found["told_when_back"] = await page.evaluate("window.told()")
-        if re.search("chunk [1-9]", found["told_when_back"]):
+        report["told_when_back"] = await page.evaluate("window.told()")
+        if re.search("chunk [1-9]", report["told_when_back"]):
             break
     await page.screenshot(picture("back"))
-    found["is_running"] = await queued(session, "queue_running") == [waiting]
+    report["is_running"] = await queued(session, "queue_running") == [waiting]
     await session.post(f"http://{ADDRESS}/interrupt")
     await page.evaluate("window.convert()")
     await page.evaluate("window.load_again(5)")
-    found["players"] = await players(page)
-    return found
+    report["players"] = await players(page)
+    return report
 
 
 async def queued(session: aiohttp.ClientSession, state: str) -> list[str]:
-    """The prompts that wait or run; those that wait as soon as there are any."""
+    """Return the prompts that wait or run; those that wait as soon as there are any."""
     for _ in range(PATIENCE * 5):
         async with session.get(f"http://{ADDRESS}/queue") as answer:
-            found = [entry[1] for entry in (await answer.json())[state]]
-        if found or state == "queue_running":
+            prompt_ids = [entry[1] for entry in (await answer.json())[state]]
+        if prompt_ids or state == "queue_running":
             break
         await asyncio.sleep(0.2)
-    return found
+    return prompt_ids
 
 
 async def players(page: Tab) -> int:
-    """How many players are alive, by the browser's own count of objects."""
+    """Count the players that are alive, by the browser's own count of objects."""
+    # A player that nothing refers to any more is collected, so counting objects finds those that leak.
     script = f"import('/extensions/{PACK}/panel.js').then(module => module.Panel.prototype)"
     prototype = await page.call("Runtime.evaluate", expression=script, awaitPromise=True)
-    found = await page.call("Runtime.queryObjects", prototypeObjectId=prototype["result"]["objectId"])
+    objects = await page.call("Runtime.queryObjects", prototypeObjectId=prototype["result"]["objectId"])
     count = "function () { return this.filter(panel => !panel.disposed).length }"
     answer = await page.call(
-        "Runtime.callFunctionOn", functionDeclaration=count, objectId=found["objects"]["objectId"], returnByValue=True
+        "Runtime.callFunctionOn", functionDeclaration=count, objectId=objects["objects"]["objectId"], returnByValue=True
     )
     return answer["result"]["value"]
 

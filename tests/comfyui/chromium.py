@@ -35,7 +35,7 @@ class Tab:
         self.errors: list[str] = []
 
     async def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        self.count += 1
+        self.count += 1  # answers carry the number of their call; events, which come in between, have none
         await self.socket.send_json({"id": self.count, "method": method, "params": parameters})
         async with asyncio.timeout(PATIENCE):
             while True:
@@ -55,9 +55,9 @@ class Tab:
             self.errors.append(said[:2000])
 
     async def evaluate(self, script: str) -> Any:
-        found = await self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in found, json.dumps(found["exceptionDetails"])[:2000]
-        return found["result"].get("value")
+        result = await self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in result, json.dumps(result["exceptionDetails"])[:2000]
+        return result["result"].get("value")
 
     async def until(self, script: str) -> None:
         for _ in range(PATIENCE * 5):
@@ -85,15 +85,15 @@ class Tab:
 
 @asynccontextmanager
 async def tab(chromium: str, address: str, pack: str) -> AsyncIterator[Tab]:
-    """The only tab of a browser that ends with the block."""
+    """Open the only tab of a browser that ends with the block."""
     with tempfile.TemporaryDirectory() as profile:
         process = await asyncio.create_subprocess_exec(
             chromium,
             "--headless=new",
-            "--no-sandbox",
+            "--no-sandbox",  # the sandbox does not start for root, as whom containers run
             "--disable-gpu",
-            "--disable-dev-shm-usage",
-            "--remote-debugging-port=0",
+            "--disable-dev-shm-usage",  # of 64 MB in a container by default, which a page of this size exceeds
+            "--remote-debugging-port=0",  # any free one; the browser names it on stderr
             f"--user-data-dir={profile}",
             f"--window-size={WINDOW[0]},{WINDOW[1]}",
             "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
@@ -107,11 +107,12 @@ async def tab(chromium: str, address: str, pack: str) -> AsyncIterator[Tab]:
                 async with session.get(f"http://{devtools}/json") as answer:
                     (entry,) = [entry for entry in await answer.json() if entry["type"] == "page"]
                 async with session.ws_connect(entry["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-                    made = Tab(socket, session, address, pack)
-                    await made.call("Page.enable")
-                    await made.call("Runtime.enable")
-                    yield made
+                    page = Tab(socket, session, address, pack)
+                    await page.call("Page.enable")
+                    await page.call("Runtime.enable")
+                    yield page
         finally:
+            # Nothing of its profile is wanted, and a page that asks whether to leave would keep it open.
             process.kill()
             await process.wait()
 
@@ -121,5 +122,5 @@ async def _devtools_address(process: asyncio.subprocess.Process) -> str:
     while True:
         line = (await asyncio.wait_for(process.stderr.readline(), PATIENCE)).decode()
         assert line, "the browser ended"
-        if found := re.search(r"ws://([\d.:]+)/", line):
-            return found[1]
+        if match := re.search(r"ws://([\d.:]+)/", line):
+            return match[1]

@@ -15,7 +15,7 @@ NONE_FOUND = "no ComfyUI checkout found: set COMFYUI_PATH, or put one below ~/co
 
 
 def checkouts() -> list[object]:
-    """One parameter per checkout; a skipped one that says why where there is none."""
+    """Return one parameter per checkout; a skipped one that says why where there is none."""
     if not CHECKOUTS:
         return [pytest.param(None, marks=pytest.mark.skip(reason=NONE_FOUND), id="none")]
     return [pytest.param(checkout, id=f"ComfyUI-{checkout.version}") for checkout in CHECKOUTS]
@@ -26,9 +26,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "smoke: enough to say that the pack loads and runs on an old ComfyUI")
 
 
+# For the whole session: a start takes five seconds, and nothing that tests do outlives its own prompt.
 @pytest.fixture(scope="session", params=checkouts())
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A running server of each checkout in turn."""
+    """Start a server of each checkout in turn."""
     checkout: Checkout = request.param
     if not os.access(checkout.python, os.X_OK):
         pytest.fail(f"ComfyUI {checkout.version} at {checkout.path} has no interpreter {checkout.python}")
@@ -41,5 +42,6 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    # A run without a checkout skips everything here and is green: the summary says so.
     versions = ", ".join(f"{checkout.version} ({checkout.path})" for checkout in CHECKOUTS)
     terminalreporter.write_line(f"ComfyUI versions tested: {versions or 'none; ' + NONE_FOUND}")

@@ -24,6 +24,7 @@ from selfforcing_core.video import read_video, write_contact_sheet
 from tests.comfyui.arrange import SAMPLER_WIDTH, arrange
 from tests.comfyui.host_server import ROOT, Server, find_checkouts
 
+# TALLEST is that of web/panel.js. With less room than the player takes, nodes would lie over each other.
 PLAYER_MARGIN, TALLEST, DESK = 20, 560, 230  # of the player: beside its picture; the picture; what is below it
 PICTURE_ROOM = 240  # below Load Image's widgets
 PACE, LIVE = 2.0, ("live_t2v_1.3b", "endless_1.3b", "tiny_endless")  # seconds that a run may be ahead of the player
@@ -197,7 +198,7 @@ TITLES = {  # what a node does here, in plain words
 
 
 def note_text(name: str, files: list[str]) -> str:
-    """The note of a workflow, with every file and the folder it belongs in."""
+    """Return the note of a workflow, with every file and the folder it belongs in."""
     if not files:
         return NOTES[name]
     rows = [f"- [{file}]({MODELS[file][0]}) in models/{MODELS[file][1]}" for file in files]
@@ -205,13 +206,13 @@ def note_text(name: str, files: list[str]) -> str:
 
 
 def note_height(text: str) -> int:
-    """Enough for the text at the width of a note, in the renderer that sets it largest."""
+    """Return a height that is enough for the text at the width of a note, in the renderer that sets it largest."""
     lines = sum(1 + len(line) // 48 for line in re.sub(r"\(http.*?\)", "", text).splitlines() if line)
     return 40 + 25 * lines + 10 * text.count("\n\n")
 
 
 def slots(description: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """(name, type, options) of a node's inputs in ComfyUI's order."""
+    """Return name, type and options of a node's inputs in ComfyUI's order."""
     groups = description["input"]
     entries = [item for group in ("required", "optional") for item in groups.get(group, {}).items()]
     return [
@@ -225,24 +226,25 @@ def is_widget(kind: str) -> bool:
 
 
 def widget_values(inputs: dict[str, Any], description: dict[str, Any]) -> list[Any]:
-    """By position, as the front end stores them; a seed is followed by what happens to it after a run.
+    """Return values by position, as the front end stores them; a seed is followed by what happens to it after a run.
 
     Widgets behind the last that the twin names are left to their defaults: hosts differ in how many they have.
     """
+    # A widget that another version has in addition would shift all values behind it: ComfyUI reads them by position.
     values: list[Any] = []
     widgets = [entry for entry in slots(description) if is_widget(entry[1])]
     named = [place for place, (name, *_) in enumerate(widgets) if name in inputs]
     for name, _, options in widgets[: 1 + max(named, default=-1)]:
         values.append(inputs.get(name, options.get("default")))
         if options.get("control_after_generate"):
-            values.append("fixed")
+            values.append("fixed")  # a workflow gives the same video each time, until the user wants another
         if options.get("image_upload"):
-            values.append("image")
+            values.append("image")  # the front end's own entry for the button that uploads
     return values
 
 
 def height(description: dict[str, Any], values: dict[str, Any]) -> int:
-    """As a node is saved. values: its inputs in the twin."""
+    """Return the height with which a node is saved. values: its inputs in the twin."""
     rows = sum(not is_widget(kind) for _, kind, _ in slots(description))
     tall = sum(bool(options.get("multiline")) for _, _, options in slots(description))
     widgets = num_widgets(description)
@@ -257,7 +259,10 @@ def num_widgets(description: dict[str, Any]) -> int:
 
 
 def room(description: dict[str, Any], values: dict[str, Any]) -> int:
-    """The height that a node may grow to: Nodes 2.0 has taller widgets, badges and a line for errors below them."""
+    """Return the height that a node may grow to.
+
+    Nodes 2.0 has taller widgets, badges and a line for errors below them.
+    """
     if any(slot == "player" for slot, *_ in slots(description)):
         return height(description, values) + 40
     has_picture = any(options.get("image_upload") for _, _, options in slots(description))
@@ -265,7 +270,7 @@ def room(description: dict[str, Any], values: dict[str, Any]) -> int:
 
 
 def draw(name: str, twin: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
-    """The UI format of one twin."""
+    """Return the UI format of one twin."""
     described = {key: known[node["class_type"]] for key, node in twin.items()}
     nodes, links = [], []
     for order, (key, node) in enumerate(twin.items()):
@@ -282,11 +287,21 @@ def draw(name: str, twin: dict[str, Any], known: dict[str, Any]) -> dict[str, An
                 links.append([link, int(value[0]), value[1], int(key), len(entries), source["output"][value[1]]])
                 entry["link"] = link
             entries.append(entry)
-        nodes.append({
-            "id": int(key), "type": node["class_type"], "pos": [], "size": [], "flags": {}, "order": order, "mode": 0,
-            "inputs": entries, "outputs": outputs(described[key]), "properties": properties(node),
-            "widgets_values": widget_values(node["inputs"], described[key]),
-        })  # fmt: skip
+        nodes.append(
+            {
+                "id": int(key),
+                "type": node["class_type"],
+                "pos": [],
+                "size": [],
+                "flags": {},
+                "order": order,
+                "mode": 0,
+                "inputs": entries,
+                "outputs": outputs(described[key]),
+                "properties": properties(node),
+                "widgets_values": widget_values(node["inputs"], described[key]),
+            }
+        )
         if node["class_type"] in TITLES:
             nodes[-1]["title"] = TITLES[node["class_type"]]
     by_id = {node["id"]: node for node in nodes}
@@ -294,10 +309,20 @@ def draw(name: str, twin: dict[str, Any], known: dict[str, Any]) -> dict[str, An
         by_id[source]["outputs"][slot]["links"].append(link)
     text = note_text(name, [model["name"] for node in nodes for model in node["properties"].get("models", [])])
     note = {
-        "id": max(by_id) + 1, "type": "MarkdownNote", "pos": [], "size": [], "flags": {}, "order": len(nodes),
-        "mode": 0, "inputs": [], "outputs": [], "title": "Read me", "properties": {},
-        "widgets_values": [text], **NOTE_COLOURS,
-    }  # fmt: skip
+        "id": max(by_id) + 1,
+        "type": "MarkdownNote",
+        "pos": [],
+        "size": [],
+        "flags": {},
+        "order": len(nodes),
+        "mode": 0,
+        "inputs": [],
+        "outputs": [],
+        "title": "Read me",
+        "properties": {},
+        "widgets_values": [text],
+        **NOTE_COLOURS,
+    }
     plan = arrange(
         twin,
         {key: height(description, twin[key]["inputs"]) for key, description in described.items()},
@@ -307,11 +332,18 @@ def draw(name: str, twin: dict[str, Any], known: dict[str, Any]) -> dict[str, An
     for node in (note, *nodes):
         node["pos"], node["size"] = plan.boxes[str(node["id"])]
     return {
-        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"selfforcing-stream/{name}")), "revision": 0,
-        "last_node_id": note["id"], "last_link_id": len(links), "nodes": [note, *nodes], "links": links,
-        "groups": plan.groups, "config": {}, "extra": {"ds": {"scale": plan.scale, "offset": plan.offset}},
+        # The same id each time that it is drawn: the front end keeps what it knows of a workflow under it.
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"selfforcing-stream/{name}")),
+        "revision": 0,
+        "last_node_id": note["id"],
+        "last_link_id": len(links),
+        "nodes": [note, *nodes],
+        "links": links,
+        "groups": plan.groups,
+        "config": {},
+        "extra": {"ds": {"scale": plan.scale, "offset": plan.offset}},
         "version": 0.4,
-    }  # fmt: skip
+    }
 
 
 def outputs(description: dict[str, Any]) -> list[dict[str, Any]]:
@@ -322,19 +354,20 @@ def outputs(description: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def properties(node: dict[str, Any]) -> dict[str, Any]:
-    """Which pack a node is of, and where to get the files that it names."""
+    """Return which pack a node is of, and where to get the files that it names."""
     is_ours = node["class_type"].startswith("SelfForcing")
-    found: dict[str, Any] = {
-        "cnr_id": "selfforcing-stream" if is_ours else "comfy-core", "Node name for S&R": node["class_type"]
-    }  # fmt: skip
+    entries: dict[str, Any] = {
+        "cnr_id": "selfforcing-stream" if is_ours else "comfy-core",
+        "Node name for S&R": node["class_type"],
+    }
     files = [value for value in node["inputs"].values() if isinstance(value, str) and value in MODELS]
     if files:
-        found["models"] = [{"name": file, "url": MODELS[file][0], "directory": MODELS[file][1]} for file in files]
-    return found
+        entries["models"] = [{"name": file, "url": MODELS[file][0], "directory": MODELS[file][1]} for file in files]
+    return entries
 
 
 def paced(text: str, name: str, known: dict[str, Any]) -> str:
-    """The text of a twin in which every streaming node names its pace, and its file's quality where it has one."""
+    """Add its pace, and its file's quality where it has one, to every streaming node in the text of a twin."""
     new = [("pace", '"player": true', PACE if name in LIVE else 0.0), ("quality", '"fps": 16.0', -1)]
     for slot, behind, value in new:
         nodes = [
@@ -346,7 +379,7 @@ def paced(text: str, name: str, known: dict[str, Any]) -> str:
 
 
 def picture(name: str, folder: Path) -> None:
-    """workflows/NAME.jpg from a run of the tiny model; a start picture is the first frame of another run."""
+    """Write workflows/NAME.jpg from a run of the tiny model; a start picture is the first frame of another run."""
     request = Request(out=folder / "video.mp4", overwrite=True, seed=2, **PICTURES[name])
     if request.image is not None:
         generate(replace(request, image=None, frames=None))
@@ -354,6 +387,7 @@ def picture(name: str, folder: Path) -> None:
         request = replace(request, image=folder / request.image.name)
     generate(request)
     frames = read_video(request.out)
+    # The first frame, the last, and two between: movement, or the change of a prompt, shows in four.
     places = [round(place * (len(frames) - 1) / 3) for place in range(4)]
     write_contact_sheet(folder / "sheet.png", frames[places], columns=2, overwrite=True)
     with Image.open(folder / "sheet.png") as sheet:
@@ -361,7 +395,7 @@ def picture(name: str, folder: Path) -> None:
 
 
 def plain_card() -> Image.Image:
-    """For models that work in a way that the tiny one cannot."""
+    """Return a card for models that work in a way that the tiny one cannot."""
     image = Image.new("RGB", (CARD, CARD), (29, 58, 74))
     words = "all frames\nat once,\nnot streamed"
     ImageDraw.Draw(image).multiline_text(
@@ -371,7 +405,7 @@ def plain_card() -> Image.Image:
 
 
 def save_card(name: str, image: Image.Image) -> None:
-    """workflows/NAME.jpg: a picture with what the workflow is for; the list of templates itself shows file names."""
+    """Write workflows/NAME.jpg: a picture and what the workflow is for. The list of templates shows file names."""
     draw = ImageDraw.Draw(image)
     title, sample = CARDS[name]
     for top, height, text, size in ((0, 30, title, 17), (CARD - 26, 26, sample, 15)):
@@ -382,7 +416,7 @@ def save_card(name: str, image: Image.Image) -> None:
 
 def main() -> None:
     # The oldest: slots that it lacks are added when a later one loads the graph, and none would go missing there.
-    checkout = min(find_checkouts(), key=lambda found: [int(part) for part in found.version.split(".")])
+    checkout = min(find_checkouts(), key=lambda candidate: [int(part) for part in candidate.version.split(".")])
     with tempfile.TemporaryDirectory() as folder:
         server = Server(checkout, Path(folder) / "base")
         try:

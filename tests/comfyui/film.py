@@ -97,22 +97,24 @@ async def record(page: Tab) -> dict[str, Any]:
     await page.evaluate(OPEN.replace("PACK", PACK).replace("FIRST", json.dumps(FIRST)))
     await page.evaluate(RUN)
     await page.until(f"{COLOUR} !== ''")
+    # From the first picture on: before it, loading the model would fill the film.
     film = Film(page, await page.evaluate(BOX))
     await film.roll(BEFORE)
     before = await page.evaluate(COLOUR)
     await page.evaluate(CONTROL.replace("NAME", "prompt-text") + ".focus()")
+    # Four letters between two pictures look like typing, at the speed at which pictures can be taken.
     for place in range(0, len(SECOND), 4):
         await page.call("Input.insertText", text=SECOND[place : place + 4])
         await film.take()
     await page.evaluate(CONTROL.replace("NAME", "prompt") + ".click()")
-    sent = film.now()
+    sent_at = film.now()
     while await page.evaluate(COLOUR) != SECOND_COLOUR:
         await film.take()
-        assert film.now() < sent + 60, "the picture never had the colour of the prompt that was typed"
-    shown = film.now()
+        assert film.now() < sent_at + 60, "the picture never had the colour of the prompt that was typed"
+    shown_at = film.now()
     await film.roll(AFTER)
     await page.evaluate(CONTROL.replace("NAME", "finish") + ".click()")
-    return {"before": before, "sent": sent, "shown": shown, "errors": page.errors}
+    return {"before": before, "sent": sent_at, "shown": shown_at, "errors": page.errors}
 
 
 async def main() -> None:

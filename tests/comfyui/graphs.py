@@ -23,7 +23,7 @@ Prompt = dict[str, Any]
 
 
 def tiny_prompt(text: str | None = None, **sampler_inputs: Any) -> Prompt:
-    """workflows/api/tiny_t2v.json, with another text or other inputs of its sampler."""
+    """Return workflows/api/tiny_t2v.json, with another text or other inputs of its sampler."""
     prompt = json.loads((ROOT / "workflows/api/tiny_t2v.json").read_text())
     if text is not None:
         prompt[TEXT]["inputs"]["text"] = text
@@ -32,7 +32,7 @@ def tiny_prompt(text: str | None = None, **sampler_inputs: Any) -> Prompt:
 
 
 def fresh_seed() -> int:
-    """A seed the server has not seen (it answers what it has seen from its cache); the same ones in every session."""
+    """Return a seed that the server has not seen, or it would answer from its cache; the same ones in every session."""
     return next(SEEDS)
 
 
@@ -52,12 +52,13 @@ def of_one_codec(inputs: dict[str, Any]) -> dict[str, Any]:
 def latents_of(server: Server, prompt: Prompt) -> Tensor:
     """Run a prompt and give what its sampler made, [B, C, T, H, W], exactly: H.264 under load is not repeatable."""
     prompt = {**prompt, "latents": {"class_type": "SaveLatent", "inputs": {"samples": [SAMPLER, 0]}}}
+    # The tensor is left in ComfyUI's raw space: tests compare two of the kind.
     prompt["latents"]["inputs"]["filename_prefix"] = "latents/test"
     return load_file(server.run(prompt)["latents"][0])["latent_tensor"]
 
 
 def read_mp4(path: Path) -> tuple[Tensor, float]:
-    """Frames [V, R, H, W] in [0, 1] and frames per second of a saved video."""
+    """Return frames [V, R, H, W] in [0, 1] and frames per second of a saved video."""
     with av.open(str(path)) as container:
         fps = container.streams.video[0].average_rate
     assert fps is not None

@@ -37,12 +37,12 @@ class Checkout:
 
     @property
     def version(self) -> str:
-        found = re.search(r'__version__ = "(.+?)"', (self.path / "comfyui_version.py").read_text())
-        return found.group(1) if found else "unknown"
+        match = re.search(r'__version__ = "(.+?)"', (self.path / "comfyui_version.py").read_text())
+        return match.group(1) if match else "unknown"
 
 
 def find_checkouts() -> list[Checkout]:
-    """COMFYUI_PATH, else each folder below ~/comfy/ with a main.py; interpreter COMFYUI_PYTHON, else its .venv."""
+    """Return COMFYUI_PATH, else each folder below ~/comfy/ with a main.py; by COMFYUI_PYTHON, else its own .venv."""
     named = os.environ.get("COMFYUI_PATH")
     folders = [Path(named)] if named else sorted(main.parent for main in Path.home().glob("comfy/*/main.py"))
     python = os.environ.get("COMFYUI_PYTHON")
@@ -69,6 +69,7 @@ class Server:
             (folder / name).mkdir(parents=True)
         (folder / "custom_nodes" / PACK_NAME).symlink_to(ROOT, target_is_directory=True)
         (folder / "custom_nodes/waiting_node.py").symlink_to(Path(__file__).with_name("waiting_node.py"))
+        # Another PYTHONPATH would put its packages before those of ComfyUI's own environment.
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         self.log_path = folder / "log.txt"
         with self.log_path.open("wb") as log:
@@ -83,13 +84,24 @@ class Server:
     def _arguments(self) -> list[str]:
         host, port = self.address.split(":")
         arguments = [
-            "--cpu", "--listen", host, "--port", port, "--base-directory", str(self.folder),
-            "--disable-api-nodes", "--database-url", "sqlite:///:memory:", "--preview-method", "latent2rgb",
-        ]  # fmt: skip
+            "--cpu",
+            "--listen",
+            host,
+            "--port",
+            port,
+            "--base-directory",
+            str(self.folder),
+            "--disable-api-nodes",
+            "--database-url",
+            "sqlite:///:memory:",
+            "--preview-method",
+            "latent2rgb",
+        ]
         frontend = os.environ.get("COMFYUI_FRONTEND")  # the folder `static` of another comfyui-frontend-package
         return [*arguments, "--front-end-root", frontend] if frontend else arguments
 
     def wait_until_up(self) -> None:
+        # An interpreter that has ended is noticed at once, with its log, instead of after the deadline.
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
@@ -100,7 +112,7 @@ class Server:
         raise AssertionError(f"ComfyUI {self.checkout.version} did not start:\n{self.log()[-3000:]}")
 
     def stop(self) -> None:
-        self.process.terminate()
+        self.process.terminate()  # ComfyUI closes its files; killed, it may leave them half written
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
@@ -132,7 +144,7 @@ class Server:
         return self.post("/prompt", {"prompt": prompt, "client_id": client_id, **extra})["prompt_id"]
 
     def result(self, prompt_id: str) -> dict[str, Any]:
-        """The history entry of a prompt, once it has ended in whatever way."""
+        """Return the history entry of a prompt, once it has ended in whatever way."""
         deadline = time.monotonic() + RUN_SECONDS
         while time.monotonic() < deadline:
             # The entry appears a moment after the last event.
@@ -157,7 +169,7 @@ class Server:
 
 
 def failure(entry: dict[str, Any]) -> str:
-    """What a history entry says went wrong: ComfyUI's message, or the name of the event that ended the run."""
+    """Return what a history entry says went wrong: ComfyUI's message, or the name of the event that ended the run."""
     kind, data = entry["status"]["messages"][-1]
     return f"{kind}: {data.get('node_type')}: {data.get('exception_message', '')}"
 
@@ -188,7 +200,7 @@ class Events:
             self.arrived.put(json.loads(line))
 
     def until(self, *kinds: str) -> list[dict[str, Any]]:
-        """All events up to and including the first of these kinds."""
+        """Return all events up to and including the first of these kinds."""
         return list(self._until(kinds))
 
     def _until(self, kinds: tuple[str, ...]) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 Imported first, with sys.argv as PACK FOLDER [OPTION ...]. PACK: this repository; FOLDER: where random weights may be
 written; OPTION: of ComfyUI's command line.
+
+Letters: B batch, T latent frames, C latent channels, H W latent size.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path.cwd()))
 PACK, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
+# ComfyUI reads its command line while it is imported, and would find this file's arguments there.
 sys.argv = ["inside", "--cpu", *sys.argv[3:]]
 
 # Optional packages that are installed but broken, as flash-attn often is, must not keep the pack from loading.
@@ -26,7 +29,7 @@ sys.path.insert(0, str(BROKEN))
 
 import comfy.options  # noqa: E402
 
-comfy.options.enable_args_parsing()
+comfy.options.enable_args_parsing()  # without it, ComfyUI used as a library takes no options at all
 
 import comfy.k_diffusion.sampling  # noqa: E402
 import comfy.ldm.wan.model  # noqa: E402
@@ -40,11 +43,11 @@ import torch  # noqa: E402
 
 import nodes as host_nodes  # noqa: E402, F401  ComfyUI's own, so that the pack's folder of that name cannot shadow it
 
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # tensors of this size gain nothing, and other tests want the cores
 
 
 def load_pack() -> Any:
-    """The pack under a name that is no identifier, as ComfyUI imports it."""
+    """Import the pack under a name that is no identifier, as ComfyUI imports it."""
     name = "custom_nodes.self-forcing"
     spec = importlib.util.spec_from_file_location(name, PACK / "__init__.py", submodule_search_locations=[str(PACK)])
     assert spec is not None
@@ -59,16 +62,15 @@ PACKAGE = load_pack()
 
 
 def part(name: str) -> Any:
-    """A module of the pack's nodes or, in a folder of its own, of what they stand on."""
-    folder = "" if (PACK / f"nodes/{name}.py").is_file() else ".adapter"
-    return importlib.import_module(f"{PACKAGE}{folder}.{name}")
+    """Return a module of the pack's nodes."""
+    return importlib.import_module(f"{PACKAGE}.{name}")
 
 
 autoencoder, causal_model, causal_pass, frame_stream, guided_network, host, loader = map(
     part, ("autoencoder", "causal_model", "causal_pass", "frame_stream", "guided_network", "host", "loader")
 )
 model_file, folders, model_settings, page, sampling, shared_network, text_nodes = map(
-    part, ("model_file", "folders", "model_settings", "page", "sampling", "shared_network", "text")
+    part, ("model_file", "folders", "model_settings", "page", "sampling", "shared_network", "text_encode")
 )
 CORE = PACKAGE.rpartition(".")[0] + ".selfforcing_core."
 core = {
@@ -88,6 +90,7 @@ core = {
     )
 }
 WanConfig, CausalConfig = core["config"].WanConfig, core["config"].CausalConfig
+# Small, but with heads of 128 as all Wan models have: ComfyUI derives their number from the width.
 SIZES = {"dim": 256, "ffn_dim": 256, "num_heads": 2, "num_layers": 2}
 FRAMES, CHANNELS, HEIGHT, WIDTH = 6, 16, 4, 4
 SHAPE = (FRAMES, CHANNELS, HEIGHT, WIDTH)
@@ -97,18 +100,19 @@ STEPS = core["config"].StepConfig()
 
 # ---------------------------------------------------------------- material --
 def network(**more: Any) -> Any:
-    """Random CausalWan whose output depends on everything: the usual start has no output at all."""
+    """Return a random CausalWan whose output depends on everything: the usual start has no output at all."""
+    # A new Wan's last layer is zero and its norms are one: such a network would agree with any other.
     torch.manual_seed(0)
-    made = core["model"].CausalWan(WanConfig(**SIZES, **more))
-    for parameter in made.parameters():
+    net = core["model"].CausalWan(WanConfig(**SIZES, **more))
+    for parameter in net.parameters():
         if parameter.ndim < 2:
             parameter.data.normal_(1, 0.1) if parameter.mean() > 0.5 else parameter.data.normal_(0, 0.1)
-    return made.eval().requires_grad_(False)
+    return net.eval().requires_grad_(False)
 
 
-def saved(name: str, made: Any, causal: Any = CHUNKS) -> Path:
+def saved(name: str, net: Any, causal: Any = CHUNKS) -> Path:
     path = FOLDER / f"{name}.safetensors"
-    core["checkpoint"].save_checkpoint(path, made.state_dict(), made.config, causal=causal)
+    core["checkpoint"].save_checkpoint(path, net.state_dict(), net.config, causal=causal)
     return path
 
 
@@ -118,17 +122,16 @@ def loaded(path: Path, **options: Any) -> Any:
 
 
 def text(seed: int, rows: int = 7) -> torch.Tensor:
-    """Rows of a prompt; 512 is what ComfyUI's own text encoder gives, of which the last are zero."""
+    """Return rows of a prompt; 512 is what ComfyUI's own text encoder gives, of which the last are zero."""
     return torch.randn(1, rows, 4096, generator=torch.Generator().manual_seed(seed)) * (torch.arange(rows) < 9)[:, None]
 
 
 def sampled(
     patcher: Any, *, cfg: float = 1.0, rows: int = 7, latent: Any = None, values: Any = None, chunk: int = 3, **run: Any
 ) -> Any:
-    """Normalised latents [1, T, C, H, W] through ComfyUI's guider; noise is that of the core for seed 5."""
+    """Return normalised latents [1, T, C, H, W] through ComfyUI's guider; noise is that of the core for seed 5."""
     guider = comfy.samplers.CFGGuider(patcher)
-    guider.set_conds([[text(1, rows if rows == 512 else 7), dict(values or {})]],
-                     [[text(2, rows), dict(values or {})]])  # fmt: skip
+    guider.set_conds([[text(1, rows if rows == 512 else 7), dict(values or {})]], [[text(2, rows), dict(values or {})]])
     guider.set_cfg(cfg)
     latent = {"samples": torch.zeros(1, CHANNELS, FRAMES, HEIGHT, WIDTH)} if latent is None else latent
     lengths = core["geometry"].chunk_lengths(latent["samples"].shape[2], chunk)
@@ -146,12 +149,12 @@ def sampled(
 
 
 def core_rollout(
-    made: Any, *, guidance: float = 1.0, rows: int = 7, causal: Any = CHUNKS, steps: Any = STEPS, **more: Any
+    net: Any, *, guidance: float = 1.0, rows: int = 7, causal: Any = CHUNKS, steps: Any = STEPS, **more: Any
 ) -> Any:
     condition = core["conditioning"].Conditioning
     chunks = core["rollout"].rollout(
         core["guided"].Guided(
-            made, condition(text(1), **more), negative=condition(text(2, rows), **more), guidance=guidance
+            net, condition(text(1), **more), negative=condition(text(2, rows), **more), guidance=guidance
         ),
         noise=core["noise"].SeededNoise(5),
         latent_shape=SHAPE,
@@ -162,26 +165,26 @@ def core_rollout(
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference as a share of the values' own spread."""
+    """Return the largest difference as a share of the values' own spread."""
     return float((a - b).abs().max() / b.std())
 
 
 # ------------------------------------------------------------------ checks --
 def broken_packages() -> list[str]:
-    """Those of the planted packages that raise at import, while the pack is loaded."""
-    found = []
+    """Return those of the planted packages that raise at import, while the pack is loaded."""
+    broken = []
     for package in PLANTED:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            found += [package] * (f"{package} is broken" in str(error))
-    return found
+            broken += [package] * (f"{package} is broken" in str(error))
+    return broken
 
 
 def once(
     patcher: Any, sampler: Any = None, *, values: Any = None, cfg: float = 3.0, sigmas: tuple[float, ...] = (1.0, 0.0)
 ) -> Any:
-    """Latents after one step from noise to nothing: by ComfyUI's Euler, or by a sampler of ours.
+    """Return latents after one step from noise to nothing: by ComfyUI's Euler, or by a sampler of ours.
 
     ComfyUI attends to as many rows of text as it is given, our network to all of them: 512, as a text encoder gives.
     """

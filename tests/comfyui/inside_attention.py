@@ -28,7 +28,7 @@ def counted(*args: Any, **options: Any) -> Any:
 
 
 def sageattn(q: Any, k: Any, v: Any, tensor_layout: str = "HND", is_causal: bool = False, **options: Any) -> Any:
-    """As the package's: layouts NHD [B, L, N, K] and HND [B, N, L, K]."""
+    """Attend as the package does, in its layouts NHD [B, L, N, K] and HND [B, N, L, K]."""
     assert not is_causal
     assert options.get("sm_scale") is None
     CALLS["sage"] += 1
@@ -40,7 +40,7 @@ def sageattn(q: Any, k: Any, v: Any, tensor_layout: str = "HND", is_causal: bool
 def flash_attn_func(
     q: Any, k: Any, v: Any, dropout_p: float = 0.0, softmax_scale: Any = None, causal: bool = False
 ) -> Any:
-    """As the package's: [B, L, N, K]."""
+    """Attend as the package does, in its layout [B, L, N, K]."""
     assert not causal
     assert softmax_scale is None
     CALLS["flash"] += 1
@@ -50,6 +50,7 @@ def flash_attn_func(
 def plant(package: str, **functions: Any) -> None:
     module = types.ModuleType(package)
     vars(module).update(functions)
+    # ComfyUI and torch ask for a package's spec to learn whether it is installed.
     module.__spec__ = types.SimpleNamespace(name=package, origin=package, loader=None, submodule_search_locations=None)  # type: ignore[assignment]
     sys.modules[package] = module
 
@@ -59,6 +60,7 @@ if OPTION == "--use-sage-attention":
     plant("sageattention", sageattn=sageattn)
 if OPTION == "--use-flash-attention":
     plant("flash_attn", flash_attn_func=flash_attn_func)
+# Before ComfyUI is imported, whose modules take the function by name.
 F.scaled_dot_product_attention = counted  # type: ignore[assignment]
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -95,36 +97,37 @@ def main() -> None:
     clip = torch.randn(1, 257, 1280, generator=generator)
     latents = torch.randn(1, inside.CHANNELS, inside.FRAMES, inside.HEIGHT, inside.WIDTH, generator=generator)
     values = {
-        "concat_latent_image": latents, "concat_mask": torch.zeros_like(latents[:, :1]),
+        "concat_latent_image": latents,
+        "concat_mask": torch.zeros_like(latents[:, :1]),
         "clip_vision_output": types.SimpleNamespace(penultimate_hidden_states=clip),
-    }  # fmt: skip
-    found: dict[str, Any] = {"function": sys.modules["comfy.ldm.wan.model"].optimized_attention.__name__}
-    for kind, net, given in (
+    }
+    report: dict[str, Any] = {"function": sys.modules["comfy.ldm.wan.model"].optimized_attention.__name__}
+    for kind, net, inputs in (
         ("t2v", inside.network(), {}),
         ("i2v", inside.network(in_dim=36, model_type="i2v"), values),
     ):
         whole = inside.loaded(inside.saved(f"{kind} whole", net, causal=None), kind="base")
         causal = inside.loaded(inside.saved(kind, net))
-        theirs, host_calls = calls_of(lambda whole=whole, given=given: inside.once(whole, values=given))
-        ours, our_calls = calls_of(lambda causal=causal, given=given: inside.once(causal, at_once, values=given))
-        found[kind] = {"difference": inside.apart(ours, theirs), "hosts": host_calls, "ours": our_calls}
-    made = inside.network()
-    patcher = inside.loaded(inside.saved("plain", made))
-    video, found["in_chunks_calls"] = calls_of(lambda: inside.sampled(patcher))
+        native, host_calls = calls_of(lambda whole=whole, inputs=inputs: inside.once(whole, values=inputs))
+        own, our_calls = calls_of(lambda causal=causal, inputs=inputs: inside.once(causal, at_once, values=inputs))
+        report[kind] = {"difference": inside.apart(own, native), "hosts": host_calls, "ours": our_calls}
+    plain_net = inside.network()
+    patcher = inside.loaded(inside.saved("plain", plain_net))
+    video, report["in_chunks_calls"] = calls_of(lambda: inside.sampled(patcher))
     F.scaled_dot_product_attention = torch_attention
-    exact = inside.core_rollout(made)
-    found["in_chunks"] = inside.apart(video, exact)
+    exact = inside.core_rollout(plain_net)
+    report["in_chunks"] = inside.apart(video, exact)
     settings = inside.model_settings.Settings("causal", inside.CHUNKS, inside.STEPS, cache_dtype=torch.int8)
-    narrow, found["from_int8_calls"] = calls_of(
+    narrow, report["from_int8_calls"] = calls_of(
         lambda: inside.sampled(inside.causal_model.with_settings(patcher, settings))
     )
-    found["from_int8"] = float((narrow - exact).abs().mean() / exact.std())
+    report["from_int8"] = float((narrow - exact).abs().mean() / exact.std())
     compiled = patcher.clone()
     set_torch_compile_wrapper(compiled, backend="eager")
-    video, found["compiled_calls"] = calls_of(lambda: inside.sampled(compiled))
-    found["compiled"] = inside.apart(video, exact)
-    found["lines"] = lines.lines
-    print("\n" + json.dumps(found))
+    video, report["compiled_calls"] = calls_of(lambda: inside.sampled(compiled))
+    report["compiled"] = inside.apart(video, exact)
+    report["lines"] = lines.lines
+    print("\n" + json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -63,14 +63,17 @@ CHECKS: tuple[Callable[[], Any], ...] = (
 
 def main() -> None:
     logging.disable(logging.CRITICAL)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with torch.inference_mode():
         for check in CHECKS:
             try:
-                found[check.__name__] = check()
+                results[check.__name__] = check()
             except Exception as error:  # one check must not hide the others
-                found[check.__name__] = {"failed": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
-    print("\n" + json.dumps(found))
+                results[check.__name__] = {
+                    "failed": f"{type(error).__name__}: {error}",
+                    "trace": traceback.format_exc(),
+                }
+    print("\n" + json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class NotBuilt(Exception):
 
 
 def init_nodes() -> list[str]:
-    """ComfyUI's own extra nodes; returns files that could not be imported."""
+    """Import ComfyUI's own extra nodes; return files that could not be."""
     try:
         importlib.import_module("kornia")
     except ImportError:  # of nodes for pictures, which share a file with one for models
@@ -84,7 +84,7 @@ def kind_of(declared: Any) -> str:
 
 
 def model_nodes() -> dict[str, Any]:
-    found = {}
+    nodes = {}
     for name, kind in sorted(host_nodes.NODE_CLASS_MAPPINGS.items()):
         try:
             inputs = kind.INPUT_TYPES()
@@ -93,19 +93,25 @@ def model_nodes() -> dict[str, Any]:
             continue
         has_model = any(kind_of(declared) == "MODEL" for declared in required.values())
         if has_model and "MODEL" in [str(output) for output in kind.RETURN_TYPES]:
-            found[name] = kind
-    return found
+            nodes[name] = kind
+    return nodes
 
 
 def material(patcher: Any, other: Any) -> dict[str, list[Any]]:
-    """What is given for inputs that have no default, by their kind; models in their order."""
+    """Return what is given for inputs that have no default, by their kind; models in their order."""
     latents = torch.zeros(1, inside.CHANNELS, inside.FRAMES, inside.HEIGHT, inside.WIDTH)
     return {
-        "MODEL": [patcher, other], "CONDITIONING": [[[inside.text(3, 512), {}]], [[inside.text(4, 512), {}]]],
-        "LATENT": [{"samples": latents}], "IMAGE": [torch.zeros(1, 32, 32, 3)], "MASK": [torch.ones(1, 32, 32)],
-        "SIGMAS": [torch.tensor(SIGMAS)], "CLIP": [None], "VAE": [Vae()], "LORA_MODEL": [dict(LORA)],
+        "MODEL": [patcher, other],
+        "CONDITIONING": [[[inside.text(3, 512), {}]], [[inside.text(4, 512), {}]]],
+        "LATENT": [{"samples": latents}],
+        "IMAGE": [torch.zeros(1, 32, 32, 3)],
+        "MASK": [torch.ones(1, 32, 32)],
+        "SIGMAS": [torch.tensor(SIGMAS)],
+        "CLIP": [None],
+        "VAE": [Vae()],
+        "LORA_MODEL": [dict(LORA)],
         "LATENT_OPERATION": [lambda latent, **_: latent * 0.9],
-    }  # fmt: skip
+    }
 
 
 class Vae:
@@ -118,34 +124,35 @@ class Vae:
 LORA: dict[str, torch.Tensor] = {}  # what LoRA files hold here
 
 
-def arguments(kind: Any, name: str, given: dict[str, list[Any]]) -> dict[str, Any]:
-    """Inputs of a node. Raises NotBuilt."""
-    if name == "TrainLoraNode":
+def arguments(kind: Any, name: str, values_by_kind: dict[str, list[Any]]) -> dict[str, Any]:
+    """Return inputs of a node. Raises NotBuilt."""
+    if name == "TrainLoraNode":  # all its inputs have defaults, so it would begin
         raise NotBuilt("time to train")
-    found: dict[str, Any] = {}
-    rest = {key: list(values) for key, values in given.items()}
+    inputs: dict[str, Any] = {}
+    rest = {key: list(values) for key, values in values_by_kind.items()}
     for key, declared in kind.INPUT_TYPES().get("required", {}).items():
         sort, options = kind_of(declared), declared[1] if len(declared) > 1 else {}
         if key in VALUES.get(name, {}):
-            found[key] = VALUES[name][key]
+            inputs[key] = VALUES[name][key]
         elif rest.get(sort):
-            found[key] = rest[sort].pop(0)
+            inputs[key] = rest[sort].pop(0)
         elif sort == "COMBO":
             choices = declared[0] if isinstance(declared[0], (list, tuple)) else options.get("options") or []
             if options.get("default") is None and not choices:
                 raise NotBuilt(f"a file for {key}")
-            found[key] = options.get("default") or choices[0]
+            inputs[key] = options.get("default") or choices[0]
         elif "default" in options:
-            found[key] = options["default"]
+            inputs[key] = options["default"]
         else:
             raise NotBuilt(sort)
-    return found
+    return inputs
 
 
 def apply(kind: Any, name: str, patcher: Any, other: Any) -> Any:
-    """The MODEL that the node returns."""
+    """Return the MODEL that the node returns."""
     inputs = arguments(kind, name, material(patcher, other))
     if python_inspect.isclass(kind) and issubclass(kind, io.ComfyNode):
+        # Nodes of the newer kind are class methods, called on a copy of the class that ComfyUI locks.
         prepared = kind.PREPARE_CLASS_CLONE(None) if hasattr(kind, "PREPARE_CLASS_CLONE") else kind
         result = prepared.execute(**inputs)
         outputs = result.args if hasattr(result, "args") else result
@@ -155,7 +162,7 @@ def apply(kind: Any, name: str, patcher: Any, other: Any) -> Any:
 
 
 def tried(sample: Callable[[], Any], plain: Any) -> dict[str, Any]:
-    """The video, and how far it is from the one without the node; or the error."""
+    """Return the video, and how far it is from the one without the node; or the error."""
     try:
         video = sample()
     except NotBuilt as reason:
@@ -168,42 +175,43 @@ def tried(sample: Callable[[], Any], plain: Any) -> dict[str, Any]:
 def main() -> None:
     failed = init_nodes()
     logging.disable(logging.CRITICAL)
-    made = inside.network()
+    net = inside.network()
     torch.manual_seed(1)
-    another = inside.core["model"].CausalWan(made.config).eval().requires_grad_(False)
+    another = inside.core["model"].CausalWan(net.config).eval().requires_grad_(False)
     for name, parameter in another.named_parameters():  # which ComfyUI's own pass leaves as it is, and ours does not
         if name.endswith("modulation"):
-            parameter.data.copy_(made.get_parameter(name))
-    weight = made.get_parameter("blocks.0.ffn.0.weight")
+            parameter.data.copy_(net.get_parameter(name))
+    weight = net.get_parameter("blocks.0.ffn.0.weight")
     LORA["diffusion_model.blocks.0.ffn.0.diff"] = torch.randn_like(weight) * 0.05
     save_file(LORA, inside.FOLDER / FILE)
     sys.modules["folder_paths"].add_model_folder_path("loras", str(inside.FOLDER), is_default=True)  # type: ignore[attr-defined]
+    # With Euler and all frames in one chunk our sampler computes what ComfyUI's does: any difference is the node's.
     euler = replace(inside.STEPS, solver="euler")
     settings = inside.model_settings.Settings("causal", inside.CHUNKS, euler)
 
     def model(kind: str, net: Any) -> Any:
-        """What ComfyUI's own loader makes of the weights, for our sampler with Patch Model behind it."""
+        """Return what ComfyUI's own loader makes of the weights, for our sampler with Patch Model behind it."""
         state = {key: value.clone() for key, value in net.state_dict().items()}
         patcher = inside.comfy.sd.load_diffusion_model_state_dict(state)
         return inside.causal_model.with_settings(patcher, settings) if kind == "causal" else patcher
 
-    whole, causal = model("whole", made), model("causal", made)
+    whole, causal = model("whole", net), model("causal", net)
     whole_other, causal_other = model("whole", another), model("causal", another)
     at_once = inside.sampling.ChunkSampler(inside.sampling.Run(causal=inside.CausalConfig(chunk=inside.FRAMES)))
     in_chunks = inside.sampling.ChunkSampler(inside.sampling.Run())
     options: dict[str, Any] = {"sigmas": SIGMAS}
     plain = inside.once(whole, **options)
     plain_in_chunks = inside.once(causal, in_chunks, **options)
-    found: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     for name, kind in model_nodes().items():
         VALUES.setdefault(name, {})
         if "lora_name" in kind.INPUT_TYPES().get("required", {}):
             VALUES[name]["lora_name"] = FILE
-        theirs = tried(
+        native = tried(
             lambda kind=kind, name=name: inside.once(apply(kind, name, whole, whole_other), **options), plain
         )
-        results = {"theirs": theirs}
-        if "not_built" not in theirs:
+        results = {"theirs": native}
+        if "not_built" not in native:
             for title, sampler, expected in (("ours", at_once, plain), ("in_chunks", in_chunks, plain_in_chunks)):
                 results[title] = tried(
                     lambda kind=kind, name=name, sampler=sampler: inside.once(
@@ -211,14 +219,15 @@ def main() -> None:
                     ),
                     expected,
                 )
-            if "video" in theirs and "video" in results["ours"]:
-                results["ours"]["apart"] = inside.apart(results["ours"]["video"].float(), theirs["video"].float())
+            if "video" in native and "video" in results["ours"]:
+                results["ours"]["apart"] = inside.apart(results["ours"]["video"].float(), native["video"].float())
         for result in results.values():
             result.pop("video", None)
-        found[name] = results
+        report[name] = results
+    # A node may have changed the weights that all MODELs share, and not only the clone that it returned.
     afterwards = inside.apart(inside.once(whole, **options), plain)
     rounding = inside.apart(inside.once(causal, at_once, **options), plain)
-    print("\n" + json.dumps({"nodes": found, "failed": failed, "afterwards": afterwards, "plain": rounding}))
+    print("\n" + json.dumps({"nodes": report, "failed": failed, "afterwards": afterwards, "plain": rounding}))
 
 
 if __name__ == "__main__":

@@ -40,14 +40,15 @@ TELLS_BLOCK = "block_index" in inspect.getsource(comfy.ldm.wan.model.WanModel)  
 
 
 def by_block(func: Any, *args: Any, **options: Any) -> Any:
-    """Another attention, which looks at all that ComfyUI tells of where it stands."""
-    told = options["transformer_options"]
-    assert len(told["cond_or_uncond"]) == args[0].shape[0]
+    """Attend in another way, which looks at all that ComfyUI tells of where it stands."""
+    layer_options = options["transformer_options"]
+    # Patches tell prompts apart by these; one for each row of the batch, in ComfyUI's pass as in ours.
+    assert len(layer_options["cond_or_uncond"]) == args[0].shape[0]
     if not TELLS_BLOCK:
         return func(*args, **options) * 1.5
-    assert told["total_blocks"] == SIZES["num_layers"]
-    assert tuple(told["grid_sizes"]) in ((FRAMES, HEIGHT // 2, WIDTH // 2), (3, HEIGHT // 2, WIDTH // 2))
-    return func(*args, **options) * (1.5 + told["block_index"])
+    assert layer_options["total_blocks"] == SIZES["num_layers"]
+    assert tuple(layer_options["grid_sizes"]) in ((FRAMES, HEIGHT // 2, WIDTH // 2), (3, HEIGHT // 2, WIDTH // 2))
+    return func(*args, **options) * (1.5 + layer_options["block_index"])
 
 
 def with_override(patcher: Any) -> Any:
@@ -65,32 +66,33 @@ def with_rope(patcher: Any) -> Any:
 
 
 def what_is_set_on_the_forward_pass_is_followed() -> dict[str, Any]:
-    """All frames as one chunk are ComfyUI's own pass; in chunks RoPE is the core's, attention also from int8."""
-    made = network()
-    causal, whole = loaded(saved("t2v", made)), loaded(saved("whole", made, causal=None), kind="base")
+    """Compare all frames as one chunk with ComfyUI's own pass, RoPE in chunks with the core's, attention from int8."""
+    net = network()
+    causal, whole = loaded(saved("t2v", net)), loaded(saved("whole", net, causal=None), kind="base")
     at_once = sampling.ChunkSampler(sampling.Run(causal=CausalConfig(chunk=FRAMES)))
-    found: dict[str, Any] = {"plain": apart(once(causal, at_once), once(whole))}
-    for name, patched in (("attention", with_override), ("rope", with_rope)):
-        if patched(causal) is None:
+    results: dict[str, Any] = {"plain": apart(once(causal, at_once), once(whole))}
+    for name, with_patch in (("attention", with_override), ("rope", with_rope)):
+        if with_patch(causal) is None:
             continue  # ComfyUI has no such option
-        found[name] = apart(once(patched(causal), at_once), once(patched(whole)))
-        found[f"{name}_matters"] = apart(once(patched(whole)), once(whole))
+        results[name] = apart(once(with_patch(causal), at_once), once(with_patch(whole)))
+        results[f"{name}_matters"] = apart(once(with_patch(whole)), once(whole))
     if with_rope(causal) is not None:
-        made.axes = ((1.5, 3.0), (0.5, 0.0), (2.0, 1.0))
-        found["rope_in_chunks"] = apart(sampled(with_rope(causal)), core_rollout(made))
+        net.axes = ((1.5, 3.0), (0.5, 0.0), (2.0, 1.0))
+        results["rope_in_chunks"] = apart(sampled(with_rope(causal)), core_rollout(net))
     narrow = causal_model.with_settings(
         causal, model_settings.Settings("causal", CHUNKS, STEPS, cache_dtype=torch.int8)
     )
     exact = sampled(with_override(causal))
-    found["attention_from_int8"] = float((sampled(with_override(narrow)) - exact).abs().mean() / exact.std())
+    results["attention_from_int8"] = float((sampled(with_override(narrow)) - exact).abs().mean() / exact.std())
     compiled_one = with_override(causal)
     set_torch_compile_wrapper(compiled_one, backend="eager")
-    found["attention_compiled"] = apart(sampled(compiled_one), exact)
-    return found
+    results["attention_compiled"] = apart(sampled(compiled_one), exact)
+    return results
 
 
 def guided_to(module: Any) -> Any:
-    """Another forward of a cross-attention, which leads away from a text of its own, as NAG of other packs does."""
+    """Return another forward of a cross-attention, which leads away from a text of its own, as NAG does."""
+    # Four tokens of one value: any text that is not the prompt's will do.
     away = module.norm_k.weight.new_ones(1, 4, module.q.in_features) * 0.1
     own = type(module).forward
 
@@ -98,14 +100,17 @@ def guided_to(module: Any) -> Any:
         assert context.shape[0] == 1
         assert x.shape[1] in (FRAMES * HEIGHT * WIDTH // 4, 3 * HEIGHT * WIDTH // 4), "rows of all frames"
         assert not TELLS_BLOCK or options["transformer_options"]["block_index"] in range(SIZES["num_layers"])
-        told = own(self, x, context, *args, **options)
-        return told * 4 - own(self, x, torch.cat([context[:, : context.shape[1] - 512], away], 1), *args, **options) * 3
+        attended = own(self, x, context, *args, **options)
+        return (
+            attended * 4
+            - own(self, x, torch.cat([context[:, : context.shape[1] - 512], away], 1), *args, **options) * 3
+        )
 
     return types.MethodType(forward, module)
 
 
 def in_parts(module: Any) -> Any:
-    """Another forward of a feed-forward network: half of a row at a time, and half as much of it."""
+    """Return another forward of a feed-forward network: half of a row at a time, and half as much of it."""
 
     def forward(self: Any, x: Any) -> Any:
         return torch.cat([torch.nn.Sequential.forward(self, part) for part in x.chunk(2, 1)], 1) * 0.5
@@ -121,7 +126,7 @@ def with_blocks(patcher: Any, name: str, make: Callable[[Any], Any]) -> Any:
 
 
 def with_fading_prompt(patcher: Any) -> Any:
-    """A wrapper gives the network another text at every noise level."""
+    """Wrap the network so that it is given another text at every noise level."""
 
     def wrapper(executor: Any, x: Any, timestep: Any, context: Any, *args: Any, **options: Any) -> Any:
         return executor(x, timestep, context * (timestep[:, None, None] / 1000), *args, **options)
@@ -132,8 +137,8 @@ def with_fading_prompt(patcher: Any) -> Any:
 
 
 def modules_and_prompts_of_others_are_followed() -> dict[str, float]:
-    """Cross-attention and feed-forward networks replaced, and texts that change: as one chunk ComfyUI's own pass."""
-    made, image = network(), network(in_dim=36, model_type="i2v")
+    """Replace cross-attention and feed-forward networks, and change texts: as one chunk it is ComfyUI's own pass."""
+    text_net, image_net = network(), network(in_dim=36, model_type="i2v")
     euler = replace(STEPS, solver="euler")
     at_once = sampling.ChunkSampler(sampling.Run(causal=CausalConfig(chunk=FRAMES)))
     generator = torch.Generator().manual_seed(3)
@@ -143,39 +148,40 @@ def modules_and_prompts_of_others_are_followed() -> dict[str, float]:
 
     values = {
         "concat_latent_image": torch.randn(1, CHANNELS, FRAMES, HEIGHT, WIDTH, generator=generator),
-        "concat_mask": torch.zeros(1, 1, FRAMES, HEIGHT, WIDTH), "clip_vision_output": Seen(),
-    }  # fmt: skip
+        "concat_mask": torch.zeros(1, 1, FRAMES, HEIGHT, WIDTH),
+        "clip_vision_output": Seen(),
+    }
     ways = {
         "cross": lambda patcher: with_blocks(patcher, "cross_attn", guided_to),
         "feed": lambda patcher: with_blocks(patcher, "ffn", in_parts),
         "prompt": with_fading_prompt,
     }
-    found: dict[str, float] = {}
-    for kind, net, given in (("t2v", made, {}), ("i2v", image, values)):
+    results: dict[str, float] = {}
+    for kind, net, inputs in (("t2v", text_net, {}), ("i2v", image_net, values)):
         whole = loaded(saved(f"{kind} whole", net, causal=None), kind="base")
         causal = loaded(saved(kind, net))
         causal = causal_model.with_settings(causal, model_settings.Settings("causal", CHUNKS, euler))
-        options: dict[str, Any] = {"values": given, "cfg": 1.0, "sigmas": SEVERAL}
+        options: dict[str, Any] = {"values": inputs, "cfg": 1.0, "sigmas": SEVERAL}
         plain = once(whole, **options)
-        found[f"{kind}_plain"] = apart(once(causal, at_once, **options), plain)
+        results[f"{kind}_plain"] = apart(once(causal, at_once, **options), plain)
         for name, change in ways.items():
-            theirs = once(change(whole), **options)
-            found[f"{kind}_{name}"] = apart(once(change(causal), at_once, **options), theirs)
-            found[f"{kind}_{name}_matters"] = min(
-                apart(theirs, plain), apart(sampled(change(causal), values=given), sampled(causal, values=given))
+            native = once(change(whole), **options)
+            results[f"{kind}_{name}"] = apart(once(change(causal), at_once, **options), native)
+            results[f"{kind}_{name}_matters"] = min(
+                apart(native, plain), apart(sampled(change(causal), values=inputs), sampled(causal, values=inputs))
             )
     compiled_one = ways["cross"](causal)
     set_torch_compile_wrapper(compiled_one, backend="eager")
-    found["compiled"] = apart(sampled(compiled_one, values=values), sampled(ways["cross"](causal), values=values))
-    return found
+    results["compiled"] = apart(sampled(compiled_one, values=values), sampled(ways["cross"](causal), values=values))
+    return results
 
 
 def what_cannot_be_followed_is_refused() -> dict[str, str]:
-    """The sentence with which each is refused, "" if it is not; and that the MODEL runs as before without it."""
+    """Return the sentence with which each is refused, "" if it is not; and that the MODEL runs as before without it."""
     patcher = loaded(saved("t2v", network()))
     before, blocks = sampled(patcher), patcher.model.diffusion_model.blocks
 
-    def told(change: Callable[[Any], Any], **options: Any) -> str:
+    def refusal(change: Callable[[Any], Any], **options: Any) -> str:
         clone = patcher.clone()
         change(clone)
         try:
@@ -211,7 +217,7 @@ def what_cannot_be_followed_is_refused() -> dict[str, str]:
     diffusion_model = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
 
     def skipping_around(kind: str) -> Callable[[Any], Any]:
-        """A wrapper of another kind that returns what it likes for every third evaluation."""
+        """Add a wrapper of another kind that returns what it likes for every third evaluation."""
         calls: list[int] = []
 
         def wrapper(executor: Any, x: Any, *args: Any, **options: Any) -> Any:
@@ -225,8 +231,8 @@ def what_cannot_be_followed_is_refused() -> dict[str, str]:
 
         def function(apply: Any, args: dict[str, Any]) -> Any:
             calls.append(1)
-            given = args["input"], args["timestep"]
-            return apply(*given, **args["c"]) if len(calls) % 3 else torch.zeros_like(args["input"])
+            tensors = args["input"], args["timestep"]
+            return apply(*tensors, **args["c"]) if len(calls) % 3 else torch.zeros_like(args["input"])
 
         clone.set_model_unet_function_wrapper(function)
 
@@ -259,39 +265,41 @@ def what_cannot_be_followed_is_refused() -> dict[str, str]:
     def put(key: str, value: Any) -> Callable[[Any], Any]:
         return lambda clone: clone.model_options.__setitem__(key, value)
 
-    found = {
-        "block": told(lambda clone: clone.set_model_patch_replace(lambda a, e: a, "dit", "double_block", 1)),
-        "block in a step": told(in_a_step),
-        "attn1": told(lambda clone: clone.set_model_patch(lambda args: args["x"], "attn1_patch")),
-        "unknown": told(lambda clone: clone.set_model_patch(lambda args: args["x"], "a_new_one")),
-        "without effect": told(lambda clone: clone.set_model_patch(lambda x, extra: x * 2, "attn1_output_patch")),
-        "cross": told(method("blocks.0.cross_attn.forward", blocks[0].cross_attn), cfg=3.0),
-        "cross alone": told(method("blocks.0.cross_attn.forward", blocks[0].cross_attn)),
-        "self": told(method("blocks.0.self_attn.forward", blocks[0].self_attn)),
-        "whole": told(method("forward_orig", patcher.model.diffusion_model)),
-        "rope table": told(
+    refusals = {
+        "block": refusal(lambda clone: clone.set_model_patch_replace(lambda a, e: a, "dit", "double_block", 1)),
+        "block in a step": refusal(in_a_step),
+        "attn1": refusal(lambda clone: clone.set_model_patch(lambda args: args["x"], "attn1_patch")),
+        "unknown": refusal(lambda clone: clone.set_model_patch(lambda args: args["x"], "a_new_one")),
+        "without effect": refusal(lambda clone: clone.set_model_patch(lambda x, extra: x * 2, "attn1_output_patch")),
+        "cross": refusal(method("blocks.0.cross_attn.forward", blocks[0].cross_attn), cfg=3.0),
+        "cross alone": refusal(method("blocks.0.cross_attn.forward", blocks[0].cross_attn)),
+        "self": refusal(method("blocks.0.self_attn.forward", blocks[0].self_attn)),
+        "whole": refusal(method("forward_orig", patcher.model.diffusion_model)),
+        "rope table": refusal(
             lambda clone: clone.add_object_patch("diffusion_model.rope_embedder", torch.nn.Identity().to("cpu"))
         ),
-        "norm": told(method("blocks.1.norm1.forward", blocks[1].norm1)),
-        "layer": told(method("blocks.1.ffn.0.forward", blocks[1].ffn[0])),  # is called, so it is followed
-        "skip": told(skipping(3)),
-        "skip the cache": told(skipping(5)),  # the last of a chunk's passes
-        "skip around": told(skipping_around(comfy.patcher_extension.WrappersMP.APPLY_MODEL)),
-        "skip by function": told(skipping_function),
-        "twice": told(twice),
-        "longer": told(longer),
-        "another prompt": told(another_prompt),
-        "noise": told(lambda clone: clone.add_object_patch("model_sampling", other_sampling(comfy.model_sampling.EPS))),
-        "devices": told(put("multigpu_clones", {"cuda:0": None, "cuda:1": None})),
-        "easycache": told(
+        "norm": refusal(method("blocks.1.norm1.forward", blocks[1].norm1)),
+        "layer": refusal(method("blocks.1.ffn.0.forward", blocks[1].ffn[0])),  # is called, so it is followed
+        "skip": refusal(skipping(3)),
+        "skip the cache": refusal(skipping(5)),  # the last of a chunk's passes
+        "skip around": refusal(skipping_around(comfy.patcher_extension.WrappersMP.APPLY_MODEL)),
+        "skip by function": refusal(skipping_function),
+        "twice": refusal(twice),
+        "longer": refusal(longer),
+        "another prompt": refusal(another_prompt),
+        "noise": refusal(
+            lambda clone: clone.add_object_patch("model_sampling", other_sampling(comfy.model_sampling.EPS))
+        ),
+        "devices": refusal(put("multigpu_clones", {"cuda:0": None, "cuda:1": None})),
+        "easycache": refusal(
             lambda clone: clone.add_wrapper_with_key(diffusion_model, "easycache", lambda call, *a: call(*a))
         ),
-        "context windows": told(put("context_handler", object())),
-        "rope": told(put("transformer_options", {"rope_options": {"scale_z": 2.0}})),
-        "joined frames": told(lambda clone: None, values={"time_dim_concat": torch.zeros(1, 16, 1, HEIGHT, WIDTH)}),
+        "context windows": refusal(put("context_handler", object())),
+        "rope": refusal(put("transformer_options", {"rope_options": {"scale_z": 2.0}})),
+        "joined frames": refusal(lambda clone: None, values={"time_dim_concat": torch.zeros(1, 16, 1, HEIGHT, WIDTH)}),
     }
     hook = blocks[0].self_attn.register_forward_hook(lambda *args: None)
-    found["hook"] = told(lambda clone: None)
+    refusals["hook"] = refusal(lambda clone: None)
     hook.remove()
-    found["afterwards"] = "same" if torch.equal(sampled(patcher), before) else "other"
-    return found
+    refusals["afterwards"] = "same" if torch.equal(sampled(patcher), before) else "other"
+    return refusals

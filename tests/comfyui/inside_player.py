@@ -19,7 +19,7 @@ class Stage:
 
     def __init__(self, pace: float) -> None:
         self.waiting_modules = part("live"), part("outbox")
-        record_module, prompts = part("steering_record"), part("prompts")
+        record_module, prompts = part("steering_record"), part("guider_prompts")
         self.run, self.is_here, self.messages = None, True, []
         self.before = page.send, page.is_listening, self.waiting_modules[0].PATIENCE
         page.send = lambda event, data, client: self.receive(data)
@@ -33,7 +33,7 @@ class Stage:
             record,
             fps=10.0,
             lengths=lengths,
-            read=lambda text: [],
+            reader=lambda text: [],
             seed=0,
             pace=pace,
             hidden=None,
@@ -49,7 +49,7 @@ class Stage:
         self.run.show(torch.zeros(count, 3, 8, 8), start, start // 30 + 1)
 
     def waited(self, *does: tuple[float, Callable[[], object]]) -> tuple[float, bool]:
-        """Seconds until the run goes on, and whether its chunk is made again; meanwhile things are done."""
+        """Return seconds until the run goes on, and whether its chunk is made again; meanwhile things are done."""
         timers = [threading.Timer(after, do) for after, do in does]
         for timer in timers:
             timer.start()
@@ -73,52 +73,52 @@ class Stage:
 
 
 def a_run_waits_for_its_viewer() -> dict[str, Any]:
-    """Seconds that a chunk waited: frames are 0.1 s long, and at most 1 s may be ahead."""
-    stage, found = Stage(1.0), {}
-    wanted, waited = {"action": "prompt", "text": "b", "history": "keep"}, stage.waited
+    """Measure the seconds that a chunk waited: frames are 0.1 s long, and at most 1 s may be ahead."""
+    stage, seconds = Stage(1.0), {}
+    new_prompt, waited = {"action": "prompt", "text": "b", "history": "keep"}, stage.waited
     try:
         stage.show(0, 30)
-        found["nobody has said what is shown"] = waited()[0]
+        seconds["nobody has said what is shown"] = waited()[0]
         stage.run.command({"action": "shown", "frame": 0})
-        found["until shown"] = waited((0.3, stage.command("shown", frame=20)))[0]
+        seconds["until shown"] = waited((0.3, stage.command("shown", frame=20)))[0]
         stage.show(30, 30)
-        still = waited((0.1, lambda: stage.run.command(wanted)), (0.4, stage.command("shown", frame=55)))
-        found["a prompt does not break the bound"] = still[0]
+        still = waited((0.1, lambda: stage.run.command(new_prompt)), (0.4, stage.command("shown", frame=55)))
+        seconds["a prompt does not break the bound"] = still[0]
         stage.show(60, 30)
-        held = waited((0.1, stage.command("hold")), (0.3, stage.command("reroll", seed=7)))
-        found["held while ahead"], found["is rolled again"] = held
-        found["paused"] = stage.run.figures.paused
+        outcome = waited((0.1, stage.command("hold")), (0.3, stage.command("reroll", seed=7)))
+        seconds["held while ahead"], seconds["is rolled again"] = outcome
+        seconds["paused"] = stage.run.figures.pause_seconds
         stage.run.command({"action": "go_on"})
         comfy.model_management.interrupt_current_processing(True)
         try:
             waited()
-            found["interrupt"] = ""
+            seconds["interrupt"] = ""
         except host.Interrupted:
-            found["interrupt"] = "Interrupted"
+            seconds["interrupt"] = "Interrupted"
         stage.is_here = False
-        found["page gone"] = waited()[0]
+        seconds["page gone"] = waited()[0]
         stage.show(90, 30)
-        found["still gone"] = waited()[0]
+        seconds["still gone"] = waited()[0]
         stage.is_here = True
         stage.run.command({"action": "shown", "frame": 0})
         pacing, usual = part("pacing"), 0.0
         usual, pacing.SILENT = pacing.SILENT, 0.4
-        found["page silent"] = waited()[0]
+        seconds["page silent"] = waited()[0]
         pacing.SILENT = usual
         stage.run.command({"action": "shown", "frame": 0})
-        found["until finished"] = waited((0.3, stage.command("finish")))[0]
+        seconds["until finished"] = waited((0.3, stage.command("finish")))[0]
     finally:
         stage.close()
-    found["states"] = list(dict.fromkeys(message["state"] for message in stage.messages))
-    found["last"] = {name: stage.messages[-1].get(name) for name in ("ending", "files", "schedule", "pace")}
-    return found
+    seconds["states"] = list(dict.fromkeys(message["state"] for message in stage.messages))
+    seconds["last"] = {name: stage.messages[-1].get(name) for name in ("ending", "files", "schedule", "pace")}
+    return seconds
 
 
 def a_new_loader_never_pairs_a_bundled_part_with_a_real_one() -> dict[str, list[str]]:
-    """The first choices for model, decoder and text encoder, by the files that there are."""
+    """Return the first choices for model, decoder and text encoder, by the files that there are."""
     comfy_folders = folders.folder_paths
     before = comfy_folders.get_filename_list, folders._text_encoder_folders
-    found = {}
+    first_choices = {}
     model, decoder = {"diffusion_models": ["self_forcing_dmd.pt"]}, {"vae_approx": ["taew2_1.safetensors"]}
     for name, files, encoders in (
         ("model", model, []),
@@ -136,13 +136,13 @@ def a_new_loader_never_pairs_a_bundled_part_with_a_real_one() -> dict[str, list[
             )
         finally:
             comfy_folders.get_filename_list, folders._text_encoder_folders = before
-        found[name] = [choice[0] for choice in choices]
-    return found
+        first_choices[name] = [choice[0] for choice in choices]
+    return first_choices
 
 
 def a_picture_that_moves_is_taken_to_move_on() -> dict[str, float]:
-    """Seconds ahead 0.2 s and 1.2 s after the last word: only a while, and only if the picture moved before."""
-    viewer, found = part("pacing").Viewer(10.0), {}
+    """Return seconds ahead 0.2 s and 1.2 s after the last word: only a while, and only if the picture moved before."""
+    viewer, seconds = part("pacing").Viewer(10.0), {}
     clock = part("pacing").time
     now, clock_before = [100.0], clock.monotonic
     clock.monotonic = lambda: now[0]
@@ -150,16 +150,16 @@ def a_picture_that_moves_is_taken_to_move_on() -> dict[str, float]:
         for name, words in (("still", [5, 5]), ("moving", [5, 6]), ("back", [9, 6])):
             for frame in words:
                 viewer.tell(frame)
-            for passed in (0.2, 1.0):
-                now[0] += passed
-                found[f"{name} {passed}"] = viewer.seconds_ahead(27)
+            for pause in (0.2, 1.0):
+                now[0] += pause
+                seconds[f"{name} {pause}"] = viewer.seconds_ahead(27)
     finally:
         clock.monotonic = clock_before
-    return found
+    return seconds
 
 
 def the_first_prompt_is_found_in_the_graph_or_not_guessed() -> dict[str, str]:
-    found = part("prompts").text_in_graph
+    text_in_graph = part("guider_prompts").text_in_graph
     graph = {
         "1": {"class_type": "CLIPTextEncode", "inputs": {"text": "a"}},
         "2": {"class_type": "WanImageToVideo", "inputs": {"positive": ["1", 0]}},
@@ -168,12 +168,12 @@ def the_first_prompt_is_found_in_the_graph_or_not_guessed() -> dict[str, str]:
         "5": {"class_type": "ConditioningConcat", "inputs": {"conditioning_to": ["1", 0]}},
     }
     ways = {"direct": "1", "behind a picture": "2", "linked": "4", "concat": "5"}
-    made = {way: found({**graph, "9": {"inputs": {"positive": [node, 0]}}}, "9") for way, node in ways.items()}
-    return {**made, "none": found(None, "9")}
+    texts = {way: text_in_graph({**graph, "9": {"inputs": {"positive": [node, 0]}}}, "9") for way, node in ways.items()}
+    return {**texts, "none": text_in_graph(None, "9")}
 
 
 def a_steered_run_is_kept_in_its_files() -> dict[str, Any]:
-    """Two rows with one sound, closed; then the prompts are written into both."""
+    """Write two rows with one sound; then the prompts are written into both."""
     to_file = part("stream_to_file")
     core_video = importlib.import_module(CORE + "video")
     sound = to_file._sounds({"waveform": torch.zeros(1, 1, 16000), "sample_rate": 16000}, 2)
@@ -191,10 +191,12 @@ def a_steered_run_is_kept_in_its_files() -> dict[str, Any]:
     files.keep_schedule("")
     is_untouched = before == [path.read_bytes() for path in paths]
     files.keep_schedule("0s: a\n3s: b")
-    unkept = files.finished("0s: half a character, \ud800")  # no file can hold it
+    unkept = files.finish("0s: half a character, \ud800")  # no file can hold it
     return {
         "unkept": unkept,
-        "refusal": refusal, "written": files.written(), "is_untouched": is_untouched,
+        "refusal": refusal,
+        "written": files.written(),
+        "is_untouched": is_untouched,
         "metadata": [core_video.read_metadata(path) for path in paths],
         "frames": [len(core_video.read_video(path)) for path in paths],
-    }  # fmt: skip
+    }

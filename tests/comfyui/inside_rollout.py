@@ -41,23 +41,24 @@ from safetensors.torch import save_file
 
 
 def the_hosts_model_gives_the_cores_video() -> dict[str, float]:
-    """With one prompt; with two in one batch; with two that ComfyUI cannot batch; with a window."""
-    made = network()
-    patcher = loaded(saved("t2v", made))
+    """Compare the two with one prompt; with two in one batch; with two that ComfyUI cannot batch; with a window."""
+    net = network()
+    patcher = loaded(saved("t2v", net))
+    # One frame a chunk, a sink, and a past that is written with noise: all that a cache can do otherwise.
     window = CausalConfig(chunk=1, window=3, sink=1, context_noise=100.0)
     windowed = causal_model.with_settings(patcher, model_settings.Settings("causal", window, STEPS))
     return {
-        "plain": apart(sampled(patcher), core_rollout(made)),
-        "cfg": apart(sampled(patcher, cfg=3.0), core_rollout(made, guidance=3.0)),
-        "cfg_split": apart(sampled(patcher, cfg=3.0, rows=9), core_rollout(made, guidance=3.0, rows=9)),
-        "window": apart(sampled(windowed, chunk=1), core_rollout(made, causal=window)),
-        "cfg_matters": apart(core_rollout(made, guidance=3.0), core_rollout(made)),
+        "plain": apart(sampled(patcher), core_rollout(net)),
+        "cfg": apart(sampled(patcher, cfg=3.0), core_rollout(net, guidance=3.0)),
+        "cfg_split": apart(sampled(patcher, cfg=3.0, rows=9), core_rollout(net, guidance=3.0, rows=9)),
+        "window": apart(sampled(windowed, chunk=1), core_rollout(net, causal=window)),
+        "cfg_matters": apart(core_rollout(net, guidance=3.0), core_rollout(net)),
     }
 
 
 def condition_channels_are_sliced_per_chunk() -> dict[str, float]:
-    made = network(in_dim=36, model_type="i2v")
-    patcher = loaded(saved("i2v", made))
+    net = network(in_dim=36, model_type="i2v")
+    patcher = loaded(saved("i2v", net))
     generator = torch.Generator().manual_seed(3)
     raw = torch.randn(1, CHANNELS, FRAMES, HEIGHT, WIDTH, generator=generator)
     mask = torch.ones(1, 1, FRAMES, HEIGHT, WIDTH)
@@ -68,19 +69,20 @@ def condition_channels_are_sliced_per_chunk() -> dict[str, float]:
         penultimate_hidden_states = clip
 
     values = {"concat_latent_image": raw.clone(), "concat_mask": mask, "clip_vision_output": Seen()}
+    # As ComfyUI lays the condition out: four channels of the mask, 1 where it is known, then the latents.
     image = torch.cat([(1 - mask).repeat(1, 4, 1, 1, 1), patcher.model.process_latent_in(raw.clone())], 1)
-    given = {"image_BTCHW": image.transpose(1, 2), "clip_BIY": clip}
-    other = {**given, "image_BTCHW": given["image_BTCHW"].flip(1)}
+    condition = {"image_BTCHW": image.transpose(1, 2), "clip_BIY": clip}
+    other = {**condition, "image_BTCHW": condition["image_BTCHW"].flip(1)}
     return {
-        "plain": apart(sampled(patcher, values=values), core_rollout(made, **given)),
-        "cfg": apart(sampled(patcher, cfg=3.0, values=values), core_rollout(made, guidance=3.0, **given)),
-        "order_matters": apart(core_rollout(made, **other), core_rollout(made, **given)),
+        "plain": apart(sampled(patcher, values=values), core_rollout(net, **condition)),
+        "cfg": apart(sampled(patcher, cfg=3.0, values=values), core_rollout(net, guidance=3.0, **condition)),
+        "order_matters": apart(core_rollout(net, **other), core_rollout(net, **condition)),
     }
 
 
 def a_model_of_the_hosts_loader_is_patched() -> dict[str, Any]:
-    """Plain weights through ComfyUI's loader with foreign layers, as GGUF and quantised packs put in."""
-    made = network()
+    """Load plain weights through ComfyUI's loader with foreign layers, as GGUF and quantised packs put in."""
+    net = network()
     calls = []
 
     class Counting(comfy.ops.manual_cast):
@@ -89,7 +91,7 @@ def a_model_of_the_hosts_loader_is_patched() -> dict[str, Any]:
                 calls.append(1)
                 return super().forward(*args, **kwargs)
 
-    state = {name: value.clone() for name, value in made.state_dict().items()}
+    state = {name: value.clone() for name, value in net.state_dict().items()}
     foreign = comfy.sd.load_diffusion_model_state_dict(state, model_options={"custom_operations": Counting})
     before = {name: id(module) for name, module in foreign.model.diffusion_model.named_modules()}
     patched = causal_model.with_settings(foreign, model_settings.Settings("causal", CHUNKS, STEPS))
@@ -102,7 +104,7 @@ def a_model_of_the_hosts_loader_is_patched() -> dict[str, Any]:
     except ValueError as error:
         refusal = str(error)
     return {
-        "difference": apart(video, core_rollout(made)),
+        "difference": apart(video, core_rollout(net)),
         "foreign_calls": len(calls),
         "is_untouched": before == after,
         "refusal": refusal,
@@ -110,8 +112,8 @@ def a_model_of_the_hosts_loader_is_patched() -> dict[str, Any]:
 
 
 def exports_are_what_they_say() -> dict[str, Any]:
-    """The kind and class of a file by its header, and how far its video is from the one it should be."""
-    made, config, kinds = network(), core["config"], {}
+    """Return the kind and class of a file by its header, and how far its video is from the one it should be."""
+    net, config, kinds = network(), core["config"], {}
     whole, teacher = config.BidirectionalConfig(FRAMES), config.StepConfig.even(3, shift=STEPS.shift)
     files = {
         "few-step": {"bidirectional": whole, "steps": STEPS},
@@ -121,77 +123,79 @@ def exports_are_what_they_say() -> dict[str, Any]:
         "nothing": {},
     }
     for name, header in files.items():
-        core["checkpoint"].save_checkpoint(FOLDER / f"{name}.safetensors", made.state_dict(), made.config, **header)
+        core["checkpoint"].save_checkpoint(FOLDER / f"{name}.safetensors", net.state_dict(), net.config, **header)
         patcher = loaded(FOLDER / f"{name}.safetensors")
         kinds[name] = [model_settings.settings_of(patcher).kind, type(patcher.model).__name__]
-    told = loaded(FOLDER / "nothing.safetensors", kind=model_settings.FEW_STEP)
-    expected = sampled(told, chunk=FRAMES, is_whole=True)
-    found = sampled(loaded(FOLDER / "few-step.safetensors"), chunk=FRAMES, is_whole=True)
+    few_step = loaded(FOLDER / "nothing.safetensors", kind=model_settings.FEW_STEP)
+    expected = sampled(few_step, chunk=FRAMES, is_whole=True)
+    video = sampled(loaded(FOLDER / "few-step.safetensors"), chunk=FRAMES, is_whole=True)
     euler, chosen = (
         loaded(FOLDER / "causal teacher.safetensors"),
         loaded(FOLDER / "few-step.safetensors", kind="causal"),
     )
     return {
-        "kinds": kinds, "explicit": model_settings.settings_of(chosen).kind,
-        "few-step": apart(found, expected), "euler": apart(sampled(euler), core_rollout(made, steps=teacher)),
-        "solver_matters": apart(sampled(euler), core_rollout(made, steps=replace(teacher, solver="renoise"))),
+        "kinds": kinds,
+        "explicit": model_settings.settings_of(chosen).kind,
+        "few-step": apart(video, expected),
+        "euler": apart(sampled(euler), core_rollout(net, steps=teacher)),
+        "solver_matters": apart(sampled(euler), core_rollout(net, steps=replace(teacher, solver="renoise"))),
         "guidance": model_settings.settings_of(euler).guidance,
-    }  # fmt: skip
+    }
 
 
 def number_types() -> dict[str, float]:
-    """float8 and bfloat16 weights, and a narrow cache: near the exact video, and not the same."""
-    made = network()
-    path, exact = saved("t2v", made), core_rollout(made)
-    found = {
+    """Measure float8 and bfloat16 weights, and a narrow cache: near the exact video, and not the same."""
+    net = network()
+    path, exact = saved("t2v", net), core_rollout(net)
+    videos = {
         "bfloat16": sampled(loaded(path, dtype=torch.bfloat16)),
         "float8": sampled(loaded(path, dtype=torch.float8_e4m3fn)),
     }
     narrow = {"bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn, "int8": torch.int8}
     for name, dtype in narrow.items():
         settings = model_settings.Settings("causal", CHUNKS, STEPS, cache_dtype=dtype, cache_device="cpu")
-        found[f"cache_{name}"] = sampled(causal_model.with_settings(loaded(path), settings))
-    apart_by = {name: float((video - exact).abs().mean() / exact.std()) for name, video in found.items()}
+        videos[f"cache_{name}"] = sampled(causal_model.with_settings(loaded(path), settings))
+    apart_by = {name: float((video - exact).abs().mean() / exact.std()) for name, video in videos.items()}
     for name, dtype in narrow.items():
-        made.cache_dtype = dtype
-        apart_by[f"cache_{name}_as_in_the_core"] = apart(found[f"cache_{name}"], core_rollout(made))
+        net.cache_dtype = dtype
+        apart_by[f"cache_{name}_as_in_the_core"] = apart(videos[f"cache_{name}"], core_rollout(net))
     return apart_by
 
 
 def layers_without_casting_compute_in_bfloat16() -> float:
-    """On a card that computes in bfloat16 ComfyUI's layers do not cast, and the patch embedding stays float32."""
-    made = network()
-    patcher = loaded(saved("t2v", made))
+    """Compute as on a GPU where ComfyUI's layers are bfloat16 and do not cast, and its patch embedding is float32."""
+    net = network()
+    patcher = loaded(saved("t2v", net))
     native = type(patcher.model.diffusion_model)(
         operations=comfy.ops.disable_weight_init,
         device="cpu",
         dtype=torch.bfloat16,
         image_model="wan2.1",
-        **{name: getattr(made.config, name) for name in SIZES},
+        **{name: getattr(net.config, name) for name in SIZES},
         text_dim=4096,
         in_dim=16,
         out_dim=16,
     )
-    native.load_state_dict(made.state_dict())
+    native.load_state_dict(net.state_dict())
     shared = shared_network.SharedNetwork(native.eval().requires_grad_(False))
     x = torch.randn(1, 3, CHANNELS, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
     times = torch.full((1, 3), 500.0)
-    found = shared(x.bfloat16(), times, text(1).bfloat16())
-    assert found.dtype == torch.bfloat16
-    return float((found.float() - made(x, times, text(1))).abs().mean() / made(x, times, text(1)).std())
+    flow = shared(x.bfloat16(), times, text(1).bfloat16())
+    assert flow.dtype == torch.bfloat16
+    return float((flow.float() - net(x, times, text(1))).abs().mean() / net(x, times, text(1)).std())
 
 
 def compiled() -> dict[str, Any]:
-    made = network()
-    patcher = loaded(saved("t2v", made))
+    net = network()
+    patcher = loaded(saved("t2v", net))
     plain = sampled(patcher)
     compiled_one = patcher.clone()
     set_torch_compile_wrapper(compiled_one, backend="eager")
     graphs = core["model"].CausalWan.compile_blocks
-    seen = []
+    backends = []
 
     def noted(self: Any, **options: Any) -> Any:
-        seen.append(options.get("backend"))
+        backends.append(options.get("backend"))
         return graphs(self, **options)
 
     core["model"].CausalWan.compile_blocks = noted
@@ -199,30 +203,31 @@ def compiled() -> dict[str, Any]:
         video = sampled(compiled_one)
     finally:
         core["model"].CausalWan.compile_blocks = graphs
-    return {"difference": apart(video, plain), "backend": seen}
+    return {"difference": apart(video, plain), "backend": backends}
 
 
 class HostDraws:
     """The draws of ComfyUI's own causal sampler, chunk after chunk of three frames."""
 
     def draw(self, start_frame: int, step: int, shape: tuple[int, ...]) -> torch.Tensor:
+        # SamplerARVideo seeds torch's global generator for each block and step, and draws [B, C, T, H, W].
         torch.manual_seed(5 + start_frame // 3 * 1000 + step - 1)
         batch, frames, *rest = shape
         return torch.randn(batch, rest[0], frames, *rest[1:]).transpose(1, 2)
 
 
 def the_hosts_own_causal_sampler() -> float | None:
-    """None where ComfyUI has none."""
+    """Compare it with ours; None where ComfyUI has none."""
     if not hasattr(comfy.k_diffusion.sampling, "sample_ar_video"):
         return None
     patcher = loaded(saved("t2v", network()))
-    ours = sampled(patcher, noise=HostDraws(), rows=512)
+    own = sampled(patcher, noise=HostDraws(), rows=512)
     guider = comfy.samplers.CFGGuider(patcher)
     guider.set_conds([[text(1, 512), {}]], [[text(2, 512), {}]])
     guider.set_cfg(1.0)
     latent = {"samples": torch.zeros(1, CHANNELS, FRAMES, HEIGHT, WIDTH)}
     noise = guided_network.SeededGraphNoise(5, (3, 3)).generate_noise(latent)
-    theirs = guider.sample(
+    native = guider.sample(
         noise,
         latent["samples"],
         comfy.samplers.ksampler("ar_video", {"num_frame_per_block": 3}),
@@ -230,91 +235,94 @@ def the_hosts_own_causal_sampler() -> float | None:
         disable_pbar=True,
         seed=5,
     )
-    return apart(ours, patcher.model.process_latent_in(theirs).transpose(1, 2))
+    return apart(own, patcher.model.process_latent_in(native).transpose(1, 2))
 
 
 def a_trained_lora_is_the_merged_network() -> dict[str, float]:
-    """Adapters under the names of train.export, through ComfyUI's LoRA loader."""
-    made, rank, alpha = network(), 2, 3.0
-    plain = sampled(loaded(saved("plain", made)))
-    generator, held = torch.Generator().manual_seed(7), {}
-    for name, weight in made.named_parameters():
+    """Load LoRA matrices under the names of train.export, through ComfyUI's LoRA loader."""
+    net, rank, alpha = network(), 2, 3.0
+    plain = sampled(loaded(saved("plain", net)))
+    generator, weights = torch.Generator().manual_seed(7), {}
+    for name, weight in net.named_parameters():
         if name.startswith("blocks.") and weight.ndim == 2:
             layer = name.removesuffix(".weight")
             down = torch.randn(rank, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
             up = torch.randn(weight.shape[0], rank, generator=generator) / 4
-            held |= {f"diffusion_model.{layer}.lora_down.weight": down, f"diffusion_model.{layer}.lora_up.weight": up,
-                     f"diffusion_model.{layer}.alpha": torch.tensor(alpha)}  # fmt: skip
+            weights |= {
+                f"diffusion_model.{layer}.lora_down.weight": down,
+                f"diffusion_model.{layer}.lora_up.weight": up,
+                f"diffusion_model.{layer}.alpha": torch.tensor(alpha),
+            }
             weight.data += alpha / rank * up @ down
-    patched, _ = comfy.sd.load_lora_for_models(loaded(FOLDER / "plain.safetensors"), None, held, 1.0, 0.0)
-    merged = core_rollout(made)
+    patched, _ = comfy.sd.load_lora_for_models(loaded(FOLDER / "plain.safetensors"), None, weights, 1.0, 0.0)
+    merged = core_rollout(net)
     return {"difference": apart(sampled(patched), merged), "matters": apart(plain, merged)}
 
 
 def a_loras_modulation_is_the_merged_network() -> dict[str, Any]:
-    """By both loaders, since ComfyUI does not apply what a LoRA has for a block's own parameters."""
-    made = network()
+    """Load it by both loaders, since ComfyUI does not apply what a LoRA has for a block's own parameters."""
+    net = network()
     generator = torch.Generator().manual_seed(1)
-    names = [name for name, _ in made.named_parameters() if name.endswith("modulation")]
-    change = {name: torch.randn(made.get_parameter(name).shape, generator=generator) * 0.2 for name in names}
-    plain = {name: value.clone() for name, value in made.state_dict().items()}
-    first = core_rollout(made)
-    path = saved("lora", made)
-    made.load_state_dict({**plain, **{name: plain[name] + 0.5 * value for name, value in change.items()}})
-    wanted = core_rollout(made)
+    names = [name for name, _ in net.named_parameters() if name.endswith("modulation")]
+    change = {name: torch.randn(net.get_parameter(name).shape, generator=generator) * 0.2 for name in names}
+    plain = {name: value.clone() for name, value in net.state_dict().items()}
+    first = core_rollout(net)
+    path = saved("lora", net)
+    net.load_state_dict({**plain, **{name: plain[name] + 0.5 * value for name, value in change.items()}})
+    expected = core_rollout(net)
     lora = {f"diffusion_model.{name}.diff": value for name, value in change.items()}
     settings = model_settings.Settings("causal", CHUNKS, STEPS)
     foreign = comfy.sd.load_diffusion_model_state_dict(dict(plain))
-    found: dict[str, Any] = {"matters": apart(wanted, first)}
+    results: dict[str, Any] = {"matters": apart(expected, first)}
     for name, patcher in (("ours", loaded(path)), ("hosts", causal_model.with_settings(foreign, settings))):
         patched = host.with_shift(comfy.sd.load_lora_for_models(patcher, None, dict(lora), 0.5, 0)[0], 5.0)
-        found[name] = apart(sampled(patched), wanted)
-        found[f"{name}_without"] = apart(sampled(host.with_shift(patcher.clone(), 5.0)), first)
-    return found
+        results[name] = apart(sampled(patched), expected)
+        results[f"{name}_without"] = apart(sampled(host.with_shift(patcher.clone(), 5.0)), first)
+    return results
 
 
 def first_and_last_frame_models_are_not_made_causal() -> dict[str, str]:
-    made = network(in_dim=36, model_type="i2v")
-    state = {name: value.clone() for name, value in made.state_dict().items()}
+    net = network(in_dim=36, model_type="i2v")
+    state = {name: value.clone() for name, value in net.state_dict().items()}
     foreign = comfy.sd.load_diffusion_model_state_dict({**state, "img_emb.emb_pos": torch.zeros(1, 514, 1280)})
-    found = {}
+    refusals = {}
     for kind in ("causal", "few-step bidirectional", "unknown"):
         try:
             patched = causal_model.with_settings(foreign, model_settings.Settings(kind, CHUNKS, STEPS))
             if kind == "unknown":
                 sampled(patched)
-            found[kind] = ""
+            refusals[kind] = ""
         except ValueError as error:
-            found[kind] = str(error)
-    return found
+            refusals[kind] = str(error)
+    return refusals
 
 
 def a_scaled_8_bit_file_is_the_network_it_stands_for() -> dict[str, Any]:
-    """By Load Model, and by ComfyUI's own loader with Patch Model, where ComfyUI multiplies in its own way."""
-    made = network()
+    """Load it by Load Model, and by ComfyUI's own loader with Patch Model, where ComfyUI multiplies in its own way."""
+    net = network()
     stored, exact = {}, {}
-    for name, weight in made.state_dict().items():
+    for name, weight in net.state_dict().items():
         stored[name] = exact[name] = weight
         if weight.ndim == 2 and name.startswith("blocks."):
-            scale = weight.abs().max() / 448
+            scale = weight.abs().max() / 448  # the largest number of float8_e4m3fn
             stored[name] = (weight / scale).to(torch.float8_e4m3fn)
             stored[name.removesuffix("weight") + "scale_weight"] = scale.reshape(())
             exact[name] = stored[name].float() * scale
     stored["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
     path = FOLDER / "scaled.safetensors"
     save_file(stored, path)
-    made.load_state_dict(exact)
-    wanted = core_rollout(made)
+    net.load_state_dict(exact)
+    expected = core_rollout(net)
     lines: list[str] = []
     warning, model_file.log.warning = model_file.log.warning, lambda line, *args: lines.append(line % args)
     try:
-        ours = loaded(path)
+        own = loaded(path)
     finally:
         model_file.log.warning = warning
     narrow = loaded(path, dtype=torch.bfloat16)
     return {
-        "ours": apart(sampled(ours), wanted),
-        "bfloat16": float((sampled(narrow) - wanted).abs().mean() / wanted.std()),
+        "ours": apart(sampled(own), expected),
+        "bfloat16": float((sampled(narrow) - expected).abs().mean() / expected.std()),
         "weights": str(narrow.model.diffusion_model.blocks[0].ffn[0].weight.dtype),
         "lines": lines,
     }

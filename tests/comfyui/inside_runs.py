@@ -43,10 +43,10 @@ from inside import (
 
 
 def memory_estimate() -> dict[str, Any]:
-    """What ComfyUI is told to keep free, in bytes, and what it would say itself of one chunk and of all frames."""
+    """Return the bytes that ComfyUI is told to keep free, and what it says itself of one chunk and of all frames."""
     patcher = loaded(saved("t2v", network()))
     long = {"samples": torch.zeros(1, CHANNELS, 12, HEIGHT, WIDTH)}
-    told = []
+    bytes_asked = []
 
     def settings(**options: Any) -> Any:
         return causal_model.with_settings(patcher, model_settings.Settings("causal", CHUNKS, STEPS, **options))
@@ -54,7 +54,7 @@ def memory_estimate() -> dict[str, Any]:
     original = comfy.model_management.load_models_gpu
 
     def noted(models: Any, memory_required: float = 0, **options: Any) -> Any:
-        told.append(float(memory_required))
+        bytes_asked.append(float(memory_required))
         return original(models, memory_required=memory_required, **options)
 
     comfy.model_management.load_models_gpu = noted
@@ -69,7 +69,7 @@ def memory_estimate() -> dict[str, Any]:
         comfy.model_management.load_models_gpu = original
     names = ("one", "two", "long", "narrow", "elsewhere", "whole")
     return {
-        "told": dict(zip(names, told, strict=True)),
+        "told": dict(zip(names, bytes_asked, strict=True)),
         "chunk": patcher.memory_required([2, CHANNELS, 3, HEIGHT, WIDTH]),  # ComfyUI counts each prompt twice
         "whole": patcher.memory_required([2, CHANNELS, FRAMES, HEIGHT, WIDTH]),
         "cache": 2 * SIZES["num_layers"] * FRAMES * (HEIGHT // 2) * (WIDTH // 2) * SIZES["dim"] * 4,
@@ -84,7 +84,7 @@ def out_of_memory() -> dict[str, Any]:
 
     def failing(self: Any, *args: Any) -> Any:
         alive.append(weakref.ref(self))
-        if self.end_frame > 3:
+        if self.end_frame > 3:  # in the second chunk, when caches are allocated and in use
             raise torch.OutOfMemoryError("planted")
         return update(self, *args)
 
@@ -106,7 +106,7 @@ def out_of_memory() -> dict[str, Any]:
 
 
 def interrupts(count: int = 50) -> dict[str, int]:
-    """Stopped at random evaluations; each time the next run is bitwise what it was before."""
+    """Stop at random evaluations; each time the next run is bit-exact what it was before."""
     patcher = loaded(saved("t2v", network()))
     before, draw = sampled(patcher), random.Random(0)
     stopped = same = late = 0
@@ -128,34 +128,35 @@ def interrupts(count: int = 50) -> dict[str, int]:
         finally:
             causal_pass.CausalPass.evaluate = evaluate
             comfy.model_management.interrupt_current_processing(False)
+        # The evaluation in which it was pressed ends; no other may begin.
         late += len(calls) - at > 1
         same += bool(torch.equal(sampled(patcher), before))
     return {"count": count, "stopped": stopped, "same": same, "late": late}
 
 
 def states() -> dict[str, Any]:
-    """A state, also from a file, goes on as if it had never been taken, and is never copied on the device."""
+    """Go on from a state, also from a file, as if it had never been taken; it is never copied on the device."""
     patcher = loaded(saved("t2v", network()))
     long = {"samples": torch.zeros(1, CHANNELS, 9, HEIGHT, WIDTH)}
     whole = sampled(patcher, latent=long)
-    kept, copied, moved = sampling.SnapshotHolder(), [], []
+    holder, copied, moved = sampling.SnapshotHolder(), [], []
     cache, state = core["kv_cache"].KVCache, core["snapshot"].Snapshot
     snapshot, to = cache.snapshot, state.to
     cache.snapshot = lambda self, device=None: (copied.append(str(device)), snapshot(self, device))[1]
     state.to = lambda self, device: (moved.append(str(device)), to(self, device))[1]
     try:
-        sampled(patcher, keep=kept)
-        assert kept.snapshot is not None
-        kept.snapshot.save(FOLDER / "state.safetensors")
+        sampled(patcher, keep=holder)
+        assert holder.snapshot is not None
+        holder.snapshot.save(FOLDER / "state.safetensors")
         read = sampling.SnapshotHolder(state.load(FOLDER / "state.safetensors"))
         moved.clear()
-        found = {
-            "is_same": bool(torch.equal(sampled(patcher, latent=long, resume=kept), whole)),
+        results = {
+            "is_same": bool(torch.equal(sampled(patcher, latent=long, resume=holder), whole)),
             "is_same_from_file": bool(torch.equal(sampled(patcher, latent=long, resume=read), whole)),
         }
     finally:
         cache.snapshot, state.to = snapshot, to
-    return {**found, "copied_to": copied, "moved_to": moved}
+    return {**results, "copied_to": copied, "moved_to": moved}
 
 
 class Hand:
@@ -171,9 +172,9 @@ class Hand:
         self.chunk += 1
         if self.chunk != self.at:
             return None
-        made = [[text(3), {}]]
-        check(made)
-        return made, self.history
+        conditioning = [[text(3), {}]]
+        check(conditioning)
+        return conditioning, self.history
 
     def took_prompt(self, start_frame: int, history: str) -> None:
         self.took = start_frame, history
@@ -183,21 +184,22 @@ class Hand:
 
 
 def a_prompt_typed_into_a_resumed_run() -> dict[str, Any]:
-    """Of a state whose history cannot be written again: it is left as it is, and said so; a schedule is refused."""
+    """Type into a run whose history cannot be written again: it stays as it is, with a word; a schedule is refused."""
     patcher = loaded(saved("t2v", network()))
+    # Such a cache holds what noisy frames gave, which cannot be computed again from the clean video.
     last_step = CausalConfig(chunk=3, cache_source="last_step")
-    long, kept = {"samples": torch.zeros(1, CHANNELS, 12, HEIGHT, WIDTH)}, sampling.SnapshotHolder()
-    sampled(patcher, keep=kept, causal=last_step)
+    long, holder = {"samples": torch.zeros(1, CHANNELS, 12, HEIGHT, WIDTH)}, sampling.SnapshotHolder()
+    sampled(patcher, keep=holder, causal=last_step)
     hands = {history: Hand(1, history) for history in ("recode", "keep")}
-    videos = [sampled(patcher, latent=long, resume=kept, causal=last_step, steering=hand) for hand in hands.values()]
-    moment = part("prompts").PromptStart
+    videos = [sampled(patcher, latent=long, resume=holder, causal=last_step, steering=hand) for hand in hands.values()]
+    moment = part("guider_prompts").PromptStart
 
     def refusal(seconds: float) -> str:
         guider = comfy.samplers.CFGGuider(patcher)
         later = moment(seconds, 16.0, "recode")
         guider.inner_set_conds({"positive": [[text(1), {}], [text(3), {moment.KEY: later}]]})
         guider.set_cfg(1.0)
-        run = sampling.Run(resume=kept, causal=last_step)
+        run = sampling.Run(resume=holder, causal=last_step)
         noise = guided_network.SeededGraphNoise(5, (3, 3, 3, 3)).generate_noise(long)
         try:
             guider.sample(
@@ -220,12 +222,12 @@ def a_prompt_typed_into_a_resumed_run() -> dict[str, Any]:
 
 
 def a_network_that_had_to_leave_comes_back() -> dict[str, Any]:
-    """With room for the evaluation of a chunk, however long the video is."""
+    """Take room for the evaluation of a chunk, however long the video is."""
     patcher = loaded(saved("plain", network()))
-    told, kept_loaded, load = [], host.kept_loaded, host.load
+    bytes_asked, kept_loaded, load = [], host.kept_loaded, host.load
 
     def noted(patcher: Any, *, working_bytes: float) -> Any:
-        told.append(working_bytes)
+        bytes_asked.append(working_bytes)
         return kept_loaded(patcher, working_bytes=working_bytes)
 
     host.kept_loaded = noted
@@ -236,40 +238,40 @@ def a_network_that_had_to_leave_comes_back() -> dict[str, Any]:
     finally:
         host.kept_loaded = kept_loaded
     comfy.model_management.load_models_gpu([patcher])
-    whole, given = patcher.loaded_size(), []
-    host.load = lambda networks, *, working_bytes=0: (given.append(working_bytes), load(networks))
+    whole, bytes_given = patcher.loaded_size(), []
+    host.load = lambda networks, *, working_bytes=0: (bytes_given.append(working_bytes), load(networks))
     try:
-        with host.kept_loaded(patcher, working_bytes=told[0]):
+        with host.kept_loaded(patcher, working_bytes=bytes_asked[0]):
             comfy.model_management.unload_all_models()
-            gone = patcher.loaded_size()
+            size_without = patcher.loaded_size()
     finally:
         host.load = load
     return {
-        "came_back": [gone < whole, patcher.loaded_size() == whole],
-        "told": [sorted(set(told)), given],
+        "came_back": [size_without < whole, patcher.loaded_size() == whole],
+        "told": [sorted(set(bytes_asked)), bytes_given],
         "needed": patcher.memory_required([1, CHANNELS, 3, HEIGHT, WIDTH]) + 1000,
     }
 
 
 def a_model_can_be_loaded_again() -> dict[str, Any] | None:
-    """As ComfyUI does for a copy on another device, which it takes along with LoRA, settings and wrappers."""
+    """Load as ComfyUI does for a copy on another device, with LoRA, settings and wrappers."""
     sys.modules["folder_paths"].add_model_folder_path("diffusion_models", str(FOLDER))
-    made = network()
-    saved("again", made)
+    net = network()
+    saved("again", net)
     patcher = loader.load_model("again.safetensors", "float32", "auto", "auto")
     if not hasattr(patcher, "deepclone_multigpu"):
         return None  # an older host, which never asks
-    change = torch.randn(made.get_parameter("blocks.0.ffn.0.weight").shape, generator=torch.Generator().manual_seed(1))
+    change = torch.randn(net.get_parameter("blocks.0.ffn.0.weight").shape, generator=torch.Generator().manual_seed(1))
     lora = {"diffusion_model.blocks.0.ffn.0.diff": change * 0.02}
     patched = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0)[0]
     settings = replace(model_settings.settings_of(patched), cache_dtype=torch.bfloat16)
     patched = causal_model.with_settings(patched, settings)
-    wanted = sampled(patched)
+    expected = sampled(patched)
     copies = {
         "another device": patched.deepclone_multigpu(torch.device("cpu")),
         "deep": patched.clone(True, None, True),
     }
-    found: dict[str, Any] = {name: apart(sampled(copy), wanted) for name, copy in copies.items()}
-    found["own weights"] = all(copy.model is not patched.model for copy in copies.values())
-    found["matters"] = apart(wanted, sampled(patcher))
-    return found
+    results: dict[str, Any] = {name: apart(sampled(copy), expected) for name, copy in copies.items()}
+    results["own weights"] = all(copy.model is not patched.model for copy in copies.values())
+    results["matters"] = apart(expected, sampled(patcher))
+    return results

@@ -93,17 +93,17 @@ queries => {
 
 
 async def look(page: Tab) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     for renderer, is_vue in (("classic", False), ("vue", True)):
         for theme, names in (("light", NAMES[:1]), ("dark", NAMES)):
             await page.open(**SETTINGS, **{"Comfy.VueNodes.Enabled": is_vue, "Comfy.ColorPalette": theme})
             for name in names:
                 await page.evaluate(f"({OPEN.replace('PACK', PACK)})({json.dumps(name)})")
                 key = f"{renderer} {theme} {name}"
-                found[key] = {**await page.evaluate(f"({BOXES})()"), "note": await page.evaluate(f"({NOTE})()")}
+                report[key] = {**await page.evaluate(f"({BOXES})()"), "note": await page.evaluate(f"({NOTE})()")}
                 await page.screenshot(Path(FOLDER) / f"{key.replace(' ', '_')}.png")
-    found["search"] = await page.evaluate(f"({SEARCH})({QUERIES})")
-    return found
+    report["search"] = await page.evaluate(f"({SEARCH})({QUERIES})")
+    return report
 
 
 async def main() -> None:

@@ -15,7 +15,8 @@ TEXT = 3  # of ComfyUI's binary messages: a line for a node
 
 
 def described(data: bytes) -> dict[str, Any]:
-    """A binary message: what a node shows in words, or how long it is."""
+    """Describe a binary message: what a node shows in words, or how long it is."""
+    # Two big-endian numbers come first: the kind of the message, and for a text the length of the node's id.
     kind, length = struct.unpack(">II", data[:8])
     if kind != TEXT:
         return {"type": "binary", "data": {"bytes": len(data)}}
@@ -26,6 +27,7 @@ def described(data: bytes) -> dict[str, Any]:
 async def listen(address: str, client_id: str) -> None:
     url = f"ws://{address}/ws?clientId={client_id}"
     async with aiohttp.ClientSession() as session, session.ws_connect(url, max_msg_size=0) as socket:
+        # From here on nothing is lost: whoever started this queues its prompt only now.
         print(json.dumps({"type": "listening"}), flush=True)
         async for message in socket:
             is_text = message.type == aiohttp.WSMsgType.TEXT

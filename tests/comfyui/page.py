@@ -20,12 +20,13 @@ class Page:
 
     def __init__(self, server: Server, reactions: list[dict[str, Any]], client_id: str | None = None) -> None:
         self.client_id = client_id or uuid.uuid4().hex
+        # In ComfyUI's interpreter: it has aiohttp, which this project does not need otherwise.
         command = [server.checkout.python, Path(__file__).with_name("play.py"), server.address, self.client_id]
         self.process = subprocess.Popen([*map(str, command), json.dumps(reactions)], stdout=subprocess.PIPE)
         self.arrived: queue.Queue[dict[str, Any]] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
         assert self.arrived.get(timeout=RUN_SECONDS)["type"] == "listening"
-        self.seen: list[dict[str, Any]] = []
+        self.events: list[dict[str, Any]] = []
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -33,24 +34,24 @@ class Page:
             self.arrived.put(json.loads(line))
 
     def until(self, kind: str) -> None:
-        while not self.seen or self.seen[-1].get("type") != kind:
-            self.seen.append(self.arrived.get(timeout=RUN_SECONDS))
+        while not self.events or self.events[-1].get("type") != kind:
+            self.events.append(self.arrived.get(timeout=RUN_SECONDS))
 
     def until_done(self) -> list[dict[str, Any]]:
-        """All messages of the player up to that which ends the run."""
+        """Return all messages of the player up to that which ends the run."""
         while not any(message["state"] == "done" for message in self.live()):
-            self.seen.append(self.arrived.get(timeout=30))
+            self.events.append(self.arrived.get(timeout=30))
         return self.live()
 
     def live(self) -> list[dict[str, Any]]:
-        return [event["data"] for event in self.seen if event.get("type") == "live"]
+        return [event["data"] for event in self.events if event.get("type") == "live"]
 
 
 @contextmanager
 def page(server: Server, reactions: list[dict[str, Any]] | None = None, client_id: str | None = None) -> Iterator[Page]:
-    made = Page(server, reactions or [], client_id)
+    client = Page(server, reactions or [], client_id)
     try:
-        yield made
+        yield client
     finally:
-        made.process.kill()
-        made.process.wait()
+        client.process.kill()
+        client.process.wait()

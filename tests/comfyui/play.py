@@ -37,7 +37,7 @@ class Screen:
     def frame(self) -> int | None:
         if self.position is None:
             return None
-        now = time.monotonic()
+        now = time.monotonic()  # by the clock, as a page does: a message may come late and hold many frames
         if self.plays:
             self.position = min(self.position + (now - self.moved_at) * self.fps, self.end)
         self.moved_at = now
@@ -65,12 +65,12 @@ async def play(address: str, client_id: str, reactions: list) -> None:
                 await command(run=data["run"], **each)
 
         async def tell() -> None:
-            told = None
+            reported = None
             while True:
                 await asyncio.sleep(EVERY)
-                if run and screen.frame() != told:
-                    told = screen.frame()
-                    await command(run=run, action="shown", frame=told)
+                if run and screen.frame() != reported:
+                    reported = screen.frame()
+                    await command(run=run, action="shown", frame=reported)
 
         telling = asyncio.create_task(tell()) if speaks and not silent else None
         tasks = [telling]
@@ -88,11 +88,13 @@ async def play(address: str, client_id: str, reactions: list) -> None:
                 run = data["run"]
                 pictures = [Image.open(io.BytesIO(base64.b64decode(jpeg))) for jpeg in data.pop("jpegs")]
                 data["sizes"] = [picture.size for picture in pictures]
+                # One pixel is enough to tell whose frames they are, and keeps the line short.
                 data["corners"] = [picture.convert("RGB").getpixel((0, 0)) for picture in pictures]
                 screen.receive(data["indices"], data["fps"])
                 print(json.dumps({"type": "live", "data": data}), flush=True)
                 for reaction in reactions:
                     if all(data.get(name) == value for name, value in reaction.get("when", {}).items()):
+                        # Each reaction is for one message, the first that fits.
                         reactions = [other for other in reactions if other is not reaction]
                         if "after" in reaction:
                             tasks.append(asyncio.create_task(react(reaction, data)))
@@ -100,8 +102,8 @@ async def play(address: str, client_id: str, reactions: list) -> None:
                             await react(reaction, data)
                         break
                 if not silent:
-                    shown = {"shown": screen.frame()} if speaks else {}
-                    await command(run=data["run"], action="ack", number=data["number"], **shown)
+                    position = {"shown": screen.frame()} if speaks else {}
+                    await command(run=data["run"], action="ack", number=data["number"], **position)
 
 
 asyncio.run(play(sys.argv[1], sys.argv[2], json.loads(sys.argv[3])))

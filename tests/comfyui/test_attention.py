@@ -36,19 +36,19 @@ def test_the_attention_of_the_command_line_is_used(checkout: Checkout, option: s
         tmp_path,
         *filter(None, [option]),
     ]
-    done = subprocess.run(
+    process = subprocess.run(
         command, cwd=checkout.path, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert found["function"] == function
-    assert max(found[name]["difference"] for name in ("t2v", "i2v")) < 2 * ROUNDING
-    assert max(found["in_chunks"], found["compiled"]) < ROUNDING
-    assert 0 < found["from_int8"] < 0.005
-    assert len(set(found["lines"])) == 1
+    assert process.returncode == 0, process.stderr[-3000:]
+    report: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    assert report["function"] == function
+    assert max(report[name]["difference"] for name in ("t2v", "i2v")) < 2 * ROUNDING
+    assert max(report["in_chunks"], report["compiled"]) < ROUNDING
+    assert 0 < report["from_int8"] < 0.005
+    assert len(set(report["lines"])) == 1
     named = "torch's scaled_dot_product_attention" if package == "torch" else f"ComfyUI's {function}"
-    assert named in found["lines"][0]
-    calls = [found["in_chunks_calls"], found["from_int8_calls"], found["compiled_calls"]]
+    assert named in report["lines"][0]
+    calls = [report["in_chunks_calls"], report["from_int8_calls"], report["compiled_calls"]]
     if package is None:
         assert calls == [{}, {}, {}]
     elif package == "torch":
@@ -56,6 +56,6 @@ def test_the_attention_of_the_command_line_is_used(checkout: Checkout, option: s
     else:  # 2 layers, 2 chunks of 4 steps and one pass into the cache between them, own tokens and text
         assert calls == [{package: 36}, {package: 36}, {package: 18}], "text is inside what is compiled"
         # both prompts in one batch there, one after the other here
-        assert found["t2v"]["ours"] == {name: 2 * count for name, count in found["t2v"]["hosts"].items()}
+        assert report["t2v"]["ours"] == {name: 2 * count for name, count in report["t2v"]["hosts"].items()}
         # ComfyUI 0.33 keeps the image to torch, where the package may make NaN; ours does so with older ones too
-        assert sum(found["i2v"]["ours"].values()) == 2 * sum(found["i2v"]["hosts"].values())
+        assert sum(report["i2v"]["ours"].values()) == 2 * sum(report["i2v"]["hosts"].values())

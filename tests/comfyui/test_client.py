@@ -24,7 +24,7 @@ CLIENT, WORKFLOW = ROOT / "workflows/client.py", ROOT / "workflows/api/tiny_t2v.
 
 
 def load_client() -> Any:
-    """The script as a module: it lies in no package, so that it can be copied."""
+    """Load the script as a module: it lies in no package, so that it can be copied."""
     spec = importlib.util.spec_from_file_location("workflows_client", CLIENT)
     assert spec is not None
     assert spec.loader is not None
@@ -37,7 +37,7 @@ client = load_client()
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """[R, H, W] in [0, 1]."""
+    """Return a picture as [R, H, W] in [0, 1]."""
     return (
         torch.tensor(list(image.convert("RGB").tobytes())).unflatten(0, (*image.size[::-1], 3)).permute(2, 0, 1) / 255
     )
@@ -50,30 +50,30 @@ def call(server: Server, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_it_queues_a_workflow_with_other_inputs_and_fetches_the_video(server: Server, tmp_path: Path) -> None:
     text = "a green circle moving down slowly on a black background"
-    done = call(server, "--set", f"2.text={text}", "--set", f"4.seed={fresh_seed()}", "--to", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    (video,) = map(Path, done.stdout.split())
+    process = call(server, "--set", f"2.text={text}", "--set", f"4.seed={fresh_seed()}", "--to", str(tmp_path))
+    assert process.returncode == 0, process.stderr
+    (video,) = map(Path, process.stdout.split())
     assert (detect(read_mp4(video)[0]).colour, len(read_mp4(video)[0])) == ("green", 33)
 
 
 def test_what_is_shown_is_saved_while_it_is_made(server: Server, tmp_path: Path) -> None:
     """The newest frame of every chunk, each of them whole."""
     frames, rest = tmp_path / "frames", ["--set", "4.seed=22", "--to", str(tmp_path)]  # one that moves far
-    done = call(server, "--frames", str(frames), *rest)
-    assert done.returncode == 0, done.stderr
-    (video,) = map(Path, done.stdout.split())
-    found = sorted(frames.iterdir())
-    assert [path.name for path in found] == ["00001.jpg", "00002.jpg", "00003.jpg"]
+    process = call(server, "--frames", str(frames), *rest)
+    assert process.returncode == 0, process.stderr
+    (video,) = map(Path, process.stdout.split())
+    images = sorted(frames.iterdir())
+    assert [path.name for path in images] == ["00001.jpg", "00002.jpg", "00003.jpg"]
     saved = read_mp4(video)[0]
     assert len(saved) == 33
-    for path, number in zip(found, (8, 20, 32)):
-        shown = to_tensor(Image.open(path).resize((64, 64)))
-        errors = (saved - shown).abs().mean((1, 2, 3))
+    for path, number in zip(images, (8, 20, 32)):
+        image = to_tensor(Image.open(path).resize((64, 64)))
+        errors = (saved - image).abs().mean((1, 2, 3))
         assert errors[number] < 0.05, "lossy twice, and scaled by ComfyUI"
         assert errors[number] < errors.min() + 0.01, "no other frame of the video is clearly nearer"
         assert errors[number] == min(errors[[8, 20, 32]]), "and it is this chunk's"
-    lines = done.stderr.splitlines()
-    assert [line.split(" ")[0] for line in lines] == [str(path) for path in found]
+    lines = process.stderr.splitlines()
+    assert [line.split(" ")[0] for line in lines] == [str(path) for path in images]
     assert "(node 4: " in lines[-1]
     again = call(server, "--frames", str(frames), *rest)
     assert again.returncode == 2
@@ -86,10 +86,10 @@ def test_what_is_shown_is_saved_while_it_is_made(server: Server, tmp_path: Path)
 
 def test_mistakes_are_one_line(server: Server, tmp_path: Path) -> None:
     for setting, words in (("9.text=a", "sets no input"), ("4.length=100005", "bigger than max")):
-        done = call(server, "--set", setting, "--to", str(tmp_path), "--frames", str(tmp_path / "frames"))
-        assert done.returncode == 2
-        assert words in done.stderr
-        assert done.stderr.count("\n") == 1
+        process = call(server, "--set", setting, "--to", str(tmp_path), "--frames", str(tmp_path / "frames"))
+        assert process.returncode == 2
+        assert words in process.stderr
+        assert process.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -133,13 +133,14 @@ def test_a_run_of_this_client_can_be_finished_from_another_terminal(server: Serv
         *settings,
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        # After two chunks, so that there is something to keep and much left to make.
         deadline = time.monotonic() + 120
         while not (tmp_path / "seen/00002.jpg").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
-        done = finished()
+        process = finished()
         out, err = running.communicate(timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "ends after its current chunk" in done.stdout
+    assert process.returncode == 0, process.stderr
+    assert "ends after its current chunk" in process.stdout
     assert running.returncode == 0, err
     (video,) = map(Path, out.split())
     frames = len(read_mp4(video)[0])
@@ -153,9 +154,9 @@ def test_a_workflow_of_the_canvas_is_one_line(tmp_path: Path, content: str) -> N
     with pytest.raises(ValueError, match=r"this is a canvas workflow; use .* workflows/api, or Export \(API\)"):
         client.read_prompt(tmp_path / "canvas.json")
     command = [sys.executable, str(CLIENT), str(tmp_path / "canvas.json"), "--set", "4.seed=1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "canvas workflow" in done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (process.returncode, process.stderr.count("\n")) == (2, 1), process.stderr
+    assert "canvas workflow" in process.stderr
 
 
 def test_help_pages_are_served_for_nodes_that_exist(server: Server) -> None:
@@ -186,6 +187,7 @@ class FakeConnection:
 
 
 def frame(opcode: int, data: bytes, *, is_last: bool = True) -> bytes:
+    # RFC 6455, section 5.2: seven bits of length, or 126 and two bytes, or 127 and eight.
     size = len(data)
     if size < 126:
         length = bytes([size])
@@ -240,10 +242,10 @@ def test_what_is_no_message_is_one_clear_line(content: bytes, words: str, monkey
         monkeypatch.setattr(client, "LARGEST", 16)
     with pytest.raises(ValueError) as raised:
         next(iter(client.Messages("here", FakeConnection(content))))
-    told = str(raised.value)
-    assert told.startswith("here ")
-    assert words in told
-    assert "\n" not in told
+    message = str(raised.value)
+    assert message.startswith("here ")
+    assert words in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(
@@ -257,11 +259,11 @@ def test_a_server_without_websocket_is_named(answer: bytes) -> None:
 
 def test_silence_is_borne_while_the_server_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ours.settimeout(0.05)
-        messages = client.Messages("here", ours)
-        monkeypatch.setattr(client, "ask", lambda server, path: (asked.append(path), theirs.sendall(frame(TEXT, b"a"))))
+    near, far = socket.socketpair()
+    with near, far:
+        near.settimeout(0.05)
+        messages = client.Messages("here", near)
+        monkeypatch.setattr(client, "ask", lambda server, path: (asked.append(path), far.sendall(frame(TEXT, b"a"))))
         assert next(iter(messages)) == "a"
         assert asked == ["/queue"]
 

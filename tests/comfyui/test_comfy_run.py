@@ -36,7 +36,8 @@ def named_files() -> set[str]:
 
 @pytest.fixture(scope="module")
 def catalogued(server: Server) -> Iterator[Server]:
-    """The server with files of the right names and nothing in them: clients look at names only."""
+    """Return the server with files of the right names and nothing in them: clients look at names only."""
+    # Files that other tests have put there stay, with what is in them; only these are removed again.
     models, placed = server.folder / "models", []
     for path in (models / name for name in named_files()):
         if path.exists():
@@ -55,7 +56,7 @@ def catalogued(server: Server) -> Iterator[Server]:
 
 @contextmanager
 def busy(server: Server) -> Iterator[None]:
-    """Nothing that is queued in here begins; afterwards the queue is empty and the server idle."""
+    """Let nothing begin that is queued in here; afterwards the queue is empty and the server idle."""
     server.submit({"wait": {"class_type": "WaitForInterrupt", "inputs": {"name": "busy"}}})
     try:
         yield
@@ -82,7 +83,7 @@ def test_the_server_takes_every_twin(catalogued: Server) -> None:
 
 @pytest.fixture(scope="module")
 def comfy(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`comfy run` with these arguments on a server; its answer. It gets a home of its own, for it writes there."""
+    """Return `comfy run` as a function that returns its answer. It gets a home of its own, since it writes there."""
     program = os.environ.get("COMFY_CLI") or shutil.which("comfy")
     if program is None:
         pytest.skip("no comfy found: python3 -m venv V && V/bin/pip install comfy-cli, then COMFY_CLI=V/bin/comfy")
@@ -91,11 +92,11 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def run(server: Server, path: Path, *more: str) -> dict[str, Any]:
         host, port = server.address.split(":")
         command = [program, "--skip-prompt", "run", "--workflow", str(path), "--host", host, "--port", port, *more]
-        done = subprocess.run(
+        process = subprocess.run(
             command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False
         )
-        assert done.stdout.strip(), done.stderr[-3000:]
-        return json.loads(done.stdout.splitlines()[-1])
+        assert process.stdout.strip(), process.stderr[-3000:]
+        return json.loads(process.stdout.splitlines()[-1])
 
     return run
 

@@ -44,9 +44,9 @@ def test_the_film_of_the_readme_shows_a_prompt_that_is_typed(server: Server, tmp
     pictures.mkdir()
     script = Path(__file__).with_name("film.py")
     command = [server.checkout.python, script, browser, server.address, PACK_NAME, pictures, FIRST, SECOND, "blue"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    record = json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
+    assert process.returncode == 0, process.stderr[-3000:]
+    record = json.loads(process.stdout.splitlines()[-1])
     assert record["errors"] == []
     assert record["before"] == "red"
     assert record["shown"] > record["sent"]
@@ -55,5 +55,5 @@ def test_the_film_of_the_readme_shows_a_prompt_that_is_typed(server: Server, tmp
     with Image.open(file) as film:
         assert getattr(film, "n_frames", 1) > 20
     assert file.stat().st_size < LARGEST
-    if kept := os.environ.get("SELFFORCING_FILM"):
-        shutil.copyfile(file, kept)
+    if target := os.environ.get("SELFFORCING_FILM"):
+        shutil.copyfile(file, target)

@@ -41,22 +41,25 @@ def random_weights(config: WanConfig, seed: int = 0) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def stocked(server: Server) -> Server:
-    """The server with the files that the workflows name, small; and an encoder of Wan's width for their prompts."""
+    """Return the server with small files of the workflows' names, and an encoder of Wan's width for their prompts."""
     models = server.folder / "models"
     for folder in ("diffusion_models", "text_encoders", "vae", "vae_approx", "clip_vision"):
         (models / folder).mkdir(parents=True, exist_ok=True)
+    # As the reference's trainer saves it: the average's weights under one key, with the wrapper's prefix.
     released = {"model." + name: value for name, value in random_weights(T2V).items()}
     torch.save({"generator_ema": released}, models / "diffusion_models/self_forcing_dmd.pt")
     save_file(random_weights(T2V), models / "diffusion_models/wan2.1_t2v_14b_lightx2v_4step.safetensors")
     save_file(random_weights(I2V), models / "diffusion_models/wan2.1_i2v_480p_lightx2v_4step.safetensors")
-    layer = {f"diffusion_model.blocks.0.self_attn.q.lora_{side}.weight": torch.randn(shape) for side, shape in (
-        ("down", (2, T2V.dim)), ("up", (T2V.dim, 2)))}  # fmt: skip
+    layer = {
+        f"diffusion_model.blocks.0.self_attn.q.lora_{side}.weight": torch.randn(shape)
+        for side, shape in (("down", (2, T2V.dim)), ("up", (T2V.dim, 2)))
+    }
     save_file(layer, models / "loras/selfforcing_lora.safetensors")
     taehv = read_checkpoint(ROOT / "assets/tiny/taehv.safetensors")
     save_checkpoint(models / "vae_approx" / DECODER, taehv.state_dict, taehv.config, latent_space=WAN)
     folder = models / "text_encoders/wide"
     shutil.copytree(ROOT / "assets/tiny/text_encoder", folder, dirs_exist_ok=True)
-    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").unlink()  # the bundle's, which is narrower than Wan's encoder
     torch.manual_seed(0)
     config = umt5_config(vocab=512, dim=4096, dim_attn=64, dim_ffn=64, num_heads=2, num_layers=1)
     UMT5EncoderModel(config).save_pretrained(folder)
@@ -66,32 +69,30 @@ def stocked(server: Server) -> Server:
 
 
 def small(prompt: Prompt) -> Prompt:
-    """The same graph at a small size; prompts and frames go through small networks of the same kind."""
+    """Return the graph at a small size; prompts and frames go through small networks of the same kind."""
     inputs = [node["inputs"] for node in prompt.values()]
     for name, node in list(prompt.items()):
-        given = node["inputs"]
-        given.update({side: SIDE for side in ("width", "height") if side in given})
-        if "length" in given:
-            given["length"] = SHORTER[given["length"]]
-        if "window" in given and given["window"] > 0:
-            given.update(window=9, sink=3)
+        values = node["inputs"]
+        values.update({side: SIDE for side in ("width", "height") if side in values})
+        if "length" in values:
+            values["length"] = SHORTER[values["length"]]
+        if "window" in values and values["window"] > 0:
+            values.update(window=9, sink=3)
         for seed in ("seed", "noise_seed"):
-            if seed in given:
-                given[seed] = fresh_seed()
+            if seed in values:
+                values[seed] = fresh_seed()
         if node["class_type"] == "CLIPTextEncode":
-            node["class_type"], given["text_encoder"] = "SelfForcingTextEncode", "wide"
+            node["class_type"], values["text_encoder"] = "SelfForcingTextEncode", "wide"
         if node["class_type"] == "SelfForcingPromptSchedule":
-            given.update(text=given["text"].replace("5s:", "1s:"), text_encoder="wide")
-        given.pop("clip", None)
+            values.update(text=values["text"].replace("5s:", "1s:"), text_encoder="wide")
+        values.pop("clip", None)
         if node["class_type"] in ("VAELoader", "SelfForcingTAEHVLoader"):
-            prompt[name] = {
-                "class_type": "SelfForcingTAEHVLoader", "inputs": {"vae_name": DECODER, "latents": "auto"}
-            }  # fmt: skip
+            prompt[name] = {"class_type": "SelfForcingTAEHVLoader", "inputs": {"vae_name": DECODER, "latents": "auto"}}
         if node["class_type"] in ("CLIPLoader", "CLIPVisionLoader", "CLIPVisionEncode"):
             del prompt[name]
-    for given in inputs:
-        if given.get("clip_vision_output", [""])[0] not in prompt:
-            given.pop("clip_vision_output", None)
+    for values in inputs:
+        if values.get("clip_vision_output", [""])[0] not in prompt:
+            values.pop("clip_vision_output", None)
     return prompt
 
 
@@ -117,11 +118,11 @@ def test_the_native_graph_previews_every_chunk_and_gives_all_frames(stocked: Ser
     add(prompt, "output", "SaveLatent", samples=["14", 0], filename_prefix="latents/output")
     with stocked.events() as events:
         queued = stocked.submit(prompt, events.client_id)
-        seen = events.until("execution_success", "execution_error")
+        received = events.until("execution_success", "execution_error")
     entry = stocked.result(queued)
     assert entry["status"]["status_str"] == "success", failure(entry)
-    assert sum(event["type"] == "binary" for event in seen) >= 2, "one for each chunk"
-    values = [e["data"]["value"] for e in seen if e["type"] == "progress" and e["data"]["node"] == "14"]
+    assert sum(event["type"] == "binary" for event in received) >= 2, "one for each chunk"
+    values = [e["data"]["value"] for e in received if e["type"] == "progress" and e["data"]["node"] == "14"]
     assert values == sorted(values)
     assert values[-1] == 4, "of four sigmas"
     denoised, output = (
@@ -131,7 +132,7 @@ def test_the_native_graph_previews_every_chunk_and_gives_all_frames(stocked: Ser
 
 
 def causal_prompt(**sampler: Any) -> Prompt:
-    """The streaming workflow at a small size, up to its sampler."""
+    """Return the streaming workflow at a small size, up to its sampler."""
     prompt = small(shipped("t2v_1.3b_stream"))
     prompt[SAMPLER] = prompt.pop("5")
     prompt[SAMPLER]["inputs"].update(seed=1, **sampler)
@@ -215,6 +216,7 @@ def test_cache_options_change_what_a_chunk_sees(stocked: Server) -> None:
         return latents_of(stocked, prompt)
 
     plain = run()
+    # Elsewhere, but of the same numbers: a cache in CPU memory changes nothing.
     assert torch.equal(run(window=-1, cache_device="cpu"), plain)
     assert (run(window=6) - plain)[:, :, :6].abs().max() == 0, "two chunks fit the window"
     assert (run(window=6) - plain)[:, :, 6:].abs().max() > 0
@@ -253,10 +255,10 @@ def test_a_video_that_was_encoded_again_is_continued(stocked: Server) -> None:
         latent=["encoded", 0],
     )
     add(prompt, "given", "SaveLatent", samples=["encoded", 0], filename_prefix="latents/given")
-    made = latents_of(stocked, prompt)
+    latents = latents_of(stocked, prompt)
     (given,) = [load_file(path)["latent_tensor"] for path in (stocked.folder / "output/latents").glob("given_*")]
-    assert (made.shape[2], given.shape[2]) == (9, 3)
-    torch.testing.assert_close(made[:, :, :3], given, atol=1e-5, rtol=1e-5)
+    assert (latents.shape[2], given.shape[2]) == (9, 3)
+    torch.testing.assert_close(latents[:, :, :3], given, atol=1e-5, rtol=1e-5)
     longer = json.loads(json.dumps(prompt))
     longer["frames"]["inputs"]["amount"] = 13  # 4 latent frames: 1 plus a chunk, so that the rest is 1 chunk of 2
     assert latents_of(stocked, longer).shape[2] == 7
@@ -282,6 +284,7 @@ def test_wans_own_image_conditioning_runs_chunk_by_chunk(stocked: Server) -> Non
         start_image=["picture", 0],
     )
     with_picture = latents_of(stocked, prompt)
+    # Nobody knows what random weights make of a picture; but it has to be another video with another picture.
     add(prompt, "other", "ImageInvert", image=["picture", 0])
     prompt["start"]["inputs"]["start_image"] = ["other", 0]
     assert (latents_of(stocked, prompt) - with_picture).abs().max() > 0.01
@@ -289,17 +292,17 @@ def test_wans_own_image_conditioning_runs_chunk_by_chunk(stocked: Server) -> Non
 
 def test_two_clients_do_not_disturb_each_other(stocked: Server) -> None:
     alone = latents_of(stocked, tiny_prompt(seed=11, length=21))
-    with stocked.events() as one, stocked.events() as two:
+    with stocked.events() as first, stocked.events() as second:
         prompts = {}
-        for events, chunk in ((one, 3), (two, 0)):
-            prompt = tiny_prompt(seed=11 if events is one else fresh_seed(), length=21, chunk=chunk)
+        for events, chunk in ((first, 3), (second, 0)):
+            prompt = tiny_prompt(seed=11 if events is first else fresh_seed(), length=21, chunk=chunk)
             add(prompt, "latents", "SaveLatent", samples=[SAMPLER, 0], filename_prefix="latents/client")
             prompts[events] = stocked.submit(prompt, events.client_id)
-        mine = {events: events.until("execution_success", "execution_error") for events in (one, two)}
-    for events, seen in mine.items():
-        assert seen[-1]["type"] == "execution_success"
-        named = {event["data"]["prompt_id"] for event in seen if event["type"] in ("executed", "execution_success")}
+        events_of = {events: events.until("execution_success", "execution_error") for events in (first, second)}
+    for events, received in events_of.items():
+        assert received[-1]["type"] == "execution_success"
+        named = {event["data"]["prompt_id"] for event in received if event["type"] in ("executed", "execution_success")}
         assert named == {prompts[events]}
-    entry = stocked.result(prompts[one])
+    entry = stocked.result(prompts[first])
     (file,) = stocked._files(entry["outputs"]["latents"])
     assert torch.equal(load_file(file)["latent_tensor"], alone)

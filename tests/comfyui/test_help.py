@@ -9,7 +9,7 @@ from tests.comfyui.host_server import PACK_NAME, Server
 
 
 def page_of(server: Server, node: str) -> str:
-    """The page as the front end fetches it; HTTPError where there is none."""
+    """Return the page as the front end fetches it; HTTPError where there is none."""
     with urllib.request.urlopen(f"http://{server.address}/extensions/{PACK_NAME}/docs/{node}.md", timeout=30) as answer:
         return answer.read().decode()
 

@@ -21,137 +21,144 @@ def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     checkout: Checkout = request.param
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [checkout.python, Path(__file__).with_name("inside_checks.py"), ROOT, tmp_path_factory.mktemp("weights")]
-    done = subprocess.run(
+    process = subprocess.run(
         command, cwd=checkout.path, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 @pytest.fixture
-def found(measured: dict[str, Any], request: pytest.FixtureRequest) -> Any:
-    """The result of the check that the test is named after."""
+def outcome(measured: dict[str, Any], request: pytest.FixtureRequest) -> Any:
+    """Return the result of the check that the test is named after."""
     result = measured[request.node.originalname.removeprefix("test_")]
     if isinstance(result, dict) and "failed" in result:
         pytest.fail(result["trace"])
     return result
 
 
-def test_the_hosts_model_gives_the_cores_video(found: dict[str, float]) -> None:
+def test_the_hosts_model_gives_the_cores_video(outcome: dict[str, float]) -> None:
     """Also with guidance, batched by ComfyUI or split by it: as two separate rollouts combined in the core."""
-    matters = found.pop("cfg_matters")
-    assert max(found.values()) < ROUNDING < matters / 100
+    matters = outcome.pop("cfg_matters")
+    assert max(outcome.values()) < ROUNDING < matters / 100
 
 
-def test_condition_channels_are_sliced_per_chunk(found: dict[str, float]) -> None:
-    matters = found.pop("order_matters")
-    assert max(found.values()) < ROUNDING < matters / 100
+def test_condition_channels_are_sliced_per_chunk(outcome: dict[str, float]) -> None:
+    matters = outcome.pop("order_matters")
+    assert max(outcome.values()) < ROUNDING < matters / 100
 
 
-def test_a_model_of_the_hosts_loader_is_patched(found: dict[str, Any]) -> None:
-    assert found["difference"] < ROUNDING
-    assert found["foreign_calls"] > 0
-    assert found["is_untouched"]
-    assert "Patch Model (Self Forcing)" in found["refusal"]
+def test_a_model_of_the_hosts_loader_is_patched(outcome: dict[str, Any]) -> None:
+    assert outcome["difference"] < ROUNDING
+    assert outcome["foreign_calls"] > 0
+    assert outcome["is_untouched"]
+    assert "Patch Model (Self Forcing)" in outcome["refusal"]
 
 
-def test_exports_are_what_they_say(found: dict[str, Any]) -> None:
+def test_exports_are_what_they_say(outcome: dict[str, Any]) -> None:
     """Few-step and causal files are of their kind without being told, and sampled with the file's solver."""
-    kinds = {name: kind for name, (kind, _) in found["kinds"].items()}
+    kinds = {name: kind for name, (kind, _) in outcome["kinds"].items()}
     whole = "few-step bidirectional"
     assert kinds == {
-        "few-step": whole, "older": whole, "teacher": "base", "causal teacher": "causal", "nothing": "unknown",
-    }  # fmt: skip
-    assert [name for name, (_, made) in found["kinds"].items() if "Causal" in made] in ([], ["causal teacher"])
-    assert (found["explicit"], found["guidance"]) == ("causal", 5.0)
-    assert max(found["few-step"], found["euler"]) < ROUNDING < found["solver_matters"] / 100
+        "few-step": whole,
+        "older": whole,
+        "teacher": "base",
+        "causal teacher": "causal",
+        "nothing": "unknown",
+    }
+    assert [name for name, (_, network_class) in outcome["kinds"].items() if "Causal" in network_class] in (
+        [],
+        ["causal teacher"],
+    )
+    assert (outcome["explicit"], outcome["guidance"]) == ("causal", 5.0)
+    assert max(outcome["few-step"], outcome["euler"]) < ROUNDING < outcome["solver_matters"] / 100
 
 
-def test_a_trained_lora_is_the_merged_network(found: dict[str, float]) -> None:
-    assert found["difference"] < ROUNDING < found["matters"] / 100
+def test_a_trained_lora_is_the_merged_network(outcome: dict[str, float]) -> None:
+    assert outcome["difference"] < ROUNDING < outcome["matters"] / 100
 
 
-def test_broken_packages(found: list[str]) -> None:
+def test_broken_packages(outcome: list[str]) -> None:
     """Everything here was measured while these raised at import, as flash-attn often does."""
-    assert found == ["flash_attn", "lmdb", "omegaconf", "diffusers"]
+    assert outcome == ["flash_attn", "lmdb", "omegaconf", "diffusers"]
 
 
-def test_number_types(found: dict[str, float]) -> None:
-    same = [found.pop(f"cache_{name}_as_in_the_core") for name in ("bfloat16", "float8", "int8")]
-    assert all(value > 0 for value in found.values())
-    assert max(found["bfloat16"], found["cache_bfloat16"], found["cache_float8"], found["cache_int8"]) < 0.005
-    assert found["float8"] < 0.05
+def test_number_types(outcome: dict[str, float]) -> None:
+    same = [outcome.pop(f"cache_{name}_as_in_the_core") for name in ("bfloat16", "float8", "int8")]
+    assert all(value > 0 for value in outcome.values())
+    assert max(outcome["bfloat16"], outcome["cache_bfloat16"], outcome["cache_float8"], outcome["cache_int8"]) < 0.005
+    assert outcome["float8"] < 0.05
     assert max(same) < 100 * ROUNDING, "a number at the edge of a step may be rounded to its other side"
 
 
-def test_layers_without_casting_compute_in_bfloat16(found: float) -> None:
-    assert 0 < found < 0.02
+def test_layers_without_casting_compute_in_bfloat16(outcome: float) -> None:
+    assert 0 < outcome < 0.02
 
 
-def test_compiled(found: dict[str, Any]) -> None:
+def test_compiled(outcome: dict[str, Any]) -> None:
     """ComfyUI's TorchCompileModel compiles the blocks of the causal pass, with its own backend."""
-    assert found == {"difference": 0.0, "backend": ["eager"]}
+    assert outcome == {"difference": 0.0, "backend": ["eager"]}
 
 
-def test_memory_estimate(found: dict[str, Any]) -> None:
+def test_memory_estimate(outcome: dict[str, Any]) -> None:
     """That of one chunk and of the caches, whatever the length; beside a cache elsewhere, of one layer's copies."""
-    told, chunk, cache = found["told"], found["chunk"], found["cache"]
-    assert told["whole"] == found["whole"] > chunk > 0
-    assert told["one"] == chunk + cache
-    assert told["two"] == chunk + 2 * cache
-    assert told["long"] == told["one"], "twice as long, in a window of the same size"
+    asked, chunk, cache = outcome["told"], outcome["chunk"], outcome["cache"]
+    assert asked["whole"] == outcome["whole"] > chunk > 0
+    assert asked["one"] == chunk + cache
+    assert asked["two"] == chunk + 2 * cache
+    assert asked["long"] == asked["one"], "twice as long, in a window of the same size"
     layer = cache // 2
-    assert told["narrow"] == chunk + cache // 2 + 2 * layer
-    assert told["elsewhere"] == chunk + 2 * layer
-    assert not found["is_left"]
+    assert asked["narrow"] == chunk + cache // 2 + 2 * layer
+    assert asked["elsewhere"] == chunk + 2 * layer
+    assert not outcome["is_left"]
 
 
-def test_out_of_memory(found: dict[str, Any]) -> None:
-    assert found["caches_seen"] > 0
-    assert found["caches_alive"] == 0
-    assert found["is_same_afterwards"]
+def test_out_of_memory(outcome: dict[str, Any]) -> None:
+    assert outcome["caches_seen"] > 0
+    assert outcome["caches_alive"] == 0
+    assert outcome["is_same_afterwards"]
     for setting in ("window", "cache_dtype float8_e4m3fn 73344", "cache_device cpu 98304"):
-        assert setting in found["message"]
+        assert setting in outcome["message"]
 
 
-def test_interrupts(found: dict[str, int]) -> None:
-    assert found["stopped"] == found["same"] == found["count"] == 50
-    assert found["late"] == 0, "at most the evaluation that was running is finished"
+def test_interrupts(outcome: dict[str, int]) -> None:
+    assert outcome["stopped"] == outcome["same"] == outcome["count"] == 50
+    assert outcome["late"] == 0, "at most the evaluation that was running is finished"
 
 
-def test_states(found: dict[str, Any]) -> None:
-    assert found == {"is_same": True, "is_same_from_file": True, "copied_to": ["cpu"], "moved_to": []}
+def test_states(outcome: dict[str, Any]) -> None:
+    assert outcome == {"is_same": True, "is_same_from_file": True, "copied_to": ["cpu"], "moved_to": []}
 
 
-def test_a_prompt_typed_into_a_resumed_run(found: dict[str, Any]) -> None:
-    assert found["said"]["keep"] == []
-    (said,) = found["said"]["recode"]
-    assert "history 'keep'" in said
-    assert found["is_kept"]
-    later, earlier = found["refused"]
+def test_a_prompt_typed_into_a_resumed_run(outcome: dict[str, Any]) -> None:
+    assert outcome["said"]["keep"] == []
+    (sentence,) = outcome["said"]["recode"]
+    assert "history 'keep'" in sentence
+    assert outcome["is_kept"]
+    later, earlier = outcome["refused"]
     assert "2.2s is to recode history" in later
     assert "use history 'keep'" in later
     assert not earlier, "its moment lies before the state's end"
 
 
-def test_the_hosts_own_causal_sampler(found: float | None) -> None:
-    if found is None:
+def test_the_hosts_own_causal_sampler(outcome: float | None) -> None:
+    if outcome is None:
         pytest.skip("this version of ComfyUI has no causal sampler of its own")
-    assert found < ROUNDING
+    assert outcome < ROUNDING
 
 
-def test_vaes_of_the_host_stream(found: dict[str, Any]) -> None:
+def test_vaes_of_the_host_stream(outcome: dict[str, Any]) -> None:
     """Bitwise the decode of the whole, also after a chunk was taken back; others say that they come at the end.
 
     But for the rounding of the one convolution that ComfyUI applies to all latents together: 3e-6 where MKL keeps to
     AVX2 (MKL_ENABLE_INSTRUCTIONS=AVX2), in ComfyUI 0.27 as in 0.33, and nothing where it uses AVX-512.
     """
-    rounded = found["as_it_is"]
+    rounded = outcome["as_it_is"]
     assert max(value for name, value in rounded.items() if name.startswith("difference")) < 1e-4
-    found = found["frame_by_frame"]
-    kinds, spread = found.pop("kinds"), found.pop("spread")
+    outcome = outcome["frame_by_frame"]
+    kinds, spread = outcome.pop("kinds"), outcome.pop("spread")
     assert rounded["kinds"] == kinds
-    assert set(found.values()) == {0.0}
+    assert set(outcome.values()) == {0.0}
     assert spread > 0
     assert [note for note, _ in kinds] == [False, True, False, True]
     by_one, at_the_end, by_three, _ = (counts for _, counts in kinds)
@@ -162,59 +169,59 @@ def test_vaes_of_the_host_stream(found: dict[str, Any]) -> None:
     assert sum(by_three) == 33
 
 
-def test_taehv_streams_latent_by_latent(found: dict[str, Any]) -> None:
-    assert set(found["is_same"]) == {"2", "3", "7", "resumed"}
-    assert all(found["is_same"].values())
-    assert found["shape"] == [1, 25, 3, 64, 64]
-    assert found["largest"] == 4
+def test_taehv_streams_latent_by_latent(outcome: dict[str, Any]) -> None:
+    assert set(outcome["is_same"]) == {"2", "3", "7", "resumed"}
+    assert all(outcome["is_same"].values())
+    assert outcome["shape"] == [1, 25, 3, 64, 64]
+    assert outcome["largest"] == 4
 
 
-def test_text_encoders(found: dict[str, Any]) -> None:
+def test_text_encoders(outcome: dict[str, Any]) -> None:
     """Large ones in the type of ComfyUI, small ones in float32; what a graph gets is float32 either way."""
-    assert found.pop("small") == "torch.float32"
-    types = {name: dtype for name, (dtype, _, _) in found.items()}
+    assert outcome.pop("small") == "torch.float32"
+    types = {name: dtype for name, (dtype, _, _) in outcome.items()}
     assert types == {"default": "torch.float16", "float8_e4m3fn": "torch.float16", "bfloat16": "torch.bfloat16"}
-    for name, (_, difference, given) in found.items():
+    for name, (_, difference, graph_dtype) in outcome.items():
         assert 0 < difference < (0.1 if name == "bfloat16" else 0.02), name
-        assert given == "torch.float32"
+        assert graph_dtype == "torch.float32"
 
 
-def test_a_network_that_had_to_leave_comes_back(found: dict[str, Any]) -> None:
-    assert found["came_back"] == [True, True]
-    assert found["told"] == [[found["needed"]], [found["needed"]]]
+def test_a_network_that_had_to_leave_comes_back(outcome: dict[str, Any]) -> None:
+    assert outcome["came_back"] == [True, True]
+    assert outcome["told"] == [[outcome["needed"]], [outcome["needed"]]]
 
 
-def test_what_is_set_on_the_forward_pass_is_followed(found: dict[str, Any]) -> None:
+def test_what_is_set_on_the_forward_pass_is_followed(outcome: dict[str, Any]) -> None:
     """Another attention and RoPE scaling: as one chunk exactly what ComfyUI's own pass makes of them."""
-    assert found["attention_matters"] > 0.01
-    assert max(found["plain"], found["attention"]) < 2 * ROUNDING
-    assert 0 < found["attention_from_int8"] < 0.05
-    assert found["attention_compiled"] == 0, "the attention goes before compiled blocks"
-    if "rope" in found:
-        assert found["rope_matters"] > 0.01
-        assert max(found["rope"], found["rope_in_chunks"]) < 2 * ROUNDING
+    assert outcome["attention_matters"] > 0.01
+    assert max(outcome["plain"], outcome["attention"]) < 2 * ROUNDING
+    assert 0 < outcome["attention_from_int8"] < 0.05
+    assert outcome["attention_compiled"] == 0, "the attention goes before compiled blocks"
+    if "rope" in outcome:
+        assert outcome["rope_matters"] > 0.01
+        assert max(outcome["rope"], outcome["rope_in_chunks"]) < 2 * ROUNDING
 
 
-def test_modules_and_prompts_of_others_are_followed(found: dict[str, float]) -> None:
+def test_modules_and_prompts_of_others_are_followed(outcome: dict[str, float]) -> None:
     """NAG-type cross-attention, feed-forward networks and changing texts: as one chunk exactly ComfyUI's own pass."""
-    assert found.pop("compiled") < ROUNDING, "they go before compiled blocks"
-    matters = {name: found.pop(name) for name in list(found) if name.endswith("_matters")}
-    assert max(found.values()) < ROUNDING < min(matters.values()) / 100
+    assert outcome.pop("compiled") < ROUNDING, "they go before compiled blocks"
+    matters = {name: outcome.pop(name) for name in list(outcome) if name.endswith("_matters")}
+    assert max(outcome.values()) < ROUNDING < min(matters.values()) / 100
     assert len(matters) == 6
 
 
-def test_a_model_can_be_loaded_again(found: dict[str, Any] | None) -> None:
+def test_a_model_can_be_loaded_again(outcome: dict[str, Any] | None) -> None:
     """The copies that ComfyUI makes for other devices give the same video, with LoRA and settings."""
-    if found is None:
+    if outcome is None:
         pytest.skip("this version of ComfyUI never loads a model again")
-    assert found.pop("own weights")
-    assert found.pop("matters") > 0.01
-    assert found == {"another device": 0.0, "deep": 0.0}
+    assert outcome.pop("own weights")
+    assert outcome.pop("matters") > 0.01
+    assert outcome == {"another device": 0.0, "deep": 0.0}
 
 
-def test_what_cannot_be_followed_is_refused(found: dict[str, str]) -> None:
-    assert found.pop("afterwards") == "same"
-    assert found.pop("layer") == found.pop("without effect") == found.pop("cross alone") == ""
+def test_what_cannot_be_followed_is_refused(outcome: dict[str, str]) -> None:
+    assert outcome.pop("afterwards") == "same"
+    assert outcome.pop("layer") == outcome.pop("without effect") == outcome.pop("cross alone") == ""
     words = {
         "block": "replacement of block 1", "block in a step": "replacement of block 0", "attn1": "attn1_patch",
         "unknown": "a_new_one", "cross": "set cfg to 1", "self": "Patch Sage Attention",
@@ -226,42 +233,48 @@ def test_what_cannot_be_followed_is_refused(found: dict[str, str]) -> None:
         "noise": "not of flow matching",
         "easycache": "EasyCache, which skips", "hook": "a forward hook on blocks.0.self_attn",
     }  # fmt: skip
-    assert found.keys() == words.keys()
+    assert outcome.keys() == words.keys()
     for name, word in words.items():
-        assert word in found[name], name
+        assert word in outcome[name], name
 
 
-def test_a_loras_modulation_is_the_merged_network(found: dict[str, float]) -> None:
-    assert found["matters"] > 0.01
-    assert max(found[name] for name in ("ours", "hosts", "ours_without", "hosts_without")) < ROUNDING
+def test_a_loras_modulation_is_the_merged_network(outcome: dict[str, float]) -> None:
+    assert outcome["matters"] > 0.01
+    assert max(outcome[name] for name in ("ours", "hosts", "ours_without", "hosts_without")) < ROUNDING
 
 
-def test_first_and_last_frame_models_are_not_made_causal(found: dict[str, str]) -> None:
-    assert "img_emb.emb_pos" in found["causal"]
-    assert found["unknown"] == found["causal"]
-    assert found["few-step bidirectional"] == ""
+def test_first_and_last_frame_models_are_not_made_causal(outcome: dict[str, str]) -> None:
+    assert "img_emb.emb_pos" in outcome["causal"]
+    assert outcome["unknown"] == outcome["causal"]
+    assert outcome["few-step bidirectional"] == ""
 
 
-def test_a_scaled_8_bit_file_is_the_network_it_stands_for(found: dict[str, Any]) -> None:
-    assert found["ours"] < ROUNDING
-    assert 0 < found["bfloat16"] < 0.05
-    assert found["weights"] == "torch.bfloat16"
-    assert any("Patch Model (Self Forcing) keeps them in 8 bits" in line for line in found["lines"])
+def test_a_scaled_8_bit_file_is_the_network_it_stands_for(outcome: dict[str, Any]) -> None:
+    assert outcome["ours"] < ROUNDING
+    assert 0 < outcome["bfloat16"] < 0.05
+    assert outcome["weights"] == "torch.bfloat16"
+    assert any("Patch Model (Self Forcing) keeps them in 8 bits" in line for line in outcome["lines"])
 
 
-def test_a_run_waits_for_its_viewer(found: dict[str, Any]) -> None:
+def test_a_run_waits_for_its_viewer(outcome: dict[str, Any]) -> None:
     """While more than its pace is ahead of what the page shows; never for a page that says nothing, or is gone."""
-    states, last = found.pop("states"), found.pop("last")
-    assert found.pop("is rolled again")
-    assert found.pop("interrupt") == "Interrupted"
+    states, last = outcome.pop("states"), outcome.pop("last")
+    assert outcome.pop("is rolled again")
+    assert outcome.pop("interrupt") == "Interrupted"
     bounds = {
-        "nobody has said what is shown": (0, 0.1), "until shown": (0.3, 0.6),
-        "a prompt does not break the bound": (0.4, 0.7), "held while ahead": (0.3, 0.6), "paused": (1.0, 2.2),
-        "page gone": (0.4, 0.9), "still gone": (0, 0.1), "page silent": (0.2, 0.6), "until finished": (0.3, 0.6),
-    }  # fmt: skip
-    assert found.keys() == bounds.keys()
+        "nobody has said what is shown": (0, 0.1),
+        "until shown": (0.3, 0.6),
+        "a prompt does not break the bound": (0.4, 0.7),
+        "held while ahead": (0.3, 0.6),
+        "paused": (1.0, 2.2),
+        "page gone": (0.4, 0.9),
+        "still gone": (0, 0.1),
+        "page silent": (0.2, 0.6),
+        "until finished": (0.3, 0.6),
+    }
+    assert outcome.keys() == bounds.keys()
     for name, (least, most) in bounds.items():
-        assert least - 0.05 <= found[name] < most + 0.5, (name, found[name])
+        assert least - 0.05 <= outcome[name] < most + 0.5, (name, outcome[name])
     assert set(states) == {"sampling", "ahead", "held", "done"}
     assert last == {
         "ending": "stopped",
@@ -271,33 +284,38 @@ def test_a_run_waits_for_its_viewer(found: dict[str, Any]) -> None:
     }
 
 
-def test_a_new_loader_never_pairs_a_bundled_part_with_a_real_one(found: dict[str, list[str]]) -> None:
-    real = found.pop("all")
+def test_a_new_loader_never_pairs_a_bundled_part_with_a_real_one(outcome: dict[str, list[str]]) -> None:
+    real = outcome.pop("all")
     assert real == ["self_forcing_dmd.pt", "taew2_1.safetensors", "umt5"]
-    assert set(map(tuple, found.values())) == {("tiny (bundled)",) * 3}
+    assert set(map(tuple, outcome.values())) == {("tiny (bundled)",) * 3}
 
 
-def test_a_picture_that_moves_is_taken_to_move_on(found: dict[str, float]) -> None:
-    wanted = {
-        "still 0.2": 2.1, "still 1.0": 2.1, "moving 0.2": 1.8, "moving 1.0": 1.5, "back 0.2": 2.0, "back 1.0": 2.0,
-    }  # fmt: skip
-    assert found == pytest.approx(wanted)
+def test_a_picture_that_moves_is_taken_to_move_on(outcome: dict[str, float]) -> None:
+    expected = {
+        "still 0.2": 2.1,
+        "still 1.0": 2.1,
+        "moving 0.2": 1.8,
+        "moving 1.0": 1.5,
+        "back 0.2": 2.0,
+        "back 1.0": 2.0,
+    }
+    assert outcome == pytest.approx(expected)
 
 
-def test_the_first_prompt_is_found_in_the_graph_or_not_guessed(found: dict[str, str]) -> None:
-    assert found == {"direct": "a", "behind a picture": "a", "linked": "b", "concat": "", "none": ""}
+def test_the_first_prompt_is_found_in_the_graph_or_not_guessed(outcome: dict[str, str]) -> None:
+    assert outcome == {"direct": "a", "behind a picture": "a", "linked": "b", "concat": "", "none": ""}
 
 
-def test_lighttaew2_1_decodes_as_in_the_host(found: dict[str, Any]) -> None:
+def test_lighttaew2_1_decodes_as_in_the_host(outcome: dict[str, Any]) -> None:
     """Wan's latents either way; its own are unscaled, which makes another video."""
-    assert found.pop("spaces") == ["wan2.1", "wan2.1"]
-    assert found.pop("matters") > 0.1
-    assert max(found.values()) < 0.01
+    assert outcome.pop("spaces") == ["wan2.1", "wan2.1"]
+    assert outcome.pop("matters") > 0.1
+    assert max(outcome.values()) < 0.01
 
 
-def test_vaes_of_other_spaces(found: dict[str, Any]) -> None:
-    assert found.pop("unknown") == ["", ""]
-    on_wan, on_tiny = found.pop("wan")
+def test_vaes_of_other_spaces(outcome: dict[str, Any]) -> None:
+    assert outcome.pop("unknown") == ["", ""]
+    on_wan, on_tiny = outcome.pop("wan")
     assert on_wan == ""
     assert "made for latents of wan2.1, but the model makes those of tiny" in on_tiny
     for name, word in {
@@ -305,16 +323,16 @@ def test_vaes_of_other_spaces(found: dict[str, Any]) -> None:
         "cosmos": "CausalContinuousVideoTokenizer",
         "float16": "hunyuan",
     }.items():
-        assert all(word in sentence for sentence in found.get(name, [word])), name
+        assert all(word in sentence for sentence in outcome.get(name, [word])), name
 
 
-def test_a_steered_run_is_kept_in_its_files(found: dict[str, Any]) -> None:
+def test_a_steered_run_is_kept_in_its_files(outcome: dict[str, Any]) -> None:
     """The prompts stand beside the workflow in every row's file; a run that nobody steered changes none."""
     listed = [{"filename": f"a_0000{n}_.mp4", "subfolder": "clips", "type": "output"} for n in (1, 2)]
-    assert found["written"] == listed
-    assert found["unkept"] == listed, "what cannot be written beside a video costs no video"
-    assert found["is_untouched"]
-    assert found["frames"] == [9, 9]
-    for metadata in found["metadata"]:
+    assert outcome["written"] == listed
+    assert outcome["unkept"] == listed, "what cannot be written beside a video costs no video"
+    assert outcome["is_untouched"]
+    assert outcome["frames"] == [9, 9]
+    for metadata in outcome["metadata"]:
         assert (metadata["selfforcing_schedule"], json.loads(metadata["prompt"])) == ("0s: a\n3s: b", {"1": 2})
-    assert "audio has 3 rows for 2 videos" in found["refusal"]
+    assert "audio has 3 rows for 2 videos" in outcome["refusal"]

@@ -26,8 +26,8 @@ READABLE = 4.5  # contrast of text, WCAG 2 level AA
 
 
 @pytest.fixture(scope="module")
-def seen(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What was measured of each workflow. Screenshots stay in SELFFORCING_SCREENSHOTS, if that is set."""
+def report(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return what was measured of each workflow. Screenshots stay in SELFFORCING_SCREENSHOTS, if that is set."""
     browser = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip("no Chromium found: install the package chromium, or set CHROMIUM")
@@ -37,28 +37,28 @@ def seen(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     folder = os.environ.get("SELFFORCING_SCREENSHOTS") or str(tmp_path_factory.mktemp("layout"))
     script = Path(__file__).with_name("layout.py")
     command = [server.checkout.python, script, browser, server.address, PACK_NAME, folder, json.dumps(QUERIES)]
-    done = subprocess.run([*map(str, command), *NAMES], capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run([*map(str, command), *NAMES], capture_output=True, text=True, timeout=900, check=False)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout.splitlines()[-1])
 
 
-def overlap(one: list[float], other: list[float]) -> bool:
-    """Whether two boxes (left, top, width, height) share more than a line."""
+def overlap(first: list[float], second: list[float]) -> bool:
+    """Return whether two boxes (left, top, width, height) share more than a line."""
     return all(
-        min(one[axis] + one[axis + 2], other[axis] + other[axis + 2]) - max(one[axis], other[axis]) > 1
+        min(first[axis] + first[axis + 2], second[axis] + second[axis + 2]) - max(first[axis], second[axis]) > 1
         for axis in (0, 1)
     )
 
 
 @pytest.mark.parametrize("renderer", RENDERERS)
 @pytest.mark.parametrize("name", NAMES)
-def test_no_node_lies_over_another(seen: dict[str, Any], name: str, renderer: str) -> None:
-    nodes = seen[f"{renderer} dark {name}"]["nodes"]
+def test_no_node_lies_over_another(report: dict[str, Any], name: str, renderer: str) -> None:
+    nodes = report[f"{renderer} dark {name}"]["nodes"]
     assert {node["is_dom"] for node in nodes} == {renderer == "vue"}, "measured in the other renderer"
     over = [
-        (one["type"], other["type"])
-        for one, other in itertools.combinations(nodes, 2)
-        if overlap(one["box"], other["box"])
+        (first["type"], second["type"])
+        for first, second in itertools.combinations(nodes, 2)
+        if overlap(first["box"], second["box"])
     ]
     assert not over
 
@@ -66,19 +66,20 @@ def test_no_node_lies_over_another(seen: dict[str, Any], name: str, renderer: st
 @pytest.mark.parametrize("renderer", RENDERERS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_workflow_opens_readable_and_whole_in_a_window_of_1920_by_1080(
-    seen: dict[str, Any], name: str, renderer: str
+    report: dict[str, Any], name: str, renderer: str
 ) -> None:
-    found = seen[f"{renderer} dark {name}"]
-    assert found["scale"] >= SCALES[0]
-    for left, top, width, height in (node["box"] for node in found["nodes"]):
-        assert (left + found["offset"][0]) * found["scale"] >= 60, "behind the side bar"
-        assert (top + found["offset"][1]) * found["scale"] >= 90, "behind the menus"
-        assert (left + width + found["offset"][0]) * found["scale"] <= 1920
-        assert (top + height + found["offset"][1]) * found["scale"] <= 940, "below the browser's edge"
+    result = report[f"{renderer} dark {name}"]
+    assert result["scale"] >= SCALES[0]
+    for left, top, width, height in (node["box"] for node in result["nodes"]):
+        # What the front end's own bars cover at this size.
+        assert (left + result["offset"][0]) * result["scale"] >= 60, "behind the side bar"
+        assert (top + result["offset"][1]) * result["scale"] >= 90, "behind the menus"
+        assert (left + width + result["offset"][0]) * result["scale"] <= 1920
+        assert (top + height + result["offset"][1]) * result["scale"] <= 940, "below the browser's edge"
 
 
-def test_notes_can_be_read_in_both_renderers_and_themes(seen: dict[str, Any]) -> None:
-    notes = {key: found["note"] for key, found in seen.items() if key != "search"}
+def test_notes_can_be_read_in_both_renderers_and_themes(report: dict[str, Any]) -> None:
+    notes = {key: result["note"] for key, result in report.items() if key != "search"}
     assert len(notes) == len(RENDERERS) * (len(NAMES) + 1)
     for key, note in notes.items():
         assert note["text"], f"{key}: no text found"
@@ -88,7 +89,7 @@ def test_notes_can_be_read_in_both_renderers_and_themes(seen: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("query", QUERIES)
-def test_search_lists_the_sampler_first_of_the_pack(seen: dict[str, Any], query: str) -> None:
+def test_search_lists_the_sampler_first_of_the_pack(report: dict[str, Any], query: str) -> None:
     """Nodes of ComfyUI with the word in their names, or used often, come before."""
-    ours = [name for name in seen["search"][query] if name.startswith("SelfForcing")]
-    assert ours[:1] == ["SelfForcingStreamSampler"]
+    names = [name for name in report["search"][query] if name.startswith("SelfForcing")]
+    assert names[:1] == ["SelfForcingStreamSampler"]

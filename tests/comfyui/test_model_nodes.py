@@ -82,26 +82,28 @@ WITHOUT_MODEL_NODES = {"nodes_glsl.py", "nodes_images.py", "nodes_replacements.p
 REFUSAL = ("remove it", "remove the node")
 
 
-def objection(name: str, theirs: dict[str, Any], ours: dict[str, Any], in_chunks: dict[str, Any]) -> str:
-    """What is wrong with a node on our model; "" if it is followed or refused."""
-    if "not_built" in theirs:
-        return "" if name in NOT_BUILT else f"is new here, and needs {theirs['not_built']}: give it, or say why not"
-    if "error" in theirs:
-        if "error" not in ours:
-            return f"fails on ComfyUI's own sampling ({theirs['sentence']}), and not on ours"
-        return "" if name in FAILS_ON_WAN else f"is new here, and fails on Wan: {theirs['sentence']}"
-    refusals = [result["sentence"] for result in (ours, in_chunks) if result.get("error") == "ValueError"]
+def objection(name: str, native: dict[str, Any], own: dict[str, Any], in_chunks: dict[str, Any]) -> str:
+    """Return what is wrong with a node on our model; "" if it is followed or refused."""
+    if "not_built" in native:
+        return "" if name in NOT_BUILT else f"is new here, and needs {native['not_built']}: give it, or say why not"
+    if "error" in native:
+        if "error" not in own:
+            return f"fails on ComfyUI's own sampling ({native['sentence']}), and not on ours"
+        return "" if name in FAILS_ON_WAN else f"is new here, and fails on Wan: {native['sentence']}"
+    refusals = [result["sentence"] for result in (own, in_chunks) if result.get("error") == "ValueError"]
     if len(refusals) == 2:
-        return "" if all(any(word in said for word in REFUSAL) for said in refusals) else f"fails: {refusals[0]}"
-    if "error" in ours or "error" in in_chunks:
-        return f"fails in {'chunks' if 'error' in in_chunks else 'one chunk'}: {ours} {in_chunks}"
+        return (
+            "" if all(any(word in sentence for word in REFUSAL) for sentence in refusals) else f"fails: {refusals[0]}"
+        )
+    if "error" in own or "error" in in_chunks:
+        return f"fails in {'chunks' if 'error' in in_chunks else 'one chunk'}: {own} {in_chunks}"
     if not math.isfinite(in_chunks["changed"]):
         return "gives NaN or Inf in chunks"
-    if name not in UNEQUAL and ours["apart"] > SAME:
-        return f"is {ours['apart']:.2g} from ComfyUI's own pass, which it changes by {theirs['changed']:.2g}"
+    if name not in UNEQUAL and own["apart"] > SAME:
+        return f"is {own['apart']:.2g} from ComfyUI's own pass, which it changes by {native['changed']:.2g}"
     if name in NO_EFFECT:
-        return "" if max(ours["changed"], in_chunks["changed"]) < SAME else "changes our video, and was not to"
-    if theirs["changed"] < CHANGED:
+        return "" if max(own["changed"], in_chunks["changed"]) < SAME else "changes our video, and was not to"
+    if native["changed"] < CHANGED:
         return "is new here, and changes nothing: give it other inputs, or say why"
     return "" if in_chunks["changed"] > CHANGED else "changes ComfyUI's video, and not ours in chunks"
 
@@ -110,18 +112,18 @@ def objection(name: str, theirs: dict[str, Any], ours: dict[str, Any], in_chunks
 def test_nodes_for_models_are_followed_or_refused(checkout: Checkout, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [checkout.python, Path(__file__).with_name("inside_nodes.py"), ROOT, tmp_path]
-    done = subprocess.run(
+    process = subprocess.run(
         command, cwd=checkout.path, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["afterwards"] == 0, "a node has changed the model for good"
-    assert found["plain"] < SAME
-    assert set(found["failed"]) <= WITHOUT_MODEL_NODES, done.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]
+    report = json.loads(process.stdout.splitlines()[-1])
+    assert report["afterwards"] == 0, "a node has changed the model for good"
+    assert report["plain"] < SAME
+    assert set(report["failed"]) <= WITHOUT_MODEL_NODES, process.stderr[-3000:]
     nothing: dict[str, Any] = {}
     objections = {
         name: objection(name, results["theirs"], results.get("ours", nothing), results.get("in_chunks", nothing))
-        for name, results in found["nodes"].items()
+        for name, results in report["nodes"].items()
     }
     assert len(objections) > 40
-    assert {name: said for name, said in objections.items() if said} == {}
+    assert {name: sentence for name, sentence in objections.items() if sentence} == {}

@@ -69,7 +69,7 @@ def test_files_of_the_wrong_kind_are_refused(server: Server) -> None:
 def test_a_taehv_that_does_not_say_whose_it_is_is_asked_about(server: Server) -> None:
     prompt = short_prompt(fresh_seed())
     silent = server.folder / "silent.safetensors"
-    save_file(load_file(BUNDLE / "taehv.safetensors"), silent)
+    save_file(load_file(BUNDLE / "taehv.safetensors"), silent)  # the tensors without the file's header
     prompt[TAEHV]["inputs"]["vae_name"] = put(server, silent, "vae_approx", "silent.safetensors")
     assert "does not say which latents it decodes" in failure(server.result(server.submit(prompt)))
     prompt[TAEHV]["inputs"]["latents"] = "wan2.1"
@@ -106,10 +106,12 @@ def test_lora_of_the_usual_names_changes_the_video_and_leaves_no_trace(server: S
     add(prompt, "lora", "LoraLoaderModelOnly", model=[MODEL, 0], lora_name="lora.safetensors", strength_model=1.0)
     assert (latents_of(server, prompt) - before).abs().mean() > 0.01
     assert "lora key not loaded" not in server.log()
+    # ComfyUI adds a LoRA to the weights themselves and takes it off again: not a bit may be left.
     assert torch.equal(latents_of(server, short_prompt(seed, chunk=EXPLICIT_CHUNK)), before)
 
 
 def test_hosts_own_sampler_runs_the_model(server: Server) -> None:
+    # Nine frames are one chunk: all that a causal model may denoise at once.
     prompt = tiny_prompt()
     add(prompt, "latent", "EmptyHunyuanLatentVideo", width=64, height=64, length=9, batch_size=1)
     add(prompt, "zero", "ConditioningZeroOut", conditioning=[TEXT, 0])

@@ -67,6 +67,7 @@ OUTPUTS = {
     "SelfForcingStreamToFile": ["LATENT", "STRING", "STRING"],
 }
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # a combo whose choice brings inputs of its own
+# Lists that offer the bundle's parts, which lie in the pack and not in ComfyUI's folders.
 LISTS = {
     "SelfForcingModelLoader": "unet_name",
     "SelfForcingTextEncode": "text_encoder",
@@ -107,18 +108,18 @@ def test_all_nodes_are_there_and_nothing_failed_to_import(server: Server) -> Non
 
 @pytest.mark.parametrize("node", INPUT_ORDER)
 def test_ids_inputs_and_outputs_stay_as_saved_workflows_know_them(server: Server, node: str) -> None:
-    found = schema(server, node)
-    order = {group: names for group, names in found["input_order"].items() if names and group != "hidden"}
+    declared = schema(server, node)
+    order = {group: names for group, names in declared["input_order"].items() if names and group != "hidden"}
     assert order == INPUT_ORDER[node]
-    assert found["output"] == OUTPUTS[node]
+    assert declared["output"] == OUTPUTS[node]
 
 
 @pytest.mark.parametrize("node", INPUT_ORDER)
 def test_every_input_and_output_explains_itself(server: Server, node: str) -> None:
-    found = schema(server, node)
-    assert all(options.get("tooltip") for _, options in inputs_of(found).values())
-    assert all(found["output_tooltips"])
-    assert found["description"]
+    declared = schema(server, node)
+    assert all(options.get("tooltip") for _, options in inputs_of(declared).values())
+    assert all(declared["output_tooltips"])
+    assert declared["description"]
 
 
 @pytest.mark.parametrize(("node", "name"), LISTS.items())
@@ -135,20 +136,20 @@ def test_workflows_are_listed_and_served_as_templates(server: Server) -> None:
 
 def _api_inputs(server: Server, node: dict[str, Any], links: dict[int, Any]) -> dict[str, Any]:
     """The inputs of a node of the UI format as a script would send them."""
-    found = inputs_of(schema(server, node["type"]))
+    declared = inputs_of(schema(server, node["type"]))
     linked = {entry["name"]: links[entry["link"]] for entry in node["inputs"] if entry["link"] is not None}
     values = list(node["widgets_values"])
     inputs: dict[str, Any] = {}
-    while found:
-        name = next(iter(found))
-        kind, options = found.pop(name)
+    while declared:
+        name = next(iter(declared))
+        kind, options = declared.pop(name)
         if not is_widget(kind, options):
             continue
         if not values:
             assert name in schema(server, node["type"])["input_order"]["optional"]
             continue
         inputs[name] = values.pop(0)
-        found = chosen_inputs(name, kind, options, inputs[name]) | found
+        declared = chosen_inputs(name, kind, options, inputs[name]) | declared
         if options.get("control_after_generate"):
             assert values.pop(0) in ("fixed", "increment", "decrement", "randomize")
         if options.get("image_upload"):
@@ -175,8 +176,8 @@ def test_slots_of_a_dragged_workflow_are_those_of_its_nodes(server: Server, path
     for node in json.loads(path.read_text())["nodes"]:
         if node["type"] == "MarkdownNote":
             continue
-        found = inputs_of(schema(server, node["type"]))
-        assert {entry["name"] for entry in node["inputs"]} <= set(found), node["type"]
+        declared = inputs_of(schema(server, node["type"]))
+        assert {entry["name"] for entry in node["inputs"]} <= set(declared), node["type"]
         assert [output["type"] for output in node["outputs"]] == schema(server, node["type"])["output"][
             : len(node["outputs"])
         ]

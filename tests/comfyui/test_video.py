@@ -31,7 +31,7 @@ from tests.comfyui.graphs import (
 from tests.comfyui.host_server import Refused, Server, failure
 from train.tiny.world import detect
 
-NUM_CHUNKS, NUM_STEPS, NUM_FRAMES = 3, 4, 33
+NUM_CHUNKS, NUM_STEPS, NUM_FRAMES = 3, 4, 33  # of workflows/api/tiny_t2v.json
 SCENES = [
     ("red", "square", "a red square moving left slowly on a black background"),
     ("green", "circle", "a green circle moving down slowly on a black background"),
@@ -44,8 +44,11 @@ def test_saved_video_shows_what_the_prompt_says(server: Server, colour: str, sha
     frames, fps = read_mp4(saved[0])
     assert frames.shape == (NUM_FRAMES, 3, 64, 64)
     assert fps == 16
-    found = detect(frames)
-    assert (found.colour, found.shape) == (colour, shape), (found.colours_V, found.shapes_V)  # of most frames
+    detection = detect(frames)
+    assert (detection.colour, detection.shape) == (colour, shape), (
+        detection.colours_V,
+        detection.shapes_V,
+    )  # of most frames
 
 
 def test_video_is_that_of_the_command_line(server: Server, tmp_path: Path) -> None:
@@ -101,13 +104,13 @@ def test_a_schedule_of_one_prompt_is_the_prompt_bitwise(server: Server) -> None:
 def test_progress_counts_network_calls_and_every_chunk_is_previewed(server: Server) -> None:
     with server.events() as events:
         server.submit(tiny_prompt(seed=fresh_seed()), events.client_id)
-        seen = events.until("execution_success", "execution_error")
-    assert seen[-1]["type"] == "execution_success"
-    counts = [e["data"] for e in seen if e["type"] == "progress" and e["data"]["node"] == SAMPLER]
-    calls = NUM_CHUNKS * (NUM_STEPS + 1) - 1
+        received = events.until("execution_success", "execution_error")
+    assert received[-1]["type"] == "execution_success"
+    counts = [e["data"] for e in received if e["type"] == "progress" and e["data"]["node"] == SAMPLER]
+    calls = NUM_CHUNKS * (NUM_STEPS + 1) - 1  # each chunk is also written into the cache, but for the last
     assert {count["max"] for count in counts} == {calls}
     assert counts[-1]["value"] == calls
-    assert sum(e["type"] == "binary" for e in seen) >= NUM_CHUNKS
+    assert sum(e["type"] == "binary" for e in received) >= NUM_CHUNKS
 
 
 def test_interrupted_run_leaves_the_next_one_as_if_it_had_never_been(server: Server) -> None:
@@ -115,6 +118,7 @@ def test_interrupted_run_leaves_the_next_one_as_if_it_had_never_been(server: Ser
     prompt = tiny_prompt(**sampler_inputs)
     with server.events() as events:
         prompt_id = server.submit(prompt, events.client_id)
+        # Pressed while it samples; loaders report progress as well.
         while events.until("progress")[-1]["data"]["node"] != SAMPLER:
             pass
         server.post("/interrupt")
@@ -138,19 +142,19 @@ def test_streamed_frames_are_those_that_decoding_the_latents_gives(server: Serve
     for name, source in (("stream", [SAMPLER, 1]), ("a", ["ours", 0]), ("b", ["native", 0])):
         add(prompt, "png_" + name, "SaveImage", images=source, filename_prefix=f"frames/{name}")
     saved = server.run(prompt)
-    stream, ours, native = (
+    stream, own, native = (
         torch.stack([pil_to_tensor(path) for path in saved["png_" + name]]) for name in ("stream", "a", "b")
     )
     assert stream.shape == (21, 64, 64, 3)
-    for decoded in (ours, native):
+    for decoded in (own, native):
         assert (decoded - stream).abs().max() <= 1
 
 
 def to_file(prompt: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """The workflow with Stream to File in place of its sampler and what follows."""
+    """Return the workflow with Stream to File in place of its sampler and what follows."""
     inputs = {**prompt[SAMPLER]["inputs"], "filename_prefix": "streamed/clip", "format": "mkv (lossless)", "fps": 16.0}
-    kept = {name: node for name, node in prompt.items() if name not in (SAMPLER, CREATE, SAVE)}
-    return {**kept, "file": {"class_type": "SelfForcingStreamToFile", "inputs": {**inputs, **more}}}
+    nodes = {name: node for name, node in prompt.items() if name not in (SAMPLER, CREATE, SAVE)}
+    return {**nodes, "file": {"class_type": "SelfForcingStreamToFile", "inputs": {**inputs, **more}}}
 
 
 def test_a_file_written_while_it_is_made_holds_the_same_frames(server: Server) -> None:
@@ -175,9 +179,9 @@ def test_every_video_of_a_batch_has_a_file_of_its_own(server: Server) -> None:
     for kind, ending in (("mkv (lossless)", ".mkv"), ("mp4 (H.264)", ".mp4")):
         paths = server.run(to_file(prompt, filename_prefix=f"batch{ending}/a", format=kind))["file"]
         assert [path.name for path in paths] == [f"a_00001_{ending}", f"a_00002_{ending}"]
-        one, other = map(read_video, paths)
-        assert one.shape == other.shape == (21, 3, 64, 64)
-        assert (one - other).abs().max() > 0.1
+        first, second = map(read_video, paths)
+        assert first.shape == second.shape == (21, 3, 64, 64)
+        assert (first - second).abs().max() > 0.1
 
 
 def test_a_stopped_file_plays_as_far_as_it_was_made(server: Server) -> None:
@@ -194,7 +198,7 @@ def test_a_stopped_file_plays_as_far_as_it_was_made(server: Server) -> None:
 
 
 def with_sound(server: Server, prompt: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """The workflow with a tone as the sound of its file."""
+    """Return the workflow with a tone as the sound of its file."""
     (server.folder / "input").mkdir(exist_ok=True)
     with av.open(str(server.folder / f"input/{seconds}.wav"), "w") as file:
         stream = file.add_stream("pcm_s16le", rate=16000)
@@ -210,7 +214,7 @@ def with_sound(server: Server, prompt: dict[str, Any], seconds: float) -> dict[s
 
 
 def loudness(path: Path) -> list[float]:
-    """The mean size of the samples of each packet of a file's sound."""
+    """Return the mean size of the samples of each packet of a file's sound."""
     with av.open(str(path)) as file:
         return [float(np.abs(frame.to_ndarray().astype(np.float64)).mean()) for frame in file.decode(audio=0)]
 
@@ -223,7 +227,7 @@ def test_every_format_of_the_list_is_written_and_sound_is_muxed_in(server: Serve
     seed, frames = fresh_seed(), {}
     for choice in choices:
         prompt = to_file(tiny_prompt(seed=seed, length=21), format=choice, filename_prefix="kinds/a", quality=-1)
-        is_silent = "loops" in choice
+        is_silent = "loops" in choice  # webp and gif are pictures, which have no sound
         (path,) = server.run(prompt if is_silent else with_sound(server, prompt, 5.0))["file"]
         if path.suffix == ".webp":
             with Image.open(path) as file:
@@ -232,10 +236,11 @@ def test_every_format_of_the_list_is_written_and_sound_is_muxed_in(server: Serve
         frames[choice] = read_video(path)
         assert "prompt" in {name.lower() for name in read_metadata(path)}
         if not is_silent:
+            # Encoders fade in, and the last packet is filled up with silence.
             assert min(loudness(path)[2:-1]) > 0.1 * max(loudness(path))
-    for choice, found in frames.items():
-        assert found.shape == (21, 3, 64, 64)
-        assert (found - frames["mkv (lossless)"]).abs().mean() < 0.03, choice
+    for choice, video in frames.items():
+        assert video.shape == (21, 3, 64, 64)
+        assert (video - frames["mkv (lossless)"]).abs().mean() < 0.03, choice
     assert "is cut at the video's end, 1.31 s" in server.log()
 
 
@@ -271,6 +276,7 @@ def test_a_stopped_file_has_its_sound_and_is_named(server: Server) -> None:
     (path,) = (server.folder / "output/loud").glob("*.mp4")
     count = len(read_video(path))
     assert 9 <= count < 417
+    # AAC has 1024 samples a packet; the sound of the frames that were made is there, but for one packet.
     assert len(loudness(path)) >= count / 16 * 16000 / 1024 - 1
     assert f"a_00001_.mp4 holds the {count} frames made so far" in server.log()
 
@@ -282,7 +288,7 @@ def test_streaming_to_a_file_needs_a_decoder(server: Server) -> None:
 
 
 def pil_to_tensor(path: Path) -> torch.Tensor:
-    """Pixels 0 to 255, [H, W, R]."""
+    """Return pixels 0 to 255, [H, W, R]."""
     return torch.from_numpy(np.array(Image.open(path).convert("RGB"), dtype=np.int16))
 
 
@@ -348,7 +354,7 @@ def test_shipped_tiny_workflows_show_what_they_say(server: Server, name: str, le
     (saved,) = (files for files in server.run(prompt).values() if files)
     frames, fps = read_mp4(saved[0])
     assert (len(frames), fps) == (length, 16)
-    found = detect(frames)
+    detection = detect(frames)
     first, last = colours.split()
-    assert (found.colours_V[0], found.colours_V[-1]) == (first, last)
-    assert sum(shape == "square" for shape in found.shapes_V) > length / 2
+    assert (detection.colours_V[0], detection.colours_V[-1]) == (first, last)
+    assert sum(shape == "square" for shape in detection.shapes_V) > length / 2

@@ -32,11 +32,12 @@ FILES = {  # models of other kinds: the plain one's layers, and what only they h
 
 @pytest.fixture(scope="module")
 def shelves(stocked: Server) -> Server:
-    """The stocked server with files of models that are not supported."""
+    """Return the stocked server with files of models that are not supported."""
     folder = stocked.folder / "models/diffusion_models"
     for name, (config, more) in FILES.items():
         shapes = {key: torch.zeros(shape) for key, shape in more.items()}
         save_file({**random_weights(config), **shapes}, folder / f"{name}.safetensors")
+    # The 5B model has latents of 48 channels, of another VAE, and is told by them alone.
     wide = {**random_weights(T2V), "patch_embedding.weight": torch.zeros(T2V.dim, 48, 1, 2, 2)}
     wide |= {"head.head.weight": torch.zeros(192, T2V.dim), "head.head.bias": torch.zeros(192)}
     save_file(wide, folder / "5b.safetensors")
@@ -45,7 +46,7 @@ def shelves(stocked: Server) -> Server:
 
 # ------------------------------------------------------------------ wirings --
 def streamed(**sampler: Any) -> Prompt:
-    """The streaming workflow at a small size, to its LATENT."""
+    """Return the streaming workflow at a small size, to its LATENT."""
     prompt = causal_prompt()
     prompt[SAMPLER]["inputs"].update(sampler)
     add(prompt, "save", "SaveLatent", samples=[SAMPLER, 0], filename_prefix="x")
@@ -160,6 +161,7 @@ def patched(name: str) -> Prompt:
 
 def encoded_by_another_vae(vae: str) -> Prompt:
     prompt = streamed(latent_image=["start", 2])
+    # ComfyUI's "pixel_space" is a VAE that does nothing, and needs no file.
     add(prompt, "vae", *(("VAELoader",) if vae == "pixel_space" else ("SelfForcingTAEHVLoader",)), vae_name=vae)
     add(prompt, "picture", "LoadImage", image="example.png")
     size = {"width": SIDE, "height": SIDE, "length": 25, "batch_size": 1}
@@ -211,6 +213,7 @@ WRONG: tuple[tuple[Callable[[], Prompt], str], ...] = (
 @pytest.mark.parametrize("case", range(len(WRONG)))
 def test_a_wrong_wiring_ends_in_its_sentence_before_the_model_is_loaded(shelves: Server, case: int) -> None:
     build, sentence = WRONG[case]
+    # A real model takes a minute to load: whoever has wired it wrongly is to hear of it before.
     before = shelves.log().count(LOADED)
     assert sentence in failure(shelves.result(shelves.submit(build())))
     assert shelves.log().count(LOADED) == before
@@ -232,24 +235,24 @@ def test_decoders_refuse_what_comes_from_a_model_of_another_space(shelves: Serve
     """Also behind ComfyUI's own sampling node, which makes the LATENT itself."""
     prompt = small(shipped("t2v_1.3b_native"))
     prompt["4"]["inputs"]["vae_name"] = TINY
-    given = {"vae" if node == "VAEDecode" else "taehv": ["4", 0]}
-    add(prompt, "20", node, samples=["14", 0], **given)
+    decoder_input = {"vae" if node == "VAEDecode" else "taehv": ["4", 0]}
+    add(prompt, "20", node, samples=["14", 0], **decoder_input)
     assert "latents of tiny, but these are those of wan2.1" in failure(shelves.result(shelves.submit(prompt)))
 
 
 # ------------------------------------------------------------------ forgiving --
 def shown(server: Server, prompt: Prompt) -> str:
-    """What nodes show in words while a prompt runs."""
+    """Return what nodes show in words while a prompt runs."""
     add(prompt, "save", "SaveLatent", samples=[SAMPLER, 0], filename_prefix="latents/shown")
     with server.events() as events:
         server.submit(prompt, events.client_id)
-        seen = events.until("execution_success", "execution_error")
-    assert seen[-1]["type"] == "execution_success", seen[-1]["data"]
-    return "\n".join(event["data"]["text"] for event in seen if event["type"] == "text")
+        received = events.until("execution_success", "execution_error")
+    assert received[-1]["type"] == "execution_success", received[-1]["data"]
+    return "\n".join(event["data"]["text"] for event in received if event["type"] == "text")
 
 
 @pytest.mark.parametrize(
-    ("given", "said", "latent_frames", "sides"),
+    ("inputs", "sentence", "latent_frames", "sides"),
     [
         ({"length": 37, "width": 79, "height": 70}, "length 37 is rounded to 33", 9, (64, 64)),
         ({"length": 2}, "length 2 is rounded to 9", 3, (64, 64)),
@@ -258,11 +261,11 @@ def shown(server: Server, prompt: Prompt) -> str:
     ],
 )
 def test_sizes_are_rounded_and_the_node_says_so(
-    server: Server, given: dict[str, int], said: str, latent_frames: int, sides: tuple[int, int]
+    server: Server, inputs: dict[str, int], sentence: str, latent_frames: int, sides: tuple[int, int]
 ) -> None:
-    assert said in shown(server, tiny_prompt(seed=fresh_seed(), **given))
-    made = latents_of(server, tiny_prompt(seed=fresh_seed(), **given))
-    assert made.shape[2:] == (latent_frames, sides[0] // 8, sides[1] // 8)
+    assert sentence in shown(server, tiny_prompt(seed=fresh_seed(), **inputs))
+    latents = latents_of(server, tiny_prompt(seed=fresh_seed(), **inputs))
+    assert latents.shape[2:] == (latent_frames, sides[0] // 8, sides[1] // 8)
 
 
 def test_lengths_from_elsewhere_are_rounded_too(shelves: Server) -> None:
@@ -294,9 +297,9 @@ def test_image_to_video_takes_any_length(shelves: Server) -> None:
         vae=["vae", 0],
         start_image=["picture", 0],
     )
-    said = shown(shelves, prompt)
-    assert "length 33 is rounded to 25: whole chunks (1 and then 3 latent frames" in said
-    assert "width 71 is rounded to 64" in said
+    sentence = shown(shelves, prompt)
+    assert "length 33 is rounded to 25: whole chunks (1 and then 3 latent frames" in sentence
+    assert "width 71 is rounded to 64" in sentence
     assert latents_of(shelves, prompt).shape[2] == 7
 
 
@@ -315,11 +318,11 @@ def test_a_model_of_unknown_kind_is_said_in_the_node(shelves: Server) -> None:
 
 
 def test_the_first_choice_of_a_new_loader_is_a_real_file_where_there_is_one(shelves: Server) -> None:
-    for node, name, wanted in (
+    for node, name, expected in (
         ("SelfForcingModelLoader", "unet_name", "self_forcing_dmd.pt"),
         ("SelfForcingTAEHVLoader", "vae_name", DECODER),
         ("SelfForcingTextEncode", "text_encoder", "wide"),
     ):
         options = shelves.get(f"/object_info/{node}")[node]["input"]["required"][name][1]["options"]
-        assert options[0] in (wanted, "mine"), "of this server's other tests"
+        assert options[0] in (expected, "mine"), "of this server's other tests"
         assert options[-1] == TINY

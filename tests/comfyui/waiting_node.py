@@ -6,6 +6,7 @@ from typing import Any
 from comfy.model_management import throw_exception_if_processing_interrupted
 
 
+# Of the older kind, which every version of ComfyUI takes without a package of its own.
 class WaitForInterrupt:
     RETURN_TYPES = ()
     FUNCTION = "wait"
@@ -18,6 +19,7 @@ class WaitForInterrupt:
 
     def wait(self, name: str) -> None:
         while True:
+            # ComfyUI's queue runs one prompt at a time: whatever comes after this one is looked at, and waits.
             throw_exception_if_processing_interrupted()
             time.sleep(0.05)
 

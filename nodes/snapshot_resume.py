@@ -52,6 +52,7 @@ class SelfForcingSnapshot(io.ComfyNode):
         folder, name, counter, _, _ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory()
         )
+        # 0.3.64 reads no number in front of two endings (00001.state.safetensors) and would count to 1 each time.
         names = {path.name for path in Path(folder).glob(f"{name}_*{SUFFIX}")}
         while f"{name}_{counter:05}{SUFFIX}" in names:
             counter += 1
@@ -74,6 +75,7 @@ class SelfForcingResume(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "state_name",
+                    # As the page has it when it is loaded: R refreshes the list, as for models.
                     options=folders.snapshot_choices(SUFFIX),
                     tooltip="A saved state of the output folder, or of the input folder.",
                 )
@@ -87,4 +89,5 @@ class SelfForcingResume(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, state_name: str = "", **_: object) -> str:
+        # A file that was written anew under its name is loaded anew.
         return folders.fingerprint(folders.snapshot_file(state_name)) if state_name else ""

@@ -14,7 +14,7 @@ from comfy_api.latest import io
 
 from ..selfforcing_core.text import TextEncoder
 from . import folders, host
-from .prompts import READER, with_words
+from .guider_prompts import READER, with_words
 
 log = logging.getLogger(__name__)
 SMALL = 2**30  # bytes of a folder's weights: up to here, as the bundled encoder, they are kept in float32
@@ -30,6 +30,7 @@ class _Loaded:
 def _load(folder: Path, fingerprint: str) -> _Loaded:
     """Load an encoder; the last stays in memory under ComfyUI's management: a new prompt does not read it again."""
     device, offload = memory.text_encoder_device(), memory.text_encoder_offload_device()
+    # One encoder only: full-size ones take 11 GB in 16 bits.
     encoder = TextEncoder.from_folder(folder, dtype=_dtype(folder, device))
     # ComfyUI writes `device` on what it manages, which transformers forbids on its models: hence the wrapping.
     return _Loaded(encoder, host.patcher_of(torch.nn.Sequential(encoder.model), device, offload, dynamic=False))
@@ -55,7 +56,7 @@ class TextReader:
     def __call__(self, text: str) -> list[Any]:
         folder = folders.text_encoder_folder(self.text_encoder)
         loaded = _load(folder, folders.fingerprint(folder))
-        host.load([loaded.patcher], whole=True)
+        host.load([loaded.patcher], whole=True)  # its layers are transformers', which ComfyUI cannot cast one by one
         return with_words(text, [[host.to_graph(loaded.encoder.encode([text])), {READER: self}]])
 
 

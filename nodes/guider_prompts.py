@@ -19,8 +19,11 @@ from ..selfforcing_core.history import PromptChange
 from ..selfforcing_core.prompt_schedule import Entry, start_frames
 
 UNKNOWN_PAST = "the state that this run goes on from does not hold what was written into the cache"
+# Options beside the embeddings travel with them through ComfyUI's nodes, which copy what they do not know.
 READER = "selfforcing_reader"  # entry of a CONDITIONING's options: text to CONDITIONING, as this one was made
 WORDS = "selfforcing_words"  # entry of a CONDITIONING's options: the text, and the embeddings that were made of it
+# With an area, a mask or a range of steps ComfyUI evaluates a prompt for some pixels or steps alone, which would leave
+# holes in its cache; a ControlNet acts on the whole video between the layers.
 REFUSED = {  # what a prompt may carry for other samplers, and where it comes from
     "area": "Conditioning (Set Area)",
     "mask": "Conditioning (Set Mask)",
@@ -66,6 +69,7 @@ class ClipReader:
     clip: Any
 
     def __call__(self, text: str) -> list[Any]:
+        # As CLIP Text Encode does it, weights in brackets and all.
         return with_words(text, self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text)))
 
 
@@ -107,7 +111,7 @@ def timeline_of(positive: list[Any], lengths: Sequence[int]) -> Timeline:
 
 def _text_of(embeddings: Any, options: dict[str, Any]) -> str:
     """Return the text of embeddings that are still those it was read into."""
-    text, source = options.get(WORDS, ("", None))
+    text, source = options.get(WORDS, ("", None))  # a node that changes embeddings makes another tensor
     return text if source is embeddings else ""
 
 
@@ -116,9 +120,11 @@ def text_in_graph(prompt: Any, node: str) -> str:
 
     prompt: the graph as ComfyUI queued it. Nodes on the way are passed by their own input of that name.
     """
+    # As many steps as there are nodes: a graph that somebody sends may go in a circle.
     for _ in range(len(prompt) if isinstance(prompt, dict) else 0):
         entry = prompt.get(node, {})
         link = entry.get("inputs", {}).get("positive")
+        # By habit a node's first output is its positive prompt; of any other nothing can be said.
         if not isinstance(link, list) or link[1] != 0:
             break
         node = str(link[0])
@@ -195,6 +201,7 @@ def conditionings_of(guider: Any) -> list[GuiderConditioning]:
 
     Once a later prompt's time has come it is the only positive one, whatever it carries.
     """
+    # Guiders name their prompts as they like; "positive" is what CFGGuider and BasicGuider call the one to be followed.
     conditionings = {name: _at_first(each) for name, each in guider.conds.items() if each}
     needs_all = getattr(guider, "model_options", {}).get("disable_cfg1_optimization", False)
     if getattr(guider, "cfg", None) == 1 and "positive" in conditionings and not needs_all:
@@ -235,6 +242,7 @@ def check_conditionings(conditionings: Sequence[GuiderConditioning], config: Wan
                 f"the prompt comes from {REFUSED[option]}, which does not go with generating chunk by chunk"
             )
         _check_image(conditioning, config)
+        # ComfyUI's name for embeddings once it has prepared them for the network, padded and on its device.
         prepared = conditioning["model_conds"].get("c_crossattn")
         text = conditioning.get("cross_attn") if prepared is None else prepared.cond
         if text is not None:
@@ -249,6 +257,7 @@ def _check_image(conditioning: GuiderConditioning, config: WanConfig) -> None:
             f"the prompt comes from {FOREIGN[foreign]}, whose {foreign} this model does not read; connect the prompt "
             "itself, without that node"
         )
+    # Image-to-video models have 36 input channels: 16 of noise, 4 of the mask, 16 of the picture's latents.
     reads_images, has_image = config.in_dim > config.out_dim, conditioning.get(IMAGE) is not None
     if reads_images and not has_image:
         raise ValueError(
@@ -264,7 +273,7 @@ def _check_image(conditioning: GuiderConditioning, config: WanConfig) -> None:
 
 
 def _check_text(text: Any, config: WanConfig) -> None:
-    rows, width = text.shape[1:]
+    rows, width = text.shape[1:]  # Wan's encoder gives 512 rows; what lies behind the prompt is zero
     if width != config.text_dim:
         raise ValueError(
             f"the prompt's embeddings are {width} wide, but this model reads {config.text_dim}; "
@@ -307,15 +316,15 @@ class GuiderTimeline:
         """Put the prompts that hold from this frame on into the guider; to the rollout all of them look alike."""
         scheduled = self._scheduled(start_frame)
         if self.typed is not None:
-            with self.network.kept_loaded():
-                reading = self.typed.read_prompt(
+            with self.network.kept_loaded():  # reading it brings in the text encoder
+                typed_prompt = self.typed.read_prompt(
                     lambda conditioning: _check_text(conditioning[0][0], self.network.config)
                 )
-            if reading is not None:
-                typed_conditioning, history = reading
+            if typed_prompt is not None:
+                conditioning, history = typed_prompt
                 history = self._possible(history, start_frame)
                 self.typed.took_prompt(start_frame, history)
-                embeddings = typed_conditioning[0][0]
+                embeddings = conditioning[0][0]
                 current = self.network.guider.conds["positive"]
                 return self._change([_with_text(each, embeddings) for each in current], history, start_frame)
         if scheduled is not None:
@@ -326,10 +335,10 @@ class GuiderTimeline:
     def _scheduled(self, start_frame: int) -> tuple[list[GuiderConditioning], str] | None:
         """Return the prompt whose time has come, or came in frames that this run did not make, and its history."""
         due = sorted(frame for frame in self.at_frame if frame <= start_frame)
-        passed = [(frame, *self.at_frame.pop(frame)) for frame in due]
-        if not passed:
+        due_prompts = [(frame, *self.at_frame.pop(frame)) for frame in due]
+        if not due_prompts:
             return None
-        frame, start, conditionings = passed[-1]
+        frame, start, conditionings = due_prompts[-1]  # of several, as after resuming, only the last still holds
         return conditionings, "keep" if frame < self.resumed_at else start.history  # the past was made under it
 
     def _possible(self, history: str, start_frame: int) -> str:
@@ -352,5 +361,6 @@ class GuiderTimeline:
 
 def _with_text(conditioning: GuiderConditioning, text: Any) -> GuiderConditioning:
     """Return the same prompt, its image and all, with other words."""
+    # A UUID of its own: by it the causal pass tells which cache is meant, and whether its text is still the same.
     inputs = {**conditioning["model_conds"], "c_crossattn": comfy.conds.CONDRegular(text)}
     return {**conditioning, "cross_attn": text, "model_conds": inputs, "uuid": uuid.uuid4()}

@@ -9,8 +9,8 @@ from comfy_api.latest import io
 
 from ..selfforcing_core.prompt_schedule import HISTORIES, Entry, parse_schedule, schedule_note
 from . import folders, host, page
-from .prompts import READER, ClipReader, PromptStart, Reader, SeedStart
-from .text import TextReader
+from .guider_prompts import READER, ClipReader, PromptStart, Reader, SeedStart
+from .text_encode import TextReader
 
 
 class SelfForcingPromptSchedule(io.ComfyNode):
@@ -77,7 +77,7 @@ class SelfForcingPromptSchedule(io.ComfyNode):
     ) -> io.NodeOutput:
         if clip is None and not text_encoder:
             raise ValueError("there is nothing to read the prompts with; connect clip, or choose a text_encoder")
-        read: Reader = TextReader(text_encoder) if clip is None else ClipReader(clip)  # type: ignore[arg-type]
+        reader: Reader = TextReader(text_encoder) if clip is None else ClipReader(clip)  # type: ignore[arg-type]
         entries, note = parse_schedule(text), schedule_note(text)
         if note is not None:
             page.show_text(note)
@@ -85,13 +85,15 @@ class SelfForcingPromptSchedule(io.ComfyNode):
             page.show_text(
                 f"times are read at the {entries[0].fps:g} fps that the text says; the widget's {fps:g} are not used"
             )
-        fps = entries[0].fps or fps
+        fps = entries[0].fps or fps  # the text was written down for a video of its own, and repeats that one
         conditioning = []
+        # One CONDITIONING with several entries, as Conditioning (Combine) makes one: each holds from its own time on.
+        # An entry without words changes the seed alone and needs no embeddings.
         for entry in entries:
             if entry.prompt or entry is entries[0]:
-                carried = _carried(entry, entries, history, fps)
+                times = _times(entry, entries, history, fps)
                 conditioning += [
-                    [embeddings, {**options, READER: read, **carried}] for embeddings, options in read(entry.prompt)
+                    [embeddings, {**options, READER: reader, **times}] for embeddings, options in reader(entry.prompt)
                 ]
         return io.NodeOutput(conditioning)
 
@@ -100,7 +102,7 @@ class SelfForcingPromptSchedule(io.ComfyNode):
         return folders.fingerprint(folders.text_encoder_folder(text_encoder)) if text_encoder else ""
 
 
-def _carried(entry: Entry, entries: Sequence[Entry], history: str, fps: float) -> dict[str, Any]:
+def _times(entry: Entry, entries: Sequence[Entry], history: str, fps: float) -> dict[str, Any]:
     """Return when a prompt holds; the first also carries the seeds of all entries."""
     if entry is not entries[0]:
         return {PromptStart.KEY: PromptStart(entry.seconds, fps, entry.history or history)}
