@@ -72,9 +72,13 @@ def test_what_a_writer_raises_names_the_file_and_the_cause(error: Exception, wor
 
 @pytest.mark.parametrize(
     "error",
-    [RuntimeError("CUDA out of memory"), ValueError("frames are odd"), KeyboardInterrupt(),
-     FileNotFoundError(errno.ENOENT, "No such file or directory", "/another/model.safetensors")],
-)  # fmt: skip
+    [
+        RuntimeError("CUDA out of memory"),
+        ValueError("frames are odd"),
+        KeyboardInterrupt(),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "/another/model.safetensors"),
+    ],
+)
 def test_other_errors_pass_as_they_are(error: BaseException, tmp_path: Path) -> None:
     with pytest.raises(type(error)) as thrown, replacing(tmp_path / "a.bin"):
         raise error

@@ -87,9 +87,13 @@ def test_image_to_video_needs_pictures(
 
 @pytest.mark.parametrize("more", ["max_latent_frames=8", "sample_frames=6"])
 def test_image_to_video_students_make_clips_of_one_length(
-    settings: list[str], encoders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch, more: str,
-) -> None:  # fmt: skip
+    settings: list[str],
+    encoders: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    more: str,
+) -> None:
     """Said before any network is loaded, for a run by the student's file and for a plan by its size."""
     monkeypatch.setattr(dmd, "build", lambda *_: pytest.fail("networks are loaded"))
     network = write_network(tmp_path / "i2v.safetensors", 0, in_dim=36, model_type="i2v")

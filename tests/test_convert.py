@@ -41,10 +41,14 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
-        (".safetensors", WAN), (".safetensors", I2V), ("", WAN), ("", I2V),
-        (".pt", WAN), (".pt", replace(I2V, num_heads=1)),  # it has no header: its heads are those of width / 128
+        (".safetensors", WAN),
+        (".safetensors", I2V),
+        ("", WAN),
+        ("", I2V),
+        (".pt", WAN),
+        (".pt", replace(I2V, num_heads=1)),  # it has no header: its heads are those of width / 128
     ],
-)  # fmt: skip
+)
 def test_every_output_reads_back_as_the_same_network(
     tmp_path: Path, dialect: str, kind: str, config: WanConfig
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,15 @@ PLUS: dict[str, Any] = {
     "data_type": "text_folder", "data_path": "prompts/accvideo/", "log_iters": 200,
 }  # fmt: skip
 PLUS_I2V = {
-    **PLUS, "i2v": True, "guidance_scale": 6.0, "text_encoder_cpu_offload": True, "data_path": "/data/output_lmdb/",
-    "image_encoder_fsdp_wrap_strategy": "size", "log_iters": 100,
+    **PLUS,
+    "i2v": True,
+    "guidance_scale": 6.0,
+    "text_encoder_cpu_offload": True,
+    "data_path": "/data/output_lmdb/",
+    "image_encoder_fsdp_wrap_strategy": "size",
+    "log_iters": 100,
     **dict.fromkeys(("real_name", "fake_name", "generator_name"), "Wan2.1-I2V-14B-480P"),
-}  # fmt: skip
+}
 CAUSVID: dict[str, Any] = {
     **WRAPS, **WANDB, "model_name": "wan", "generator_name": "causal_wan", "generator_ckpt": "ode_003000/model.pt",
     "generator_grad": {"model": True}, "real_score_grad": {"model": False}, "fake_score_grad": {"model": True},
@@ -62,20 +68,32 @@ CAUSVID: dict[str, Any] = {
     "warp_denoising_step": False,
 }  # fmt: skip
 PUBLISHED = {
-    "self_forcing_dmd": DMD, "self_forcing_sid": SID, "self_forcing_14b_dmd": PLUS,
-    "self_forcing_14b_i2v_dmd": PLUS_I2V, "causvid": CAUSVID,
-}  # fmt: skip
-SHARED = ("seed", "mixed_precision", "lr", "beta1", "beta2", "batch_size", "log_iters", "gradient_checkpointing",
-          "num_frame_per_block", "model_kwargs", "generator_ckpt")  # fmt: skip
+    "self_forcing_dmd": DMD,
+    "self_forcing_sid": SID,
+    "self_forcing_14b_dmd": PLUS,
+    "self_forcing_14b_i2v_dmd": PLUS_I2V,
+    "causvid": CAUSVID,
+}
+SHARED = (
+    *("seed", "mixed_precision", "lr", "beta1", "beta2", "batch_size", "log_iters", "gradient_checkpointing"),
+    *("num_frame_per_block", "model_kwargs", "generator_ckpt"),
+)
 CAUSAL_ODE = {
-    **{key: DMD[key] for key in SHARED}, "generator_grad": {"model": True}, "generator_task": "causal_video",
-    "denoising_step_list": [1000, 750, 500, 250], "warp_denoising_step": True, "trainer": "ode",
+    **{key: DMD[key] for key in SHARED},
+    "generator_grad": {"model": True},
+    "generator_task": "causal_video",
+    "denoising_step_list": [1000, 750, 500, 250],
+    "warp_denoising_step": True,
+    "trainer": "ode",
     "data_path": "dataset/ODE6KCausal_chunkwise",
-}  # fmt: skip
+}
 CAUSAL_TF = {
     **{key: value for key, value in DMD.items() if key not in ("generator_ckpt", "denoising_step_list")},
-    "trainer": "diffusion", "teacher_forcing": True, "data_path": "dataset/clean_data", "ema_start_step": 2000000000,
-}  # fmt: skip
+    "trainer": "diffusion",
+    "teacher_forcing": True,
+    "data_path": "dataset/clean_data",
+    "ema_start_step": 2000000000,
+}
 
 
 def ours(theirs: dict[str, Any], *ignored: str) -> Any:
@@ -85,6 +103,17 @@ def ours(theirs: dict[str, Any], *ignored: str) -> Any:
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), found.ours))
 
 
+# Another value of each type of setting.
+OTHERS: dict[type, Callable[[Any], Any]] = {
+    bool: lambda value: not value,
+    int: lambda _: 7,
+    float: lambda _: 7,
+    list: lambda _: [7.0],
+    dict: lambda _: {"x": 1},
+    str: lambda _: "another",
+}
+
+
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_every_published_key_is_translated_a_named_no_op_or_refused(name: str) -> None:
     """With the defaults beneath: each is either named as unused with its reason, or changing it has an effect."""
@@ -92,11 +121,8 @@ def test_every_published_key_is_translated_a_named_no_op_or_refused(name: str) -
     found = translate(theirs)
     unused = {key for keys in found.unused.values() for key in keys}
     assert {"wandb_key", "generator_fsdp_wrap_strategy"} <= unused
-    others = {True: False, False: True}
     for key, value in theirs.items():
-        other = others[value] if isinstance(value, bool) else [7.0] if isinstance(value, list) else (
-            {"x": 1} if isinstance(value, dict) else 7 if isinstance(value, (int, float)) else "another"
-        )  # fmt: skip
+        other = OTHERS[type(value)](value)
         if key in NO_OPS and NO_OPS[key][1] is import_config.ANY:
             assert key in unused
             continue
@@ -207,14 +233,18 @@ def test_pictures_come_from_a_database() -> None:
         ({"ema_weight": 0.0}, {"ema_start": import_config.NEVER}),
         ({"sharding_strategy": "no_shard"}, {"shard_group": 1}),
         ({"distribution_loss": "sid", "sid_alpha": 0.5}, {"score": "sid", "sid_alpha": 0.5}),
-        ({"model_kwargs": {"timestep_shift": 3.0, "local_attn_size": 9, "sink_size": 3}},
-         {"shift": 3.0, "window": 9, "sink": 3}),
+        (
+            {"model_kwargs": {"timestep_shift": 3.0, "local_attn_size": 9, "sink_size": 3}},
+            {"shift": 3.0, "window": 9, "sink": 3},
+        ),
         ({"model_kwargs": {"model_name": "Wan2.1-T2V-14B"}}, {"student": "checkpoints/ode_init.pt", "size": "t2v-14b"}),
-        ({"trainer": "gan", "gen_lr": 1e-6, "critic_lr": 3e-6, "data_path": "clips", "r1_weight": 2.0},
-         {"score": "gan", "lr": 1e-6, "lr_critic": 3e-6, "data": "clips", "gan_r1": 2.0}),
+        (
+            {"trainer": "gan", "gen_lr": 1e-6, "critic_lr": 3e-6, "data_path": "clips", "r1_weight": 2.0},
+            {"score": "gan", "lr": 1e-6, "lr_critic": 3e-6, "data": "clips", "gan_r1": 2.0},
+        ),
         ({"gen_lr": 1.0}, {"lr": 2e-6}),
     ],
-)  # fmt: skip
+)
 def test_keys_that_change_the_method_are_translated(theirs: dict[str, Any], expected: dict[str, Any]) -> None:
     found = ours({**DMD, **theirs})
     assert {key: getattr(found, key) for key in expected} == expected

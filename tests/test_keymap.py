@@ -41,9 +41,13 @@ def test_diffusers_names_are_those_of_its_own_class(preset: str) -> None:
     image = {"image_dim": 1280, "added_kv_proj_dim": config.dim} if config.model_type == "i2v" else {}
     with torch.device("meta"):
         theirs = WanTransformer3DModel(
-            num_attention_heads=config.num_heads, attention_head_dim=config.head_dim, in_channels=config.in_dim,
-            ffn_dim=config.ffn_dim, num_layers=config.num_layers, **image,
-        )  # fmt: skip
+            num_attention_heads=config.num_heads,
+            attention_head_dim=config.head_dim,
+            in_channels=config.in_dim,
+            ffn_dim=config.ffn_dim,
+            num_layers=config.num_layers,
+            **image,
+        )
     expected = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
     assert {from_wan(name, "diffusers"): shape for name, shape in wan_shapes(config).items()} == expected
 
@@ -142,7 +146,7 @@ def test_released_networks_are_understood_in_every_dialect(network: str, dialect
     }
 
 
-def test_layout_of_the_released_taehv() -> None:
+def test_a_taehv_has_the_released_shapes_by_default() -> None:
     shapes = recorded_shapes("taehv_wan2.1")
     assert taehv_config(shapes) == TAEHVConfig()
     assert mismatch(taehv_shapes(TAEHVConfig()), shapes) is None

@@ -81,11 +81,20 @@ def test_what_is_refused_at_the_start_is_what_is_declared_as_too_old() -> None:
 @pytest.mark.parametrize(
     ("installed", "is_refused"),
     [
-        ("2.4.1", True), ("2.5.1", False), ("2.5.1.0", False), ("2.5", True), ("2.13.0+cpu", False), ("10", False),
-        ("2.9.0.dev20251001+cu130", False), ("2.4.0a0+git12ab", True), ("2.5.1rc1", False), ("unknown", False),
-        ("", False), ("None", False),
+        ("2.4.1", True),
+        ("2.5.1", False),
+        ("2.5.1.0", False),
+        ("2.5", True),
+        ("2.13.0+cpu", False),
+        ("10", False),
+        ("2.9.0.dev20251001+cu130", False),
+        ("2.4.0a0+git12ab", True),
+        ("2.5.1rc1", False),
+        ("unknown", False),
+        ("", False),
+        ("None", False),
     ],
-)  # fmt: skip
+)
 def test_only_an_older_release_is_refused(monkeypatch: pytest.MonkeyPatch, installed: str, is_refused: bool) -> None:
     """Nightly and local builds count as their release; what does not say its version is not judged."""
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(__version__=installed or None))
@@ -129,14 +138,16 @@ except Exception as error:  # as ComfyUI does
 """
 STARTS = {
     "selfforcing: torch 2.4.1 is older than 2.6, which the command line needs": (
-        "torch==2.4.1", "-m", "selfforcing_core", "inspect", "no-such-file",
+        *("torch==2.4.1", "-m", "selfforcing_core", "inspect", "no-such-file"),
     ),
     "train: torch 2.7.1 is older than 2.8, which training needs": ("torch==2.7.1", "-m", "train.dmd", "config=tiny"),
     "train: lmdb 1.3 is older than 1.4, which training needs": ("lmdb==1.3", "-m", "train.plan"),
     "Error while calling comfy_entrypoint: torch 2.4.1 is older than 2.6, which the nodes of Self Forcing need": (
-        "torch==2.4.1", "-c", PACK,
+        "torch==2.4.1",
+        "-c",
+        PACK,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("sentence", STARTS)

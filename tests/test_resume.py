@@ -253,8 +253,11 @@ def machines(arguments: list[list[str]], folders: list[Path], code: str = "") ->
     programs = []
     for rank, (words, folder) in enumerate(zip(arguments, folders)):
         environment = {
-            "RANK": str(rank), "WORLD_SIZE": str(len(arguments)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        }  # fmt: skip
+            "RANK": str(rank),
+            "WORLD_SIZE": str(len(arguments)),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         folder.mkdir(exist_ok=True)
         programs.append(Program("train.dmd", words, folder, environment, code))
     with TemporaryDirectory() as outputs:

@@ -132,13 +132,21 @@ def test_a_tokenizer_inside_that_cannot_be_read_says_which_file_is_needed(
 
 def test_a_sentencepiece_model_inside_the_file_tokenises_as_sentencepiece(tmp_path: Path) -> None:
     sentencepiece = pytest.importorskip("sentencepiece", reason="the package sentencepiece is not installed")
-    lines = [" ".join(random.Random(seed).choices(["red", "blue", "square", "circle", "moving"], k=9))
-             for seed in range(300)]  # fmt: skip
+    lines = [
+        " ".join(random.Random(seed).choices(["red", "blue", "square", "circle", "moving"], k=9)) for seed in range(300)
+    ]
     (tmp_path / "lines.txt").write_text("\n".join(lines))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "lines.txt"), model_prefix=str(tmp_path / "m"), vocab_size=40, hard_vocab_limit=False,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
-    )  # fmt: skip
+        input=str(tmp_path / "lines.txt"),
+        model_prefix=str(tmp_path / "m"),
+        vocab_size=40,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
     data = (tmp_path / "m.model").read_bytes()
     found = text_module._tokenizer_from_bytes(data, tmp_path)
     wanted = sentencepiece.SentencePieceProcessor(model_proto=data, add_eos=True)

@@ -158,7 +158,9 @@ def test_a_better_quality_is_a_larger_file_and_the_default_is_one_of_them(tmp_pa
         ("a.gif", {"has_sound": True}, "gif has no sound; leave the audio out"),
     ],
 )
-def test_what_does_not_go_together_is_refused(tmp_path: Path, name: str, options: dict[str, Any], words: str) -> None:
+def test_codec_quality_and_rate_that_do_not_fit_a_file_are_refused(
+    tmp_path: Path, name: str, options: dict[str, Any], words: str
+) -> None:
     asked = {"codec": None, "quality": None, "fps": 16, **options}
     with pytest.raises(ValueError) as refusal:
         check_video(tmp_path / name, **asked)
@@ -238,10 +240,16 @@ def test_samples_are_heard_from_the_first_frame_to_the_end_of_the_video(
         assert np.abs(samples[count + 2048 : round(1.2 * RATE)]).max() < 0.01
 
 
-@pytest.mark.parametrize(("source", "codec", "ending", "kept"), [
-    ("a.wav", "pcm_s16le", ".mp4", "aac"), ("a.wav", "pcm_s16le", ".mov", "pcm_s16le"),
-    ("a.mp3", "libmp3lame", ".mp4", "mp3"), ("a.flac", "flac", ".mkv", "flac"), ("a.m4a", "aac", ".mp4", "aac"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("source", "codec", "ending", "kept"),
+    [
+        ("a.wav", "pcm_s16le", ".mp4", "aac"),
+        ("a.wav", "pcm_s16le", ".mov", "pcm_s16le"),
+        ("a.mp3", "libmp3lame", ".mp4", "mp3"),
+        ("a.flac", "flac", ".mkv", "flac"),
+        ("a.m4a", "aac", ".mp4", "aac"),
+    ],
+)
 def test_a_sound_file_is_muxed_in(tmp_path: Path, source: str, codec: str, ending: str, kept: str) -> None:
     given = tone(3)
     with av.open(str(tmp_path / source), "w") as file:
@@ -292,8 +300,9 @@ def packets(path: Path) -> list[tuple[Any, ...]]:
         demuxed: Any = file.demux()
         found = [
             (packet.stream_index, float(packet.pts * packet.time_base), packet.is_keyframe, bytes(packet))
-            for packet in demuxed if packet.size
-        ]  # fmt: skip
+            for packet in demuxed
+            if packet.size
+        ]
         is_pcm = [stream.type == "audio" and stream.codec_context.name.startswith("pcm") for stream in file.streams]
     pcm = b"".join(data for index, *_, data in found if is_pcm[index])  # which readers cut as they like
     return [*sorted(each for each in found if not is_pcm[each[0]]), (pcm,)]
@@ -307,9 +316,14 @@ def test_entries_are_added_to_a_finished_file_and_no_packet_changes(
     """Also what the file says of its pictures, their rate and their colours."""
     sound = tone(0.9) if FORMATS[codec].sound else None
     path = written(
-        tmp_path / f"a{ending}", moving_gradient(20, 96, 64), grows=grows, codec=codec, sound=sound, fps=12,
+        tmp_path / f"a{ending}",
+        moving_gradient(20, 96, 64),
+        grows=grows,
+        codec=codec,
+        sound=sound,
+        fps=12,
         metadata={"prompt": {"1": "\u00e4"}, "comment": "b: c"},
-    )  # fmt: skip
+    )
     before, said, frames = packets(path), about(path), frames_of(path)
     retag(path, {"selfforcing_schedule": "0s: a\n3s: \u00fc", "comment": "new"})
     retag(path, {"further": [1]})
@@ -331,9 +345,9 @@ def about(path: Path) -> Any:
     with av.open(str(path)) as file:
         context = file.streams.video[0].codec_context
         return (
-            file.streams.video[0].average_rate, context.name, context.codec_tag, context.colorspace,
-            context.color_range, context.pix_fmt, context.width, context.height, context.extradata,
-        )  # fmt: skip
+            *(file.streams.video[0].average_rate, context.name, context.codec_tag, context.extradata),
+            *(context.colorspace, context.color_range, context.pix_fmt, context.width, context.height),
+        )
 
 
 def test_a_file_that_cannot_be_retagged_stays_as_it_is(tmp_path: Path) -> None:

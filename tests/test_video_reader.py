@@ -203,7 +203,7 @@ def test_every_display_matrix_turns_the_picture_upright(
     assert [note for note in findings.in_words() if "colours" not in note] == [], "upright is nothing to be warned of"
 
 
-def test_a_slant_is_said(tmp_path: Path) -> None:
+def test_a_turn_by_no_right_angle_is_said(tmp_path: Path) -> None:
     path = make(tmp_path / "a.mp4", constant(16, 3))
     lie(path, (0.8, 0.6, -0.6, 0.8))
     assert "slant" in " ".join(VideoReader(path, 16).survey().in_words())
@@ -217,8 +217,18 @@ def test_oblong_pixels_become_square(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------ colours --
-SWATCHES = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (128, 128, 128), (20, 200, 90),
-            (240, 200, 160), (90, 40, 10), (10, 60, 120)]  # fmt: skip
+SWATCHES = [
+    (255, 0, 0),
+    (0, 255, 0),
+    (0, 0, 255),
+    (255, 255, 255),
+    (0, 0, 0),
+    (128, 128, 128),
+    (20, 200, 90),
+    (240, 200, 160),
+    (90, 40, 10),
+    (10, 60, 120),
+]
 
 
 @pytest.mark.parametrize("ending", ["mp4", "mov", "mkv"])
@@ -310,8 +320,9 @@ def test_ten_bits_grey_and_odd_sizes_are_read(tmp_path: Path) -> None:
 def test_transparency_is_over_white_as_in_pictures(tmp_path: Path) -> None:
     half = np.zeros((16, 32, 4), np.uint8)
     half[:, 16:] = (255, 0, 0, 255)
-    path = make(tmp_path / "a.mkv", constant(16, 2), codec="ffv1", pixels="bgra", pictures=[half] * 2,
-                picture_format="rgba")  # fmt: skip
+    path = make(
+        tmp_path / "a.mkv", constant(16, 2), codec="ffv1", pixels="bgra", pictures=[half] * 2, picture_format="rgba"
+    )
     frame = VideoReader(path, 16).frames()[0]
     assert frame[:, 8, 4].tolist() == [1, 1, 1]
     assert frame[:, 8, 28].tolist() == [1, 0, 0]

@@ -39,9 +39,10 @@ def test_the_note_comes_first_and_every_other_node_stands_in_one_titled_group(gr
     for node in nodes:
         (left, top), (width, height) = node["pos"], node["size"]
         inside = [
-            group for group in graph["groups"]
+            group
+            for group in graph["groups"]
             if _is_inside([left, top - TITLE, width, height + TITLE], group["bounding"])
-        ]  # fmt: skip
+        ]
         assert len(inside) == 1, node["type"]
 
 
