@@ -20,6 +20,7 @@ FIRST = ("plan", "train", "learning", "lora", "resume", "make_data", "conditions
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bring the files in that order; within each, tests keep theirs."""
     rank = {f"test_{name}": number for number, name in enumerate(FIRST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(FIRST)))
 
