@@ -43,9 +43,10 @@ demo: setup
 
 # The tests against a real ComfyUI need its checkouts and its packages: .ci/run starts them. Each worker begins with its
 # share of the files in their order, so that most of what a file's tests share is made once, and helps out when it is
-# done. One thread each, for there are as many workers as cores; at most four, for each takes a GB.
+# done; tests/conftest.py puts the longest files first. One thread each, for there are as many workers as cores; at most
+# four, for each takes a GB. Our own files are compiled once for all processes, also where CI forbids it.
 test: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest --ignore=tests/comfyui \
+	env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(PY) -m pytest --ignore=tests/comfyui \
 	  --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 lint: setup

@@ -14,6 +14,17 @@ settings.register_profile("reproducible", derandomize=True, deadline=None, max_e
 settings.load_profile("reproducible")
 
 
+# Files of several processes or many seconds, the longest first, so that none of them is begun when everything else is
+# done. Those that fork from tests.forks stand together: they fall to one worker, whose server (seconds) serves all.
+FIRST = ("plan", "train", "learning", "lora", "resume", "make_data", "conditions", "export", "losses", "generate")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bring the files in that order; within each, tests keep theirs."""
+    rank = {f"test_{name}": number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(FIRST)))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """A table of the golden fixtures that ran: fixture x outcome."""
     prefix = "test_matches_recorded_numbers["

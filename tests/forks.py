@@ -7,10 +7,12 @@ that what is forked from it is as fresh as a new interpreter.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import runpy
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,11 +25,13 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-# what the stages import, when they are imported and when they begin
+# what the stages import, when they are imported and when they begin; and the estimate, whose processes come from the
+# same server: only the list counts that was set before its first process
 PRELOADED = [
     "pytest",
     "tests.training",
     "train.dry_supply",
+    "train.footprint",
     "train.dmd",
     "train.diffusion",
     "train.ode",
@@ -65,25 +69,42 @@ def ranks(module: str, arguments: Sequence[str], folder: Path, count: int) -> tu
     return [Program(module, arguments, folder, {**shared, **each}) for each in own], store
 
 
+def start(program: Program, log: Path) -> BaseProcess:
+    """Start a program, which prints into `log`; the caller waits for it and ends it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **program.environment}
+    process = _context().Process(target=_main, args=(program, environment, log))
+    process.start()
+    return process
+
+
+def start_server() -> None:
+    """Start the process that later ones are forked from, before the estimate of memory starts it with less in it."""
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        from multiprocessing import forkserver  # there is none on Windows
+
+        _context()
+        forkserver.ensure_running()
+
+
+def _context() -> BaseContext:
+    if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 def finish(programs: Sequence[Program], outputs: Path, timeout: float) -> tuple[list[int], list[str]]:
     """Run programs at the same time; return their exit statuses and what each printed, errors included.
 
     outputs: a folder for what they print. Raises TimeoutError after `timeout` seconds; no process outlives the call.
     """
-    if "forkserver" in multiprocessing.get_all_start_methods():
-        context: BaseContext = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-    else:  # Windows
-        context = multiprocessing.get_context("spawn")
     logs = [outputs / f"output-{number}.txt" for number in range(len(programs))]
     processes: list[BaseProcess] = []
     end = time.monotonic() + timeout
     try:
         for program, log in zip(programs, logs):
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", **program.environment}
-            process = context.Process(target=_main, args=(program, environment, log))
-            process.start()
-            processes.append(process)
+            processes.append(start(program, log))
         for process in processes:
             process.join(max(0.0, end - time.monotonic()))
             if process.exitcode is None:
@@ -107,4 +128,10 @@ def _main(program: Program, environment: Mapping[str, str], log: Path) -> None:
     exec(program.code, {})
     sys.argv = [program.module, *program.arguments]
     sys.modules.pop(program.module, None)  # run_module warns where what it runs is imported already
-    runpy.run_module(program.module, run_name="__main__")
+    # Multiprocessing ends a process without what atexit has to do, which in an interpreter of its own may print, fail
+    # or hang. The rest of an interpreter's end takes a second: it is left to what tests.training.launch starts.
+    try:
+        runpy.run_module(program.module, run_name="__main__")
+    finally:
+        threading._shutdown()
+        atexit._run_exitfuncs()

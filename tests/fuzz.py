@@ -109,11 +109,11 @@ class TextFuzzer:
     def launch_line(self) -> str | None:
         """Anything at all, as arguments and as a file: settings, or one line that says why not."""
         names = [*to_dict(DmdArgs()), "config", self.text(2)]
-        words = [
-            self.random.choice([f"{self.random.choice(names)}={self.random.choice([*JUNK, *NUMBERS, self.text()])}",
-                                self.random.choice(["--logdir", "--no_save", "--", "--wandb-save-dir", self.text(3)])])
-            for _ in range(3)
-        ]  # fmt: skip
+        words = []
+        for _ in range(3):
+            setting = f"{self.random.choice(names)}={self.random.choice([*JUNK, *NUMBERS, self.text()])}"
+            option = self.random.choice(["--logdir", "--no_save", "--", "--wandb-save-dir", self.text(3)])
+            words.append(self.random.choice([setting, option]))
         file = self.folder / "ours.yaml"
         file.write_text("".join(f"{self.random.choice(names)}: {self.text()}\n" for _ in range(2)), "utf-8", "replace")
         for line in (words, [f"config={file}"]):
@@ -226,8 +226,8 @@ class Fuzzer:
         path = self.folder / self.random.choice(["x.safetensors", "x.pt", "x"])
         path.write_bytes(self.damaged())
         out = str(self.folder / "out.safetensors")
-        video = ["generate", "--prompt", "a", "--out", str(self.folder / "out.mp4"), "--model", str(path),
-                 "--taehv", "tiny", "--text-encoder", "tiny"]  # fmt: skip
+        models = ["--model", str(path), "--taehv", "tiny", "--text-encoder", "tiny"]
+        video = ["generate", "--prompt", "a", "--out", str(self.folder / "out.mp4"), *models]
         return self.random.choice([["inspect", str(path)], ["convert", str(path), out], video])
 
     # ---------------------------------------------------------- argument lines --

@@ -42,8 +42,12 @@ class MediaFuzzer:
         self.folder, self.random = folder, chooser
         self.answers: Counter[str] = Counter()
         self.kinds: list[Callable[[], str | None]] = [
-            *[self.video] * 6, *[self.image] * 6, *[self.sound] * 3, *[self.rate] * 2, *[self.command] * 1
-        ]  # fmt: skip
+            *[self.video] * 6,
+            *[self.image] * 6,
+            *[self.sound] * 3,
+            *[self.rate] * 2,
+            *[self.command] * 1,
+        ]
         with tempfile.TemporaryDirectory() as other:
             self.videos = dict(self._videos(Path(other)))
         self.images = {f"{mode} {name}": data for mode in MODES for name, data in self._images(mode)}

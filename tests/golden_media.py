@@ -51,15 +51,21 @@ def clip_shapes(sizes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     width, hidden = sizes["dim"], sizes["dim"] * sizes["mlp_ratio"]
     patches = (sizes["image_size"] // sizes["patch_size"]) ** 2
     shapes: dict[str, tuple[int, ...]] = {
-        "cls_embedding": (1, 1, width), "pos_embedding": (1, patches + 1, width), "head": (width, sizes["out_dim"]),
+        "cls_embedding": (1, 1, width),
+        "pos_embedding": (1, patches + 1, width),
+        "head": (width, sizes["out_dim"]),
         "patch_embedding.weight": (width, 3, sizes["patch_size"], sizes["patch_size"]),
-    }  # fmt: skip
+    }
     for norm in ("pre_norm", "post_norm"):
         shapes |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
     layers = {
-        "norm1": (width,), "attn.to_qkv": (3 * width, width), "attn.proj": (width, width), "norm2": (width,),
-        "mlp.0": (hidden, width), "mlp.2": (width, hidden),
-    }  # fmt: skip
+        "norm1": (width,),
+        "attn.to_qkv": (3 * width, width),
+        "attn.proj": (width, width),
+        "norm2": (width,),
+        "mlp.0": (hidden, width),
+        "mlp.2": (width, hidden),
+    }
     for index in range(sizes["num_layers"]):
         for name, shape in layers.items():
             shapes |= {f"transformer.{index}.{name}.weight": shape, f"transformer.{index}.{name}.bias": shape[:1]}

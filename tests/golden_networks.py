@@ -29,9 +29,7 @@ def check_forward(fixture: Fixture) -> None:
     model, given = fixture.wan(), _conditioning(fixture)
     noisy = fixture["noisy"]
     timesteps = fixture["timestep"][:, None].expand(-1, noisy.shape[1])
-    flow = model(
-        noisy, timesteps, given.prompt_embeds_BPE, image_BTCHW=given.image_BTCHW, clip_BIY=given.clip_BIY
-    )  # fmt: skip
+    flow = model(noisy, timesteps, given.prompt_embeds_BPE, image_BTCHW=given.image_BTCHW, clip_BIY=given.clip_BIY)
     fixture.check("flow", flow)
     flow.square().mean().backward()
     _check_gradients(fixture, "", model)
@@ -104,10 +102,13 @@ def check_train_forward(fixture: Fixture) -> None:
         mask_TT = make_mask(lengths, window=settings["local_attn_size"])
         fixture.check(f"{case}.frame_mask", mask_TT)
         flow = model(
-            noisy, fixture[f"{case}.timestep"], fixture["prompt_embeds"], mask_TT=mask_TT,
+            noisy,
+            fixture[f"{case}.timestep"],
+            fixture["prompt_embeds"],
+            mask_TT=mask_TT,
             clean_BTCHW=fixture["clean"] if forced else None,
             clean_timesteps_BT=fixture.tensors.get(f"{case}.aug_timestep"),
-        )  # fmt: skip
+        )
         fixture.check(f"{case}.flow", flow)
         flow.square().mean().backward()
         _check_gradients(fixture, f"{case}.", model)

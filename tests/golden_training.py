@@ -85,9 +85,10 @@ def _score_draw(fixture: Fixture, prefix: str = "") -> ScoreDraw:
     bounds = 0.0, 1000.0
     if "timestep_from_to" in fixture.tensors and (recorded := fixture["timestep_from_to"].tolist()) != [-1, -1]:
         steps = StepConfig(
-            tuple(map(float, training["denoising_step_list"])), fixture.meta["scheduler_shift"]["generator"],
+            tuple(map(float, training["denoising_step_list"])),
+            fixture.meta["scheduler_shift"]["generator"],
             training["warp_denoising_step"],
-        )  # fmt: skip
+        )
         exit_step = fixture["exit_steps"].tolist()[0]
         found = score_bounds(steps, exit_step, is_floored=True, is_capped=True)
         assert [round(bound, 6) for bound in reversed(found)] == recorded
@@ -103,9 +104,7 @@ def _sample(fixture: Fixture, student: Student, *, with_gradient: bool, prefix: 
     noise, exits = _draws(fixture, student, prefix)
     shape: tuple[int, int, int, int] = tuple(fixture[f"{prefix}noise"].shape[1:])  # type: ignore[assignment]
     condition = _condition(fixture, "prompt_embeds")
-    return student.sample(
-        condition, noise=noise, latent_shape=shape, exit_steps=exits, with_gradient=with_gradient
-    )  # fmt: skip
+    return student.sample(condition, noise=noise, latent_shape=shape, exit_steps=exits, with_gradient=with_gradient)
 
 
 def _check_norms(fixture: Fixture, network: nn.Module, name: str, listed: str) -> None:
@@ -201,9 +200,10 @@ def check_bidirectional(fixture: Fixture) -> None:
 
 def _causal(training: dict[str, Any]) -> CausalConfig:
     return CausalConfig(
-        training["num_frame_per_block"], training["local_attn_size"],
+        training["num_frame_per_block"],
+        training["local_attn_size"],
         independent_first_frame=training["independent_first_frame"],
-    )  # fmt: skip
+    )
 
 
 @torch.enable_grad()

@@ -4,7 +4,7 @@
 
 Each time the run is started with the same command and killed (SIGKILL) at a random moment, often in the middle of a
 save; in the end it is left alone. Its weights, average, optimisers and log must equal those of a run that nobody
-disturbed, bit by bit. The run is forked from this process, which has loaded all that it imports once.
+disturbed, bit-exactly. The run is forked from this process, which has loaded all that it imports once.
 """
 
 from __future__ import annotations

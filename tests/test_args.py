@@ -73,12 +73,26 @@ def test_a_runs_own_file_gives_back_every_setting(
 @pytest.mark.parametrize(
     ("written", "text"),
     [
-        ("007", "007"), ("1e5", "1e5"), ("null", "null"), ("true", "true"), ("No", "No"), ("~/runs", "~/runs"),
-        ("", ""), ("0x10", "0x10"), ("1:30", "1:30"), ("${lr}", "${lr}"), ("$HOME/a", "$HOME/a"), ("a:b#c", "a:b#c"),
-        ("'a # b'", "a # b"), ('"a\\tb"', "a\tb"), ("2024-01-01", "2024-01-01"), ("a  # a comment", "a"),
-        ("\u732b", "\u732b"), ("C:\\runs\\a", "C:\\runs\\a"),
+        ("007", "007"),
+        ("1e5", "1e5"),
+        ("null", "null"),
+        ("true", "true"),
+        ("No", "No"),
+        ("~/runs", "~/runs"),
+        ("", ""),
+        ("0x10", "0x10"),
+        ("1:30", "1:30"),
+        ("${lr}", "${lr}"),
+        ("$HOME/a", "$HOME/a"),
+        ("a:b#c", "a:b#c"),
+        ("'a # b'", "a # b"),
+        ('"a\\tb"', "a\tb"),
+        ("2024-01-01", "2024-01-01"),
+        ("a  # a comment", "a"),
+        ("\u732b", "\u732b"),
+        ("C:\\runs\\a", "C:\\runs\\a"),
     ],
-)  # fmt: skip
+)
 def test_a_files_text_is_as_it_is_written(written: str, text: str, tmp_path: Path) -> None:
     """A comment is YAML's own; what is no scalar has to stand in quotes."""
     file = tmp_path / "ours.yaml"
@@ -146,8 +160,8 @@ def test_what_is_wrong_with_a_file_is_said(content: str | bytes, words: str, tmp
 
 # ----------------------------------------------------------------- numbers --
 def test_numbers_lists_and_switches_keep_their_forms() -> None:
-    words = ["seed=0x10", "max_steps=1_000", "lr=1e-6", "lr_critic=4E-7", "max_loss=.inf", "window=-1", "shift=5",
-             "steps=[1000, 750,5e2]", "resume=no", "wandb=1", "gan_time=True", "tensorboard=off"]  # fmt: skip
+    numbers = ["seed=0x10", "max_steps=1_000", "lr=1e-6", "lr_critic=4E-7", "max_loss=.inf", "window=-1", "shift=5"]
+    words = [*numbers, "steps=[1000, 750,5e2]", "resume=no", "wandb=1", "gan_time=True", "tensorboard=off"]
     args = parse(DmdArgs, words)
     assert (args.seed, args.max_steps, args.lr, args.lr_critic) == (16, 1000, 1e-6, 4e-7)
     assert (args.max_loss, args.window, args.shift, args.steps) == (float("inf"), -1, 5.0, [1000.0, 750.0, 500.0])

@@ -128,7 +128,9 @@ def tensors(queries: int, keys: int, dtype: torch.dtype, *, batch: int = 2, seed
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 5), (12, 40), (64, 130)])
 @pytest.mark.parametrize("is_masked", [False, True])
 @pytest.mark.parametrize("name", ["math", "flash", "measured"])
-def test_every_kernel_is_the_default(name: str, dtype: torch.dtype, queries: int, keys: int, is_masked: bool) -> None:
+def test_every_kernel_gives_what_the_default_gives(
+    name: str, dtype: torch.dtype, queries: int, keys: int, is_masked: bool
+) -> None:
     q, k, v = tensors(queries, keys, dtype)
     mask = torch.arange(keys) <= torch.arange(queries)[:, None] if is_masked else None
     with torch.no_grad():
@@ -254,7 +256,7 @@ def test_nothing_is_read_back_once_every_shape_was_measured(cache_dtype: torch.d
     assert len(first + rest) == 6
 
 
-def test_measuring_and_compiled_blocks_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_blocks_with_measured_kernels_make_the_same_video(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention to the cache is measured; that to the text lies in the compiled part, which torch decides about."""
     model, called = random_wan(dtype=torch.float32), spy(monkeypatch)
     expected = torch.cat([chunk.latents_BTCHW for chunk in video(model)], 1)

@@ -214,9 +214,12 @@ def test_bad_input_is_one_line_and_writes_nothing(
     ],
 )
 def test_what_ends_in_the_middle_leaves_whole_files_and_one_line(
-    random_models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    random_models: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     error: BaseException,
-) -> None:  # fmt: skip
+) -> None:
     """The second video of a file of prompts fails in its second chunk."""
     (tmp_path / "p.txt").write_text("a\nb\n", encoding="utf-8")
     forward, starts = CausalWan.forward, []

@@ -387,7 +387,7 @@ def test_image_to_video_students_are_sampled(
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
-def test_device_and_type_are_the_runs(
+def test_sampling_takes_device_and_type_of_the_run(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def asked(run_device: str, run_dtype: str, has_cuda: bool, **more: Any) -> tuple[str, str]:
@@ -455,10 +455,8 @@ def test_a_decoder_of_an_unknown_latent_space_is_asked_about(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By train.sample and by a run that makes videos, each with its own setting to say it with."""
-    decoder, config = (
-        TAEHVConfig(encoder_width=8, decoder_widths=(8, 8, 8, 8)),
-        WanConfig(dim=32, ffn_dim=32, num_heads=1, num_layers=1, freq_dim=16),
-    )
+    decoder = TAEHVConfig(encoder_width=8, decoder_widths=(8, 8, 8, 8))
+    config = WanConfig(dim=32, ffn_dim=32, num_heads=1, num_layers=1, freq_dim=16)
     save_checkpoint(tmp_path / "taehv.safetensors", TAEHV(decoder).state_dict(), decoder)
     weights = CausalWan(config).state_dict()
     save_checkpoint(tmp_path / "wan.safetensors", weights, config)

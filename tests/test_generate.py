@@ -430,7 +430,7 @@ def test_torchrun_splits_a_prompt_file(
         (["--prompt", "a", "--samples", "2", "--out", "x", "--frames", "34"], "34 frames"),
     ],
 )
-def test_what_does_not_go_together_is_said(
+def test_options_that_contradict_each_other_are_refused(
     options: list[str],
     more: list[str],
     words: str,
@@ -444,7 +444,7 @@ def test_what_does_not_go_together_is_said(
 
 
 # ---------------------------------------------------------- how it computes --
-def test_the_vae_decodes_too(
+def test_the_vae_decodes_on_request(
     options: list[str], models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ["--prompt", "a", "--frames", "21", "--vae", str(models / "vae.safetensors"), "--decoder", "vae"]

@@ -88,17 +88,29 @@ class Recorder:
     def __call__(self, x: Tensor, timesteps: Tensor, embeds: Tensor, **kwargs: Any) -> Tensor:
         flow = self.model(x, timesteps, embeds, **kwargs)
         cache = kwargs["cache"]
-        self.calls.append({"start": kwargs["start_frame"], "noisy": x, "timestep": timesteps, "flow": flow,
-                           "cache": ordered(cache, 0), "end": cache.end_frame, "cross": cache.cross[0]})  # fmt: skip
+        self.calls.append(
+            {
+                "start": kwargs["start_frame"],
+                "noisy": x,
+                "timestep": timesteps,
+                "flow": flow,
+                "cache": ordered(cache, 0),
+                "end": cache.end_frame,
+                "cross": cache.cross[0],
+            }
+        )
         return flow
 
 
 def check_rollout(fixture: Fixture) -> None:
     pipeline = fixture.meta["pipeline"]
     causal = CausalConfig(
-        pipeline["num_frame_per_block"], pipeline["local_attn_size"], pipeline["sink_size"],
-        pipeline["independent_first_frame"], pipeline["context_noise"],
-    )  # fmt: skip
+        pipeline["num_frame_per_block"],
+        pipeline["local_attn_size"],
+        pipeline["sink_size"],
+        pipeline["independent_first_frame"],
+        pipeline["context_noise"],
+    )
     listed = tuple(map(float, pipeline["denoising_step_list"]))
     steps = StepConfig(listed, pipeline["timestep_shift"], pipeline["warp_denoising_step"], "table")
     fixture.check("denoising_steps", torch.tensor(FlowSchedule(steps).timesteps), atol=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,17 +148,8 @@ PUBLISHED = {
     "causvid": CAUSVID,
 }
 SHARED = (
-    "seed",
-    "mixed_precision",
-    "lr",
-    "beta1",
-    "beta2",
-    "batch_size",
-    "log_iters",
-    "gradient_checkpointing",
-    "num_frame_per_block",
-    "model_kwargs",
-    "generator_ckpt",
+    *("seed", "mixed_precision", "lr", "beta1", "beta2", "batch_size", "log_iters", "gradient_checkpointing"),
+    *("num_frame_per_block", "model_kwargs", "generator_ckpt"),
 )
 CAUSAL_ODE = {
     **{key: DMD[key] for key in SHARED},
@@ -184,6 +176,17 @@ def ours(theirs: dict[str, Any], *ignored: str) -> Any:
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), found.settings))
 
 
+# Another value of each type of setting.
+OTHERS: dict[type, Callable[[Any], Any]] = {
+    bool: lambda value: not value,
+    int: lambda _: 7,
+    float: lambda _: 7,
+    list: lambda _: [7.0],
+    dict: lambda _: {"x": 1},
+    str: lambda _: "another",
+}
+
+
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_every_published_key_is_translated_a_named_no_op_or_refused(name: str) -> None:
     """With the defaults beneath: each is either named as unused with its reason, or changing it has an effect."""
@@ -191,15 +194,8 @@ def test_every_published_key_is_translated_a_named_no_op_or_refused(name: str) -
     found = translate(theirs)
     unused = {key for keys in found.unused.values() for key in keys}
     assert {"wandb_key", "generator_fsdp_wrap_strategy"} <= unused
-    others = {True: False, False: True}
     for key, value in theirs.items():
-        other = (
-            others[value]
-            if isinstance(value, bool)
-            else [7.0]
-            if isinstance(value, list)
-            else ({"x": 1} if isinstance(value, dict) else 7 if isinstance(value, (int, float)) else "another")
-        )
+        other = OTHERS[type(value)](value)
         if key in NO_OPS and NO_OPS[key][1] is ANY:
             assert key in unused
             continue

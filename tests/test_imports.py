@@ -104,13 +104,11 @@ def test_no_import_goes_in_a_circle() -> None:
 
 
 # Files of nodes/ that declare nodes; every other one is machinery between ComfyUI and the core.
-NODE_FILES = {
-    f"nodes/{name}.py"
-    for name in (
-        "custom_sampling", "decode", "extension", "image_to_video", "loader", "sampler", "scheduled_prompts",
-        "snapshot_resume", "stream_to_file", "text_encode",
-    )
-}  # fmt: skip
+NODE_NAMES = (
+    *("custom_sampling", "decode", "extension", "image_to_video", "loader", "sampler", "scheduled_prompts"),
+    *("snapshot_resume", "stream_to_file", "text_encode"),
+)
+NODE_FILES = {f"nodes/{name}.py" for name in NODE_NAMES}
 
 
 def test_machinery_imports_no_node() -> None:
@@ -187,6 +185,20 @@ def test_source_is_ascii(path: str) -> None:
     assert (ROOT / path).read_bytes().isascii(), "hosts print source and logs on cp1252 consoles"
 
 
+STARTED = """
+import sys
+import train.check_data, train.diffusion, train.dmd, train.export, train.import_config, train.make_latents
+import train.make_lmdb, train.ode, train.plan, train.sample, train.trajectories
+print(*(name for name in ("torch._dynamo", "transformers", "diffusers") if name in sys.modules))
+"""
+
+
+def test_commands_of_training_start_without_the_compiler_and_the_text_encoder() -> None:
+    """Each takes a second or more to import, which `--help` and a refusal need not wait for."""
+    done = subprocess.run([sys.executable, "-c", STARTED], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr[-2000:]
+
+
 BARE = """
 import importlib.abc, sys
 import torch, torch._dynamo, einops, safetensors.torch
@@ -210,8 +222,9 @@ assert len(time_chunks(selfforcing_core.model.CausalWan(NARROW), Case(NARROW, 2,
 
 def test_the_rollout_and_its_benchmarks_run_on_torch_safetensors_and_einops_alone() -> None:
     """So that they can be measured on a machine that has nothing else."""
-    absent = {"PIL", "av", "diffusers", "ftfy", "huggingface_hub", "lmdb", "numpy", "omegaconf", "regex", "rich",
-              "sentencepiece", "tokenizers", "tqdm", "transformers"}  # fmt: skip
+    media = {"PIL", "av", "numpy"}
+    text = {"ftfy", "regex", "sentencepiece", "tokenizers", "transformers"}
+    absent = {*media, *text, "diffusers", "huggingface_hub", "lmdb", "omegaconf", "rich", "tqdm"}
     command = [sys.executable, "-c", BARE, ",".join(absent)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -146,7 +146,7 @@ def test_released_networks_are_understood_in_every_dialect(network: str, dialect
     }
 
 
-def test_layout_of_the_released_taehv() -> None:
+def test_a_taehv_has_the_released_shapes_by_default() -> None:
     shapes = recorded_shapes("taehv_wan2.1")
     assert taehv_config(shapes) == TAEHVConfig()
     assert mismatch(taehv_shapes(TAEHVConfig()), shapes) is None

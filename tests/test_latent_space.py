@@ -53,7 +53,7 @@ def test_lighttaew2_1_is_known_by_its_name_and_not_taken_for_scaled_latents(tmp_
     assert read_checkpoint(wan22).latent_space == "wan2.2"
 
 
-def test_undecided_asks_and_a_wrong_one_is_refused() -> None:
+def test_an_unknown_latent_space_is_asked_about_and_another_refused() -> None:
     expect_latent_space("wan2.1", TAEHVConfig(), "wan2.1", "m.pth")
     with pytest.raises(ValueError, match=r"does not say .* \(wan2.1 or hunyuanvideo or .* say so"):
         expect_latent_space(None, TAEHVConfig(), "wan2.1", "m.pth")

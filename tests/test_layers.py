@@ -45,7 +45,7 @@ def test_the_network_computes_what_it_computes_of_torchs_own_layers() -> None:
     assert torch.equal(video(ours, 8, causal), video(torchs, 8, causal))
 
 
-def test_its_gradients_are_theirs() -> None:
+def test_gradients_are_those_of_torchs_own_layers() -> None:
     noisy, timesteps, text = torch.randn(1, 3, *FRAME).double(), torch.full((1, 3), 700.0), random_text()
     gradients = []
     for model in (random_wan(), of_torchs_own_layers()):

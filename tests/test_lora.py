@@ -47,7 +47,7 @@ def evaluate(network: object) -> torch.Tensor:
     return network(noisy, torch.full((1, 2), 500.0), random_text().prompt_embeds_BPE)  # type: ignore[operator]
 
 
-def test_adapters_at_their_start_and_switched_off_are_the_base_bitwise() -> None:
+def test_adapters_at_their_start_and_switched_off_are_bit_exact_with_the_base() -> None:
     expected = evaluate(random_wan())
     _, views = adapted(is_random=False)
     assert all(torch.equal(evaluate(view), expected) for view in views.values())
@@ -119,7 +119,7 @@ def test_numbers_do_not_depend_on_processes(settings: list[str], whole: Path, tm
         assert found == pytest.approx(expected, rel=1e-10, abs=1e-10)
 
 
-def test_a_run_goes_on_bit_by_bit(settings: list[str], whole: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_bit_exactly(settings: list[str], whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "halves"
     for steps in (2, 4):
         assert main([*settings, "micro_batch=6", f"max_steps={steps}", f"logdir={folder}"]) == 0

@@ -38,10 +38,10 @@ def test_videos_become_latents_and_a_database(
     videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     options = [
-        "--input_video_folder", str(videos), "--prompt_folder", str(videos / "prompts"),
-        "--output_latent_folder", str(tmp_path / "latents"), "--vae", str(videos / "vae.safetensors"),
-        "--width", "48", "--height", "32", "--frames", "9",
-    ]  # fmt: skip
+        *("--input_video_folder", str(videos), "--prompt_folder", str(videos / "prompts")),
+        *("--output_latent_folder", str(tmp_path / "latents"), "--vae", str(videos / "vae.safetensors")),
+        *("--width", "48", "--height", "32", "--frames", "9"),
+    ]
     assert make_latents.main(options) == 0
     assert json.loads(capsys.readouterr().out) == {"written": 2, "there": 0, "left_out": 3, "with_cuts": 0}
     for words in ("short.mp4: has 4 frames", "silent.txt is empty", "broken.mp4: cannot be read"):
@@ -74,9 +74,9 @@ def test_clips_are_upright_in_time_and_without_cuts(
     for name in ("fast", "cut", "phone"):
         (tmp_path / f"in/{name}.txt").write_text(name, encoding="utf-8")
     options = [
-        "--input_video_folder", str(tmp_path / "in"), "--prompt_folder", str(tmp_path / "in"),
-        "--vae", str(videos / "vae.safetensors"), "--width", "32", "--height", "32", "--frames", "9",
-    ]  # fmt: skip
+        *("--input_video_folder", str(tmp_path / "in"), "--prompt_folder", str(tmp_path / "in")),
+        *("--vae", str(videos / "vae.safetensors"), "--width", "32", "--height", "32", "--frames", "9"),
+    ]
     assert make_latents.main([*options, "--output_latent_folder", str(tmp_path / "all")]) == 0
     assert json.loads(capsys.readouterr().out) == {"written": 3, "there": 0, "left_out": 0, "with_cuts": 1}
     for words in ("fast.mp4: has 60 fps", "cut.mp4: is cut at 0.38 s", "latents hold no sound; that of 1 videos"):
@@ -110,9 +110,9 @@ def test_a_teachers_trajectories_are_what_regression_learns_from(
     """The same from one process and from two; what is there is not made again."""
     student, teacher, text, prompts, *_ = run_settings(tmp_path)
     options = [
-        teacher, text, prompts, "width=32", "height=32", "latent_frames=4", "device=cpu", "dtype=float32",
-        "sampling_steps=8", "timesteps=[1000,833.3333333]", "guidance=2",
-    ]  # fmt: skip
+        *(teacher, text, prompts, "width=32", "height=32", "latent_frames=4", "device=cpu", "dtype=float32"),
+        *("sampling_steps=8", "timesteps=[1000,833.3333333]", "guidance=2"),
+    ]
     assert trajectories.main([*options, f"out={tmp_path / 'one'}"]) == 0
     assert json.loads(capsys.readouterr().out)["written"] == 3
     run([*options, f"out={tmp_path / 'two'}"], 2, "train.trajectories")
@@ -129,10 +129,10 @@ def test_a_teachers_trajectories_are_what_regression_learns_from(
     assert json.loads(capsys.readouterr().out) == {"written": 1, "there": 2, "not_numbers": 0}
     assert make_lmdb(["--data_path", str(tmp_path / "one"), "--lmdb_path", str(tmp_path / "database")]) == 0
     learn = [
-        student.replace("student=", "network="), text, f"data={tmp_path / 'database'}", "chunk=2", "batch_size=3",
-        "dtype=float32", "device=cpu", "max_steps=6", "save_every=0", "timesteps=[1000,833.3333333,0]", "lr=1e-2",
-        "sample_every=6", "decoder=tiny", "tensorboard=false", f"logdir={tmp_path / 'run'}",
-    ]  # fmt: skip
+        *(student.replace("student=", "network="), text, f"data={tmp_path / 'database'}", "chunk=2", "batch_size=3"),
+        *("dtype=float32", "device=cpu", "max_steps=6", "save_every=0", "timesteps=[1000,833.3333333,0]", "lr=1e-2"),
+        *("sample_every=6", "decoder=tiny", "tensorboard=false", f"logdir={tmp_path / 'run'}"),
+    ]
     assert ode.main(learn) == 0
     losses = [row["student_loss"] for row in numbers(tmp_path / "run")]
     assert losses[-1] < losses[0]

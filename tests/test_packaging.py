@@ -138,11 +138,7 @@ except Exception as error:  # as ComfyUI does
 """
 STARTS = {
     "selfforcing: torch 2.4.1 is older than 2.6, which the command line needs": (
-        "torch==2.4.1",
-        "-m",
-        "selfforcing_core",
-        "inspect",
-        "no-such-file",
+        *("torch==2.4.1", "-m", "selfforcing_core", "inspect", "no-such-file"),
     ),
     "train: torch 2.7.1 is older than 2.8, which training needs": ("torch==2.7.1", "-m", "train.dmd", "config=tiny"),
     "train: lmdb 1.3 is older than 1.4, which training needs": ("lmdb==1.3", "-m", "train.plan"),

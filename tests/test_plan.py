@@ -15,6 +15,7 @@ from selfforcing_core.config import NETWORK_SIZES, WanConfig
 from selfforcing_core.device import matmul_rate
 from selfforcing_core.kv_cache import KVCache
 from selfforcing_core.roofline import pass_flops, prompt_flops
+from tests.forks import start_server
 from tests.tiny_wan import CONFIG, FRAME, TOKENS, random_text, random_wan
 from tests.training import write_network
 from train import distributed, footprint, plan
@@ -30,6 +31,11 @@ from train.update_cost import config_of, parameters
 TINY = {"student": "tiny", "teacher": "tiny", "critic": "tiny"}
 SHARED = ["batch_size=6", "micro_batch=3", "width=64", "height=64", "dtype=float32"]
 SETTINGS = ["config=debug_cpu", *SHARED]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _server() -> None:
+    start_server()
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +69,7 @@ def test_predicted_peak_bytes_are_the_tracked_ones(network: Path, more: list[str
         (OdeArgs, Regression, ["timesteps=[1000,500,0]"]),
     ],
 )
-def test_so_are_those_of_the_stages_before(
+def test_predicted_peak_bytes_of_the_stages_before_are_the_tracked_ones(
     network: Path, tmp_path: Path, kind: Any, make: Any, more: list[str]
 ) -> None:
     """As above; the prediction sees neither networks nor clips."""
@@ -93,7 +99,8 @@ def test_so_are_those_of_the_stages_before(
         ["max_latent_frames=9"],
     ],
 )
-def test_every_kind_of_distillation_can_be_watched(more: list[str]) -> None:
+def test_every_kind_of_distillation_can_be_watched(more: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(footprint, "WATCHED", (2,))  # how it goes on with more layers is what the tests above are about
     args = parse(DmdArgs, [*SETTINGS, "batch_size=4", "micro_batch=2", *more])  # two parts, but fewer clips to follow
     assert peak_bytes(args, 1, Distillation)["student"] > kept_bytes(args, 1, dict.fromkeys(TINY, 4))
 

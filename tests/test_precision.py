@@ -126,7 +126,7 @@ def test_a_narrow_cache_changes_later_chunks_a_little_and_the_first_not_at_all(
 
 @pytest.mark.parametrize("causal", WINDOWS)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_resuming_with_an_eight_bit_cache_is_bitwise_not_having_stopped(
+def test_resuming_with_an_eight_bit_cache_is_bit_exact(
     dtype: torch.dtype, causal: CausalConfig, tmp_path: Path
 ) -> None:
     model = random_wan(dtype=torch.float32)
@@ -164,7 +164,7 @@ def test_an_eight_bit_cache_shows_the_same_with_gradients(is_recomputed: bool) -
         torch.testing.assert_close(made.detach(), torch.cat(latents(model, causal), 1))
 
 
-def test_compiled_blocks_and_an_eight_bit_cache() -> None:
+def test_compiled_blocks_on_an_eight_bit_cache_are_bit_exact() -> None:
     model = random_wan(dtype=torch.float32)
     model.cache_dtype = torch.int8
     plain = latents(model, CausalConfig(2))

@@ -212,7 +212,7 @@ def made(
     return torch.cat([chunk.latents_BTCHW for chunk in chunks], 1), caches, chunks
 
 
-def test_a_schedule_of_one_prompt_is_the_plain_run_bitwise() -> None:
+def test_a_schedule_of_one_prompt_is_bit_exact_with_the_plain_run() -> None:
     causal, text = CausalConfig(2, window=4, sink=1), random_text()
     plain = rollout(
         Guided(random_wan(), text), noise=SeededNoise(0), latent_shape=(8, *FRAME), causal=causal, steps=STEPS
@@ -404,7 +404,7 @@ class Reseeded:
 def test_a_chunk_made_once_more_is_as_if_made_so_at_first(
     length: int, window: int, sink: int, history: str | None
 ) -> None:
-    """Other noise, or also another prompt, in the second attempt: later chunks and the cache are the same bitwise."""
+    """Other noise, or also another prompt, in the second attempt: later chunks and the cache are bit-exact."""
     causal, frames, target = CausalConfig(length, window, sink), 12, 6
     one, other = random_text(), random_text(seed=1)
 

@@ -34,7 +34,7 @@ def test_any_prompt_gives_a_name_that_every_file_system_takes(prompt: str) -> No
     assert len(output_name(9999, prompt, 99)) < 100
 
 
-def test_names_stay_readable() -> None:
+def test_file_names_of_prompts_stay_readable() -> None:
     assert safe_name("A red square, moving LEFT!") == "a-red-square-moving-left"
     assert safe_name("Caf\u00e9 \u2603") == "cafe"
     assert safe_name("\u732b") == "video"
@@ -142,9 +142,16 @@ def test_a_local_chat_model_writes_the_longer_prompt(tmp_path: Path) -> None:
     tokenizer.save_pretrained(str(tmp_path))
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=1024, eos_token_id=None, bos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=1024,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
     LlamaForCausalLM(config).save_pretrained(str(tmp_path))
     made = extend_prompts(["a cat"], str(tmp_path))[0]
     assert set(made.split()) <= set(words)

@@ -209,8 +209,9 @@ class Stop(Exception):
 def test_stopping_between_any_two_calls_leaves_everything_reusable(stop_at: int) -> None:
     model, causal = random_wan(), CausalConfig(2, window=4)
     fresh = video(model, 6, causal)
-    cache = model.new_cache(batch=1, latent_height=FRAME[1], latent_width=FRAME[2], capacity=4,
-                            like=random_text().prompt_embeds_BPE)  # fmt: skip
+    cache = model.new_cache(
+        batch=1, latent_height=FRAME[1], latent_width=FRAME[2], capacity=4, like=random_text().prompt_embeds_BPE
+    )
     calls = 0
 
     def stop(chunk: int, step: int) -> None:

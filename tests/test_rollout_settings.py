@@ -227,7 +227,9 @@ def test_score_timesteps_follow_the_exit_step() -> None:
 
 
 @pytest.mark.parametrize("role", [STUDENT, CRITIC])
-def test_a_run_draws_them_there(settings: list[str], world: distributed.World, role: str) -> None:
+def test_a_run_draws_score_timesteps_between_its_exit_step_and_the_next(
+    settings: list[str], world: distributed.World, role: str
+) -> None:
     trainer = Distillation(parse(DmdArgs, [*settings, "ts_schedule=true", "ts_schedule_max=true"]), world)
     warped = (1000.0, 937.5, 2500 / 3, 625.0, 0.0)
     exits = set()
@@ -243,7 +245,7 @@ def test_a_run_draws_them_there(settings: list[str], world: distributed.World, r
         assert 900 <= float(compared(high, role).draw.timesteps_B) <= 980
 
 
-def test_the_critics_guidance_by_hand() -> None:
+def test_teacher_and_critic_are_guided_by_scales_of_their_own() -> None:
     class Score:
         def __init__(self, with_prompt: float, without: float) -> None:
             self.answers = {1.0: with_prompt, 0.0: without}

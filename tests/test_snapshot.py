@@ -45,9 +45,7 @@ def length(causal: CausalConfig, chunks: int) -> int:
 
 @pytest.mark.parametrize("causal", POLICIES)
 @pytest.mark.parametrize("is_guided", [False, True])
-def test_resuming_after_any_chunk_is_bitwise_not_having_stopped(
-    causal: CausalConfig, is_guided: bool, tmp_path: Path
-) -> None:
+def test_resuming_after_any_chunk_is_bit_exact(causal: CausalConfig, is_guided: bool, tmp_path: Path) -> None:
     frames = length(causal, 5)
     guided: dict[str, Any] = (
         {"negative": random_text(seed=7, dtype=torch.float32), "guidance": 3.0} if is_guided else {}
@@ -99,7 +97,7 @@ def test_branches_do_not_disturb_each_other(turns: list[int]) -> None:
     assert torch.equal(latents(chunks), latents(start(causal, 10))[:, 2:])
 
 
-def test_another_prompt_may_take_over() -> None:
+def test_a_snapshot_goes_on_with_another_prompt() -> None:
     causal, other = CausalConfig(2), random_text(seed=9, dtype=torch.float32)
     snapshot = next(start(causal, 4)).snapshot()
     changed = latents(start(causal, 4, start=snapshot, text=other))

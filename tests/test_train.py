@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from selfforcing_core.checkpoint import read_checkpoint
+from tests.forks import Program, finish, start
 from tests.training import ROOT, launch, numbers, run, run_settings, student, write_database, write_network
 from train import diffusion, footprint, ode
 from train.args import CONFIGS, DmdArgs, config_path, parse
@@ -65,22 +65,22 @@ def test_two_processes_sum_gradients_in_float32(settings: list[str], tmp_path: P
     assert two == pytest.approx(one, rel=1e-4)
 
 
-def test_a_run_that_was_killed_goes_on_bit_by_bit(settings: list[str], whole: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_goes_on_bit_exactly(settings: list[str], whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
-    process = launch([*settings, f"logdir={folder}"])
+    process = start(Program("train.dmd", [*settings, f"logdir={folder}"], ROOT), tmp_path / "output.txt")
     deadline = time.monotonic() + 200
     while not (folder / "checkpoints/step_000002").is_dir() and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     (folder / "checkpoints/step_000003.partial").mkdir()  # what a kill in the middle of a save leaves
     run([*settings, f"logdir={folder}"])
     assert numbers(folder)[-2:] == numbers(whole)[-2:]
     for weights in ("raw", "ema"):
         found, expected = student(folder, tmp_path, weights), student(whole, tmp_path, weights)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-    start = read_checkpoint(Path(settings[0].removeprefix("student="))).state_dict
-    assert not torch.equal(expected["head.head.weight"], start["head.head.weight"])
+    untrained = read_checkpoint(Path(settings[0].removeprefix("student="))).state_dict
+    assert not torch.equal(expected["head.head.weight"], untrained["head.head.weight"])
 
 
 def test_a_run_may_go_on_with_another_number_of_processes(settings: list[str], whole: Path, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_draws_depend_on_all_that_they_are_for() -> None:
 
 def test_runs_that_are_killed_at_any_moment_become_what_they_would_have_been(tmp_path: Path) -> None:
     """Two of the hundred kills of `python -m tests.kills`."""
-    command = [sys.executable, "-m", "tests.kills", "--count", "2", "--steps", "3"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout)["kills"] == 2
+    program = Program("tests.kills", ["--count", "2", "--steps", "3"], ROOT)
+    (status,), (output,) = finish([program], tmp_path, timeout=400)
+    assert status == 0, output[-3000:]
+    assert json.loads(output.splitlines()[-1])["kills"] == 2

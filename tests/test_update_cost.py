@@ -28,8 +28,14 @@ from train.update_cost import Network, clip_work, distillation_work, reached
 
 # Six blocks and 64 tokens per frame, so that what is not counted (time embedding, a discriminator's heads) is little.
 SIZES: dict[str, Any] = {
-    "dim": 64, "ffn_dim": 256, "num_heads": 2, "num_layers": 6, "text_dim": 32, "text_len": 8, "freq_dim": 32
-}  # fmt: skip
+    "dim": 64,
+    "ffn_dim": 256,
+    "num_heads": 2,
+    "num_layers": 6,
+    "text_dim": 32,
+    "text_len": 8,
+    "freq_dim": 32,
+}
 CONFIG = WanConfig(**SIZES)
 KEPT = "activation_checkpointing=false"
 
@@ -89,10 +95,10 @@ def test_flops_of_a_distillation_are_those_of_its_operators(
     """In the step that is asked about, whichever evaluations its chunks end at."""
     source = f"data={folder}/clips" if {"score=gan", "first_frame=clips"} & {*more} else f"prompts={folder}/prompts.txt"
     settings = [
-        f"student={folder}/student.safetensors", f"teacher={folder}/teacher.safetensors", source, "width=128",
-        "height=128", "latent_frames=6", "chunk=2", "steps=[1000,500]", "batch_size=2", "micro_batch=2",
-        "dtype=float32", *more,
-    ]  # fmt: skip
+        *(f"student={folder}/student.safetensors", f"teacher={folder}/teacher.safetensors", source, "dtype=float32"),
+        *("width=128", "height=128", "latent_frames=6", "chunk=2", "steps=[1000,500]", "batch_size=2", "micro_batch=2"),
+        *more,
+    ]
     check(Distillation(parse(DmdArgs, settings), world), rel)
 
 
@@ -111,14 +117,14 @@ def test_flops_of_the_stages_before_are_those_of_their_operators(
 ) -> None:
     """Sizes are those of the database, not those that the plan would take."""
     settings = [
-        f"network={folder}/student.safetensors", f"data={folder}/clips", "chunk=2", "batch_size=2", "micro_batch=2",
-        "dtype=float32", *more,
-    ]  # fmt: skip
+        *(f"network={folder}/student.safetensors", f"data={folder}/clips", "chunk=2", "batch_size=2", "micro_batch=2"),
+        *("dtype=float32", *more),
+    ]
     check(make(parse(kind, settings), world), 0.01)
 
 
 # ------------------------------------------------------------------ traffic --
-def test_traffic_by_hand() -> None:
+def test_traffic_of_a_clip_is_that_of_its_passes_and_of_the_optimiser() -> None:
     """Of one clip of T frames: a pass and its backward pass, in bfloat16, and AdamW in float32."""
     args = parse(OdeArgs, ["batch_size=2", "micro_batch=1", KEPT])
     once, prompt = pass_work(CONFIG, 384, 384), Network(args, CONFIG).prompt()
@@ -162,9 +168,12 @@ def test_work_at_the_limit_has_all_of_it() -> None:
     done = Work(linear_flops=1000, attention_bytes=50, elementwise_bytes=50)
     assert reached(done, card, 20)["share_of_limit"] == 1
     assert reached(done, card, 40) == {
-        "time_by_group/linears": 0.25, "time_by_group/attention": 0.125, "time_by_group/elementwise": 0.125,
-        "time_by_group/above_limit": 0.5, "share_of_limit": 0.5,
-    }  # fmt: skip
+        "time_by_group/linears": 0.25,
+        "time_by_group/attention": 0.125,
+        "time_by_group/elementwise": 0.125,
+        "time_by_group/above_limit": 0.5,
+        "share_of_limit": 0.5,
+    }
 
 
 def test_a_run_logs_what_share_of_the_limit_it_reached(

@@ -158,7 +158,9 @@ def test_a_better_quality_is_a_larger_file_and_the_default_is_one_of_them(tmp_pa
         ("a.gif", {"has_sound": True}, "gif has no sound; leave the audio out"),
     ],
 )
-def test_what_does_not_go_together_is_refused(tmp_path: Path, name: str, options: dict[str, Any], words: str) -> None:
+def test_codec_quality_and_rate_that_do_not_fit_a_file_are_refused(
+    tmp_path: Path, name: str, options: dict[str, Any], words: str
+) -> None:
     asked = {"codec": None, "quality": None, "fps": 16, **options}
     with pytest.raises(ValueError) as refusal:
         check_video(tmp_path / name, **asked)
@@ -343,15 +345,8 @@ def about(path: Path) -> Any:
     with av.open(str(path)) as file:
         context = file.streams.video[0].codec_context
         return (
-            file.streams.video[0].average_rate,
-            context.name,
-            context.codec_tag,
-            context.colorspace,
-            context.color_range,
-            context.pix_fmt,
-            context.width,
-            context.height,
-            context.extradata,
+            *(file.streams.video[0].average_rate, context.name, context.codec_tag, context.extradata),
+            *(context.colorspace, context.color_range, context.pix_fmt, context.width, context.height),
         )
 
 

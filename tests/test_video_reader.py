@@ -203,7 +203,7 @@ def test_every_display_matrix_turns_the_picture_upright(
     assert [note for note in findings.in_words() if "colours" not in note] == [], "upright is nothing to be warned of"
 
 
-def test_a_slant_is_said(tmp_path: Path) -> None:
+def test_a_turn_by_no_right_angle_is_said(tmp_path: Path) -> None:
     path = make(tmp_path / "a.mp4", constant(16, 3))
     lie(path, (0.8, 0.6, -0.6, 0.8))
     assert "slant" in " ".join(VideoReader(path, 16).survey().in_words())

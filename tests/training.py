@@ -56,9 +56,14 @@ def write_encoders(folder: Path) -> tuple[Path, Path]:
     }
     save_file(drawn, folder / "vae.safetensors")
     config = CLIPVisionConfig(
-        hidden_size=CLIP_DIM, intermediate_size=64, num_hidden_layers=2, num_attention_heads=16, patch_size=14,
-        image_size=28, hidden_act="gelu",
-    )  # fmt: skip
+        hidden_size=CLIP_DIM,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=16,
+        patch_size=14,
+        image_size=28,
+        hidden_act="gelu",
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         clip = CLIPVisionModel(config).to(torch.bfloat16)

@@ -63,19 +63,27 @@ def outcome(name: str, python: Path, tests: tuple[str, ...]) -> dict[str, Any]:
     begun = time.monotonic()
     done = subprocess.run(
         [python, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", *files],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=HOURS * 3600,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HOURS * 3600,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     if done.returncode not in (0, 1):  # pytest's own words for tests that did not run at all
         print(done.stdout[-2000:] + done.stderr[-2000:], file=sys.stderr)
     counts = {
         kind: int(number) for number, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout[-300:])
     }
     return {
-        "name": name, "tests": list(tests), "versions": dict(zip(("python", *SAID), installed)), **counts,
-        "is_passed": done.returncode == 0, "not_passed": re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M),
+        "name": name,
+        "tests": list(tests),
+        "versions": dict(zip(("python", *SAID), installed)),
+        **counts,
+        "is_passed": done.returncode == 0,
+        "not_passed": re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M),
         "seconds": round(time.monotonic() - begun),
-    }  # fmt: skip
+    }
 
 
 def lowest(interpreter: str) -> list[dict[str, Any]]:
