@@ -31,9 +31,9 @@ from .float8 import store_in_float8
 from .geometry import TEMPORAL_FACTOR
 from .guided import Guided
 from .history import PromptChange
-from .hub import check_channels, resolve_text_encoder
+from .hub import resolve_text_encoder
 from .image import first_frame_condition, fit_image
-from .load import build_model, build_taehv, load_text_encoder
+from .load import build_model, build_taehv, check_channels, load_text_encoder
 from .meter import Meter
 from .noise import ScheduledNoise, SeededNoise
 from .plan import Plan, plan_request

@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .catalogue import RELEASES, downloaded
-
-if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 MODEL_FILE = "model.safetensors"
@@ -75,45 +71,3 @@ def _resolve(name_or_path: str | Path, part: str) -> Path:
 def _choices() -> str:
     names = ", ".join(list_bundles()) or "none"
     return f"bundles: {names}; the path of a file or folder works as well"
-
-
-# ------------------------------------------------------------------ checks --
-def check_taehv(
-    name_or_path: str | Path,
-    *,
-    channels: int,
-    latent_space: str | None,
-    said: str | None = None,
-    is_own: bool = False,
-    say: str | None = None,
-) -> Checkpoint:
-    """Return the checkpoint of a tiny video autoencoder that decodes latents of `channels` channels of `latent_space`.
-
-    Raises ValueError for any other file.
-
-    latent_space: of the model; None, where it is not known, leaves it unchecked. said: what the user says that the file
-    decodes. is_own: it lies in the model's bundle, so that it need not say anything. say: the setting for `said`.
-    """
-    from .checkpoint import read_checkpoint
-    from .config import TAEHVConfig
-    from .taehv_releases import WAN_UNSCALED, expect_latent_space
-
-    path = resolve_taehv(name_or_path)
-    taehv = read_checkpoint(path)
-    if not isinstance(taehv.config, TAEHVConfig):
-        raise ValueError(f"{path} is a {taehv.kind}, not a TAEHV; choose a file such as taew2_1")
-    check_channels(channels, taehv.config.latent_channels, "TAEHV")
-    # A file that is known to be unscaled stays so, whatever the user said of it: its scaling is not ours.
-    decoded = WAN_UNSCALED if taehv.latent_space == WAN_UNSCALED else said or taehv.latent_space
-    if latent_space is not None and not (is_own and decoded is None):
-        expect_latent_space(decoded, taehv.config, latent_space, path, say)
-    return taehv
-
-
-def check_channels(channels: int, decoded: int, what: str) -> None:
-    """Raise ValueError unless the decoder called `what` takes as many channels as the model makes."""
-    if decoded != channels:
-        raise ValueError(
-            f"the model makes latents of {channels} channels, the {what} decodes {decoded}; "
-            f"use the {what} that belongs to the model"
-        )

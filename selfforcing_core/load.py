@@ -13,9 +13,11 @@ import torch
 
 from . import layers
 from .checkpoint import Checkpoint, read_checkpoint
+from .config import TAEHVConfig
 from .hub import resolve_model, resolve_taehv, resolve_text_encoder
 from .model import CausalWan
 from .taehv import TAEHV
+from .taehv_releases import WAN_UNSCALED, expect_latent_space
 
 if TYPE_CHECKING:
     from .text import TextEncoder  # a text encoder needs more than the others; only who loads one imports it
@@ -61,9 +63,15 @@ def load_text_encoder(
     device: torch.device | str | None = None,
 ) -> TextEncoder:
     """Return the text encoder of a bundle, of a folder in the layout of transformers, or of an original Wan file."""
+    return build_text_encoder(resolve_text_encoder(name_or_path), dtype=dtype, device=device)
+
+
+def build_text_encoder(
+    path: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+) -> TextEncoder:
+    """Return the text encoder of a folder or file, which need not be looked for."""
     from .text import TextEncoder
 
-    path = resolve_text_encoder(name_or_path)
     load = TextEncoder.from_file if path.is_file() else TextEncoder.from_folder
     return load(path, dtype=dtype, device=device)
 
@@ -93,6 +101,42 @@ def build_taehv(
 ) -> TAEHV:
     """Return the tiny video autoencoder of a checkpoint; arguments as for `build_model`."""
     return _filled(TAEHV, checkpoint, operations, dtype, device)
+
+
+# ------------------------------------------------------------------- checks --
+def check_taehv(
+    path: Path,
+    *,
+    channels: int,
+    latent_space: str | None,
+    said: str | None = None,
+    is_own: bool = False,
+    say: str | None = None,
+) -> Checkpoint:
+    """Return the checkpoint of a tiny video autoencoder that decodes latents of `channels` channels of `latent_space`.
+
+    latent_space: of the model; None, where it is not known, leaves it unchecked. said: what the user says that the file
+    decodes. is_own: it lies in the model's bundle, so that it need not say anything. say: the setting for `said`.
+    Raises ValueError for any other file.
+    """
+    taehv = read_checkpoint(path)
+    if not isinstance(taehv.config, TAEHVConfig):
+        raise ValueError(f"{path} is a {taehv.kind}, not a TAEHV; choose a file such as taew2_1")
+    check_channels(channels, taehv.config.latent_channels, "TAEHV")
+    # A file that is known to be unscaled stays so, whatever the user said of it: its scaling is not ours.
+    decoded = WAN_UNSCALED if taehv.latent_space == WAN_UNSCALED else said or taehv.latent_space
+    if latent_space is not None and not (is_own and decoded is None):
+        expect_latent_space(decoded, taehv.config, latent_space, path, say)
+    return taehv
+
+
+def check_channels(channels: int, decoded: int, what: str) -> None:
+    """Raise ValueError unless the decoder called `what` takes as many channels as the model makes."""
+    if decoded != channels:
+        raise ValueError(
+            f"the model makes latents of {channels} channels, the {what} decodes {decoded}; "
+            f"use the {what} that belongs to the model"
+        )
 
 
 def _expect_kind(checkpoint: Checkpoint, kind: str, path: Path) -> None:

@@ -26,8 +26,9 @@ from .geometry import (
     latent_frames,
     pixel_frames,
 )
-from .hub import check_taehv, is_bundle, resolve_model
+from .hub import is_bundle, resolve_model, resolve_taehv
 from .image import read_image
+from .load import check_taehv
 from .meter import Recipe
 from .prompt_schedule import schedule_note, start_frames
 from .request import BUNDLE_SIZES, WAN_SIZE, PromptBatch, Request
@@ -466,7 +467,7 @@ def _taehv(request: Request, model: Checkpoint) -> Checkpoint:
     """The TAEHV's checkpoint, which decodes this model's latents. A bundle's own, if it says nothing, is taken to."""
     assert isinstance(model.config, WanConfig)
     return check_taehv(
-        request.taehv or request.model,
+        resolve_taehv(request.taehv or request.model),
         channels=model.config.out_dim,
         latent_space=model.latent_space,
         said=request.taehv_latents,

@@ -11,8 +11,8 @@ import torch
 from selfforcing_core import taehv_releases
 from selfforcing_core.checkpoint import read_checkpoint
 from selfforcing_core.config import TAEHVConfig
-from selfforcing_core.hub import check_taehv
 from selfforcing_core.layout import taehv_shapes
+from selfforcing_core.load import check_taehv
 from selfforcing_core.taehv_releases import expect_latent_space, git_name, latent_space
 
 

@@ -31,7 +31,8 @@ from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import WanConfig
 from selfforcing_core.device import Card
 from selfforcing_core.geometry import PATCH, chunk_lengths
-from selfforcing_core.hub import check_taehv
+from selfforcing_core.hub import resolve_taehv
+from selfforcing_core.load import check_taehv
 from selfforcing_core.roofline import Work
 from train import distributed, finite, logs, resume, state
 from train.args import ClipArgs, TrainArgs, mistake, parse, to_yaml
@@ -309,7 +310,7 @@ class Trainer(ABC):
         found = read_on_first(self.sources()[STUDENT], self.world)
         assert isinstance(found.config, WanConfig)
         check_taehv(
-            self.args.decoder, channels=found.config.out_dim, latent_space=found.latent_space,
+            resolve_taehv(self.args.decoder), channels=found.config.out_dim, latent_space=found.latent_space,
             said=self.args.decoder_latent_space or None, say="decoder_latent_space",
         )  # fmt: skip
 
