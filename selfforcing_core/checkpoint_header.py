@@ -94,12 +94,12 @@ def read_header(header: Mapping[str, str]) -> FileHeader:
     entries, sizes = _entries(header), _comfyui_sizes(header)
     config, space = entries.get("config") or {}, entries.get("latent_space")
     try:
-        settings = _settings(entries)
-        if entries.get("kind") == LORA:
-            raise ValueError(_lora_refusal(entries.get("base"), settings))
         _check_sizes(config or sizes)
+        settings = _settings(entries)
     except (TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"header is damaged ({one_line(error)})") from error
+    if entries.get("kind") == LORA:
+        raise ValueError(_lora_refusal(entries.get("base"), settings))
     return FileHeader(entries.get("kind"), config, sizes, settings, None if space is None else str(space))
 
 
@@ -133,26 +133,25 @@ def _check_sizes(sizes: Mapping[str, Any]) -> None:
 
 
 def _settings(entries: Mapping[str, Any]) -> SamplingSettings:
-    """Return how our header wants the network to be run."""
-    causal = CausalConfig.from_dict(entries["causal"]) if entries.get("causal") else None
-    steps = StepConfig.from_dict(entries["steps"]) if entries.get("steps") else None
-    return SamplingSettings(causal, steps, _bidirectional(entries, causal, steps), _guidance(entries))
+    """Return how our header wants the network to be run.
 
-
-def _bidirectional(
-    entries: Mapping[str, Any], causal: CausalConfig | None, steps: StepConfig | None
-) -> BidirectionalConfig | None:
-    """Return what the header says of a bidirectional network.
-
-    Headers of format 1 had no word for it: there it is a network with steps and without chunks, which only exports of
-    bidirectional runs and `convert --bidirectional` wrote. A network with neither is one that nothing is known about.
+    Headers of format 1 had no word for a bidirectional network: there it is one with steps and without chunks, which
+    only exports of bidirectional runs and `convert --bidirectional` wrote. A network with neither is one that nothing
+    is known about.
     """
-    if entries.get("bidirectional") is not None:
-        if causal is not None:
-            raise ValueError("header is damaged (it says both causal and bidirectional)")
-        return BidirectionalConfig.from_dict(entries["bidirectional"])
+    causal, steps, bidirectional = (entries.get(name) for name in ("causal", "steps", "bidirectional"))
+    if causal and bidirectional is not None:
+        raise ValueError("header is damaged (it says both causal and bidirectional)")
     is_older = entries.get("format") == HEADER_FORMAT and entries.get("kind") == "wan"
-    return BidirectionalConfig() if is_older and causal is None and steps is not None else None
+    if bidirectional is None and is_older and steps and not causal:
+        bidirectional = {}
+    guidance = _guidance(entries)
+    return SamplingSettings(
+        causal=CausalConfig.from_dict(causal) if causal else None,
+        steps=StepConfig.from_dict(steps) if steps else None,
+        bidirectional=None if bidirectional is None else BidirectionalConfig.from_dict(bidirectional),
+        guidance=guidance,
+    )
 
 
 def _guidance(entries: Mapping[str, Any]) -> float | None:

@@ -39,6 +39,7 @@ def load_model(
     path = resolve_model(name_or_path)
     checkpoint = read_checkpoint(path, weights=weights)
     _expect_kind(checkpoint, "wan", path)
+    checkpoint.say_notes()
     return build_model(checkpoint, operations=operations, dtype=dtype, device=device), checkpoint
 
 
@@ -53,6 +54,7 @@ def load_taehv(
     path = resolve_taehv(name_or_path)
     checkpoint = read_checkpoint(path)
     _expect_kind(checkpoint, "taehv", path)
+    checkpoint.say_notes()
     return build_taehv(checkpoint, operations=operations, dtype=dtype, device=device), checkpoint
 
 
@@ -69,7 +71,7 @@ def load_text_encoder(
 def build_text_encoder(
     path: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
 ) -> TextEncoder:
-    """Return the text encoder of a folder or file, which need not be looked for."""
+    """Return the text encoder of a folder or file, which `resolve_text_encoder` gives."""
     from .text import TextEncoder
 
     load = TextEncoder.from_file if path.is_file() else TextEncoder.from_folder
@@ -157,7 +159,6 @@ def _filled(
     weights that need no conversion stay mapped from the file. The others are converted one at a time, each original
     given up on the way.
     """
-    checkpoint.say_notes()
     dtype = dtype or getattr(torch, checkpoint.dtype)
     network = network_class(checkpoint.config, operations=operations, device=torch.device("meta"), dtype=dtype)
     weights = {}

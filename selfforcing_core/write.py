@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .plan import Plan
+from .plan import Plan, Timeline
 from .request import PromptBatch, Request
 from .video import write_contact_sheet, write_video
-from .video_formats import video_format
 
 SHEET_FRAMES = 32  # at most, so that a sheet of a long video stays a picture that one can look at
 
@@ -29,19 +28,18 @@ def write_batch(plan: Plan, batch: PromptBatch, chunks: Iterator[Tensor], settin
     """
     request = plan.request
     metadata = {"comment": batch.prompt, "selfforcing": settings}
-    has_sound = video_format(batch.outs[0], request.codec).sound is not None
     write = functools.partial(
         write_video,
         fps=request.fps,
         overwrite=request.overwrite,
-        sound=plan.sound if has_sound else None,
+        sound=plan.sound,
         codec=request.codec,
         quality=request.quality,
     )
     if len(batch.outs) == 1:
         sheet_frames: list[Tensor] = []
         video = (chunk[0] for chunk in chunks)
-        frames = _collecting(video, plan.shown_frames, sheet_frames) if request.sheet else video
+        frames = _collecting(video, plan.extent.shown_frames, sheet_frames) if request.sheet else video
         write(batch.outs[0], frames, metadata=metadata)
         if request.sheet:
             write_contact_sheet(request.sheet, torch.stack(sheet_frames), overwrite=request.overwrite)
@@ -63,16 +61,16 @@ def _collecting(chunks: Iterator[Tensor], total: int, sheet_frames: list[Tensor]
         yield chunk
 
 
-def batch_settings(plan: Plan, batch: PromptBatch) -> dict[str, Any]:
+def batch_settings(plan: Plan, batch: PromptBatch, timeline: Timeline) -> dict[str, Any]:
     """Return what made these videos, in plain JSON types, as their files and the measurements say it."""
-    request, size = plan.request, plan.geometry
+    request, size = plan.request, plan.extent.geometry
     guidance = {"cfg": plan.cfg, "negative": request.negative} if plan.cfg != 1 else {}
     settings = {
         "model": request.model,
         "seed": request.seed,
         "width": size.width,
         "height": size.height,
-        "frames": plan.shown_frames,
+        "frames": plan.extent.shown_frames,
         "fps": request.fps,
         "causal": asdict(plan.causal),
         "steps": plan.steps.to_dict(),
@@ -83,7 +81,7 @@ def batch_settings(plan: Plan, batch: PromptBatch) -> dict[str, Any]:
         "dtype": str(plan.dtype).removeprefix("torch."),
         "prompt": batch.prompt,
     }
-    if len(batch.entries) > 1:
+    if timeline.has_times:
         settings["history"] = request.history
     if batch.text != batch.prompt:
         settings["extended_prompt"] = batch.text

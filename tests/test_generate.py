@@ -627,7 +627,7 @@ def test_the_text_encoder_is_counted_and_gone_before_the_model_comes(
 ) -> None:
     plan, request = planned(embeddings=tmp_path / "kept", out=tmp_path / "a.mp4")
     alive: list[Any] = []
-    load_text, build_model = generate_module.load_text_encoder, generate_module.build_model
+    load_text, build_model = generate_module.build_text_encoder, generate_module.build_model
 
     def load_cyclic(*args: Any, **kwargs: Any) -> Any:
         encoder: Any = load_text(*args, **kwargs)
@@ -641,7 +641,7 @@ def test_the_text_encoder_is_counted_and_gone_before_the_model_comes(
         assert [encoder() for encoder in alive] == [None]
         return build_model(*args, **kwargs)
 
-    monkeypatch.setattr(generate_module, "load_text_encoder", load_cyclic)
+    monkeypatch.setattr(generate_module, "build_text_encoder", load_cyclic)
     monkeypatch.setattr(generate_module, "build_model", build_alone)
     gc.disable()
     try:
