@@ -98,6 +98,7 @@ def generate_all(
     prompts = _PromptEncoding(plan)
     if show_progress and plan.device.type != "cpu":
         log.warning("%s", plan.memory_in_words(prompts.encoder_bytes))
+    # The generators of chunks and frames run in here too: nothing below asks for gradients.
     with _compiler_named() if request.compile else nullcontext(), torch.no_grad():
         run = Run(plan, prompts, show_progress=show_progress)
         return [record for parts in zip(plan.batches, plan.timelines) for record in run.make(*parts)]
@@ -159,6 +160,7 @@ class _PromptEncoding:
 
 
 def _trimmed(embeds_1PE: Tensor) -> Tensor:
+    # Rows behind a prompt's end are zero, and the model pads with zeros again.
     used = int(embeds_1PE[0].any(-1).sum())
     return embeds_1PE[:, : max(used, 1)].clone()
 
@@ -196,6 +198,7 @@ class Run:
         first, *later = watch.laps["chunk"]
         seconds = [watch.seconds("start") + first, *later]
         roofline = {} if meter is None else {"roofline": {**meter.predicted(), **meter.reached(seconds)}}
+        # All prompts were encoded together before the first video; each batch bears its share.
         seconds[0] += self.watch.seconds("encoding") / len(plan.batches)
         measurements = {
             **_speed(seconds, plan.extent.generated_frames * len(batch.outs)),
@@ -208,7 +211,7 @@ class Run:
         ]
 
     def _meter(self, batch: int) -> Meter | None:
-        """What measures `batch` videos against the device, which was measured itself; None where it was not."""
+        """Return what measures `batch` videos against the device, which was measured itself; None where it was not."""
         if self.card is None:
             return None
         recipe = self.plan.recipe(batch)
@@ -217,7 +220,7 @@ class Run:
         return Meter(recipe, self.card)
 
     def _rows(self, tensor: Any, count: int) -> Any:
-        """A tensor of one row for `count` videos, where and as the model computes; None stays None."""
+        """Return a tensor of one row for `count` videos, where and as the model computes; None stays None."""
         if tensor is None:
             return None
         return tensor.to(self.plan.device, self.plan.dtype).expand(count, *[-1] * (tensor.ndim - 1))
@@ -261,6 +264,7 @@ class Run:
             watched = self._watched(chunks, bar, kept)
             watch.lap("writing")
             for name, frames in frames_of(self.start, watched, decoder, self.plan.causal.chunk):
+                # What the start brings along is one row, which all videos begin with.
                 frames = frames.float().cpu().expand(count, *[-1] * 4)
                 watch.lap(name)
                 yield frames
@@ -284,8 +288,8 @@ class Run:
 
 
 def _speed(seconds: list[float], frames: int) -> dict[str, Any]:
-    """The speed of a video of `frames` generated frames from the seconds of its chunks."""
-    later = seconds[1:] or seconds
+    """Return the speed of a video of `frames` generated frames from the seconds of its chunks."""
+    later = seconds[1:] or seconds  # the first chunk also waits for the text's encoding, and for a compiler
     return {
         "seconds_to_first_frame": seconds[0],
         "seconds_per_chunk": sum(later) / len(later),
@@ -324,7 +328,7 @@ class _Cast:
 
 # ----------------------------------------------------------------- networks --
 def _load_autoencoder(plan: Plan) -> TAEHV | WanVAE:
-    """What decodes the video. Raises ValueError if it is made for other latents."""
+    """Return what decodes the video. Raises ValueError if it is made for other latents."""
     if plan.taehv is not None:
         return build_taehv(plan.taehv, dtype=plan.dtype, device=plan.device)
     assert plan.request.vae is not None
@@ -334,7 +338,8 @@ def _load_autoencoder(plan: Plan) -> TAEHV | WanVAE:
 
 
 def _load_model(plan: Plan) -> Any:
-    """The video model on its device; with fp8 it is shrunk on the CPU before it moves."""
+    """Return the video model on its device; with fp8 it is shrunk on the CPU before it moves."""
+    # The device may have room for the small weights only.
     device = None if plan.request.fp8 else plan.device
     model: Any = build_model(plan.checkpoint, dtype=plan.dtype, device=device)
     if plan.request.fp8:
@@ -344,7 +349,7 @@ def _load_model(plan: Plan) -> Any:
 
 
 def _start(plan: Plan, autoencoder: TAEHV | WanVAE) -> tuple[Start, Tensor | None, Tensor | None]:
-    """How the video begins, and for image-to-video models their condition channels and CLIP features."""
+    """Return how the video begins, and for image-to-video models their condition channels and CLIP features."""
     encoder = _OnDevice(autoencoder, plan)
     if plan.source is not None:
         if isinstance(plan.source, Tensor):
@@ -360,6 +365,7 @@ def _start(plan: Plan, autoencoder: TAEHV | WanVAE) -> tuple[Start, Tensor | Non
 
     assert plan.request.vae is not None
     assert plan.request.clip is not None
+    # The condition channels are latents of Wan's own VAE, on which these models were trained, whatever decodes.
     vae = autoencoder
     if not isinstance(vae, WanVAE):
         vae = load_wan_vae(plan.request.vae, dtype=plan.dtype, device=plan.device)

@@ -16,6 +16,7 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 MODEL_FILE = "model.safetensors"
 TAEHV_FILE = "taehv.safetensors"
 TEXT_ENCODER_FOLDER = "text_encoder"
+# A folder in assets/ with none of them is no bundle, whatever else lies there.
 PARTS = (MODEL_FILE, TAEHV_FILE, TEXT_ENCODER_FOLDER)
 
 
@@ -29,6 +30,7 @@ def list_bundles() -> list[str]:
 
 def is_bundle(name: str | Path) -> bool:
     """Return whether this is the name of a bundle at hand. A path is none, even that of a bundle's folder."""
+    # Looked up in the listing, not joined, so that "../x" is no name.
     if not isinstance(name, str) or not ASSETS.is_dir() or name not in os.listdir(ASSETS):
         return False
     return any((ASSETS / name / part).exists() for part in PARTS)
@@ -61,6 +63,7 @@ def _resolve(name_or_path: str | Path, part: str) -> Path:
     path = ASSETS / str(name_or_path) / part if is_name else Path(name_or_path).expanduser()
     if str(name_or_path).strip() and os.path.exists(path):  # unlike Path.exists it takes names that no file can have
         return path
+    # A file of that name was looked for first: what lies on this disk wins over what could be fetched.
     if name_or_path in RELEASES:
         return downloaded(str(name_or_path))
     if is_name:

@@ -153,7 +153,7 @@ def _filled(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
 ) -> Any:
-    """The network of a checkpoint holding its weights, without gradients.
+    """Return the network of a checkpoint holding its weights, without gradients.
 
     It is laid out on the meta device and then takes over the file's tensors: nothing is initialised in vain, and
     weights that need no conversion stay mapped from the file. The others are converted one at a time, each original
@@ -162,8 +162,10 @@ def _filled(
     dtype = dtype or getattr(torch, checkpoint.dtype)
     network = network_class(checkpoint.config, operations=operations, device=torch.device("meta"), dtype=dtype)
     weights = {}
+    # Taken out one by one: an original that was converted is freed before the next is read.
     while checkpoint.state_dict:
         name, tensor = checkpoint.state_dict.popitem()
         weights[name] = tensor.to(device=device, dtype=dtype)
+    # assign: the tensors themselves become the parameters; copies would read the whole file, and hold it twice.
     network.load_state_dict(weights, assign=True)
     return network.eval().requires_grad_(False)

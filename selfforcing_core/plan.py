@@ -1,6 +1,6 @@
 """A request for videos, and everything that can be decided and refused about it before anything is computed.
 
-Letters: V video frames, R RGB, H W height and width in pixels, T latent frames, C latent channels.
+Letters: R RGB, H W height and width in pixels, T latent frames, C latent channels.
 """
 
 from __future__ import annotations
@@ -363,7 +363,7 @@ def _step_options(request: Request, stored: StepConfig | None, notes: list[str])
 
 
 def _replaced(stored: CausalConfig | StepConfig, options: dict[str, Any], hidden: tuple[str, ...]) -> list[str]:
-    """A line for every setting that another value was given for."""
+    """Return a line for every setting that another value was given for."""
 
     def words(value: Any) -> str:
         listed = value if isinstance(value, tuple) else (value,)
@@ -419,7 +419,7 @@ def _sound(
 
 
 def _source(request: Request, config: WanConfig) -> Tensor | GivenVideo | None:
-    """What is to be extended: latents [T, C, H, W] or a video."""
+    """Return what is to be extended: latents [T, C, H, W] or a video."""
     if request.extend is None:
         return None
     latents = read_latents(request.extend)
@@ -471,7 +471,7 @@ def _extent(
 
 
 def _added(frames: int, causal: CausalConfig) -> int:
-    """Frames that an extension adds. Raises ValueError unless they are whole chunks."""
+    """Return the frames that an extension adds. Raises ValueError unless they are whole chunks."""
     step = TEMPORAL_FACTOR * causal.chunk
     if frames < 1 or frames % step:
         below = max(frames, 0) // step * step
@@ -508,7 +508,7 @@ def _device(name: str) -> torch.device:
 
 
 def _dtype(name: str | None, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """The asked one; else float32 on a CPU, where it is exact and fastest, elsewhere the stored one of 16 bits."""
+    """Return the asked one; else float32 on a CPU (exact, and fastest there), elsewhere the stored one of 16 bits."""
     if name is None and device.type == "cpu":
         name = "float32"
     elif name is None:  # float32 files are what training left, not what a video needs
@@ -519,7 +519,7 @@ def _dtype(name: str | None, checkpoint: Checkpoint, device: torch.device) -> to
 
 
 def _cache_dtype(request: Request, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The number type of the KV cache: the asked one, else that of the model."""
+    """Return the number type of the KV cache: the asked one, else that of the model."""
     if request.cache_dtype not in (None, *CACHE_DTYPES):
         raise ValueError(f"--cache-dtype {request.cache_dtype!r} is unknown; use {', '.join(CACHE_DTYPES)}")
     cache_dtype = dtype if request.cache_dtype is None else CACHE_DTYPES[request.cache_dtype]

@@ -61,6 +61,7 @@ def start_from_video(video: GivenVideo, encoder: Encoder, causal: CausalConfig) 
     Raises ValueError if it is too short for one chunk.
     """
     count = context_frames(covered_latents(len(video)), causal)
+    # Encoded afresh, so that its first frame stands for itself, as the causal VAE wants a video's first frame to.
     tail = video.reader.frames(len(video) - pixel_frames(count))
     return Start(encoder.encode(tail[None]).float(), video=video.reader, is_prefix_shown=False)
 
@@ -76,6 +77,7 @@ def context_frames(available: int, causal: CausalConfig) -> int:
 
     They are whole chunks, one chunk short of the window. Raises ValueError where that is less than one chunk.
     """
+    # One chunk of the window is left for what is denoised.
     room = available if causal.window == -1 else min(available, causal.window - causal.chunk)
     first = 1 if causal.independent_first_frame else causal.chunk  # latent frames of the first chunk
     count = first + (room - first) // causal.chunk * causal.chunk
@@ -122,6 +124,7 @@ def read_latents(path: Path) -> Tensor | None:
     """
     try:
         with path.open("rb") as file:
+            # 8 bytes of the header's length, then the header, a JSON object.
             is_safetensors = file.read(9)[8:] == b"{"
         if not is_safetensors:
             return None

@@ -44,6 +44,7 @@ def write_batch(plan: Plan, batch: PromptBatch, chunks: Iterator[Tensor], settin
         if request.sheet:
             write_contact_sheet(request.sheet, torch.stack(sheet_frames), overwrite=request.overwrite)
         return
+    # Each chunk holds a part of every video, so that writing while they are made would take all writers at once.
     complete = list(chunks)
     for row, out in enumerate(batch.outs):
         row_metadata = {**metadata, "selfforcing": {**settings, "sample": batch.first_row + row}}
@@ -53,6 +54,7 @@ def write_batch(plan: Plan, batch: PromptBatch, chunks: Iterator[Tensor], settin
 def _collecting(chunks: Iterator[Tensor], total: int, sheet_frames: list[Tensor]) -> Iterator[Tensor]:
     """Pass the chunks of a video on, and add SHEET_FRAMES of its `total` frames, first and last among them, evenly."""
     count = min(total, SHEET_FRAMES)
+    # Rounded, not truncated: the last index is exactly the last frame.
     indices = {round(index * (total - 1) / max(count - 1, 1)) for index in range(count)}
     start = 0
     for chunk in chunks:
@@ -64,6 +66,7 @@ def _collecting(chunks: Iterator[Tensor], total: int, sheet_frames: list[Tensor]
 def batch_settings(plan: Plan, batch: PromptBatch, timeline: Timeline) -> dict[str, Any]:
     """Return what made these videos, in plain JSON types, as their files and the measurements say it."""
     request, size = plan.request, plan.extent.geometry
+    # Without guidance the negative prompt is not read; a record of it would claim that it was.
     guidance = {"cfg": plan.cfg, "negative": request.negative} if plan.cfg != 1 else {}
     settings = {
         "model": request.model,
@@ -89,6 +92,6 @@ def batch_settings(plan: Plan, batch: PromptBatch, timeline: Timeline) -> dict[s
 
 
 def _file_settings(request: Request) -> dict[str, Any]:
-    """What was asked for of the file; nothing where that was its ending alone."""
+    """Return what was asked for of the file; nothing where that was its ending alone."""
     settings = {"codec": request.codec, "quality": request.quality, "audio": request.audio and str(request.audio)}
     return {name: value for name, value in settings.items() if value is not None}

@@ -124,6 +124,13 @@ def test_a_video_goes_on_and_on(options: list[str], tmp_path: Path, capsys: pyte
     assert (after[:33] - before).abs().mean() < 0.05, "what was there stays"
 
 
+def test_several_videos_go_on_from_one(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*options, "--prompt", "a"]
+    run([*options, "--frames", "33", "--out", str(tmp_path / "a.mp4")], capsys)
+    more = ["--extend", str(tmp_path / "a.mp4"), "--frames", "12", "--samples", "2", "--out", str(tmp_path / "more")]
+    assert [metrics["frames"] for metrics in run([*options, *more], capsys)] == [45, 45]
+
+
 def test_what_is_extended_keeps_its_time_its_sound_and_its_place(
     options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

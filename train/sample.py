@@ -32,7 +32,7 @@ from selfforcing_core.generate import generate_all
 from selfforcing_core.geometry import SPATIAL_FACTOR, pixel_frames
 from selfforcing_core.layout import wan_shapes
 from selfforcing_core.plan import CACHE_DTYPES
-from selfforcing_core.prompts import output_name
+from selfforcing_core.prompt_files import output_name
 from selfforcing_core.request import PromptBatch, Request
 from train.args import DmdArgs, OdeArgs, mistake, parse
 from train.conditions import read_texts
