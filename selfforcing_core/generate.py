@@ -145,6 +145,7 @@ class _PromptEncoding:
     def encoded(self, watch: Stopwatch) -> dict[str, Tensor]:
         """Return the embeddings [1, P, E] of each prompt on the CPU without their zero rows."""
         path, device = self.plan.text_encoder, self.plan.device
+        # Not before a prompt needs it: of kept embeddings a single damaged file may be the only reason.
         load = functools.cache(lambda: build_text_encoder(path, dtype=self.dtype, device=device))
 
         def encode(text: str) -> Tensor:
@@ -260,6 +261,7 @@ class Run:
         """
         request, lengths, shown_BTCHW = self.plan.request, self.plan.extent.chunk_lengths, self.start.shown_BTCHW
         kept: list[Tensor] = [] if shown_BTCHW is None else [shown_BTCHW[0]]  # latents for the request's file of them
+        # In ASCII, since consoles of Windows may show nothing else.
         with tqdm(total=len(lengths), unit="chunk", disable=not self.show_progress, ascii=True) as bar:
             watched = self._watched(chunks, bar, kept)
             watch.lap("writing")

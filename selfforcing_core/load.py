@@ -74,6 +74,7 @@ def build_text_encoder(
     """Return the text encoder of a folder or file, which `resolve_text_encoder` gives."""
     from .text import TextEncoder
 
+    # Wan's and ComfyUI's encoders are one file; only transformers' own layout is a folder.
     load = TextEncoder.from_file if path.is_file() else TextEncoder.from_folder
     return load(path, dtype=dtype, device=device)
 

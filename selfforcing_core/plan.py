@@ -135,6 +135,7 @@ def plan_request(
     _check_options(request)
     decoder = _decoder(request)
     file_format = _check_files(request, batches)
+    # What is read from here on is kept in the plan, so that no file is opened twice.
     audio = None if request.audio is None else sound_of(request.audio)
 
     model_path, is_own = resolve_model(request.model), is_bundle(request.model)
@@ -156,6 +157,7 @@ def plan_request(
     extent = _extent(request, causal, source, is_whole=is_whole, is_prefixed=is_prefixed)
     size = extent.geometry
     latent_shape = (size.latent_frames, config.out_dim, size.latent_height, size.latent_width)
+    # Only now is the size known: it may be that of the video that is extended.
     file_format.check_size(size.width, size.height)
     timeline_of = {
         text: _timeline(request, text, extent.chunk_lengths) for text in dict.fromkeys(batch.text for batch in batches)
@@ -399,6 +401,7 @@ def _sound(
             sound = Sound(findings.path, findings.start, findings.given / (findings.fps or Fraction(TRAINED_FPS)))
     if audio is not None:
         given, seconds = audio
+        # A rate such as 29.97 stands for 30000/1001, of which the file counts its time.
         end = shown_frames / Fraction(request.fps).limit_denominator(1001)
         if seconds > end:
             log.warning("%s: its %.2f s are cut at the video's end, %.2f s", request.audio, seconds, end)

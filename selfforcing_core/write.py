@@ -47,6 +47,7 @@ def write_batch(plan: Plan, batch: PromptBatch, chunks: Iterator[Tensor], settin
     # Each chunk holds a part of every video, so that writing while they are made would take all writers at once.
     complete = list(chunks)
     for row, out in enumerate(batch.outs):
+        # Which row of the noise this video is made from, beside the seed that all share.
         row_metadata = {**metadata, "selfforcing": {**settings, "sample": batch.first_row + row}}
         write(out, (chunk[row] for chunk in complete), metadata=row_metadata)
 
