@@ -23,25 +23,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic import replacing
-from .checkpoint_header import (
-    LORA,
-    SamplingSettings,
-    check_sizes,
-    comfyui_sizes,
-    file_header,
-    lora_refusal,
-    one_line,
-    read_entries,
-    read_settings,
-)
+from .checkpoint_header import FileHeader, SamplingSettings, file_header, one_line, read_header
 from .config import BidirectionalConfig, CausalConfig, StepConfig, TAEHVConfig, WanConfig
-from .keymap import describe_dialect, from_wan, is_stray, wan_names
+from .keymap import describe_dialect, from_wan, stray_keys, wan_names
 from .latent_space import WAN, identify_latent_space
-from .scaled import QUANTIZATION_ENTRY, ScaledWeights, split_scales, stored_tensors
+from .scaled import QUANTIZATION_ENTRY, ScaledWeights, stored_tensors
 from .shapes import Shape, mismatch, taehv_config, taehv_shapes, wan_config, wan_shapes
-from .tensor_files import open_contents
+from .tensor_files import FileContents, open_contents
 from .variants import not_supported, variant_among
-from .weight_sets import FileContents
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # to store and compute in
@@ -177,23 +166,17 @@ def save_checkpoint(
 # ------------------------------------------------------------ understanding --
 def _understood(contents: FileContents, path: Path) -> Checkpoint:
     """Recognise the network, settle its config and check every name and shape against it."""
-    entries = read_entries(contents.header)
-    if entries.get("kind") == LORA:
-        raise ValueError(lora_refusal(entries))
-    tensors, scales_by_key = split_scales(contents.tensors, contents.header)
-    names = wan_names(tensors)
-    stored = {name: tensors[key] for name, key in names.items()}
-    scales = {name: scales_by_key[key] for name, key in names.items() if key in scales_by_key}
+    header = read_header(contents.header)
+    names = wan_names(contents.tensors)
+    dialect, stray = describe_dialect(names.values()), stray_keys(contents.tensors)
+    stored = {name: contents.tensors[key] for name, key in names.items()}
+    scales = {name: contents.scales[key] for name, key in names.items() if key in contents.scales}
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
-    kind = _kind(shapes)
     _check_types(stored, scales)
-    if entries.get("kind", kind) != kind:
-        raise ValueError(f"header says {entries['kind']!r} but the tensors are those of a {kind!r}")
-    try:
-        config = _config(kind, shapes, entries.get("config"), comfyui_sizes(contents.header))
-    except (TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"header is damaged ({one_line(error)})") from error
-    settings = read_settings(entries)
+    kind = _kind(shapes)
+    if header.kind not in (None, kind):
+        raise ValueError(f"header says {header.kind!r} but the tensors are those of a {kind!r}")
+    config = _config(kind, shapes, header)
     difference = mismatch(wan_shapes(config) if isinstance(config, WanConfig) else taehv_shapes(config), shapes)
     if difference:
         raise ValueError(f"is not a complete {kind} model: {difference}")
@@ -201,41 +184,36 @@ def _understood(contents: FileContents, path: Path) -> Checkpoint:
         kind=kind,
         state_dict=ScaledWeights(stored, scales) if scales else stored,
         config=config,
-        causal=settings.causal,
-        steps=settings.steps,
-        dialect=describe_dialect(names.values()),
+        causal=header.settings.causal,
+        steps=header.settings.steps,
+        dialect=dialect,
         dtype="bfloat16" if scales else _most_common(stored),  # what the 8 bits were made from
         weights=contents.weights,
         # Reading undoes the quantisation, so that a copy with this entry would claim what is no longer true.
         metadata={name: text for name, text in contents.header.items() if name != QUANTIZATION_ENTRY},
-        latent_space=_latent_space(entries.get("latent_space"), config, path),
-        bidirectional=settings.bidirectional,
-        guidance=settings.guidance,
-        notes=tuple(f"{path}: {note}" for note in (*contents.notes, *_remarks(tensors, stored, scales))),
+        latent_space=_latent_space(config, path) if header.latent_space is None else header.latent_space,
+        bidirectional=header.settings.bidirectional,
+        guidance=header.settings.guidance,
+        notes=tuple(f"{path}: {note}" for note in (*contents.notes, *_remarks(stray, stored, scales))),
     )
 
 
-def _remarks(
-    tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], scales: Mapping[str, Tensor]
-) -> tuple[str, ...]:
+def _remarks(stray: list[str], stored: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> list[str]:
     """Return what is left out of the file or not used as it is stored, one line each."""
-    stray = sorted(key for key in tensors if is_stray(key))
-    remarks = ()
+    remarks = []
     if stray:
-        remarks += (f"{', '.join(stray)} left out: a table that the network computes itself",)
+        remarks.append(f"{', '.join(stray)} left out: a table that the network computes itself")
     if scales:
         types = ", ".join(sorted({str(stored[name].dtype).removeprefix("torch.") for name in scales}))
-        remarks += (
+        remarks.append(
             f"{len(scales)} weights are stored in 8 bits with scales ({types}) and are widened as they are read, by "
-            "default to bfloat16; scales for 8-bit activations are not used",
+            "default to bfloat16; scales for 8-bit activations are not used"
         )
     return remarks
 
 
-def _latent_space(header_value: Any, config: WanConfig | TAEHVConfig, path: Path) -> str | None:
-    """Return what the header says; else for a TAEHV what its bytes say, for a network of Wan's sizes Wan's."""
-    if header_value is not None:
-        return str(header_value)
+def _latent_space(config: WanConfig | TAEHVConfig, path: Path) -> str | None:
+    """Return what the file says in other ways: a TAEHV by its bytes, a network of Wan's sizes by them."""
     if isinstance(config, TAEHVConfig):
         return identify_latent_space(config, path) if path.is_file() else None
     # Wan 2.1 is the one released family with this text encoder and so many channels.
@@ -272,22 +250,21 @@ def _most_common(stored: Mapping[str, Tensor]) -> str:
     return str(counts.most_common(1)[0][0]).removeprefix("torch.")
 
 
-def _config(
-    kind: str, shapes: Mapping[str, Shape], header_config: dict[str, Any] | None, header_sizes: dict[str, int]
-) -> WanConfig | TAEHVConfig:
+def _config(kind: str, shapes: Mapping[str, Shape], header: FileHeader) -> WanConfig | TAEHVConfig:
     """Return the config that the shapes show, completed by what only a header can say; both must agree."""
-    stored: WanConfig | TAEHVConfig | None
+    stored: WanConfig | TAEHVConfig | None = None
     config: WanConfig | TAEHVConfig
-    check_sizes(header_config or header_sizes)
-    if kind == "wan":
-        stored = WanConfig.from_dict(header_config) if header_config else None
+    try:
+        if header.config:
+            stored = (WanConfig if kind == "wan" else TAEHVConfig).from_dict(header.config)
         if isinstance(stored, WanConfig):
             config = replace(wan_config(shapes, num_heads=stored.num_heads, text_len=stored.text_len), eps=stored.eps)
+        elif isinstance(stored, TAEHVConfig):
+            config = taehv_config(shapes, decoder_space=stored.decoder_space)
         else:
-            config = wan_config(shapes, **header_sizes)
-    else:
-        stored = TAEHVConfig.from_dict(header_config) if header_config else None
-        config = taehv_config(shapes, decoder_space=stored.decoder_space) if stored else taehv_config(shapes)
+            config = wan_config(shapes, **header.sizes) if kind == "wan" else taehv_config(shapes)
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"header is damaged ({one_line(error)})") from error
     if stored is not None and stored != config:
         name = next(each.name for each in fields(config) if getattr(stored, each.name) != getattr(config, each.name))
         raise ValueError(

@@ -34,11 +34,9 @@ class SamplingSettings:
     bidirectional: BidirectionalConfig | None = None  # all frames together
     guidance: float | None = None  # scale above 0; distilled models take 1
 
-    def __post_init__(self) -> None:
-        assert self.causal is None or self.bidirectional is None, "a network is causal or bidirectional, not both"
-
     def to_entries(self, latent_space: str | None) -> dict[str, Any]:
         """Return the entries of our header that say how the network is run, with the format that they need."""
+        assert self.causal is None or self.bidirectional is None, "a network is causal or bidirectional, not both"
         entries: dict[str, Any] = {
             "format": HEADER_FORMAT,
             "causal": self.causal.to_dict() if self.causal else None,
@@ -49,6 +47,17 @@ class SamplingSettings:
             bidirectional = self.bidirectional.to_dict() if self.bidirectional else None
             entries |= {"format": max(HEADER_FORMATS), "bidirectional": bidirectional, "guidance": self.guidance}
         return entries
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """What a header says, ours and ComfyUI's entry together; None and {} where it says nothing."""
+
+    kind: str | None  # "wan" or "taehv"
+    config: dict[str, Any]  # of our entry, checked only as far as no tensor can contradict it
+    sizes: dict[str, int]  # those of HEADER_SIZES that a file made for ComfyUI gives
+    settings: SamplingSettings
+    latent_space: str | None
 
 
 # ------------------------------------------------------------------ writing --
@@ -77,7 +86,24 @@ def comfyui_header(num_heads: Any) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------ reading --
-def read_entries(header: Mapping[str, str]) -> dict[str, Any]:
+def read_header(header: Mapping[str, str]) -> FileHeader:
+    """Return what a safetensors file says of its network.
+
+    Raises ValueError for a damaged header, for a format that this version does not read, and for that of a LoRA.
+    """
+    entries, sizes = _entries(header), _comfyui_sizes(header)
+    config, space = entries.get("config") or {}, entries.get("latent_space")
+    try:
+        _check_sizes(config or sizes)
+        settings = _settings(entries)
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"header is damaged ({one_line(error)})") from error
+    if entries.get("kind") == LORA:
+        raise ValueError(_lora_refusal(entries.get("base"), settings))
+    return FileHeader(entries.get("kind"), config, sizes, settings, None if space is None else str(space))
+
+
+def _entries(header: Mapping[str, str]) -> dict[str, Any]:
     """Return the entries of our own header, {} for a file of somebody else.
 
     Raises ValueError for a format that this version does not read.
@@ -91,7 +117,7 @@ def read_entries(header: Mapping[str, str]) -> dict[str, Any]:
     return entries
 
 
-def comfyui_sizes(header: Mapping[str, str]) -> dict[str, int]:
+def _comfyui_sizes(header: Mapping[str, str]) -> dict[str, int]:
     """Return the sizes that a file made for ComfyUI gives in its header; {} where there are none."""
     if COMFYUI_KEY not in header:
         return {}
@@ -99,37 +125,33 @@ def comfyui_sizes(header: Mapping[str, str]) -> dict[str, int]:
     return {name: sizes[name] for name in HEADER_SIZES if name in sizes} if isinstance(sizes, dict) else {}
 
 
-def check_sizes(sizes: Mapping[str, Any]) -> None:
+def _check_sizes(sizes: Mapping[str, Any]) -> None:
     """Raise ValueError for sizes that no tensor can contradict, because only the header gives them."""
     for name in HEADER_SIZES:
         if name in sizes and (type(sizes[name]) is not int or sizes[name] < 1):  # bool is a subclass of int
             raise ValueError(f"header is damaged ({name} is {sizes[name]!r}, not a positive number)")
 
 
-def read_settings(entries: Mapping[str, Any]) -> SamplingSettings:
-    """Return how our header wants the network to be run. Raises ValueError where the header is damaged."""
-    try:
-        causal = CausalConfig.from_dict(entries["causal"]) if entries.get("causal") else None
-        steps = StepConfig.from_dict(entries["steps"]) if entries.get("steps") else None
-        return SamplingSettings(causal, steps, _bidirectional(entries, causal, steps), _guidance(entries))
-    except (TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"header is damaged ({one_line(error)})") from error
+def _settings(entries: Mapping[str, Any]) -> SamplingSettings:
+    """Return how our header wants the network to be run.
 
-
-def _bidirectional(
-    entries: Mapping[str, Any], causal: CausalConfig | None, steps: StepConfig | None
-) -> BidirectionalConfig | None:
-    """Return what the header says of a bidirectional network.
-
-    Headers of format 1 had no word for it: there it is a network with steps and without chunks, which only exports of
-    bidirectional runs and `convert --bidirectional` wrote. A network with neither is one that nothing is known about.
+    Headers of format 1 had no word for a bidirectional network: there it is one with steps and without chunks, which
+    only exports of bidirectional runs and `convert --bidirectional` wrote. A network with neither is one that nothing
+    is known about.
     """
-    if entries.get("bidirectional") is not None:
-        if causal is not None:
-            raise ValueError("header is damaged (it says both causal and bidirectional)")
-        return BidirectionalConfig.from_dict(entries["bidirectional"])
+    causal, steps, bidirectional = (entries.get(name) for name in ("causal", "steps", "bidirectional"))
+    if causal and bidirectional is not None:
+        raise ValueError("header is damaged (it says both causal and bidirectional)")
     is_older = entries.get("format") == HEADER_FORMAT and entries.get("kind") == "wan"
-    return BidirectionalConfig() if is_older and causal is None and steps is not None else None
+    if bidirectional is None and is_older and steps and not causal:
+        bidirectional = {}
+    guidance = _guidance(entries)
+    return SamplingSettings(
+        causal=CausalConfig.from_dict(causal) if causal else None,
+        steps=StepConfig.from_dict(steps) if steps else None,
+        bidirectional=None if bidirectional is None else BidirectionalConfig.from_dict(bidirectional),
+        guidance=guidance,
+    )
 
 
 def _guidance(entries: Mapping[str, Any]) -> float | None:
@@ -141,15 +163,14 @@ def _guidance(entries: Mapping[str, Any]) -> float | None:
     return float(scale)
 
 
-def lora_refusal(entries: Mapping[str, Any]) -> str:
+def _lora_refusal(base: Any, settings: SamplingSettings) -> str:
     """Return the sentence that refuses a LoRA of our trainer: where it belongs, and how it is sampled there."""
-    settings = read_settings(entries)
     causal, steps = settings.causal, settings.steps
     chunks = "bidirectional" if causal is None else f"chunk {causal.chunk}, window {causal.window}"
     levels = "" if steps is None else f"{len(steps.steps)} steps, {steps.solver}, shift {steps.shift:g}"
     summary = ", ".join(part for part in (chunks, levels) if part)
     return (
-        f"is a LoRA, to be loaded in ComfyUI on top of {entries.get('base')} ({summary}); where a whole network is "
+        f"is a LoRA, to be loaded in ComfyUI on top of {base} ({summary}); where a whole network is "
         "needed, export the run with form=whole"
     )
 

@@ -23,9 +23,9 @@ from .download import DOWNLOADS
 from .request import GROUPS, MODEL_NAMES, PromptBatch, Request
 from .versions import CORE, refusal
 
-USER_ERROR = 2
-INTERRUPTED = 130
-# what torch says where memory ends, on CUDA and MPS, and on CPUs under Linux and Windows
+USER_ERROR = 2  # as argparse exits
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+# What torch says where memory ends, on CUDA and MPS, and on CPUs under Linux and Windows
 MEMORY_ENDED = ("out of memory", "can't allocate memory", "not enough memory", "storage size calculation overflowed")
 FEWER_PROGRAMS = "end other programs, or use a machine with more of it"
 SMALLER = "try --fp8, --cache-dtype int8, a smaller --window, --width and --height, or --batch 1"
@@ -49,7 +49,9 @@ def _is_first() -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
+    # On stderr: the standard output holds nothing but what a command gives.
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    # Before torch is imported: with an older one the import itself may fail, in words that name no remedy.
     if reason := refusal("the command line needs", CORE):
         print(f"selfforcing: {reason}", file=sys.stderr)
         return USER_ERROR
@@ -70,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_memory_ended(error: RuntimeError | MemoryError) -> bool:
-    import torch
+    import torch  # whatever filled the memory has imported it already
 
     is_torchs = any(words in str(error).lower() for words in MEMORY_ENDED)
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or is_torchs
@@ -165,7 +167,7 @@ def _add_convert(turn: argparse.ArgumentParser) -> None:
 def _generate(options: argparse.Namespace) -> None:
     if options.threads is not None and options.threads < 1:
         raise ValueError(f"threads {options.threads} is not a number of threads; use 1 or more")
-    import torch
+    import torch  # only now, so that neither --help nor a refused option waits for it
 
     from .generate import generate_all
 
@@ -184,7 +186,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _own_device(device: str, environment: Mapping[str, str]) -> str:
-    """The device of this process: under torchrun each has its own of the machine's cards."""
+    """Return the device of this process: under torchrun each has its own of the machine's cards."""
     import torch
 
     is_card = device == "cuda" or (device == "auto" and torch.cuda.is_available())
@@ -192,18 +194,19 @@ def _own_device(device: str, environment: Mapping[str, str]) -> str:
 
 
 def _rewriter(options: argparse.Namespace) -> Callable[[list[str]], list[str]] | None:
-    """What lets a language model write the prompts, if one is asked for."""
+    """Return what lets a language model write the prompts, if one is asked for."""
     if options.extend_prompt is None:
         return None
-    from .prompts import extend_prompts
+    from .prompt_files import extend_prompts
 
+    # Not an option: those stand in the shell's history and in the list of processes.
     key = os.environ.get("OPENAI_API_KEY")
     return partial(extend_prompts, model=options.extend_prompt, name=options.extend_prompt_name, key=key)
 
 
 def _batches(options: argparse.Namespace) -> list[PromptBatch]:
-    """What this process is to generate. Several videos go into a folder, under names made from their prompts."""
-    from .prompts import output_name, read_extended, read_prompts
+    """Return what this process is to generate; several videos go into a folder, under names made from their prompts."""
+    from .prompt_files import output_name, read_extended, read_prompts
     from .video_formats import usual_ending
 
     if (options.prompt is None) == (options.prompt_file is None):
@@ -225,9 +228,11 @@ def _batches(options: argparse.Namespace) -> list[PromptBatch]:
             [options.out / output_name(index, prompt, sample, ending) for sample in range(options.samples)]
             for index, prompt in enumerate(prompts)
         ]
+    # By torchrun's numbers every process takes each WORLD_SIZE-th prompt; a plain command is the only process.
     mine = slice(int(os.environ.get("RANK", "0")), None, int(os.environ.get("WORLD_SIZE", "1")))
     batches = []
     for prompt, text, files in list(zip(prompts, texts, outs))[mine]:
+        # A sample's noise follows from its row, so that --batch changes no video.
         for first in range(0, len(files), options.batch):
             batches.append(PromptBatch(prompt, text, tuple(files[first : first + options.batch]), first))
     return batches
@@ -235,10 +240,10 @@ def _batches(options: argparse.Namespace) -> list[PromptBatch]:
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[None]:
-    """A folder to write into. If it was not there before and nothing came into it, it goes again."""
+    """Make a folder to write into; if it was not there before and nothing came into it, it goes again."""
     is_new = not folder.exists()
     try:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)  # not its parents: a mistyped path should not become a tree
     except OSError as error:
         raise ValueError(f"{folder}: cannot be made ({error.strerror}); choose a folder that is writable") from error
     try:

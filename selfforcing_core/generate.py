@@ -2,21 +2,20 @@
 
 The loop itself is `rollout`; a `Run` loads what it needs, feeds it and measures it. Networks follow one another on the
 device: the text encoder goes before the video model comes.
-Letters: B batch, V video frames, R RGB, H W height and width in pixels, P text tokens, E text width.
+Letters: B batch, T latent frames, C latent channels, V video frames, R RGB, H W height and width in pixels, P text
+tokens, E text width.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
-import itertools
 import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,19 +30,16 @@ from .float8 import store_in_float8
 from .geometry import TEMPORAL_FACTOR
 from .guided import Guided
 from .history import PromptChange
-from .hub import check_channels, resolve_text_encoder
 from .image import first_frame_condition, fit_image
-from .load import build_model, build_taehv, load_text_encoder
+from .load import build_model, build_taehv, build_text_encoder, check_channels
 from .meter import Meter
 from .noise import ScheduledNoise, SeededNoise
-from .plan import Plan, plan_request
-from .prompt_schedule import start_frames
-from .request import PromptBatch, Request, is_encoded
+from .plan import Plan, Timeline, plan_request
+from .request import PromptBatch, Request
 from .rollout import Chunk, rollout
 from .start import (
     Start,
     frames_of,
-    shown_frames,
     start_from_image,
     start_from_latents,
     start_from_video,
@@ -98,23 +94,14 @@ def generate_all(
     rewrite: gives the texts that the model reads, from those of the batches; asked once, when all else is checked.
     Raises ValueError, before anything is computed or written, for whatever cannot work.
     """
-    plan = plan_request(request, batches)
-    if rewrite is not None:
-        plan = _rewritten(plan, rewrite)
+    plan = plan_request(request, batches, rewrite)
     prompts = _PromptEncoding(plan)
     if show_progress and plan.device.type != "cpu":
         log.warning("%s", plan.memory_in_words(prompts.encoder_bytes))
+    # The generators of chunks and frames run in here too: nothing below asks for gradients.
     with _compiler_named() if request.compile else nullcontext(), torch.no_grad():
         run = Run(plan, prompts, show_progress=show_progress)
-        return [record for batch in plan.batches for record in run.make(batch)]
-
-
-def _rewritten(plan: Plan, rewrite: Callable[[list[str]], list[str]]) -> Plan:
-    """The plan with longer prompts, each video under its own as the user wrote it."""
-    if any(batch.has_times for batch in plan.batches):
-        raise ValueError("--extend-prompt makes one prompt of a schedule; write its prompts out instead")
-    texts = rewrite([batch.text for batch in plan.batches])
-    return replace(plan, batches=tuple(replace(batch, text=text) for batch, text in zip(plan.batches, texts)))
+        return [record for parts in zip(plan.batches, plan.timelines) for record in run.make(*parts)]
 
 
 @contextmanager
@@ -140,15 +127,10 @@ class _PromptEncoding:
         self.dtype = torch.bfloat16 if plan.dtype == torch.float16 else plan.dtype  # float16 overflows inside UMT5
 
     @functools.cached_property
-    def encoder(self) -> Path:
-        """The encoder's file or folder. Raises ValueError where there is none of its name."""
-        return resolve_text_encoder(self.plan.request.text_encoder or self.plan.request.model)
-
-    @functools.cached_property
     def folder(self) -> EmbeddingFolder | None:
         """Where embeddings are kept, if anywhere."""
         kept = self.plan.request.embeddings
-        return None if kept is None else EmbeddingFolder(kept, self.encoder, self.dtype, "used")
+        return None if kept is None else EmbeddingFolder(kept, self.plan.text_encoder, self.dtype, "used")
 
     @functools.cached_property
     def is_known(self) -> bool:
@@ -158,11 +140,13 @@ class _PromptEncoding:
     @property
     def encoder_bytes(self) -> int:
         """Bytes of the encoder's weights as they will be loaded; 0 where they are not."""
-        return 0 if self.is_known else encoder_bytes(self.encoder, self.dtype)
+        return 0 if self.is_known else encoder_bytes(self.plan.text_encoder, self.dtype)
 
     def encoded(self, watch: Stopwatch) -> dict[str, Tensor]:
         """Return the embeddings [1, P, E] of each prompt on the CPU without their zero rows."""
-        load = functools.cache(lambda: load_text_encoder(self.encoder, dtype=self.dtype, device=self.plan.device))
+        path, device = self.plan.text_encoder, self.plan.device
+        # Not before a prompt needs it: of kept embeddings a single damaged file may be the only reason.
+        load = functools.cache(lambda: build_text_encoder(path, dtype=self.dtype, device=device))
 
         def encode(text: str) -> Tensor:
             return _trimmed(load().encode([text])).cpu()[0]
@@ -177,25 +161,9 @@ class _PromptEncoding:
 
 
 def _trimmed(embeds_1PE: Tensor) -> Tensor:
+    # Rows behind a prompt's end are zero, and the model pads with zeros again.
     used = int(embeds_1PE[0].any(-1).sum())
     return embeds_1PE[:, : max(used, 1)].clone()
-
-
-class _Timeline:
-    """The prompts and seeds of one video by the latent frames from which they hold."""
-
-    def __init__(self, plan: Plan, batch: PromptBatch, conditionings: dict[str, Conditioning]) -> None:
-        entries, request = batch.entries, plan.request
-        starts = start_frames(entries, plan.geometry.chunk_lengths, entries[0].fps or request.fps)
-        self.first = conditionings[entries[0].prompt]
-        self.later = {
-            start: PromptChange(conditionings[entry.prompt], entry.history or request.history)
-            for start, entry in zip(starts[1:], entries[1:])
-            if is_encoded(entry)
-        }
-        self.seeds = {start: entry.seed for start, entry in zip(starts, entries) if entry.seed is not None}
-        self.negative = None if plan.cfg == 1 else conditionings[request.negative]
-        self.at = self.later.get if self.later else None
 
 
 # ---------------------------------------------------------------------- run --
@@ -211,29 +179,30 @@ class Run:
         self.autoencoder = _load_autoencoder(plan)
         self.start, self.image, self.clip = _start(plan, self.autoencoder)
         self.model = _load_model(plan)
+        # Shared by all batches, so that each shape is measured once.
+        self.kernel: Kernel = functools.partial(attention_kernel, plan.request.attention, MeasuredKernels())
         self.watch.lap("loading")
         self.card = measured_card(plan.device, plan.dtype) if plan.request.roofline else None
-        # shared by all batches, so that each shape is measured once
-        self.kernel: Kernel = functools.partial(attention_kernel, plan.request.attention, MeasuredKernels())
 
-    def make(self, batch: PromptBatch) -> list[dict[str, Any]]:
+    def make(self, batch: PromptBatch, timeline: Timeline) -> list[dict[str, Any]]:
         """Make and write the videos of a batch; return their settings and measurements in plain JSON types."""
         plan, sheet = self.plan, self.plan.request.sheet
         meter = self._meter(len(batch.outs))
         if meter is not None and self.show_progress:
             log.warning("%s", _prediction_in_words(meter))
         watch = Stopwatch()
-        timeline = _Timeline(plan, batch, self._conditionings(batch))
-        settings = batch_settings(plan, batch)
-        write_batch(plan, batch, self._frames(batch, timeline, watch), settings)
+        frames = self._frames(self._rollout(batch, timeline), self._decoder(), len(batch.outs), watch)
+        settings = batch_settings(plan, batch, timeline)
+        write_batch(plan, batch, frames, settings)
         watch.lap("writing")
         # What stands before the first chunk is waited for with it.
         first, *later = watch.laps["chunk"]
         seconds = [watch.seconds("start") + first, *later]
         roofline = {} if meter is None else {"roofline": {**meter.predicted(), **meter.reached(seconds)}}
+        # All prompts were encoded together before the first video; each batch bears its share.
         seconds[0] += self.watch.seconds("encoding") / len(plan.batches)
         measurements = {
-            **_speed(seconds, plan.generated_frames * len(batch.outs)),
+            **_speed(seconds, plan.extent.generated_frames * len(batch.outs)),
             "seconds_loading": self.watch.seconds("loading"),
             "seconds_writing": watch.seconds("writing"),
         }
@@ -243,7 +212,7 @@ class Run:
         ]
 
     def _meter(self, batch: int) -> Meter | None:
-        """What measures `batch` videos against the device, which was measured itself; None where it was not."""
+        """Return what measures `batch` videos against the device, which was measured itself; None where it was not."""
         if self.card is None:
             return None
         recipe = self.plan.recipe(batch)
@@ -251,67 +220,78 @@ class Run:
             recipe = replace(recipe, taehv=self.autoencoder.config)
         return Meter(recipe, self.card)
 
-    def _conditionings(self, batch: PromptBatch) -> dict[str, Conditioning]:
-        """What the videos of a batch are conditioned on, for each of its prompts."""
-        count = len(batch.outs)
-        image, clip = self._rows(self.image, count), self._rows(self.clip, count)
-        guided = [] if self.plan.cfg == 1 else [self.plan.request.negative]
-        prompts = dict.fromkeys([*batch.encoded_prompts, *guided])
-        return {text: Conditioning(self._rows(self.embeddings[text], count), image, clip) for text in prompts}
-
     def _rows(self, tensor: Any, count: int) -> Any:
-        """A tensor of one row for `count` videos, where and as the model computes; None stays None."""
+        """Return a tensor of one row for `count` videos, where and as the model computes; None stays None."""
         if tensor is None:
             return None
         return tensor.to(self.plan.device, self.plan.dtype).expand(count, *[-1] * (tensor.ndim - 1))
 
-    @torch.no_grad()
-    def _frames(self, batch: PromptBatch, timeline: _Timeline, watch: Stopwatch) -> Iterator[Tensor]:
-        """Frames [B, V, R, H, W] on the CPU, as soon as they are there: what the start shows, then chunk by chunk.
+    def _rollout(self, batch: PromptBatch, timeline: Timeline) -> Iterator[Chunk]:
+        """Return the chunks of a batch, of which nothing is computed before they are asked for."""
+        plan, count = self.plan, len(batch.outs)
+        guided = [] if plan.cfg == 1 else [plan.request.negative]
+        image, clip = self._rows(self.image, count), self._rows(self.clip, count)
+        conditionings = {
+            text: Conditioning(self._rows(self.embeddings[text], count), image, clip)
+            for text in dict.fromkeys([*timeline.prompts, *guided])
+        }
+        later = {start: PromptChange(conditionings[text], history) for start, (text, history) in timeline.later.items()}
+        negative = None if plan.cfg == 1 else conditionings[plan.request.negative]
+        seeded = functools.partial(SeededNoise, first_row=batch.first_row, first_frame=plan.extent.first_frame)
+        return rollout(
+            Guided(self.model, conditionings[timeline.prompts[0]], negative=negative, guidance=plan.cfg),
+            noise=ScheduledNoise(seeded(plan.request.seed), timeline.seeds, seeded),
+            latent_shape=plan.latent_shape,
+            causal=plan.causal,
+            steps=plan.steps,
+            prompt_at=later.get if later else None,
+            start=self.start.prefix_BTCHW,
+        )
 
+    def _decoder(self) -> _Cast:
+        """Return a decoder of one video, which is decoded in a stream."""
+        coder = self.autoencoder
+        return _Cast(StreamingWanDecoder(coder) if isinstance(coder, WanVAE) else StreamingDecoder(coder), self.plan)
+
+    def _frames(self, chunks: Iterator[Chunk], decoder: _Cast, count: int, watch: Stopwatch) -> Iterator[Tensor]:
+        """Yield frames [B, V, R, H, W] of `count` videos on the CPU, as soon as they are there.
+
+        What the start shows comes first, then chunk by chunk; the latents are written last, if they are asked for.
         Raises ValueError for a chunk with numbers that are NaN or Inf.
         """
-        plan, request, start, size = self.plan, self.plan.request, self.start, self.plan.geometry
-        coder = self.autoencoder
-        stream = StreamingWanDecoder(coder) if isinstance(coder, WanVAE) else StreamingDecoder(coder)
-        kept: list[Tensor] = []  # latents for the request's file of them
-        with tqdm(total=len(size.chunk_lengths), unit="chunk", disable=not self.show_progress, ascii=True) as bar:
-
-            def counted(chunks: Iterator[Any]) -> Iterator[Any]:
-                for chunk in chunks:
-                    _check_finite(chunk, plan)
-                    bar.update()
-                    if request.latents is not None and not (chunk.is_given and start.shown_BTCHW is not None):
-                        kept.append(chunk.latents_BTCHW[0].cpu())
-                    yield chunk
-
-            seeded = functools.partial(SeededNoise, first_row=batch.first_row, first_frame=plan.first_frame)
-            chunks = rollout(
-                Guided(self.model, timeline.first, negative=timeline.negative, guidance=plan.cfg),
-                noise=ScheduledNoise(seeded(request.seed), timeline.seeds, seeded),
-                latent_shape=(size.latent_frames, plan.config.out_dim, size.latent_height, size.latent_width),
-                causal=plan.causal,
-                steps=plan.steps,
-                prompt_at=timeline.at,
-                start=start.prefix_BTCHW,
-            )
-            decoder = _Cast(stream, plan)
-            shown = (("start", frames) for frames in shown_frames(start, decoder, size.chunk))
-            made = (("chunk", frames) for frames in frames_of(counted(_switched(chunks, self.kernel)), decoder, start))
+        request, lengths, shown_BTCHW = self.plan.request, self.plan.extent.chunk_lengths, self.start.shown_BTCHW
+        kept: list[Tensor] = [] if shown_BTCHW is None else [shown_BTCHW[0]]  # latents for the request's file of them
+        # In ASCII, since consoles of Windows may show nothing else.
+        with tqdm(total=len(lengths), unit="chunk", disable=not self.show_progress, ascii=True) as bar:
+            watched = self._watched(chunks, bar, kept)
             watch.lap("writing")
-            for name, frames in itertools.chain(shown, made):
-                frames = frames.float().cpu().expand(len(batch.outs), *[-1] * 4)
+            for name, frames in frames_of(self.start, watched, decoder, self.plan.causal.chunk):
+                # What the start brings along is one row, which all videos begin with.
+                frames = frames.float().cpu().expand(count, *[-1] * 4)
                 watch.lap(name)
                 yield frames
                 watch.lap("writing")
         if request.latents is not None:
-            before = [] if start.shown_BTCHW is None else [start.shown_BTCHW[0]]
-            write_latents(request.latents, torch.cat([*before, *kept]), overwrite=request.overwrite)
+            write_latents(request.latents, torch.cat(kept), overwrite=request.overwrite)
+
+    def _watched(self, chunks: Iterator[Chunk], bar: Any, kept: list[Tensor]) -> Iterator[Chunk]:
+        """Yield the chunks, each checked, counted by the bar, and kept if latents are asked for."""
+        while True:
+            with self.kernel():  # only while a chunk is made: other networks' attention it may refuse
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            _check_finite(chunk, self.plan)
+            bar.update()
+            is_kept_already = chunk.is_given and self.start.shown_BTCHW is not None
+            if self.plan.request.latents is not None and not is_kept_already:
+                kept.append(chunk.latents_BTCHW[0].cpu())
+            yield chunk
 
 
 def _speed(seconds: list[float], frames: int) -> dict[str, Any]:
-    """The speed of a video of `frames` generated frames from the seconds of its chunks."""
-    later = seconds[1:] or seconds
+    """Return the speed of a video of `frames` generated frames from the seconds of its chunks."""
+    later = seconds[1:] or seconds  # the first chunk also waits for the text's encoding, and for a compiler
     return {
         "seconds_to_first_frame": seconds[0],
         "seconds_per_chunk": sum(later) / len(later),
@@ -326,16 +306,6 @@ def _prediction_in_words(meter: Meter) -> str:
         f"the device multiplies at {prediction['device_tflops']:.3g} TFLOP/s and moves "
         f"{prediction['device_gbytes_per_second']:.3g} GB/s: {meter.in_words()}"
     )
-
-
-def _switched(chunks: Iterator[Any], kernel: Kernel) -> Iterator[Any]:
-    """The chunks, with the kernel switched to only while one is made: other networks' attention it may refuse."""
-    while True:
-        with kernel():
-            chunk = next(chunks, None)
-        if chunk is None:
-            return
-        yield chunk
 
 
 def _check_finite(chunk: Chunk, plan: Plan) -> None:
@@ -360,7 +330,7 @@ class _Cast:
 
 # ----------------------------------------------------------------- networks --
 def _load_autoencoder(plan: Plan) -> TAEHV | WanVAE:
-    """What decodes the video. Raises ValueError if it is made for other latents."""
+    """Return what decodes the video. Raises ValueError if it is made for other latents."""
     if plan.taehv is not None:
         return build_taehv(plan.taehv, dtype=plan.dtype, device=plan.device)
     assert plan.request.vae is not None
@@ -370,7 +340,8 @@ def _load_autoencoder(plan: Plan) -> TAEHV | WanVAE:
 
 
 def _load_model(plan: Plan) -> Any:
-    """The video model on its device; with fp8 it is shrunk on the CPU before it moves."""
+    """Return the video model on its device; with fp8 it is shrunk on the CPU before it moves."""
+    # The device may have room for the small weights only.
     device = None if plan.request.fp8 else plan.device
     model: Any = build_model(plan.checkpoint, dtype=plan.dtype, device=device)
     if plan.request.fp8:
@@ -380,7 +351,7 @@ def _load_model(plan: Plan) -> Any:
 
 
 def _start(plan: Plan, autoencoder: TAEHV | WanVAE) -> tuple[Start, Tensor | None, Tensor | None]:
-    """How the video begins, and for image-to-video models their condition channels and CLIP features."""
+    """Return how the video begins, and for image-to-video models their condition channels and CLIP features."""
     encoder = _OnDevice(autoencoder, plan)
     if plan.source is not None:
         if isinstance(plan.source, Tensor):
@@ -388,7 +359,7 @@ def _start(plan: Plan, autoencoder: TAEHV | WanVAE) -> tuple[Start, Tensor | Non
         return start_from_video(plan.source, encoder, plan.causal), None, None
     if plan.image_RHW is None:
         return Start(), None, None
-    size = plan.geometry
+    size = plan.extent.geometry
     image = fit_image(plan.image_RHW, size.width, size.height)[None]
     if plan.is_prefixed_by_image:
         return start_from_image(image, encoder), None, None
@@ -396,6 +367,7 @@ def _start(plan: Plan, autoencoder: TAEHV | WanVAE) -> tuple[Start, Tensor | Non
 
     assert plan.request.vae is not None
     assert plan.request.clip is not None
+    # The condition channels are latents of Wan's own VAE, on which these models were trained, whatever decodes.
     vae = autoencoder
     if not isinstance(vae, WanVAE):
         vae = load_wan_vae(plan.request.vae, dtype=plan.dtype, device=plan.device)

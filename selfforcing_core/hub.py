@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .download import RELEASES, downloaded_path
-
-if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 MODEL_FILE = "model.safetensors"
 TAEHV_FILE = "taehv.safetensors"
 TEXT_ENCODER_FOLDER = "text_encoder"
+# A folder in assets/ with none of them is no bundle, whatever else lies there.
 PARTS = (MODEL_FILE, TAEHV_FILE, TEXT_ENCODER_FOLDER)
 
 
@@ -33,6 +30,7 @@ def list_bundles() -> list[str]:
 
 def is_bundle(name: str | Path) -> bool:
     """Return whether this is the name of a bundle at hand. A path is none, even that of a bundle's folder."""
+    # Looked up in the listing, not joined, so that "../x" is no name.
     if not isinstance(name, str) or not ASSETS.is_dir() or name not in os.listdir(ASSETS):
         return False
     return any((ASSETS / name / part).exists() for part in PARTS)
@@ -65,6 +63,7 @@ def _resolve(name_or_path: str | Path, part: str) -> Path:
     path = ASSETS / str(name_or_path) / part if is_name else Path(name_or_path).expanduser()
     if str(name_or_path).strip() and os.path.exists(path):  # unlike Path.exists it takes names that no file can have
         return path
+    # A file of that name was looked for first: what lies on this disk wins over what could be fetched.
     if name_or_path in RELEASES:
         return downloaded_path(str(name_or_path))
     if is_name:
@@ -75,45 +74,3 @@ def _resolve(name_or_path: str | Path, part: str) -> Path:
 def _choices() -> str:
     names = ", ".join(list_bundles()) or "none"
     return f"bundles: {names}; the path of a file or folder works as well"
-
-
-# ------------------------------------------------------------------ checks --
-def check_taehv(
-    name_or_path: str | Path,
-    *,
-    channels: int,
-    latent_space: str | None,
-    said: str | None = None,
-    is_own: bool = False,
-    say: str | None = None,
-) -> Checkpoint:
-    """Return the checkpoint of a tiny video autoencoder that decodes latents of `channels` channels of `latent_space`.
-
-    Raises ValueError for any other file.
-
-    latent_space: of the model; None, where it is not known, leaves it unchecked. said: what the user says that the file
-    decodes. is_own: it lies in the model's bundle, so that it need not say anything. say: the setting for `said`.
-    """
-    from .checkpoint import read_checkpoint
-    from .config import TAEHVConfig
-    from .latent_space import WAN_UNSCALED, expect_latent_space
-
-    path = resolve_taehv(name_or_path)
-    taehv = read_checkpoint(path)
-    if not isinstance(taehv.config, TAEHVConfig):
-        raise ValueError(f"{path} is a {taehv.kind}, not a TAEHV; choose a file such as taew2_1")
-    check_channels(channels, taehv.config.latent_channels, "TAEHV")
-    # A file that is known to be unscaled stays so, whatever the user said of it: its scaling is not ours.
-    decoded = WAN_UNSCALED if taehv.latent_space == WAN_UNSCALED else said or taehv.latent_space
-    if latent_space is not None and not (is_own and decoded is None):
-        expect_latent_space(decoded, taehv.config, latent_space, path, say)
-    return taehv
-
-
-def check_channels(channels: int, decoded: int, what: str) -> None:
-    """Raise ValueError unless the decoder called `what` takes as many channels as the model makes."""
-    if decoded != channels:
-        raise ValueError(
-            f"the model makes latents of {channels} channels, the {what} decodes {decoded}; "
-            f"use the {what} that belongs to the model"
-        )

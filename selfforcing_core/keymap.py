@@ -128,9 +128,9 @@ def is_training_only(key: str) -> bool:
     return strip_wrappers(key).startswith(TRAINING_ONLY_PREFIXES)
 
 
-def is_stray(key: str) -> bool:
-    """Return whether a key is a table that some trainers save beside the weights and every network computes itself."""
-    return to_wan(key) in STRAY_BUFFERS
+def stray_keys(keys: Iterable[str]) -> list[str]:
+    """Return the keys of tables that some trainers save beside the weights and every network computes itself."""
+    return sorted(key for key in keys if to_wan(key) in STRAY_BUFFERS)
 
 
 def wan_names(keys: Iterable[str]) -> dict[str, str]:

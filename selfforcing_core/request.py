@@ -7,11 +7,10 @@ Nothing here imports torch, so that `--help` is there at once.
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .prompt_schedule import HISTORIES, Entry, parse_schedule
+from .prompt_schedule import HISTORIES
 
 # Width, height and frames that a bundle was trained on; anything else is taken for a Wan 2.1 model.
 BUNDLE_SIZES = {"tiny": (64, 64, 33)}
@@ -160,23 +159,3 @@ class PromptBatch:
     text: str  # what the model reads; may be a schedule
     outs: tuple[Path, ...]  # one file a video
     first_row: int = 0
-
-    @cached_property
-    def entries(self) -> tuple[Entry, ...]:
-        """The prompts of the text and the seconds from which they hold. Raises ValueError as `parse_schedule` does."""
-        return parse_schedule(self.text)
-
-    @property
-    def has_times(self) -> bool:
-        """Whether something holds from a moment on: a later prompt, or a seed."""
-        return len(self.entries) > 1 or any(entry.seed is not None for entry in self.entries)
-
-    @property
-    def encoded_prompts(self) -> list[str]:
-        """The prompts that the text encoder reads; a later entry without one goes on with the prompt before."""
-        return [entry.prompt for entry in self.entries if is_encoded(entry)]
-
-
-def is_encoded(entry: Entry) -> bool:
-    """Return whether an entry has a prompt of its own, which only the first may have empty."""
-    return bool(entry.prompt) or not entry.seconds

@@ -61,6 +61,7 @@ def start_from_video(video: GivenVideo, encoder: Encoder, causal: CausalConfig) 
     Raises ValueError if it is too short for one chunk.
     """
     count = context_frames(covered_latents(len(video)), causal)
+    # Encoded afresh, so that its first frame stands for itself, as the causal VAE wants a video's first frame to.
     tail = video.reader.frames(len(video) - pixel_frames(count))
     return Start(encoder.encode(tail[None]).float(), video=video.reader, is_prefix_shown=False)
 
@@ -76,6 +77,7 @@ def context_frames(available: int, causal: CausalConfig) -> int:
 
     They are whole chunks, one chunk short of the window. Raises ValueError where that is less than one chunk.
     """
+    # One chunk of the window is left for what is denoised.
     room = available if causal.window == -1 else min(available, causal.window - causal.chunk)
     first = 1 if causal.independent_first_frame else causal.chunk  # latent frames of the first chunk
     count = first + (room - first) // causal.chunk * causal.chunk
@@ -87,25 +89,25 @@ def context_frames(available: int, causal: CausalConfig) -> int:
     return count
 
 
-def shown_frames(start: Start, decoder: Decoder, piece: int) -> Iterator[Tensor]:
-    """Yield frames [1, V, R, H, W] that the start brings along, `piece` latent frames at a time, by a stream."""
+def frames_of(start: Start, chunks: Iterable[Any], decoder: Decoder, piece: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield ("start", frames [1, V, R, H, W]) that the start brings along, then ("chunk", frames [B, V, R, H, W]).
+
+    The frames are in [0, 1]. chunks: of the rollout. piece: latent frames of the start that are decoded at a time.
+    """
     if start.shown_BTCHW is not None:
-        yield from (decoder.decode(latents_BTCHW) for latents_BTCHW in start.shown_BTCHW.split(piece, 1))
+        for latents_BTCHW in start.shown_BTCHW.split(piece, 1):
+            yield "start", decoder.decode(latents_BTCHW)
     elif start.video is not None:
         pictures = start.video.iter_frames()
         while frames := list(itertools.islice(pictures, TEMPORAL_FACTOR * piece)):
-            yield torch.stack(frames)[None]
-
-
-def frames_of(chunks: Iterable[Any], decoder: Decoder, start: Start) -> Iterator[Tensor]:
-    """Yield frames [B, V, R, H, W] in [0, 1] of a rollout's chunks, which stand behind those of `shown_frames`."""
+            yield "start", torch.stack(frames)[None]
     for chunk in chunks:
         if chunk.is_given and start.shown_BTCHW is not None:
             continue  # the decoder has already seen it
         frames = decoder.decode(chunk.latents_BTCHW)
         if chunk.is_given and not start.is_prefix_shown:
             continue  # decoded for the decoder's memory only
-        yield frames
+        yield "chunk", frames
 
 
 # -------------------------------------------------------------------- files --
@@ -122,6 +124,7 @@ def read_latents(path: Path) -> Tensor | None:
     """
     try:
         with path.open("rb") as file:
+            # 8 bytes of the header's length, then the header, a JSON object.
             is_safetensors = file.read(9)[8:] == b"{"
         if not is_safetensors:
             return None

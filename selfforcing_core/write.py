@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .plan import Plan
+from .plan import Plan, Timeline
 from .request import PromptBatch, Request
 from .video import write_contact_sheet, write_video
-from .video_formats import video_format
 
 SHEET_FRAMES = 32  # at most, so that a sheet of a long video stays a picture that one can look at
 
@@ -29,25 +28,26 @@ def write_batch(plan: Plan, batch: PromptBatch, chunks: Iterator[Tensor], settin
     """
     request = plan.request
     metadata = {"comment": batch.prompt, "selfforcing": settings}
-    has_sound = video_format(batch.outs[0], request.codec).sound is not None
     write = functools.partial(
         write_video,
         fps=request.fps,
         overwrite=request.overwrite,
-        sound=plan.sound if has_sound else None,
+        sound=plan.sound,
         codec=request.codec,
         quality=request.quality,
     )
     if len(batch.outs) == 1:
         sheet_frames: list[Tensor] = []
         video = (chunk[0] for chunk in chunks)
-        frames = _collecting(video, plan.shown_frames, sheet_frames) if request.sheet else video
+        frames = _collecting(video, plan.extent.shown_frames, sheet_frames) if request.sheet else video
         write(batch.outs[0], frames, metadata=metadata)
         if request.sheet:
             write_contact_sheet(request.sheet, torch.stack(sheet_frames), overwrite=request.overwrite)
         return
+    # Each chunk holds a part of every video, so that writing while they are made would take all writers at once.
     complete = list(chunks)
     for row, out in enumerate(batch.outs):
+        # Which row of the noise this video is made from, beside the seed that all share.
         row_metadata = {**metadata, "selfforcing": {**settings, "sample": batch.first_row + row}}
         write(out, (chunk[row] for chunk in complete), metadata=row_metadata)
 
@@ -55,6 +55,7 @@ def write_batch(plan: Plan, batch: PromptBatch, chunks: Iterator[Tensor], settin
 def _collecting(chunks: Iterator[Tensor], total: int, sheet_frames: list[Tensor]) -> Iterator[Tensor]:
     """Pass the chunks of a video on, and add SHEET_FRAMES of its `total` frames, first and last among them, evenly."""
     count = min(total, SHEET_FRAMES)
+    # Rounded, not truncated: the last index is exactly the last frame.
     indices = {round(index * (total - 1) / max(count - 1, 1)) for index in range(count)}
     start = 0
     for chunk in chunks:
@@ -63,16 +64,17 @@ def _collecting(chunks: Iterator[Tensor], total: int, sheet_frames: list[Tensor]
         yield chunk
 
 
-def batch_settings(plan: Plan, batch: PromptBatch) -> dict[str, Any]:
+def batch_settings(plan: Plan, batch: PromptBatch, timeline: Timeline) -> dict[str, Any]:
     """Return what made these videos, in plain JSON types, as their files and the measurements say it."""
-    request, size = plan.request, plan.geometry
+    request, size = plan.request, plan.extent.geometry
+    # Without guidance the negative prompt is not read; a record of it would claim that it was.
     guidance = {"cfg": plan.cfg, "negative": request.negative} if plan.cfg != 1 else {}
     settings = {
         "model": request.model,
         "seed": request.seed,
         "width": size.width,
         "height": size.height,
-        "frames": plan.shown_frames,
+        "frames": plan.extent.shown_frames,
         "fps": request.fps,
         "causal": asdict(plan.causal),
         "steps": plan.steps.to_dict(),
@@ -83,7 +85,7 @@ def batch_settings(plan: Plan, batch: PromptBatch) -> dict[str, Any]:
         "dtype": str(plan.dtype).removeprefix("torch."),
         "prompt": batch.prompt,
     }
-    if len(batch.entries) > 1:
+    if timeline.has_times:
         settings["history"] = request.history
     if batch.text != batch.prompt:
         settings["extended_prompt"] = batch.text
@@ -91,6 +93,6 @@ def batch_settings(plan: Plan, batch: PromptBatch) -> dict[str, Any]:
 
 
 def _file_settings(request: Request) -> dict[str, Any]:
-    """What was asked for of the file; nothing where that was its ending alone."""
+    """Return what was asked for of the file; nothing where that was its ending alone."""
     settings = {"codec": request.codec, "quality": request.quality, "audio": request.audio and str(request.audio)}
     return {name: value for name, value in settings.items() if value is not None}

@@ -31,8 +31,8 @@ from selfforcing_core.checkpoint import save_checkpoint
 from selfforcing_core.cli import main as command_line
 from selfforcing_core.config import CausalConfig, StepConfig, WanConfig
 from selfforcing_core.hub import bundle_path
+from selfforcing_core.prompt_files import read_lines
 from selfforcing_core.prompt_schedule import parse_schedule, schedule_note
-from selfforcing_core.prompts import read_lines
 from selfforcing_core.shapes import wan_shapes
 from selfforcing_core.text import clean_prompt
 from selfforcing_core.video import read_video

@@ -337,3 +337,35 @@ def test_of_all_processes_the_first_explains_and_refuses(
         assert (caught.value.code or 0) == status
         told = capsys.readouterr()
         assert bool(told.out + told.err) == (rank == "0")
+
+
+IMPORTED = """
+import sys
+from selfforcing_core.cli import main
+try:
+    status = main(sys.argv[2:])
+except SystemExit as end:  # of --help
+    status = end.code
+print(*(name for name in sys.argv[1].split(",") if name in sys.modules))
+sys.exit(status)
+"""
+
+
+def imported(names: str, *arguments: str) -> str:
+    """Return which of these modules a command imports in a process of its own."""
+    command = [sys.executable, "-c", IMPORTED, names, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_help_is_there_without_what_takes_long_to_import() -> None:
+    assert imported("torch,numpy,av,PIL,safetensors,transformers,huggingface_hub", "generate", "--help") == ""
+
+
+def test_a_run_with_kept_embeddings_imports_nothing_of_the_text_encoder(options: list[str], tmp_path: Path) -> None:
+    """So that it starts in half the time."""
+    options = [*options, "--embeddings", str(tmp_path / "kept")]
+    assert main(options) == 0
+    names = "transformers,tokenizers,diffusers,huggingface_hub,sympy,torch._dynamo,torch.distributed.tensor"
+    assert imported(names, *options, "--overwrite") == ""

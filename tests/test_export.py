@@ -166,9 +166,9 @@ def test_what_older_versions_exported_still_loads(
     assert read_checkpoint(tmp_path / "old.safetensors").bidirectional == BidirectionalConfig(None)
     assert read_checkpoint(files / "start.safetensors").bidirectional is None
     plan = planned(tmp_path / "old.safetensors", frames=13)
-    assert plan.geometry.chunk_lengths == (4,)
+    assert plan.extent.geometry.chunk_lengths == (4,)
     assert "taken for a bidirectional model: all 4 latent frames are made at once" in warnings_in(caplog)
-    assert planned(files / "start.safetensors", frames=21).geometry.chunk_lengths == (3, 3)
+    assert planned(files / "start.safetensors", frames=21).extent.geometry.chunk_lengths == (3, 3)
     assert "does not say how it was trained" in warnings_in(caplog)
 
 
@@ -275,13 +275,13 @@ def test_an_explicit_setting_wins_and_what_it_replaces_is_said(
     assert "--window" not in warnings_in(caplog), "that is what the file says as well"
     caplog.clear()
     _, whole = exported(files, tmp_path / "whole", "dmd bidirectional")
-    assert planned(whole, frames=17, chunk=1).geometry.chunk_lengths == (1,) * 5
+    assert planned(whole, frames=17, chunk=1).extent.geometry.chunk_lengths == (1,) * 5
     assert "says that it is bidirectional; --chunk 1 is used" in warnings_in(caplog)
     caplog.clear()
-    assert planned(whole, frames=17).geometry.chunk_lengths == (5,)
+    assert planned(whole, frames=17).extent.geometry.chunk_lengths == (5,)
     assert "was trained on 13 frames at once; --frames 17 is used" in warnings_in(caplog)
     caplog.clear()
-    assert planned(whole).geometry.frames == 13
+    assert planned(whole).extent.geometry.frames == 13
     assert not warnings_in(caplog)
     with pytest.raises(ValueError, match="is bidirectional: it makes all frames of a video at once"):
         planned(whole, extend=tmp_path / "absent.mp4")

@@ -124,6 +124,13 @@ def test_a_video_goes_on_and_on(options: list[str], tmp_path: Path, capsys: pyte
     assert (after[:33] - before).abs().mean() < 0.05, "what was there stays"
 
 
+def test_several_videos_go_on_from_one(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*options, "--prompt", "a"]
+    run([*options, "--frames", "33", "--out", str(tmp_path / "a.mp4")], capsys)
+    more = ["--extend", str(tmp_path / "a.mp4"), "--frames", "12", "--samples", "2", "--out", str(tmp_path / "more")]
+    assert [metrics["frames"] for metrics in run([*options, *more], capsys)] == [45, 45]
+
+
 def test_what_is_extended_keeps_its_time_its_sound_and_its_place(
     options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -627,7 +634,7 @@ def test_the_text_encoder_is_counted_and_gone_before_the_model_comes(
 ) -> None:
     plan, request = planned(embeddings=tmp_path / "kept", out=tmp_path / "a.mp4")
     alive: list[Any] = []
-    load_text, build_model = generate_module.load_text_encoder, generate_module.build_model
+    load_text, build_model = generate_module.build_text_encoder, generate_module.build_model
 
     def load_cyclic(*args: Any, **kwargs: Any) -> Any:
         encoder: Any = load_text(*args, **kwargs)
@@ -641,7 +648,7 @@ def test_the_text_encoder_is_counted_and_gone_before_the_model_comes(
         assert [encoder() for encoder in alive] == [None]
         return build_model(*args, **kwargs)
 
-    monkeypatch.setattr(generate_module, "load_text_encoder", load_cyclic)
+    monkeypatch.setattr(generate_module, "build_text_encoder", load_cyclic)
     monkeypatch.setattr(generate_module, "build_model", build_alone)
     gc.disable()
     try:

@@ -11,8 +11,8 @@ import torch
 from selfforcing_core import latent_space
 from selfforcing_core.checkpoint import read_checkpoint
 from selfforcing_core.config import TAEHVConfig
-from selfforcing_core.hub import check_taehv
 from selfforcing_core.latent_space import expect_latent_space, git_name, identify_latent_space
+from selfforcing_core.load import check_taehv
 from selfforcing_core.shapes import taehv_shapes
 
 

@@ -334,8 +334,8 @@ def test_kept_embeddings_make_the_same_video_without_the_encoder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A known prompt loads no encoder; a damaged file is made anew."""
-    folder, loads, load = tmp_path / "kept", [], generate.load_text_encoder
-    monkeypatch.setattr(generate, "load_text_encoder", lambda *a, **k: loads.append(a) or load(*a, **k))
+    folder, loads, load = tmp_path / "kept", [], generate.build_text_encoder
+    monkeypatch.setattr(generate, "build_text_encoder", lambda *a, **k: loads.append(a) or load(*a, **k))
 
     def latents(name: str, *more: str) -> Tensor:
         out, kept = tmp_path / f"{name}.mp4", tmp_path / f"{name}.safetensors"

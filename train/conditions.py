@@ -20,7 +20,7 @@ from selfforcing_core.embedding_folder import EmbeddingFolder
 from selfforcing_core.hub import resolve_text_encoder
 from selfforcing_core.image import first_frame_condition, fit_image
 from selfforcing_core.load import load_text_encoder
-from selfforcing_core.prompts import read_lines, read_prompts
+from selfforcing_core.prompt_files import read_lines, read_prompts
 from selfforcing_core.wan_vae import WanVAE
 from train.args import NetworkArgs
 from train.distributed import World

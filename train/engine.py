@@ -33,7 +33,8 @@ from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import WanConfig
 from selfforcing_core.device import Card
 from selfforcing_core.geometry import PATCH, chunk_lengths
-from selfforcing_core.hub import check_taehv
+from selfforcing_core.hub import resolve_taehv
+from selfforcing_core.load import check_taehv
 from selfforcing_core.roofline import Work
 from train import distributed, finite, logs, resume, run_checkpoints
 from train.args import ClipArgs, TrainArgs, mistake, parse, to_yaml
@@ -333,7 +334,7 @@ class Trainer(ABC):
         checkpoint = self.supply.checkpoint(STUDENT, self.sources()[STUDENT])
         assert isinstance(checkpoint.config, WanConfig)
         check_taehv(
-            self.args.decoder,
+            resolve_taehv(self.args.decoder),
             channels=checkpoint.config.out_dim,
             latent_space=checkpoint.latent_space,
             said=self.args.decoder_latent_space or None,

@@ -27,7 +27,7 @@ from selfforcing_core.cli import Parser
 from selfforcing_core.geometry import VideoGeometry
 from selfforcing_core.image import fit_image
 from selfforcing_core.plan import LEAST_FPS, MOST_FPS
-from selfforcing_core.prompts import read_one
+from selfforcing_core.prompt_files import read_one
 from selfforcing_core.video_reader import TRAINED_FPS, Findings, VideoReader
 from selfforcing_core.wan_vae import WanVAE, load_wan_vae
 from train.args import mistake

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from selfforcing_core.atomic import print_result
 from selfforcing_core.cli import Parser
-from selfforcing_core.prompts import read_one
+from selfforcing_core.prompt_files import read_one
 from selfforcing_core.video_reader import VideoReader
 from train.args import mistake
 from train.data import read_pairs, write_shards

@@ -33,7 +33,7 @@ from selfforcing_core.config import WanConfig
 from selfforcing_core.generate import generate_all
 from selfforcing_core.geometry import SPATIAL_FACTOR, pixel_frames
 from selfforcing_core.plan import CACHE_DTYPES
-from selfforcing_core.prompts import output_name
+from selfforcing_core.prompt_files import output_name
 from selfforcing_core.request import PromptBatch, Request
 from selfforcing_core.shapes import wan_shapes
 from train.args import DmdArgs, OdeArgs, mistake, parse

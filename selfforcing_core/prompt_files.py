@@ -21,8 +21,8 @@ from urllib.request import urlopen
 Messages = list[dict[str, str]]  # as chat models take them: role and content
 NAME_LENGTH = 60  # characters of a prompt that a file's name keeps; far below what any file system allows
 RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}  # Windows
-ANSWER_TOKENS = 300
-TIMEOUT = 120  # seconds
+ANSWER_TOKENS = 300  # more than 100 English words take
+TIMEOUT = 120  # seconds; a server may load its model first
 INSTRUCTION = (
     "You write captions for a text-to-video model. Rewrite the user's idea as one paragraph of 60 to 100 English words "
     "that describes a single continuous shot: the subject and what it looks like, what it does from beginning to end, "
@@ -55,7 +55,7 @@ def read_lines(path: Path) -> list[str]:
     for what is no text in UTF-8.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # makes every line's end \n
+        text = path.read_text(encoding="utf-8-sig")  # drops a mark of byte order, makes every line's end \n
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ValueError(f"{path}: cannot be read as text ({reason})") from error
@@ -69,6 +69,7 @@ def read_one(path: Path) -> str:
 
 def safe_name(prompt: str) -> str:
     """Return a file name's stem from any prompt: letters, digits and dashes of ASCII, never empty, never reserved."""
+    # Letters lose their accents; what has no ASCII form at all is left out.
     plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode()
     name = re.sub(r"[^A-Za-z0-9]+", "-", plain).strip("-")[:NAME_LENGTH].strip("-").lower()
     return "video" if not name else f"{name}-" if name in RESERVED else name
@@ -97,6 +98,7 @@ def extend_prompts(
         )
     is_address = model.startswith(("http://", "https://"))
     ask = partial(_ask_server, model, name, key) if is_address else _local_model(Path(model))
+    # Each different prompt is asked for once; models like to quote their answer.
     longer = {prompt: " ".join(ask(_messages(prompt)).split()).strip('" ') for prompt in dict.fromkeys(prompts)}
     if not all(longer.values()):
         raise ValueError(f"{model}: answered with nothing; try again or another model")
@@ -122,7 +124,7 @@ def _ask_server(address: str, name: str | None, key: str | None, messages: Messa
 
 
 def _local_model(folder: Path) -> Callable[[Messages], str]:
-    """The chat model of a folder, loaded once, as a function from messages to its answer."""
+    """Return the chat model of a folder, loaded once, as a function from messages to its answer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not (folder / "config.json").is_file():
@@ -130,13 +132,15 @@ def _local_model(folder: Path) -> Callable[[Messages], str]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         model: Any = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True).eval()
-        tokenizer.apply_chat_template(_messages(""), tokenize=False)
+        tokenizer.apply_chat_template(_messages(""), tokenize=False)  # raises for a model that is not for chats
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder}: is no usable chat model ({' '.join(str(error).split())[:200]})") from error
 
     def ask(messages: Messages) -> str:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # The template has written the special tokens already.
         inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
+        # Not sampled, so that the same prompts give the same videos again.
         tokens = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
         return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 

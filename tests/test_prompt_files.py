@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfforcing_core import prompts
-from selfforcing_core.prompts import (
+from selfforcing_core import prompt_files
+from selfforcing_core.prompt_files import (
     INSTRUCTION,
     extend_prompts,
     output_name,
@@ -30,7 +30,7 @@ def test_any_prompt_gives_a_name_that_every_file_system_takes(prompt: str) -> No
     name = safe_name(prompt)
     assert name
     assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
-    assert name not in prompts.RESERVED
+    assert name not in prompt_files.RESERVED
     assert len(output_name(9999, prompt, 99)) < 100
 
 
