@@ -56,4 +56,4 @@ lint: setup
 
 # Two environments of several GB in .venv-lowest and .venv-newest, and hours on two cores: before a release, not in CI.
 test-versions: setup
-	$(PY) -m tests.versions --lowest-python $(PYTHON_LOWEST) --out bench/results/versions.json
+	$(PY) -m tests.support.versions --lowest-python $(PYTHON_LOWEST) --out bench/results/versions.json

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from bench.report import now, write
 from bench.rollout import hardware
-from selfforcing_core import video
-from selfforcing_core.video_formats import FORMATS
+from selfforcing_core.codecs import video
+from selfforcing_core.codecs.video_formats import FORMATS
 
 # x264 chooses its assembly by the CPU. Sums of floats differ between them, and so does a file in its last bits.
 ASSEMBLY = {"auto": "", "avx2": "avx2", "sse4.2": "sse4.2", "none": "0"}

@@ -20,14 +20,14 @@ import torch
 
 from bench.report import now, write
 from bench.rollout import hardware
+from selfforcing_core.codecs.taehv import StreamingDecoder
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.geometry import pixel_frames
 from selfforcing_core.guided import Guided
-from selfforcing_core.load import load_model, load_taehv, load_text_encoder
 from selfforcing_core.noise import SeededNoise
 from selfforcing_core.rollout import rollout
-from selfforcing_core.taehv import StreamingDecoder
+from selfforcing_core.weights.load import load_model, load_taehv, load_text_encoder
 
 CAUSAL = CausalConfig(chunk=3, window=12, sink=3)  # when the window is full, every chunk reads as many frames
 BLOCK = 100  # chunks whose median is reported

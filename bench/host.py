@@ -24,9 +24,9 @@ import torch
 
 from bench.report import now, write
 from bench.rollout import hardware
-from selfforcing_core.checkpoint import save_checkpoint
 from selfforcing_core.config import CausalConfig, StepConfig, WanConfig
 from selfforcing_core.shapes import wan_shapes
+from selfforcing_core.weights.checkpoint import save_checkpoint
 from tests.comfyui.graphs import SAMPLER, Prompt, fresh_seed, tiny_prompt
 from tests.comfyui.host_server import Server, find_checkouts
 from tests.comfyui.page import page

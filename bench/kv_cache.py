@@ -39,9 +39,9 @@ from selfforcing_core.config import NETWORK_SIZES, CausalConfig, StepConfig
 from selfforcing_core.geometry import tokens_per_frame
 from selfforcing_core.guided import Guided
 from selfforcing_core.kv_cache import KVCache, Past, dequantise, quantise
-from selfforcing_core.load import load_model, load_taehv, load_text_encoder
 from selfforcing_core.noise import SeededNoise
 from selfforcing_core.rollout import rollout
+from selfforcing_core.weights.load import load_model, load_taehv, load_text_encoder
 from train.tiny.data import LATENT_FRAMES
 from train.tiny.world import SIZE, detect, heldout, named_scene
 

@@ -23,14 +23,14 @@ import torch
 
 from bench.report import now, write
 from bench.rollout import hardware
-from selfforcing_core.checkpoint import save_checkpoint
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import NETWORK_SIZES, CausalConfig, StepConfig
 from selfforcing_core.guided import Guided
-from selfforcing_core.load import load_model
 from selfforcing_core.noise import SeededNoise
 from selfforcing_core.rollout import rollout
 from selfforcing_core.shapes import wan_shapes
+from selfforcing_core.weights.checkpoint import save_checkpoint
+from selfforcing_core.weights.load import load_model
 
 LATENT_SHAPE = (3, 16, 8, 8)  # one chunk of 64x64 pixels
 # As stored, weights may stay mapped; converted, each is read once and its bfloat16 form let go.

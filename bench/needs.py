@@ -20,9 +20,9 @@ import torch
 
 from bench.report import now, write
 from selfforcing_core.config import NETWORK_SIZES
-from selfforcing_core.device import CARDS
 from selfforcing_core.geometry import VideoGeometry
-from selfforcing_core.meter import Recipe
+from selfforcing_core.roofline.device import CARDS
+from selfforcing_core.roofline.meter import Recipe
 
 CARDS_AT_HOME = ("rtx-4090", "rtx-5090", "h100")  # what the table in the README has columns for
 CASES = (  # model, width, height, frames, window in latent frames (-1: all), bytes of a weight

@@ -37,7 +37,7 @@ from selfforcing_core.kv_cache import KVCache
 from selfforcing_core.model import CausalWan
 from selfforcing_core.noise import SeededNoise
 from selfforcing_core.rollout import rollout
-from selfforcing_core.roofline import pass_flops
+from selfforcing_core.roofline.work import pass_flops
 
 ROOT = Path(__file__).resolve().parent.parent
 CAUSAL, STEPS = CausalConfig(chunk=3), StepConfig()

@@ -19,9 +19,9 @@ import torch
 from bench.report import write
 from bench.rollout import hardware
 from selfforcing_core.config import NETWORK_SIZES
-from selfforcing_core.device import CARDS, Card, measured_card
 from selfforcing_core.geometry import VideoGeometry
-from selfforcing_core.meter import Recipe
+from selfforcing_core.roofline.device import CARDS, Card, measured_card
+from selfforcing_core.roofline.meter import Recipe
 
 # "none" is the network alone; the others are counted with it, since they share the card.
 DECODERS = ("taehv", "vae", "none")

@@ -6,11 +6,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from . import host
-from .model_settings import AUTO, settings_of, sigmas_of
-from .sampler import State
-from .sampling import ChunkGuider, ChunkSampler, Run, SnapshotHolder
-from .stream_run import NO_STATE
+from .adapter import host
+from .adapter.chunk_sampler import ChunkGuider, ChunkSampler, Run, SnapshotHolder
+from .adapter.model_settings import AUTO, settings_of, sigmas_of
+from .adapter.stream_run import NO_STATE
+from .stream_sampler import State
 
 # What users of ComfyUI's own causal nodes, and of other packs, search for.
 ALIASES = ["self forcing", "autoregressive causal video"]

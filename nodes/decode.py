@@ -6,8 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from . import host
-from .autoencoder import check_space, graph_latent, space_of, taehv_autoencoder
+from .adapter import host
+from .adapter.autoencoder import check_space, graph_latent, space_of, taehv_autoencoder
 
 
 class SelfForcingTAEHVDecode(io.ComfyNode):

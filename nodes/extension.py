@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .adapter.live import add_route
 from .custom_sampling import SelfForcingFewStepSampler, SelfForcingGuider, SelfForcingSampler, SelfForcingSigmas
 from .decode import SelfForcingTAEHVDecode, SelfForcingTAEHVEncode
 from .image_to_video import SelfForcingImageToVideo
-from .live import add_route
 from .loader import SelfForcingCacheOptions, SelfForcingModelLoader, SelfForcingPatchModel, SelfForcingTAEHVLoader
-from .sampler import SelfForcingStreamSampler
 from .scheduled_prompts import SelfForcingPromptSchedule
 from .snapshot_resume import SelfForcingResume, SelfForcingSnapshot
+from .stream_sampler import SelfForcingStreamSampler
 from .stream_to_file import SelfForcingStreamToFile
 from .text_encode import SelfForcingTextEncode
 

@@ -15,12 +15,12 @@ from node_helpers import conditioning_set_values
 from torch import Tensor
 
 from ..selfforcing_core.geometry import SPATIAL_FACTOR, VideoGeometry, covered_latents, pixel_frames, rounded_length
-from . import host, page
-from .autoencoder import WAN_LATENTS, check_channels, check_latent, check_space, graph_latent
-from .model_settings import CAUSAL, settings_of
-from .sampling import chunking_behind
-from .shared_network import config_of
-from .stream_run import rounded_size
+from .adapter import host, page
+from .adapter.autoencoder import WAN_LATENTS, check_channels, check_latent, check_space, graph_latent
+from .adapter.chunk_sampler import chunking_behind
+from .adapter.model_settings import CAUSAL, settings_of
+from .adapter.shared_network import config_of
+from .adapter.stream_run import rounded_size
 
 GREY = 0.5  # what image-to-video models of Wan expect where no image is given
 

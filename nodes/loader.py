@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..selfforcing_core.checkpoint import Checkpoint, read_checkpoint
 from ..selfforcing_core.config import CACHE_SOURCES, CausalConfig, StepConfig
-from ..selfforcing_core.hub import resolve_model, resolve_taehv
-from ..selfforcing_core.latent_space import LATENT_SPACES, WAN, WAN_UNSCALED, expect_latent_space
-from . import folders, host, page
-from .autoencoder import TAEHVAutoencoder
-from .causal_model import with_settings
-from .model_file import model_from_checkpoint
-from .model_settings import (
+from ..selfforcing_core.weights.bundles import resolve_model, resolve_taehv
+from ..selfforcing_core.weights.checkpoint import Checkpoint, read_checkpoint
+from ..selfforcing_core.weights.latent_space import LATENT_SPACES, WAN, WAN_UNSCALED, expect_latent_space
+from .adapter import folders, host, page
+from .adapter.autoencoder import TAEHVAutoencoder
+from .adapter.causal_model import with_settings
+from .adapter.model_file import model_from_checkpoint
+from .adapter.model_settings import (
     AUTO,
     BASE,
     CAUSAL,

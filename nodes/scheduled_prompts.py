@@ -8,8 +8,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..selfforcing_core.prompt_schedule import HISTORIES, Entry, parse_schedule, schedule_note
-from . import folders, host, page
-from .guider_prompts import READER, ClipReader, PromptStart, Reader, SeedStart
+from .adapter import folders, host, page
+from .adapter.guider_prompts import READER, ClipReader, PromptStart, Reader, SeedStart
 from .text_encode import TextReader
 
 

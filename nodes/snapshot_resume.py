@@ -9,9 +9,9 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..selfforcing_core.snapshot import Snapshot
-from . import folders, host
-from .sampler import State
-from .sampling import SnapshotHolder
+from .adapter import folders, host
+from .adapter.chunk_sampler import SnapshotHolder
+from .stream_sampler import State
 
 SUFFIX = ".state.safetensors"
 

@@ -13,14 +13,14 @@ from typing import Any
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..selfforcing_core.codecs.sound import Samples
+from ..selfforcing_core.codecs.video import VideoStream, retag
+from ..selfforcing_core.codecs.video_formats import AUTO_QUALITY, FORMATS, check_video
 from ..selfforcing_core.geometry import PIXEL_STEP, SPATIAL_FACTOR
-from ..selfforcing_core.sound import Samples
-from ..selfforcing_core.video import VideoStream, retag
-from ..selfforcing_core.video_formats import AUTO_QUALITY, FORMATS, check_video
-from . import folders, page
-from .autoencoder import graph_latent, space_of
-from .sampler import SelfForcingStreamSampler
-from .stream_run import SCHEDULE_KEY, StreamInputs, sample
+from .adapter import folders, page
+from .adapter.autoencoder import graph_latent, space_of
+from .adapter.stream_run import SCHEDULE_KEY, StreamInputs, sample
+from .stream_sampler import SelfForcingStreamSampler
 
 log = logging.getLogger(__name__)
 NEEDS_TAEHV = "Stream to File decodes while it samples; connect taehv (Load TAEHV, or Load VAE with Wan's own VAE)"

@@ -12,9 +12,9 @@ import comfy.model_management as memory
 import torch
 from comfy_api.latest import io
 
-from ..selfforcing_core.text import TextEncoder
-from . import folders, host
-from .guider_prompts import READER, with_words
+from ..selfforcing_core.codecs.text import TextEncoder
+from .adapter import folders, host
+from .adapter.guider_prompts import READER, with_words
 
 log = logging.getLogger(__name__)
 SMALL = 2**30  # bytes of a folder's weights: up to here, as the bundled encoder, they are kept in float32

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from selfforcing_core.atomic import print_result
-from selfforcing_core.cli import Parser
+from selfforcing_core.generate.cli import Parser
 from train.args import mistake
 from train.data import BadRow, ClipDatabase, Row
 

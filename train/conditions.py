@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfforcing_core.clip import load_clip
+from selfforcing_core.codecs.clip import load_clip
+from selfforcing_core.codecs.embedding_folder import EmbeddingFolder
+from selfforcing_core.codecs.image import first_frame_condition, fit_image
+from selfforcing_core.codecs.wan_vae import WanVAE
 from selfforcing_core.conditioning import Conditioning
-from selfforcing_core.embedding_folder import EmbeddingFolder
-from selfforcing_core.hub import resolve_text_encoder
-from selfforcing_core.image import first_frame_condition, fit_image
-from selfforcing_core.load import load_text_encoder
-from selfforcing_core.prompt_files import read_lines, read_prompts
-from selfforcing_core.wan_vae import WanVAE
+from selfforcing_core.generate.prompt_files import read_lines, read_prompts
+from selfforcing_core.weights.bundles import resolve_text_encoder
+from selfforcing_core.weights.load import load_text_encoder
 from train.args import NetworkArgs
 from train.distributed import World
 

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selfforcing_core.codecs.image import fit_image
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig, WanConfig
 from selfforcing_core.geometry import SPATIAL_FACTOR, VideoGeometry, chunk_lengths, pixel_frames
-from selfforcing_core.image import fit_image
-from selfforcing_core.roofline import Work
+from selfforcing_core.roofline.work import Work
 from selfforcing_core.schedule import TIMESTEPS, nearest_sigma, sigma_table
 from train import distributed, engine, finite
 from train.args import DmdArgs

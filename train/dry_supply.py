@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from selfforcing_core.checkpoint import Checkpoint
+from selfforcing_core.codecs.image import MASK_CHANNELS
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CLIP_DIM, CLIP_TOKENS, WanConfig
-from selfforcing_core.image import MASK_CHANNELS
+from selfforcing_core.weights.checkpoint import Checkpoint
 from train import run_checkpoints
 from train.args import OdeArgs
 from train.data import Row

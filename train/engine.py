@@ -27,15 +27,15 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from selfforcing_core import device as devices
 from selfforcing_core.atomic import NotWritten, print_result
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import WanConfig
-from selfforcing_core.device import Card
 from selfforcing_core.geometry import PATCH, chunk_lengths
-from selfforcing_core.hub import resolve_taehv
-from selfforcing_core.load import check_taehv
-from selfforcing_core.roofline import Work
+from selfforcing_core.roofline import device as devices
+from selfforcing_core.roofline.device import Card
+from selfforcing_core.roofline.work import Work
+from selfforcing_core.weights.bundles import resolve_taehv
+from selfforcing_core.weights.load import check_taehv
 from train import distributed, finite, logs, resume, run_checkpoints
 from train.args import ClipArgs, TrainArgs, mistake, parse, to_yaml
 from train.conditions import read_texts

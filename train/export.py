@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from selfforcing_core.atomic import print_result, replacing
-from selfforcing_core.checkpoint import DTYPES, save_checkpoint
-from selfforcing_core.checkpoint_header import SamplingSettings, lora_header
 from selfforcing_core.config import BidirectionalConfig, CausalConfig, StepConfig, WanConfig
+from selfforcing_core.weights.checkpoint import DTYPES, save_checkpoint
+from selfforcing_core.weights.checkpoint_header import SamplingSettings, lora_header
 from train import diffusion, dmd, lora, ode, resume
 from train.args import DiffusionArgs, DmdArgs, OdeArgs, mistake, parse
 from train.data import ClipDatabase

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from selfforcing_core.config import WanConfig
-from selfforcing_core.device import CARDS, Card
-from selfforcing_core.roofline import Work
+from selfforcing_core.roofline.device import CARDS, Card
+from selfforcing_core.roofline.work import Work
 from train.args import ClipArgs, DmdArgs, TrainArgs
 from train.distributed import World, new_mesh
 from train.engine import Trainer

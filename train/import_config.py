@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from selfforcing_core.atomic import print_result
-from selfforcing_core.cli import Parser
+from selfforcing_core.generate.cli import Parser
 from selfforcing_core.geometry import SPATIAL_FACTOR
 from selfforcing_core.schedule import TIMESTEPS, shift_sigma
 from train import diffusion, dmd, ode

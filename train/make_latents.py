@@ -23,13 +23,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from selfforcing_core.atomic import make_folder, print_result, replacing
-from selfforcing_core.cli import Parser
+from selfforcing_core.codecs.image import fit_image
+from selfforcing_core.codecs.video_reader import TRAINED_FPS, Findings, VideoReader
+from selfforcing_core.codecs.wan_vae import WanVAE, load_wan_vae
+from selfforcing_core.generate.cli import Parser
+from selfforcing_core.generate.plan import LEAST_FPS, MOST_FPS
+from selfforcing_core.generate.prompt_files import read_one
 from selfforcing_core.geometry import VideoGeometry
-from selfforcing_core.image import fit_image
-from selfforcing_core.plan import LEAST_FPS, MOST_FPS
-from selfforcing_core.prompt_files import read_one
-from selfforcing_core.video_reader import TRAINED_FPS, Findings, VideoReader
-from selfforcing_core.wan_vae import WanVAE, load_wan_vae
 from train.args import mistake
 
 log = logging.getLogger(__name__)

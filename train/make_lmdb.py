@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from selfforcing_core.atomic import print_result
-from selfforcing_core.cli import Parser
-from selfforcing_core.prompt_files import read_one
-from selfforcing_core.video_reader import VideoReader
+from selfforcing_core.codecs.video_reader import VideoReader
+from selfforcing_core.generate.cli import Parser
+from selfforcing_core.generate.prompt_files import read_one
 from train.args import mistake
 from train.data import read_pairs, write_shards
 

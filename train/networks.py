@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from selfforcing_core.checkpoint import Checkpoint, read_checkpoint
 from selfforcing_core.config import WanConfig
-from selfforcing_core.hub import resolve_model
 from selfforcing_core.model import CausalWan
+from selfforcing_core.weights.bundles import resolve_model
+from selfforcing_core.weights.checkpoint import Checkpoint, read_checkpoint
 from train import distributed
 from train.args import NetworkArgs, TrainArgs
 from train.lora import PART, Adapted, adapt, recompute_as, starts

@@ -28,14 +28,14 @@ from PIL import Image
 from torch import Tensor
 
 from selfforcing_core.atomic import make_folder, print_result
-from selfforcing_core.checkpoint import DTYPES
 from selfforcing_core.config import WanConfig
-from selfforcing_core.generate import generate_all
+from selfforcing_core.generate.plan import CACHE_DTYPES
+from selfforcing_core.generate.prompt_files import output_name
+from selfforcing_core.generate.request import PromptBatch, Request
+from selfforcing_core.generate.run import generate_all
 from selfforcing_core.geometry import SPATIAL_FACTOR, pixel_frames
-from selfforcing_core.plan import CACHE_DTYPES
-from selfforcing_core.prompt_files import output_name
-from selfforcing_core.request import PromptBatch, Request
 from selfforcing_core.shapes import wan_shapes
+from selfforcing_core.weights.checkpoint import DTYPES
 from train.args import DmdArgs, OdeArgs, mistake, parse
 from train.conditions import read_texts
 from train.data import ClipDatabase, Row
@@ -293,7 +293,7 @@ class _InKeys(logging.Filter):
 @contextmanager
 def _in_keys() -> Iterator[None]:
     """Let the core speak of settings as this command line takes them."""
-    logger, rewriting = logging.getLogger("selfforcing_core.plan"), _InKeys()
+    logger, rewriting = logging.getLogger("selfforcing_core.generate.plan"), _InKeys()
     logger.addFilter(rewriting)
     try:
         yield

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
-from selfforcing_core.checkpoint import Checkpoint
-from selfforcing_core.wan_vae import WanVAE, load_wan_vae
+from selfforcing_core.codecs.wan_vae import WanVAE, load_wan_vae
+from selfforcing_core.weights.checkpoint import Checkpoint
 from train.args import DmdArgs
 from train.conditions import Pictures, Prompts, read_texts
 from train.data import ClipDatabase, Row, ShuffledRows

@@ -1,8 +1,8 @@
 """What an update of a role computes and moves at least, and what share of that limit it reached.
 
-Closed forms on those of `selfforcing_core.roofline`, whose groups and words these are. Counted are the operators that
-run: attention under a mask computes the whole square. Not counted: the time embedding, the discriminator's heads, text
-encoder and VAE, adapters' traffic, what sharding copies and sends, and the average.
+Closed forms on those of `selfforcing_core.roofline.work`, whose groups and words these are. Counted are the operators
+that run: attention under a mask computes the whole square. Not counted: the time embedding, the discriminator's heads,
+text encoder and VAE, adapters' traffic, what sharding copies and sends, and the average.
 
 Letters: T latent frames, C latent channels, H W latent size.
 """
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from selfforcing_core.config import NETWORK_SIZES, WanConfig
-from selfforcing_core.device import Card
 from selfforcing_core.geometry import SPATIAL_FACTOR, chunk_lengths, tokens_per_frame
-from selfforcing_core.roofline import MOVES, Work, pass_work, prompt_flops
+from selfforcing_core.roofline.device import Card
+from selfforcing_core.roofline.work import MOVES, Work, pass_work, prompt_flops
 from selfforcing_core.shapes import wan_shapes
 from train.args import ClipArgs, DiffusionArgs, DmdArgs, TrainArgs
 from train.networks import wide

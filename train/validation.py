@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from selfforcing_core.atomic import make_folder
+from selfforcing_core.codecs.taehv import StreamingDecoder
+from selfforcing_core.codecs.video import write_contact_sheet, write_video
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.guided import Guided
-from selfforcing_core.load import load_taehv
 from selfforcing_core.noise import SeededNoise
 from selfforcing_core.rollout import rollout
-from selfforcing_core.taehv import StreamingDecoder
-from selfforcing_core.video import write_contact_sheet, write_video
+from selfforcing_core.weights.load import load_taehv
 from train.distributed import World
 
 SHEET_FRAMES = 16  # on a contact sheet, evenly spread

@@ -18,9 +18,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from selfforcing_core.generate import generate
-from selfforcing_core.request import Request
-from selfforcing_core.video import read_video, write_contact_sheet
+from selfforcing_core.codecs.video import read_video, write_contact_sheet
+from selfforcing_core.generate.request import Request
+from selfforcing_core.generate.run import generate
 from tests.comfyui.arrange import SAMPLER_WIDTH, arrange
 from tests.comfyui.host_server import ROOT, Server, find_checkouts
 

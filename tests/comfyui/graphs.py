@@ -11,7 +11,7 @@ import av
 from safetensors.torch import load_file
 from torch import Tensor
 
-from selfforcing_core.video import read_video
+from selfforcing_core.codecs.video import read_video
 from tests.comfyui.host_server import ROOT, Server
 
 MODEL, TEXT, TAEHV, SAMPLER, CREATE, SAVE = "123456"

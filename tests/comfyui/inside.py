@@ -62,24 +62,25 @@ PACKAGE = load_pack()
 
 
 def part(name: str) -> Any:
-    """Return a module of the pack's nodes."""
-    return importlib.import_module(f"{PACKAGE}.{name}")
+    """Return a module of the pack's nodes or of their adapter."""
+    folder = "" if (PACK / f"nodes/{name}.py").is_file() else ".adapter"
+    return importlib.import_module(f"{PACKAGE}{folder}.{name}")
 
 
 autoencoder, causal_model, causal_pass, frame_stream, guided_network, host, loader = map(
     part, ("autoencoder", "causal_model", "causal_pass", "frame_stream", "guided_network", "host", "loader")
 )
-model_file, folders, model_settings, page, sampling, shared_network, text_nodes = map(
-    part, ("model_file", "folders", "model_settings", "page", "sampling", "shared_network", "text_encode")
+model_file, folders, model_settings, page, chunk_sampler, shared_network, text_nodes = map(
+    part, ("model_file", "folders", "model_settings", "page", "chunk_sampler", "shared_network", "text_encode")
 )
 CORE = PACKAGE.rpartition(".")[0] + ".selfforcing_core."
 core = {
-    name: importlib.import_module(CORE + name)
+    name.rpartition(".")[2]: importlib.import_module(CORE + name)
     for name in (
-        "checkpoint",
+        "weights.checkpoint",
+        "weights.bundles",
         "conditioning",
         "config",
-        "hub",
         "geometry",
         "guided",
         "model",
@@ -139,7 +140,7 @@ def sampled(
     raw = guider.sample(
         noise,
         latent["samples"],
-        sampling.ChunkSampler(sampling.Run(**run)),
+        chunk_sampler.ChunkSampler(chunk_sampler.Run(**run)),
         model_settings.sigmas_of(patcher, 0, 0.0),
         denoise_mask=latent.get("noise_mask"),
         disable_pbar=True,

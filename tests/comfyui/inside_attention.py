@@ -92,7 +92,9 @@ def main() -> None:
     logger = logging.getLogger(inside.causal_pass.__name__)
     logger.setLevel(logging.INFO)
     logger.addHandler(lines)
-    at_once = inside.sampling.ChunkSampler(inside.sampling.Run(causal=inside.CausalConfig(chunk=inside.FRAMES)))
+    at_once = inside.chunk_sampler.ChunkSampler(
+        inside.chunk_sampler.Run(causal=inside.CausalConfig(chunk=inside.FRAMES))
+    )
     generator = torch.Generator().manual_seed(3)
     clip = torch.randn(1, 257, 1280, generator=generator)
     latents = torch.randn(1, inside.CHANNELS, inside.FRAMES, inside.HEIGHT, inside.WIDTH, generator=generator)

@@ -115,7 +115,7 @@ def ended_early(wrapped: Any, vae: Any) -> float:
 
 def taehv_streams_latent_by_latent() -> dict[str, Any]:
     """Return whether frames are bit-exact however the latents are cut; what a resumed run has comes in small pieces."""
-    checkpoint = core["checkpoint"].read_checkpoint(core["hub"].resolve_taehv("tiny"))
+    checkpoint = core["checkpoint"].read_checkpoint(core["bundles"].resolve_taehv("tiny"))
     vae = autoencoder.TAEHVAutoencoder(checkpoint)
     latents = torch.randn(1, 7, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(2))
     single, is_same = frame_stream.frame_stream(vae), {}

@@ -197,8 +197,10 @@ def main() -> None:
 
     whole, causal = model("whole", net), model("causal", net)
     whole_other, causal_other = model("whole", another), model("causal", another)
-    at_once = inside.sampling.ChunkSampler(inside.sampling.Run(causal=inside.CausalConfig(chunk=inside.FRAMES)))
-    in_chunks = inside.sampling.ChunkSampler(inside.sampling.Run())
+    at_once = inside.chunk_sampler.ChunkSampler(
+        inside.chunk_sampler.Run(causal=inside.CausalConfig(chunk=inside.FRAMES))
+    )
+    in_chunks = inside.chunk_sampler.ChunkSampler(inside.chunk_sampler.Run())
     options: dict[str, Any] = {"sigmas": SIGMAS}
     plain = inside.once(whole, **options)
     plain_in_chunks = inside.once(causal, in_chunks, **options)

@@ -26,13 +26,13 @@ from inside import (
     CausalConfig,
     apart,
     causal_model,
+    chunk_sampler,
     core_rollout,
     loaded,
     model_settings,
     network,
     once,
     sampled,
-    sampling,
     saved,
 )
 
@@ -69,7 +69,7 @@ def what_is_set_on_the_forward_pass_is_followed() -> dict[str, Any]:
     """Compare all frames as one chunk with ComfyUI's own pass, RoPE in chunks with the core's, attention from int8."""
     net = network()
     causal, whole = loaded(saved("t2v", net)), loaded(saved("whole", net, causal=None), kind="base")
-    at_once = sampling.ChunkSampler(sampling.Run(causal=CausalConfig(chunk=FRAMES)))
+    at_once = chunk_sampler.ChunkSampler(chunk_sampler.Run(causal=CausalConfig(chunk=FRAMES)))
     results: dict[str, Any] = {"plain": apart(once(causal, at_once), once(whole))}
     for name, with_patch in (("attention", with_override), ("rope", with_rope)):
         if with_patch(causal) is None:
@@ -140,7 +140,7 @@ def modules_and_prompts_of_others_are_followed() -> dict[str, float]:
     """Replace cross-attention and feed-forward networks, and change texts: as one chunk it is ComfyUI's own pass."""
     text_net, image_net = network(), network(in_dim=36, model_type="i2v")
     euler = replace(STEPS, solver="euler")
-    at_once = sampling.ChunkSampler(sampling.Run(causal=CausalConfig(chunk=FRAMES)))
+    at_once = chunk_sampler.ChunkSampler(chunk_sampler.Run(causal=CausalConfig(chunk=FRAMES)))
     generator = torch.Generator().manual_seed(3)
 
     class Seen:

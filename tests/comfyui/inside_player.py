@@ -175,7 +175,7 @@ def the_first_prompt_is_found_in_the_graph_or_not_guessed() -> dict[str, str]:
 def a_steered_run_is_kept_in_its_files() -> dict[str, Any]:
     """Write two rows with one sound; then the prompts are written into both."""
     to_file = part("stream_to_file")
-    core_video = importlib.import_module(CORE + "video")
+    core_video = importlib.import_module(CORE + "codecs.video")
     sound = to_file._sounds({"waveform": torch.zeros(1, 1, 16000), "sample_rate": 16000}, 2)
     refusal = ""
     try:

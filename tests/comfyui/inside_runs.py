@@ -27,6 +27,7 @@ from inside import (
     apart,
     causal_model,
     causal_pass,
+    chunk_sampler,
     core,
     guided_network,
     host,
@@ -36,7 +37,6 @@ from inside import (
     network,
     part,
     sampled,
-    sampling,
     saved,
     text,
 )
@@ -139,7 +139,7 @@ def states() -> dict[str, Any]:
     patcher = loaded(saved("t2v", network()))
     long = {"samples": torch.zeros(1, CHANNELS, 9, HEIGHT, WIDTH)}
     whole = sampled(patcher, latent=long)
-    holder, copied, moved = sampling.SnapshotHolder(), [], []
+    holder, copied, moved = chunk_sampler.SnapshotHolder(), [], []
     cache, state = core["kv_cache"].KVCache, core["snapshot"].Snapshot
     snapshot, to = cache.snapshot, state.to
     cache.snapshot = lambda self, device=None: (copied.append(str(device)), snapshot(self, device))[1]
@@ -148,7 +148,7 @@ def states() -> dict[str, Any]:
         sampled(patcher, keep=holder)
         assert holder.snapshot is not None
         holder.snapshot.save(FOLDER / "state.safetensors")
-        read = sampling.SnapshotHolder(state.load(FOLDER / "state.safetensors"))
+        read = chunk_sampler.SnapshotHolder(state.load(FOLDER / "state.safetensors"))
         moved.clear()
         results = {
             "is_same": bool(torch.equal(sampled(patcher, latent=long, resume=holder), whole)),
@@ -188,7 +188,7 @@ def a_prompt_typed_into_a_resumed_run() -> dict[str, Any]:
     patcher = loaded(saved("t2v", network()))
     # Such a cache holds what noisy frames gave, which cannot be computed again from the clean video.
     last_step = CausalConfig(chunk=3, cache_source="last_step")
-    long, holder = {"samples": torch.zeros(1, CHANNELS, 12, HEIGHT, WIDTH)}, sampling.SnapshotHolder()
+    long, holder = {"samples": torch.zeros(1, CHANNELS, 12, HEIGHT, WIDTH)}, chunk_sampler.SnapshotHolder()
     sampled(patcher, keep=holder, causal=last_step)
     hands = {history: Hand(1, history) for history in ("recode", "keep")}
     videos = [sampled(patcher, latent=long, resume=holder, causal=last_step, steering=hand) for hand in hands.values()]
@@ -199,13 +199,13 @@ def a_prompt_typed_into_a_resumed_run() -> dict[str, Any]:
         later = moment(seconds, 16.0, "recode")
         guider.inner_set_conds({"positive": [[text(1), {}], [text(3), {moment.KEY: later}]]})
         guider.set_cfg(1.0)
-        run = sampling.Run(resume=holder, causal=last_step)
+        run = chunk_sampler.Run(resume=holder, causal=last_step)
         noise = guided_network.SeededGraphNoise(5, (3, 3, 3, 3)).generate_noise(long)
         try:
             guider.sample(
                 noise,
                 long["samples"],
-                sampling.ChunkSampler(run),
+                chunk_sampler.ChunkSampler(run),
                 model_settings.sigmas_of(patcher, 0, 0.0),
                 disable_pbar=True,
                 seed=5,

@@ -12,11 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
-from selfforcing_core.checkpoint import read_checkpoint, save_checkpoint
+from selfforcing_core.codecs.umt5_layout import umt5_config
 from selfforcing_core.config import WanConfig
-from selfforcing_core.latent_space import WAN
 from selfforcing_core.shapes import wan_shapes
-from selfforcing_core.umt5_layout import umt5_config
+from selfforcing_core.weights.checkpoint import read_checkpoint, save_checkpoint
+from selfforcing_core.weights.latent_space import WAN
 from tests.comfyui.graphs import SAMPLER, Prompt, add, fresh_seed, latents_of, read_mp4, tiny_prompt
 from tests.comfyui.host_server import ROOT, Server, failure
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from selfforcing_core.video import read_metadata
+from selfforcing_core.codecs.video import read_metadata
 from tests.comfyui.graphs import SAMPLER, SAVE, TEXT, fresh_seed, latents_of, read_mp4, tiny_prompt
 from tests.comfyui.host_server import ROOT, RUN_SECONDS, Server
 from tests.comfyui.page import Page, page

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
-from selfforcing_core.umt5_layout import umt5_config
+from selfforcing_core.codecs.umt5_layout import umt5_config
 from tests.comfyui.graphs import (
     EXPLICIT_CHUNK,
     MODEL,

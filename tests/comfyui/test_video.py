@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from selfforcing_core.generate import generate
-from selfforcing_core.request import Request
-from selfforcing_core.video import read_metadata, read_video
+from selfforcing_core.codecs.video import read_metadata, read_video
+from selfforcing_core.generate.request import Request
+from selfforcing_core.generate.run import generate
 from tests.comfyui.graphs import (
     CREATE,
     EXPLICIT_CHUNK,

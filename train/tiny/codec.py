@@ -27,9 +27,9 @@ from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from selfforcing_core.cli import Parser
+from selfforcing_core.codecs.taehv import TAEHV
 from selfforcing_core.config import TAEHVConfig
-from selfforcing_core.taehv import TAEHV
+from selfforcing_core.generate.cli import Parser
 from train.tiny.world import heldout, random_scene, render
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def train(
 
 def join(decoder_file: Path, encoder_file: Path, out: Path) -> None:
     """Write one TAEHV checkpoint from the two halves."""
-    from selfforcing_core.checkpoint import save_checkpoint
+    from selfforcing_core.weights.checkpoint import save_checkpoint
 
     halves = {**load_file(decoder_file), **load_file(encoder_file)}
     save_checkpoint(out, {key: value.half() for key, value in halves.items()}, CONFIG, latent_space=LATENT_SPACE)

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from selfforcing_core.cli import Parser
+from selfforcing_core.generate.cli import Parser
 from selfforcing_core.geometry import pixel_frames
 from train.tiny.codec import PatchBasis
 from train.tiny.world import ATTRIBUTES, combinations, heldout, named_scene, random_scene, render
@@ -84,7 +84,7 @@ class CaptionTable:
     VARIANTS = tuple(itertools.product((True, False), repeat=2))  # (speed said, background said)
 
     def __init__(self, text_encoder: Path = TEXT_ENCODER) -> None:
-        from selfforcing_core.text import TextEncoder
+        from selfforcing_core.codecs.text import TextEncoder
 
         encoder = TextEncoder.from_folder(text_encoder)
         scenes = [named_scene(words) for words in combinations()]

@@ -27,12 +27,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from selfforcing_core.checkpoint import read_checkpoint, save_checkpoint
-from selfforcing_core.cli import Parser
 from selfforcing_core.config import NETWORK_SIZES, CausalConfig, StepConfig
+from selfforcing_core.generate.cli import Parser
 from selfforcing_core.masks import teacher_forcing_frames
 from selfforcing_core.model import CausalWan
 from selfforcing_core.schedule import TIMESTEPS, add_noise, shift_sigma
+from selfforcing_core.weights.checkpoint import read_checkpoint, save_checkpoint
 from train.tiny.data import LATENT_FRAMES, Clips
 from train.tiny.muon import Muon
 

@@ -23,12 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from selfforcing_core.checkpoint import read_checkpoint
-from selfforcing_core.cli import Parser
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import WanConfig
+from selfforcing_core.generate.cli import Parser
 from selfforcing_core.model import CausalWan
 from selfforcing_core.noise import SeededNoise
+from selfforcing_core.weights.checkpoint import read_checkpoint
 from train.losses import score_timesteps
 from train.roles import Matching, Score, ScoreDraw, Student
 from train.tiny.data import LATENT_FRAMES, Clips

@@ -24,15 +24,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from selfforcing_core.cli import Parser
+from selfforcing_core.codecs.taehv import StreamingDecoder
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
+from selfforcing_core.generate.cli import Parser
 from selfforcing_core.geometry import latent_frames, pixel_frames
 from selfforcing_core.guided import Guided
-from selfforcing_core.load import load_model, load_taehv, load_text_encoder
 from selfforcing_core.noise import SeededNoise
 from selfforcing_core.rollout import rollout
-from selfforcing_core.taehv import StreamingDecoder
+from selfforcing_core.weights.load import load_model, load_taehv, load_text_encoder
 from train.tiny.data import LATENT_FRAMES
 from train.tiny.diffusion import TRAINED_KEY
 from train.tiny.world import (

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from selfforcing_core.checkpoint import read_checkpoint, save_checkpoint
-from selfforcing_core.cli import Parser
+from selfforcing_core.generate.cli import Parser
+from selfforcing_core.weights.checkpoint import read_checkpoint, save_checkpoint
 from train.tiny.codec import LATENT_SPACE
 from train.tiny.diffusion import TRAINED_KEY
 

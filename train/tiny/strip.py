@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from selfforcing_core.cli import Parser
-from selfforcing_core.hub import bundle_path
-from selfforcing_core.video import write_contact_sheet
+from selfforcing_core.codecs.video import write_contact_sheet
+from selfforcing_core.generate.cli import Parser
+from selfforcing_core.weights.bundles import bundle_path
 from train.tiny.evaluate import Generator
 
 PROMPTS = (

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from selfforcing_core.cli import Parser
-from selfforcing_core.text import TextEncoder
-from selfforcing_core.umt5_layout import umt5_config
+from selfforcing_core.codecs.text import TextEncoder
+from selfforcing_core.codecs.umt5_layout import umt5_config
+from selfforcing_core.generate.cli import Parser
 from train.tiny.world import ATTRIBUTES, combinations, heldout
 
 if TYPE_CHECKING:

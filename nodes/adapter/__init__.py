@@ -1,0 +1,1 @@
+"""Adapter: the machinery between ComfyUI and the core. It imports no node."""

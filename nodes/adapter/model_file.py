@@ -1,0 +1,129 @@
+"""A checkpoint to a MODEL of ComfyUI."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from typing import Any
+
+import comfy.model_management as memory
+import comfy.supported_models
+import torch
+import torch.nn as nn
+
+from ...selfforcing_core.config import CausalConfig, StepConfig, WanConfig
+from ...selfforcing_core.weights.checkpoint import Checkpoint
+from ...selfforcing_core.weights.scaled import ScaledWeights, stored_tensors
+from . import host, page
+from .autoencoder import check_channels
+from .causal_model import with_settings
+from .model_settings import BASE, CAUSAL, FEW_STEP, UNKNOWN, Settings, kind_note
+from .shared_network import check_variant
+
+log = logging.getLogger(__name__)
+
+
+def model_from_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    kind: str = "auto",
+    dtype: torch.dtype | None = None,
+    is_fast_fp8: bool = False,
+    is_dynamic: bool = True,
+) -> Any:
+    """Return a MODEL of ComfyUI from a checkpoint of kind "wan", prepared for our samplers.
+
+    kind: CAUSAL, FEW_STEP, BASE, or "auto": what the file says, UNKNOWN (which is shown) where it says nothing. Another
+    kind than the file's is used, and that is shown.
+    dtype: None lets ComfyUI choose what the device likes. is_fast_fp8: ComfyUI's own float8 products.
+    is_dynamic: let ComfyUI bring weights in by pieces, where it can.
+    """
+    assert isinstance(checkpoint.config, WanConfig)
+    check_variant(checkpoint.config)
+    check_channels(checkpoint.config.out_dim, "model")
+    steps = checkpoint.steps or StepConfig()
+    file_kind = kind_in(checkpoint)
+    if kind == "auto":
+        kind = file_kind
+    elif file_kind not in (kind, UNKNOWN):
+        page.show_text(f"the file says that its model is of kind '{file_kind}'; it is loaded as '{kind}'")
+    model_config = _comfyui_config(checkpoint.config, is_causal=kind == CAUSAL)
+    if checkpoint.steps is not None or kind != BASE:  # an undistilled model keeps ComfyUI's shift for Wan
+        model_config.sampling_settings = {"shift": steps.shift}
+    _choose_dtype(model_config, checkpoint, dtype)
+    if is_fast_fp8:
+        # ComfyUI then picks layers that multiply in float8 where the GPU can, as its own loader does for "_fast".
+        model_config.optimizations["fp8"] = True
+    model = model_config.get_model(checkpoint.state_dict, "")  # "": no prefix before the names of parameters
+    patcher = host.patcher_of(model, memory.get_torch_device(), memory.unet_offload_device(), dynamic=is_dynamic)
+    # Under dynamic VRAM weights stay where the file maps them, and are read when a layer is first called.
+    assign = getattr(patcher, "is_dynamic", lambda: False)()
+    if isinstance(checkpoint.state_dict, ScaledWeights):
+        _fill_scaled(model.diffusion_model, checkpoint.state_dict, assign=assign)
+    else:
+        model.diffusion_model.load_state_dict(checkpoint.state_dict, assign=assign)
+    for note in checkpoint.notes:
+        log.warning("%s", note)
+    model.diffusion_model.eval().requires_grad_(False)
+    settings = Settings(
+        kind,
+        checkpoint.causal or CausalConfig(),
+        steps,
+        guidance=checkpoint.guidance,
+        latent_space=checkpoint.latent_space,
+    )
+    note = kind_note(settings)
+    if note is not None:
+        page.show_text(note)
+    return with_settings(patcher, settings)
+
+
+def kind_in(checkpoint: Checkpoint) -> str:
+    """Return the kind that a file says its model is of; UNKNOWN where it says nothing."""
+    if checkpoint.causal is not None:
+        return CAUSAL
+    if checkpoint.bidirectional is None:
+        return UNKNOWN
+    # "renoise" is how distilled models go from step to step; teachers are sampled with an ODE solver.
+    return FEW_STEP if checkpoint.steps is None or checkpoint.steps.solver == "renoise" else BASE
+
+
+def _fill_scaled(network: nn.Module, weights: ScaledWeights, *, assign: bool) -> None:
+    """Multiply one weight at a time into its place: nothing but that one is held in float32."""
+    log.warning(
+        "%d weights in 8 bits are widened to the model's number type, which takes twice the memory or more; Load "
+        "Diffusion Model with Patch Model (Self Forcing) keeps them in 8 bits",
+        len(weights.scales),
+    )
+    places = dict(network.named_parameters())
+    if places.keys() != weights.keys():  # as a checkpoint is complete, this is a network of another kind
+        raise AssertionError(f"parameters differ: {sorted(places.keys() ^ weights.keys())[:3]}")
+    if assign:
+        widened = {name: tensor.to(places[name].dtype) for name, tensor in weights.items()}
+        network.load_state_dict(widened, assign=True)
+        return
+    for name, tensor in weights.items():  # `items` widens each weight as it comes to it
+        places[name].data.copy_(tensor)
+
+
+def _comfyui_config(config: WanConfig, *, is_causal: bool) -> Any:
+    """Return ComfyUI's class for this network; with is_causal the one that its causal nodes ask for, if it has it."""
+    # Built here and not detected from the weights, as ComfyUI does it: its causal class is only chosen for an entry
+    # `causal_ar` in the header of a safetensors file, which released files do not have.
+    classes = comfy.supported_models
+    config_class = classes.WAN21_I2V if config.model_type == "i2v" else classes.WAN21_T2V
+    if is_causal and config.model_type == "t2v":
+        config_class = getattr(classes, "WAN21_CausalAR_T2V", config_class)  # since 0.22, for text-to-video alone
+    return config_class({"image_model": "wan2.1", **asdict(config)})
+
+
+def _choose_dtype(model_config: Any, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
+    """Follow ComfyUI's rule: weights as stored where the device computes in that type, else cast at use."""
+    supported = model_config.supported_inference_dtypes
+    # ComfyUI widens float8 weights where all of them fit the GPU so, for which it asks how many there are.
+    num_parameters = sum(weight.numel() for weight in stored_tensors(checkpoint.state_dict).values())
+    stored = getattr(torch, checkpoint.dtype)
+    weights = dtype or memory.unet_dtype(
+        model_params=num_parameters, supported_dtypes=list(supported), weight_dtype=stored
+    )
+    model_config.set_inference_dtype(weights, memory.unet_manual_cast(weights, memory.get_torch_device(), supported))

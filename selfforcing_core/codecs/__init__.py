@@ -1,0 +1,1 @@
+"""Codecs: what turns text, images, latents, sound and video into each other."""

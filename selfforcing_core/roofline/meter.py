@@ -1,0 +1,168 @@
+"""The work of a rollout in closed form, chunk by chunk, and what share of a device's limit a run of it reached."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..config import TAEHVConfig, WanConfig
+from ..geometry import TEMPORAL_FACTOR, pixel_frames, tokens_per_frame
+from ..shapes import wan_shapes
+from .device import Card
+from .work import Work, image_tokens, pass_work, taehv_flops, wan_vae_flops
+
+# Tensors that are alive at a peak, counted in a run: of [tokens, dim] beside those of a feed-forward layer, and of the
+# size of TAEHV's last stage.
+ALIVE = 6.5
+DECODER_ALIVE = 2.5
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is computed for every chunk of a video, in closed form."""
+
+    config: WanConfig
+    lengths: Sequence[int]  # latent frames of each chunk
+    latent_height: int
+    latent_width: int
+    steps: int = 4  # denoising passes of a chunk
+    window: int = -1  # latent frames in the cache, -1 for all
+    decoder: str = "taehv"  # "taehv", "vae" or "none"
+    writes: bool = True  # whether a clean pass, which writes the cache, follows each chunk but the last
+    commit_last: bool = False  # whether one follows the last chunk too
+    guided: bool = False  # whether every pass is made twice, with and without the prompt
+    batch: int = 1  # videos
+    weight_bytes: int = 2  # of one number, as in `pass_work`
+    cache_bytes: int = 2
+    activation_bytes: int = 2
+    taehv: TAEHVConfig = field(default_factory=TAEHVConfig)
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Return the tokens of one latent frame."""
+        return tokens_per_frame(self.latent_height, self.latent_width)
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        """Return the latent frame behind each chunk."""
+        return list(itertools.accumulate(self.lengths))
+
+    def a_pass(self, chunk: int) -> Work:
+        """Return one pass of a chunk, at the cache's length there."""
+        end = self._ends[chunk]
+        # Earlier chunks see less: until the window is full, a chunk costs more than the one before.
+        visible = end if self.window == -1 else min(end, self.window)
+        return pass_work(
+            self.config,
+            self.lengths[chunk] * self.tokens_per_frame,
+            visible * self.tokens_per_frame,
+            batch=self.batch,
+            weight_bytes=self.weight_bytes,
+            cache_bytes=self.cache_bytes,
+            activation_bytes=self.activation_bytes,
+        )
+
+    def decode(self, chunk: int) -> Work:
+        """Return the work of a chunk's decode."""
+        length, size = self.lengths[chunk], (self.latent_height, self.latent_width)
+        if self.decoder == "taehv":
+            return Work(decode_flops=self.batch * taehv_flops(self.taehv, length, *size))
+        frames = length - 0.75 if chunk == 0 else length  # the first latent frame is one video frame, not four
+        return Work(decode_flops=self.batch * wan_vae_flops(1, *size) * frames if self.decoder == "vae" else 0)
+
+    def until_shown(self, chunk: int) -> Work:
+        """Return the work from a chunk's noise to its frames."""
+        return self.a_pass(chunk) * (self.steps * (1 + self.guided)) + self.decode(chunk)
+
+    def chunk(self, chunk: int) -> Work:
+        """Return everything that a chunk costs: its frames, and the clean pass if another chunk follows."""
+        is_committed = self.writes and (self.commit_last or chunk + 1 < len(self.lengths))
+        return self.until_shown(chunk) + self.a_pass(chunk) * (is_committed * (1 + self.guided))
+
+    @property
+    def without(self) -> str:
+        """Return what `peak_bytes` leaves out, as the end of a sentence."""
+        return "" if self.decoder == "taehv" else ", without the decoder"
+
+    def peak_bytes(self) -> dict[str, int]:
+        """Return what the device holds at once while chunks are made: weights, caches, and working memory.
+
+        The last is the larger of two peaks: a block's feed-forward layer with what is alive beside it, and the last
+        stage of the decoder.
+        """
+        config, rows = self.config, self.batch * max(self.lengths) * self.tokens_per_frame
+        numbers = sum(math.prod(shape) for shape in wan_shapes(config).values())
+        frames = sum(self.lengths) if self.window == -1 else min(sum(self.lengths), self.window)
+        # Keys and values of one token in all layers; guidance has a second cache, for the negative prompt.
+        cached = 2 * config.num_layers * self.batch * config.dim * (1 + self.guided)
+        # A single chunk is never read back, so nothing is cached.
+        caches = cached * frames * self.tokens_per_frame * self.cache_bytes if len(self.lengths) > 1 else 0
+        network = int(rows * (2 * config.ffn_dim + ALIVE * config.dim) * self.activation_bytes)
+        # A chunk is decoded at once, 8 x 8 pixels for each latent one.
+        pixels = self.batch * max(self.lengths) * TEMPORAL_FACTOR * 64 * self.latent_height * self.latent_width
+        decoder = int(DECODER_ALIVE * pixels * self.taehv.decoder_widths[-1] * self.activation_bytes)
+        return {
+            "weights": numbers * self.weight_bytes,
+            # Keys and values of the prompt and the image are computed once, and stay in the computation's type.
+            "caches": caches + cached * (config.text_len + image_tokens(config)) * self.activation_bytes,
+            "working": max(network, decoder if self.decoder == "taehv" else 0),
+        }
+
+    def limits(self, card: Card) -> dict[str, Any]:
+        """Return floors on a card: seconds to the first frame, of every chunk, frames per second, seconds by group."""
+        chunks = [self.chunk(index).seconds(card) for index in range(len(self.lengths))]
+        seconds = [sum(groups.values()) for groups in chunks]
+        return {
+            "first_frame_seconds": sum(self.until_shown(0).seconds(card).values()),
+            "chunk_seconds": seconds,
+            "fps": self.batch * pixel_frames(sum(self.lengths)) / sum(seconds),
+            "seconds_by_group": {name: sum(groups[name] for groups in chunks) for name in chunks[0]},
+        }
+
+
+@dataclass(frozen=True)
+class Meter:
+    """The prediction of a run on its device, and afterwards the shares of its limit that it reached."""
+
+    recipe: Recipe
+    card: Card
+
+    def predicted(self) -> dict[str, Any]:
+        """Return what a run should take: seconds, frames per second, peak bytes, and the rates of the device."""
+        limits = self.recipe.limits(self.card)
+        return {
+            "first_frame_seconds": limits["first_frame_seconds"],
+            "fps": limits["fps"],
+            "seconds_by_group": limits["seconds_by_group"],
+            "peak_bytes": sum(self.recipe.peak_bytes().values()),
+            "device_tflops": self.card.flops / 1e12,
+            "device_gbytes_per_second": self.card.bandwidth / 1e9,
+        }
+
+    def in_words(self) -> str:
+        """Return the prediction as the end of a sentence."""
+        prediction = self.predicted()
+        return (
+            f"by estimate at most {prediction['fps']:.3g} FPS, "
+            f"first frame in at least {prediction['first_frame_seconds']:.3g} s, "
+            f"memory about {prediction['peak_bytes'] / 1e9:.3g} GB{self.recipe.without}"
+        )
+
+    def reached(self, chunk_seconds: Sequence[float]) -> dict[str, Any]:
+        """Return which shares of a run's time its floors are. chunk_seconds: of every chunk, decode included.
+
+        `above_limit` is the share of everything that no floor counts.
+        """
+        floors = self.recipe.limits(self.card)
+        by_group, total = floors["seconds_by_group"], sum(chunk_seconds)
+        shares = {name: seconds / total for name, seconds in by_group.items()}
+        return {
+            "share_of_limit": sum(by_group.values()) / total,
+            "first_frame_share_of_limit": floors["first_frame_seconds"] / chunk_seconds[0],
+            "time_by_group": {**shares, "above_limit": 1 - sum(shares.values())},
+            **{name: value for name, value in self.predicted().items() if name.startswith("device")},
+        }

@@ -1,0 +1,86 @@
+"""Released weights by name: asked for they come, with their size known first; unasked nothing is fetched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+from selfforcing_core.generate.cli import main
+from selfforcing_core.weights.download import RELEASES, download, file_sizes, find_release, list_releases
+
+REPO = {"a.safetensors": 5, "checkpoints/self_forcing_dmd.pt": 7, "taew2_1.safetensors": 3}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The hub as every repository having the files REPO; the list tells what was fetched."""
+    fetched: list[str] = []
+
+    class Api:
+        def model_info(self, repo: str, **_: Any) -> Any:
+            return SimpleNamespace(siblings=[SimpleNamespace(rfilename=n, size=s) for n, s in REPO.items()])
+
+    def fetch(repo: str, file: str, *, local_dir: Path) -> str:
+        path = Path(local_dir) / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * REPO[file])
+        fetched.append(f"{repo}/{file}")
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    return fetched
+
+
+def test_a_release_comes_into_its_folder(hub: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["download", "self-forcing-dmd", "--to", str(tmp_path)]) == 0
+    wanted = tmp_path / "self-forcing-dmd" / "checkpoints" / "self_forcing_dmd.pt"
+    assert capsys.readouterr().out.strip() == str(wanted)
+    assert wanted.stat().st_size == 7
+    assert hub == ["gdhe17/Self-Forcing/checkpoints/self_forcing_dmd.pt"]
+
+
+def test_sizes_are_those_of_the_hub(hub: list[str]) -> None:
+    assert file_sizes(find_release("taehv")) == {"taew2_1.safetensors": 3}
+    sizes = {row["name"]: row["bytes"] for row in list_releases(with_sizes=True)}
+    assert sizes["taehv"] == 3
+    assert sizes["clip"] is None
+    assert not hub, "asking for sizes fetches nothing"
+
+
+def test_listing_names_licence_and_source_without_a_network(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "HfApi", None)  # would raise when called
+    assert main(["download", "--list"]) == 0
+    output = capsys.readouterr().out
+    for name, release in RELEASES.items():
+        assert name in output
+        assert release.licence in output
+        assert release.source in output
+
+
+def test_what_goes_wrong_is_one_line(
+    hub: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match="no release 'x'; use one of self-forcing-dmd"):
+        download("x", tmp_path)
+    with pytest.raises(ValueError, match=r"has no file .* any more"):
+        download("clip", tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1))
+    with pytest.raises(ValueError, match="choose another --to"):
+        download("taehv", tmp_path)
+    monkeypatch.undo()
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", offline)
+    assert main(["download", "taehv", "--to", str(tmp_path)]) == 2
+    assert "cannot be asked (no route)" in capsys.readouterr().err
+    assert main(["download"]) == 2
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,116 @@
+"""Kill a run again and again and see that it becomes what it would have been.
+
+    python -m tests.support.kills --count 100
+
+Each time the run is started with the same command and killed (SIGKILL) at a random moment, often in the middle of a
+save; in the end it is left alone. Its weights, average, optimisers and log must equal those of a run that nobody
+disturbed, bit-exactly. The run is forked from this process, which has loaded all that it imports once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tests.support.forks import PRELOADED
+from tests.support.training import numbers, run_settings
+from train import run_checkpoints
+from train.dmd import main as train
+
+
+def started(arguments: Sequence[str], log: Path) -> int:
+    """The process number of a run of its own."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        torch.set_num_threads(1)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        status = train(list(arguments))
+    except BaseException:  # the child must never come back into the parent's code
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def finished(arguments: Sequence[str], log: Path) -> None:
+    _, status = os.waitpid(started(arguments, log), 0)
+    if status:
+        raise RuntimeError(f"a run ended with {status}:\n{log.read_text()[-2000:]}")
+
+
+def content(folder: Path) -> dict[str, torch.Tensor]:
+    (newest,) = run_checkpoints.complete(folder)[-1:]
+    return run_checkpoints.read(newest, "")
+
+
+def kill(count: int, steps: int, seed: int, folder: Path) -> dict[str, int]:
+    """Returns how often which moment was hit. Raises AssertionError if the runs differ."""
+    rng = random.Random(seed)
+    settings = [*run_settings(folder), f"max_steps={steps}", "save_every=1", "keep_last=2", "micro_batch=6"]
+    log, calm, killed = folder / "log.txt", folder / "calm", folder / "killed"
+    began = time.monotonic()
+    finished([*settings, f"logdir={calm}"], log)
+    inside = sum(json.loads(line)["seconds"] for line in (calm / "log.jsonl").read_text().splitlines())
+    life = time.monotonic() - began - inside + 2.5 * inside / steps  # a start and about two steps
+    told = {"kills": 0, "in_a_save": 0, "runs_that_reached_their_end": 1}
+    while told["kills"] < count:
+        child, end = started([*settings, f"logdir={killed}"], log), time.monotonic() + rng.uniform(0, life)
+        status = None
+        while status is None and time.monotonic() < end:
+            time.sleep(0.005)
+            found, value = os.waitpid(child, os.WNOHANG)
+            status = value if found else None
+        if status is None:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            told["kills"] += 1
+            told["in_a_save"] += any(killed.glob(f"checkpoints/*{run_checkpoints.PARTIAL}"))
+        else:
+            compare(calm, killed)
+            killed = folder / f"killed-{told['runs_that_reached_their_end']}"
+            told["runs_that_reached_their_end"] += 1
+    finished([*settings, f"logdir={killed}"], log)
+    compare(calm, killed)
+    return told
+
+
+def compare(calm: Path, killed: Path) -> None:
+    """Raise AssertionError unless two runs are the same."""
+    expected, found = content(calm), content(killed)
+    assert found.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(found[name], expected[name])]
+    assert not different, f"{len(different)} of {len(expected)} tensors differ, the first is {different[0]}"
+    assert numbers(killed) == numbers(calm), "the logs differ"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=8, help="of the run; it is saved after each")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    for name in PRELOADED:  # otherwise half of the kills would hit an import
+        importlib.import_module(name)
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(kill(args.count, args.steps, args.seed, Path(folder))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
