@@ -91,7 +91,7 @@ def read_header(header: Mapping[str, str]) -> FileHeader:
 
     Raises ValueError for a damaged header, for a format that this version does not read, and for that of a LoRA.
     """
-    entries, sizes = _entries(header), _comfyui_sizes(header)
+    entries, sizes = read_entries(header), _comfyui_sizes(header)
     config, space = entries.get("config") or {}, entries.get("latent_space")
     try:
         _check_sizes(config or sizes)
@@ -103,7 +103,7 @@ def read_header(header: Mapping[str, str]) -> FileHeader:
     return FileHeader(entries.get("kind"), config, sizes, settings, None if space is None else str(space))
 
 
-def _entries(header: Mapping[str, str]) -> dict[str, Any]:
+def read_entries(header: Mapping[str, str]) -> dict[str, Any]:
     """Return the entries of our own header, {} for a file of somebody else.
 
     Raises ValueError for a format that this version does not read.
