@@ -114,7 +114,7 @@ class BidirectionalConfig(_JsonConfig):
             raise ValueError(f"latent_frames {count!r} is not a number of latent frames; use 1 or more")
 
 
-SOLVERS = ("renoise", "euler", "unipc")
+SOLVERS = ("renoise", "euler", "unipc", "phased")
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,11 @@ class StepConfig(_JsonConfig):
     warp: bool = True  # send the listed steps through the shift: 1000, 937.5, 833.3, 625
     sigma: str = "exact"  # sigma = t / 1000; or "table": the nearest entry of the reference's 1000-entry table
     # "renoise" predicts clean data and noises it afresh (few-step models); "euler" and "unipc" follow the
-    # probability-flow equation (teachers, many steps)
+    # probability-flow equation (teachers, many steps); "phased" is "renoise" of two experts, the first of which
+    # predicts data at the boundary
     solver: str = "renoise"
+    # of two networks that take turns: the share of noise at and above which the one for high noise is asked
+    boundary: float | None = None
 
     @classmethod
     def even(cls, count: int, *, shift: float, solver: str = "euler") -> StepConfig:
@@ -152,6 +155,16 @@ class StepConfig(_JsonConfig):
             raise ValueError(f"sigma {self.sigma!r} is unknown; use 'exact' or 'table'")
         if self.solver not in SOLVERS:
             raise ValueError(f"solver {self.solver!r} is unknown; use {', '.join(SOLVERS)}")
+        if self.boundary is not None and not 0 < self.boundary < 1:
+            raise ValueError(
+                f"boundary {self.boundary} is not a share of noise between 0 and 1; Wan 2.2 uses 0.875 or 0.9"
+            )
+        if self.solver == "phased" and self.boundary is None:
+            raise ValueError("solver 'phased' is for two experts and needs their boundary, for instance 0.875")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types, without what earlier versions do not know where it says nothing."""
+        return {name: value for name, value in super().to_dict().items() if (name, value) != ("boundary", None)}
 
 
 @dataclass(frozen=True)

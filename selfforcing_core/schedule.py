@@ -94,6 +94,7 @@ class FlowSchedule:
             for step in steps.steps
         )
         self.sigmas = tuple(timestep / TIMESTEPS for timestep in self.timesteps)
+        self.boundary = steps.boundary  # of two experts
         if steps.sigma == "table":
             listed = torch.tensor(self.timesteps, dtype=torch.float64)
             self.sigmas = tuple(nearest_sigma(listed, sigma_table(steps.shift)).tolist())
