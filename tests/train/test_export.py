@@ -332,7 +332,7 @@ def test_validation_videos_and_train_sample_are_the_same(
     world = World(0, 1, torch.device("cpu"), None, None)  # type: ignore[arg-type]
     prompts = Prompts(args, world)
     trainer = SimpleNamespace(
-        settings=args, prompts=prompts, prefixes=(), shape=(4, 16, 4, 4), latent_shape=(4, 16, 4, 4)
+        args=args, prompts=prompts, prefixes=(), shape=(4, 16, 4, 4), latent_shape=(4, 16, 4, 4)
     )
     trainer.causal = dmd.causal_of(args) if isinstance(args, DmdArgs) else None
     stages = {DmdArgs: dmd.Distillation, OdeArgs: ode.Regression, DiffusionArgs: diffusion.FlowMatching}
