@@ -179,8 +179,6 @@ class StepConfig(_JsonConfig):
             raise ValueError(
                 f"boundary {self.boundary} is not a share of noise between 0 and 1; Wan 2.2 uses 0.875 or 0.9"
             )
-        if self.solver == "phased" and self.boundary is None:
-            raise ValueError("solver 'phased' is for two experts and needs their boundary, for instance 0.875")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, without what earlier versions do not know where it says nothing."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .config import StepConfig, WanConfig
+from .config import CausalConfig, StepConfig, WanConfig
 from .schedule import TIMESTEPS, FlowSchedule
 
 HIGH, LOW = 0, 1  # places of the two in every pair
@@ -78,6 +78,15 @@ def check_pair(high: WanConfig, low: WanConfig) -> None:
         values = ", ".join(f"{name} {getattr(high, name)} and {getattr(low, name)}" for name in different)
         raise ValueError(
             f"the high-noise and the low-noise network are of different sizes ({values}); give both of one release"
+        )
+
+
+def check_cache_source(causal: CausalConfig) -> None:
+    """Raise ValueError for caches that only one of two networks would write."""
+    if causal.cache_source == "last_step":
+        raise ValueError(
+            "cache_source last_step keeps what a chunk's last step wrote, which only one of two networks takes; use "
+            "cache_source clean"
         )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .conditioning import Conditioning
 from .config import CausalConfig
-from .experts import Experts
+from .experts import Experts, check_cache_source
 from .kv_cache import KVCache
 
 
@@ -96,11 +96,8 @@ class Guided:
         is_cached: whether to make caches where none were given. Raises ValueError for settings that two experts do not
         go with.
         """
-        if self.num_networks > 1 and causal.cache_source == "last_step":
-            raise ValueError(
-                "cache_source last_step keeps what a chunk's last step wrote, which of two experts only one takes; use "
-                "cache_source clean"
-            )
+        if self.num_networks > 1:
+            check_cache_source(causal)
         opened = copy.copy(self)
         # a list of its own, since prompts may change on the way, and the caller's rollouts start with theirs
         opened.conditionings = list(self.conditionings)

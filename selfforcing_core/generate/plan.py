@@ -35,6 +35,8 @@ from ..roofline.meter import Recipe
 from ..weights.bundles import is_bundle, resolve_model, resolve_taehv, resolve_text_encoder
 from ..weights.checkpoint import DTYPES, Checkpoint, read_checkpoint
 from ..weights.load import check_taehv
+from ..weights.pipeline_folder import PipelineFolder, read_pipeline
+from .pair import Pair, read_pair, takes_turns
 from .request import BUNDLE_SIZES, WAN_SIZE, PromptBatch, Request
 from .start import context_frames, read_latents
 
@@ -74,6 +76,8 @@ class Plan:
     timelines: tuple[Timeline, ...]  # one for each batch
     checkpoint: Checkpoint  # of the video model; mapped (bare pickles are not), and emptied when the model is made
     config: WanConfig  # its sizes
+    pair: Pair | None  # with the network for low noise, where the model is one for high noise
+    takes_turns: bool  # only one of the two lies on the device at a time
     decoder: str  # of the latents: "taehv" or "vae"
     taehv: Checkpoint | None  # of the tiny autoencoder, kept like the model's; None where the Wan VAE decodes
     text_encoder: Path  # its file or folder
@@ -103,6 +107,8 @@ class Plan:
             decoder=self.decoder,
             guided=self.cfg != 1,
             batch=batch,
+            networks=1 if self.pair is None else 2,
+            resident=1 if self.pair is None or self.takes_turns else 2,
             weight_bytes=1 if self.request.fp8 else number_bytes,
             cache_bytes=self.cache_dtype.itemsize,
             activation_bytes=number_bytes,
@@ -118,8 +124,9 @@ class Plan:
         peak = recipe.peak_bytes()
         weights, caches, working = (peak[name] / 1e9 for name in ("weights", "caches", "working"))
         text = f"text encoder {text_bytes / 1e9:.1f} GB, gone before the rest comes; " if text_bytes else ""
+        models = "video model" if self.pair is None else "one of two models" if self.takes_turns else "two models"
         return (
-            f"on {self.device}: {text}video model {weights:.1f} GB, caches {caches:.1f} GB, work {working:.1f} GB, "
+            f"on {self.device}: {text}{models} {weights:.1f} GB, caches {caches:.1f} GB, work {working:.1f} GB, "
             f"together {weights + caches + working:.1f} GB{recipe.without}"
         )
 
@@ -145,14 +152,19 @@ def plan_request(
     config = checkpoint.config
     if not isinstance(config, WanConfig):
         raise ValueError(f"{request.model} is a {checkpoint.kind}, not a video model; give it as --taehv")
+    notes: list[str] = []  # whatever is put in place of what the checkpoint says, or is guessed, in words
+    folder = read_pipeline(model_path)
+    pair = read_pair(request, model_path, checkpoint, folder, notes)
     _check_companions(request, config, decoder, is_own=is_own)
     taehv = None if taehv_path is None else _taehv(request, taehv_path, checkpoint, config)
 
     is_prefixed = request.image is not None and config.model_type == "t2v"
     is_whole = checkpoint.bidirectional is not None and request.chunk is None
     _check_start(request, is_whole=is_whole, is_prefixed=is_prefixed)
-    notes: list[str] = []  # whatever is put in place of what the checkpoint says, or is guessed, in words
     causal, steps, cfg = _settings(request, checkpoint, notes, is_prefixed=is_prefixed)
+    steps = _with_shift(request, checkpoint, folder, steps, notes)
+    if pair is not None:
+        steps = pair.divided(request, causal, steps, notes)
     source = _source(request, config)
     extent = _extent(request, causal, source, is_whole=is_whole, is_prefixed=is_prefixed)
     size = extent.geometry
@@ -172,15 +184,18 @@ def plan_request(
         batches, timelines = _rewritten(batches, timelines, rewrite)
     guided = [] if cfg == 1 else [request.negative]
     encoded_prompts = dict.fromkeys([*(prompt for timeline in timelines for prompt in timeline.prompts), *guided])
-    for note in (*checkpoint.notes, *(taehv.notes if taehv else ()), *(f"{request.model} {note}" for note in notes)):
+    read = [each for each in (checkpoint, pair and pair.low, taehv) if each is not None]
+    for note in (*(note for each in read for note in each.notes), *(f"{request.model} {note}" for note in notes)):
         log.warning("%s", note)
     sound = _sound(request, source, audio, extent.shown_frames, is_silent=file_format.sound is None)
-    return Plan(
+    plan = Plan(
         request=request,
         batches=tuple(batches),
         timelines=timelines,
         checkpoint=checkpoint,
         config=config,
+        pair=pair,
+        takes_turns=False,
         decoder=decoder,
         taehv=taehv,
         text_encoder=text_encoder,
@@ -198,6 +213,10 @@ def plan_request(
         is_prefixed_by_image=is_prefixed,
         sound=sound,
     )
+    if pair is None:
+        return plan
+    largest = max(len(batch.outs) for batch in batches)
+    return replace(plan, takes_turns=takes_turns(request, plan.recipe(largest), device))
 
 
 def _rewritten(
@@ -327,6 +346,18 @@ def _settings(
     if is_prefixed and causal.chunk > 1:  # the picture fills one latent frame, so that it has to be a chunk of its own
         causal = replace(causal, independent_first_frame=True)
     return causal, replace(checkpoint.steps or StepConfig(), **step_options), cfg
+
+
+def _with_shift(
+    request: Request, checkpoint: Checkpoint, folder: PipelineFolder, steps: StepConfig, notes: list[str]
+) -> StepConfig:
+    """Return the steps with the shift of the folder's scheduler, unless the request or the checkpoint says one."""
+    if folder.shift is None or folder.shift == steps.shift:
+        return steps
+    if request.shift is None and checkpoint.steps is None:
+        return replace(steps, shift=folder.shift)
+    notes.append(f"says shift {folder.shift:g} in its scheduler_config.json; {steps.shift:g} is used")
+    return steps
 
 
 def _given(request: Request, *names: str) -> dict[str, Any]:

@@ -59,6 +59,15 @@ class Request:
 
     # models
     model: str = _option("tiny", MODELS, f"{MODEL_NAMES} (default: tiny)")
+    low_noise: str | None = _option(
+        None,
+        MODELS,
+        "network for low noise, where --model is for high noise (Wan 2.2 A14B; a folder has its own)",
+    )
+    boundary: float | None = _option(
+        None, MODELS, f"share of noise, such as 0.875, from which on --model is asked and not --low-noise {AS_STORED}"
+    )
+    boundary_step: int | None = _option(None, MODELS, "or how many of the steps are --model's")
     weights: str = _option("auto", MODELS, "of a training file", choices=["auto", "ema", "raw"])
     taehv: str | None = _option(None, MODELS, "bundle or file of the tiny autoencoder (default: the model's bundle)")
     taehv_latents: str | None = _option(None, MODELS, "whose latents the TAEHV decodes, if its file does not say")
@@ -117,7 +126,7 @@ class Request:
         None, SAMPLED, f"timesteps, for instance 1000,750,500,250, or their number {AS_STORED}", type=_steps
     )
     shift: float | None = _option(None, SAMPLED, f"flow-matching shift of the steps {AS_STORED}")
-    solver: str | None = _option(None, SAMPLED, f"renoise (few steps), euler or unipc (many) {AS_STORED}")
+    solver: str | None = _option(None, SAMPLED, f"renoise or phased (few steps), euler or unipc (many) {AS_STORED}")
     cfg: float | None = _option(
         None,
         SAMPLED,
@@ -141,6 +150,11 @@ class Request:
     )
     compile: bool = _option(False, COMPUTED, "compile the model's blocks; the first chunk waits for it")
     fp8: bool = _option(False, COMPUTED, "keep the model's weights in 8 bits")
+    offload_expert: bool = _option(
+        False,
+        COMPUTED,
+        "keep --model and --low-noise on the GPU in turns (default: where both do not fit)",
+    )
     embeddings: Path | None = _option(
         None, COMPUTED, "keep the prompts' embeddings there; known ones are read again", metavar="FOLDER"
     )

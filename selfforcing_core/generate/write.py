@@ -71,6 +71,7 @@ def batch_settings(plan: Plan, batch: PromptBatch, timeline: Timeline) -> dict[s
     guidance = {"cfg": plan.cfg, "negative": request.negative} if plan.cfg != 1 else {}
     settings = {
         "model": request.model,
+        **({} if request.low_noise is None else {"low_noise": request.low_noise}),
         "seed": request.seed,
         "width": size.width,
         "height": size.height,

@@ -219,7 +219,7 @@ def test_phased_noise_keeps_the_level_that_it_says() -> None:
 
 def test_phased_steps_need_a_boundary_and_older_headers_have_none() -> None:
     with pytest.raises(ValueError, match="needs their boundary"):
-        StepConfig(solver="phased")
+        video(random_wan(), steps=replace(STEPS, solver="phased"))
     with pytest.raises(ValueError, match="boundary 875"):
         StepConfig(boundary=875)
     assert "boundary" not in STEPS.to_dict()
