@@ -135,6 +135,7 @@ class BidirectionalConfig(_JsonConfig):
 
 
 SOLVERS = ("renoise", "euler", "unipc", "phased")
+FEW_STEP_SOLVERS = ("renoise", "phased")  # of distilled models, which are given fresh noise before every step
 
 
 @dataclass(frozen=True)

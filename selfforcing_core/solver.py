@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .config import FEW_STEP_SOLVERS
 from .schedule import TIMESTEPS, FlowSchedule, add_noise, euler_step, x0_from_flow
 from .versions import OPTIONAL, refusal
 
@@ -109,7 +110,7 @@ class UniPC:
 def num_noises(name: str, evaluations: int) -> int:
     """Return how many noises a solver takes for a chunk of this many evaluations, the one it starts from included."""
     # fresh noise before every evaluation, or one that all of them follow
-    return evaluations if name in ("renoise", "phased") else 1
+    return evaluations if name in FEW_STEP_SOLVERS else 1
 
 
 def new_solver(name: str, schedule: FlowSchedule, noises: Sequence[Tensor]) -> Solver:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...selfforcing_core.config import CausalConfig, StepConfig
+from ...selfforcing_core.config import FEW_STEP_SOLVERS, CausalConfig, StepConfig
 from ...selfforcing_core.schedule import FlowSchedule
 
 log = logging.getLogger(__name__)
+LOW_NOISE = "selfforcing_low_noise"  # attachment of a MODEL for high noise: the one for low noise
 KEY = "selfforcing"  # of our settings in model_options, and of a rollout's CausalPass in transformer_options
 CAUSAL, FEW_STEP, BASE, UNKNOWN = "causal", "few-step bidirectional", "base", "unknown"
 AUTO, SINK_AUTO, NOISE_AUTO = 0, -1, -1.0  # widget values that stand for the MODEL's own setting
@@ -29,6 +30,7 @@ class Settings:
     cache_device: str | None = None  # where they lie; None is where the model computes
     guidance: float | None = None  # scale that the file says it is sampled with
     latent_space: str | None = None  # whose latents it makes; None is not known
+    boundary_step: int = 0  # of two MODELs: how many steps are the first one's; 0: the boundary of `steps` says it
 
 
 def settings_of(patcher: Any) -> Settings:
@@ -43,6 +45,11 @@ def settings_of(patcher: Any) -> Settings:
     )
 
 
+def low_noise_of(patcher: Any) -> Any:
+    """Return the MODEL for low noise that a MODEL brings along; None where it is the only one."""
+    return patcher.get_attachment(LOW_NOISE)
+
+
 def kind_note(settings: Settings) -> str | None:
     """Return what the user should know of how the MODEL was trained; None where our samplers are made for it."""
     if settings.kind == UNKNOWN:
@@ -51,7 +58,7 @@ def kind_note(settings: Settings) -> str | None:
             "Forcing and its kin). A plain Wan 2.1 model, which was not distilled, gives blurred or broken videos here"
         )
     steps = settings.steps
-    if settings.kind == CAUSAL and steps.solver != "renoise":
+    if settings.kind == CAUSAL and steps.solver not in FEW_STEP_SOLVERS:
         guidance = "" if settings.guidance is None else f" and cfg {settings.guidance:g}"
         return f"this model is not distilled: its file lists {len(steps.steps)} steps ({steps.solver}){guidance}"
     return None

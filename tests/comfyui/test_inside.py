@@ -79,6 +79,46 @@ def test_exports_are_what_they_say(outcome: dict[str, Any]) -> None:
     assert max(outcome["few-step"], outcome["euler"]) < ROUNDING < outcome["solver_matters"] / 100
 
 
+def test_two_models_give_the_cores_video(outcome: dict[str, float]) -> None:
+    matters = min(outcome.pop("matters"), outcome.pop("solver_matters"))
+    assert max(outcome.values()) < ROUNDING < matters / 100
+
+
+def test_two_models_with_36_channels_read_a_picture(outcome: dict[str, float]) -> None:
+    assert max(outcome.values()) < ROUNDING
+
+
+def test_two_models_go_on_and_change_their_prompt(outcome: dict[str, Any]) -> None:
+    assert outcome["is_same"]
+    assert "taken with 2 networks, this rollout has 1" in outcome["refusal"]
+    assert min(outcome["prompt_matters"], outcome["history_matters"]) > 10 * ROUNDING
+
+
+def test_one_of_two_models_is_loaded_at_a_time(outcome: dict[str, Any]) -> None:
+    """Two changes a chunk: the low-noise model writes the chunk that it finished, then the other does and goes on."""
+    assert outcome["asked"] == outcome["held"] == [["high"], ["low"], ["high"], ["low"]]
+    assert outcome["is_same"]
+
+
+def test_two_models_and_their_loras(outcome: dict[str, float]) -> None:
+    assert max(outcome.values()) < ROUNDING
+
+
+def test_what_does_not_go_with_two_models_is_refused(outcome: dict[str, str]) -> None:
+    words = {
+        "sizes": "different sizes (num_layers 2 and 3)",
+        "no_boundary": "set boundary in Two Experts",
+        "both": "leave one of them at 0",
+        "one_side": "leaves the low-noise network without a step",
+        "step_behind": "it is 1 to 3",
+        "samplers_of_others": "only samplers of this pack ask both",
+        "patched_behind": "put that node behind",
+        "last_step": "cache_source last_step",
+    }
+    assert outcome.keys() == words.keys()
+    assert all(word in outcome[name] for name, word in words.items()), outcome
+
+
 def test_a_trained_lora_is_the_merged_network(outcome: dict[str, float]) -> None:
     assert outcome["difference"] < ROUNDING < outcome["matters"] / 100
 

@@ -39,6 +39,7 @@ INPUT_ORDER = {
     "SelfForcingSnapshot": {"required": ["state", "filename_prefix"], "optional": ["after"]},
     "SelfForcingResume": {"required": ["state_name"]},
     "SelfForcingPromptSchedule": {"required": ["text", "history", "fps"], "optional": ["clip", "text_encoder"]},
+    "SelfForcingTwoExperts": {"required": ["high_noise", "low_noise", "boundary", "boundary_step"]},
 }  # fmt: skip
 INPUT_ORDER["SelfForcingStreamToFile"] = {
     "required": [*INPUT_ORDER["SelfForcingStreamSampler"]["required"], "filename_prefix", "format", "fps"],
@@ -65,6 +66,7 @@ OUTPUTS = {
     "SelfForcingResume": ["SELFFORCING_STATE"],
     "SelfForcingPromptSchedule": ["CONDITIONING"],
     "SelfForcingStreamToFile": ["LATENT", "STRING", "STRING"],
+    "SelfForcingTwoExperts": ["MODEL"],
 }
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # a combo whose choice brings inputs of its own
 # Lists that offer the bundle's parts, which lie in the pack and not in ComfyUI's folders.
