@@ -104,7 +104,7 @@ def read_to_copy(path: Path, choice: str = AUTO, *, weights: str = "auto") -> tu
             notes.append(f"may be {choices_in_words(found.presets)}; the copy says so if --preset names one")
         return checkpoint, list(_prefixed(path, notes))
     checkpoint = _with_weights(checkpoint, path, preset, weights, notes, by=found.by)
-    lacks = obstacle(preset) or _open_question(preset, ())
+    lacks = unable(preset)
     if lacks is None:
         checkpoint, replaced = with_preset(checkpoint, preset)
         notes += replaced
@@ -191,16 +191,21 @@ def obstacle(preset: Preset, path: Path | None = None) -> str | None:
         return f"is {in_words(preset)}, which is not supported: {preset.unsupported}"
     if preset.name in missing_policies(POLICIES):
         return f"is {in_words(preset)}, whose cache policy {preset.policy!r} this version does not have"
-    for file in preset.partner_files if path is not None else ():
-        if partner_path(preset, path, file) is None:
-            remedy = f"fetch it with: python -m selfforcing_core download {preset.name}"
-            remedy = remedy if preset.name in RELEASES else "put it there"
-            return f"is {in_words(preset)}, which needs {file} beside it; {remedy}"
+    absent = [file for file in preset.partner_files if path is not None and partner_path(preset, path, file) is None]
+    if absent:
+        remedy = f"fetch it with: python -m selfforcing_core download {preset.name}"
+        remedy = remedy if preset.name in RELEASES else "put it there"
+        return f"is {in_words(preset)}, which needs {absent[0]} beside it; {remedy}"
     if preset.lora is not None:
         return f"is {in_words(preset)}, a base and a LoRA, and LoRA files are not merged by this version"
     if preset.twin is not None:
         return f"is {in_words(preset)}, and a network of two experts is not run by this version"
     return None
+
+
+def unable(preset: Preset) -> str | None:
+    """Return why a preset cannot be run as it is, wherever its files lie; None where it can."""
+    return obstacle(preset) or _open_question(preset, ())
 
 
 def partner_path(preset: Preset, path: Path, file: str) -> Path | None:
@@ -301,18 +306,22 @@ def with_preset(checkpoint: Checkpoint, preset: Preset) -> tuple[Checkpoint, lis
 
     What was not read, or is no part of presets, stays as the file has it.
     """
-    stored = checkpoint.settings
-    causal = _with_numbers(stored.causal or CausalConfig(), preset) if preset.is_causal else None
-    settings = SamplingSettings(
-        causal=causal,
+    settings = preset_settings(preset, checkpoint.settings)
+    notes = list(_replaced(checkpoint.settings, settings, preset))
+    values = {item.name: getattr(settings, item.name) for item in fields(settings)}
+    return replace(checkpoint, **values), notes
+
+
+def preset_settings(preset: Preset, stored: SamplingSettings | None = None) -> SamplingSettings:
+    """Return how a preset is run; what was not read of it is as stored, or else the default."""
+    stored = stored or SamplingSettings()
+    return SamplingSettings(
+        causal=_with_numbers(stored.causal or CausalConfig(), preset) if preset.is_causal else None,
         steps=_with_numbers(stored.steps or StepConfig(), preset),
         bidirectional=None if preset.is_causal else stored.bidirectional or BidirectionalConfig(),
         guidance=stored.guidance if preset.guidance is None else preset.guidance,
         preset=preset.name,
     )
-    notes = list(_replaced(stored, settings, preset))
-    values = {item.name: getattr(settings, item.name) for item in fields(settings)}
-    return replace(checkpoint, **values), notes
 
 
 def _with_numbers(config: ConfigT, preset: Preset) -> ConfigT:
