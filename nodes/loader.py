@@ -88,7 +88,7 @@ def load_model(
     reading = read_with_preset(path, preset, weights=weights, asks=False)
     _expect(reading.checkpoint, "wan", unet_name, "choose a video model")
     for note in reading.notes:
-        page.show_text(note)
+        page.show_text(f"the file {note}")
     model = model_from_checkpoint(
         reading.checkpoint,
         kind=kind,

@@ -183,9 +183,9 @@ def plan_request(
     guided = [] if cfg == 1 else [request.negative]
     encoded_prompts = dict.fromkeys([*(prompt for timeline in timelines for prompt in timeline.prompts), *guided])
     speaker = request.model if preset is None else f"{request.model} ({preset.name})"
-    notes = [*checkpoint.notes, *(taehv.notes if taehv else ()), *reading.notes, *(f"{speaker} {n}" for n in notes)]
-    for note in notes:
-        log.warning("%s", note)
+    own = [*(f"{model_path} {note}" for note in reading.notes), *(f"{speaker} {note}" for note in notes)]
+    for line in (*checkpoint.notes, *(taehv.notes if taehv else ()), *own):
+        log.warning("%s", line)
     sound = _sound(request, source, audio, extent.shown_frames, fps, is_silent=file_format.sound is None)
     return Plan(
         request=request,

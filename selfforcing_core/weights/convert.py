@@ -25,6 +25,7 @@ from .checkpoint_header import COMFYUI_KEY, HEADER_KEY, file_header
 from .keymap import DIALECTS, DIFFUSERS, EMA_CONTAINERS, RAW_CONTAINERS, from_wan
 from .latent_space import LATENT_SPACES
 from .preset_settings import read_to_copy
+from .presets import PRESETS
 from .scaled import ScaledWeights
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def convert(
         checkpoint = replace(checkpoint, latent_space=latent_space)
     checkpoint.say_notes()
     for note in notes:
-        log.warning("%s", note)
+        log.warning("%s %s", source, note)
     if isinstance(checkpoint.state_dict, ScaledWeights):
         # Their products are float32, wider than what was trained; the file says how wide it means them to be.
         dtype = dtype or checkpoint.dtype
@@ -110,20 +111,19 @@ def _check_place(out: Path, kind: str, overwrite: bool) -> None:
 def _with_settings(checkpoint: Checkpoint, causal: bool | None, notes: list[str]) -> Checkpoint:
     """Return the checkpoint with settings for generating chunk by chunk (`causal`) or all frames at once.
 
-    None keeps those it has, and takes files of Self Forcing's trainer for causal.
+    None keeps those it has, and takes files of Self Forcing's trainer for causal; of a preset that cannot run here
+    nothing is known. The preset gives way to another kind than its own.
     """
+    name = checkpoint.preset
+    if name is not None and causal not in (None, PRESETS[name].is_causal):
+        notes.append(f"is {name}, which is {'bidirectional' if causal else 'causal'}; the copy is written as no preset")
+        checkpoint = replace(checkpoint, preset=None)
     if causal is None:
         # Its trainer writes no header, and saves causal networks only.
         is_self_forcing = checkpoint.dialect.startswith("self-forcing") and checkpoint.bidirectional is None
-        if checkpoint.causal is None and not is_self_forcing:
+        if checkpoint.causal is None and not (is_self_forcing and name is None):
             return checkpoint
-    elif checkpoint.preset is not None and causal != (checkpoint.bidirectional is None):
-        notes.append(
-            f"preset {checkpoint.preset} says otherwise than --{'causal' if causal else 'bidirectional'}, "
-            "which is written, and no preset"
-        )
-        checkpoint = replace(checkpoint, preset=None)
-    if causal is False:
+    elif not causal:
         return replace(checkpoint, causal=None, bidirectional=checkpoint.bidirectional or BidirectionalConfig())
     chunks, steps = checkpoint.causal or CausalConfig(), checkpoint.steps or StepConfig()
     return replace(checkpoint, causal=chunks, bidirectional=None, steps=steps)

@@ -36,7 +36,7 @@ class PresetReading:
 
     checkpoint: Checkpoint
     preset: Preset | None
-    notes: tuple[str, ...]  # lines for the user: what it is run as, and what gave way for that
+    notes: tuple[str, ...]  # what it is run as, and what gave way for that: sentences without the file as their subject
 
 
 def read_with_preset(
@@ -54,7 +54,7 @@ def read_with_preset(
     found = choose_preset(checkpoint, path, choice)
     preset, notes = _settled(found, path, checkpoint.settings, asks=asks)
     if preset is None:
-        return PresetReading(checkpoint, None, _prefixed(path, notes))
+        return PresetReading(checkpoint, None, tuple(notes))
     refusal = obstacle(preset, path)
     if refusal is not None:
         raise ValueError(f"{path}: {refusal}{_way_out(found)}")
@@ -62,12 +62,10 @@ def read_with_preset(
     if question is not None and (asks or choice != AUTO):
         raise ValueError(f"{path}: {question}")
     if question is not None:
-        return PresetReading(
-            checkpoint, None, _prefixed(path, [*notes, f"is run as if it were no such file: {question}"])
-        )
+        return PresetReading(checkpoint, None, (*notes, f"is run as if it were no such file: {question}"))
     checkpoint = _with_weights(checkpoint, path, preset, weights, notes, by=found.by)
     checkpoint, replaced = with_preset(checkpoint, preset)
-    return PresetReading(checkpoint, preset, _prefixed(path, [*notes, *replaced]))
+    return PresetReading(checkpoint, preset, (*notes, *replaced))
 
 
 def choose_preset(checkpoint: Checkpoint, path: Path, choice: str = AUTO) -> Recognition:
@@ -90,7 +88,8 @@ def choices_in_words(presets: Sequence[Preset]) -> str:
 
 
 def read_to_copy(path: Path, choice: str = AUTO, *, weights: str = "auto") -> tuple[Checkpoint, list[str]]:
-    """Return a checkpoint that is to be written elsewhere, with its preset's name and settings, and lines about them.
+    """Return a checkpoint that is to be written elsewhere, with its preset's name and settings, and lines
+    about them without the file as their subject.
 
     A preset that cannot run here gives its name alone: whoever reads the copy refuses it, or has learnt to run it.
     """
@@ -102,7 +101,7 @@ def read_to_copy(path: Path, choice: str = AUTO, *, weights: str = "auto") -> tu
         checkpoint = replace(checkpoint, preset=None)
         if found.presets and not says_itself:
             notes.append(f"may be {choices_in_words(found.presets)}; the copy says so if --preset names one")
-        return checkpoint, list(_prefixed(path, notes))
+        return checkpoint, notes
     checkpoint = _with_weights(checkpoint, path, preset, weights, notes, by=found.by)
     lacks = unable(preset)
     if lacks is None:
@@ -112,7 +111,7 @@ def read_to_copy(path: Path, choice: str = AUTO, *, weights: str = "auto") -> tu
         notes.append(f"{lacks}; the copy says that it is {preset.name}, and nothing of settings")
     if found.by not in ("name", "header"):
         notes.insert(0, f"is written as {in_words(preset)}, by its {found.by}")
-    return replace(checkpoint, preset=preset.name), list(_prefixed(path, notes))
+    return replace(checkpoint, preset=preset.name), notes
 
 
 def inspect_preset(path: Path, choice: str = AUTO) -> dict[str, Any] | None:
@@ -170,10 +169,6 @@ def _way_to_run(preset: Preset) -> tuple[Any, ...]:
 def in_words(preset: Preset) -> str:
     """Return a preset's name with what it stands for."""
     return f"{preset.name} ({preset.title})"
-
-
-def _prefixed(path: Path, notes: list[str]) -> tuple[str, ...]:
-    return tuple(f"{path} {note}" for note in notes)
 
 
 def _way_out(found: Recognition) -> str:

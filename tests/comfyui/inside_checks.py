@@ -20,6 +20,7 @@ import inside  # before torch and ComfyUI: it sets the command line that they re
 import inside_codecs
 import inside_patches
 import inside_player
+import inside_presets
 import inside_rollout
 import inside_runs
 import torch
@@ -52,6 +53,7 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     inside_rollout.a_loras_modulation_is_the_merged_network,
     inside_rollout.first_and_last_frame_models_are_not_made_causal,
     inside_rollout.a_scaled_8_bit_file_is_the_network_it_stands_for,
+    inside_presets.released_files_run_by_their_presets,
     inside_player.a_run_waits_for_its_viewer,
     inside_player.a_picture_that_moves_is_taken_to_move_on,
     inside_player.a_new_loader_never_pairs_a_bundled_part_with_a_real_one,

@@ -152,8 +152,8 @@ def test_a_preset_brings_size_and_rate_where_none_is_asked_for(tmp_path: Path, m
 
     changed = replace(PRESETS["causvid"], fps=24.0, native_size=(64, 96), open_questions={})
     monkeypatch.setitem(PRESETS, "causvid", changed)
-    out, parts = tmp_path / "a.mp4", {"taehv": "tiny", "text_encoder": "tiny"}
-    request = Request("a", out=out, model=str(written("causvid", tmp_path)), **parts)
+    out = tmp_path / "a.mp4"
+    request = Request("a", out, str(written("causvid", tmp_path)), taehv="tiny", text_encoder="tiny")
     batches = [PromptBatch("a", "a", (out,))]
     plan = plan_request(request, batches)
     assert (plan.fps, plan.extent.geometry.width, plan.extent.geometry.height) == (24, 96, 64)
