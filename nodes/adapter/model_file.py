@@ -85,7 +85,10 @@ def kind_in(checkpoint: Checkpoint) -> str:
     if checkpoint.bidirectional is None:
         return UNKNOWN
     # Distilled models are given fresh noise from step to step; teachers are sampled with an ODE solver.
-    return FEW_STEP if checkpoint.steps is None or checkpoint.steps.solver in FEW_STEP_SOLVERS else BASE
+    steps = checkpoint.steps
+    # But for LightX2V's pairs, which follow the flow and are distilled nonetheless.
+    is_few = steps is None or steps.solver in FEW_STEP_SOLVERS or steps.boundary is not None
+    return FEW_STEP if is_few else BASE
 
 
 def _fill_scaled(network: nn.Module, weights: ScaledWeights, *, assign: bool) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ...selfforcing_core.config import FEW_STEP_SOLVERS, CausalConfig, StepConfig
 from ...selfforcing_core.schedule import FlowSchedule
+from ...selfforcing_core.weights.preset_settings import in_words, preset_settings, unable
+from ...selfforcing_core.weights.presets import Preset
 
 log = logging.getLogger(__name__)
 LOW_NOISE = "selfforcing_low_noise"  # attachment of a MODEL for high noise: the one for low noise
@@ -62,6 +64,34 @@ def kind_note(settings: Settings) -> str | None:
         guidance = "" if settings.guidance is None else f" and cfg {settings.guidance:g}"
         return f"this model is not distilled: its file lists {len(steps.steps)} steps ({steps.solver}){guidance}"
     return None
+
+
+def preset_behind_widgets(preset: Preset, widgets: Settings) -> tuple[Settings, list[str]]:
+    """Return a preset's settings, those of widgets that stand elsewhere than at their defaults before it, and lines.
+
+    Raises ValueError for a preset that cannot run here or leaves something open.
+    """
+    refusal = unable(preset)
+    if refusal is not None:
+        raise ValueError(f"the model {refusal}")
+    settings = preset_settings(preset)
+    usual = Settings(CAUSAL)
+    kind = CAUSAL if settings.causal is not None else FEW_STEP
+    values: dict[str, tuple[Any, Any, Any]] = {  # the widget's, its default, the preset's
+        "kind": (widgets.kind, usual.kind, kind),
+        "chunk": (widgets.causal.chunk, usual.causal.chunk, (settings.causal or usual.causal).chunk),
+        "shift": (widgets.steps.shift, usual.steps.shift, settings.steps.shift),
+    }
+    chosen = {name: own if own != default else read for name, (own, default, read) in values.items()}
+    notes = [f"the model is run as {in_words(preset)}: chunk {chosen['chunk']}, shift {chosen['shift']:g}"]
+    notes += [
+        f"{preset.name} has {name} {read}; {own} is used"
+        for name, (own, default, read) in values.items()
+        if own not in (default, read)
+    ]
+    causal = replace(settings.causal or usual.causal, chunk=chosen["chunk"])
+    steps = replace(settings.steps, shift=chosen["shift"])
+    return Settings(chosen["kind"], causal, steps, guidance=settings.guidance, latent_space=preset.latent_space), notes
 
 
 def causal_settings(trained: CausalConfig, chunk: int, window: int, sink: int) -> CausalConfig:

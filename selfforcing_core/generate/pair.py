@@ -36,6 +36,8 @@ class Pair:
         """
         check_cache_source(causal)
         stored = self.boundary if steps.boundary is None else steps.boundary
+        if self.boundary not in (None, stored):
+            notes.append(f"says boundary {self.boundary:g} in its model_index.json; {stored:.4g} is used")
         boundary = stored if request.boundary is None else request.boundary
         if request.boundary_step is not None:
             boundary = boundary_behind(steps, request.boundary_step)

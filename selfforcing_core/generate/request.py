@@ -16,7 +16,7 @@ from ..prompt_schedule import HISTORIES
 BUNDLE_SIZES = {"tiny": (64, 64, 33)}
 WAN_SIZE = (832, 480, 81)
 MODEL_NAMES = "a bundle's name, that of a download in models/, or a checkpoint"
-AS_STORED = "(default: what the checkpoint says)"
+AS_STORED = "(default: what preset or checkpoint say)"
 # The groups of --help, in its order.
 SHOWN, WRITTEN, MODELS, SAMPLED, COMPUTED = GROUPS = (
     "what to show",
@@ -41,7 +41,7 @@ def _steps(text: str) -> tuple[float, ...] | int:
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate and where to; None means what the checkpoint says, or the size its model was trained on.
+    """What to generate and where to; None means what preset or checkpoint say, or the size its model was trained on.
 
     Each field is the option of the same name, explained by its help. Sizes are pixels, `frames` video frames, `chunk`,
     `window` and `sink` latent frames (see CausalConfig).
@@ -69,6 +69,12 @@ class Request:
     )
     boundary_step: int | None = _option(None, MODELS, "or how many of the steps are --model's")
     weights: str = _option("auto", MODELS, "of a training file", choices=["auto", "ema", "raw"])
+    preset: str = _option(
+        "auto",
+        MODELS,
+        "released checkpoint whose settings the model is run with, one of those that `presets` lists; none: what the "
+        "file says (default: auto, which recognises it)",
+    )
     taehv: str | None = _option(None, MODELS, "bundle or file of the tiny autoencoder (default: the model's bundle)")
     taehv_latents: str | None = _option(None, MODELS, "whose latents the TAEHV decodes, if its file does not say")
     vae: Path | None = _option(None, MODELS, "file or diffusers folder of the Wan VAE")
@@ -88,8 +94,8 @@ class Request:
     image: Path | None = _option(None, SHOWN, "picture that is the first frame")
     extend: Path | None = _option(None, SHOWN, "video, or file of --latents, that goes on for --frames more")
     frames: int | None = _option(None, SHOWN, "length in video frames (default: as trained, if known; else 81)")
-    width: int | None = _option(None, SHOWN, "in pixels (default: the bundle's; 832 for Wan)")
-    height: int | None = _option(None, SHOWN, "in pixels (default: the bundle's; 480 for Wan)")
+    width: int | None = _option(None, SHOWN, "in pixels (default: the bundle's or preset's; 832 for Wan)")
+    height: int | None = _option(None, SHOWN, "in pixels (default: the bundle's or preset's; 480 for Wan)")
     seed: int = _option(0, SHOWN, "equal seeds give equal videos (default: 0)")
 
     # files to write
@@ -111,7 +117,7 @@ class Request:
     sheet: Path | None = _option(None, WRITTEN, "also write a contact sheet of the frames (PNG)")
     latents: Path | None = _option(None, WRITTEN, "also keep the latents (safetensors), for --extend")
     overwrite: bool = _option(False, WRITTEN, "replace files that exist")
-    fps: float = _option(16, WRITTEN, "frames per second of the file (default: 16)")
+    fps: float | None = _option(None, WRITTEN, "frames per second of the file (default: the preset's, else 16)")
 
     # how to sample
     chunk: int | None = _option(None, SAMPLED, f"latent frames denoised together {AS_STORED}")
@@ -130,7 +136,7 @@ class Request:
     cfg: float | None = _option(
         None,
         SAMPLED,
-        "classifier-free guidance; 1 is none (default: what the checkpoint says; 1 where it says nothing)",
+        "classifier-free guidance; 1 is none (default: what preset or checkpoint say; 1 where they say nothing)",
     )
 
     # where to compute

@@ -30,7 +30,7 @@ def write_batch(plan: Plan, batch: PromptBatch, chunks: Iterator[Tensor], settin
     metadata = {"comment": batch.prompt, "selfforcing": settings}
     write = functools.partial(
         write_video,
-        fps=request.fps,
+        fps=plan.fps,
         overwrite=request.overwrite,
         sound=plan.sound,
         codec=request.codec,
@@ -76,7 +76,8 @@ def batch_settings(plan: Plan, batch: PromptBatch, timeline: Timeline) -> dict[s
         "width": size.width,
         "height": size.height,
         "frames": plan.extent.shown_frames,
-        "fps": request.fps,
+        "fps": plan.fps,
+        **({} if plan.preset is None else {"preset": plan.preset.name}),
         "causal": asdict(plan.causal),
         "steps": plan.steps.to_dict(),
         **guidance,

@@ -19,6 +19,7 @@ from ..config import BidirectionalConfig, CausalConfig, StepConfig, TAEHVConfig,
 HEADER_KEY = "selfforcing"
 HEADER_FORMAT = 1
 HEADER_FORMATS = (HEADER_FORMAT, 2)  # what this version reads
+PRESET_ENTRY = "preset"
 COMFYUI_KEY = "config"  # comfy/sd.py hands this entry to its detection of models
 LORA = "lora"
 # Attention does not show how many heads its matrices are cut into, nor padding how long texts are: only a header can.
@@ -33,6 +34,7 @@ class SamplingSettings:
     steps: StepConfig | None = None  # the noise levels
     bidirectional: BidirectionalConfig | None = None  # all frames together
     guidance: float | None = None  # scale above 0; distilled models take 1
+    preset: str | None = None  # name of the release that it is a copy of
 
     def to_entries(self, latent_space: str | None) -> dict[str, Any]:
         """Return the entries of our header that say how the network is run, with the format that they need."""
@@ -46,6 +48,8 @@ class SamplingSettings:
         if self.bidirectional is not None or self.guidance is not None:
             bidirectional = self.bidirectional.to_dict() if self.bidirectional else None
             entries |= {"format": max(HEADER_FORMATS), "bidirectional": bidirectional, "guidance": self.guidance}
+        if self.preset is not None:  # earlier versions pass over it, and read the settings
+            entries[PRESET_ENTRY] = self.preset
         return entries
 
 
@@ -151,6 +155,7 @@ def _settings(entries: Mapping[str, Any]) -> SamplingSettings:
         steps=StepConfig.from_dict(steps) if steps else None,
         bidirectional=None if bidirectional is None else BidirectionalConfig.from_dict(bidirectional),
         guidance=guidance,
+        preset=None if entries.get(PRESET_ENTRY) is None else str(entries[PRESET_ENTRY]),
     )
 
 

@@ -12,7 +12,7 @@ from tests.comfyui.host_server import PACK_NAME, ROOT, Server
 
 # Saved workflows store widget values by position: new inputs go to the end of their group, and nothing ever moves.
 INPUT_ORDER = {
-    "SelfForcingModelLoader": {"required": ["unet_name", "weight_dtype", "weights"], "optional": ["kind"]},
+    "SelfForcingModelLoader": {"required": ["unet_name", "weight_dtype", "weights"], "optional": ["kind", "preset"]},
     "SelfForcingTextEncode": {"required": ["text_encoder", "text"]},
     "SelfForcingStreamSampler": {
         "required": [
@@ -22,7 +22,7 @@ INPUT_ORDER = {
     },
     "SelfForcingTAEHVLoader": {"required": ["vae_name"], "optional": ["latents"]},
     "SelfForcingTAEHVDecode": {"required": ["samples", "taehv"]},
-    "SelfForcingPatchModel": {"required": ["model", "kind", "chunk", "shift"]},
+    "SelfForcingPatchModel": {"required": ["model", "kind", "chunk", "shift"], "optional": ["preset"]},
     "SelfForcingCacheOptions": {
         "required": ["model", "chunk", "window", "sink", "context_noise", "cache_dtype", "cache_device"],
         "optional": ["cache_source"],

@@ -20,13 +20,15 @@ from selfforcing_core.generate import run as run_module
 from selfforcing_core.generate.cli import main
 from selfforcing_core.generate.plan import plan_request
 from selfforcing_core.generate.request import PromptBatch, Request
+from selfforcing_core.model import CausalWan
 from selfforcing_core.roofline.meter import Recipe
 from selfforcing_core.weights.bundles import bundle_path
 from selfforcing_core.weights.checkpoint import read_checkpoint, save_checkpoint
 from selfforcing_core.weights.pipeline_folder import read_pipeline
+from selfforcing_core.weights.presets import PRESETS
 from tests.core.test_cli import refusal
 from tests.core.test_media import vae_weights
-from tests.support.fakes import make_fake, write_fake
+from tests.support.fakes import make_fake, tiny_presets, write_fake
 from tests.support.tiny_wan import random_wan
 
 SIZES: dict[str, Any] = {"dim": 32, "ffn_dim": 32, "num_heads": 1, "num_layers": 1}
@@ -272,3 +274,82 @@ def test_a_header_keeps_the_boundary(files: Path, tmp_path: Path) -> None:
     assert (plan.steps.boundary, plan.steps.solver) == (0.9, "phased")
     with pytest.raises(ValueError, match="says a boundary, which is for two networks"):
         planned(files, path, tmp_path)
+
+
+# ------------------------------------------------------------------ presets --
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the fakes' sizes for the releases' own."""
+    for name, preset in tiny_presets().items():
+        monkeypatch.setitem(PRESETS, name, preset)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, int, int, CausalWan]]:
+    """The calls of a network: timestep, first frame, frame behind the last, and the network."""
+    log: list[tuple[float, int, int, CausalWan]] = []
+    forward = CausalWan.forward
+
+    def logged(self: CausalWan, x: torch.Tensor, timesteps: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+        start = more.get("start_frame", 0)
+        log.append((round(float(timesteps.flatten()[0]), 1), start, start + x.shape[1], self))
+        return forward(self, x, timesteps, *rest, **more)
+
+    monkeypatch.setattr(CausalWan, "forward", logged)
+    return log
+
+
+def named(passes: list[tuple[float, int, int, CausalWan]], networks: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """Return the passes with the name of the network by its weights."""
+
+    def name_of(model: CausalWan) -> str:
+        key = "blocks.0.ffn.0.weight"
+        (name,) = [name for name, each in networks.items() if torch.equal(model.get_parameter(key), each[key].float())]
+        return name
+
+    return [(*each[:3], name_of(each[3])) for each in passes]
+
+
+# 1000/850/700/550/350/275/200/125 through a shift of 12, which the fake's scheduler_config.json says, against 0.875.
+HIGH_STEPS, LOW_STEPS = (1000.0, 985.5, 965.5, 936.2), (866.0, 819.9, 750.0, 631.6)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_causalwan_runs_as_its_preset_and_its_folder_say(
+    files: Path, tmp_path: Path, passes: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = pipeline(tmp_path / "model", "causalwan2.2-i2v")
+    more = ["--preset", "causalwan2.2-i2v", "--frames", 25]
+    more += ["--image", files / "start.png", "--vae", files / "vae.safetensors"]
+    assert main(command(files, folder, tmp_path, *more)) == 0, capsys.readouterr().err
+    told = json.loads(capsys.readouterr().out)
+    assert (told["steps"]["boundary"], told["steps"]["solver"], told["steps"]["shift"]) == (0.875, "phased", 12)
+    assert (told["causal"]["window"], told["causal"]["independent_first_frame"]) == (21, True)
+    expected = []
+    for start, end in ((0, 1), (1, 4), (4, 7)):  # the first frame alone, then chunks of 3
+        expected += [(t, start, end, "high") for t in HIGH_STEPS] + [(t, start, end, "low") for t in LOW_STEPS]
+        if end < 7:  # into the caches of both, which the last chunk needs no more
+            expected += [(0.0, start, end, "low"), (0.0, start, end, "high")]
+    assert named(passes, make_fake("causalwan2.2-i2v").networks) == expected
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_presets_twin_is_found_beside_its_file(
+    files: Path, tmp_path: Path, passes: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    high = pipeline(tmp_path / "model", "lightx2v-wan2.2-i2v")
+    more = ["--preset", "lightx2v-wan2.2-i2v", "--frames", 9]
+    more += ["--image", files / "start.png", "--vae", files / "vae.safetensors"]
+    assert main(command(files, high, tmp_path, *more)) == 0, capsys.readouterr().err
+    assert json.loads(capsys.readouterr().out)["steps"]["solver"] == "euler"
+    networks = make_fake("lightx2v-wan2.2-i2v").networks
+    assert named(passes, networks) == [
+        *((t, 0, 3, "high") for t in (1000.0, 937.5)),
+        *((t, 0, 3, "low") for t in (833.3, 625.0)),
+    ]
+    low = next(path for path in high.parent.iterdir() if path != high)
+    elsewhere = low.rename(tmp_path / "low.safetensors")
+    line = refusal(command(files, high, tmp_path, *more), capsys)
+    assert "which needs wan2.2_i2v_A14b_low_noise_lightx2v_4step*.safetensors beside it" in line
+    assert "download lightx2v-wan2.2-i2v" in line
+    assert main(command(files, high, tmp_path, *more, "--low-noise", elsewhere)) == 0, capsys.readouterr().err
