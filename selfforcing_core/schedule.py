@@ -5,6 +5,7 @@ towards noise, since in a larger video as much noise hides less (Stable Diffusio
 
 Timesteps are on the 0-1000 scale. Two rules turn a timestep into sigma: "exact" is t / 1000; "table" is the nearest
 entry of the reference's 1000-entry shifted table, in which t = 0 does not exist (Self Forcing, FlowMatchScheduler).
+A step of exactly 0 has the table's last entry under either rule: at sigma 0 its pass could change nothing.
 """
 
 from __future__ import annotations
@@ -85,7 +86,11 @@ def _like(sigma: float | Tensor, x: Tensor) -> float | Tensor:
 
 
 class FlowSchedule:
-    """A schedule as floats of Python, so that a sampling loop never reads a tensor."""
+    """A schedule as floats of Python, so that a sampling loop never reads a tensor: `steps` of a config alone.
+
+    A last step of 0 tells the network that its input is clean, and leaves that the least noise of the table (Krea
+    Realtime, whose scheduler looks sigma up there).
+    """
 
     def __init__(self, steps: StepConfig) -> None:
         # the listed steps, warped through the shift when asked, noisiest first; and below, their noise levels
@@ -93,7 +98,9 @@ class FlowSchedule:
             TIMESTEPS * float(shift_sigma(step / TIMESTEPS, steps.shift)) if steps.warp else float(step)
             for step in steps.steps
         )
-        self.sigmas = tuple(timestep / TIMESTEPS for timestep in self.timesteps)
+        self.sigmas = tuple(
+            timestep / TIMESTEPS if timestep else float(sigma_table(steps.shift)[-1]) for timestep in self.timesteps
+        )
         if steps.sigma == "table":
             listed = torch.tensor(self.timesteps, dtype=torch.float64)
             self.sigmas = tuple(nearest_sigma(listed, sigma_table(steps.shift)).tolist())

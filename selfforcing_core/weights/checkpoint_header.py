@@ -2,8 +2,8 @@
 
 Our entry: "selfforcing" = JSON {"format": 1, "kind", "config", "causal", "steps", "latent_space"}; for Wan also
 "config" = JSON {"transformer": {...}}, which ComfyUI merges into its own detection. Format 2 adds "bidirectional" and
-"guidance". It is written only where one of them has something to say, so that older versions go on reading all other
-files and refuse those that they would sample wrongly. A LoRA of our trainer has a header of kind "lora" with "base" and
+"guidance", format 3 steps of the first chunk and a last step of 0. Each is written only where it has something to say,
+so that older versions go on reading all other files and refuse those that they would sample wrongly. A LoRA of our trainer has a header of kind "lora" with "base" and
 the same settings.
 """
 
@@ -18,7 +18,7 @@ from ..config import BidirectionalConfig, CausalConfig, StepConfig, TAEHVConfig,
 
 HEADER_KEY = "selfforcing"
 HEADER_FORMAT = 1
-HEADER_FORMATS = (HEADER_FORMAT, 2)  # what this version reads
+HEADER_FORMATS = (HEADER_FORMAT, 2, 3)  # what this version reads
 COMFYUI_KEY = "config"  # comfy/sd.py hands this entry to its detection of models
 LORA = "lora"
 # Attention does not show how many heads its matrices are cut into, nor padding how long texts are: only a header can.
@@ -45,7 +45,9 @@ class SamplingSettings:
         }
         if self.bidirectional is not None or self.guidance is not None:
             bidirectional = self.bidirectional.to_dict() if self.bidirectional else None
-            entries |= {"format": max(HEADER_FORMATS), "bidirectional": bidirectional, "guidance": self.guidance}
+            entries |= {"format": 2, "bidirectional": bidirectional, "guidance": self.guidance}
+        if self.steps is not None and (self.steps.first_chunk_steps is not None or self.steps.steps[-1] == 0):
+            entries["format"] = 3
         return entries
 
 
@@ -112,7 +114,7 @@ def read_entries(header: Mapping[str, str]) -> dict[str, Any]:
         return {}
     entries = json_object(header[HEADER_KEY])
     if entries.get("format") not in HEADER_FORMATS:
-        known = " and ".join(map(str, HEADER_FORMATS))
+        known = ", ".join(map(str, HEADER_FORMATS))
         raise ValueError(f"header has format {entries.get('format')!r}, this version reads {known}; update it")
     return entries
 
@@ -167,7 +169,7 @@ def _lora_refusal(base: Any, settings: SamplingSettings) -> str:
     """Return the sentence that refuses a LoRA of our trainer: where it belongs, and how it is sampled there."""
     causal, steps = settings.causal, settings.steps
     chunks = "bidirectional" if causal is None else f"chunk {causal.chunk}, window {causal.window}"
-    levels = "" if steps is None else f"{len(steps.steps)} steps, {steps.solver}, shift {steps.shift:g}"
+    levels = "" if steps is None else f"{steps.count_in_words()}, {steps.solver}, shift {steps.shift:g}"
     summary = ", ".join(part for part in (chunks, levels) if part)
     return (
         f"is a LoRA, to be loaded in ComfyUI on top of {base} ({summary}); where a whole network is "
