@@ -124,8 +124,8 @@ class StepConfig(_JsonConfig):
     The defaults are those of the released Self Forcing checkpoints (configs/self_forcing_dmd.yaml).
     """
 
-    # Timesteps on the 0-1000 scale, noisiest first. A last one of 0 is a pass over what is clean but for the least noise
-    # that a schedule knows (Krea Realtime; see `FlowSchedule`).
+    # Timesteps on the 0-1000 scale, noisiest first. A last one of 0 is a pass over nearly clean frames (Krea Realtime;
+    # see `FlowSchedule`).
     steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     shift: float = 5.0  # flow-matching shift of the schedule
     warp: bool = True  # send the listed steps through the shift: 1000, 937.5, 833.3, 625

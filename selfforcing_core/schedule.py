@@ -38,6 +38,11 @@ def sigma_table(shift: float, num_steps: int = 1000) -> Tensor:
     return shift_sigma(base, shift)  # type: ignore[return-value]
 
 
+def least_sigma(shift: float) -> float:
+    """Return the last entry of the table: the noise that a pass at timestep 0 is taken to see."""
+    return float(sigma_table(shift)[-1])
+
+
 def nearest_sigma(timestep: Tensor, table: Tensor) -> Tensor:
     """Return the entry of `table` nearest to each timestep (of two, the first), float64, in the shape of `timestep`."""
     table = table.to(timestep.device)
@@ -99,7 +104,7 @@ class FlowSchedule:
             for step in steps.steps
         )
         self.sigmas = tuple(
-            timestep / TIMESTEPS if timestep else float(sigma_table(steps.shift)[-1]) for timestep in self.timesteps
+            timestep / TIMESTEPS if timestep else least_sigma(steps.shift) for timestep in self.timesteps
         )
         if steps.sigma == "table":
             listed = torch.tensor(self.timesteps, dtype=torch.float64)

@@ -3,8 +3,8 @@
 Our entry: "selfforcing" = JSON {"format": 1, "kind", "config", "causal", "steps", "latent_space"}; for Wan also
 "config" = JSON {"transformer": {...}}, which ComfyUI merges into its own detection. Format 2 adds "bidirectional" and
 "guidance", format 3 steps of the first chunk and a last step of 0. Each is written only where it has something to say,
-so that older versions go on reading all other files and refuse those that they would sample wrongly. A LoRA of our trainer has a header of kind "lora" with "base" and
-the same settings.
+so that older versions go on reading all other files and refuse those that they would sample wrongly. A LoRA of our
+trainer has a header of kind "lora" with "base" and the same settings.
 """
 
 from __future__ import annotations
