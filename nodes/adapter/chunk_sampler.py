@@ -25,7 +25,7 @@ from ...selfforcing_core.history import is_past_known
 from ...selfforcing_core.kv_cache import KVCache
 from ...selfforcing_core.noise import NoiseSource, SeededNoise
 from ...selfforcing_core.rollout import Chunk, rollout
-from ...selfforcing_core.schedule import TIMESTEPS
+from ...selfforcing_core.schedule import least_sigma
 from ...selfforcing_core.snapshot import Snapshot
 from . import host, page
 from .expert_models import GuidedExperts, check_divided, divided, each_guider
@@ -39,7 +39,18 @@ from .guider_prompts import (
     later_conditionings,
     scheduled_seeds,
 )
-from .model_settings import BASE, CAUSAL, FEW_STEP, kind_note, low_noise_of, settings_of
+from .model_settings import (
+    AUTO,
+    BASE,
+    CAUSAL,
+    FEW_STEP,
+    kind_note,
+    low_noise_of,
+    settings_of,
+    shift_of,
+    sigmas_of,
+    steps_of,
+)
 from .patches import check_model_options, check_model_sampling, check_prompt_inputs, unapplied_names
 from .progress import CallbackProgress, Progress
 from .shared_network import check_causal, config_of
@@ -72,6 +83,8 @@ class Run:
 
     is_whole: bool = False  # one bidirectional chunk of all frames
     causal: CausalConfig | None = None  # in place of the settings'
+    first_sigmas: Tensor | None = None  # of the first chunk; None: the MODEL's own, or those of every chunk
+    shift: float | None = None  # of the noise at timestep 0; None is the MODEL's
     noise: NoiseSource | None = None  # for the draws after the first of each chunk; None is by ComfyUI's seed
     progress: Callable[[int], Progress] | None = None  # makes what follows so many evaluations
     resume: SnapshotHolder | None = None  # to go on from
@@ -202,11 +215,11 @@ def sample_chunks(
     causal = chunking_behind(num_known, run.causal or settings.causal)
     if run.is_whole:
         causal = CausalConfig(chunk=frames)  # the same loop: a video of one chunk
-    # The graph decides the noise levels, the MODEL how it gets from one to the next.
-    steps = replace(steps_of(sigmas), solver=settings.steps.solver, boundary=settings.steps.boundary)
+    steps = _steps(guider.model_patcher, sigmas, run)
     lengths = chunk_lengths(frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
     chunk_shape = (*noise_BCTHW.shape[:2], max(lengths), *noise_BCTHW.shape[3:])
-    networks = [GuidedNetwork(*each, settings, chunk_shape, run.working_bytes) for each in guiders]
+    at_zero = least_sigma(steps.shift) if 0 in (steps.steps[-1], steps.of_chunk(0).steps[-1]) else 0.0
+    networks = [GuidedNetwork(*each, settings, chunk_shape, run.working_bytes, at_zero) for each in guiders]
     network: Any = networks[0]
     if len(networks) > 1:
         steps = divided(settings, steps)
@@ -218,6 +231,8 @@ def sample_chunks(
     writes = causal.cache_source == "clean"
     num_calls = len(lengths) * (len(steps.steps) + writes) - writes
     snapshot = None if run.resume is None else run.resume.filled()
+    if snapshot is None and prefix is None:
+        num_calls += len(steps.of_chunk(0).steps) - len(steps.steps)
     video: list[Tensor] = []  # so far, where the graph keeps it: on the device, memory would grow with the length
     if snapshot is not None:
         assert snapshot.video_BTCHW is not None
@@ -257,6 +272,26 @@ def sample_chunks(
             chunks.close()  # now, and not when the generator is collected: it holds the caches
             network.release()
     return rearrange(torch.cat(video, 1).to(noise_BCTHW.device), "b t c h w -> b c t h w")
+
+
+def _steps(patcher: Any, sigmas: Tensor, run: Run) -> StepConfig:
+    """Return the noise levels, which the graph decides, and how to get from one to the next, which the MODEL does.
+
+    Raises ValueError for a pass at timestep 0 over whole videos.
+    """
+    first_sigmas = run.first_sigmas
+    if first_sigmas is None and not run.is_whole:
+        first_sigmas = sigmas_of(patcher, AUTO, AUTO)[1]
+        if first_sigmas is not None:
+            log.info("the first chunk has the model's own %d steps", len(first_sigmas) - 1)
+    steps = steps_of(sigmas, first_sigmas, shift=run.shift or shift_of(patcher))
+    if run.is_whole and steps.steps[-1] == 0:
+        raise ValueError(
+            "the sigmas end in two zeros, a pass at timestep 0, which only models that generate chunk by chunk have "
+            "here; use other sigmas"
+        )
+    trained = settings_of(patcher).steps
+    return replace(steps, solver=trained.solver, boundary=trained.boundary)
 
 
 def _check_passes(
@@ -309,18 +344,6 @@ def _collect(
             break
     host.check_interrupted()  # a stop that came while the last chunk was shown
     progress.finish()
-
-
-def steps_of(sigmas: Tensor) -> StepConfig:
-    """Return the steps of SIGMAS, falling from noise to 0. Raises ValueError if they do not end at 0."""
-    levels = sigmas.tolist()
-    if len(levels) < 2 or levels[-1] != 0:
-        raise ValueError(
-            f"the sigmas {[round(level, 4) for level in levels]} do not end at 0, so no chunk would become clean; "
-            "use Sigmas (Self Forcing), or BasicScheduler with denoise 1"
-        )
-    # Sigmas are timesteps / 1000 that have been through the shift already: neither shift nor warp is left to be done.
-    return StepConfig(tuple(TIMESTEPS * level for level in levels[:-1]), shift=1.0, warp=False)
 
 
 def chunking_behind(num_known: int, causal: CausalConfig) -> CausalConfig:

@@ -67,6 +67,7 @@ class GuidedNetwork:
     settings: Settings
     chunk_shape: tuple[int, ...]  # [B, C, T, H, W] of the largest evaluation
     working_bytes: float = 0  # what whoever follows the progress needs on the device
+    least_sigma: float = 0.0  # noise of what a denoising pass at timestep 0 is given; 0: there is none
     causal_pass: CausalPass | None = field(default=None, init=False)  # None: the bidirectional pass is ComfyUI's own
     # Of the last call: its first frame, and which conditionings were evaluated.
     latest: tuple[int, set[int]] | None = field(default=None, init=False)
@@ -172,6 +173,12 @@ class GuidedNetwork:
         if self.causal_pass is not None:
             self.causal_pass.begin_call(start_frame, x_BTCHW.shape[1])
         sigma_B = timesteps_BT[:, 0] / TIMESTEPS  # all frames of a chunk have the same noise level
+        if self.least_sigma:
+            # At sigma 0 the guider's x0 would be x, whatever the network says: it is asked at the noise that x has,
+            # and the network gets its timestep beside it.
+            assert self.causal_pass is not None
+            self.causal_pass.timestep_B = timesteps_BT[:, 0]
+            sigma_B = sigma_B.masked_fill(sigma_B == 0, self.least_sigma)
         x0_BCTHW = self.guider(
             rearrange(x_BTCHW, "b t c h w -> b c t h w"),
             sigma_B,

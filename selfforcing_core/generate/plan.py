@@ -32,6 +32,7 @@ from ..geometry import (
 )
 from ..prompt_schedule import parse_schedule, schedule_note, start_frames
 from ..roofline.meter import Recipe
+from ..schedule import FlowSchedule
 from ..weights.bundles import is_bundle, resolve_model, resolve_taehv, resolve_text_encoder
 from ..weights.checkpoint import DTYPES, Checkpoint
 from ..weights.load import check_taehv
@@ -39,12 +40,13 @@ from ..weights.pipeline_folder import PipelineFolder, read_pipeline
 from ..weights.preset_settings import AUTO, OPTIONS, PresetReading, partner_path, read_with_preset
 from ..weights.presets import PRESETS, Preset
 from .pair import Pair, read_pair, takes_turns
-from .request import BUNDLE_SIZES, WAN_SIZE, PromptBatch, Request
+from .request import BUNDLE_SIZES, SAME, WAN_SIZE, PromptBatch, Request
 from .start import context_frames, read_latents
 
 log = logging.getLogger(__name__)
 # What the KV cache may hold its numbers in: what networks compute in, and two types of 8 bits.
 CACHE_DTYPES = {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
+STEP_LISTS = ("steps", "first_chunk_steps")
 LEAST_FPS, MOST_FPS = 0.001, 1000  # beyond, files store no rate or another one
 
 
@@ -107,6 +109,7 @@ class Plan:
             self.extent.chunk_lengths,
             *self.latent_shape[-2:],
             steps=len(self.steps.steps),
+            first_chunk_steps=len(self.steps.of_chunk(0).steps),
             window=self.causal.window,
             decoder=self.decoder,
             guided=self.cfg != 1,
@@ -374,7 +377,10 @@ def _settings(
     causal = replace(checkpoint.causal or CausalConfig(), **causal_options)
     if is_prefixed and causal.chunk > 1:  # the picture fills one latent frame, so that it has to be a chunk of its own
         causal = replace(causal, independent_first_frame=True)
-    return causal, replace(checkpoint.steps or StepConfig(), **step_options), cfg
+    steps = replace(checkpoint.steps or StepConfig(), **step_options)
+    if steps.first_chunk_steps and (is_prefixed or request.extend):
+        notes.append("is given the video's beginning, so that no chunk takes the steps of the first one")
+    return causal, steps, cfg
 
 
 def _with_shift(
@@ -399,7 +405,7 @@ def _causal_options(request: Request, checkpoint: Checkpoint, notes: list[str]) 
     """Return what takes the place of the checkpoint's causal settings, or of the defaults where it has none."""
     options = _given(request, "chunk", "window", "sink", "cache_source")
     if checkpoint.bidirectional is None:
-        notes += _replaced(checkpoint.causal, options, ()) if checkpoint.causal else []
+        notes += _replaced(checkpoint.causal, options) if checkpoint.causal else []
         return options
     if "chunk" in options:
         notes.append(f"says that it is bidirectional; --chunk {options['chunk']} is used")
@@ -415,25 +421,39 @@ def _causal_options(request: Request, checkpoint: Checkpoint, notes: list[str]) 
 
 def _step_options(request: Request, stored: StepConfig | None, notes: list[str]) -> dict[str, Any]:
     """Return what takes the place of the checkpoint's noise levels, or of the defaults where it has none."""
-    options = _given(request, "shift", "solver", "steps")
-    is_warped, sigma = (StepConfig.warp, StepConfig.sigma) if stored is None else (stored.warp, stored.sigma)
-    if isinstance(request.steps, int):  # evenly spaced ones are warped, whatever the checkpoint's own list is
-        shift = _or(request.shift, StepConfig.shift if stored is None else stored.shift)
-        options["steps"] = StepConfig.even(request.steps, shift=shift).steps
-        options["warp"] = is_warped = True
+    options = _given(request, "shift", "solver", *STEP_LISTS)
+    trained, is_warp_given = stored or StepConfig(), request.warp_steps is not None
+    is_warped = _or(request.warp_steps, trained.warp)
+    counts = [name for name in STEP_LISTS if isinstance(options.get(name), int)]
+    for name in counts:  # evenly spaced ones go through the shift, whatever the checkpoint's own list does
+        even = StepConfig.even(options[name], shift=_or(request.shift, trained.shift))
+        options[name] = even.steps if is_warped or is_warp_given else FlowSchedule(even).timesteps
+    if options.get("first_chunk_steps") == ():
+        options["first_chunk_steps"] = None
     if stored is not None:
-        notes += _replaced(stored, options, ("warp",))
-    if "shift" in options and not is_warped and sigma == "exact":
-        notes.append(f"gives its timesteps as they are, so that --shift {request.shift:g} changes nothing")
-    elif isinstance(request.steps, tuple) and not is_warped:
-        notes.append("takes timesteps as they are: --steps are not warped by the shift")
+        notes += _replaced(stored, options)
+        if "steps" in options and stored.first_chunk_steps and "first_chunk_steps" not in options:
+            notes.append(f"says steps of its own for the first chunk, which are kept (else --first-chunk-steps {SAME})")
+        if is_warp_given and is_warped != stored.warp:
+            says = "go through the shift" if stored.warp else "are what the model sees"
+            notes.append(f"says that its steps {says}; --{'' if is_warped else 'no-'}warp-steps is used")
+    if is_warp_given:
+        options["warp"] = is_warped
+    steps = replace(trained, **options)
+    ends_in_zero = 0 in (steps.steps[-1], steps.of_chunk(0).steps[-1])  # which has a noise level by the shift
+    if "shift" in options and not (is_warped or counts or ends_in_zero) and trained.sigma == "exact":
+        notes.append(f"takes timesteps as they are, so that --shift {request.shift:g} changes nothing")
+    elif not is_warped and not is_warp_given and any(isinstance(getattr(request, name), tuple) for name in STEP_LISTS):
+        notes.append("takes timesteps as they are: --steps are not warped by the shift (else --warp-steps)")
     return options
 
 
-def _replaced(stored: CausalConfig | StepConfig, options: dict[str, Any], hidden: tuple[str, ...]) -> list[str]:
+def _replaced(stored: CausalConfig | StepConfig, options: dict[str, Any]) -> list[str]:
     """Return a line for every setting that another value was given for."""
 
     def words(value: Any) -> str:
+        if value is None:  # of the first chunk's steps
+            return SAME
         listed = value if isinstance(value, tuple) else (value,)
         return ",".join(f"{item:g}" if isinstance(item, (int, float)) else str(item) for item in listed)
 
@@ -441,7 +461,7 @@ def _replaced(stored: CausalConfig | StepConfig, options: dict[str, Any], hidden
         f"says {name.replace('_', ' ')} {words(getattr(stored, name))}; "
         f"--{name.replace('_', '-')} {words(value)} is used"
         for name, value in options.items()
-        if name not in hidden and value != getattr(stored, name)
+        if value != getattr(stored, name)
     ]
 
 

@@ -6,6 +6,7 @@ Nothing here imports torch, so that `--help` is there at once.
 # ruff: noqa: RUF009 - `_option` makes a dataclass field, and nothing that several requests would share
 from __future__ import annotations
 
+from argparse import BooleanOptionalAction
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ..prompt_schedule import HISTORIES
 BUNDLE_SIZES = {"tiny": (64, 64, 33)}
 WAN_SIZE = (832, 480, 81)
 MODEL_NAMES = "a bundle's name, that of a download in models/, or a checkpoint"
+SAME = "same"  # of the first chunk's steps: those of every chunk
 AS_STORED = "(default: what preset or checkpoint say)"
 # The groups of --help, in its order.
 SHOWN, WRITTEN, MODELS, SAMPLED, COMPUTED = GROUPS = (
@@ -37,6 +39,11 @@ def _steps(text: str) -> tuple[float, ...] | int:
     if text.isdecimal() and int(text) < 1000:
         return int(text)
     return tuple(float(part) for part in text.split(","))
+
+
+def _first_steps(text: str) -> tuple[float, ...] | int:
+    """Return the same for the first chunk; () for the word that stands for no steps of its own."""
+    return () if text == SAME else _steps(text)
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,23 @@ class Request:
         "clean: a pass writes each finished chunk into the cache; last_step: its last step's is kept " + AS_STORED,
     )
     steps: tuple[float, ...] | int | None = _option(
-        None, SAMPLED, f"timesteps, for instance 1000,750,500,250, or their number {AS_STORED}", type=_steps
+        None,
+        SAMPLED,
+        "timesteps, for instance 1000,750,500,250, or their number; a last one of 0 is a pass over nearly clean frames "
+        + AS_STORED,
+        type=_steps,
+    )
+    first_chunk_steps: tuple[float, ...] | int | None = _option(
+        None,
+        SAMPLED,
+        f"those of the video's first chunk, likewise; {SAME}: as every chunk {AS_STORED}",
+        type=_first_steps,
+    )
+    warp_steps: bool | None = _option(
+        None,
+        SAMPLED,
+        f"whether listed timesteps go through the shift, or are what the model sees {AS_STORED}",
+        action=BooleanOptionalAction,
     )
     shift: float | None = _option(None, SAMPLED, f"flow-matching shift of the steps {AS_STORED}")
     solver: str | None = _option(None, SAMPLED, f"renoise or phased (few steps), euler or unipc (many) {AS_STORED}")

@@ -30,6 +30,7 @@ class Recipe:
     latent_height: int
     latent_width: int
     steps: int = 4  # denoising passes of a chunk
+    first_chunk_steps: int | None = None  # those of chunk 0; None: as every chunk
     window: int = -1  # latent frames in the cache, -1 for all
     decoder: str = "taehv"  # "taehv", "vae" or "none"
     writes: bool = True  # whether a clean pass, which writes the cache, follows each chunk but the last
@@ -78,7 +79,8 @@ class Recipe:
 
     def until_shown(self, chunk: int) -> Work:
         """Return the work from a chunk's noise to its frames."""
-        return self.a_pass(chunk) * (self.steps * (1 + self.guided)) + self.decode(chunk)
+        steps = self.steps if chunk or self.first_chunk_steps is None else self.first_chunk_steps
+        return self.a_pass(chunk) * (steps * (1 + self.guided)) + self.decode(chunk)
 
     def chunk(self, chunk: int) -> Work:
         """Return everything that a chunk costs: its frames, and the clean pass if another chunk follows."""

@@ -142,7 +142,7 @@ def sampled(
         noise,
         latent["samples"],
         chunk_sampler.ChunkSampler(chunk_sampler.Run(**run)),
-        model_settings.sigmas_of(patcher, 0, 0.0),
+        model_settings.sigmas_of(patcher, 0, 0.0)[0],
         denoise_mask=latent.get("noise_mask"),
         disable_pbar=True,
         seed=5,

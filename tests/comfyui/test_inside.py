@@ -84,6 +84,22 @@ def test_the_hosts_model_gives_the_cores_video(outcome: dict[str, float]) -> Non
     assert max(outcome.values()) < ROUNDING < matters / 100
 
 
+def test_steps_of_the_first_chunk_and_a_last_one_of_0(outcome: dict[str, Any]) -> None:
+    """As in the core, by the MODEL's own lists or by SIGMAS of the graph, in which a pass at timestep 0 is a zero."""
+    assert max(outcome[name] for name in ("own", "zero", "zero_cfg", "given")) < ROUNDING
+    assert min(outcome["own_matters"], outcome["zero_matters"]) > 100 * ROUNDING
+    total, made = outcome["counted"]
+    assert total == made == 3 + 1 + 2
+    assert "two zeros" in outcome["refusal"]
+    sigmas = {name: [each and pytest.approx(each) for each in pair] for name, pair in outcome["sigmas"].items()}
+    common, first = [1.0, 2500 / 3000, 0.0], [1.0, 0.9375, 2500 / 3000, 0.0]
+    assert sigmas["own"] == [common, first]
+    assert sigmas["raw"] == [[1.0, 0.5, 0.0], [1.0, 0.75, 0.5, 0.0]]
+    assert sigmas["counted"] == [common, [1.0, 0.9375, 2500 / 3000, 0.625, 0.0]]
+    assert sigmas["same"] == [common, None]
+    assert sigmas["zero"] == [[1.0, 0.9375, 0.0, 0.0], [1.0, 0.0, 0.0]]
+
+
 def test_condition_channels_are_sliced_per_chunk(outcome: dict[str, float]) -> None:
     matters = outcome.pop("order_matters")
     assert max(outcome.values()) < ROUNDING < matters / 100

@@ -18,7 +18,10 @@ INPUT_ORDER = {
         "required": [
             "model", "positive", "width", "height", "length", "seed", "steps", "shift", "chunk", "window", "sink",
         ],
-        "optional": ["latent_image", "taehv", "negative", "cfg", "state", "keep_state", "clip", "player", "pace"],
+        "optional": [
+            "latent_image", "taehv", "negative", "cfg", "state", "keep_state", "clip", "player", "pace",
+            "warp", "first_chunk_steps",
+        ],
     },
     "SelfForcingTAEHVLoader": {"required": ["vae_name"], "optional": ["latents"]},
     "SelfForcingTAEHVDecode": {"required": ["samples", "taehv"]},
@@ -27,9 +30,9 @@ INPUT_ORDER = {
         "required": ["model", "chunk", "window", "sink", "context_noise", "cache_dtype", "cache_device"],
         "optional": ["cache_source"],
     },
-    "SelfForcingSampler": {"optional": ["state", "keep_state"]},
+    "SelfForcingSampler": {"optional": ["state", "keep_state", "first_chunk_sigmas"]},
     "SelfForcingFewStepSampler": {},
-    "SelfForcingSigmas": {"required": ["model", "steps", "shift"]},
+    "SelfForcingSigmas": {"required": ["model", "steps", "shift"], "optional": ["warp", "first_chunk_steps"]},
     "SelfForcingGuider": {"required": ["model", "positive", "cfg"], "optional": ["negative"]},
     "SelfForcingImageToVideo": {
         "required": ["model", "positive", "width", "height", "length", "batch_size"],
@@ -44,8 +47,8 @@ INPUT_ORDER = {
 INPUT_ORDER["SelfForcingStreamToFile"] = {
     "required": [*INPUT_ORDER["SelfForcingStreamSampler"]["required"], "filename_prefix", "format", "fps"],
     "optional": [
-        *(name for name in INPUT_ORDER["SelfForcingStreamSampler"]["optional"] if name != "keep_state"),
-        "quality", "audio",
+        *(name for name in INPUT_ORDER["SelfForcingStreamSampler"]["optional"][:-2] if name != "keep_state"),
+        "quality", "audio", "warp", "first_chunk_steps",
     ],
 }  # fmt: skip
 OUTPUTS = {
@@ -58,7 +61,7 @@ OUTPUTS = {
     "SelfForcingCacheOptions": ["MODEL"],
     "SelfForcingSampler": ["SAMPLER", "SELFFORCING_STATE"],
     "SelfForcingFewStepSampler": ["SAMPLER"],
-    "SelfForcingSigmas": ["SIGMAS"],
+    "SelfForcingSigmas": ["SIGMAS", "SIGMAS"],
     "SelfForcingGuider": ["GUIDER"],
     "SelfForcingImageToVideo": ["CONDITIONING", "CONDITIONING", "LATENT"],
     "SelfForcingTAEHVEncode": ["LATENT"],
