@@ -57,6 +57,7 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     inside_rollout.a_scaled_8_bit_file_is_the_network_it_stands_for,
     inside_experts.two_models_give_the_cores_video,
     inside_experts.two_models_with_36_channels_read_a_picture,
+    inside_experts.a_released_pair_is_joined_by_its_preset,
     inside_experts.two_models_go_on_and_change_their_prompt,
     inside_experts.one_of_two_models_is_loaded_at_a_time,
     inside_experts.two_models_and_their_loras,

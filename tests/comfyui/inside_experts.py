@@ -112,6 +112,35 @@ def two_models_with_36_channels_read_a_picture() -> dict[str, float]:
     return {"plain": apart(sampled(pair, values=values), core_rollout(experts(*nets), image_BTCHW=image))}
 
 
+def a_released_pair_is_joined_by_its_preset() -> dict[str, Any]:
+    """LightX2V's Wan 2.2 image to video, both by ComfyUI's own loader, the first with the preset in Patch Model."""
+    nets = two_networks(in_dim=36, model_type="i2v", image_features=False)
+    states = [{name: value.clone() for name, value in net.state_dict().items()} for net in nets]
+    high, low = (comfy.sd.load_diffusion_model_state_dict(state) for state in states)
+    patched = part("loader").SelfForcingPatchModel.execute(high, "causal", 3, 5.0, "lightx2v-wan2.2-i2v")[0]
+    pair = joined(patched, low, boundary=0.0)
+    raw = torch.randn(1, CHANNELS, FRAMES, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(3))
+    mask = torch.ones(1, 1, FRAMES, HEIGHT, WIDTH)
+    mask[:, :, :1] = 0
+    image = torch.cat([(1 - mask).repeat(1, 4, 1, 1, 1), pair.model.process_latent_in(raw.clone())], 1).transpose(1, 2)
+    rollout = core["rollout"].rollout(
+        core["guided"].Guided(experts(*nets), core["conditioning"].Conditioning(text(1, 512), image)),
+        noise=core["noise"].SeededNoise(5),
+        latent_shape=(FRAMES, CHANNELS, HEIGHT, WIDTH),
+        causal=CausalConfig(chunk=FRAMES),
+        steps=replace(STEPS, solver="euler"),
+    )
+    values = {"concat_latent_image": raw.clone(), "concat_mask": mask}
+    video = sampled(pair, rows=512, chunk=FRAMES, is_whole=True, values=values)
+    settings = model_settings.settings_of(pair)
+    return {
+        "difference": apart(video, next(rollout).latents_BTCHW),
+        "kind": settings.kind,
+        "solver": settings.steps.solver,
+        "boundary": settings.steps.boundary,
+    }
+
+
 def two_models_go_on_and_change_their_prompt() -> dict[str, Any]:
     pair = joined(*(loaded(saved(name, net)) for name, net in zip(("high", "low"), two_networks())))
     long = {"samples": torch.zeros(1, CHANNELS, 9, HEIGHT, WIDTH)}

@@ -145,6 +145,12 @@ def test_two_models_with_36_channels_read_a_picture(outcome: dict[str, float]) -
     assert max(outcome.values()) < ROUNDING
 
 
+def test_a_released_pair_is_joined_by_its_preset(outcome: dict[str, Any]) -> None:
+    assert outcome["difference"] < ROUNDING
+    assert (outcome["kind"], outcome["solver"]) == ("few-step bidirectional", "euler")
+    assert 0.8333 < outcome["boundary"] < 0.8334, "just above the third of four steps"
+
+
 def test_two_models_go_on_and_change_their_prompt(outcome: dict[str, Any]) -> None:
     assert outcome["is_same"]
     assert "taken with 2 networks, this rollout has 1" in outcome["refusal"]
