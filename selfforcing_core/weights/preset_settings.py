@@ -18,6 +18,7 @@ from .checkpoint import Checkpoint, read_checkpoint
 from .checkpoint_header import SamplingSettings
 from .download import RELEASES, release_folder
 from .keymap import EMA_CONTAINERS
+from .pipeline_folder import LOW_NOISE_FOLDER, read_pipeline
 from .presets import Preset, Twin, find_preset, missing_policies
 from .recognise import Recognition, containers_in, recognise
 
@@ -97,6 +98,8 @@ def read_to_copy(path: Path, choice: str = AUTO, *, weights: str = "auto") -> tu
     checkpoint = read_checkpoint(path, weights=weights)
     found = choose_preset(checkpoint, path, choice)
     preset, notes = found.preset, []
+    if read_pipeline(path).low_noise is not None:
+        notes.append(f"holds a second network, {LOW_NOISE_FOLDER}, which is not part of the copy; convert it as well")
     says_itself = checkpoint.causal is not None or checkpoint.bidirectional is not None
     if preset is None:
         checkpoint = replace(checkpoint, preset=None)

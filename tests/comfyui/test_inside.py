@@ -177,6 +177,7 @@ def test_what_does_not_go_with_two_models_is_refused(outcome: dict[str, str]) ->
         "samplers_of_others": "only samplers of this pack ask both",
         "patched_behind": "put that node behind",
         "last_step": "cache_source last_step",
+        "alone": "join both with Two Experts",
     }
     assert outcome.keys() == words.keys()
     assert all(word in outcome[name] for name, word in words.items()), outcome
