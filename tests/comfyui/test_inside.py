@@ -47,8 +47,9 @@ def test_steps_of_the_first_chunk_and_a_last_one_of_0(outcome: dict[str, Any]) -
     """As in the core, by the MODEL's own lists or by SIGMAS of the graph, in which a pass at timestep 0 is a zero."""
     assert max(outcome[name] for name in ("own", "zero", "zero_cfg", "given")) < ROUNDING
     assert min(outcome["own_matters"], outcome["zero_matters"]) > 100 * ROUNDING
-    total, made = outcome["counted"]
-    assert total == made == 3 + 1 + 2
+    # Totals and what was made: from noise, from a state of two chunks, from a given chunk.
+    from_noise, from_state, from_frames = 3 + 1 + 2, 2, 1 + 2 + 1 + 2
+    assert outcome["counted"] == [from_noise] * 2 + [from_state] * 2 + [from_frames] * 2
     assert "two zeros" in outcome["refusal"]
     sigmas = {name: [each and pytest.approx(each) for each in pair] for name, pair in outcome["sigmas"].items()}
     common, first = [1.0, 2500 / 3000, 0.0], [1.0, 0.9375, 2500 / 3000, 0.0]
