@@ -134,7 +134,8 @@ class BidirectionalConfig(_JsonConfig):
             raise ValueError(f"latent_frames {count!r} is not a number of latent frames; use 1 or more")
 
 
-SOLVERS = ("renoise", "euler", "unipc")
+SOLVERS = ("renoise", "euler", "unipc", "phased")
+FEW_STEP_SOLVERS = ("renoise", "phased")  # of distilled models, which are given fresh noise before every step
 
 
 @dataclass(frozen=True)
@@ -151,10 +152,13 @@ class StepConfig(_JsonConfig):
     warp: bool = True  # send the listed steps through the shift: 1000, 937.5, 833.3, 625
     sigma: str = "exact"  # sigma = t / 1000; or "table": the nearest entry of the reference's 1000-entry table
     # "renoise" predicts clean data and noises it afresh (few-step models); "euler" and "unipc" follow the
-    # probability-flow equation (teachers, many steps)
+    # probability-flow equation (teachers, many steps); "phased" is "renoise" of two experts, the first of which
+    # predicts data at the boundary
     solver: str = "renoise"
     # Those of the chunk that begins the video and sees no other, warped alike (Causal-Forcing++); None: as every chunk
     first_chunk_steps: tuple[float, ...] | None = None
+    # of two networks that take turns: the share of noise at and above which the one for high noise is asked
+    boundary: float | None = None
 
     @classmethod
     def even(cls, count: int, *, shift: float, solver: str = "euler") -> StepConfig:
@@ -173,11 +177,15 @@ class StepConfig(_JsonConfig):
             raise ValueError(f"sigma {self.sigma!r} is unknown; use 'exact' or 'table'")
         if self.solver not in SOLVERS:
             raise ValueError(f"solver {self.solver!r} is unknown; use {', '.join(SOLVERS)}")
+        if self.boundary is not None and not 0 < self.boundary < 1:
+            raise ValueError(
+                f"boundary {self.boundary} is not a share of noise between 0 and 1; Wan 2.2 uses 0.875 or 0.9"
+            )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types, as earlier versions wrote and read them where the first chunk is as every other."""
-        values = super().to_dict()
-        return {key: value for key, value in values.items() if (key, value) != ("first_chunk_steps", None)}
+        """Return plain JSON types, as earlier versions wrote and read them where what they do not know says nothing."""
+        later = ("first_chunk_steps", "boundary")
+        return {key: value for key, value in super().to_dict().items() if value is not None or key not in later}
 
     def of_chunk(self, index: int) -> StepConfig:
         """Return the same with `steps` as this chunk of a video takes them, and no others."""

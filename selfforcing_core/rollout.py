@@ -200,11 +200,13 @@ def _snapshot(
 ) -> Snapshot:
     """Return the rollout's state after a chunk; one that is not in the caches goes with it."""
     caches = [cache for cache in guided.caches if cache is not None]
-    assert all(cache.start_frame == start_frame for cache in caches), "too late, the next chunk was already asked for"
+    # an expert that no step of the chunk has asked has not seen it yet
+    assert all(cache.start_frame <= start_frame for cache in caches), "too late, the next chunk was already asked for"
     states = tuple(cache.snapshot(device) for cache in caches)
+    snapshot = Snapshot(start_frame, end_frame, states, num_networks=guided.num_networks)
     if finished.is_written:
-        return Snapshot(start_frame, end_frame, states)
-    return Snapshot(start_frame, end_frame, states, finished.context_BTCHW, finished.timestep)
+        return snapshot
+    return replace(snapshot, pending_BTCHW=finished.context_BTCHW, pending_timestep=finished.timestep)
 
 
 def _resume(guided: Guided, history: History, snapshot: Snapshot, lengths: tuple[int, ...]) -> int:
@@ -215,10 +217,17 @@ def _resume(guided: Guided, history: History, snapshot: Snapshot, lengths: tuple
             f"the snapshot ends after latent frame {snapshot.end_frame}, but chunks of this video of {sum(lengths)} "
             f"frames end at {', '.join(map(str, ends))}; ask for a longer video of the same chunks"
         )
-    if snapshot.caches and len(snapshot.caches) != len(guided.caches):
+    if snapshot.caches and snapshot.num_networks != guided.num_networks:
         raise ValueError(
-            f"the snapshot was taken with {len(snapshot.caches)} conditions, this rollout has {len(guided.caches)}; "
-            "resume with the same guidance"
+            f"the snapshot was taken with {snapshot.num_networks} networks, this rollout has {guided.num_networks}; "
+            "resume with those it was taken with"
+        )
+    if snapshot.caches and len(snapshot.caches) != len(guided.caches):
+        counts = (len(caches) // guided.num_networks for caches in (snapshot.caches, guided.caches))
+        raise ValueError(
+            "the snapshot was taken with {} conditions, this rollout has {}; resume with the same guidance".format(
+                *counts
+            )
         )
     for cache, state in zip(guided.caches, snapshot.caches):
         assert cache is not None

@@ -106,6 +106,9 @@ class FlowSchedule:
         self.sigmas = tuple(
             timestep / TIMESTEPS if timestep else least_sigma(steps.shift) for timestep in self.timesteps
         )
+        self.boundary = steps.boundary  # of two experts
+        if steps.solver == "phased" and steps.boundary is None:
+            raise ValueError("solver 'phased' is for two networks that take turns, and needs their boundary, as 0.875")
         if steps.sigma == "table":
             listed = torch.tensor(self.timesteps, dtype=torch.float64)
             self.sigmas = tuple(nearest_sigma(listed, sigma_table(steps.shift)).tolist())

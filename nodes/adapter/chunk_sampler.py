@@ -29,6 +29,7 @@ from ...selfforcing_core.rollout import Chunk, rollout
 from ...selfforcing_core.schedule import least_sigma
 from ...selfforcing_core.snapshot import Snapshot
 from . import host, page
+from .expert_models import GuidedExperts, check_divided, divided, each_guider
 from .guided_network import GuidedNetwork, LatentShape, RunNoise, Steering, compute_dtype, memory_explained
 from .guider_prompts import (
     GuiderConditioning,
@@ -39,7 +40,18 @@ from .guider_prompts import (
     later_conditionings,
     scheduled_seeds,
 )
-from .model_settings import AUTO, BASE, CAUSAL, FEW_STEP, kind_note, settings_of, shift_of, sigmas_of, steps_of
+from .model_settings import (
+    AUTO,
+    BASE,
+    CAUSAL,
+    FEW_STEP,
+    kind_note,
+    low_noise_of,
+    settings_of,
+    shift_of,
+    sigmas_of,
+    steps_of,
+)
 from .patches import check_model_options, check_model_sampling, check_prompt_inputs, unapplied_names
 from .progress import CallbackProgress, Progress
 from .shared_network import check_causal, config_of
@@ -95,6 +107,8 @@ class ChunkSampler(comfy.samplers.KSAMPLER):
         _check_kind(settings.kind, self.run.is_whole)
         if not self.run.is_whole:
             check_causal(native)
+        if low_noise_of(guider.model_patcher) is not None:
+            check_divided(settings)
         # Later prompts too: a mistake in the last of them is to cost no video.
         later_prompts = [entry for entry in guider.conds.get("positive", []) if PromptStart.KEY in entry]
         check_conditionings([*conditionings_of(guider), *later_prompts], config_of(native))
@@ -145,7 +159,8 @@ class ChunkSampler(comfy.samplers.KSAMPLER):
         is_copied = settings.cache_device is not None or stored != computed
         # One layer at a time, and twice: the past as it is computed with, and joined with what is new.
         copied_bytes = 2 * size(replace(config, num_layers=1), computed) if is_copied else 0
-        return max(1, len(conditionings_of(guider))) * cache_bytes + copied_bytes
+        num_models = 1 if low_noise_of(guider.model_patcher) is None else 2
+        return num_models * max(1, len(conditionings_of(guider))) * cache_bytes + copied_bytes
 
 
 class ChunkGuider(comfy.samplers.CFGGuider):
@@ -187,9 +202,11 @@ def sample_chunks(
     guider = model_k.inner_model
     settings = settings_of(guider.model_patcher)
     _check_kind(settings.kind, run.is_whole)
-    check_model_sampling(guider.model_patcher.get_model_object("model_sampling"))
     later_prompts = later_conditionings(guider)
-    _check_passes(guider, later_prompts, run, extra_args.get("model_options", {}))
+    guiders = each_guider(guider, extra_args)
+    for each, given in guiders:
+        check_model_sampling(each.model_patcher.get_model_object("model_sampling"))
+        _check_passes(each, later_prompts, run, given.get("model_options", {}))
     x_BTCHW = rearrange(noise_BCTHW, "b c t h w -> b t c h w")
     batch, frames = x_BTCHW.shape[:2]
     shape: LatentShape = tuple(x_BTCHW.shape[1:])  # type: ignore[assignment]
@@ -203,7 +220,12 @@ def sample_chunks(
     lengths = chunk_lengths(frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
     chunk_shape = (*noise_BCTHW.shape[:2], max(lengths), *noise_BCTHW.shape[3:])
     at_zero = least_sigma(steps.shift) if 0 in (steps.steps[-1], steps.of_chunk(0).steps[-1]) else 0.0
-    network = GuidedNetwork(guider, extra_args, settings, chunk_shape, run.working_bytes, at_zero)
+    networks = [GuidedNetwork(*each, settings, chunk_shape, run.working_bytes, at_zero) for each in guiders]
+    network: Any = networks[0]
+    if len(networks) > 1:
+        steps = divided(settings, steps)
+        assert steps.boundary is not None
+        network = GuidedExperts(*networks, steps.boundary)
     seed = extra_args.get("seed") or 0
     noise = RunNoise(x_BTCHW, run.noise or SeededNoise(seed), run.steering, scheduled_seeds(guider, lengths))
     snapshot = None if run.resume is None else run.resume.filled()
@@ -277,7 +299,8 @@ def _steps(patcher: Any, sigmas: Tensor, run: Run) -> StepConfig:
             "the sigmas end in two zeros, a pass at timestep 0, which only models that generate chunk by chunk have "
             "here; use other sigmas"
         )
-    return replace(steps, solver=settings_of(patcher).steps.solver)
+    trained = settings_of(patcher).steps
+    return replace(steps, solver=trained.solver, boundary=trained.boundary)
 
 
 def _check_passes(

@@ -5,7 +5,7 @@ Letters: B batch, T latent frames, C latent channels, H W latent size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...selfforcing_core.attention import MERGING_DEVICES
 from ...selfforcing_core.conditioning import Conditioning
-from ...selfforcing_core.config import CausalConfig
+from ...selfforcing_core.config import CausalConfig, WanConfig
 from ...selfforcing_core.geometry import tokens_per_frame
 from ...selfforcing_core.guided import new_caches
 from ...selfforcing_core.kv_cache import KVCache
@@ -40,6 +40,17 @@ class Steering(PromptSource, Protocol):
     def seed_at(self, start_frame: int) -> int | None:
         """Return the seed of this chunk's noise; None is the run's own."""
         ...
+
+
+class CachedNetwork(Protocol):
+    """What the caches of a run depend on."""
+
+    @property
+    def config(self) -> WanConfig: ...
+    @property
+    def num_caches(self) -> int: ...
+    @property
+    def cache_dtype(self) -> torch.dtype: ...
 
 
 def compute_dtype(model: Any) -> torch.dtype:
@@ -106,12 +117,23 @@ class GuidedNetwork:
         self.latest, self.evaluated = None, set()  # another prompt may have other conditionings
         return self.conditioning
 
+    @property
+    def companions(self) -> list[Any]:
+        """Return the networks that are loaded together with the MODEL."""
+        return self.guider.model_patcher.get_additional_models_with_key(host.COMPANIONS)
+
+    def load(self, *, beside: Sequence[Any]) -> None:
+        """Bring the MODEL to its device, in the midst of a run; `beside`: networks that are to stay there."""
+        host.load([self.guider.model_patcher, *beside], working_bytes=self._evaluation_bytes())
+
     def kept_loaded(self) -> AbstractContextManager[None]:
         """Keep the MODEL loaded over work that may bring in other networks of ComfyUI."""
-        patcher = self.guider.model_patcher
+        return host.kept_loaded(self.guider.model_patcher, working_bytes=self._evaluation_bytes())
+
+    def _evaluation_bytes(self) -> float:
         # ComfyUI evaluates all conditionings in one batch where it can.
         shape = (self.num_caches * self.chunk_shape[0], *self.chunk_shape[1:])
-        return host.kept_loaded(patcher, working_bytes=patcher.memory_required(shape) + self.working_bytes)
+        return self.guider.model_patcher.memory_required(shape) + self.working_bytes
 
     def _index_of(self) -> dict[Any, int]:
         return {conditioning["uuid"]: index for index, conditioning in enumerate(conditionings_of(self.guider))}
@@ -226,7 +248,7 @@ class SeededGraphNoise:
 
 
 @contextmanager
-def memory_explained(network: GuidedNetwork, causal: CausalConfig, shape: LatentShape, batch: int) -> Iterator[None]:
+def memory_explained(network: CachedNetwork, causal: CausalConfig, shape: LatentShape, batch: int) -> Iterator[None]:
     """Say what would help, and by how much, where memory runs out; whoever holds the caches lets go of them."""
     try:
         yield
@@ -235,7 +257,7 @@ def memory_explained(network: GuidedNetwork, causal: CausalConfig, shape: Latent
         raise ValueError(_remedies(network, causal, shape, batch)) from error
 
 
-def _remedies(network: GuidedNetwork, causal: CausalConfig, shape: LatentShape, batch: int) -> str:
+def _remedies(network: CachedNetwork, causal: CausalConfig, shape: LatentShape, batch: int) -> str:
     frames, _, height, width = shape
     config, count = network.config, network.num_caches
     capacity = frames if causal.window == -1 else min(frames, causal.window)

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...selfforcing_core.config import CausalConfig, StepConfig
+from ...selfforcing_core.config import FEW_STEP_SOLVERS, CausalConfig, StepConfig
 from ...selfforcing_core.schedule import TIMESTEPS, FlowSchedule
+from ...selfforcing_core.weights.preset_settings import in_words, preset_settings, unable
+from ...selfforcing_core.weights.presets import Preset
 
 log = logging.getLogger(__name__)
+LOW_NOISE = "selfforcing_low_noise"  # attachment of a MODEL for high noise: the one for low noise
 KEY = "selfforcing"  # of our settings in model_options, and of a rollout's CausalPass in transformer_options
 CAUSAL, FEW_STEP, BASE, UNKNOWN = "causal", "few-step bidirectional", "base", "unknown"
 AUTO, SINK_AUTO, NOISE_AUTO = 0, -1, -1.0  # widget values that stand for the MODEL's own setting
@@ -30,6 +33,7 @@ class Settings:
     cache_device: str | None = None  # where they lie; None is where the model computes
     guidance: float | None = None  # scale that the file says it is sampled with
     latent_space: str | None = None  # whose latents it makes; None is not known
+    boundary_step: int = 0  # of two MODELs: how many steps are the first one's; 0: the boundary of `steps` says it
 
 
 def settings_of(patcher: Any) -> Settings:
@@ -44,6 +48,11 @@ def settings_of(patcher: Any) -> Settings:
     )
 
 
+def low_noise_of(patcher: Any) -> Any:
+    """Return the MODEL for low noise that a MODEL brings along; None where it is the only one."""
+    return patcher.get_attachment(LOW_NOISE)
+
+
 def kind_note(settings: Settings) -> str | None:
     """Return what the user should know of how the MODEL was trained; None where our samplers are made for it."""
     if settings.kind == UNKNOWN:
@@ -52,10 +61,38 @@ def kind_note(settings: Settings) -> str | None:
             "Forcing and its kin). A plain Wan 2.1 model, which was not distilled, gives blurred or broken videos here"
         )
     steps = settings.steps
-    if settings.kind == CAUSAL and steps.solver != "renoise":
+    if settings.kind == CAUSAL and steps.solver not in FEW_STEP_SOLVERS:
         guidance = "" if settings.guidance is None else f" and cfg {settings.guidance:g}"
         return f"this model is not distilled: its file lists {len(steps.steps)} steps ({steps.solver}){guidance}"
     return None
+
+
+def preset_behind_widgets(preset: Preset, widgets: Settings) -> tuple[Settings, list[str]]:
+    """Return a preset's settings, those of widgets that stand elsewhere than at their defaults before it, and lines.
+
+    Raises ValueError for a preset that cannot run here or leaves something open.
+    """
+    refusal = unable(preset)
+    if refusal is not None:
+        raise ValueError(f"the model {refusal}")
+    settings = preset_settings(preset)
+    usual = Settings(CAUSAL)
+    kind = CAUSAL if settings.causal is not None else FEW_STEP
+    values: dict[str, tuple[Any, Any, Any]] = {  # the widget's, its default, the preset's
+        "kind": (widgets.kind, usual.kind, kind),
+        "chunk": (widgets.causal.chunk, usual.causal.chunk, (settings.causal or usual.causal).chunk),
+        "shift": (widgets.steps.shift, usual.steps.shift, settings.steps.shift),
+    }
+    chosen = {name: own if own != default else read for name, (own, default, read) in values.items()}
+    notes = [f"the model is run as {in_words(preset)}: chunk {chosen['chunk']}, shift {chosen['shift']:g}"]
+    notes += [
+        f"{preset.name} has {name} {read}; {own} is used"
+        for name, (own, default, read) in values.items()
+        if own not in (default, read)
+    ]
+    causal = replace(settings.causal or usual.causal, chunk=chosen["chunk"])
+    steps = replace(settings.steps, shift=chosen["shift"])
+    return Settings(chosen["kind"], causal, steps, guidance=settings.guidance, latent_space=preset.latent_space), notes
 
 
 def causal_settings(trained: CausalConfig, chunk: int, window: int, sink: int) -> CausalConfig:

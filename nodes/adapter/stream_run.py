@@ -32,7 +32,7 @@ from .frame_stream import FrameStream, frame_stream
 from .guided_network import SeededGraphNoise, compute_dtype
 from .guider_prompts import reader_of, text_in_graph, timeline_of
 from .live import Live, open_live
-from .model_settings import AUTO, causal_settings, settings_of, shift_of, sigmas_of
+from .model_settings import AUTO, causal_settings, low_noise_of, settings_of, shift_of, sigmas_of
 from .progress import OnFrames, StreamProgress
 from .shared_network import config_of
 from .steering_record import SteeringRecord
@@ -215,6 +215,7 @@ def _recipe(
     """Return the work of this run, from which follows what it should take on the MODEL's device."""
     model = inputs.model.model
     dtype = compute_dtype(model)
+    num_models = 1 if low_noise_of(inputs.model) is None else 2
     # weight_bytes: as they lie in memory and are read for each pass; activations are of the type computed in.
     recipe = Recipe(
         config_of(model.diffusion_model),
@@ -227,6 +228,8 @@ def _recipe(
         decoder="none",
         guided=inputs.cfg != 1,
         batch=samples_BCTHW.shape[0],
+        networks=num_models,
+        resident=num_models,
         weight_bytes=model.get_dtype().itemsize,
         cache_bytes=(settings_of(inputs.model).cache_dtype or dtype).itemsize,
         activation_bytes=dtype.itemsize,

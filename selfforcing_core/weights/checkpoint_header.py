@@ -2,9 +2,9 @@
 
 Our entry: "selfforcing" = JSON {"format": 1, "kind", "config", "causal", "steps", "latent_space"}; for Wan also
 "config" = JSON {"transformer": {...}}, which ComfyUI merges into its own detection. Format 2 adds "bidirectional" and
-"guidance", format 3 steps of the first chunk and a last step of 0. Each is written only where it has something to say,
-so that older versions go on reading all other files and refuse those that they would sample wrongly. A LoRA of our
-trainer has a header of kind "lora" with "base" and the same settings.
+"guidance", format 3 steps of the first chunk, a last step of 0 and the boundary of two networks. Each is written only
+where it has something to say, so that older versions go on reading all other files and refuse those that they would
+sample wrongly. A LoRA of our trainer has a header of kind "lora" with "base" and the same settings.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..config import BidirectionalConfig, CausalConfig, StepConfig, TAEHVConfig,
 HEADER_KEY = "selfforcing"
 HEADER_FORMAT = 1
 HEADER_FORMATS = (HEADER_FORMAT, 2, 3)  # what this version reads
+PRESET_ENTRY = "preset"
 COMFYUI_KEY = "config"  # comfy/sd.py hands this entry to its detection of models
 LORA = "lora"
 # Attention does not show how many heads its matrices are cut into, nor padding how long texts are: only a header can.
@@ -33,6 +34,7 @@ class SamplingSettings:
     steps: StepConfig | None = None  # the noise levels
     bidirectional: BidirectionalConfig | None = None  # all frames together
     guidance: float | None = None  # scale above 0; distilled models take 1
+    preset: str | None = None  # name of the release that it is a copy of
 
     def to_entries(self, latent_space: str | None) -> dict[str, Any]:
         """Return the entries of our header that say how the network is run, with the format that they need."""
@@ -46,8 +48,11 @@ class SamplingSettings:
         if self.bidirectional is not None or self.guidance is not None:
             bidirectional = self.bidirectional.to_dict() if self.bidirectional else None
             entries |= {"format": 2, "bidirectional": bidirectional, "guidance": self.guidance}
-        if self.steps is not None and (self.steps.first_chunk_steps is not None or self.steps.steps[-1] == 0):
+        later = () if self.steps is None else (self.steps.first_chunk_steps, self.steps.boundary)
+        if self.steps is not None and (any(value is not None for value in later) or self.steps.steps[-1] == 0):
             entries["format"] = 3
+        if self.preset is not None:  # earlier versions pass over it, and read the settings
+            entries[PRESET_ENTRY] = self.preset
         return entries
 
 
@@ -153,6 +158,7 @@ def _settings(entries: Mapping[str, Any]) -> SamplingSettings:
         steps=StepConfig.from_dict(steps) if steps else None,
         bidirectional=None if bidirectional is None else BidirectionalConfig.from_dict(bidirectional),
         guidance=guidance,
+        preset=None if entries.get(PRESET_ENTRY) is None else str(entries[PRESET_ENTRY]),
     )
 
 

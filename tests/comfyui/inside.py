@@ -81,6 +81,7 @@ core = {
         "weights.bundles",
         "conditioning",
         "config",
+        "experts",
         "geometry",
         "guided",
         "model",

@@ -12,7 +12,7 @@ from tests.comfyui.host_server import PACK_NAME, ROOT, Server
 
 # Saved workflows store widget values by position: new inputs go to the end of their group, and nothing ever moves.
 INPUT_ORDER = {
-    "SelfForcingModelLoader": {"required": ["unet_name", "weight_dtype", "weights"], "optional": ["kind"]},
+    "SelfForcingModelLoader": {"required": ["unet_name", "weight_dtype", "weights"], "optional": ["kind", "preset"]},
     "SelfForcingTextEncode": {"required": ["text_encoder", "text"]},
     "SelfForcingStreamSampler": {
         "required": [
@@ -25,7 +25,7 @@ INPUT_ORDER = {
     },
     "SelfForcingTAEHVLoader": {"required": ["vae_name"], "optional": ["latents"]},
     "SelfForcingTAEHVDecode": {"required": ["samples", "taehv"]},
-    "SelfForcingPatchModel": {"required": ["model", "kind", "chunk", "shift"]},
+    "SelfForcingPatchModel": {"required": ["model", "kind", "chunk", "shift"], "optional": ["preset"]},
     "SelfForcingCacheOptions": {
         "required": ["model", "chunk", "window", "sink", "context_noise", "cache_dtype", "cache_device"],
         "optional": ["cache_source"],
@@ -42,6 +42,7 @@ INPUT_ORDER = {
     "SelfForcingSnapshot": {"required": ["state", "filename_prefix"], "optional": ["after"]},
     "SelfForcingResume": {"required": ["state_name"]},
     "SelfForcingPromptSchedule": {"required": ["text", "history", "fps"], "optional": ["clip", "text_encoder"]},
+    "SelfForcingTwoExperts": {"required": ["high_noise", "low_noise", "boundary", "boundary_step"]},
 }  # fmt: skip
 INPUT_ORDER["SelfForcingStreamToFile"] = {
     "required": [*INPUT_ORDER["SelfForcingStreamSampler"]["required"], "filename_prefix", "format", "fps"],
@@ -68,6 +69,7 @@ OUTPUTS = {
     "SelfForcingResume": ["SELFFORCING_STATE"],
     "SelfForcingPromptSchedule": ["CONDITIONING"],
     "SelfForcingStreamToFile": ["LATENT", "STRING", "STRING"],
+    "SelfForcingTwoExperts": ["MODEL"],
 }
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # a combo whose choice brings inputs of its own
 # Lists that offer the bundle's parts, which lie in the pack and not in ComfyUI's folders.
