@@ -27,6 +27,7 @@ POLICIES = ("self-forcing", "sf++")
 # What a run cannot do without, and the options that give it.
 OPTIONS = {name: f"--{name.replace('_', '-')}" for name in ("chunk", "window", "sink", "cache_source")}
 OPTIONS |= {"steps": "--steps", "warp": "--warp-steps or --no-warp-steps", "shift": "--shift", "solver": "--solver"}
+FIRST_STEPS, CONFIG_FIELDS = "first_chunk_steps", {item.name for item in fields(StepConfig)}
 MOST_NAMES = 6  # of presets in a line
 
 
@@ -188,6 +189,8 @@ def obstacle(preset: Preset, path: Path | None = None) -> str | None:
         return f"is {in_words(preset)}, which is not supported: {preset.unsupported}"
     if preset.name in missing_policies(POLICIES):
         return f"is {in_words(preset)}, whose cache policy {preset.policy!r} this version does not have"
+    if preset.first_chunk_steps and FIRST_STEPS not in CONFIG_FIELDS:
+        return f"is {in_words(preset)}, whose steps of the first chunk this version does not have"
     absent = [file for file in preset.partner_files if path is not None and partner_path(preset, path, file) is None]
     if absent:
         remedy = f"fetch it with: python -m selfforcing_core download {preset.name}"
@@ -254,6 +257,8 @@ def lacking(preset: Preset) -> list[str]:
         lines.append(f"cache policy {preset.policy}")
     elif preset.lora or preset.twin:
         lines.append("LoRA files" if preset.lora else "two experts")
+    if preset.first_chunk_steps and FIRST_STEPS not in CONFIG_FIELDS:
+        lines.append("steps of the first chunk")
     names_by_reason: dict[str, list[str]] = {}
     for name in _open_settings(preset):
         names_by_reason.setdefault(preset.open_questions[name], []).append(OPTIONS[name])
