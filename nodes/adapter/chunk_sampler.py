@@ -8,6 +8,7 @@ Letters: B batch, T latent frames, C latent channels, H W latent size.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
@@ -226,12 +227,9 @@ def sample_chunks(
         network = GuidedExperts(*networks, steps.boundary)
     seed = extra_args.get("seed") or 0
     noise = RunNoise(x_BTCHW, run.noise or SeededNoise(seed), run.steering, scheduled_seeds(guider, lengths))
-    # One more pass writes each clean chunk into the cache; nothing reads what the last one would write.
-    writes = causal.cache_source == "clean"
-    num_calls = len(lengths) * (len(steps.steps) + writes) - writes
     snapshot = None if run.resume is None else run.resume.filled()
-    if snapshot is None and prefix is None:
-        num_calls += len(steps.of_chunk(0).steps) - len(steps.steps)
+    num_known = num_known if snapshot is None else snapshot.end_frame
+    num_calls = _num_calls(lengths, steps, causal, num_known, is_written=snapshot is not None)
     video: list[Tensor] = []  # so far, where the graph keeps it: on the device, memory would grow with the length
     if snapshot is not None:
         assert snapshot.video_BTCHW is not None
@@ -271,6 +269,17 @@ def sample_chunks(
             chunks.close()  # now, and not when the generator is collected: it holds the caches
             network.release()
     return rearrange(torch.cat(video, 1).to(noise_BCTHW.device), "b t c h w -> b c t h w")
+
+
+def _num_calls(
+    lengths: tuple[int, ...], steps: StepConfig, causal: CausalConfig, num_known: int, *, is_written: bool
+) -> int:
+    """Return how many passes a run takes behind known frames; a pass writes each of their chunks unless a state has."""
+    given = sum(end <= num_known for end in itertools.accumulate(lengths))
+    # One more pass writes each clean chunk into the cache; nothing reads what the last one would write.
+    writes = causal.cache_source == "clean"
+    made = sum(len(steps.of_chunk(index).steps) + writes for index in range(given, len(lengths))) - writes
+    return made + (0 if is_written else given)
 
 
 def _steps(patcher: Any, sigmas: Tensor, run: Run) -> StepConfig:

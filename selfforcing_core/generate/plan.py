@@ -182,6 +182,7 @@ def plan_request(
     usual = _usual_size(request.model, preset)
     extent = _extent(request, causal, source, usual, is_whole=is_whole, is_prefixed=is_prefixed)
     size = extent.geometry
+    notes += _not_read(request, preset, size, fps)
     latent_shape = (size.latent_frames, config.out_dim, size.latent_height, size.latent_width)
     # Only now is the size known: it may be that of the video that is extended.
     file_format.check_size(size.width, size.height)
@@ -518,6 +519,15 @@ def _source(request: Request, config: WanConfig, fps: float) -> Tensor | GivenVi
     if latents.shape[1] != config.out_dim:
         raise ValueError(f"{request.extend}: latents of {latents.shape[1]} channels, the model makes {config.out_dim}")
     return latents
+
+
+def _not_read(request: Request, preset: Preset | None, size: VideoGeometry, fps: float) -> list[str]:
+    """Return a line about what nobody has read of a preset's picture, where the usual one takes its place."""
+    is_given = {"size": None not in (request.width, request.height) or request.extend, "rate": request.fps is not None}
+    read = {} if preset is None else {"size": preset.native_size, "rate": preset.fps}
+    names = [name for name, number in read.items() if number is None and not is_given[name]]
+    words = f"{size.width}x{size.height} at {fps:g} frames a second"
+    return [f"has no {' and '.join(names)} that was read; it makes {words}"] if names else []
 
 
 def _usual_size(model: str, preset: Preset | None) -> tuple[int, int, int]:

@@ -124,7 +124,12 @@ def _with_settings(checkpoint: Checkpoint, causal: bool | None, notes: list[str]
         if checkpoint.causal is None and not (is_self_forcing and name is None):
             return checkpoint
     elif not causal:
-        return replace(checkpoint, causal=None, bidirectional=checkpoint.bidirectional or BidirectionalConfig())
+        steps = checkpoint.steps
+        if steps is not None and steps.first_chunk_steps is not None:
+            log.warning("the steps of the first chunk are left out: a bidirectional network makes all frames at once")
+            steps = steps.of_chunk(1)
+        whole = checkpoint.bidirectional or BidirectionalConfig()
+        return replace(checkpoint, causal=None, bidirectional=whole, steps=steps)
     chunks, steps = checkpoint.causal or CausalConfig(), checkpoint.steps or StepConfig()
     return replace(checkpoint, causal=chunks, bidirectional=None, steps=steps)
 

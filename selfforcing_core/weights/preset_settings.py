@@ -20,7 +20,7 @@ from .download import RELEASES, release_folder
 from .keymap import EMA_CONTAINERS
 from .pipeline_folder import LOW_NOISE_FOLDER, read_pipeline
 from .presets import Preset, Twin, find_preset, missing_policies
-from .recognise import Recognition, containers_in, recognise
+from .recognise import Recognition, containers_in, fits_release, recognise
 
 ConfigT = TypeVar("ConfigT", CausalConfig, StepConfig)
 AUTO, NONE = "auto", "none"
@@ -29,6 +29,7 @@ POLICIES = ("self-forcing", "sf++")
 # What a run cannot do without, and the options that give it.
 OPTIONS = {name: f"--{name.replace('_', '-')}" for name in ("chunk", "window", "sink", "cache_source")}
 OPTIONS |= {"steps": "--steps", "warp": "--warp-steps or --no-warp-steps", "shift": "--shift", "solver": "--solver"}
+FIRST_STEPS, CONFIG_FIELDS = "first_chunk_steps", {item.name for item in fields(StepConfig)}
 MOST_NAMES = 6  # of presets in a line
 
 
@@ -65,6 +66,8 @@ def read_with_preset(
         raise ValueError(f"{path}: {question}")
     if question is not None:
         return PresetReading(checkpoint, None, (*notes, f"is run as if it were no such file: {question}"))
+    if not fits_release(preset, checkpoint.key_shapes):
+        notes.append(f"does not have the shapes of {in_words(preset)}, as which it is run")
     checkpoint = _with_weights(checkpoint, path, preset, weights, notes, by=found.by)
     checkpoint, replaced = with_preset(checkpoint, preset)
     return PresetReading(checkpoint, preset, (*notes, *replaced))
@@ -343,6 +346,8 @@ def _divided(steps: StepConfig, twin: Twin | None) -> StepConfig:
 
 def _replaced(stored: SamplingSettings, settings: SamplingSettings, preset: Preset) -> Iterator[str]:
     """Yield a line for everything in which a header and the preset differ."""
+    if stored.preset not in (None, preset.name):
+        yield f"says that it is {stored.preset}; it is run as {preset.name}"
     if stored.causal is not None and settings.causal is None:
         yield f"says that it is causal; {preset.name} is bidirectional"
     if stored.bidirectional is not None and settings.bidirectional is None:

@@ -74,6 +74,11 @@ def recognise(
     return Recognition(tuple(candidates), "file name" if named else "names and shapes")
 
 
+def fits_release(preset: Preset, shapes: Shapes) -> bool:
+    """Return whether the names and shapes in a file are those that a release has."""
+    return _may_be(preset, _network(shapes))
+
+
 def fingerprint(path: str | Path) -> str | None:
     """Return a name for the bytes of a file: its size and the SHA-256 of its first MiB. None where there is no file."""
     path = Path(path)

@@ -82,8 +82,13 @@ def steps_of_the_first_chunk_and_a_last_one_of_0() -> dict[str, Any]:
 
     chunk_sampler = part("chunk_sampler")
     plain, chunk_sampler.CallbackProgress = chunk_sampler.CallbackProgress, Counting
+    long, mask = torch.zeros(1, CHANNELS, 9, HEIGHT, WIDTH), torch.ones(1, 1, 9, HEIGHT, WIDTH)
+    mask[:, :, :3] = 0
+    holder = chunk_sampler.SnapshotHolder()
     try:
-        video = sampled(by(own))
+        video = sampled(by(own), keep=holder)
+        sampled(by(own), latent={"samples": long}, resume=holder)
+        sampled(by(own), latent={"samples": long, "noise_mask": mask})
     finally:
         chunk_sampler.CallbackProgress = plain
     sigmas = model_settings.sigmas_of(by(own), 0, 0.0)

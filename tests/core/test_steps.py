@@ -188,6 +188,12 @@ def test_a_file_keeps_its_steps_and_only_new_ones_ask_for_a_new_version(
     assert entries(tmp_path / "b.safetensors")["format"] == number
 
 
+def test_a_file_that_becomes_bidirectional_has_no_first_chunk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    convert(saved(tmp_path / "a.safetensors", OWN), tmp_path / "b.safetensors", causal=False)
+    assert read_checkpoint(tmp_path / "b.safetensors").steps == OWN.of_chunk(1)
+    assert "the steps of the first chunk are left out" in caplog.text
+
+
 # -------------------------------------------------------------- command line --
 def planned(path: Path, caplog: pytest.LogCaptureFixture, **options: Any) -> tuple[StepConfig, str]:
     """The steps of a request, and what is said of them."""
