@@ -13,7 +13,7 @@ import torch.nn as nn
 
 from ...selfforcing_core.config import CausalConfig, StepConfig, WanConfig
 from ...selfforcing_core.weights.checkpoint import Checkpoint
-from ...selfforcing_core.weights.scaled import ScaledWeights, stored_tensors
+from ...selfforcing_core.weights.scaled import ScaledWeights, count_numbers
 from . import host, page
 from .autoencoder import check_channels
 from .causal_model import with_settings
@@ -124,7 +124,7 @@ def _choose_dtype(model_config: Any, checkpoint: Checkpoint, dtype: torch.dtype 
     """Follow ComfyUI's rule: weights as stored where the device computes in that type, else cast at use."""
     supported = model_config.supported_inference_dtypes
     # ComfyUI widens float8 weights where all of them fit the GPU so, for which it asks how many there are.
-    num_parameters = sum(weight.numel() for weight in stored_tensors(checkpoint.state_dict).values())
+    num_parameters = count_numbers(checkpoint.state_dict)
     stored = getattr(torch, checkpoint.dtype)
     weights = dtype or memory.unet_dtype(
         model_params=num_parameters, supported_dtypes=list(supported), weight_dtype=stored

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..weights.scaled import chosen_tensors, stored_tensors
+from ..weights.scaled import chosen_tensors, count_numbers, stored_tensors
 from ..weights.tensor_files import below_prefix, read_tensors
 from .umt5_layout import umt5_from_wan_state_dict, umt5_key_from_wan, wan_umt5_shapes
 
@@ -235,7 +235,7 @@ def encoder_bytes(path: Path, dtype: torch.dtype) -> int:
     """
     if path.is_file():
         tensors, _ = _read_encoder(path, is_quiet=True)
-        return dtype.itemsize * sum(tensor.numel() for tensor in stored_tensors(tensors).values())
+        return dtype.itemsize * count_numbers(tensors)
     from transformers import UMT5EncoderModel
 
     config = _read_config(path)

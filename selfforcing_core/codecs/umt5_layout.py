@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..weights.scaled import stored_tensors
+from ..weights.scaled import weight_shapes
 
 if TYPE_CHECKING:
     from transformers import UMT5Config, UMT5EncoderModel
@@ -130,7 +130,7 @@ def umt5_from_wan_state_dict(
     """
     from transformers import UMT5EncoderModel
 
-    shapes = {key: tuple(tensor.shape) for key, tensor in stored_tensors(state_dict).items()}
+    shapes = weight_shapes(state_dict)
     sizes = wan_umt5_sizes(shapes)
     if num_heads is not None and num_heads != sizes["num_heads"]:
         raise ValueError(
