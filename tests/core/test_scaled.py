@@ -132,7 +132,10 @@ def test_tensors_of_other_networks_are_multiplied_too(tmp_path: Path) -> None:
         ({"blocks.0.ffn.0.weight_scale": torch.tensor(float("nan"))}, "weight_scale is not a finite number"),
         ({"blocks.0.ffn.0.weight_scale": torch.ones(64, dtype=torch.int32)}, "in torch.int32"),
         ({"blocks.0.ffn.0.scale_weight": torch.ones(())}, "both scale blocks.0.ffn.0.weight"),
-        ({"blocks.0.ffn.0.comfy_quant": b'{"format": "nvfp4"}'}, "stored as NVFP4, such as blocks.0.ffn.0, which is not read here"),
+        (
+            {"blocks.0.ffn.0.comfy_quant": b'{"format": "nvfp4"}'},
+            "as NVFP4, such as blocks.0.ffn.0, which is not read",
+        ),
         ({"blocks.0.ffn.0.comfy_quant": b'{"format": "float8_e5m2"}'}, "float8_e5m2, but its weight is float8_e4m3fn"),
         ({"blocks.0.ffn.0.comfy_quant": b'{"format": "int8_tensorwise", "convrot": true}'}, "convrot"),
         ({"blocks.0.ffn.0.comfy_quant": b"[]"}, "not a JSON object"),
