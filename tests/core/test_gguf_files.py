@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from selfforcing_core.codecs.umt5_layout import umt5_key_from_wan
 from selfforcing_core.weights import gguf_files
+from selfforcing_core.weights.bundles import bundle_path
 from selfforcing_core.weights.checkpoint import inspect_checkpoint, read_checkpoint
 from selfforcing_core.weights.convert import convert
-from selfforcing_core.weights.load import load_model
+from selfforcing_core.weights.load import load_model, load_text_encoder
 from tests.core.test_scaled import WAN, weights_of
+from tests.core.test_text import WAN_SIZES, random_wan_weights
 
 needs_gguf = pytest.mark.skipif(
     importlib.util.find_spec("gguf") is None, reason="the package gguf (extra cli) is not installed"
@@ -62,11 +66,15 @@ def write_gguf(path: Path, weights: dict[str, Tensor], *, is_fused: bool = False
         else:
             exact[name] = weight.half() if weight.ndim == 2 else weight
             writer.add_tensor(name, exact[name].numpy())
+    finish(writer)
+    return exact
+
+
+def finish(writer: Any) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return exact
 
 
 @needs_gguf
@@ -131,12 +139,32 @@ def test_damaged_gguf_files_and_types_that_are_not_widened_are_one_line(tmp_path
     writer: Any = gguf.GGUFWriter(tmp_path / "odd.gguf", "wan")
     size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q8_1][1]
     writer.add_tensor("a.weight", np.zeros((1, size), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_1)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     with pytest.raises(ValueError, match="type Q8_1, which the package gguf does not widen"):
         read_checkpoint(tmp_path / "odd.gguf")
+
+
+@needs_gguf
+def test_a_gguf_text_encoder_is_the_numbers_that_its_blocks_stand_for(tmp_path: Path) -> None:
+    import gguf
+
+    weights = random_wan_weights() | {"token_embedding.weight": torch.randn(300, WAN_SIZES["dim"])}
+    writer: Any = gguf.GGUFWriter(tmp_path / "umt5-xxl-encoder.gguf", "t5encoder")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, WAN_SIZES["num_layers"])
+    for name, weight in weights.items():
+        theirs = names.get_name(umt5_key_from_wan(name), try_suffixes=(".weight",))
+        assert theirs is not None
+        if "ffn" in name and weight.shape[-1] % BLOCK == 0:
+            data, weights[name] = packed(weight)
+            writer.add_tensor(theirs, data, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(theirs, weight.numpy())
+    finish(writer)
+    shutil.copy(bundle_path("tiny") / "text_encoder" / "tokenizer.json", tmp_path)
+    shutil.copy(bundle_path("tiny") / "text_encoder" / "tokenizer_config.json", tmp_path)
+    model = load_text_encoder(tmp_path / "umt5-xxl-encoder.gguf").model
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(parameters[umt5_key_from_wan(name)], weight) for name, weight in weights.items())
 
 
 def test_without_the_package_a_gguf_file_names_it_and_the_way_in_comfyui(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,15 @@ from selfforcing_core.shapes import wan_shapes
 from selfforcing_core.weights.checkpoint import inspect_checkpoint, read_checkpoint
 from selfforcing_core.weights.convert import convert
 from selfforcing_core.weights.load import load_model
+from selfforcing_core.weights.scaled import Scale
 from selfforcing_core.weights.tensor_files import read_tensors
 
 WAN = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, text_dim=8, freq_dim=16)
 FORMS = ("scale_weight", "weight_scale", "per row", "comfy_quant", "header", "e5m2", "int8")
+
+
+# Layers of a quarter of 14B's widths, so that one weight in float32 is to a layer what it is there.
+QUARTER = replace(WAN, dim=1280, ffn_dim=3456, num_heads=10, num_layers=2)
 
 
 def weights_of(config: WanConfig = WAN) -> dict[str, Tensor]:
@@ -191,3 +197,32 @@ def test_a_scaled_file_is_widened_one_weight_at_a_time(tmp_path: Path) -> None:
         summed += float(tensor.sum())
     assert most < 3 * largest, "a weight, its product, and what the allocator keeps"
     assert summed == pytest.approx(total)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc (Linux)")
+def test_a_scaled_network_needs_no_more_than_its_bfloat16_form_and_a_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked at where most is held: while a weight is wide, and once it has become bfloat16."""
+    wide = sum(math.prod(shape) for shape in wan_shapes(QUARTER).values()) * 2
+    layer = sum(math.prod(shape) for name, shape in wan_shapes(QUARTER).items() if name.startswith("blocks.0.")) * 2
+    save_file(scaled("scale_weight", QUARTER)[0], tmp_path / "m.safetensors")
+    peaks = []
+
+    def anonymous_bytes() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+    product = Scale.product
+
+    def watched(self: Scale, stored: Tensor) -> Tensor:
+        weight = product(self, stored)
+        peaks.append(anonymous_bytes())
+        return weight
+
+    monkeypatch.setattr(Scale, "product", watched)
+    before = anonymous_bytes()
+    model, _ = load_model(tmp_path / "m.safetensors", dtype=torch.bfloat16)
+    assert sum(parameter.nbytes for parameter in model.parameters()) == wide
+    assert len(peaks) == 10 * QUARTER.num_layers
+    assert max(*peaks, anonymous_bytes()) - before < wide + layer
