@@ -52,6 +52,7 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     inside_rollout.a_loras_modulation_is_the_merged_network,
     inside_rollout.first_and_last_frame_models_are_not_made_causal,
     inside_rollout.a_scaled_8_bit_file_is_the_network_it_stands_for,
+    inside_rollout.files_of_other_kinds_are_refused_by_name,
     inside_player.a_run_waits_for_its_viewer,
     inside_player.a_picture_that_moves_is_taken_to_move_on,
     inside_player.a_new_loader_never_pairs_a_bundled_part_with_a_real_one,

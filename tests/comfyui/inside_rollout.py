@@ -314,6 +314,37 @@ def first_and_last_frame_models_are_not_made_causal() -> dict[str, str]:
     return refusals
 
 
+def files_of_other_kinds_are_refused_by_name() -> dict[str, str]:
+    """Return what Load Model says of networks that it cannot run, and of GGUF with and without its package."""
+    net, five_b = network(), network(in_dim=48, out_dim=48)
+    plain = dict(net.state_dict())
+    files = {
+        "5B": dict(five_b.state_dict()),
+        "VACE": {**plain, "vace_patch_embedding.weight": torch.zeros(1)},
+        "HunyuanVideo": {"double_blocks.0.img_attn_q.weight": torch.zeros(1)},
+        "NVFP4": {**plain, "a.weight": torch.zeros(1, dtype=torch.uint8), "a.weight_scale_2": torch.zeros(1)},
+    }
+    for name, tensors in files.items():
+        save_file(tensors, FOLDER / f"{name}.safetensors")
+    (FOLDER / "GGUF.safetensors").write_bytes(b"GGUF" + bytes(100))
+    answers = {name: _refusal(lambda at=FOLDER / f"{name}.safetensors": loaded(at)) for name in (*files, "GGUF")}
+    # As it is read where the package is installed: matrices in GGML's blocks.
+    checkpoint = core["checkpoint"].read_checkpoint(saved("t2v", net))
+    packing = model_file.Packing(None, (1, 1))
+    weights = model_file.ScaledWeights(dict(checkpoint.state_dict), {"blocks.0.ffn.0.weight": packing})
+    read = replace(checkpoint, state_dict=weights)
+    answers["GGUF, read"] = _refusal(lambda: model_file.model_from_checkpoint(read))
+    return answers
+
+
+def _refusal(load: Any) -> str:
+    try:
+        load()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def _kept_in_8_bits(stored: dict[str, torch.Tensor], expected: torch.Tensor) -> tuple[bool, dict[str, Any]]:
     """Load each form of the same products as the node does by default; return what is kept, said and generated."""
     forms: dict[str, dict[str, torch.Tensor]] = {"scale_weight": stored}

@@ -267,6 +267,16 @@ def test_a_scaled_8_bit_file_is_the_network_it_stands_for(outcome: dict[str, Any
         assert len(widened) == (not each["is_8_bit"]), form
 
 
+def test_files_of_other_kinds_are_refused_by_name(outcome: dict[str, str]) -> None:
+    for name, sentence in outcome.items():
+        assert "\n" not in sentence
+        assert name.partition(",")[0] in sentence
+        if "GGUF" in name:
+            assert "load it with a GGUF loader and put Patch Model (Self Forcing) behind it" in sentence
+    for name in ("5B", "VACE", "HunyuanVideo", "NVFP4"):
+        assert "is not supported" in outcome[name]
+
+
 def test_a_run_waits_for_its_viewer(outcome: dict[str, Any]) -> None:
     """While more than its pace is ahead of what the page shows; never for a page that says nothing, or is gone."""
     states, last = outcome.pop("states"), outcome.pop("last")
