@@ -148,7 +148,7 @@ def pipeline(folder: Path, name: str) -> Path:
     return write_fake(make_fake(name), folder)
 
 
-@pytest.mark.parametrize(("name", "shift"), [("causalwan2.2-i2v", 12.0)])
+@pytest.mark.parametrize(("name", "shift"), [("causalwan2.2-i2v", 12.0), ("causalwan2.2-t2v", 5.0)])
 def test_a_pipelines_folder_brings_both_networks_their_boundary_and_shift(
     name: str, shift: float, files: Path, tmp_path: Path
 ) -> None:
