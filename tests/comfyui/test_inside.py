@@ -362,7 +362,23 @@ def test_a_scaled_8_bit_file_is_the_network_it_stands_for(outcome: dict[str, Any
     assert outcome["ours"] < ROUNDING
     assert 0 < outcome["bfloat16"] < 0.05
     assert outcome["weights"] == "torch.bfloat16"
-    assert any("Patch Model (Self Forcing) keeps them in 8 bits" in line for line in outcome["lines"])
+    assert any("weight_dtype asks for float32; default keeps them" in line for line in outcome["lines"])
+    for form, each in outcome["kept"].items():
+        assert each["difference"] < ROUNDING, form
+        # Layers of ComfyUI's own where it has them, but for what they cannot hold; else widened, and that is said.
+        assert each["is_8_bit"] == (outcome["has_layers"] and form != "per row"), form
+        widened = [line for line in each["lines"] if "widened" in line]
+        assert len(widened) == (not each["is_8_bit"]), form
+
+
+def test_files_of_other_kinds_are_refused_by_name(outcome: dict[str, str]) -> None:
+    for name, sentence in outcome.items():
+        assert "\n" not in sentence
+        assert name.partition(",")[0] in sentence
+        if "GGUF" in name:
+            assert "load it with a GGUF loader and put Patch Model (Self Forcing) behind it" in sentence
+    for name in ("5B", "VACE", "HunyuanVideo", "NVFP4"):
+        assert "is not supported" in outcome[name]
 
 
 def test_a_run_waits_for_its_viewer(outcome: dict[str, Any]) -> None:
