@@ -29,7 +29,6 @@ POLICIES = ("self-forcing", "sf++")
 # What a run cannot do without, and the options that give it.
 OPTIONS = {name: f"--{name.replace('_', '-')}" for name in ("chunk", "window", "sink", "cache_source")}
 OPTIONS |= {"steps": "--steps", "warp": "--warp-steps or --no-warp-steps", "shift": "--shift", "solver": "--solver"}
-FIRST_STEPS, CONFIG_FIELDS = "first_chunk_steps", {item.name for item in fields(StepConfig)}
 MOST_NAMES = 6  # of presets in a line
 
 

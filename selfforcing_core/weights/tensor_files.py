@@ -161,7 +161,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _open_gguf(path: Path, weights: str) -> FileContents:
     tensors, packings = gguf_files.read_gguf(path)
-    return replace(_one_set(tensors, {}, weights), scales=packings)
+    shapes = {name: packings[name].size if name in packings else tuple(each.shape) for name, each in tensors.items()}
+    return replace(_one_set(tensors, {}, weights), scales=packings, key_shapes=shapes)
 
 
 def _open_folder(path: Path, weights: str) -> FileContents:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from selfforcing_core.config import StepConfig
 from tests.comfyui.conftest import checkouts
 from tests.comfyui.host_server import ROOT, Checkout
 from tests.support import fakes
@@ -59,8 +58,6 @@ def test_released_files_run_by_their_presets(outcome: dict[str, Any]) -> None:
     files = outcome["files"]
     assert files.keys() == RELEASES.keys()
     assert "rolling-forcing" in files.pop("rolling-forcing")["refusal"]
-    if not hasattr(StepConfig, "first_chunk_steps"):
-        assert "steps of the first chunk" in files.pop("causal-forcing-pp-2step")["refusal"]
     for name, file in files.items():
         chunk, first, later, weights, shift, kind = RELEASES[name]
         expected: list[list[float]] = []
