@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from ..atomic import print_result
 from ..versions import CORE, refusal
 from ..weights.download import DOWNLOADS
-from .request import GROUPS, MODEL_NAMES, PromptBatch, Request
+from .request import GROUPS, LORA_ARGUMENT, LORA_HELP, MODEL_NAMES, PromptBatch, Request
 
 USER_ERROR = 2  # as argparse exits
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -84,9 +84,10 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_generate(commands.add_parser("generate", help="make videos from prompts"))
 
-    look = commands.add_parser("inspect", help="say as JSON what a checkpoint is")
+    look = commands.add_parser("inspect", help="say as JSON what a checkpoint or a LoRA is")
     look.set_defaults(run=_inspect, to_save_memory=FEWER_PROGRAMS)
-    look.add_argument("file", help=f"{MODEL_NAMES}, index of shards, or folder")
+    look.add_argument("file", help=f"{MODEL_NAMES}, index of shards, folder, or a LoRA")
+    look.add_argument("--lora", default=(), help=LORA_HELP, **LORA_ARGUMENT)
     _add_convert(commands.add_parser("convert", help="write a checkpoint in another layout"))
 
     fetch = commands.add_parser("download", help="fetch released weights by name")
@@ -160,6 +161,7 @@ def _add_convert(turn: argparse.ArgumentParser) -> None:
     kind = turn.add_mutually_exclusive_group()
     kind.add_argument("--causal", action="store_true", default=None, help="it generates chunk by chunk")
     kind.add_argument("--bidirectional", dest="causal", action="store_false", help="it denoises whole videos")
+    turn.add_argument("--lora", default=(), help=LORA_HELP, **LORA_ARGUMENT)
     turn.add_argument("--latent-space", help="whose latents a TAEHV decodes, for instance wan2.1")
     turn.add_argument("--overwrite", action="store_true", help="replace a file that exists")
 
@@ -274,7 +276,7 @@ def _inspect(options: argparse.Namespace) -> None:
     from ..weights.bundles import resolve_model
     from ..weights.checkpoint import inspect_checkpoint
 
-    print_result(json.dumps(inspect_checkpoint(resolve_model(options.file)), indent=2))
+    print_result(json.dumps(inspect_checkpoint(resolve_model(options.file), loras=options.lora), indent=2))
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -288,6 +290,7 @@ def _convert(options: argparse.Namespace) -> None:
         weights=options.weights or "auto",
         causal=options.causal,
         latent_space=options.latent_space,
+        loras=options.lora,
         overwrite=options.overwrite,
     )
     print_result(json.dumps(summary, indent=2))

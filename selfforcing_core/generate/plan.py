@@ -141,7 +141,7 @@ def plan_request(
     model_path, is_own = resolve_model(request.model), is_bundle(request.model)
     text_encoder = resolve_text_encoder(request.text_encoder or request.model)
     taehv_path = resolve_taehv(request.taehv or request.model) if decoder == "taehv" else None
-    checkpoint = read_checkpoint(model_path, weights=request.weights)
+    checkpoint = read_checkpoint(model_path, weights=request.weights, loras=request.lora)
     config = checkpoint.config
     if not isinstance(config, WanConfig):
         raise ValueError(f"{request.model} is a {checkpoint.kind}, not a video model; give it as --taehv")

@@ -6,6 +6,7 @@ Nothing here imports torch, so that `--help` is there at once.
 # ruff: noqa: RUF009 - `_option` makes a dataclass field, and nothing that several requests would share
 from __future__ import annotations
 
+import argparse
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,24 @@ def _steps(text: str) -> tuple[float, ...] | int:
     return tuple(float(part) for part in text.split(","))
 
 
+class LoraAction(argparse.Action):
+    """Collects FILE [STRENGTH] of an option that is repeated, as pairs."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Add one pair to those before it. What is no such pair ends in the parser's line."""
+        file, *strengths = values
+        try:
+            pair = file, float(*strengths or (1.0,))
+        except (TypeError, ValueError):
+            given = " ".join(values)
+            parser.error(f"--lora {given}: a file and at most one number can follow; 1 is the usual strength")
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest), pair))
+
+
+LORA_ARGUMENT: dict[str, Any] = {"action": LoraAction, "nargs": "+", "metavar": ("FILE", "STRENGTH")}
+LORA_HELP = "LoRA to merge into the weights, at strength 1 or another; may be repeated"
+
+
 @dataclass(frozen=True)
 class Request:
     """What to generate and where to; None means what the checkpoint says, or the size its model was trained on.
@@ -60,6 +79,7 @@ class Request:
     # models
     model: str = _option("tiny", MODELS, f"{MODEL_NAMES} (default: tiny)")
     weights: str = _option("auto", MODELS, "of a training file", choices=["auto", "ema", "raw"])
+    lora: tuple[tuple[str | Path, float], ...] = _option((), MODELS, LORA_HELP, **LORA_ARGUMENT)
     taehv: str | None = _option(None, MODELS, "bundle or file of the tiny autoencoder (default: the model's bundle)")
     taehv_latents: str | None = _option(None, MODELS, "whose latents the TAEHV decodes, if its file does not say")
     vae: Path | None = _option(None, MODELS, "file or diffusers folder of the Wan VAE")

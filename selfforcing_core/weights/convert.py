@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ def convert(
     weights: str = "auto",
     causal: bool | None = None,
     latent_space: str | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write the network of `source` to `out` and return `inspect_checkpoint` of the result.
@@ -53,6 +54,7 @@ def convert(
     dialect: names to write, one of keymap.DIALECTS. dtype: "float32", "bfloat16" or "float16"; None keeps that of the
     file. weights: "raw", "ema" or "auto". causal: whether the network generates chunk by chunk; None: what the file
     says, and where it does not, yes for Self Forcing's own files and no for others. latent_space: what a TAEHV decodes.
+    loras: files and strengths of what is merged into the weights.
     Raises ValueError, with nothing written, for whatever does not fit.
     """
     out = Path(out)
@@ -60,7 +62,7 @@ def convert(
     dialect = dialect or USUAL_DIALECT[kind]
     _check_choices(dialect, dtype, latent_space)
     _check_place(out, kind, overwrite)  # before gigabytes are read
-    checkpoint = read_checkpoint(resolve_model(source), weights=weights)
+    checkpoint = read_checkpoint(resolve_model(source), weights=weights, loras=loras)
     if isinstance(checkpoint.config, WanConfig):
         checkpoint = _with_settings(checkpoint, causal)
     elif kind == "folder" or dialect not in ("wan", USUAL_DIALECT[kind]):
@@ -68,11 +70,12 @@ def convert(
     if latent_space is not None:
         checkpoint = replace(checkpoint, latent_space=latent_space)
     checkpoint.say_notes()
-    if isinstance(checkpoint.state_dict, ScaledWeights):
+    tensors = checkpoint.state_dict
+    if isinstance(tensors, ScaledWeights) and any(tensor.itemsize == 1 for tensor in tensors.stored.values()):
         # Their products are float32, wider than what was trained; the file says how wide it means them to be.
         dtype = dtype or checkpoint.dtype
-    if dtype is not None:
-        _cast(checkpoint.state_dict, DTYPES[dtype])
+    if dtype is not None or checkpoint.loras:
+        _settle(checkpoint.state_dict, None if dtype is None else DTYPES[dtype])
     write = {"safetensors": _write_safetensors, "torch": _write_torch, "folder": _write_folder}[kind]
     write(checkpoint, out, dialect, overwrite)
     return inspect_checkpoint(out)
@@ -117,10 +120,11 @@ def _with_settings(checkpoint: Checkpoint, causal: bool | None) -> Checkpoint:
     return replace(checkpoint, causal=chunks, bidirectional=None, steps=steps)
 
 
-def _cast(state_dict: MutableMapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Cast in place, one tensor at a time: each original is given up before the next copy is made."""
+def _settle(state_dict: MutableMapping[str, Tensor], dtype: torch.dtype | None) -> None:
+    """Cast and merge in place, one tensor at a time: each original is given up before the next copy is made."""
     for name in list(state_dict):
-        state_dict[name] = state_dict.pop(name).to(dtype)
+        tensor = state_dict.pop(name)
+        state_dict[name] = tensor.to(dtype or tensor.dtype)
 
 
 def _write_safetensors(checkpoint: Checkpoint, out: Path, dialect: str, overwrite: bool) -> None:

@@ -37,7 +37,7 @@ class ScaledWeights(MutableMapping[str, Tensor]):
     stored: what the file holds. scales: by the name of their weight.
     """
 
-    def __init__(self, stored: dict[str, Tensor], scales: Mapping[str, Tensor]) -> None:
+    def __init__(self, stored: MutableMapping[str, Tensor], scales: Mapping[str, Tensor]) -> None:
         self.stored, self.scales = stored, scales
 
     def __getitem__(self, name: str) -> Tensor:
