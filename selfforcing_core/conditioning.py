@@ -21,7 +21,8 @@ class Conditioning:
     # Condition channels of every frame of the video: 4 of a mask, which is 1 where the image is given, and 16 of
     # normalised latents of the image followed by grey (Wan 2.1, wan/image2video.py).
     image_BTCHW: Tensor | None = None
-    clip_BIY: Tensor | None = None  # CLIP features of the image before the last block, 257 tokens for ViT-H/14
+    # CLIP features of the image before the last block, 257 tokens for ViT-H/14; Wan 2.2 networks read none.
+    clip_BIY: Tensor | None = None
 
     def check(self, config: WanConfig, latent_shape: tuple[int, int, int, int]) -> None:
         """Check that this fits the network and a video of `latent_shape` (T, C, H, W); else raise ValueError."""
@@ -38,13 +39,13 @@ class Conditioning:
                     "frames, or use an image-to-video model"
                 )
             return
-        if self.image_BTCHW is None or self.clip_BIY is None:
-            raise ValueError("this is an image-to-video model; give it an image (condition channels and CLIP features)")
+        if self.image_BTCHW is None or (self.clip_BIY is None) == config.reads_clip:
+            needs = "condition channels and CLIP features" if config.reads_clip else "condition channels alone"
+            raise ValueError(f"this is an image-to-video model; give it an image ({needs})")
         self._check_image(config, shape[0], latent_shape)
 
     def _check_image(self, config: WanConfig, batch: int, latent_shape: tuple[int, int, int, int]) -> None:
         assert self.image_BTCHW is not None
-        assert self.clip_BIY is not None
         frames, channels, height, width = latent_shape
         expected = (batch, frames, config.in_dim - channels, height, width)
         shape = tuple(self.image_BTCHW.shape)
@@ -53,6 +54,8 @@ class Conditioning:
                 f"image condition of shape {shape} does not fit this video, it takes {expected}; "
                 "make it for the video's own size and length"
             )
+        if self.clip_BIY is None:
+            return
         clip = tuple(self.clip_BIY.shape)
         if len(clip) != 3 or clip[0] != batch or clip[2] != CLIP_DIM:
             raise ValueError(

@@ -5,7 +5,7 @@ Nothing here knows torch, files or devices. A config travels as JSON in the head
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
 ConfigT = TypeVar("ConfigT", bound="_JsonConfig")
@@ -48,6 +48,8 @@ class WanConfig(_JsonConfig):
     patch_size: tuple[int, int, int] = (1, 2, 2)  # latent frames, height and width of a token
     eps: float = 1e-6  # of all norms
     model_type: str = "t2v"  # or "i2v"
+    # of "i2v" alone: CLIP's features of the image, which Wan 2.1 reads beside the channels and Wan 2.2 does not
+    image_features: bool = True
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
@@ -60,9 +62,27 @@ class WanConfig(_JsonConfig):
         if self.patch_size[0] != 1:
             raise ValueError(f"patch_size {self.patch_size} merges frames; causal chunks need a time patch of 1")
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types, without what earlier versions do not know where it says what they assume."""
+        values = super().to_dict()
+        return {name: value for name, value in values.items() if (name, value) != ("image_features", True)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> WanConfig:
+        """Invert `to_dict`, of what earlier versions wrote too."""
+        config = super().from_dict(values)
+        if config.model_type == "t2v" and config.in_dim > config.out_dim:  # what they called a network without CLIP
+            config = replace(config, model_type="i2v", image_features=False)
+        return config
+
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
+
+    @property
+    def reads_clip(self) -> bool:
+        """Return whether the network has layers for CLIP's features of an image."""
+        return self.model_type == "i2v" and self.image_features
 
 
 # What the keys and values of a finished chunk are made from; see `CausalConfig.cache_source`.

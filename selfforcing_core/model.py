@@ -97,7 +97,7 @@ class _CrossAttention(_SelfAttention):
 
     def __init__(self, config: WanConfig, operations: Any, **factory: Any) -> None:
         super().__init__(config, operations, **factory)
-        if config.model_type == "i2v":
+        if config.reads_clip:
             self.k_img = operations.Linear(config.dim, config.dim, **factory)
             self.v_img = operations.Linear(config.dim, config.dim, **factory)
             self.norm_k_img = operations.RMSNorm(config.dim, eps=config.eps, **factory)
@@ -294,7 +294,7 @@ class CausalWan(nn.Module):
         )
         # six vectors for all blocks, to each of which a block adds its own `modulation`
         self.time_projection = nn.Sequential(nn.SiLU(), operations.Linear(dim, 6 * dim, **factory))
-        if config.model_type == "i2v":
+        if config.reads_clip:
             self.img_emb = _ImageEmbedding(config, operations, **factory)
         self.blocks = nn.ModuleList(_Block(config, operations, **factory) for _ in range(config.num_layers))
         self.head = _Head(config, operations, **factory)
@@ -362,7 +362,8 @@ class CausalWan(nn.Module):
         their keys and values into it; a pass that carries gradient must not.
         mask_TT: bool, which frame sees which (uncached only). clean_BTCHW: a clean copy of the same frames put in
         front of the noisy ones (teacher forcing), with its own timesteps (default 0); the mask then covers both.
-        image_BTCHW, clip_BIY: condition channels of the same frames and CLIP features, for image-to-video networks.
+        image_BTCHW, clip_BIY: condition channels of the same frames, for image-to-video networks, and CLIP features,
+        for those of them that read such.
         """
         dtype = prompt_embeds_BPE.dtype
         num_frames, (height, width) = noisy_BTCHW.shape[1], noisy_BTCHW.shape[-2:]

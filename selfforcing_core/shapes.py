@@ -34,7 +34,7 @@ def wan_shapes(config: WanConfig) -> dict[str, Shape]:
         "head.modulation": (1, 2, D),  # shift and scale, added to the time embedding's
         **_linear("head.head", config.out_dim * math.prod(config.patch_size), D),
     }
-    if config.model_type == "i2v":  # image features to the model width: norm, linear, GELU, linear, norm
+    if config.reads_clip:  # image features to the model width: norm, linear, GELU, linear, norm
         shapes |= _norm("img_emb.proj.0", CLIP_DIM) | _linear("img_emb.proj.1", CLIP_DIM, CLIP_DIM)
         shapes |= _linear("img_emb.proj.3", D, CLIP_DIM) | _norm("img_emb.proj.4", D)
     block = _wan_block(config)
@@ -52,7 +52,7 @@ def _wan_block(config: WanConfig) -> dict[str, Shape]:
             shapes |= _linear(f"{attention}.{projection}", D, D)
         # RMS norms over all heads at once, not over each head.
         shapes |= {f"{attention}.norm_q.weight": (D,), f"{attention}.norm_k.weight": (D,)}
-    if config.model_type == "i2v":  # the image's tokens have keys and values of their own beside the text's
+    if config.reads_clip:  # the image's tokens have keys and values of their own beside the text's
         shapes |= _linear("cross_attn.k_img", D, D) | _linear("cross_attn.v_img", D, D)
         shapes |= {"cross_attn.norm_k_img.weight": (D,)}
     return shapes | _linear("ffn.0", config.ffn_dim, D) | _linear("ffn.2", D, config.ffn_dim)
@@ -73,6 +73,9 @@ def wan_config(shapes: Shapes, *, num_heads: int | None = None, text_len: int = 
     them a head is 128 wide. Raises ValueError when that does not divide the width, or when parameters are missing.
     """
     D, in_dim, *patch_size = _shape(shapes, "patch_embedding.weight", 5)
+    # The head gives all latent pixels of a patch at once.
+    out_dim = _shape(shapes, "head.head.weight", 2)[0] // math.prod(patch_size)
+    has_features = "img_emb.proj.0.weight" in shapes
     if num_heads is None:
         if D % WAN_HEAD_DIM:
             raise ValueError(
@@ -86,14 +89,14 @@ def wan_config(shapes: Shapes, *, num_heads: int | None = None, text_len: int = 
         num_heads=num_heads,
         num_layers=_count_blocks(shapes),
         in_dim=in_dim,
-        # The head gives all latent pixels of a patch at once.
-        out_dim=_shape(shapes, "head.head.weight", 2)[0] // math.prod(patch_size),
+        out_dim=out_dim,
         text_dim=_shape(shapes, "text_embedding.0.weight", 2)[1],
         text_len=text_len,
         freq_dim=_shape(shapes, "time_embedding.0.weight", 2)[1],
         patch_size=(patch_size[0], patch_size[1], patch_size[2]),
-        # Only networks that read an image's features have a projection for them.
-        model_type="i2v" if "img_emb.proj.0.weight" in shapes else "t2v",
+        # Channels behind those of the noise are an image's; Wan 2.1 projects its features as well, Wan 2.2 does not.
+        model_type="i2v" if has_features or in_dim > out_dim else "t2v",
+        image_features=has_features or in_dim <= out_dim,
     )
 
 

@@ -219,6 +219,8 @@ class Distillation(Trainer):
         config = self.supply.checkpoint(STUDENT, sources[STUDENT]).config
         assert isinstance(config, WanConfig)
         if config.model_type == "i2v":
+            if not config.reads_clip:
+                raise ValueError("an image-to-video student that reads no CLIP features (Wan 2.2) is not trained here")
             check_pictures(args)
         height, width = args.height // SPATIAL_FACTOR, args.width // SPATIAL_FACTOR
         self.latent_shape = (args.latent_frames, config.out_dim, height, width)

@@ -107,7 +107,9 @@ class CausalPass:
         # A batch holds the chunk once for each conditioning, in ComfyUI's order. Those that do not fit the memory, or
         # whose text has another length, come in a call of their own.
         count = len(ids)
-        clips = [None] * count if clip_BIY is None else clip_BIY.chunk(count)
+        # As in ComfyUI, features that come with a prompt are not read by networks without layers for them.
+        reads_clip = clip_BIY is not None and shared.network.config.reads_clip
+        clips = clip_BIY.chunk(count) if reads_clip else [None] * count
         rows = zip(ids, x_BCTHW.chunk(count), t_B.chunk(count), context_BPE.chunk(count), clips)
         for row, (identity, x, t, context, clip) in enumerate(rows):
             cache = self._cache_for(identity, x)

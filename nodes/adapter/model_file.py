@@ -111,10 +111,13 @@ def _comfyui_config(config: WanConfig, *, is_causal: bool) -> Any:
     # Built here and not detected from the weights, as ComfyUI does it: its causal class is only chosen for an entry
     # `causal_ar` in the header of a safetensors file, which released files do not have.
     classes = comfy.supported_models
-    config_class = classes.WAN21_I2V if config.model_type == "i2v" else classes.WAN21_T2V
+    config_class = classes.WAN21_I2V if config.reads_clip else classes.WAN21_T2V
     if is_causal and config.model_type == "t2v":
         config_class = getattr(classes, "WAN21_CausalAR_T2V", config_class)  # since 0.22, for text-to-video alone
-    return config_class({"image_model": "wan2.1", **asdict(config)})
+    # ComfyUI calls a network without layers for CLIP's features "t2v", whatever its input channels.
+    sizes = asdict(config) | {"image_model": "wan2.1", "model_type": "i2v" if config.reads_clip else "t2v"}
+    del sizes["image_features"]
+    return config_class(sizes)
 
 
 def _choose_dtype(model_config: Any, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ def config_of(native: nn.Module) -> WanConfig:
     sizes = {name: getattr(native, name) for name in names}
     config = WanConfig(**sizes, eps=native.eps, patch_size=tuple(native.patch_size), model_type=native.model_type)
     check_variant(config)
+    if config.model_type == "t2v" and config.in_dim > config.out_dim:  # ComfyUI's name for Wan 2.2's, without CLIP
+        config = replace(config, model_type="i2v", image_features=False)
     return config
 
 

@@ -282,8 +282,13 @@ def _check_companions(request: Request, config: WanConfig, decoder: str, *, is_o
         )
     if request.image and request.extend:
         raise ValueError("--image and --extend both say how the video starts; give one of them")
-    if config.model_type == "i2v" and not (request.image and request.vae and request.clip):
-        raise ValueError("this is an image-to-video model; give it --image, --vae and --clip")
+    if config.model_type != "i2v":
+        return
+    if not (request.image and request.vae and (request.clip or not config.reads_clip)):
+        options = "--image, --vae and --clip" if config.reads_clip else "--image and --vae"
+        raise ValueError(f"this is an image-to-video model; give it {options}")
+    if request.clip and not config.reads_clip:
+        raise ValueError("this image-to-video model reads the image's channels alone (as Wan 2.2); leave out --clip")
 
 
 def _decoder(request: Request) -> str:

@@ -363,15 +363,17 @@ def _start(plan: Plan, autoencoder: TAEHV | WanVAE) -> tuple[Start, Tensor | Non
     image = fit_image(plan.image_RHW, size.width, size.height)[None]
     if plan.is_prefixed_by_image:
         return start_from_image(image, encoder), None, None
-    from ..codecs.clip import load_clip
-
     assert plan.request.vae is not None
-    assert plan.request.clip is not None
     # The condition channels are latents of Wan's own VAE, on which these models were trained, whatever decodes.
     vae = autoencoder
     if not isinstance(vae, WanVAE):
         vae = load_wan_vae(plan.request.vae, dtype=plan.dtype, device=plan.device)
     condition = first_frame_condition(_OnDevice(vae, plan), image, size.latent_frames)
+    if not plan.config.reads_clip:
+        return Start(), condition.cpu(), None
+    from ..codecs.clip import load_clip
+
+    assert plan.request.clip is not None
     clip = load_clip(plan.request.clip, dtype=plan.dtype, device=plan.device).encode(image)
     return Start(), condition.cpu(), clip.cpu()
 

@@ -115,8 +115,8 @@ def prompt_flops(config: WanConfig) -> int:
 
 
 def image_tokens(config: WanConfig) -> int:
-    """Return the tokens of the first frame that each pass attends to; 0 but for image-to-video models."""
-    return CLIP_TOKENS if config.model_type == "i2v" else 0
+    """Return the tokens of the first frame that each pass attends to; 0 where the model reads no CLIP features."""
+    return CLIP_TOKENS if config.reads_clip else 0
 
 
 # ------------------------------------------------------------------ decoders --

@@ -180,7 +180,6 @@ def _write_folder(checkpoint: Checkpoint, out: Path, dialect: str, overwrite: bo
 
 def _diffusers_config(config: WanConfig) -> dict[str, Any]:
     """Return what diffusers' WanTransformer3DModel.from_pretrained reads."""
-    is_i2v = config.model_type == "i2v"
     return {
         "_class_name": "WanTransformer3DModel",
         "patch_size": list(config.patch_size),
@@ -196,7 +195,7 @@ def _diffusers_config(config: WanConfig) -> dict[str, Any]:
         "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
         "eps": config.eps,
-        "image_dim": CLIP_DIM if is_i2v else None,
-        "added_kv_proj_dim": config.dim if is_i2v else None,
+        "image_dim": CLIP_DIM if config.reads_clip else None,
+        "added_kv_proj_dim": config.dim if config.reads_clip else None,
         "rope_max_seq_len": 1024,  # positions of the reference's table on each axis
     }

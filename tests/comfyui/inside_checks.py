@@ -33,6 +33,7 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     inside_runs.a_network_that_had_to_leave_comes_back,
     inside_rollout.the_hosts_model_gives_the_cores_video,
     inside_rollout.condition_channels_are_sliced_per_chunk,
+    inside_rollout.channels_alone_condition_wan_2_2,
     inside_rollout.a_model_of_the_hosts_loader_is_patched,
     inside_rollout.exports_are_what_they_say,
     inside_rollout.number_types,

@@ -57,8 +57,22 @@ def the_hosts_model_gives_the_cores_video() -> dict[str, float]:
 
 
 def condition_channels_are_sliced_per_chunk() -> dict[str, float]:
-    net = network(in_dim=36, model_type="i2v")
-    patcher = loaded(saved("i2v", net))
+    return _with_an_image("wan2.1", image_features=True)
+
+
+def channels_alone_condition_wan_2_2() -> dict[str, float]:
+    """By Load Model and by ComfyUI's own loader, with features beside them that ComfyUI does not read either."""
+    return _with_an_image("wan2.2", image_features=False)
+
+
+def _with_an_image(name: str, *, image_features: bool) -> dict[str, float]:
+    net = network(in_dim=36, model_type="i2v", image_features=image_features)
+    patcher = loaded(saved(name, net))
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    foreign = comfy.sd.load_diffusion_model_state_dict(state)
+    patched = part("host").with_shift(
+        causal_model.with_settings(foreign, model_settings.Settings("causal", CHUNKS, STEPS)), 5.0
+    )
     generator = torch.Generator().manual_seed(3)
     raw = torch.randn(1, CHANNELS, FRAMES, HEIGHT, WIDTH, generator=generator)
     mask = torch.ones(1, 1, FRAMES, HEIGHT, WIDTH)
@@ -71,11 +85,12 @@ def condition_channels_are_sliced_per_chunk() -> dict[str, float]:
     values = {"concat_latent_image": raw.clone(), "concat_mask": mask, "clip_vision_output": Seen()}
     # As ComfyUI lays the condition out: four channels of the mask, 1 where it is known, then the latents.
     image = torch.cat([(1 - mask).repeat(1, 4, 1, 1, 1), patcher.model.process_latent_in(raw.clone())], 1)
-    condition = {"image_BTCHW": image.transpose(1, 2), "clip_BIY": clip}
+    condition = {"image_BTCHW": image.transpose(1, 2), "clip_BIY": clip if image_features else None}
     other = {**condition, "image_BTCHW": condition["image_BTCHW"].flip(1)}
     return {
         "plain": apart(sampled(patcher, values=values), core_rollout(net, **condition)),
         "cfg": apart(sampled(patcher, cfg=3.0, values=values), core_rollout(net, guidance=3.0, **condition)),
+        "patched": apart(sampled(patched, values=values), core_rollout(net, **condition)),
         "order_matters": apart(core_rollout(net, **other), core_rollout(net, **condition)),
     }
 

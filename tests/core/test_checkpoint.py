@@ -24,6 +24,7 @@ from selfforcing_core.weights.checkpoint import inspect_checkpoint, read_checkpo
 WAN = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, text_dim=8, freq_dim=16)
 WIDE_HEADS = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=1, text_dim=8, text_len=4, freq_dim=16, eps=1e-5)
 TAEHV = TAEHVConfig(encoder_width=8, decoder_widths=(16, 8, 8, 8))
+WAN22_I2V = replace(WAN, in_dim=36, model_type="i2v", image_features=False)
 
 
 def weights_of(config: WanConfig | TAEHVConfig, seed: int = 0) -> dict[str, Tensor]:
@@ -52,7 +53,7 @@ def refusal(path: Path, **options: Any) -> str:
     return message.removeprefix(f"{path}: ")
 
 
-@pytest.mark.parametrize("config", [WAN, WIDE_HEADS, replace(WAN, in_dim=36, model_type="i2v"), TAEHV])
+@pytest.mark.parametrize("config", [WAN, WIDE_HEADS, replace(WAN, in_dim=36, model_type="i2v"), WAN22_I2V, TAEHV])
 def test_saved_checkpoint_comes_back_whole(tmp_path: Path, config: WanConfig | TAEHVConfig) -> None:
     weights = weights_of(config)
     causal, steps = CausalConfig(chunk=2, window=7, sink=1), StepConfig(steps=(1000.0, 500.0), shift=3.0)
@@ -62,6 +63,22 @@ def test_saved_checkpoint_comes_back_whole(tmp_path: Path, config: WanConfig | T
     assert (found.config, found.causal, found.steps) == (config, causal, steps)
     assert found.metadata["trained"] == "on squares"
     assert os.listdir(tmp_path) == ["m.safetensors"]
+
+
+def test_36_channels_without_an_image_embedding_are_image_to_video(tmp_path: Path) -> None:
+    """Bare as Wan 2.2 released them, and with the header of earlier versions, which called them text-to-video."""
+    weights = weights_of(WAN22_I2V)
+    assert not any("img" in name for name in weights)
+    save_file(weights, tmp_path / "bare.safetensors")
+    older = json.dumps({"format": 1, "kind": "wan", "config": {**replace(WAN, in_dim=36).to_dict()}})
+    save_file(weights, tmp_path / "older.safetensors", {"selfforcing": older})
+    assert read_checkpoint(tmp_path / "bare.safetensors").config == WAN22_I2V
+    assert read_checkpoint(tmp_path / "older.safetensors").config == WAN22_I2V
+
+
+def test_older_versions_read_every_header_but_that_of_what_they_lack() -> None:
+    assert "image_features" not in replace(WAN22_I2V, image_features=True).to_dict()
+    assert WAN22_I2V.to_dict()["image_features"] is False
 
 
 def test_header_tells_a_host_what_shapes_cannot(tmp_path: Path) -> None:

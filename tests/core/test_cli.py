@@ -341,7 +341,7 @@ def test_of_all_processes_the_first_explains_and_refuses(
 
 IMPORTED = """
 import sys
-from selfforcing_core.cli import main
+from selfforcing_core.generate.cli import main
 try:
     status = main(sys.argv[2:])
 except SystemExit as end:  # of --help

@@ -49,7 +49,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of small random networks: text-to-video, image-to-video, TAEHV, VAE, CLIP."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    for name, config in (("t2v", WanConfig(**SIZES)), ("i2v", WanConfig(**SIZES, in_dim=36, model_type="i2v"))):
+    i2v = WanConfig(**SIZES, in_dim=36, model_type="i2v")
+    configs = {"t2v": WanConfig(**SIZES), "i2v": i2v, "i2v-2.2": replace(i2v, image_features=False)}
+    for name, config in configs.items():
         weights = CausalWan(config).state_dict()
         weights["head.head.weight"] = torch.randn(weights["head.head.weight"].shape) / 6
         save_checkpoint(folder / f"{name}.safetensors", weights, config, causal=CAUSAL, steps=STEPS)
@@ -95,11 +97,14 @@ def test_a_picture_is_the_first_frame(
     torch.testing.assert_close(first, wanted)
 
 
+@pytest.mark.parametrize("model", ["i2v", "i2v-2.2"])
 def test_image_to_video_models_get_the_picture_as_a_condition(
-    options: list[str], models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str], models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str
 ) -> None:
-    options = [*options, "--model", str(models / "i2v.safetensors"), "--prompt", "a", "--frames", "9"]
-    options += ["--vae", str(models / "vae.safetensors"), "--clip", str(models / "clip.safetensors")]
+    options = [*options, "--model", str(models / f"{model}.safetensors"), "--prompt", "a", "--frames", "9"]
+    options += ["--vae", str(models / "vae.safetensors")]
+    clip = ["--clip", str(models / "clip.safetensors")]
+    options += clip if model == "i2v" else []
     Image.new("RGB", (32, 16), "red").save(tmp_path / "red.png")
     latents = []
     for image in (models / "start.png", tmp_path / "red.png"):
@@ -109,7 +114,11 @@ def test_image_to_video_models_get_the_picture_as_a_condition(
         assert (told["frames"], told["decoder"]) == (9, "taehv")
         latents.append(load_file(kept)["latents"])
     assert (latents[0] - latents[1]).abs().mean() > 0.01
-    assert "give it --image, --vae and --clip" in refusal([*options, "--out", str(tmp_path / "b.mp4")], capsys)
+    out = ["--out", str(tmp_path / "b.mp4")]
+    needed = "--image, --vae and --clip" if model == "i2v" else "--image and --vae"
+    assert f"give it {needed}" in refusal([*options, *out], capsys)
+    if model == "i2v-2.2":
+        assert "leave out --clip" in refusal([*options, *out, *clip, "--image", str(tmp_path / "red.png")], capsys)
 
 
 # --------------------------------------------------------------- extensions --

@@ -331,9 +331,7 @@ def test_validation_videos_and_train_sample_are_the_same(
     args, out = exported(files, tmp_path, stage, **more)
     world = World(0, 1, torch.device("cpu"), None, None)  # type: ignore[arg-type]
     prompts = Prompts(args, world)
-    trainer = SimpleNamespace(
-        settings=args, prompts=prompts, prefixes=(), shape=(4, 16, 4, 4), latent_shape=(4, 16, 4, 4)
-    )
+    trainer = SimpleNamespace(args=args, prompts=prompts, prefixes=(), shape=(4, 16, 4, 4), latent_shape=(4, 16, 4, 4))
     trainer.causal = dmd.causal_of(args) if isinstance(args, DmdArgs) else None
     stages = {DmdArgs: dmd.Distillation, OdeArgs: ode.Regression, DiffusionArgs: diffusion.FlowMatching}
     how = stages[type(args)].sampling(trainer)  # type: ignore[arg-type]
