@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
+import comfy.lora
 import comfy.model_management as memory
 import comfy.supported_models
 import torch
@@ -13,6 +15,7 @@ import torch.nn as nn
 
 from ...selfforcing_core.config import CausalConfig, StepConfig, WanConfig
 from ...selfforcing_core.weights.checkpoint import Checkpoint
+from ...selfforcing_core.weights.lora_files import MergedWeights, Patch, comfyui_lora
 from ...selfforcing_core.weights.scaled import ScaledWeights, stored_tensors
 from . import host, page
 from .autoencoder import check_channels
@@ -39,6 +42,9 @@ def model_from_checkpoint(
     is_dynamic: let ComfyUI bring weights in by pieces, where it can.
     """
     assert isinstance(checkpoint.config, WanConfig)
+    loras = []
+    if isinstance(checkpoint.state_dict, MergedWeights):
+        loras, checkpoint = checkpoint.state_dict.loras, replace(checkpoint, state_dict=checkpoint.state_dict.base)
     check_variant(checkpoint.config)
     check_channels(checkpoint.config.out_dim, "model")
     steps = checkpoint.steps or StepConfig()
@@ -65,6 +71,7 @@ def model_from_checkpoint(
     for note in checkpoint.notes:
         log.warning("%s", note)
     model.diffusion_model.eval().requires_grad_(False)
+    _add_loras(patcher, loras)
     settings = Settings(
         kind,
         checkpoint.causal or CausalConfig(),
@@ -86,6 +93,14 @@ def kind_in(checkpoint: Checkpoint) -> str:
         return UNKNOWN
     # "renoise" is how distilled models go from step to step; teachers are sampled with an ODE solver.
     return FEW_STEP if checkpoint.steps is None or checkpoint.steps.solver == "renoise" else BASE
+
+
+def _add_loras(patcher: Any, loras: Sequence[tuple[dict[str, Patch], float]]) -> None:
+    """Put LoRA on a MODEL as ComfyUI's own loader does: taken off when it is unloaded, and others go on top."""
+    keys = comfy.lora.model_lora_keys_unet(patcher.model, {})
+    for patches, strength in loras:
+        added = patcher.add_patches(comfy.lora.load_lora(comfyui_lora(patches), keys), strength)
+        assert len(added) == len(patches), f"ComfyUI takes {len(added)} of {len(patches)} parts of a LoRA"
 
 
 def _fill_scaled(network: nn.Module, weights: ScaledWeights, *, assign: bool) -> None:

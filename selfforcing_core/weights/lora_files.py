@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint_header import LORA, SamplingSettings, json_object, one_line, read_lora_header
-from .keymap import lora_module
+from .keymap import DIALECT_PREFIXES, lora_module
 from .scaled import ScaledWeights, stored_tensors
 from .tensor_files import open_lora
 
@@ -353,3 +353,17 @@ def merge(weights: MutableMapping[str, Tensor], lora: Lora, strength: float) -> 
             )
     before = weights.loras if isinstance(weights, MergedWeights) else []
     return MergedWeights(weights, [*before, (dict(lora.patches), strength)])
+
+
+def comfyui_lora(patches: Mapping[str, Patch]) -> dict[str, Tensor]:
+    """Return a LoRA under names that every LoRA loader of ComfyUI reads."""
+    tensors: dict[str, Tensor] = {}
+    for name, patch in patches.items():
+        key = DIALECT_PREFIXES["comfyui-diffusion-model"] + name.removesuffix(".weight")
+        if isinstance(patch, LowRank):
+            tensors |= {f"{key}.lora_up.weight": patch.up, f"{key}.lora_down.weight": patch.down}
+            tensors[f"{key}.alpha"] = torch.tensor(patch.alpha, dtype=torch.float64)
+        else:
+            ending = ".diff_b" if name.endswith(".bias") else ".diff"
+            tensors[key.removesuffix(".bias") + ending] = patch.tensor
+    return tensors
