@@ -182,23 +182,13 @@ def parse_lora(
     _check_kind(tensors)
     parts = _parts(tensors)
     known, notes = _known_alphas(parts["alpha"], peft or {}, alpha)
-    patches: dict[str, Patch] = {}
-    for module, (key, up) in parts["up"].items():
-        if module not in parts["down"]:
-            raise ValueError(f"{key} has no A beside it: half of the LoRA is missing; download or save it again")
-        down = parts["down"][module][1]
-        if up.ndim < 2 or up.ndim != down.ndim or up.flatten(1).shape[1] != down.shape[0]:
-            raise ValueError(f"{key} of shape {list(up.shape)} and its A of shape {list(down.shape)} are no pair")
-        patches[f"{module}.weight"] = LowRank(up, down, known.get(module, known.get("", float(down.shape[0]))))
-    for module in (*parts["down"], *parts["alpha"]):
-        if module not in parts["up"]:
-            key = parts["down" if module in parts["down"] else "alpha"][module][0]
-            raise ValueError(f"{key} has no B beside it: half of the LoRA is missing; download or save it again")
-    guesses = [module for module in parts["up"] if module not in known and "" not in known]
+    pairs = _pairs(parts, known)
+    guesses = {} if "" in known else {module: pair for module, pair in pairs.items() if module not in known}
     if guesses:
-        pairs = "no alpha" if len(guesses) == len(parts["up"]) else f"no alpha for {len(guesses)} of its pairs"
-        ranks = " and ".join(map(str, sorted({patches[f"{module}.weight"].rank for module in guesses})))
-        notes.append(f"says {pairs}; it is taken for the rank ({ranks}), so that B A is added as it is")
+        some = "" if len(guesses) == len(pairs) else f" for {len(guesses)} of its {len(pairs)} pairs"
+        ranks = " and ".join(map(str, sorted({pair.rank for pair in guesses.values()})))
+        notes.append(f"says no alpha{some}; it is taken for the rank ({ranks}), so that B A is added as it is")
+    patches: dict[str, Patch] = {f"{module}.weight": pair for module, pair in pairs.items()}
     for module, (_, tensor) in parts["difference"].items():
         # A block's modulation is a parameter of its own and no layer's weight.
         name = module if module.rpartition(".")[2] == "modulation" else f"{module}.weight"
@@ -210,6 +200,22 @@ def parse_lora(
         raise ValueError("holds no LoRA")
     _check_peft(peft or {}, patches.values())
     return Lora(source, patches, settings, base, tuple(f"{source}: {note}" for note in notes))
+
+
+def _pairs(parts: Mapping[str, Mapping[str, tuple[str, Tensor]]], alphas: Mapping[str, float]) -> dict[str, LowRank]:
+    """Return A and B of each module with its alpha; raise ValueError where one of them is missing or does not fit."""
+    pairs: dict[str, LowRank] = {}
+    for module, (key, up) in parts["up"].items():
+        if module not in parts["down"]:
+            raise ValueError(f"{key} has no A beside it: half of the LoRA is missing; download or save it again")
+        down = parts["down"][module][1]
+        if up.ndim < 2 or up.ndim != down.ndim or up.flatten(1).shape[1] != down.shape[0]:
+            raise ValueError(f"{key} of shape {list(up.shape)} and its A of shape {list(down.shape)} are no pair")
+        pairs[module] = LowRank(up, down, alphas.get(module, alphas.get("", float(down.shape[0]))))
+    for module, (key, _) in (*parts["down"].items(), *parts["alpha"].items()):
+        if module not in parts["up"]:
+            raise ValueError(f"{key} has no B beside it: half of the LoRA is missing; download or save it again")
+    return pairs
 
 
 def _check_kind(tensors: Mapping[str, Tensor]) -> None:

@@ -285,7 +285,7 @@ def _by_prefix(tensors: dict[str, Tensor], place: str, weights: str) -> list[_Ca
     if others and all(container in LORA_CONTAINERS for container in sets):
         sets[""], others = {key: tensors[key] for key in others}, []  # what the LoRA belongs on
     left_out = f"{len(others)} tensors beside the network are left out, the first is {others[0]}" if others else ""
-    kinds = dict.fromkeys(EMA_CONTAINERS, "ema") | dict.fromkeys(LORA_CONTAINERS, LORA)
+    kinds: dict[str, str] = {**dict.fromkeys(EMA_CONTAINERS, "ema"), **dict.fromkeys(LORA_CONTAINERS, LORA)}
     return [
         _Candidate((place + container).rstrip("."), kinds.get(container, weights), network, left_out)
         for container, network in sets.items()
