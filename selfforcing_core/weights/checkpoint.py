@@ -158,9 +158,12 @@ def inspect_checkpoint(path: str | Path, *, loras: Sequence[tuple[str | Path, fl
     loras: as for `read_checkpoint`. Raises ValueError as that does.
     """
     path = Path(path)
-    if not loras and is_lora(path):
+    try:
+        checkpoint, contents = _read(path, "auto")
+    except ValueError:
+        if loras or not is_lora(path):
+            raise
         return read_lora(path).summary()
-    checkpoint, contents = _read(path, "auto")
     checkpoint = _with_loras(checkpoint, loras)
     stored = stored_tensors(checkpoint.state_dict)
     return {

@@ -21,9 +21,10 @@ from ..atomic import check_new_folder, check_writable, replacing, replacing_fold
 from ..config import CLIP_DIM, BidirectionalConfig, CausalConfig, StepConfig, WanConfig
 from .bundles import resolve_model
 from .checkpoint import DTYPES, Checkpoint, inspect_checkpoint, read_checkpoint, save_checkpoint
-from .checkpoint_header import COMFYUI_KEY, HEADER_KEY, file_header
+from .checkpoint_header import COMFYUI_KEY, HEADER_KEY, file_header, lora_header
 from .keymap import DIALECTS, DIFFUSERS, EMA_CONTAINERS, RAW_CONTAINERS, from_wan
 from .latent_space import LATENT_SPACES
+from .lora_files import comfyui_lora, is_lora, read_lora
 from .scaled import ScaledWeights
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,8 @@ def convert(
     dialect: names to write, one of keymap.DIALECTS. dtype: "float32", "bfloat16" or "float16"; None keeps that of the
     file. weights: "raw", "ema" or "auto". causal: whether the network generates chunk by chunk; None: what the file
     says, and where it does not, yes for Self Forcing's own files and no for others. latent_space: what a TAEHV decodes.
-    loras: files and strengths of what is merged into the weights.
+    loras: files and strengths of what is merged into the weights. A LoRA as `source` is written in ComfyUI's names, for
+    which neither dialect nor what is said of a network has a meaning.
     Raises ValueError, with nothing written, for whatever does not fit.
     """
     out = Path(out)
@@ -62,7 +64,10 @@ def convert(
     dialect = dialect or USUAL_DIALECT[kind]
     _check_choices(dialect, dtype, latent_space)
     _check_place(out, kind, overwrite)  # before gigabytes are read
-    checkpoint = read_checkpoint(resolve_model(source), weights=weights, loras=loras)
+    path = resolve_model(source)
+    if is_lora(path):
+        return _convert_lora(path, out, dtype, is_plain=kind == "safetensors" and not loras, overwrite=overwrite)
+    checkpoint = read_checkpoint(path, weights=weights, loras=loras)
     if isinstance(checkpoint.config, WanConfig):
         checkpoint = _with_settings(checkpoint, causal)
     elif kind == "folder" or dialect not in ("wan", USUAL_DIALECT[kind]):
@@ -125,6 +130,25 @@ def _settle(state_dict: MutableMapping[str, Tensor], dtype: torch.dtype | None) 
     for name in list(state_dict):
         tensor = state_dict.pop(name)
         state_dict[name] = tensor.to(dtype or tensor.dtype)
+
+
+def _convert_lora(path: Path, out: Path, dtype: str | None, *, is_plain: bool, overwrite: bool) -> dict[str, Any]:
+    """Write a LoRA with the names that ComfyUI's loaders read, and return what it is."""
+    if not is_plain:
+        raise ValueError(
+            f"{path} is a LoRA, which is written alone and as .safetensors; merge it with --lora of its base"
+        )
+    lora = read_lora(path)
+    for note in lora.notes:
+        log.warning("%s", note)
+    tensors = {
+        name: (tensor if dtype is None or not tensor.ndim else tensor.to(DTYPES[dtype])).contiguous()
+        for name, tensor in comfyui_lora(lora.patches).items()
+    }
+    header = {"format": "pt"} if lora.base is None else lora_header(lora.base, lora.settings)
+    with replacing(out, overwrite=overwrite) as temporary:
+        save_file(tensors, temporary, header)
+    return inspect_checkpoint(out)
 
 
 def _write_safetensors(checkpoint: Checkpoint, out: Path, dialect: str, overwrite: bool) -> None:

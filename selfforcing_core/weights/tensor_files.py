@@ -93,7 +93,9 @@ def open_contents(path: Path, weights: str) -> FileContents:
         raise ValueError(f"weights {weights!r} is unknown; use 'auto', 'ema' or 'raw'")
     contents = _open(path, weights)
     if contents.lora and not contents.tensors:
-        raise ValueError("holds a LoRA alone; load its base, and it on top (--lora, in ComfyUI a LoRA loader)")
+        raise ValueError(
+            "holds a LoRA alone; load its base, and it on top: by --lora, or in ComfyUI what convert makes of it"
+        )
     if contents.lora and weights == "auto" and len(contents.available) > 1:
         raise ValueError(
             "holds a LoRA beside raw and averaged weights; ask for weights='raw' or 'ema' to merge it into"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from selfforcing_core.config import CausalConfig, StepConfig, WanConfig
@@ -369,6 +369,17 @@ def test_convert_writes_the_merged_weights_and_what_they_are(tmp_path: Path, bas
     )
     twice = merged(merged(BASE, PAIRS, strength=0.25), PAIRS, strength=0.25)
     assert_same(dict(read_checkpoint(tmp_path / "cli.pt").state_dict), twice)
+
+
+def test_convert_writes_a_lora_as_comfyuis_loaders_read_it(tmp_path: Path, base: Path) -> None:
+    torch.save({"generator_lora": peft(PAIRS)}, tmp_path / "lora.pt")
+    out = tmp_path / "out.safetensors"
+    assert main(["convert", str(tmp_path / "lora.pt"), str(out)]) == 0
+    names = set(load_file(out))
+    assert {f"diffusion_model.{Q}.{part}" for part in ("lora_down.weight", "lora_up.weight", "alpha")} < names
+    assert_same(dict(read_checkpoint(base, loras=[(out, 1.0)]).state_dict), merged(BASE, PAIRS))
+    with pytest.raises(ValueError, match=r"is a LoRA, which is written alone and as \.safetensors"):
+        convert(tmp_path / "lora.pt", tmp_path / "out.pt")
 
 
 def test_inspect_says_what_a_lora_is_alone_and_on_its_base(
