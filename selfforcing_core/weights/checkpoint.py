@@ -98,7 +98,7 @@ def read_checkpoint(
     averaged ones where they exist. loras: files and strengths of what is merged into them, beside what the file itself
     has to merge. Raises ValueError, one line, for whatever is not such a file.
     """
-    return _with_loras(_read(Path(path), weights)[0], loras)
+    return with_loras(_read(Path(path), weights)[0], loras)
 
 
 def with_lora(checkpoint: Checkpoint, lora: Lora, strength: float = 1.0) -> Checkpoint:
@@ -136,7 +136,8 @@ def with_lora(checkpoint: Checkpoint, lora: Lora, strength: float = 1.0) -> Chec
     )
 
 
-def _with_loras(checkpoint: Checkpoint, loras: Sequence[tuple[str | Path, float]]) -> Checkpoint:
+def with_loras(checkpoint: Checkpoint, loras: Sequence[tuple[str | Path, float]]) -> Checkpoint:
+    """Return the checkpoint with these files merged at their strengths, as `with_lora` does it."""
     for path, strength in loras:
         checkpoint = with_lora(checkpoint, read_lora(path), strength)
     return checkpoint
@@ -164,7 +165,7 @@ def inspect_checkpoint(path: str | Path, *, loras: Sequence[tuple[str | Path, fl
         if loras or not is_lora(path):
             raise
         return read_lora(path).summary()
-    checkpoint = _with_loras(checkpoint, loras)
+    checkpoint = with_loras(checkpoint, loras)
     stored = stored_tensors(checkpoint.state_dict)
     return {
         "file": str(path),
