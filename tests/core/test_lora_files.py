@@ -16,13 +16,26 @@ from torch import Tensor
 from selfforcing_core.config import CausalConfig, StepConfig, WanConfig
 from selfforcing_core.generate.cli import main
 from selfforcing_core.shapes import wan_shapes
+from selfforcing_core.weights import preset_settings
 from selfforcing_core.weights.checkpoint import inspect_checkpoint, read_checkpoint, save_checkpoint, with_lora
 from selfforcing_core.weights.checkpoint_header import SamplingSettings, lora_header
 from selfforcing_core.weights.convert import convert
 from selfforcing_core.weights.keymap import from_wan
 from selfforcing_core.weights.load import build_model
 from selfforcing_core.weights.lora_files import OTHER_KINDS, read_lora
-from tests.support.fakes import RANK, Maker, kohya, make_fake, merged, model, peft, prefixed, scaled, write_fake
+from tests.support.fakes import (
+    RANK,
+    Maker,
+    kohya,
+    make_fake,
+    merged,
+    model,
+    peft,
+    prefixed,
+    scaled,
+    tiny_presets,
+    write_fake,
+)
 
 WAN = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, text_dim=8, freq_dim=16)
 MAKER = Maker(1, WAN)
@@ -353,6 +366,33 @@ def test_a_strength_that_is_no_number_and_a_taehv_are_refused(tmp_path: Path, ba
         with_lora(read_checkpoint(base), lora, float("nan"))
     with pytest.raises(ValueError, match="a taehv takes no LoRA; give it to the video model"):
         with_lora(read_checkpoint("assets/tiny/taehv.safetensors"), lora)
+
+
+# -------------------------------------------------------------------- presets --
+def test_a_presets_lora_is_merged_with_its_alpha_unless_one_is_there_or_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the cache had the policy of LongLive."""
+    monkeypatch.setattr(preset_settings, "POLICIES", (*preset_settings.POLICIES, "longlive"))
+    monkeypatch.setattr(preset_settings, "find_preset", lambda name: tiny_presets()[name])
+    fake = make_fake("longlive")
+    path = write_fake(fake, tmp_path)
+    reading = preset_settings.read_with_preset(path, "longlive")
+    assert_same(dict(reading.checkpoint.state_dict), fake.networks["merged"])
+    assert not any("taken for the rank" in note for note in reading.checkpoint.notes), "the preset says alpha"
+    convert(path, tmp_path / "copy.safetensors", preset="longlive")
+    (tmp_path / "models/lora.pt").rename(tmp_path / "elsewhere.pt")
+    copy = preset_settings.read_with_preset(tmp_path / "copy.safetensors", "longlive").checkpoint
+    assert_same(dict(copy.state_dict), fake.networks["merged"])
+    with pytest.raises(ValueError, match=r"needs models/lora\.pt beside it"):
+        preset_settings.read_with_preset(path, "longlive")
+    for strength, network in ((1.0, "merged"), (0.0, "raw")):
+        loras = [(tmp_path / "elsewhere.pt", strength)]
+        given = preset_settings.read_with_preset(path, "longlive", loras=loras).checkpoint
+        assert_same(dict(given.state_dict), fake.networks[network])
+    both = make_fake("longlive-one-file")
+    own = preset_settings.read_with_preset(write_fake(both, tmp_path / "both"), "longlive").checkpoint
+    assert_same(dict(own.state_dict), both.networks["merged"])
 
 
 # -------------------------------------------------------------- command line --
