@@ -1,10 +1,13 @@
 """From a checkpoint of real size to the first chunk: seconds, and memory that never holds the weights twice.
 
     python -m bench.loading --json --out bench/results/loading-cpu-1thread.json
+    python -m bench.loading --lora 256 --json --out bench/results/loading-lora-cpu-1thread.json
 
 A file with random weights in the shapes of Wan 2.1 1.3B is written first. Each measurement is a process of its own.
 Anonymous memory is what a process really allocates; pages mapped from the file are counted apart, the system takes them
-back when it needs them. The frame is small: the figures are about loading, not about speed.
+back when it needs them. The frame is small: the figures are about loading, not about speed. With
+--lora, one of that rank on every matrix of the blocks is merged, and the base is also read from a file that cannot be
+mapped, where every copy would be allocated.
 """
 
 from __future__ import annotations
@@ -35,16 +38,34 @@ from selfforcing_core.weights.load import load_model
 LATENT_SHAPE = (3, 16, 8, 8)  # one chunk of 64x64 pixels
 # As stored, weights may stay mapped; converted, each is read once and its bfloat16 form let go.
 CASES = ("bfloat16 as stored", "bfloat16 to float32")
+UNMAPPED = "bfloat16 that cannot be mapped"
 
 
-def write_checkpoint(path: Path, preset: str) -> int:
+def write_checkpoint(path: Path, preset: str, *, is_also_pickled: bool) -> int:
     """Write random bfloat16 weights, and return their bytes."""
     generator = torch.Generator().manual_seed(0)
     # Small numbers, so that thirty layers of them give no NaN.
     shapes = wan_shapes(NETWORK_SIZES[preset])
     state = {name: torch.randn(shape, generator=generator).mul_(0.02).bfloat16() for name, shape in shapes.items()}
     save_checkpoint(path, state, NETWORK_SIZES[preset], causal=CausalConfig(), steps=StepConfig())
+    if is_also_pickled:  # as torch wrote files before its archives
+        torch.save(state, path.with_suffix(".pt"), _use_new_zipfile_serialization=False)
     return sum(tensor.nbytes for tensor in state.values())
+
+
+def write_lora(path: Path, preset: str, rank: int) -> int:
+    """Write a random LoRA of every matrix of the blocks in bfloat16, and return its bytes."""
+    shapes = {name: shape for name, shape in wan_shapes(NETWORK_SIZES[preset]).items() if name.startswith("blocks.")}
+    sizes = {
+        f"{name.removesuffix('weight')}lora_{letter}.weight": size
+        for name, shape in shapes.items()
+        if len(shape) == 2
+        for letter, size in (("A", (rank, shape[1])), ("B", (shape[0], rank)))
+    }
+    generator = torch.Generator().manual_seed(1)
+    lora = {name: torch.randn(size, generator=generator).mul_(0.01).bfloat16() for name, size in sizes.items()}
+    torch.save({"generator_lora": lora}, path)
+    return sum(tensor.nbytes for tensor in lora.values())
 
 
 class Watch:
@@ -75,23 +96,23 @@ class Watch:
 
 
 @torch.no_grad()
-def measure(path: Path, case: str) -> dict[str, Any]:
+def measure(path: Path, case: str, lora: Path | None) -> dict[str, Any]:
     """Load and make one chunk, in this process."""
     torch.set_num_threads(1)
     dtype = torch.float32 if case.endswith("float32") else torch.bfloat16
     before, watch, start = Watch().stop(), Watch(), time.perf_counter()
-    model, checkpoint = load_model(path, dtype=dtype)
+    path = path.with_suffix(".pt") if case == UNMAPPED else path
+    loras = [] if lora is None else [(lora, 1.0)]
+    model, checkpoint = load_model(path, dtype=dtype, loras=loras)
     end_of_loading, loading = time.perf_counter(), watch.stop()
     watch = Watch()
     conditioning = Conditioning(torch.zeros(1, 8, model.config.text_dim, dtype=dtype))
-    assert checkpoint.causal is not None
-    assert checkpoint.steps is not None
     chunks = rollout(
         Guided(model, conditioning),
         noise=SeededNoise(0),
         latent_shape=LATENT_SHAPE,
-        causal=checkpoint.causal,
-        steps=checkpoint.steps,
+        causal=checkpoint.causal or CausalConfig(),
+        steps=checkpoint.steps or StepConfig(),
     )
     for _ in chunks:
         pass
@@ -106,19 +127,23 @@ def measure(path: Path, case: str) -> dict[str, Any]:
     }
 
 
-def run(preset: str) -> dict[str, Any]:
+def run(preset: str, rank: int) -> dict[str, Any]:
     """Write the file, and measure each case in a process of its own, whose memory nothing before it has grown."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
-        size = write_checkpoint(path, preset)
-        results = []
-        for case in CASES:
+        size = write_checkpoint(path, preset, is_also_pickled=rank > 0)
+        lora, results = path.with_name("lora.pt"), []
+        lora_size = write_lora(lora, preset, rank) if rank else 0
+        for case in (*CASES, UNMAPPED) if rank else CASES:
             command = [sys.executable, "-m", "bench.loading", "--measure", str(path), "--case", case]
+            command += ["--measure-lora", str(lora)] if rank else []
             process = subprocess.run(command, check=True, capture_output=True, text=True)
             results.append(json.loads(process.stdout))
     return {
         "preset": preset,
         "file_bytes": size,
+        "lora_rank": rank,
+        "lora_bytes": lora_size,
         "latent_shape": LATENT_SHAPE,
         "cases": results,
         "hardware": hardware(),
@@ -131,15 +156,17 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(NETWORK_SIZES), default="t2v-1.3b")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="merge a LoRA of this rank (default: none)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--out", type=Path, help="file to write")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--case", choices=(*CASES, UNMAPPED), help=argparse.SUPPRESS)
+    parser.add_argument("--measure-lora", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(args.measure, args.case)))
+        print(json.dumps(measure(args.measure, args.case, args.measure_lora)))
         return
-    result = run(args.preset)
+    result = run(args.preset, args.lora)
     text = write(result, args.out)
     if args.json:
         print(text)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
+import comfy.lora
 import comfy.model_management as memory
 import comfy.supported_models
 import comfy.utils
@@ -16,6 +18,7 @@ import torch.nn as nn
 from ...selfforcing_core.config import FEW_STEP_SOLVERS, CausalConfig, StepConfig, WanConfig
 from ...selfforcing_core.weights.checkpoint import Checkpoint
 from ...selfforcing_core.weights.gguf_files import IN_COMFYUI, Packing
+from ...selfforcing_core.weights.lora_files import MergedWeights, Patch, comfyui_lora
 from ...selfforcing_core.weights.scaled import FORMATS, FULL_PRECISION, Scale, ScaledWeights, count_numbers
 from . import host, page
 from .autoencoder import check_channels
@@ -48,6 +51,9 @@ def model_from_checkpoint(
     is_dynamic: let ComfyUI bring weights in by pieces, where it can.
     """
     assert isinstance(checkpoint.config, WanConfig)
+    loras = []
+    if isinstance(checkpoint.state_dict, MergedWeights):
+        loras, checkpoint = checkpoint.state_dict.loras, replace(checkpoint, state_dict=checkpoint.state_dict.base)
     weights, notes = checkpoint.state_dict, checkpoint.notes
     if isinstance(weights, ScaledWeights) and any(isinstance(scale, Packing) for scale in weights.scales.values()):
         raise ValueError(f"this is a GGUF file; {IN_COMFYUI}")
@@ -87,6 +93,7 @@ def model_from_checkpoint(
     for note in notes:
         log.warning("%s", note)
     model.diffusion_model.eval().requires_grad_(False)
+    _add_loras(patcher, loras)
     settings = Settings(
         kind,
         checkpoint.causal or CausalConfig(),
@@ -171,6 +178,14 @@ def _choose_quantised(model_config: Any, checkpoint: Checkpoint) -> None:
         model_params=count_numbers(checkpoint.state_dict), supported_dtypes=supported, weight_dtype=None
     )
     model_config.set_inference_dtype(others, memory.unet_manual_cast(None, memory.get_torch_device(), supported))
+
+
+def _add_loras(patcher: Any, loras: Sequence[tuple[dict[str, Patch], float]]) -> None:
+    """Put LoRA on a MODEL as ComfyUI's own loader does: taken off when it is unloaded, and others go on top."""
+    keys = comfy.lora.model_lora_keys_unet(patcher.model, {})
+    for patches, strength in loras:
+        added = patcher.add_patches(comfy.lora.load_lora(comfyui_lora(patches), keys), strength)
+        assert len(added) == len(patches), f"ComfyUI takes {len(added)} of {len(patches)} parts of a LoRA"
 
 
 def _fill_scaled(network: nn.Module, weights: ScaledWeights, *, assign: bool) -> None:

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from ..atomic import print_result
 from ..versions import CORE, refusal
 from ..weights.download import DOWNLOADS
-from .request import GROUPS, MODEL_NAMES, PromptBatch, Request
+from .request import GROUPS, LORA_ARGUMENT, LORA_HELP, MODEL_NAMES, PromptBatch, Request
 
 USER_ERROR = 2  # as argparse exits
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -85,9 +85,10 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_generate(commands.add_parser("generate", help="make videos from prompts"))
 
-    look = commands.add_parser("inspect", help="say as JSON what a checkpoint is")
+    look = commands.add_parser("inspect", help="say as JSON what a checkpoint or a LoRA is")
     look.set_defaults(run=_inspect, to_save_memory=FEWER_PROGRAMS)
-    look.add_argument("file", help=f"{MODEL_NAMES}, index of shards, or folder")
+    look.add_argument("file", help=f"{MODEL_NAMES}, index of shards, folder, or a LoRA")
+    look.add_argument("--lora", default=(), help=LORA_HELP, **LORA_ARGUMENT)
     _add_preset(look)
     _add_convert(commands.add_parser("convert", help="write a checkpoint in another layout"))
 
@@ -168,6 +169,7 @@ def _add_convert(turn: argparse.ArgumentParser) -> None:
     kind = turn.add_mutually_exclusive_group()
     kind.add_argument("--causal", action="store_true", default=None, help="it generates chunk by chunk")
     kind.add_argument("--bidirectional", dest="causal", action="store_false", help="it denoises whole videos")
+    turn.add_argument("--lora", default=(), help=LORA_HELP, **LORA_ARGUMENT)
     _add_preset(turn)
     turn.add_argument("--latent-space", help="whose latents a TAEHV decodes, for instance wan2.1")
     turn.add_argument("--overwrite", action="store_true", help="replace a file that exists")
@@ -286,10 +288,14 @@ def _in_words(measured: dict[str, Any]) -> str:
 def _inspect(options: argparse.Namespace) -> None:
     from ..weights.bundles import resolve_model
     from ..weights.checkpoint import inspect_checkpoint
+    from ..weights.checkpoint_header import LORA
     from ..weights.preset_settings import inspect_preset
 
     path = resolve_model(options.file)
-    print_result(json.dumps({**inspect_checkpoint(path), "preset": inspect_preset(path, options.preset)}, indent=2))
+    found = inspect_checkpoint(path, loras=options.lora)
+    if found["kind"] != LORA:
+        found["preset"] = inspect_preset(path, options.preset)
+    print_result(json.dumps(found, indent=2))
 
 
 def _presets(options: argparse.Namespace) -> None:
@@ -313,6 +319,7 @@ def _convert(options: argparse.Namespace) -> None:
         preset=options.preset,
         causal=options.causal,
         latent_space=options.latent_space,
+        loras=options.lora,
         overwrite=options.overwrite,
     )
     print_result(json.dumps(summary, indent=2))

@@ -177,6 +177,7 @@ def plan_request(
     causal, steps, cfg = _settings(request, checkpoint, notes, is_prefixed=is_prefixed)
     steps = _with_shift(request, reading, folder, steps, notes)
     if pair is not None:
+        notes += ["has two networks; --lora is merged into that for high noise alone"] if request.lora else []
         steps = pair.divided(request, causal, steps, notes)
     source = _source(request, config, fps)
     usual = _usual_size(request.model, preset)
@@ -348,7 +349,7 @@ def _reading(request: Request, path: Path, folder: PipelineFolder) -> PresetRead
     # By its name a release was fetched, whatever its file is called.
     if choice == AUTO and request.model in PRESETS and path != Path(request.model):
         choice = request.model
-    return read_with_preset(path, choice, weights=request.weights, given=given)
+    return read_with_preset(path, choice, weights=request.weights, loras=request.lora, given=given)
 
 
 def _check_start(request: Request, *, is_whole: bool, is_prefixed: bool) -> None:

@@ -6,7 +6,7 @@ Nothing here imports torch, so that `--help` is there at once.
 # ruff: noqa: RUF009 - `_option` makes a dataclass field, and nothing that several requests would share
 from __future__ import annotations
 
-from argparse import BooleanOptionalAction
+from argparse import Action, BooleanOptionalAction
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,24 @@ def _first_steps(text: str) -> tuple[float, ...] | int:
     return () if text == SAME else _steps(text)
 
 
+class LoraAction(Action):
+    """Collects FILE [STRENGTH] of an option that is repeated, as pairs."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Add one pair to those before it. What is no such pair ends in the parser's line."""
+        file, *strengths = values
+        try:
+            pair = file, float(*strengths or (1.0,))
+        except (TypeError, ValueError):
+            given = " ".join(values)
+            parser.error(f"--lora {given}: a file and at most one number can follow; 1 is the usual strength")
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest), pair))
+
+
+LORA_ARGUMENT: dict[str, Any] = {"action": LoraAction, "nargs": "+", "metavar": ("FILE", "STRENGTH")}
+LORA_HELP = "LoRA to merge into the weights, at strength 1 or another; may be repeated"
+
+
 @dataclass(frozen=True)
 class Request:
     """What to generate and where to; None means what preset or checkpoint say, or the size its model was trained on.
@@ -76,6 +94,7 @@ class Request:
     )
     boundary_step: int | None = _option(None, MODELS, "or how many of the steps are --model's")
     weights: str = _option("auto", MODELS, "of a training file", choices=["auto", "ema", "raw"])
+    lora: tuple[tuple[str | Path, float], ...] = _option((), MODELS, LORA_HELP, **LORA_ARGUMENT)
     preset: str = _option(
         "auto",
         MODELS,

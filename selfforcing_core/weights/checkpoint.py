@@ -12,8 +12,9 @@ from `tensor_files`.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from ..shapes import Shape, Shapes, mismatch, taehv_config, taehv_shapes, wan_co
 from .checkpoint_header import FileHeader, SamplingSettings, file_header, one_line, read_header
 from .keymap import describe_dialect, from_wan, stray_keys, wan_names
 from .latent_space import WAN, identify_latent_space
+from .lora_files import Lora, is_lora, merge, parse_lora, read_lora
 from .scaled import QUANTIZATION_ENTRY, ScaledWeights, Storage, count_numbers, stored_tensors, weight_shapes
 from .tensor_files import FileContents, open_contents, without_fusions
 from .variants import family_of, not_supported, variant_among, variant_of_channels
@@ -35,12 +37,13 @@ from .variants import family_of, not_supported, variant_among, variant_of_channe
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # to store and compute in
 UMT5_XXL_DIM = 4096  # width of the embeddings of every released Wan model's prompts
+MERGED_ENTRY = "merged_loras"  # of the header, for people
 WAN_LATENT_CHANNELS = 16  # of Wan 2.1's VAE
 
 # What people most often mistake for a model file of ours, by a part of a parameter's name.
 FOREIGN_SIGNS = {
-    "lora_": "a LoRA; load it on top of a model",
-    ".lora": "a LoRA; load it on top of a model",
+    "lora_": "a LoRA; load its base, and it on top (--lora, in ComfyUI a LoRA loader)",
+    ".lora": "a LoRA; load its base, and it on top (--lora, in ComfyUI a LoRA loader)",
     "decoder.upsamples.": "the Wan VAE; a TAEHV is needed here",
     "token_embedding.": "a UMT5 text encoder",
     "encoder.block.": "a text encoder",
@@ -75,6 +78,7 @@ class Checkpoint:
         default_factory=dict
     )  # of all that the file holds, by its own names with their containers
     notes: tuple[str, ...] = ()  # lines for the user about what of the file was chosen, left out or is widened
+    loras: tuple[dict[str, Any], ...] = ()  # what each is that the weights have added, its strength beside
 
     @property
     def settings(self) -> SamplingSettings:
@@ -87,30 +91,83 @@ class Checkpoint:
             log.warning("%s", note)
 
 
-def read_checkpoint(path: str | Path, *, weights: str = "auto") -> Checkpoint:
+def read_checkpoint(
+    path: str | Path, *, weights: str = "auto", loras: Sequence[tuple[str | Path, float]] = ()
+) -> Checkpoint:
     """Return the Wan transformer or the TAEHV of any supported file.
 
     weights: "ema" or "raw" choose between the averaged and the trained weights of a training file, "auto" takes the
-    averaged ones where they exist. Raises ValueError, one line, for whatever is not such a file.
+    averaged ones where they exist. loras: files and strengths of what is merged into them, beside what the file itself
+    has to merge. Raises ValueError, one line, for whatever is not such a file.
     """
-    return _read(Path(path), weights)[0]
+    return with_loras(_read(Path(path), weights)[0], loras)
+
+
+def with_lora(checkpoint: Checkpoint, lora: Lora, strength: float = 1.0) -> Checkpoint:
+    """Return the checkpoint with a LoRA merged into its weights, each of them when it is asked for.
+
+    A LoRA whose file says how the two are sampled together brings that along. Strength 0 leaves all as it is.
+    Raises ValueError, one line, for a LoRA of another network.
+    """
+    if not math.isfinite(strength):
+        raise ValueError(f"{lora.source}: strength {strength} is not a finite number; 1 is usual, 0 none of it")
+    if checkpoint.kind != "wan":
+        raise ValueError(f"{lora.source}: a {checkpoint.kind} takes no LoRA; give it to the video model")
+    if strength == 0:
+        return replace(checkpoint, notes=(*checkpoint.notes, f"{lora.source}: not merged, its strength is 0"))
+    weights = merge(checkpoint.state_dict, lora, strength)
+    summary = {**lora.summary(), "strength": strength}
+    ranks = "" if not summary["ranks"] else f", rank {' and '.join(map(str, summary['ranks']))}"
+    notes = [f"{lora.source}: LoRA merged at strength {strength:g} ({len(lora.patches)} weights{ranks})", *lora.notes]
+    said = {name: value for name, value in vars(lora.settings).items() if value is not None}
+    if "causal" in said or "bidirectional" in said:  # a network is never both
+        said = {"causal": None, "bidirectional": None, **said}
+    replaced = [name for name, value in said.items() if getattr(checkpoint, name) not in (None, value)]
+    if replaced:
+        notes.append(f"{lora.source}: its {', '.join(replaced)} settings take the place of the model's")
+    merged = ", ".join(f"{each['file']} at strength {each['strength']:g}" for each in (*checkpoint.loras, summary))
+    return replace(
+        checkpoint,
+        state_dict=weights,
+        # What was 8 bits without a scale comes out in float32 where a LoRA changes it.
+        dtype=checkpoint.dtype if checkpoint.dtype in DTYPES else "bfloat16",
+        metadata={**checkpoint.metadata, MERGED_ENTRY: merged},
+        loras=(*checkpoint.loras, summary),
+        notes=(*checkpoint.notes, *notes),
+        **said,
+    )
+
+
+def with_loras(checkpoint: Checkpoint, loras: Sequence[tuple[str | Path, float]]) -> Checkpoint:
+    """Return the checkpoint with these files merged at their strengths, as `with_lora` does it."""
+    for path, strength in loras:
+        checkpoint = with_lora(checkpoint, read_lora(path), strength)
+    return checkpoint
 
 
 def _read(path: Path, weights: str) -> tuple[Checkpoint, FileContents]:
     try:
         contents = open_contents(path, weights)
-        return _understood(contents, path), contents
+        checkpoint = _understood(contents, path)
+        lora = parse_lora(contents.lora, f"{path}, its own") if contents.lora else None
     except ValueError as error:
         raise ValueError(f"{path}: {one_line(error)}") from error
+    return (with_lora(checkpoint, lora) if lora else checkpoint), contents
 
 
-def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Return what a checkpoint is, in plain JSON types, without reading its weights.
+def inspect_checkpoint(path: str | Path, *, loras: Sequence[tuple[str | Path, float]] = ()) -> dict[str, Any]:
+    """Return what a checkpoint, or a LoRA, is, in plain JSON types, without reading its weights.
 
-    Raises ValueError as `read_checkpoint` does.
+    loras: as for `read_checkpoint`. Raises ValueError as that does.
     """
     path = Path(path)
-    checkpoint, contents = _read(path, "auto")
+    try:
+        checkpoint, contents = _read(path, "auto")
+    except ValueError:
+        if loras or not is_lora(path):
+            raise
+        return read_lora(path).summary()
+    checkpoint = with_loras(checkpoint, loras)
     stored = stored_tensors(checkpoint.state_dict)
     return {
         "file": str(path),
@@ -127,6 +184,7 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
         "bidirectional": checkpoint.bidirectional.to_dict() if checkpoint.bidirectional else None,
         "steps": checkpoint.steps.to_dict() if checkpoint.steps else None,
         "guidance": checkpoint.guidance,
+        "loras": list(checkpoint.loras),
         "notes": list(checkpoint.notes),
     }
 
@@ -154,7 +212,7 @@ def save_checkpoint(
     Raises ValueError when names or shapes do not fit the config, or when the path cannot be written.
     """
     expected = wan_shapes(config) if isinstance(config, WanConfig) else taehv_shapes(config)
-    difference = mismatch(expected, {name: tuple(tensor.shape) for name, tensor in state_dict.items()})
+    difference = mismatch(expected, {name: tuple(tensor.shape) for name, tensor in stored_tensors(state_dict).items()})
     if difference:
         raise ValueError(f"{path}: not saved, {difference}")
     header = file_header(config, SamplingSettings(causal, steps, bidirectional, guidance, preset), latent_space)

@@ -110,6 +110,22 @@ def read_header(header: Mapping[str, str]) -> FileHeader:
     return FileHeader(entries.get("kind"), config, sizes, settings, None if space is None else str(space))
 
 
+def read_lora_header(header: Mapping[str, str]) -> tuple[str | None, SamplingSettings]:
+    """Return what a LoRA belongs on, and how the two are sampled together; None where its file does not say so.
+
+    Raises ValueError for a damaged header, for a format that this version does not read, and for that of a network.
+    """
+    entries = read_entries(header)
+    if entries.get("kind", LORA) != LORA:
+        raise ValueError(f"is a whole network of kind {entries['kind']!r} and no LoRA")
+    try:
+        settings = _settings(entries)
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"header is damaged ({one_line(error)})") from error
+    base = entries.get("base")
+    return None if base is None else str(base), settings
+
+
 def read_entries(header: Mapping[str, str]) -> dict[str, Any]:
     """Return the entries of our own header, {} for a file of somebody else.
 
@@ -178,8 +194,8 @@ def _lora_refusal(base: Any, settings: SamplingSettings) -> str:
     levels = "" if steps is None else f"{steps.count_in_words()}, {steps.solver}, shift {steps.shift:g}"
     summary = ", ".join(part for part in (chunks, levels) if part)
     return (
-        f"is a LoRA, to be loaded in ComfyUI on top of {base} ({summary}); where a whole network is "
-        "needed, export the run with form=whole"
+        f"is a LoRA, to be loaded on top of {base} ({summary}), in ComfyUI by a LoRA loader, elsewhere with "
+        "--lora; where a whole network is needed, export the run with form=whole"
     )
 
 

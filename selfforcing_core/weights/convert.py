@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from ..atomic import check_new_folder, check_writable, replacing, replacing_fold
 from ..config import CLIP_DIM, BidirectionalConfig, CausalConfig, StepConfig, WanConfig
 from .bundles import resolve_model
 from .checkpoint import DTYPES, Checkpoint, inspect_checkpoint, save_checkpoint
-from .checkpoint_header import COMFYUI_KEY, HEADER_KEY, file_header
+from .checkpoint_header import COMFYUI_KEY, HEADER_KEY, file_header, lora_header
 from .keymap import DIALECTS, DIFFUSERS, EMA_CONTAINERS, RAW_CONTAINERS, from_wan
 from .latent_space import LATENT_SPACES
+from .lora_files import comfyui_lora, is_lora, read_lora
 from .preset_settings import read_to_copy
 from .presets import PRESETS
 from .scaled import ScaledWeights
@@ -47,6 +48,7 @@ def convert(
     preset: str = "auto",
     causal: bool | None = None,
     latent_space: str | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write the network of `source` to `out` and return `inspect_checkpoint` of the result.
@@ -58,6 +60,8 @@ def convert(
     "auto" recognises it, "none" leaves it unsaid. causal: whether the network generates chunk by chunk; None: what the
     file says, and where it does not, yes for Self Forcing's own files and no for others. latent_space: what a TAEHV
     decodes.
+    loras: files and strengths of what is merged into the weights. A LoRA as `source` is written in ComfyUI's names, for
+    which neither dialect nor what is said of a network has a meaning.
     Raises ValueError, with nothing written, for whatever does not fit.
     """
     out = Path(out)
@@ -65,7 +69,10 @@ def convert(
     dialect = dialect or USUAL_DIALECT[kind]
     _check_choices(dialect, dtype, latent_space)
     _check_place(out, kind, overwrite)  # before gigabytes are read
-    checkpoint, notes = read_to_copy(resolve_model(source), preset, weights=weights)
+    path = resolve_model(source)
+    if is_lora(path):
+        return _convert_lora(path, out, dtype, is_plain=kind == "safetensors" and not loras, overwrite=overwrite)
+    checkpoint, notes = read_to_copy(path, preset, weights=weights, loras=loras)
     if isinstance(checkpoint.config, WanConfig):
         checkpoint = _with_settings(checkpoint, causal, notes)
     elif kind == "folder" or dialect not in ("wan", USUAL_DIALECT[kind]):
@@ -75,11 +82,12 @@ def convert(
     checkpoint.say_notes()
     for note in notes:
         log.warning("%s %s", source, note)
-    if isinstance(checkpoint.state_dict, ScaledWeights):
+    tensors = checkpoint.state_dict
+    if isinstance(tensors, ScaledWeights) and any(tensor.itemsize == 1 for tensor in tensors.stored.values()):
         # Their products are float32, wider than what was trained; the file says how wide it means them to be.
         dtype = dtype or checkpoint.dtype
-    if dtype is not None:
-        _cast(checkpoint.state_dict, DTYPES[dtype])
+    if dtype is not None or checkpoint.loras:
+        _settle(checkpoint.state_dict, None if dtype is None else DTYPES[dtype])
     write = {"safetensors": _write_safetensors, "torch": _write_torch, "folder": _write_folder}[kind]
     write(checkpoint, out, dialect, overwrite)
     return inspect_checkpoint(out)
@@ -134,10 +142,30 @@ def _with_settings(checkpoint: Checkpoint, causal: bool | None, notes: list[str]
     return replace(checkpoint, causal=chunks, bidirectional=None, steps=steps)
 
 
-def _cast(state_dict: MutableMapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Cast in place, one tensor at a time: each original is given up before the next copy is made."""
+def _settle(state_dict: MutableMapping[str, Tensor], dtype: torch.dtype | None) -> None:
+    """Cast and merge in place, one tensor at a time: each original is given up before the next copy is made."""
     for name in list(state_dict):
-        state_dict[name] = state_dict.pop(name).to(dtype)
+        tensor = state_dict.pop(name)
+        state_dict[name] = tensor.to(dtype or tensor.dtype)
+
+
+def _convert_lora(path: Path, out: Path, dtype: str | None, *, is_plain: bool, overwrite: bool) -> dict[str, Any]:
+    """Write a LoRA with the names that ComfyUI's loaders read, and return what it is."""
+    if not is_plain:
+        raise ValueError(
+            f"{path} is a LoRA, which is written alone and as .safetensors; merge it with --lora of its base"
+        )
+    lora = read_lora(path)
+    for note in lora.notes:
+        log.warning("%s", note)
+    tensors = {
+        name: (tensor if dtype is None or not tensor.ndim else tensor.to(DTYPES[dtype])).contiguous()
+        for name, tensor in comfyui_lora(lora.patches).items()
+    }
+    header = {"format": "pt"} if lora.base is None else lora_header(lora.base, lora.settings)
+    with replacing(out, overwrite=overwrite) as temporary:
+        save_file(tensors, temporary, header)
+    return inspect_checkpoint(out)
 
 
 def _write_safetensors(checkpoint: Checkpoint, out: Path, dialect: str, overwrite: bool) -> None:

@@ -76,6 +76,10 @@ RAW_CONTAINERS = ("generator", "model", "module", "state_dict", "model_state_dic
 LORA_CONTAINERS = ("generator_lora",)
 # Those of them that also stand before the names, where a file of one level holds several networks (Lightning).
 PREFIX_CONTAINERS = ("generator", *EMA_CONTAINERS, *LORA_CONTAINERS)
+# Before a module's name in a LoRA: PEFT's, diffusers' and ComfyUI's. kohya's trainers and their kin write the path
+# behind theirs with underscores in place of points.
+LORA_PREFIXES = ("base_model.model.", "transformer.", "unet.", *filter(None, DIALECT_PREFIXES.values()))
+FLAT_PREFIXES = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
 
 
 def strip_wrappers(key: str) -> str:
@@ -142,6 +146,25 @@ def fused_parts(key: str) -> tuple[str, ...]:
     attention, _, projection = module.rpartition(".")
     parts = FUSED.get((attention.rpartition(".")[2], projection), ())
     return tuple(f"{attention}.{part}.{leaf}" for part in parts)
+
+
+def lora_module(key: str) -> str:
+    """Return Wan's path of the module that a LoRA calls `key`; of a name in no known dialect, what is left of it."""
+    name = strip_wrappers(key)
+    if prefix := next((prefix for prefix in FLAT_PREFIXES if name.startswith(prefix)), None):
+        name = _with_points(name.removeprefix(prefix))
+    while prefix := next((prefix for prefix in LORA_PREFIXES if name.startswith(prefix)), None):
+        name = name.removeprefix(prefix)
+    return to_wan(f"{name}.weight").removesuffix(".weight")
+
+
+def _with_points(flat: str) -> str:
+    """Return a module's path that was written with underscores, in either dialect; unknown ones as they are."""
+    words, top, block = flat.split("_", 2), DIFFUSERS_TOP, DIFFUSERS_BLOCK
+    is_block = len(words) == 3 and words[0] == "blocks" and words[1].isdecimal()
+    head, path, table = (f"blocks.{words[1]}.", words[2], block) if is_block else ("", flat, top)
+    known = (*table, *table.values(), "patch_embedding")
+    return head + next((name for name in known if name.replace(".", "_") == path), path)
 
 
 def is_training_only(key: str) -> bool:

@@ -6,6 +6,7 @@ A checkpoint that was read already (a plan keeps those it read) is made a networ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,14 +31,15 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     weights: str = "auto",
+    loras: Sequence[tuple[str | Path, float]] = (),
 ) -> tuple[CausalWan, Checkpoint]:
     """Return a video model ready for a rollout, and the checkpoint it came from (its causal and step settings).
 
-    weights: as for `read_checkpoint`; the rest as for `build_model`. Raises ValueError for an unknown name, a damaged
-    file, or another kind of model.
+    weights, loras: as for `read_checkpoint`; the rest as for `build_model`. Raises ValueError for an unknown name, a
+    damaged file, or another kind of model.
     """
     path = resolve_model(name_or_path)
-    checkpoint = read_checkpoint(path, weights=weights)
+    checkpoint = read_checkpoint(path, weights=weights, loras=loras)
     _expect_kind(checkpoint, "wan", path)
     checkpoint.say_notes()
     return build_model(checkpoint, operations=operations, dtype=dtype, device=device), checkpoint

@@ -14,14 +14,16 @@ from typing import Any, TypeVar
 
 from ..config import BidirectionalConfig, CausalConfig, StepConfig
 from ..experts import boundary_behind
-from .checkpoint import Checkpoint, read_checkpoint
+from .checkpoint import MERGED_ENTRY, Checkpoint, read_checkpoint, with_lora
 from .checkpoint_header import SamplingSettings
 from .download import RELEASES, release_folder
 from .keymap import EMA_CONTAINERS
+from .lora_files import read_lora
 from .pipeline_folder import LOW_NOISE_FOLDER, read_pipeline
 from .presets import Preset, Twin, find_preset, missing_policies
 from .recognise import Recognition, containers_in, fits_release, recognise
 
+Loras = Sequence[tuple[str | Path, float]]  # files and strengths
 ConfigT = TypeVar("ConfigT", CausalConfig, StepConfig)
 AUTO, NONE = "auto", "none"
 # What kv_cache.py does: a rolling window behind a sink, positions as in the video. Self-Forcing++ changed the training.
@@ -42,22 +44,29 @@ class PresetReading:
 
 
 def read_with_preset(
-    path: Path, choice: str = AUTO, *, weights: str = "auto", given: Collection[str] = (), asks: bool = True
+    path: Path,
+    choice: str = AUTO,
+    *,
+    weights: str = "auto",
+    loras: Loras = (),
+    given: Collection[str] = (),
+    asks: bool = True,
 ) -> PresetReading:
     """Return a checkpoint that is to be run, with the settings of its preset.
 
-    choice: a preset's name, "none", or "auto", which recognises the file. weights: as for `read_checkpoint`; "auto"
-    takes those of the preset. given: names of settings that are explicit and need no preset. asks: where releases that
-    run differently fit, or one of which not all was read, raise ValueError with the way to say it; else the notes say
-    so and the file is run as if it were none.
+    choice: a preset's name, "none", or "auto", which recognises the file. weights, loras: as for `read_checkpoint`;
+    weights "auto" are those of the preset, and where no LoRA is given, the preset's is merged. given: names of settings
+    that are explicit and need no preset. asks: where releases that run differently fit, or one of which not all was
+    read, raise ValueError with the way to say it; else the notes say so and the file is run as if it were none.
     Raises ValueError for a preset that cannot run here, and for whatever is no checkpoint.
     """
-    checkpoint = read_checkpoint(path, weights=weights)
+    checkpoint = read_checkpoint(path, weights=weights, loras=loras)
+    given = {*given, "lora"} if loras else given  # at strength 0 too: so is the base alone asked for
     found = choose_preset(checkpoint, path, choice)
     preset, notes = _settled(found, path, checkpoint.settings, asks=asks)
     if preset is None:
         return PresetReading(checkpoint, None, tuple(notes))
-    refusal = obstacle(preset, path, given)
+    refusal = obstacle(preset, path, (*given, *_merged(checkpoint)))
     if refusal is not None:
         raise ValueError(f"{path}: {refusal}{_way_out(found)}")
     question = _open_question(preset, given)
@@ -67,8 +76,8 @@ def read_with_preset(
         return PresetReading(checkpoint, None, (*notes, f"is run as if it were no such file: {question}"))
     if not fits_release(preset, checkpoint.key_shapes):
         notes.append(f"does not have the shapes of {in_words(preset)}, as which it is run")
-    checkpoint = _with_weights(checkpoint, path, preset, weights, notes, by=found.by)
-    checkpoint, replaced = with_preset(checkpoint, preset)
+    checkpoint = _with_weights(checkpoint, path, preset, weights, notes, by=found.by, loras=loras)
+    checkpoint, replaced = with_preset(_with_own_lora(checkpoint, path, preset, given), preset)
     return PresetReading(checkpoint, preset, (*notes, *replaced))
 
 
@@ -91,13 +100,15 @@ def choices_in_words(presets: Sequence[Preset]) -> str:
     return ", ".join(names[:MOST_NAMES]) + more
 
 
-def read_to_copy(path: Path, choice: str = AUTO, *, weights: str = "auto") -> tuple[Checkpoint, list[str]]:
+def read_to_copy(
+    path: Path, choice: str = AUTO, *, weights: str = "auto", loras: Loras = ()
+) -> tuple[Checkpoint, list[str]]:
     """Return a checkpoint that is to be written elsewhere, with its preset's name and settings, and lines
     about them without the file as their subject.
 
     A preset that cannot run here gives its name alone: whoever reads the copy refuses it, or has learnt to run it.
     """
-    checkpoint = read_checkpoint(path, weights=weights)
+    checkpoint = read_checkpoint(path, weights=weights, loras=loras)
     found = choose_preset(checkpoint, path, choice)
     preset, notes = found.preset, []
     if read_pipeline(path).low_noise is not None:
@@ -108,10 +119,11 @@ def read_to_copy(path: Path, choice: str = AUTO, *, weights: str = "auto") -> tu
         if found.presets and not says_itself:
             notes.append(f"may be {choices_in_words(found.presets)}; the copy says so if --preset names one")
         return checkpoint, notes
-    checkpoint = _with_weights(checkpoint, path, preset, weights, notes, by=found.by)
-    lacks = unable(preset)
+    checkpoint = _with_weights(checkpoint, path, preset, weights, notes, by=found.by, loras=loras)
+    given = ("lora",) if loras else ()
+    lacks = obstacle(preset, path, (*given, *_merged(checkpoint))) or _open_question(preset, ())
     if lacks is None:
-        checkpoint, replaced = with_preset(checkpoint, preset)
+        checkpoint, replaced = with_preset(_with_own_lora(checkpoint, path, preset, given), preset)
         notes += replaced
     else:
         notes.append(f"{lacks}; the copy says that it is {preset.name}, and nothing of settings")
@@ -131,7 +143,7 @@ def inspect_preset(path: Path, choice: str = AUTO) -> dict[str, Any] | None:
     if preset is None:
         return {**entry, "may_be": [each.name for each in found.presets]}
     settings = with_preset(checkpoint, preset)[0].settings
-    refusal = obstacle(preset, path)
+    refusal = obstacle(preset, path, _merged(checkpoint))
     return {
         **entry,
         "title": preset.title,
@@ -187,20 +199,21 @@ def obstacle(preset: Preset, path: Path | None = None, given: Collection[str] = 
     """Return why a preset cannot be run, with the remedy where there is one; None where it can.
 
     path: of the file or folder, beside which partner files have to lie; without it they are not looked for. given: may
-    name "low_noise", which then lies elsewhere.
+    name "low_noise", which then lies elsewhere, and "lora", which then is merged already.
     """
     if preset.unsupported is not None:
         return f"is {in_words(preset)}, which is not supported: {preset.unsupported}"
     if preset.name in missing_policies(POLICIES):
         return f"is {in_words(preset)}, whose cache policy {preset.policy!r} this version does not have"
-    partners = [file for file in preset.partner_files if "low_noise" not in given or preset.twin is None]
+    needed = {"lora": preset.lora, "low_noise": preset.twin}
+    partners = [each.file for name, each in needed.items() if each is not None and each.file and name not in given]
     absent = [file for file in partners if path is not None and partner_path(preset, path, file) is None]
     if absent:
         remedy = f"fetch it with: python -m selfforcing_core download {preset.name}"
         remedy = remedy if preset.name in RELEASES else "put it there"
         return f"is {in_words(preset)}, which needs {absent[0]} beside it; {remedy}"
-    if preset.lora is not None:
-        return f"is {in_words(preset)}, a base and a LoRA, and LoRA files are not merged by this version"
+    if preset.lora is not None and preset.lora.file is None and "lora" not in given:
+        return f"is {in_words(preset)}, a base and a LoRA, whose file's name was not read; give it as --lora"
     return None
 
 
@@ -256,8 +269,8 @@ def lacking(preset: Preset) -> list[str]:
     lines = []
     if preset.name in missing_policies(POLICIES):
         lines.append(f"cache policy {preset.policy}")
-    elif preset.lora:
-        lines.append("LoRA files")
+    elif preset.lora is not None and preset.lora.file is None:
+        lines.append("its LoRA, whose file's name was not read")
     names_by_reason: dict[str, list[str]] = {}
     for name in _open_settings(preset):
         names_by_reason.setdefault(preset.open_questions[name], []).append(OPTIONS[name])
@@ -277,7 +290,14 @@ def absent_files(preset: Preset, folder: Path) -> list[str]:
 
 # ---------------------------------------------------------------- its settings --
 def _with_weights(
-    checkpoint: Checkpoint, path: Path, preset: Preset, asked: str, notes: list[str], *, by: str | None
+    checkpoint: Checkpoint,
+    path: Path,
+    preset: Preset,
+    asked: str,
+    notes: list[str],
+    *,
+    by: str | None,
+    loras: Loras,
 ) -> Checkpoint:
     """Return the checkpoint with the set of weights that the preset is run with, as far as the file has several.
 
@@ -297,9 +317,26 @@ def _with_weights(
             notes.append(f"does not say whether it holds the average, with which {preset.name} is run")
         return checkpoint
     try:
-        return read_checkpoint(path, weights=preset.weights)
+        return read_checkpoint(path, weights=preset.weights, loras=loras)
     except ValueError as error:
         raise ValueError(f"preset {preset.name} is run with {preset.weights} weights: {error}") from error
+
+
+def _merged(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return "lora" where the weights have one, of their own file or from before they were written."""
+    return ("lora",) if MERGED_ENTRY in checkpoint.metadata else ()
+
+
+def _with_own_lora(checkpoint: Checkpoint, path: Path, preset: Preset, given: Collection[str]) -> Checkpoint:
+    """Return the checkpoint with the LoRA that belongs to its release, unless it has one, or another was given.
+
+    `obstacle` has made sure that the file is there.
+    """
+    if preset.lora is None or preset.lora.file is None or "lora" in (*given, *_merged(checkpoint)):
+        return checkpoint
+    file = partner_path(preset, path, preset.lora.file)
+    assert file is not None
+    return with_lora(checkpoint, read_lora(file, alpha=preset.lora.alpha))
 
 
 def with_preset(checkpoint: Checkpoint, preset: Preset) -> tuple[Checkpoint, list[str]]:

@@ -84,7 +84,7 @@ class ScaledWeights(MutableMapping[str, Tensor]):
     stored: what the file holds. scales: by the name of their weight.
     """
 
-    def __init__(self, stored: dict[str, Tensor], scales: Mapping[str, Storage]) -> None:
+    def __init__(self, stored: MutableMapping[str, Tensor], scales: Mapping[str, Storage]) -> None:
         self.stored, self.scales = stored, scales
 
     def __getitem__(self, name: str) -> Tensor:

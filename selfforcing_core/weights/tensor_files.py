@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..shapes import Shape
 from . import gguf_files
-from .checkpoint_header import comfyui_header, json_object, one_line
+from .checkpoint_header import LORA, comfyui_header, json_object, one_line
 from .keymap import EMA_CONTAINERS, LORA_CONTAINERS, RAW_CONTAINERS, fused_parts, prefix_before, split_container
 from .scaled import ScaledWeights, Storage, chosen_tensors, split_scales
 
@@ -46,6 +46,7 @@ class FileContents:
     weights: str  # "raw" or "ema"
     available: tuple[str, ...]
     notes: tuple[str, ...] = ()  # lines for the user about what was chosen or left out
+    lora: dict[str, Tensor] = field(default_factory=dict)  # what is to be merged into them; then they may be missing
     key_shapes: Mapping[str, Shape] = field(default_factory=dict)  # of all in the file, containers before the names
     scales: Mapping[str, Storage] = field(default_factory=dict)  # of weights that are stored otherwise, by their names
 
@@ -94,6 +95,14 @@ def open_contents(path: Path, weights: str) -> FileContents:
     if weights not in WEIGHTS:
         raise ValueError(f"weights {weights!r} is unknown; use 'auto', 'ema' or 'raw'")
     contents = _open(path, weights)
+    if contents.lora and not contents.tensors:
+        raise ValueError(
+            "holds a LoRA alone; load its base, and it on top: by --lora, or in ComfyUI what convert makes of it"
+        )
+    if contents.lora and weights == "auto" and len(contents.available) > 1:
+        raise ValueError(
+            "holds a LoRA beside raw and averaged weights; ask for weights='raw' or 'ema' to merge it into"
+        )
     if contents.scales:
         return contents
     tensors, scales = split_scales(contents.tensors, contents.header)
@@ -118,6 +127,12 @@ def without_fusions(contents: FileContents) -> FileContents:
             if key in contents.scales:
                 scales[part] = contents.scales[key].part(index, len(parts))
     return replace(contents, tensors=tensors, scales=scales)
+
+
+def open_lora(path: Path) -> FileContents:
+    """Return the LoRA of a file or folder as `FileContents.lora`, under its own names. Raises ValueError as above."""
+    contents = _open(path, "auto")
+    return contents if contents.lora else replace(contents, tensors={}, lora=contents.tensors)
 
 
 def _open(path: Path, weights: str) -> FileContents:
@@ -235,7 +250,7 @@ class _Candidate:
     """One set of weights in a file."""
 
     place: str  # the path of containers to it, "" for a flat dictionary
-    weights: str  # "raw" or "ema"
+    weights: str  # "raw", "ema", or "lora": what is to be merged into one of them
     tensors: dict[str, Tensor]
     left_out: str = ""  # a line about what stands beside it in the same dictionary
 
@@ -268,7 +283,7 @@ def _choose_container(loaded: dict[Any, Any], weights: str) -> FileContents:
 def _single_set(tensors: dict[str, Tensor], header: dict[str, str], weights: str) -> FileContents:
     """Return a flat dictionary as one set of weights, unless its names say that it holds more of them."""
     candidates = _by_prefix(tensors, "", "raw")
-    if candidates[0].place:
+    if len(candidates) > 1 or candidates[0].place:
         return _chosen(candidates, header, weights)
     return _one_set(tensors, header, weights)
 
@@ -281,14 +296,26 @@ def _one_set(tensors: dict[str, Tensor], header: dict[str, str], weights: str) -
 
 def _candidates(loaded: dict[Any, Any], place: str = "", weights: str = "raw") -> list[_Candidate]:
     """Return every set of weights below the containers that trainers use, at any depth."""
-    for name in LORA_CONTAINERS:
-        if loaded.get(name):
-            raise ValueError(_lora_refusal(place + name))
     candidates: list[_Candidate] = []
     for name in (*EMA_CONTAINERS, *RAW_CONTAINERS):
         if isinstance(loaded.get(name), dict) and loaded[name]:
             candidates += _candidates(loaded[name], f"{place}{name}.", "ema" if name in EMA_CONTAINERS else weights)
-    return candidates or _by_prefix(_only_tensors(loaded), place, weights)
+    loras = [_lora_candidate(loaded, name, place) for name in LORA_CONTAINERS if loaded.get(name)]
+    if candidates:
+        return [*candidates, *loras]
+    # Beside a LoRA stand the other LoRA and the counters of its training, or the weights themselves.
+    if loras:
+        loaded = {key: entry for key, entry in loaded.items() if isinstance(entry, Tensor) and entry.ndim}
+    return [*loras, *(_by_prefix(_only_tensors(loaded), place, weights) if loaded or not loras else ())]
+
+
+def _lora_candidate(loaded: dict[Any, Any], name: str, place: str) -> _Candidate:
+    tensors = loaded[name]
+    if not isinstance(tensors, dict):
+        raise ValueError(f"entry {name} is a {type(tensors).__name__}, not a LoRA; no known layout")
+    others = [key for key in loaded if "lora" in str(key) and key not in LORA_CONTAINERS]
+    left_out = f"{', '.join(others)} left out: only {name} belongs to the network" if others else ""
+    return _Candidate(place + name, LORA, _only_tensors(tensors), left_out)
 
 
 def _by_prefix(tensors: dict[str, Tensor], place: str, weights: str) -> list[_Candidate]:
@@ -297,32 +324,35 @@ def _by_prefix(tensors: dict[str, Tensor], place: str, weights: str) -> list[_Ca
     others: list[str] = []
     for key, tensor in tensors.items():
         container, name = split_container(key)
-        if container in LORA_CONTAINERS:
-            raise ValueError(_lora_refusal(place + container))
         if container:
             sets.setdefault(container, {})[name] = tensor
         else:
             others.append(key)
     if not sets:
         return [_Candidate(place.rstrip("."), weights, tensors)]
+    if others and all(container in LORA_CONTAINERS for container in sets):
+        sets[""], others = {key: tensors[key] for key in others}, []  # what the LoRA belongs on
     left_out = f"{len(others)} tensors beside the network are left out, the first is {others[0]}" if others else ""
+    kinds: dict[str, str] = {**dict.fromkeys(EMA_CONTAINERS, "ema"), **dict.fromkeys(LORA_CONTAINERS, LORA)}
     return [
-        _Candidate(place + container, "ema" if container in EMA_CONTAINERS else weights, network, left_out)
+        _Candidate((place + container).rstrip("."), kinds.get(container, weights), network, left_out)
         for container, network in sets.items()
     ]
 
 
-def _lora_refusal(place: str) -> str:
-    # LongLive trains its long videos as a LoRA beside its base: the base alone would run, as
-    # another model.
-    return (
-        f"holds a LoRA ({place}), without which its other weights are another model; merge it into them, or save the "
-        "weights alone"
-    )
-
-
 def _chosen(candidates: list[_Candidate], header: dict[str, str], weights: str) -> FileContents:
-    """Return the set of the wanted kind; "auto" takes the average and says so. Two of one kind are not chosen from."""
+    """Return the set of the wanted kind; "auto" takes the average and says so. Two of one kind are not chosen from.
+
+    A LoRA beside them comes along: the base alone would run, as another model.
+    """
+    loras = [candidate for candidate in candidates if candidate.weights == LORA]
+    candidates = [candidate for candidate in candidates if candidate.weights != LORA]
+    if len(loras) > 1:
+        raise ValueError(f"holds more than one LoRA, {' and '.join(lora.place for lora in loras)}; save one of them")
+    lora = loras[0].tensors if loras else {}
+    remarks = [candidate.left_out for candidate in loras if candidate.left_out]
+    if not candidates:
+        return FileContents({}, header, "raw", (), tuple(remarks), lora=lora)
     kinds = {candidate.weights for candidate in candidates}
     available = tuple(kind for kind in ("raw", "ema") if kind in kinds)
     kind = available[-1] if weights == "auto" else weights  # the papers' videos are made by the average
@@ -333,13 +363,13 @@ def _chosen(candidates: list[_Candidate], header: dict[str, str], weights: str) 
     if any(not _is_same(fitting[0].tensors, candidate.tensors) for candidate in fitting[1:]):
         names = " and ".join(candidate.place for candidate in fitting)
         raise ValueError(f"holds more than one set of {kind} weights, {names}; save the one that is meant alone")
-    candidate, notes = fitting[0], []
+    candidate, notes = fitting[0], remarks
     if weights == "auto" and len(available) > 1:
         other = next(candidate.place for candidate in candidates if candidate.weights != kind)
         notes.append(f"the averaged weights ({candidate.place}) are used; weights 'raw' are the others ({other})")
     if candidate.left_out:
         notes.append(candidate.left_out)
-    return FileContents(candidate.tensors, header, kind, available, tuple(notes))
+    return FileContents(candidate.tensors, header, kind, available, tuple(notes), lora=lora)
 
 
 def _is_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -53,6 +53,7 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     inside_runs.a_model_can_be_loaded_again,
     inside_patches.what_cannot_be_followed_is_refused,
     inside_rollout.a_loras_modulation_is_the_merged_network,
+    inside_rollout.a_file_with_base_and_lora_is_the_merged_network,
     inside_rollout.first_and_last_frame_models_are_not_made_causal,
     inside_rollout.a_scaled_8_bit_file_is_the_network_it_stands_for,
     inside_experts.two_models_give_the_cores_video,

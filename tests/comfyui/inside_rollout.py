@@ -360,6 +360,52 @@ def a_loras_modulation_is_the_merged_network() -> dict[str, Any]:
     return results
 
 
+def a_file_with_base_and_lora_is_the_merged_network() -> dict[str, Any]:
+    """Load one file that holds both, in float32 and bfloat16; put another LoRA on top; take all of it off again."""
+    net = network()
+    generator = torch.Generator().manual_seed(2)
+    linears = [name for name, weight in net.named_parameters() if name.startswith("blocks.") and weight.ndim == 2]
+    first, second = (
+        {
+            f"{name.removesuffix('weight')}lora_{letter}.weight": torch.randn(shape, generator=generator) / 8
+            for name in linears
+            for letter, shape in (
+                ("A", (2, net.get_parameter(name).shape[1])),
+                ("B", (len(net.get_parameter(name)), 2)),
+            )
+        }
+        for _ in range(2)
+    )
+    first["blocks.0.modulation.diff"] = torch.randn(net.get_parameter("blocks.0.modulation").shape, generator=generator)
+    first["blocks.1.ffn.0.diff_b"] = torch.randn(net.get_parameter("blocks.1.ffn.0.bias").shape, generator=generator)
+    results: dict[str, Any] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        path = FOLDER / f"both-{dtype}.pt"
+        plain = {name: value.to(dtype) for name, value in net.state_dict().items()}
+        torch.save({"generator": plain, "generator_lora": first}, path)
+        merged = dict(core["checkpoint"].read_checkpoint(path).state_dict)
+        patcher = loaded(path, dtype=dtype)
+        host.load([patcher])
+        held = patcher.model.diffusion_model.state_dict()
+        # ComfyUI leaves a block's own parameters as they are; the causal pass takes them from the MODEL's patches.
+        different = [name for name in merged if not torch.equal(held[name], merged[name])]
+        patcher.unpatch_model()
+        held = patcher.model.diffusion_model.state_dict()
+        left = [name for name in plain if not torch.equal(held[name], plain[name])]
+        results[str(dtype)] = {"different": different, "left": left}
+    base = core_rollout(net)
+    path = FOLDER / "both-torch.float32.pt"
+    net.load_state_dict(dict(core["checkpoint"].read_checkpoint(path).state_dict))
+    patcher = loaded(path)
+    results |= {"video": apart(sampled(patcher), core_rollout(net)), "matters": apart(core_rollout(net), base)}
+    named = {f"diffusion_model.{key}": tensor for key, tensor in second.items()}
+    on_top = comfy.sd.load_lora_for_models(patcher, None, dict(named), 0.5, 0)[0]
+    save_file(named, FOLDER / "second.safetensors")
+    both = core["checkpoint"].read_checkpoint(path, loras=[(FOLDER / "second.safetensors", 0.5)])
+    net.load_state_dict(dict(both.state_dict))
+    return results | {"on_top": apart(sampled(on_top), core_rollout(net))}
+
+
 def first_and_last_frame_models_are_not_made_causal() -> dict[str, str]:
     net = network(in_dim=36, model_type="i2v")
     state = {name: value.clone() for name, value in net.state_dict().items()}

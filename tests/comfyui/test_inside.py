@@ -353,6 +353,15 @@ def test_a_loras_modulation_is_the_merged_network(outcome: dict[str, float]) -> 
     assert max(outcome[name] for name in ("ours", "hosts", "ours_without", "hosts_without")) < ROUNDING
 
 
+def test_a_file_with_base_and_lora_is_the_merged_network(outcome: dict[str, Any]) -> None:
+    """Its LoRA is ComfyUI's patches: the same weights as the command line's, bit-exact, and gone when unloaded."""
+    for dtype in ("torch.float32", "torch.bfloat16"):
+        weights = outcome[dtype]
+        assert weights["different"] == ["blocks.0.modulation"], "which the causal pass applies itself"
+        assert weights["left"] == []
+    assert max(outcome["video"], outcome["on_top"]) < ROUNDING < outcome["matters"] / 100
+
+
 def test_first_and_last_frame_models_are_not_made_causal(outcome: dict[str, str]) -> None:
     assert "img_emb.emb_pos" in outcome["causal"]
     assert outcome["unknown"] == outcome["causal"]

@@ -208,14 +208,6 @@ def test_an_average_that_is_not_there_yet_is_no_set_of_weights(tmp_path: Path) -
     assert "has no ema weights" in refusal(tmp_path / "m.pt", weights="ema")
 
 
-def test_a_lora_beside_the_weights_is_not_lost_in_silence(tmp_path: Path) -> None:
-    weights, lora = weights_of(WAN), {"blocks.0.self_attn.q.lora_A.weight": torch.zeros(2)}
-    torch.save({"generator": weights, "generator_lora": lora}, tmp_path / "m.pt")
-    assert "holds a LoRA (generator_lora)" in refusal(tmp_path / "m.pt")
-    save_file(prefixed(weights, "generator.") | prefixed(lora, "generator_lora."), tmp_path / "m.safetensors")
-    assert "holds a LoRA (generator_lora)" in refusal(tmp_path / "m.safetensors")
-
-
 @pytest.mark.parametrize("name", ["freqs", "model.freqs", "module.model.freqs", "rope.freqs_cos"])
 def test_known_stray_tables_are_left_out_by_name_and_others_refused(tmp_path: Path, name: str) -> None:
     table = torch.zeros(1024, 64, dtype=torch.complex64)

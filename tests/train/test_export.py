@@ -87,7 +87,7 @@ def fake_run(files: Path, folder: Path, stage: str, **more: Any) -> Any:
         shapes = {
             f"blocks.0.ffn.0.lora.student.{part}": (2, 32) if part == "down" else (48, 2) for part in ("down", "up")
         }
-        weights = starts(shapes, 0)
+        weights = {name: tensor + 0.01 for name, tensor in starts(shapes, 0).items()}  # up begins with zeros
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(args), encoding="utf-8")
     content = {"roles": {"student": {"weights": weights}}}
@@ -217,12 +217,25 @@ def test_a_lora_says_what_it_belongs_on(files: Path, tmp_path: Path, capsys: pyt
     assert CausalConfig.from_dict(header["causal"]) == CausalConfig(2, 4)
     assert StepConfig.from_dict(header["steps"]) == StepConfig((1000.0, 500.0))
     options = ["--model", str(out), "--prompt", "a", "--taehv", "tiny", "--text-encoder", "tiny"]
-    for command in (["generate", *options, "--out", str(tmp_path / "a.mp4")], ["inspect", str(out)]):
-        assert core_main(command) == 2
-        told = capsys.readouterr().err
-        assert told.count("\n") == 1
-        assert f"is a LoRA, to be loaded in ComfyUI on top of {files / 'start.safetensors'} (chunk 2, window 4" in told
-        assert "form=whole" in told
+    assert core_main(["generate", *options, "--out", str(tmp_path / "a.mp4")]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert f"is a LoRA, to be loaded on top of {files / 'start.safetensors'} (chunk 2, window 4" in told
+    assert "form=whole" in told
+    assert core_main(["inspect", str(out)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["base"], found["ranks"]) == ("lora", str(files / "start.safetensors"), [2])
+
+
+def test_an_exported_lora_merged_by_the_command_line_is_the_whole_export(files: Path, tmp_path: Path) -> None:
+    fake_run(files, tmp_path / "run", "dmd causal", lora_rank=2)
+    whole, lora = tmp_path / "whole.safetensors", tmp_path / "lora.safetensors"
+    for out, form in ((whole, "whole"), (lora, "lora")):
+        export(ExportArgs(logdir=str(tmp_path / "run"), out=str(out), form=form, dtype="float32"))
+    merged, expected = read_checkpoint(files / "start.safetensors", loras=[(lora, 1.0)]), read_checkpoint(whole)
+    assert (merged.causal, merged.steps) == (expected.causal, expected.steps)
+    for name, weight in expected.state_dict.items():
+        torch.testing.assert_close(merged.state_dict[name], weight, rtol=1e-6, atol=1e-7)
 
 
 # ----------------------------------------------------------------- generate --
