@@ -92,7 +92,7 @@ class History:
             return
         change.conditioning.check(self.guided.model.config, latent_shape)
         self.guided.change_prompt(change.conditioning)
-        history = change.history or self.policy.history
+        history = self.policy.with_history(change.history).history
         if start_frame == 0:  # before the first chunk there is nothing to write again
             return
         if history == RECODE:

@@ -211,13 +211,13 @@ class KVCache:
         self._aim([])
 
     def restart(self, base: int, *, sink_start: int = 0) -> None:
-        """Empty the cache; the sink begins with frame `sink_start`, and behind what stays, frame `base` is the first."""
+        """Empty the cache; the sink begins with frame `sink_start`, and the ring behind it with frame `base`."""
         self.reset()
         self.sink_start = self.start_frame = self.end_frame = sink_start
         self.base = max(base, sink_start + self.head)
 
     def forget_window(self, end_frame: int, num_kept: int) -> None:
-        """Keep the sink and the last `num_kept` frames before `end_frame`; what is staged is forgotten with the rest."""
+        """Keep the sink and the last `num_kept` frames before `end_frame`; what is staged goes with the rest."""
         self._settle()
         kept = [frame for frame in range(end_frame - num_kept, end_frame) if frame >= self.sink_start + self.head]
         slots = [self.slot_of(frame) for frame in kept]

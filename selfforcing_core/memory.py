@@ -105,7 +105,7 @@ class MovingSink(Memory):
 
 
 class Means(MovingSink):
-    """Behind the sink, a slow and a fast moving average of what was evicted, each one frame of equal tokens (MemRoPE)."""
+    """Behind the sink, a slow and a fast moving average of what left, each one frame of equal tokens (MemRoPE)."""
 
     def __init__(self, cache: Ring, shares: Sequence[float]) -> None:
         super().__init__(cache)

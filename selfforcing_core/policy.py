@@ -38,6 +38,11 @@ class CachePolicy:
     def __post_init__(self) -> None:
         if self.history not in HISTORIES:
             raise ValueError(f"history {self.history!r} is unknown; use {', '.join(HISTORIES)}")
+        if self.remembers and self.history in (RECODE, RECACHE, RECACHE_SINK):
+            raise ValueError(
+                f"policy {self.name} cannot {self.history}: it remembers frames that are gone, which nothing "
+                f"writes again; use {KEEP}, {FLUSH} or {CUT}"
+            )
         shares = [self.sink_average, *(self.means or ())]
         if any(share is not None and not 0 <= share <= 1 for share in shares):
             raise ValueError(f"shares of averages {[share for share in shares if share is not None]} leave [0, 1]")
@@ -50,9 +55,16 @@ class CachePolicy:
         return 0 if self.means is None else len(self.means)
 
     @property
-    def moves(self) -> bool:
-        """Return whether frames of the cache may change after they were written, evicted ones aside."""
-        return self != replace(SELF_FORCING, name=self.name, history=self.history)
+    def remembers(self) -> bool:
+        """Return whether the policy keeps something of frames that have left the window."""
+        return self.sink_average is not None or self.means is not None or self.replays
+
+    def with_history(self, history: str | None) -> CachePolicy:
+        """Return the policy with another answer to a change of the prompt; None leaves its own.
+
+        Raises ValueError for a word that is unknown, or that this policy cannot follow.
+        """
+        return self if history is None else replace(self, history=history)
 
 
 # Where each was read: docs/policies.md.
@@ -67,7 +79,7 @@ _TABLE = (
     CachePolicy("flashdreams", is_rebased=True, history=KEEP),
     CachePolicy("lingbot2", history=KEEP),
     CachePolicy("reward", is_rebased=True, history=KEEP, sink_average=0.999),
-    CachePolicy("memrope", is_rebased=True, means=(0.01, 0.1)),
+    CachePolicy("memrope", is_rebased=True, history=KEEP, means=(0.01, 0.1)),
     CachePolicy("rolling-sink", history=KEEP, replays=True),
 )
 POLICIES: Mapping[str, CachePolicy] = {policy.name: policy for policy in _TABLE}

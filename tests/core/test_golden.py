@@ -36,6 +36,7 @@ from selfforcing_core.schedule import (
 from tests.support.golden_fixture import FOLDER, Fixture, GivenNoise, read_fixture, read_metadata
 from tests.support.golden_media import MEDIA_CHECKS
 from tests.support.golden_networks import NETWORK_CHECKS
+from tests.support.golden_policies import check_policy
 from tests.support.golden_training import TRAINING_CHECKS
 from tests.support.tiny_wan import ordered
 
@@ -209,6 +210,7 @@ def check_umt5(fixture: Fixture) -> None:
 CHECKS: dict[str, Callable[[Fixture], None]] = {
     "scheduler": check_scheduler,
     "causal_rollout": check_rollout,
+    "policy_rollout": check_policy,
     "taehv": check_taehv,
     "taehv_preview": check_taehv_preview,
     "umt5": check_umt5,

@@ -15,7 +15,6 @@ from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.guided import Guided
 from selfforcing_core.history import PromptChange
-from selfforcing_core.noise import CONTEXT
 from selfforcing_core.rollout import rollout
 from tests.support.golden_fixture import Fixture, GivenNoise
 
@@ -116,6 +115,3 @@ def _seen(fixture: Fixture, name: str) -> set[tuple[float, int]]:
     first = fixture[f"{name}.query_pos"][0].item()
     positions, frames = fixture[f"{name}.key_pos"].tolist(), fixture[f"{name}.key_frame"].tolist()
     return {(position - first, frame) for position, frame in zip(positions, frames)}
-
-
-assert CONTEXT < 0
