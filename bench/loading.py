@@ -1,30 +1,36 @@
 """From a checkpoint of real size to the first chunk: seconds, and memory that never holds the weights twice.
 
     python -m bench.loading --json --out bench/results/loading-cpu-1thread.json
+    python -m bench.loading --preset t2v-14b --layers 2 --out bench/results/loading-14b-2layers-cpu-1thread.json
 
-A file with random weights in the shapes of Wan 2.1 1.3B is written first. Each measurement is a process of its own.
-Anonymous memory is what a process really allocates; pages mapped from the file are counted apart, the system takes them
-back when it needs them. The frame is small: the figures are about loading, not about speed.
+A file with random weights in the shapes of Wan 2.1 1.3B is written first, and one of them in 8 bits with scales. Each
+measurement is a process of its own. Anonymous memory is what a process really allocates; pages mapped from the file are
+counted apart, the system takes them back when it needs them. The frame is small: the figures are about loading, not
+about speed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from bench.report import now, write
 from bench.rollout import hardware
 from selfforcing_core.conditioning import Conditioning
-from selfforcing_core.config import NETWORK_SIZES, CausalConfig, StepConfig
+from selfforcing_core.config import NETWORK_SIZES, CausalConfig, StepConfig, WanConfig
 from selfforcing_core.guided import Guided
 from selfforcing_core.noise import SeededNoise
 from selfforcing_core.rollout import rollout
@@ -33,18 +39,33 @@ from selfforcing_core.weights.checkpoint import save_checkpoint
 from selfforcing_core.weights.load import load_model
 
 LATENT_SHAPE = (3, 16, 8, 8)  # one chunk of 64x64 pixels
-# As stored, weights may stay mapped; converted, each is read once and its bfloat16 form let go.
-CASES = ("bfloat16 as stored", "bfloat16 to float32")
+# As stored, weights may stay mapped; converted, each is read once and its stored form let go.
+SCALED = "8 bits with scales to bfloat16"
+CASES = ("bfloat16 as stored", "bfloat16 to float32", SCALED)
 
 
-def write_checkpoint(path: Path, preset: str) -> int:
-    """Write random bfloat16 weights, and return their bytes."""
+def write_checkpoints(plain: Path, scaled: Path, config: WanConfig) -> int:
+    """Write random bfloat16 weights, and the same in 8 bits with scales; return the bytes of the first."""
     generator = torch.Generator().manual_seed(0)
     # Small numbers, so that thirty layers of them give no NaN.
-    shapes = wan_shapes(NETWORK_SIZES[preset])
+    shapes = wan_shapes(config)
     state = {name: torch.randn(shape, generator=generator).mul_(0.02).bfloat16() for name, shape in shapes.items()}
-    save_checkpoint(path, state, NETWORK_SIZES[preset], causal=CausalConfig(), steps=StepConfig())
-    return sum(tensor.nbytes for tensor in state.values())
+    save_checkpoint(plain, state, config, causal=CausalConfig(), steps=StepConfig())
+    size = sum(tensor.nbytes for tensor in state.values())
+    header = read_header_entries(plain)
+    for name in [name for name, tensor in state.items() if name.startswith("blocks.") and tensor.ndim == 2]:
+        weight = state[name].float()
+        scale = weight.abs().max() / torch.finfo(torch.float8_e4m3fn).max
+        state[name] = (weight / scale).to(torch.float8_e4m3fn)
+        state[name.removesuffix("weight") + "scale_weight"] = scale
+    save_file(state, scaled, header)
+    return size
+
+
+def read_header_entries(path: Path) -> dict[str, str]:
+    """Return the entries of a safetensors file's header."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
 
 
 class Watch:
@@ -106,19 +127,24 @@ def measure(path: Path, case: str) -> dict[str, Any]:
     }
 
 
-def run(preset: str) -> dict[str, Any]:
-    """Write the file, and measure each case in a process of its own, whose memory nothing before it has grown."""
+def run(preset: str, layers: int | None) -> dict[str, Any]:
+    """Write the files, and measure each case in a process of its own, whose memory nothing before it has grown."""
+    config = replace(NETWORK_SIZES[preset], num_layers=layers or NETWORK_SIZES[preset].num_layers)
+    block = sum(math.prod(shape) for name, shape in wan_shapes(config).items() if name.startswith("blocks.0."))
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        size = write_checkpoint(path, preset)
+        plain, scaled = Path(folder) / "model.safetensors", Path(folder) / "scaled.safetensors"
+        size = write_checkpoints(plain, scaled, config)
         results = []
         for case in CASES:
+            path = scaled if case == SCALED else plain
             command = [sys.executable, "-m", "bench.loading", "--measure", str(path), "--case", case]
             process = subprocess.run(command, check=True, capture_output=True, text=True)
             results.append(json.loads(process.stdout))
     return {
         "preset": preset,
+        "layers": config.num_layers,
         "file_bytes": size,
+        "layer_bytes_in_bfloat16": 2 * block,
         "latent_shape": LATENT_SHAPE,
         "cases": results,
         "hardware": hardware(),
@@ -131,6 +157,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(NETWORK_SIZES), default="t2v-1.3b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the preset has, where memory is short")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--out", type=Path, help="file to write")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
@@ -139,7 +166,7 @@ def main() -> None:
     if args.measure:
         print(json.dumps(measure(args.measure, args.case)))
         return
-    result = run(args.preset)
+    result = run(args.preset, args.layers)
     text = write(result, args.out)
     if args.json:
         print(text)

@@ -19,8 +19,9 @@ from .atomic import replacing
 from .kv_cache import CacheState
 
 HEADER_KEY = "selfforcing.snapshot"
-HEADER_FORMAT, SCALED_FORMAT = 1, 2  # 2: the numbers of the caches have scales, which readers of 1 would not see
-POLICY_FORMAT = 3  # frames lie or stand elsewhere than at their own number, or a policy remembers more
+# 2: the numbers of the caches have scales; 3: half of the caches are another network's; 4: frames stand elsewhere than at
+# their own number, or a policy remembers more. Readers of 1 would see none of it.
+HEADER_FORMAT, SCALED_FORMAT, EXPERTS_FORMAT, POLICY_FORMAT = HEADER_FORMATS = 1, 2, 3, 4
 MEMORY = "memory."  # before the names of what a policy remembers
 
 
@@ -34,10 +35,11 @@ class Snapshot:
 
     start_frame: int  # of the chunk, in latent frames
     end_frame: int  # one behind its last
-    caches: tuple[CacheState, ...]  # one for each conditioning
+    caches: tuple[CacheState, ...]  # one for each conditioning; of two experts first the high-noise network's
     pending_BTCHW: Tensor | None = None  # the chunk where it was not yet written into the caches (a video's last one)
     pending_timestep: float = 0.0  # at which it is to be written
     video_BTCHW: Tensor | None = None  # all clean latents up to end_frame, where somebody kept them
+    num_networks: int = 1  # 2 for experts
 
     @property
     def num_bytes(self) -> int:
@@ -55,11 +57,14 @@ class Snapshot:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, complete or not at all. Raises ValueError if the path cannot be written."""
         header = {
-            "format": max((_format(state) for state in self.caches), default=HEADER_FORMAT),
+            "format": max(
+                EXPERTS_FORMAT if self.num_networks > 1 else HEADER_FORMAT, *(_format(state) for state in self.caches)
+            ),
             "start_frame": self.start_frame,
             "end_frame": self.end_frame,
             "pending_timestep": self.pending_timestep,
             "caches": [_cursors(state) for state in self.caches],
+            "num_networks": self.num_networks,
         }
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self._tensors().items()}
         with replacing(path) as temporary:
@@ -79,9 +84,10 @@ class Snapshot:
 
     @classmethod
     def _from_parts(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Snapshot:
-        formats = (HEADER_FORMAT, SCALED_FORMAT, POLICY_FORMAT)
-        if header["format"] not in formats:
-            raise ValueError(f"format {header['format']!r}, this version reads {', '.join(map(str, formats))}")
+        if header["format"] not in HEADER_FORMATS:
+            raise ValueError(
+                f"format {header['format']!r}, this version reads {HEADER_FORMATS[0]} to {HEADER_FORMATS[-1]}"
+            )
         caches = []
         for index, cursors in enumerate(header["caches"]):
             prefix = f"cache{index}."
@@ -97,6 +103,7 @@ class Snapshot:
             tensors.get("pending"),
             header["pending_timestep"],
             tensors.get("video"),
+            header.get("num_networks", 1),
         )
 
     def _tensors(self) -> dict[str, Tensor]:

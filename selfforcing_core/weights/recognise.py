@@ -14,17 +14,14 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePath
 
 from ..shapes import Shapes
-from .checkpoint_header import read_entries
+from .checkpoint_header import PRESET_ENTRY, read_entries
 from .keymap import EMA_CONTAINERS, LORA_CONTAINERS, RAW_CONTAINERS, strip_wrappers, to_wan
 from .presets import NO_WEIGHTS, PRESETS, Preset, Sizes, find_preset
 from .variants import variant_among
 
-PRESET_ENTRY = "preset"  # in our header: what `convert` was told the file is
 FSDP_INFIX = "_fsdp_wrapped_module."
 # Names that many files and folders have which are no such release; they count only beside one that is its own.
 COMMON_NAMES = ("*", "model.pt", "base.pt", "lora.pt", "ema_model.pt", "models", "transformer", "transformer_2")
-# FastVideo's names of the feed-forward layers, which some exports in diffusers' layout kept.
-FEED_FORWARD = {".ffn.fc_in.": ".ffn.0.", ".ffn.fc_out.": ".ffn.2."}
 _CONTAINERS = (*EMA_CONTAINERS, *RAW_CONTAINERS, *LORA_CONTAINERS)
 FINGERPRINT_BYTES = 1 << 20
 # fingerprint -> preset. It holds only files that were at hand when the line was written, and none was yet.
@@ -75,6 +72,11 @@ def recognise(
     return Recognition(tuple(candidates), "file name" if named else "names and shapes")
 
 
+def fits_release(preset: Preset, shapes: Shapes) -> bool:
+    """Return whether the names and shapes in a file are those that a release has."""
+    return _may_be(preset, _network(shapes))
+
+
 def fingerprint(path: str | Path) -> str | None:
     """Return a name for the bytes of a file: its size and the SHA-256 of its first MiB. None where there is no file."""
     path = Path(path)
@@ -106,8 +108,6 @@ def _wan_name(key: str) -> str:
     name = strip_wrappers(key)
     while name.partition(".")[0] in _CONTAINERS and "." in name:
         name = name.partition(".")[2]
-    for written, ours in FEED_FORWARD.items():
-        name = name.replace(written, ours)
     return to_wan(name)
 
 
@@ -154,12 +154,17 @@ def _as_released(presets: list[Preset], shapes: Shapes) -> list[Preset]:
 
     Somebody's copy without containers can come from any of them.
     """
-    containers = {part for key in shapes for part in _containers_of(key)}
+    containers = containers_in(shapes)
     if not containers:
         return presets
     has_infix = any(FSDP_INFIX in key for key in shapes)
     fitting = [each for each in presets if set(each.containers) <= containers and each.has_fsdp_infix == has_infix]
     return fitting or presets
+
+
+def containers_in(shapes: Shapes) -> set[str]:
+    """Return the containers that a file has sets of weights in; none for a file of names alone."""
+    return {part for key in shapes for part in _containers_of(key)}
 
 
 def _containers_of(key: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ import logging
 import pickle
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..shapes import Shape
+from . import gguf_files
 from .checkpoint_header import comfyui_header, json_object, one_line
-from .keymap import EMA_CONTAINERS, LORA_CONTAINERS, RAW_CONTAINERS, prefix_before, split_container
-from .scaled import ScaledWeights, chosen_tensors, split_scales
+from .keymap import EMA_CONTAINERS, LORA_CONTAINERS, RAW_CONTAINERS, fused_parts, prefix_before, split_container
+from .scaled import ScaledWeights, Storage, chosen_tensors, split_scales
 
 log = logging.getLogger(__name__)
 WEIGHTS = ("auto", "ema", "raw")
@@ -44,7 +46,8 @@ class FileContents:
     weights: str  # "raw" or "ema"
     available: tuple[str, ...]
     notes: tuple[str, ...] = ()  # lines for the user about what was chosen or left out
-    scales: Mapping[str, Tensor] = field(default_factory=dict)  # of weights in 8 bits, by their names
+    key_shapes: Mapping[str, Shape] = field(default_factory=dict)  # of all in the file, containers before the names
+    scales: Mapping[str, Storage] = field(default_factory=dict)  # of weights that are stored otherwise, by their names
 
 
 def read_tensors(path: str | Path, *, is_quiet: bool = False) -> Mapping[str, Tensor]:
@@ -91,7 +94,29 @@ def open_contents(path: Path, weights: str) -> FileContents:
     if weights not in WEIGHTS:
         raise ValueError(f"weights {weights!r} is unknown; use 'auto', 'ema' or 'raw'")
     contents = _open(path, weights)
+    if contents.scales:
+        return contents
     tensors, scales = split_scales(contents.tensors, contents.header)
+    return replace(contents, tensors=tensors, scales=scales)
+
+
+def without_fusions(contents: FileContents) -> FileContents:
+    """Return a Wan transformer with every fused projection as its parts: views of its rows, of which nothing is copied.
+
+    Raises ValueError for rows that are no equal parts, and where parts lie beside their fusion.
+    """
+    tensors: dict[str, Tensor] = {}
+    scales: dict[str, Storage] = {}
+    for key, tensor in contents.tensors.items():
+        parts = fused_parts(key) or (key,)
+        if tensor.ndim and tensor.shape[0] % len(parts):
+            raise ValueError(f"{key} has {tensor.shape[0]} rows, which are not {len(parts)} equal parts; it is damaged")
+        for index, part in enumerate(parts):
+            if part in tensors or (part != key and part in contents.tensors):
+                raise ValueError(f"holds {part} alone and in {key}; keep one of them")
+            tensors[part] = tensor.chunk(len(parts))[index] if len(parts) > 1 else tensor
+            if key in contents.scales:
+                scales[part] = contents.scales[key].part(index, len(parts))
     return replace(contents, tensors=tensors, scales=scales)
 
 
@@ -113,17 +138,15 @@ def _open(path: Path, weights: str) -> FileContents:
         return _open_torch(path, weights, is_zip=start.startswith(ZIP_MARK))
     if start.lstrip().startswith(b"{"):
         return _open_shards(path, weights)
-    if start.startswith(b"GGUF"):
-        raise ValueError(
-            "is a GGUF file, which is not read here; in ComfyUI load it with a GGUF loader and put Patch Model (Self "
-            "Forcing) behind it, elsewhere use a safetensors or torch file of the same model"
-        )
+    if start.startswith(gguf_files.MARK):
+        return _open_gguf(path, weights)
     raise ValueError("is neither a safetensors nor a torch file")
 
 
 # -------------------------------------------------------------- safetensors --
 def _open_safetensors(path: Path, weights: str) -> FileContents:
-    return _single_set(*_read_safetensors(path), weights)
+    tensors, header = _read_safetensors(path)
+    return _with_shapes(_single_set(tensors, header, weights), tensors)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -134,6 +157,11 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         # Damaged headers reach torch as sizes and types that it does not know, so that the error may be torch's own.
         raise ValueError(f"is a damaged or truncated safetensors file ({one_line(error)})") from error
+
+
+def _open_gguf(path: Path, weights: str) -> FileContents:
+    tensors, packings = gguf_files.read_gguf(path)
+    return replace(_one_set(tensors, {}, weights), scales=packings)
 
 
 def _open_folder(path: Path, weights: str) -> FileContents:
@@ -178,7 +206,7 @@ def _open_shards(index: Path, weights: str) -> FileContents:
             raise ValueError(f"has {double} in two shards; download them again")
         tensors |= shard_tensors
         header |= shard_header
-    return _single_set(tensors, header, weights)
+    return _with_shapes(_single_set(tensors, header, weights), tensors)
 
 
 # -------------------------------------------------------------- torch files --
@@ -197,7 +225,7 @@ def _open_torch(path: Path, weights: str, *, is_zip: bool) -> FileContents:
         raise ValueError(f"is a damaged or truncated torch file ({type(error).__name__})") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"holds a {type(loaded).__name__}, not a dictionary of tensors")
-    return _choose_container(loaded, weights)
+    return _with_shapes(_choose_container(loaded, weights), loaded)
 
 
 # -------------------------------------------------------- sets of weights --
@@ -209,6 +237,19 @@ class _Candidate:
     weights: str  # "raw" or "ema"
     tensors: dict[str, Tensor]
     left_out: str = ""  # a line about what stands beside it in the same dictionary
+
+
+def _with_shapes(contents: FileContents, loaded: Mapping[Any, Any]) -> FileContents:
+    """Return the contents with the shapes of all that the file holds, chosen or not."""
+    return replace(contents, key_shapes=dict(_key_shapes(loaded)))
+
+
+def _key_shapes(loaded: Mapping[Any, Any], place: str = "") -> Iterator[tuple[str, Shape]]:
+    for key, entry in loaded.items():
+        if isinstance(entry, Tensor):
+            yield f"{place}{key}", tuple(entry.shape)
+        elif isinstance(entry, Mapping):
+            yield from _key_shapes(entry, f"{place}{key}.")
 
 
 def _choose_container(loaded: dict[Any, Any], weights: str) -> FileContents:
@@ -228,6 +269,10 @@ def _single_set(tensors: dict[str, Tensor], header: dict[str, str], weights: str
     candidates = _by_prefix(tensors, "", "raw")
     if candidates[0].place:
         return _chosen(candidates, header, weights)
+    return _one_set(tensors, header, weights)
+
+
+def _one_set(tensors: dict[str, Tensor], header: dict[str, str], weights: str) -> FileContents:
     if weights == "ema":
         raise ValueError("holds one set of weights and does not say that it is an average; ask for weights='auto'")
     return FileContents(tensors, header, "raw", ("raw",))

@@ -23,7 +23,7 @@ from selfforcing_core.noise import SeededNoise
 from selfforcing_core.policy import CUT, FLUSH, HISTORIES, KEEP, POLICIES, RECACHE, RECACHE_SINK, cache_policy
 from selfforcing_core.rollout import rollout
 from tests.support.golden_fixture import FOLDER
-from tests.support.golden_policies import POLICY_OF
+from tests.support.golden_rings import POLICY_OF
 from tests.support.tiny_wan import CONFIG, FRAME, guided, random_text, random_wan
 
 STEPS = StepConfig((1000.0, 500.0))

@@ -1,7 +1,4 @@
-"""Recorded rollouts of the family's cache policies: which policy each file is, and its comparison.
-
-Letters: B batch, T latent frames, C latent channels, H W latent size.
-"""
+"""Checks of whole rollouts, with the log of what each call saw, against recorded numbers; see test_golden.py."""
 
 from __future__ import annotations
 
@@ -13,105 +10,84 @@ from torch import Tensor
 
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
+from selfforcing_core.geometry import chunk_lengths
 from selfforcing_core.guided import Guided
-from selfforcing_core.history import PromptChange
+from selfforcing_core.model import CausalWan
 from selfforcing_core.rollout import rollout
+from selfforcing_core.schedule import FlowSchedule
 from tests.support.golden_fixture import Fixture, GivenNoise
+from tests.support.golden_rings import POLICY_OF, check_ring
+from tests.support.tiny_wan import ordered
+
+# Recorded files of policies that the cache does not have yet. Whatever is not named here has to pass.
+WAITING = frozenset(
+    f"policy_{name}"
+    for name in (*("krea", "krea_bias", "longlive2", "memflow", "rolling_forcing", "sdv2", "sdv2_batch"),)
+)
 
 
-def _plain(name: str) -> Callable[[dict[str, Any]], str]:
-    return lambda policy: name
+class CallLog:
+    """Stands in for the network: passes calls on, and compares each with what was recorded of it."""
 
-
-def _reward(policy: dict[str, Any]) -> str:
-    return f"reward,sink_average={policy['memory']['alpha']}"
-
-
-def _memrope(policy: dict[str, Any]) -> str:
-    memory = policy["memory"]
-    return f"memrope,means={memory['alpha_long']}/{memory['alpha_short']}"
-
-
-# What a file calls its policy -> ours, with the settings that the file has.
-POLICY_OF: dict[str, Callable[[dict[str, Any]], str]] = {
-    "longlive": _plain("longlive"),
-    "longlive_moving_sink": _plain("longlive-interactive"),
-    "longlive_infinity": _plain("longlive-infinity"),
-    "infinite_forcing": _plain("infinite"),
-    "infinity_rope": _plain("infinity-rope"),
-    "infinity_rope_wide": _plain("infinity-rope"),
-    "reward_forcing": _reward,
-    "memrope": _memrope,
-    "rolling_sink": _plain("rolling-sink"),
-    "flashdreams_long": _plain("flashdreams"),
-}
-# Where a file holds two readings, the one that is ours.
-LATENTS = {"infinity_rope_wide": "latents_query_at_tail"}
-
-
-class Watched:
-    """Stands in for the network: passes calls on, keeping what each saw, and of which frames."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.config, self.axes, self.new_cache = model, model.config, model.axes, model.new_cache
-        self.calls: list[dict[str, Any]] = []
+    def __init__(self, model: CausalWan, fixture: Fixture) -> None:
+        self.model, self.config, self.new_cache, self.fixture = model, model.config, model.new_cache, fixture
+        self.calls = iter(fixture.meta["calls"])
+        self.written: list[Tensor] = []  # what each call so far wrote: values of the first layer, by frame
 
     def __call__(self, x: Tensor, timesteps: Tensor, embeds: Tensor, **kwargs: Any) -> Tensor:
-        flow = self.model(x, timesteps, embeds, **kwargs)
-        cache = kwargs["cache"]
-        slots = range(cache._num_visible() // cache.tokens_per_frame)
-        place = {(cache.slot_positions[slot] - cache.position, cache.slot_frames[slot]) for slot in slots}
-        self.calls.append({"timestep": timesteps, "flow": flow, "seen": place})
+        flow, cache = self.model(x, timesteps, embeds, **kwargs), kwargs["cache"]
+        name, start, count = next(self.calls), kwargs["start_frame"], x.shape[1]
+        self.fixture.check(f"{name}.flow", flow)
+        self.fixture.check(f"{name}.timestep", timesteps, atol=1e-3)
+        frames = list(range(start, start + count))
+        values = ordered(cache, 0)[1].unflatten(1, (-1, cache.tokens_per_frame)).unbind(1)
+        self.written.append(torch.stack(values[-count:], 1))
+        # Keys are turned by the number of their frame, so that it is their position too.
+        seen = list(cache.frames())
+        for key, found in (("frames", frames), ("query_pos", frames), ("key_frame", seen), ("key_pos", seen)):
+            assert self.fixture[f"{name}.{key}"].tolist() == found, f"{name}.{key}"
+        assert self.fixture[f"{name}.key_call"].tolist() == [self._writer(value) for value in values], name
+        self.fixture.checked.add(f"{name}.key_call")
         return flow
+
+    def _writer(self, value: Tensor) -> int:
+        """The latest call that wrote exactly this."""
+        writers = (index for index, frames in enumerate(self.written) for own in frames.unbind(1) if own.equal(value))
+        return max(writers)
 
 
 def check_policy(fixture: Fixture) -> None:
-    """Compare latents, flows, and of every call which frames it saw at which distance."""
-    meta, pipeline = fixture.meta, fixture.meta["pipeline"]
-    policy = POLICY_OF[meta["preset"]](meta["policy"])
-    chunk, sink = pipeline["num_frame_per_block"], pipeline["sink"]
-    causal = CausalConfig(chunk, pipeline["window"], sink, context_noise=pipeline["context_noise"], policy=policy)
-    listed = tuple(map(float, pipeline["denoising_step_list"]))
-    steps = StepConfig(listed, pipeline["timestep_shift"], pipeline["warp_denoising_step"], "table")
-    noise = fixture["noise"]
-    starts = range(0, noise.shape[1], chunk)
-    draws = {(start, 0): noise[:, start : start + chunk] for start in starts}
-    for index, start in enumerate(starts):
-        for step in range(len(listed) - 1):
-            draws[start, step + 1] = fixture[f"chunk{index}.step{step}.renoise"].view_as(draws[start, 0])
-    prompts = [Conditioning(fixture[f"prompt_embeds.{index}"]) for index in range(meta["prompts"])]
-    at_chunk, cuts = meta["prompt_at_chunk"], meta["policy"].get("cut_at_chunk", [])
-
-    def prompt_at(start_frame: int) -> PromptChange | None:
-        index = start_frame // chunk
-        if index == 0 or at_chunk[index] == at_chunk[index - 1]:
-            return None
-        return PromptChange(prompts[at_chunk[index]], "cut" if index in cuts else None)
-
-    model = Watched(fixture.wan())
+    pipeline, noise = fixture.meta["pipeline"], fixture["noise"]
+    causal = CausalConfig(pipeline["num_frame_per_block"], pipeline["window"], pipeline["sink"])
+    listed, first = (
+        tuple(map(float, pipeline[key])) for key in ("denoising_step_list", "denoising_step_list_first_chunk")
+    )
+    warp = pipeline["warp_denoising_step"]
+    steps = StepConfig(listed, pipeline["timestep_shift"], warp, "table", pipeline["solver"], first)
+    for key, index in (("denoising_steps", 1), ("denoising_steps_first_chunk", 0)):
+        fixture.check(key, torch.tensor(FlowSchedule(steps.of_chunk(index)).timesteps), atol=1e-3)
+    lengths = chunk_lengths(noise.shape[1], causal.chunk)
+    draws = {(index * causal.chunk, 0): chunk for index, chunk in enumerate(noise.split(lengths, 1))}
+    for index, length in enumerate(lengths):
+        for step in range(len(steps.of_chunk(index).steps) - 1):
+            draw = fixture[f"chunk{index}.step{step}.renoise"]
+            draws[index * causal.chunk, step + 1] = draw.unflatten(0, (-1, length))
+    log = CallLog(fixture.wan(), fixture)
     chunks = rollout(
-        Guided(model, prompts[at_chunk[0]]),
+        Guided(log, Conditioning(fixture["prompt_embeds.0"])),
         noise=GivenNoise(draws),
-        latent_shape=noise.shape[1:],  # type: ignore[arg-type]
+        latent_shape=tuple(noise.shape[1:]),
         causal=causal,
         steps=steps,
         commit_last=True,
-        prompt_at=prompt_at,
     )
-    latents = torch.cat([each.latents_BTCHW for each in chunks], 1)
-    main = LATENTS.get(meta["preset"], "latents")
-    fixture.check(main, latents)
-    assert len(model.calls) == len(meta["calls"]), "another number of network calls"
-    for name, call in zip(meta["calls"], model.calls):
-        if name.endswith("recache"):
-            continue  # its first frames are computed for nobody, so ours has fewer
-        if main == "latents":
-            fixture.check(f"{name}.flow", call["flow"])
-            assert call["seen"] == _seen(fixture, name), f"{name} sees other frames"
+    fixture.check("latents", torch.cat([chunk.latents_BTCHW for chunk in chunks], 1))
+    assert next(log.calls, None) is None, "fewer network calls than the reference makes"
 
 
-def _seen(fixture: Fixture, name: str) -> set[tuple[float, int]]:
-    """Return the frames that a recorded call sees and how far each stands from the call's first frame."""
-    first = fixture[f"{name}.query_pos"][0].item()
-    positions, frames = fixture[f"{name}.key_pos"].tolist(), fixture[f"{name}.key_frame"].tolist()
-    return {(position - first, frame) for position, frame in zip(positions, frames)}
+def check_any(fixture: Fixture) -> None:
+    """Compare a file as its policy asks."""
+    (check_ring if fixture.meta["preset"] in POLICY_OF else check_policy)(fixture)
+
+
+POLICY_CHECKS: dict[str, Callable[[Fixture], None]] = {"policy_rollout": check_any}
