@@ -18,7 +18,6 @@ from .config import CausalConfig
 from .experts import Experts, check_cache_source
 from .kv_cache import KVCache
 from .policy import SELF_FORCING, cache_policy
-from .rope import PLAIN
 
 
 def new_caches(
@@ -49,7 +48,7 @@ def new_caches(
     ]
     rows, columns = height // model.config.patch_size[1], width // model.config.patch_size[2]
     for cache in caches:
-        cache.follow(policy, (rows, columns), getattr(model, "axes", PLAIN))
+        cache.follow(policy, (rows, columns))
         cache.keeps_all = not evicts
     return caches
 

@@ -151,7 +151,8 @@ class KVCache:
         assert 0 <= sink < capacity, f"sink {sink} leaves no room in a cache of {capacity} frames"
         self.tokens_per_frame, self.capacity, self.sink = tokens_per_frame, capacity, sink
         self.by_segments = by_segments
-        self.head_dim, self.grid, self.axes = config.head_dim, (1, tokens_per_frame), PLAIN
+        self.head_dim, self.grid = config.head_dim, (1, tokens_per_frame)
+        self.axes: Axes = PLAIN  # scale and shift of positions, by which the network turns
         self.policy = SELF_FORCING
         self.head = sink  # slots in front of the ring: those of the sink, and what a policy keeps behind it
         self.memory: Memory | None = None
@@ -182,13 +183,13 @@ class KVCache:
         """Return whether keys and values of this type are stored in another one."""
         return self.k.dtype != like.dtype
 
-    def follow(self, policy: CachePolicy, grid: tuple[int, int], axes: Axes = PLAIN) -> None:
+    def follow(self, policy: CachePolicy, grid: tuple[int, int]) -> None:
         """Keep what a policy says from here on; the cache is empty afterwards.
 
-        grid: tokens of a frame, down and across. axes: scale and shift of the positions, as the network turns by them.
+        grid: tokens of a frame, down and across.
         """
         assert grid[0] * grid[1] == self.tokens_per_frame, f"{grid} are not {self.tokens_per_frame} tokens"
-        self.policy, self.grid, self.axes = policy, grid, axes
+        self.policy, self.grid = policy, grid
         self.head = self.sink + policy.num_means
         assert self.head < self.capacity, f"{self.head} frames that stay leave no room in a cache of {self.capacity}"
         self.memory = new_memory(self)

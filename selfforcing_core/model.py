@@ -371,6 +371,7 @@ class CausalWan(nn.Module):
         device = noisy_BTCHW.device
         position = start_frame
         if cache is not None:
+            cache.axes = self.axes
             cache.stage(start_frame, num_frames, writes=writes)
             position = cache.position  # a policy may put a chunk elsewhere than at its own number
         rotary = rotary_table(self.config.head_dim, position, num_frames, rows, columns, device, axes=self.axes)

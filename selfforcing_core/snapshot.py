@@ -19,8 +19,8 @@ from .atomic import replacing
 from .kv_cache import CacheState
 
 HEADER_KEY = "selfforcing.snapshot"
-# 2: the numbers of the caches have scales; 3: half of the caches are another network's; 4: frames stand elsewhere than at
-# their own number, or a policy remembers more. Readers of 1 would see none of it.
+# 2: the numbers of the caches have scales; 3: half of the caches are another network's; 4: frames stand elsewhere than
+# at their own number, or a policy remembers more. Readers of 1 would see none of it.
 HEADER_FORMAT, SCALED_FORMAT, EXPERTS_FORMAT, POLICY_FORMAT = HEADER_FORMATS = 1, 2, 3, 4
 MEMORY = "memory."  # before the names of what a policy remembers
 
