@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from comfy_api.latest import io
+from torch import Tensor
 
 from .adapter import host
 from .adapter.chunk_sampler import ChunkGuider, ChunkSampler, Run, SnapshotHolder
 from .adapter.model_settings import AUTO, settings_of, sigmas_of
 from .adapter.stream_run import NO_STATE
-from .stream_sampler import State
+from .stream_sampler import State, step_widgets
 
 # What users of ComfyUI's own causal nodes, and of other packs, search for.
 ALIASES = ["self forcing", "autoregressive causal video"]
@@ -36,6 +37,12 @@ class SelfForcingSampler(io.ComfyNode):
                     optional=True,
                     tooltip="Keep the final state for the state output; it takes as much memory as the KV cache.",
                 ),
+                io.Sigmas.Input(
+                    "first_chunk_sigmas",
+                    optional=True,
+                    tooltip="Noise levels of the video's first chunk. Not connected: the model's own, if it has some, "
+                    "else those of every chunk.",
+                ),
             ],
             outputs=[
                 io.Sampler.Output(tooltip="For Sampler Custom (Advanced)."),
@@ -47,9 +54,11 @@ class SelfForcingSampler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, state: SnapshotHolder | None = None, keep_state: bool = False) -> io.NodeOutput:
+    def execute(
+        cls, state: SnapshotHolder | None = None, keep_state: bool = False, first_chunk_sigmas: Tensor | None = None
+    ) -> io.NodeOutput:
         # Sampling fills the holder later: a node behind this one has to wait for the sampled LATENT.
-        run = Run(resume=state, keep=SnapshotHolder() if keep_state else None)
+        run = Run(resume=state, keep=SnapshotHolder() if keep_state else None, first_sigmas=first_chunk_sigmas)
         return io.NodeOutput(ChunkSampler(run), host.blocker(NO_STATE) if run.keep is None else run.keep)
 
 
@@ -100,13 +109,26 @@ class SelfForcingSigmas(io.ComfyNode):
                     tooltip="Timestep shift (a ratio, 5 for Self Forcing). 0 is auto: the model's own, or what a "
                     "ModelSamplingSD3 node set.",
                 ),
+                *step_widgets(),
             ],
-            outputs=[io.Sigmas.Output(tooltip="For Sampler Custom (Advanced); falls from 1 to 0.")],
+            outputs=[
+                io.Sigmas.Output(
+                    tooltip="For Sampler Custom (Advanced); falls from 1 to 0. Two zeros at the end are a pass at "
+                    "timestep 0, which only Sampler (Self Forcing) knows."
+                ),
+                io.Sigmas.Output(
+                    display_name="first_chunk_sigmas",
+                    tooltip="Those of the video's first chunk, for Sampler (Self Forcing).",
+                ),
+            ],
         )
 
     @classmethod
-    def execute(cls, model: Any, steps: int, shift: float) -> io.NodeOutput:
-        return io.NodeOutput(sigmas_of(model, steps, shift))
+    def execute(
+        cls, model: Any, steps: int, shift: float, warp: str = "auto", first_chunk_steps: int = AUTO
+    ) -> io.NodeOutput:
+        sigmas, first_sigmas = sigmas_of(model, steps, shift, warp=warp, first_chunk_steps=first_chunk_steps)
+        return io.NodeOutput(sigmas, sigmas if first_sigmas is None else first_sigmas)
 
 
 class SelfForcingGuider(io.ComfyNode):

@@ -14,6 +14,7 @@ from .snapshot_resume import SelfForcingResume, SelfForcingSnapshot
 from .stream_sampler import SelfForcingStreamSampler
 from .stream_to_file import SelfForcingStreamToFile
 from .text_encode import SelfForcingTextEncode
+from .two_experts import SelfForcingTwoExperts
 
 
 class SelfForcingExtension(ComfyExtension):
@@ -42,4 +43,5 @@ class SelfForcingExtension(ComfyExtension):
             SelfForcingResume,
             SelfForcingPromptSchedule,
             SelfForcingStreamToFile,
+            SelfForcingTwoExperts,
         ]

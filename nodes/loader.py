@@ -12,6 +12,10 @@ from ..selfforcing_core.config import CACHE_SOURCES, CausalConfig, StepConfig
 from ..selfforcing_core.weights.bundles import resolve_model, resolve_taehv
 from ..selfforcing_core.weights.checkpoint import Checkpoint, read_checkpoint
 from ..selfforcing_core.weights.latent_space import LATENT_SPACES, WAN, WAN_UNSCALED, expect_latent_space
+from ..selfforcing_core.weights.preset_settings import AUTO as AUTO_PRESET
+from ..selfforcing_core.weights.preset_settings import NONE as NO_PRESET
+from ..selfforcing_core.weights.preset_settings import read_with_preset
+from ..selfforcing_core.weights.presets import PRESETS, find_preset
 from .adapter import folders, host, page
 from .adapter.autoencoder import TAEHVAutoencoder
 from .adapter.causal_model import with_settings
@@ -25,6 +29,7 @@ from .adapter.model_settings import (
     SINK_AUTO,
     Settings,
     causal_settings,
+    preset_behind_widgets,
     settings_of,
 )
 
@@ -46,6 +51,11 @@ CACHE_DTYPES = {
     "float8_e4m3fn": torch.float8_e4m3fn,
     "int8": torch.int8,
 }
+
+
+def _preset_input(tooltip: str) -> Any:
+    choices = [AUTO_PRESET, NO_PRESET, *(preset.name for preset in PRESETS.values() if not preset.unsupported)]
+    return io.Combo.Input("preset", options=choices, default=AUTO_PRESET, optional=True, tooltip=tooltip)
 
 
 def _expect(checkpoint: Checkpoint, kind: str, choice: str, remedy: str) -> None:
@@ -70,19 +80,25 @@ def _latent_space(checkpoint: Checkpoint, choice: str, name: str) -> str:
     return file_space
 
 
-def load_model(unet_name: str, weight_dtype: str, weights: str, kind: str, disable_dynamic: bool = False) -> Any:
+def load_model(
+    unet_name: str, weight_dtype: str, weights: str, kind: str, preset: str = AUTO_PRESET, disable_dynamic: bool = False
+) -> Any:
     """Return the MODEL of a file. ComfyUI calls this again, by its name for the last, for a copy on another device."""
-    checkpoint = read_checkpoint(folders.file_of(unet_name, resolve_model, folders.MODEL_FOLDER), weights=weights)
-    _expect(checkpoint, "wan", unet_name, "choose a video model")
+    path = folders.file_of(unet_name, resolve_model, folders.MODEL_FOLDER)
+    # Of two experts each is a MODEL of its own, and its twin another loader's.
+    reading = read_with_preset(path, preset, weights=weights, given=("low_noise",), asks=False)
+    _expect(reading.checkpoint, "wan", unet_name, "choose a video model")
+    for note in reading.notes:
+        page.show_text(f"the file {note}")
     model = model_from_checkpoint(
-        checkpoint,
+        reading.checkpoint,
         kind=kind,
         dtype=WEIGHT_DTYPES[weight_dtype],
         is_fast_fp8=weight_dtype.endswith("_fast"),
         is_dynamic=not disable_dynamic,
     )
     # Later versions replay it where a MODEL is wanted on another device (Select Model Device); without it, it stays.
-    model.cached_patcher_init = load_model, (unet_name, weight_dtype, weights, kind)
+    model.cached_patcher_init = load_model, (unet_name, weight_dtype, weights, kind, preset)
     return model
 
 
@@ -130,13 +146,20 @@ class SelfForcingModelLoader(io.ComfyNode):
                     "not distilled. auto: what the file says, as exports of our trainer do; released files often say "
                     "nothing. Where another kind than the file's is chosen, the node says so.",
                 ),
+                _preset_input(
+                    "Which release the file is: its chunk, window, sink, steps, shift and weights take the place of "
+                    "what the file says. auto: recognised by header, names and shapes, which the node says; none: as "
+                    "the file says. Widgets of this and later nodes come before it."
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The model: an ordinary MODEL that our samplers can run too.")],
         )
 
     @classmethod
-    def execute(cls, unet_name: str, weight_dtype: str, weights: str, kind: str = "auto") -> io.NodeOutput:
-        return io.NodeOutput(load_model(unet_name, weight_dtype, weights, kind))
+    def execute(
+        cls, unet_name: str, weight_dtype: str, weights: str, kind: str = "auto", preset: str = AUTO_PRESET
+    ) -> io.NodeOutput:
+        return io.NodeOutput(load_model(unet_name, weight_dtype, weights, kind, preset))
 
     @classmethod
     def fingerprint_inputs(cls, unet_name: str = "", **_: object) -> str:
@@ -179,15 +202,24 @@ class SelfForcingPatchModel(io.ComfyNode):
                     step=0.1,
                     tooltip="Timestep shift of the schedule (a ratio). 5 for Self Forcing; ComfyUI assumes 8 for Wan.",
                 ),
+                _preset_input(
+                    "Which release the weights are: what it is run with takes the place of kind, chunk and shift where "
+                    "they stand at their defaults. auto and none: the widgets alone, since a MODEL does not say what "
+                    "it was loaded from."
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The same model, prepared.")],
         )
 
     @classmethod
-    def execute(cls, model: Any, kind: str, chunk: int, shift: float) -> io.NodeOutput:
+    def execute(cls, model: Any, kind: str, chunk: int, shift: float, preset: str = AUTO_PRESET) -> io.NodeOutput:
         # A MODEL of another loader brings nothing of its training along: the widgets have to say it.
         settings = Settings(kind, CausalConfig(chunk=chunk), StepConfig(shift=shift))
-        return io.NodeOutput(host.with_shift(with_settings(model, settings), shift))
+        if preset not in (AUTO_PRESET, NO_PRESET):
+            settings, notes = preset_behind_widgets(find_preset(preset), settings)
+            for note in notes:
+                page.show_text(note)
+        return io.NodeOutput(host.with_shift(with_settings(model, settings), settings.steps.shift))
 
 
 class SelfForcingCacheOptions(io.ComfyNode):

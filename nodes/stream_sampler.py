@@ -12,7 +12,7 @@ from torch import Tensor
 from .adapter import host, page
 from .adapter.autoencoder import graph_clips, graph_latent, space_of
 from .adapter.live import times_steered
-from .adapter.model_settings import AUTO, SINK_AUTO
+from .adapter.model_settings import AUTO, SINK_AUTO, WARPS
 from .adapter.stream_run import StreamInputs, sample
 
 State = io.Custom("SELFFORCING_STATE")
@@ -41,6 +41,29 @@ SEARCH_ALIASES = (
 )
 
 log = logging.getLogger(__name__)
+
+
+def step_widgets() -> list[Any]:
+    """Return the widgets of steps that stand behind steps and shift wherever these are."""
+    return [
+        io.Combo.Input(
+            "warp",
+            options=list(WARPS),
+            default="auto",
+            optional=True,
+            tooltip="Whether the steps go through the shift, or are the timesteps that the model sees. auto: as the "
+            "checkpoint's list was trained.",
+        ),
+        io.Int.Input(
+            "first_chunk_steps",
+            default=AUTO,
+            min=0,
+            max=100,
+            optional=True,
+            tooltip="Denoising steps of the chunk that begins the video (a count). 0 is auto: as trained, which is as "
+            "every chunk but for models such as Causal-Forcing++. The number in steps: as every chunk.",
+        ),
+    ]
 
 
 class SelfForcingStreamSampler(io.ComfyNode):
@@ -200,6 +223,7 @@ class SelfForcingStreamSampler(io.ComfyNode):
                     "for the player, and a typed prompt shows within 2 seconds and one chunk. 0: no limit. A paused "
                     "player makes the run wait; a page that is closed, loaded anew or shows another workflow does not.",
                 ),
+                *step_widgets(),
             ],
             outputs=[
                 io.Latent.Output(tooltip="The video's latents, for VAE Decode or Decode TAEHV."),

@@ -134,7 +134,8 @@ class BidirectionalConfig(_JsonConfig):
             raise ValueError(f"latent_frames {count!r} is not a number of latent frames; use 1 or more")
 
 
-SOLVERS = ("renoise", "euler", "unipc")
+SOLVERS = ("renoise", "euler", "unipc", "phased")
+FEW_STEP_SOLVERS = ("renoise", "phased")  # of distilled models, which are given fresh noise before every step
 
 
 @dataclass(frozen=True)
@@ -144,13 +145,20 @@ class StepConfig(_JsonConfig):
     The defaults are those of the released Self Forcing checkpoints (configs/self_forcing_dmd.yaml).
     """
 
-    steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)  # timesteps on the 0-1000 scale, noisiest first
+    # Timesteps on the 0-1000 scale, noisiest first. A last one of 0 is a pass over nearly clean frames (Krea Realtime;
+    # see `FlowSchedule`).
+    steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     shift: float = 5.0  # flow-matching shift of the schedule
     warp: bool = True  # send the listed steps through the shift: 1000, 937.5, 833.3, 625
     sigma: str = "exact"  # sigma = t / 1000; or "table": the nearest entry of the reference's 1000-entry table
     # "renoise" predicts clean data and noises it afresh (few-step models); "euler" and "unipc" follow the
-    # probability-flow equation (teachers, many steps)
+    # probability-flow equation (teachers, many steps); "phased" is "renoise" of two experts, the first of which
+    # predicts data at the boundary
     solver: str = "renoise"
+    # Those of the chunk that begins the video and sees no other, warped alike (Causal-Forcing++); None: as every chunk
+    first_chunk_steps: tuple[float, ...] | None = None
+    # of two networks that take turns: the share of noise at and above which the one for high noise is asked
+    boundary: float | None = None
 
     @classmethod
     def even(cls, count: int, *, shift: float, solver: str = "euler") -> StepConfig:
@@ -160,18 +168,47 @@ class StepConfig(_JsonConfig):
         return cls(tuple(1000.0 * (1 - index / count) for index in range(count)), shift=shift, solver=solver)
 
     def __post_init__(self) -> None:
-        if not self.steps:
-            raise ValueError("steps is empty; give at least one timestep, for instance 1000")
-        if any(not 0 < step <= 1000 for step in self.steps):
-            raise ValueError(f"steps {list(self.steps)} leave (0, 1000]; timesteps are on the 0-1000 scale")
-        if any(later >= earlier for earlier, later in zip(self.steps, self.steps[1:])):
-            raise ValueError(f"steps {list(self.steps)} must fall from noisy to clean; sort them in descending order")
+        _check_steps("steps", self.steps)
+        if self.first_chunk_steps is not None:
+            _check_steps("first_chunk_steps", self.first_chunk_steps)
         if not 0.01 <= self.shift <= 100:  # beyond, all steps come to lie at one end
             raise ValueError(f"shift {self.shift} is not between 0.01 and 100; released Self Forcing checkpoints use 5")
         if self.sigma not in ("exact", "table"):
             raise ValueError(f"sigma {self.sigma!r} is unknown; use 'exact' or 'table'")
         if self.solver not in SOLVERS:
             raise ValueError(f"solver {self.solver!r} is unknown; use {', '.join(SOLVERS)}")
+        if self.boundary is not None and not 0 < self.boundary < 1:
+            raise ValueError(
+                f"boundary {self.boundary} is not a share of noise between 0 and 1; Wan 2.2 uses 0.875 or 0.9"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types, as earlier versions wrote and read them where what they do not know says nothing."""
+        later = ("first_chunk_steps", "boundary")
+        return {key: value for key, value in super().to_dict().items() if value is not None or key not in later}
+
+    def of_chunk(self, index: int) -> StepConfig:
+        """Return the same with `steps` as this chunk of a video takes them, and no others."""
+        own = self.first_chunk_steps if index == 0 else None
+        return replace(self, steps=own or self.steps, first_chunk_steps=None)
+
+    def count_in_words(self) -> str:
+        """Return how many steps a chunk takes, and the first one where that has its own."""
+        own = self.first_chunk_steps
+        return f"{len(self.steps)} steps" + (f" ({len(own)} for the first chunk)" if own else "")
+
+
+def _check_steps(name: str, steps: tuple[float, ...]) -> None:
+    """Raise ValueError for a list of timesteps that no chunk can be denoised by."""
+    if not steps:
+        raise ValueError(f"{name} is empty; give at least one timestep, for instance 1000")
+    if any(not 0 <= step <= 1000 for step in steps) or steps[0] == 0:
+        raise ValueError(
+            f"{name} {list(steps)} leave (0, 1000]; timesteps are on the 0-1000 scale, and only the last of several "
+            "may be 0"
+        )
+    if any(later >= earlier for earlier, later in zip(steps, steps[1:])):
+        raise ValueError(f"{name} {list(steps)} must fall from noisy to clean; sort them in descending order")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .conditioning import Conditioning
 from .config import CausalConfig
+from .experts import Experts, check_cache_source
 from .kv_cache import KVCache
 
 
@@ -25,16 +26,20 @@ def new_caches(
     latent_shape: tuple[int, int, int, int],
     causal: CausalConfig,
 ) -> list[KVCache]:
-    """Return empty caches for a rollout of this size: one for the prompt, and with guidance one more (count 2)."""
+    """Return empty caches for a rollout of this size: one for the prompt, and with guidance one more (count 2).
+
+    Of two experts each has so many, first those of the high-noise network.
+    """
     # a cache for each, since keys and values of a chunk depend on what the network was told about it
     embeds, (num_frames, _, height, width) = conditioning.prompt_embeds_BPE, latent_shape
     # a window as long as the video never evicts, and then nothing has to be kept from eviction
     evicts = -1 < causal.window < num_frames
     capacity, sink = (causal.window, causal.sink) if evicts else (num_frames, 0)
     caches = [
-        model.new_cache(
+        network.new_cache(
             batch=embeds.shape[0], latent_height=height, latent_width=width, capacity=capacity, sink=sink, like=embeds
         )
+        for network in _networks(model)
         for _ in range(count)
     ]
     for cache in caches:
@@ -42,12 +47,16 @@ def new_caches(
     return caches
 
 
+def _networks(model: Any) -> tuple[Any, ...]:
+    return model.networks if isinstance(model, Experts) else (model,)
+
+
 class Guided:
     """A network with all that a pass of it needs beside the chunk: conditioning, guidance, a cache for each.
 
-    model: called as `CausalWan.forward`. negative, guidance: classifier-free guidance, negative + guidance *
-    (positive - negative), each with a cache of its own; 1 leaves the negative out. caches: from `new_caches`, to use
-    again; a rollout resets them, and makes its own where there are none.
+    model: called as `CausalWan.forward`, or Experts, of which each pass asks one. negative, guidance: classifier-free
+    guidance, negative + guidance * (positive - negative), each with a cache of its own; 1 leaves the negative out.
+    caches: from `new_caches`, to use again; a rollout resets them, and makes its own where there are none.
     """
 
     def __init__(
@@ -61,7 +70,12 @@ class Guided:
     ) -> None:
         self.model, self.guidance = model, guidance
         self.conditionings = [conditioning] if negative is None or guidance == 1 else [conditioning, negative]
-        self.caches: list[KVCache | None] = [None] * len(self.conditionings) if caches is None else list(caches)
+        count = len(self.conditionings) * self.num_networks
+        self.caches: list[KVCache | None] = [None] * count if caches is None else list(caches)
+
+    @property
+    def num_networks(self) -> int:
+        return len(_networks(self.model))
 
     @property
     def device(self) -> torch.device:
@@ -79,13 +93,18 @@ class Guided:
     def opened(self, latent_shape: tuple[int, int, int, int], causal: CausalConfig, *, is_cached: bool) -> Guided:
         """Return the same for one rollout: its caches are empty, and a change of its prompt stays its own.
 
-        is_cached: whether to make caches where none were given.
+        is_cached: whether to make caches where none were given. Raises ValueError for settings that two experts do not
+        go with.
         """
+        if self.num_networks > 1:
+            check_cache_source(causal)
         opened = copy.copy(self)
         # a list of its own, since prompts may change on the way, and the caller's rollouts start with theirs
         opened.conditionings = list(self.conditionings)
         if is_cached and self.caches[0] is None:
-            opened.caches = list(new_caches(self.model, self.conditionings[0], len(self.caches), latent_shape, causal))
+            opened.caches = list(
+                new_caches(self.model, self.conditionings[0], len(self.conditionings), latent_shape, causal)
+            )
         for cache in opened.caches:
             if cache is not None:
                 cache.reset()
@@ -95,14 +114,17 @@ class Guided:
         """Return the predicted flow, guided if there is a negative conditioning."""
         # the one place that decides: a pass that carries gradient writes nothing, any other writes as it goes
         with torch.set_grad_enabled(with_gradient):
-            flows = self._evaluate(x_BTCHW, timestep, start_frame, writes=not with_gradient)
+            index = self.model.index_at(timestep) if isinstance(self.model, Experts) else 0
+            flows = self._evaluate(index, x_BTCHW, timestep, start_frame, writes=not with_gradient)
             # classifier-free guidance (arXiv 2207.12598), in the usual meaning: at 1 the prompt alone is left
             return flows[0] if len(flows) == 1 else flows[1] + self.guidance * (flows[0] - flows[1])
 
     def commit(self, x_BTCHW: Tensor, timestep: float, start_frame: int) -> None:
         """Write a finished chunk into every cache."""
         with torch.no_grad():
-            self._evaluate(x_BTCHW, timestep, start_frame, writes=True)
+            # of two experts each reads the past by its own keys and values, whichever of them made the chunk
+            for index in self.model.in_turn() if isinstance(self.model, Experts) else (0,):
+                self._evaluate(index, x_BTCHW, timestep, start_frame, writes=True)
 
     def change_prompt(self, conditioning: Conditioning) -> None:
         """Follow another prompt from the next pass on; what was kept of the former one's text is dropped."""
@@ -111,15 +133,20 @@ class Guided:
             if cache is not None:
                 cache.cross = {}
 
-    def _evaluate(self, x_BTCHW: Tensor, timestep: float, start_frame: int, *, writes: bool) -> list[Tensor]:
-        """Return the flow under each conditioning."""
+    def _evaluate(
+        self, index: int, x_BTCHW: Tensor, timestep: float, start_frame: int, *, writes: bool
+    ) -> list[Tensor]:
+        """Return the flow under each conditioning, by one of the networks."""
+        network = self.model.network(index) if isinstance(self.model, Experts) else self.model
+        count = len(self.conditionings)
+        caches = self.caches[index * count : (index + 1) * count]
         # one for each frame, since the network may be shown frames of different noise levels (Diffusion Forcing)
         timesteps = torch.full(x_BTCHW.shape[:2], timestep, dtype=torch.float32, device=x_BTCHW.device)
         flows = []
-        for conditioning, cache in zip(self.conditionings, self.caches):
+        for conditioning, cache in zip(self.conditionings, caches):
             image = conditioning.frames(start_frame, x_BTCHW.shape[1])
             images = {} if image is None else {"image_BTCHW": image, "clip_BIY": conditioning.clip_BIY}
-            flow = self.model(
+            flow = network(
                 x_BTCHW,
                 timesteps,
                 conditioning.prompt_embeds_BPE,

@@ -84,6 +84,7 @@ def rollout(
 
     latent_shape: (T, C, H, W) of the whole video; a chunk of all frames is the bidirectional sampler, without a cache.
     start: clean latents [B or 1, T, C, H, W] of the first frames, whole chunks; or a snapshot, to go on after it.
+    steps: the chunk at frame 0 has its own where they say so; behind a given one no chunk is the first.
     commit_last: write the last chunk into the cache too. on_step(chunk, step): called before every pass (step CONTEXT
     for those that write a chunk), and may raise to stop. prompt_at(start_frame): asked before every generated chunk.
     Raises ValueError before the first pass if lengths, start or conditioning do not fit.
@@ -96,7 +97,9 @@ def rollout(
     history = History(guided, causal, lengths, prompt_at)
     # chunks before a snapshot are in the caches already
     first = _resume(guided, history, start, lengths) if isinstance(start, Snapshot) else 0
-    denoiser = _Denoiser(guided, FlowSchedule(steps), steps, causal, noise, latent_shape, on_step, backprop)
+    # by chunk: the one that begins the video may have steps of its own, all others share theirs
+    schedules = FlowSchedule(steps.of_chunk(0)), FlowSchedule(steps.of_chunk(1))
+    denoiser = _Denoiser(guided, schedules, steps, causal, noise, latent_shape, on_step, backprop)
 
     for index, (start_frame, end_frame) in list(enumerate(_spans(lengths)))[first:]:
         is_wanted: bool | None = True
@@ -129,7 +132,7 @@ class _Denoiser:
     """What stays the same from one denoised chunk to the next."""
 
     guided: Guided
-    schedule: FlowSchedule
+    schedules: tuple[FlowSchedule, FlowSchedule]  # of chunk 0, and of every later one
     steps: StepConfig
     causal: CausalConfig
     noise: NoiseSource
@@ -139,15 +142,16 @@ class _Denoiser:
 
     def denoise(self, index: int, generated: int, start_frame: int, end_frame: int) -> _Finished:
         """Return a chunk that is denoised from pure noise; `generated` counts those without the given ones."""
-        schedule, causal, backprop = self.schedule, self.causal, self.backprop
+        # Of a prefix, chunk 0 is given: what follows sees frames, as no chunk does that its own steps are for.
+        schedule, causal, backprop = self.schedules[min(index, 1)], self.causal, self.backprop
         shape = (self.guided.batch, end_frame - start_frame, *self.latent_shape[1:])
         # algorithm 1 draws in training which evaluation ends a chunk, so that each of them learns
         exit_step = len(schedule.timesteps) - 1 if backprop is None else backprop.exit_steps[generated]
-        x0_BTCHW, last_BTCHW = self._denoised(shape, index, start_frame, exit_step)
+        x0_BTCHW, last_BTCHW = self._denoised(schedule, shape, index, start_frame, exit_step)
         context, timestep, is_written = x0_BTCHW.detach(), causal.context_noise, False
         if causal.cache_source == "last_step":  # the last pass has written its own keys, unless it carried gradient
             context, timestep, is_written = last_BTCHW, schedule.timesteps[-1], backprop is None
-        sigma = self._context_sigma(exit_step)
+        sigma = self._context_sigma(schedule, exit_step)
         if sigma and end_frame < self.latent_shape[0]:
             context = add_noise(x0_BTCHW.detach(), self.noise.draw(start_frame, CONTEXT, shape).to(x0_BTCHW), sigma)
         return _Finished(x0_BTCHW, context, timestep, is_written)
@@ -160,14 +164,16 @@ class _Denoiser:
         self.guided.commit(finished.context_BTCHW, finished.timestep, start_frame)
         return replace(finished, is_written=True)
 
-    def _denoised(self, shape: tuple[int, ...], index: int, start_frame: int, exit_step: int) -> tuple[Tensor, Tensor]:
+    def _denoised(
+        self, schedule: FlowSchedule, shape: tuple[int, ...], index: int, start_frame: int, exit_step: int
+    ) -> tuple[Tensor, Tensor]:
         """Return the clean latents that pass `exit_step` predicts, and what that pass was given."""
         # all of the chunk's noise before its first pass: copies to a device wait for what runs there
         count = num_noises(self.steps.solver, exit_step + 1)
         device = self.guided.device
         noises = [self.noise.draw(start_frame, step, shape).to(device, torch.float32) for step in range(count)]
-        solver, x = new_solver(self.steps.solver, self.schedule, noises), noises[0]
-        for step, timestep in enumerate(self.schedule.timesteps):
+        solver, x = new_solver(self.steps.solver, schedule, noises), noises[0]
+        for step, timestep in enumerate(schedule.timesteps):
             if self.on_step is not None:
                 self.on_step(index, step)
             is_exit = step == exit_step
@@ -175,18 +181,18 @@ class _Denoiser:
             with_gradient = self.backprop is not None and is_exit and start_frame >= self.backprop.first_frame
             flow = self.guided.flow(x, timestep, start_frame, with_gradient=with_gradient)
             if is_exit:
-                return x0_from_flow(x, flow, self.schedule.sigmas[step]), x
+                return x0_from_flow(x, flow, schedule.sigmas[step]), x
             x = solver.advance(x, flow, step)
-        raise AssertionError(f"exit step {exit_step} is not in a schedule of {len(self.schedule.timesteps)}")
+        raise AssertionError(f"exit step {exit_step} is not in a schedule of {len(schedule.timesteps)}")
 
-    def _context_sigma(self, exit_step: int) -> float:
+    def _context_sigma(self, schedule: FlowSchedule, exit_step: int) -> float:
         """Return the noise that training mixes into a chunk before it enters the cache."""
         if self.backprop is None:
             return 0.0
         if self.causal.cache_source == "clean":
             return self.backprop.context_sigma
         # a chunk that exits early is clean where inference has the noise of its last step
-        return 0.0 if exit_step == len(self.schedule.timesteps) - 1 else self.schedule.sigmas[-1]
+        return 0.0 if exit_step == len(schedule.timesteps) - 1 else schedule.sigmas[-1]
 
 
 def _snapshot(
@@ -194,11 +200,13 @@ def _snapshot(
 ) -> Snapshot:
     """Return the rollout's state after a chunk; one that is not in the caches goes with it."""
     caches = [cache for cache in guided.caches if cache is not None]
-    assert all(cache.start_frame == start_frame for cache in caches), "too late, the next chunk was already asked for"
+    # an expert that no step of the chunk has asked has not seen it yet
+    assert all(cache.start_frame <= start_frame for cache in caches), "too late, the next chunk was already asked for"
     states = tuple(cache.snapshot(device) for cache in caches)
+    snapshot = Snapshot(start_frame, end_frame, states, num_networks=guided.num_networks)
     if finished.is_written:
-        return Snapshot(start_frame, end_frame, states)
-    return Snapshot(start_frame, end_frame, states, finished.context_BTCHW, finished.timestep)
+        return snapshot
+    return replace(snapshot, pending_BTCHW=finished.context_BTCHW, pending_timestep=finished.timestep)
 
 
 def _resume(guided: Guided, history: History, snapshot: Snapshot, lengths: tuple[int, ...]) -> int:
@@ -209,10 +217,17 @@ def _resume(guided: Guided, history: History, snapshot: Snapshot, lengths: tuple
             f"the snapshot ends after latent frame {snapshot.end_frame}, but chunks of this video of {sum(lengths)} "
             f"frames end at {', '.join(map(str, ends))}; ask for a longer video of the same chunks"
         )
-    if snapshot.caches and len(snapshot.caches) != len(guided.caches):
+    if snapshot.caches and snapshot.num_networks != guided.num_networks:
         raise ValueError(
-            f"the snapshot was taken with {len(snapshot.caches)} conditions, this rollout has {len(guided.caches)}; "
-            "resume with the same guidance"
+            f"the snapshot was taken with {snapshot.num_networks} networks, this rollout has {guided.num_networks}; "
+            "resume with those it was taken with"
+        )
+    if snapshot.caches and len(snapshot.caches) != len(guided.caches):
+        counts = (len(caches) // guided.num_networks for caches in (snapshot.caches, guided.caches))
+        raise ValueError(
+            "the snapshot was taken with {} conditions, this rollout has {}; resume with the same guidance".format(
+                *counts
+            )
         )
     for cache, state in zip(guided.caches, snapshot.caches):
         assert cache is not None

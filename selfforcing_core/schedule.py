@@ -5,6 +5,7 @@ towards noise, since in a larger video as much noise hides less (Stable Diffusio
 
 Timesteps are on the 0-1000 scale. Two rules turn a timestep into sigma: "exact" is t / 1000; "table" is the nearest
 entry of the reference's 1000-entry shifted table, in which t = 0 does not exist (Self Forcing, FlowMatchScheduler).
+A step of exactly 0 has the table's last entry under either rule: at sigma 0 its pass could change nothing.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ def sigma_table(shift: float, num_steps: int = 1000) -> Tensor:
     # one entry more than asked for, and the last one, which is 0, left out (the reference's extra_one_step)
     base = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)[:-1]
     return shift_sigma(base, shift)  # type: ignore[return-value]
+
+
+def least_sigma(shift: float) -> float:
+    """Return the last entry of the table: the noise that a pass at timestep 0 is taken to see."""
+    return float(sigma_table(shift)[-1])
 
 
 def nearest_sigma(timestep: Tensor, table: Tensor) -> Tensor:
@@ -85,7 +91,11 @@ def _like(sigma: float | Tensor, x: Tensor) -> float | Tensor:
 
 
 class FlowSchedule:
-    """A schedule as floats of Python, so that a sampling loop never reads a tensor."""
+    """A schedule as floats of Python, so that a sampling loop never reads a tensor: `steps` of a config alone.
+
+    A last step of 0 tells the network that its input is clean, and leaves that the least noise of the table (Krea
+    Realtime, whose scheduler looks sigma up there).
+    """
 
     def __init__(self, steps: StepConfig) -> None:
         # the listed steps, warped through the shift when asked, noisiest first; and below, their noise levels
@@ -93,7 +103,12 @@ class FlowSchedule:
             TIMESTEPS * float(shift_sigma(step / TIMESTEPS, steps.shift)) if steps.warp else float(step)
             for step in steps.steps
         )
-        self.sigmas = tuple(timestep / TIMESTEPS for timestep in self.timesteps)
+        self.sigmas = tuple(
+            timestep / TIMESTEPS if timestep else least_sigma(steps.shift) for timestep in self.timesteps
+        )
+        self.boundary = steps.boundary  # of two experts
+        if steps.solver == "phased" and steps.boundary is None:
+            raise ValueError("solver 'phased' is for two networks that take turns, and needs their boundary, as 0.875")
         if steps.sigma == "table":
             listed = torch.tensor(self.timesteps, dtype=torch.float64)
             self.sigmas = tuple(nearest_sigma(listed, sigma_table(steps.shift)).tolist())

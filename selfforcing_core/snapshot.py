@@ -19,7 +19,8 @@ from .atomic import replacing
 from .kv_cache import CacheState
 
 HEADER_KEY = "selfforcing.snapshot"
-HEADER_FORMAT, SCALED_FORMAT = 1, 2  # 2: the numbers of the caches have scales, which readers of 1 would not see
+# 2: the numbers of the caches have scales; 3: half of the caches are another network's. Readers of 1 would see neither.
+HEADER_FORMAT, SCALED_FORMAT, EXPERTS_FORMAT = HEADER_FORMATS = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,11 @@ class Snapshot:
 
     start_frame: int  # of the chunk, in latent frames
     end_frame: int  # one behind its last
-    caches: tuple[CacheState, ...]  # one for each conditioning
+    caches: tuple[CacheState, ...]  # one for each conditioning; of two experts first the high-noise network's
     pending_BTCHW: Tensor | None = None  # the chunk where it was not yet written into the caches (a video's last one)
     pending_timestep: float = 0.0  # at which it is to be written
     video_BTCHW: Tensor | None = None  # all clean latents up to end_frame, where somebody kept them
+    num_networks: int = 1  # 2 for experts
 
     @property
     def num_bytes(self) -> int:
@@ -52,12 +54,14 @@ class Snapshot:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, complete or not at all. Raises ValueError if the path cannot be written."""
+        is_scaled = any(state.k_scale is not None for state in self.caches)
         header = {
-            "format": HEADER_FORMAT if all(state.k_scale is None for state in self.caches) else SCALED_FORMAT,
+            "format": EXPERTS_FORMAT if self.num_networks > 1 else SCALED_FORMAT if is_scaled else HEADER_FORMAT,
             "start_frame": self.start_frame,
             "end_frame": self.end_frame,
             "pending_timestep": self.pending_timestep,
             "caches": [_cursors(state) for state in self.caches],
+            "num_networks": self.num_networks,
         }
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self._tensors().items()}
         with replacing(path) as temporary:
@@ -77,8 +81,10 @@ class Snapshot:
 
     @classmethod
     def _from_parts(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Snapshot:
-        if header["format"] not in (HEADER_FORMAT, SCALED_FORMAT):
-            raise ValueError(f"format {header['format']!r}, this version reads {HEADER_FORMAT} and {SCALED_FORMAT}")
+        if header["format"] not in HEADER_FORMATS:
+            raise ValueError(
+                f"format {header['format']!r}, this version reads {HEADER_FORMATS[0]} to {HEADER_FORMATS[-1]}"
+            )
         caches = tuple(
             CacheState(
                 tensors[f"cache{index}.k"],
@@ -97,6 +103,7 @@ class Snapshot:
             tensors.get("pending"),
             header["pending_timestep"],
             tensors.get("video"),
+            header.get("num_networks", 1),
         )
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -8,12 +8,14 @@ Letters: B batch, T latent frames, C channels, H W latent size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .config import FEW_STEP_SOLVERS
 from .schedule import TIMESTEPS, FlowSchedule, add_noise, euler_step, x0_from_flow
 from .versions import OPTIONAL, refusal
 
@@ -40,6 +42,27 @@ class Renoise:
         # noise number 0 is what the chunk started from
         x0 = x0_from_flow(noisy_BTCHW, flow_BTCHW, self.schedule.sigmas[step])
         return add_noise(x0, self.noises[step + 1].to(x0), self.schedule.sigmas[step + 1])
+
+
+class Phased(Renoise):
+    """Renoise of two experts, of which the one for high noise predicts latents at the boundary, not clean ones.
+
+    Each network is a consistency model of its own part of the schedule, as in phased consistency models (arXiv
+    2405.18407); so CausalWan 2.2 is sampled (FastVideo, causal_denoising.py): above the boundary fresh noise is added
+    to the latents there, and the low-noise network begins with those latents as they are.
+    """
+
+    def advance(self, noisy_BTCHW: Tensor, flow_BTCHW: Tensor, step: int) -> Tensor:
+        boundary, sigma, next_sigma = self.schedule.boundary, *self.schedule.sigmas[step : step + 2]
+        assert boundary is not None
+        if sigma < boundary:
+            return super().advance(noisy_BTCHW, flow_BTCHW, step)
+        x_BTCHW = euler_step(noisy_BTCHW, flow_BTCHW, sigma, boundary)
+        if next_sigma < boundary:
+            return x_BTCHW
+        # of the noise at the next level, what the latents at the boundary do not hold already; variances add up
+        share = (1 - next_sigma) / (1 - boundary)
+        return share * x_BTCHW + math.sqrt(next_sigma**2 - (share * boundary) ** 2) * self.noises[step + 1].to(x_BTCHW)
 
 
 class Euler:
@@ -87,11 +110,13 @@ class UniPC:
 def num_noises(name: str, evaluations: int) -> int:
     """Return how many noises a solver takes for a chunk of this many evaluations, the one it starts from included."""
     # fresh noise before every evaluation, or one that all of them follow
-    return evaluations if name == "renoise" else 1
+    return evaluations if name in FEW_STEP_SOLVERS else 1
 
 
 def new_solver(name: str, schedule: FlowSchedule, noises: Sequence[Tensor]) -> Solver:
     """Return a solver for one chunk, given its noises (see `num_noises`). Raises ValueError without its library."""
     if name == "renoise":
         return Renoise(schedule, noises)
+    if name == "phased":
+        return Phased(schedule, noises)
     return UniPC(schedule) if name == "unipc" else Euler(schedule)

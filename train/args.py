@@ -149,8 +149,9 @@ class DmdArgs(TrainArgs):
     max_latent_frames: int = 0  # longest rollout; longer ones than latent_frames are judged by their end; 0: as it
     sink: int = 0  # first latent frames that never leave the window
     steps: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])  # timesteps, noisiest first
+    first_chunk_steps: list[float] = field(default_factory=list)  # of the chunk that begins a clip; empty: as steps
     shift: float = 5.0  # of the noise levels: higher ones get more of the steps
-    warp: bool = True  # steps go through the shift; false: they are the timesteps themselves
+    warp: bool = True  # both lists go through the shift; false: they are the timesteps themselves
     cache_source: str = "clean"  # clean, or last_step: students that sample without the clean pass
     train_context_sigma: str = "exact"  # exact: clean context; last_table: 0.005 of noise, as in the reference
     context_noise: float = 0.0  # timestep of the pass that writes a chunk into the cache; training adds that noise too

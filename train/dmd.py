@@ -117,6 +117,17 @@ def _check_first_frame(args: DmdArgs) -> None:
 def _check_steps(args: DmdArgs) -> None:
     """Check the evaluation at which a chunk ends, and the timesteps at which the result is compared."""
     steps_of(args)
+    chunk, first = args.chunk or args.latent_frames, args.independent_first_frame
+    if args.first_chunk_steps and len(chunk_lengths(args.latent_frames, chunk, independent_first_frame=first)) == 1:
+        raise ValueError(
+            f"first_chunk_steps are those of the first of several chunks, and chunk={args.chunk} makes a clip one "
+            "chunk; set steps"
+        )
+    if args.first_chunk_steps and args.first_frame != "generated":
+        raise ValueError(
+            f"first_chunk_steps are those of a chunk that begins a clip, and with first_frame={args.first_frame} a "
+            "given one does; leave them out"
+        )
     if args.context_noise and not args.chunk:
         raise ValueError("context_noise is about a cache, and chunk=0 has none; leave it out")
     if args.last_step_only and args.exit_per_chunk:
@@ -127,6 +138,8 @@ def _check_steps(args: DmdArgs) -> None:
         raise ValueError("ts_schedule sets the lowest timestep itself; leave min_score_timestep out")
     for exit_step in range(len(args.steps)):
         low, high = score_bounds(steps_of(args), exit_step, **_bounds_of(args))
+        if not high:
+            raise ValueError("ts_schedule_max leaves no noise to compare clips at after a last step of 0; leave it out")
         if not 0 <= low < high:
             raise ValueError(f"min_score_timestep {low:g} is not in [0, {high:g}); use less")
 
@@ -159,7 +172,8 @@ def causal_of(args: DmdArgs) -> CausalConfig:
 
 def steps_of(args: DmdArgs) -> StepConfig:
     """Return the few steps that the student learns to sample in."""
-    return StepConfig(tuple(args.steps), shift=args.shift, warp=args.warp)
+    first = tuple(args.first_chunk_steps) or None
+    return StepConfig(tuple(args.steps), shift=args.shift, warp=args.warp, first_chunk_steps=first)
 
 
 def context_sigma_of(args: DmdArgs) -> float:
@@ -360,8 +374,9 @@ class Distillation(Trainer):
         # In this order the first bad part is the cause: a window with NaN may just show the student's.
         if x is not clip:
             self.finite.see(finite.WINDOW, x)
-        # Of the first chunk's exit: bounds that follow it are refused where chunks have exits of their own.
-        bounds = score_bounds(self.student.steps, exits[0], **_bounds_of(args))
+        # Of the last chunk's exit, as all chunks have it but for one with steps of its own; bounds that follow it are
+        # refused where each chunk has its own.
+        bounds = score_bounds(self.student.steps, exits[-1], **_bounds_of(args))
         timesteps = score_timesteps(draws.uniform(first, count), args.score_shift, bounds=bounds)
         timesteps = timesteps.to(x.device, torch.float32)  # in float64 they are drawn, in float32 networks take them
         draw = ScoreDraw(timesteps, draws.normal(first, tuple(x.shape)).to(x))
@@ -401,8 +416,13 @@ class Distillation(Trainer):
         lengths = chunk_lengths(frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
         count = len(lengths) - (args.first_frame != "generated")
         if args.last_step_only:
-            return [len(args.steps) - 1] * count
-        return draws.exit_steps(count, len(args.steps), per_chunk=args.exit_per_chunk)
+            exits = [len(args.steps) - 1] * count
+        else:
+            exits = draws.exit_steps(count, len(args.steps), per_chunk=args.exit_per_chunk)
+        # A first chunk with steps of its own has an exit among them, whatever the others share (as Causal-Forcing++).
+        if own := len(args.first_chunk_steps):
+            exits[0] = own - 1 if args.last_step_only else draws.whole("first exit", own)
+        return exits
 
     def work(self, role: str) -> Work:
         configs = {name: built.config for name, built in self.built.items()}

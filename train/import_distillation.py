@@ -78,6 +78,9 @@ def _translate_steps(reference: ReferenceConfig, translation: Translation, is_ca
     if steps is not None:
         # The reference drops a 0 at the end of the list: nothing is denoised from there.
         settings["steps"] = steps[:-1] if steps[-1:] == [0.0] else steps
+    first = reference.take("denoising_step_list_first_chunk", lambda value: value and as_numbers(value))
+    if first:  # of Causal-Forcing++; null is none
+        settings["first_chunk_steps"] = first[:-1] if first[-1:] == [0.0] else first
     settings["score_shift"] = max(1.0, reference.take("timestep_shift", as_number, 1.0))  # below 1 it does not shift
     is_per_chunk = not reference.take("same_step_across_blocks", as_switch, True)
     is_last = reference.take("last_step_only", as_switch, False)

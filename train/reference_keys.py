@@ -56,7 +56,7 @@ DISTILLATION = (
     *("beta1_critic", "beta2_critic", "ts_schedule", "ts_schedule_max", "min_score_timestep", "timestep_shift"),
     *("denoising_loss_type", "dfake_gen_update_ratio", "num_training_frames", "same_step_across_blocks"),
     *("last_step_only", "context_noise", "sid_alpha", "negative_prompt", "discriminator_lr_multiplier", "data_type"),
-    *("max_grad_norm_generator", "max_grad_norm_critic", *ADVERSARIAL),
+    *("max_grad_norm_generator", "max_grad_norm_critic", "denoising_step_list_first_chunk", *ADVERSARIAL),
 )
 SAMPLED = ("guidance_scale", "timestep_shift", "negative_prompt")  # of its videos: trainer: diffusion makes some
 # By our stage, what the reference's trainer of the same name does not read, so that it changes nothing.
@@ -69,7 +69,6 @@ UNREAD = {
 }
 # Why some keys of forks are refused.
 REFUSED = {
-    "denoising_step_list_first_chunk": "other steps for the first chunk are not trained here",
     "boundary_step": "Wan 2.2's halves are not trained here",
     "training_target": "Wan 2.2's halves are not trained here",
     "backward_simulation": "it trains on noised clips of a database, train.dmd on the student's own rollouts",

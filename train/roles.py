@@ -93,7 +93,7 @@ class Student:
         with_gradient: bool,
         prefix_BTCHW: Tensor | None = None,
     ) -> Tensor:
-        """Generate a clip [B, T, C, H, W]; chunk i is what its evaluation `exit_steps[i]` predicts.
+        """Generate a clip [B, T, C, H, W]; chunk i is what its evaluation `exit_steps[i]` predicts, of its own steps.
 
         This is Self Forcing's algorithm 1 (arXiv 2506.08009): the student continues its own chunks, as when it samples.
 
@@ -117,6 +117,8 @@ def score_bounds(
     steps: StepConfig, exit_step: int, *, lowest: float = 0.0, is_floored: bool = False, is_capped: bool = False
 ) -> tuple[float, float]:
     """Return between which timesteps, before their shift, clips are compared that end at evaluation `exit_step`.
+
+    That is one of `steps` which all chunks share, not of the first chunk's own, as in Causal-Forcing++.
 
     is_floored: not below the timestep that the exit step leads to (in place of `lowest`); is_capped: not above its own
     (Self Forcing's ts_schedule and ts_schedule_max).

@@ -44,7 +44,13 @@ from train.networks import read_network
 
 log = logging.getLogger(__name__)
 # The core's command line calls some settings otherwise than training does.
-KEYS = {"cfg": "guidance", "negative": "negative_prompt", "taehv_latents": "latent_space"}
+KEYS = {
+    "cfg": "guidance",
+    "negative": "negative_prompt",
+    "taehv_latents": "latent_space",
+    "warp_steps": "warp",
+    "no_warp_steps": "warp",
+}
 # What may follow a flag in a message.
 VALUE = "|".join(("-?[0-9](?:[0-9.,e+-]*[0-9])?", "nan", "-?inf", *CACHE_DTYPES, "taehv", "vae"))
 ROOM = 1.02  # of a file's tensors: its header, and what else is written meanwhile
@@ -79,6 +85,8 @@ class SampleArgs:
     cache_source: str = ""  # clean or last_step
     steps: list[float] = field(default_factory=list)  # timesteps, for instance [1000,750,500,250]
     sampling_steps: int = 0  # in place of steps: their number, evenly spaced
+    first_chunk_steps: list[float] = field(default_factory=list)  # of the chunk that begins the video
+    warp: bool | None = None  # steps go through the shift; false: they are the timesteps themselves
     shift: float = 0.0  # 0: as in training
     solver: str = ""  # renoise, euler or unipc
     guidance: float = 0.0  # usual meaning: 1 is none; 0: as in training
@@ -168,6 +176,8 @@ def _request(args: SampleArgs, run: AnyArgs) -> Request:
         sink=None if args.sink == -1 else args.sink,
         cache_source=args.cache_source or None,
         steps=args.sampling_steps or tuple(args.steps) or None,
+        first_chunk_steps=tuple(args.first_chunk_steps) or None,
+        warp_steps=args.warp,
         shift=args.shift or None,
         solver=args.solver or None,
         cfg=args.guidance or None,

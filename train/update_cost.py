@@ -177,8 +177,11 @@ def distillation_work(
         fewest = len(lengths) - (args.first_frame != "generated")
         counts = range(fewest, fewest + max(0, args.max_latent_frames - args.latent_frames) // chunk + 1)
         # Exits are drawn evenly from the first to the last step.
-        evaluated = len(args.steps) if args.last_step_only else (len(args.steps) + 1) / 2
-        rollouts = ([evaluated] * count for count in counts)
+        first, evaluated = (
+            len(steps) if args.last_step_only else (len(steps) + 1) / 2
+            for steps in (args.first_chunk_steps or args.steps, args.steps)
+        )
+        rollouts = ([first] + [evaluated] * (count - 1) for count in counts)
         total = sum((distillation_work(args, role, configs, each, copies=copies) for each in rollouts), Work())
         return total * (1 / len(counts))
     student, critic = Network(args, configs["student"]), Network(args, configs["critic"])

@@ -13,13 +13,13 @@ const MEANINGS = {
   SelfForcingStreamSampler: {
     steps: { 0: "auto" }, shift: { 0: "auto" }, chunk: { 0: "auto" },
     window: { 0: "auto", [-1]: "whole video" }, sink: { [-1]: "auto", 0: "none" }, pace: { 0: "no limit" },
-    quality: { [-1]: "auto" },
+    quality: { [-1]: "auto" }, first_chunk_steps: { 0: "auto" },
   },
   SelfForcingCacheOptions: {
     chunk: { 0: "auto" }, window: { 0: "auto", [-1]: "whole video" }, sink: { [-1]: "auto", 0: "none" },
     context_noise: { [-1]: "auto", 0: "clean" },
   },
-  SelfForcingSigmas: { steps: { 0: "auto" }, shift: { 0: "auto" } },
+  SelfForcingSigmas: { steps: { 0: "auto" }, shift: { 0: "auto" }, first_chunk_steps: { 0: "auto" } },
 };
 MEANINGS.SelfForcingStreamToFile = MEANINGS.SelfForcingStreamSampler;
 

@@ -22,7 +22,7 @@ from ...selfforcing_core.weights.latent_space import WAN
 from . import page
 from .autoencoder import marked
 from .causal_pass import CausalPass
-from .model_settings import CAUSAL, KEY, Settings, settings_of
+from .model_settings import CAUSAL, KEY, Settings, low_noise_of, settings_of
 from .shared_network import check_causal, config_of
 
 log = logging.getLogger(__name__)
@@ -53,12 +53,26 @@ def with_settings(patcher: Any, settings: Settings) -> Any:
     return clone
 
 
+def check_alone(patcher: Any, sampler: Any) -> None:
+    """Raise ValueError where a sampler of others would ask the first of two MODELs alone."""
+    if low_noise_of(patcher) is not None and not _wraps_ours(sampler):
+        raise ValueError(
+            "this model is two, for high and for low noise (Two Experts), and only samplers of this pack ask both; use "
+            "Sampler or Few-Step Sampler (Self Forcing), or give ComfyUI's own samplers each model without that node"
+        )
+
+
+def _wraps_ours(sampler: Any) -> bool:
+    # Whoever wraps another sampler keeps it among its options.
+    return any(hasattr(option, "whole_frames") for option in getattr(sampler, "extra_options", {}).values())
+
+
 def check_at_once(settings: Settings, num_frames: int, sampler: Any) -> None:
     """Raise ValueError where a sampler of others would evaluate more frames together than the MODEL ever saw so."""
-    # Samplers of ComfyUI are a function in a KSAMPLER; whoever wraps another sampler keeps it among its options.
+    # Samplers of ComfyUI are a function in a KSAMPLER.
     name = getattr(getattr(sampler, "sampler_function", sampler), "__name__", type(sampler).__name__)
-    wraps_ours = any(hasattr(option, "whole_frames") for option in getattr(sampler, "extra_options", {}).values())
-    if settings.kind != CAUSAL or num_frames <= settings.causal.chunk or name == COMFYUI_CAUSAL_SAMPLER or wraps_ours:
+    is_chunk = num_frames <= settings.causal.chunk
+    if settings.kind != CAUSAL or is_chunk or name == COMFYUI_CAUSAL_SAMPLER or _wraps_ours(sampler):
         return
     raise ValueError(
         f"this model generates chunk by chunk ({settings.causal.chunk} latent frames), but the sampler "
@@ -139,6 +153,7 @@ def _check_and_mark(
     guider = executor.class_obj
     settings = settings_of(guider.model_patcher)
     if not hasattr(sampler, "check"):
+        check_alone(guider.model_patcher, sampler)
         check_at_once(settings, noise.shape[2] if noise.ndim == 5 else 1, sampler)
     else:
         sampler.check(guider)

@@ -47,6 +47,7 @@ class CausalPass:
         self.is_watched = is_watched
         self.start_frame: int | None = None  # of the chunk being evaluated; None: ComfyUI's own forward pass
         self.num_frames = 0  # latent frames of that chunk
+        self.timestep_B: Tensor | None = None  # of the call, where ComfyUI's, which it makes of sigma, is another
         # Every conditioning has a cache: from the second block on, keys and values of the video depend on the text.
         self.evaluated: set[int] = set()  # caches of the conditionings that the latest call came to
         self._prompts: dict[int, tuple[Tensor, Tensor | None]] = {}  # from which a cache's text was made
@@ -110,7 +111,8 @@ class CausalPass:
         # As in ComfyUI, features that come with a prompt are not read by networks without layers for them.
         reads_clip = clip_BIY is not None and shared.network.config.reads_clip
         clips = clip_BIY.chunk(count) if reads_clip else [None] * count
-        rows = zip(ids, x_BCTHW.chunk(count), t_B.chunk(count), context_BPE.chunk(count), clips)
+        timesteps = t_B.chunk(count) if self.timestep_B is None else [self.timestep_B] * count
+        rows = zip(ids, x_BCTHW.chunk(count), timesteps, context_BPE.chunk(count), clips)
         for row, (identity, x, t, context, clip) in enumerate(rows):
             cache = self._cache_for(identity, x)
             if self.is_watched:

@@ -8,6 +8,7 @@ Letters: B batch, T latent frames, C latent channels, H W latent size.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
@@ -25,9 +26,10 @@ from ...selfforcing_core.history import is_past_known
 from ...selfforcing_core.kv_cache import KVCache
 from ...selfforcing_core.noise import NoiseSource, SeededNoise
 from ...selfforcing_core.rollout import Chunk, rollout
-from ...selfforcing_core.schedule import TIMESTEPS
+from ...selfforcing_core.schedule import least_sigma
 from ...selfforcing_core.snapshot import Snapshot
 from . import host, page
+from .expert_models import GuidedExperts, check_pair_is_whole, divided, each_guider
 from .guided_network import GuidedNetwork, LatentShape, RunNoise, Steering, compute_dtype, memory_explained
 from .guider_prompts import (
     GuiderConditioning,
@@ -38,7 +40,18 @@ from .guider_prompts import (
     later_conditionings,
     scheduled_seeds,
 )
-from .model_settings import BASE, CAUSAL, FEW_STEP, kind_note, settings_of
+from .model_settings import (
+    AUTO,
+    BASE,
+    CAUSAL,
+    FEW_STEP,
+    kind_note,
+    low_noise_of,
+    settings_of,
+    shift_of,
+    sigmas_of,
+    steps_of,
+)
 from .patches import check_model_options, check_model_sampling, check_prompt_inputs, unapplied_names
 from .progress import CallbackProgress, Progress
 from .shared_network import check_causal, config_of
@@ -71,6 +84,8 @@ class Run:
 
     is_whole: bool = False  # one bidirectional chunk of all frames
     causal: CausalConfig | None = None  # in place of the settings'
+    first_sigmas: Tensor | None = None  # of the first chunk; None: the MODEL's own, or those of every chunk
+    shift: float | None = None  # of the noise at timestep 0; None is the MODEL's
     noise: NoiseSource | None = None  # for the draws after the first of each chunk; None is by ComfyUI's seed
     progress: Callable[[int], Progress] | None = None  # makes what follows so many evaluations
     resume: SnapshotHolder | None = None  # to go on from
@@ -92,6 +107,7 @@ class ChunkSampler(comfy.samplers.KSAMPLER):
         _check_kind(settings.kind, self.run.is_whole)
         if not self.run.is_whole:
             check_causal(native)
+        check_pair_is_whole(settings, has_low_noise=low_noise_of(guider.model_patcher) is not None)
         # Later prompts too: a mistake in the last of them is to cost no video.
         later_prompts = [entry for entry in guider.conds.get("positive", []) if PromptStart.KEY in entry]
         check_conditionings([*conditionings_of(guider), *later_prompts], config_of(native))
@@ -142,7 +158,8 @@ class ChunkSampler(comfy.samplers.KSAMPLER):
         is_copied = settings.cache_device is not None or stored != computed
         # One layer at a time, and twice: the past as it is computed with, and joined with what is new.
         copied_bytes = 2 * size(replace(config, num_layers=1), computed) if is_copied else 0
-        return max(1, len(conditionings_of(guider))) * cache_bytes + copied_bytes
+        num_models = 1 if low_noise_of(guider.model_patcher) is None else 2
+        return num_models * max(1, len(conditionings_of(guider))) * cache_bytes + copied_bytes
 
 
 class ChunkGuider(comfy.samplers.CFGGuider):
@@ -184,9 +201,11 @@ def sample_chunks(
     guider = model_k.inner_model
     settings = settings_of(guider.model_patcher)
     _check_kind(settings.kind, run.is_whole)
-    check_model_sampling(guider.model_patcher.get_model_object("model_sampling"))
     later_prompts = later_conditionings(guider)
-    _check_passes(guider, later_prompts, run, extra_args.get("model_options", {}))
+    guiders = each_guider(guider, extra_args)
+    for each, given in guiders:
+        check_model_sampling(each.model_patcher.get_model_object("model_sampling"))
+        _check_passes(each, later_prompts, run, given.get("model_options", {}))
     x_BTCHW = rearrange(noise_BCTHW, "b c t h w -> b t c h w")
     batch, frames = x_BTCHW.shape[:2]
     shape: LatentShape = tuple(x_BTCHW.shape[1:])  # type: ignore[assignment]
@@ -196,17 +215,21 @@ def sample_chunks(
     causal = chunking_behind(num_known, run.causal or settings.causal)
     if run.is_whole:
         causal = CausalConfig(chunk=frames)  # the same loop: a video of one chunk
-    # The graph decides the noise levels, the MODEL how it gets from one to the next.
-    steps = replace(steps_of(sigmas), solver=settings.steps.solver)
+    steps = _steps(guider.model_patcher, sigmas, run)
     lengths = chunk_lengths(frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
     chunk_shape = (*noise_BCTHW.shape[:2], max(lengths), *noise_BCTHW.shape[3:])
-    network = GuidedNetwork(guider, extra_args, settings, chunk_shape, run.working_bytes)
+    at_zero = least_sigma(steps.shift) if 0 in (steps.steps[-1], steps.of_chunk(0).steps[-1]) else 0.0
+    networks = [GuidedNetwork(*each, settings, chunk_shape, run.working_bytes, at_zero) for each in guiders]
+    network: Any = networks[0]
+    if len(networks) > 1:
+        steps = divided(settings, steps)
+        assert steps.boundary is not None
+        network = GuidedExperts(*networks, steps.boundary)
     seed = extra_args.get("seed") or 0
     noise = RunNoise(x_BTCHW, run.noise or SeededNoise(seed), run.steering, scheduled_seeds(guider, lengths))
-    # One more pass writes each clean chunk into the cache; nothing reads what the last one would write.
-    writes = causal.cache_source == "clean"
-    num_calls = len(lengths) * (len(steps.steps) + writes) - writes
     snapshot = None if run.resume is None else run.resume.filled()
+    num_known = num_known if snapshot is None else snapshot.end_frame
+    num_calls = _num_calls(lengths, steps, causal, num_known, is_written=snapshot is not None)
     video: list[Tensor] = []  # so far, where the graph keeps it: on the device, memory would grow with the length
     if snapshot is not None:
         assert snapshot.video_BTCHW is not None
@@ -246,6 +269,37 @@ def sample_chunks(
             chunks.close()  # now, and not when the generator is collected: it holds the caches
             network.release()
     return rearrange(torch.cat(video, 1).to(noise_BCTHW.device), "b t c h w -> b c t h w")
+
+
+def _num_calls(
+    lengths: tuple[int, ...], steps: StepConfig, causal: CausalConfig, num_known: int, *, is_written: bool
+) -> int:
+    """Return how many passes a run takes behind known frames; a pass writes each of their chunks unless a state has."""
+    given = sum(end <= num_known for end in itertools.accumulate(lengths))
+    # One more pass writes each clean chunk into the cache; nothing reads what the last one would write.
+    writes = causal.cache_source == "clean"
+    made = sum(len(steps.of_chunk(index).steps) + writes for index in range(given, len(lengths))) - writes
+    return made + (0 if is_written else given)
+
+
+def _steps(patcher: Any, sigmas: Tensor, run: Run) -> StepConfig:
+    """Return the noise levels, which the graph decides, and how to get from one to the next, which the MODEL does.
+
+    Raises ValueError for a pass at timestep 0 over whole videos.
+    """
+    first_sigmas = run.first_sigmas
+    if first_sigmas is None and not run.is_whole:
+        first_sigmas = sigmas_of(patcher, AUTO, AUTO)[1]
+        if first_sigmas is not None:
+            log.info("the first chunk has the model's own %d steps", len(first_sigmas) - 1)
+    steps = steps_of(sigmas, first_sigmas, shift=run.shift or shift_of(patcher))
+    if run.is_whole and steps.steps[-1] == 0:
+        raise ValueError(
+            "the sigmas end in two zeros, a pass at timestep 0, which only models that generate chunk by chunk have "
+            "here; use other sigmas"
+        )
+    trained = settings_of(patcher).steps
+    return replace(steps, solver=trained.solver, boundary=trained.boundary)
 
 
 def _check_passes(
@@ -298,18 +352,6 @@ def _collect(
             break
     host.check_interrupted()  # a stop that came while the last chunk was shown
     progress.finish()
-
-
-def steps_of(sigmas: Tensor) -> StepConfig:
-    """Return the steps of SIGMAS, falling from noise to 0. Raises ValueError if they do not end at 0."""
-    levels = sigmas.tolist()
-    if len(levels) < 2 or levels[-1] != 0:
-        raise ValueError(
-            f"the sigmas {[round(level, 4) for level in levels]} do not end at 0, so no chunk would become clean; "
-            "use Sigmas (Self Forcing), or BasicScheduler with denoise 1"
-        )
-    # Sigmas are timesteps / 1000 that have been through the shift already: neither shift nor warp is left to be done.
-    return StepConfig(tuple(TIMESTEPS * level for level in levels[:-1]), shift=1.0, warp=False)
 
 
 def chunking_behind(num_known: int, causal: CausalConfig) -> CausalConfig:

@@ -5,7 +5,7 @@ Letters: B batch, T latent frames, C latent channels, H W latent size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...selfforcing_core.attention import MERGING_DEVICES
 from ...selfforcing_core.conditioning import Conditioning
-from ...selfforcing_core.config import CausalConfig
+from ...selfforcing_core.config import CausalConfig, WanConfig
 from ...selfforcing_core.geometry import tokens_per_frame
 from ...selfforcing_core.guided import new_caches
 from ...selfforcing_core.kv_cache import KVCache
@@ -42,6 +42,17 @@ class Steering(PromptSource, Protocol):
         ...
 
 
+class CachedNetwork(Protocol):
+    """What the caches of a run depend on."""
+
+    @property
+    def config(self) -> WanConfig: ...
+    @property
+    def num_caches(self) -> int: ...
+    @property
+    def cache_dtype(self) -> torch.dtype: ...
+
+
 def compute_dtype(model: Any) -> torch.dtype:
     """Return the type that activations of ComfyUI's model have."""
     return model.manual_cast_dtype or model.get_dtype()
@@ -56,6 +67,7 @@ class GuidedNetwork:
     settings: Settings
     chunk_shape: tuple[int, ...]  # [B, C, T, H, W] of the largest evaluation
     working_bytes: float = 0  # what whoever follows the progress needs on the device
+    least_sigma: float = 0.0  # noise of what a denoising pass at timestep 0 is given; 0: there is none
     causal_pass: CausalPass | None = field(default=None, init=False)  # None: the bidirectional pass is ComfyUI's own
     # Of the last call: its first frame, and which conditionings were evaluated.
     latest: tuple[int, set[int]] | None = field(default=None, init=False)
@@ -105,12 +117,23 @@ class GuidedNetwork:
         self.latest, self.evaluated = None, set()  # another prompt may have other conditionings
         return self.conditioning
 
+    @property
+    def companions(self) -> list[Any]:
+        """Return the networks that are loaded together with the MODEL."""
+        return self.guider.model_patcher.get_additional_models_with_key(host.COMPANIONS)
+
+    def load(self, *, beside: Sequence[Any]) -> None:
+        """Bring the MODEL to its device, in the midst of a run; `beside`: networks that are to stay there."""
+        host.load([self.guider.model_patcher, *beside], working_bytes=self._evaluation_bytes())
+
     def kept_loaded(self) -> AbstractContextManager[None]:
         """Keep the MODEL loaded over work that may bring in other networks of ComfyUI."""
-        patcher = self.guider.model_patcher
+        return host.kept_loaded(self.guider.model_patcher, working_bytes=self._evaluation_bytes())
+
+    def _evaluation_bytes(self) -> float:
         # ComfyUI evaluates all conditionings in one batch where it can.
         shape = (self.num_caches * self.chunk_shape[0], *self.chunk_shape[1:])
-        return host.kept_loaded(patcher, working_bytes=patcher.memory_required(shape) + self.working_bytes)
+        return self.guider.model_patcher.memory_required(shape) + self.working_bytes
 
     def _index_of(self) -> dict[Any, int]:
         return {conditioning["uuid"]: index for index, conditioning in enumerate(conditionings_of(self.guider))}
@@ -150,6 +173,12 @@ class GuidedNetwork:
         if self.causal_pass is not None:
             self.causal_pass.begin_call(start_frame, x_BTCHW.shape[1])
         sigma_B = timesteps_BT[:, 0] / TIMESTEPS  # all frames of a chunk have the same noise level
+        if self.least_sigma:
+            # At sigma 0 the guider's x0 would be x, whatever the network says: it is asked at the noise that x has,
+            # and the network gets its timestep beside it.
+            assert self.causal_pass is not None
+            self.causal_pass.timestep_B = timesteps_BT[:, 0]
+            sigma_B = sigma_B.masked_fill(sigma_B == 0, self.least_sigma)
         x0_BCTHW = self.guider(
             rearrange(x_BTCHW, "b t c h w -> b c t h w"),
             sigma_B,
@@ -219,7 +248,7 @@ class SeededGraphNoise:
 
 
 @contextmanager
-def memory_explained(network: GuidedNetwork, causal: CausalConfig, shape: LatentShape, batch: int) -> Iterator[None]:
+def memory_explained(network: CachedNetwork, causal: CausalConfig, shape: LatentShape, batch: int) -> Iterator[None]:
     """Say what would help, and by how much, where memory runs out; whoever holds the caches lets go of them."""
     try:
         yield
@@ -228,7 +257,7 @@ def memory_explained(network: GuidedNetwork, causal: CausalConfig, shape: Latent
         raise ValueError(_remedies(network, causal, shape, batch)) from error
 
 
-def _remedies(network: GuidedNetwork, causal: CausalConfig, shape: LatentShape, batch: int) -> str:
+def _remedies(network: CachedNetwork, causal: CausalConfig, shape: LatentShape, batch: int) -> str:
     frames, _, height, width = shape
     config, count = network.config, network.num_caches
     capacity = frames if causal.window == -1 else min(frames, causal.window)

@@ -13,7 +13,7 @@ import comfy.utils
 import torch
 import torch.nn as nn
 
-from ...selfforcing_core.config import CausalConfig, StepConfig, WanConfig
+from ...selfforcing_core.config import FEW_STEP_SOLVERS, CausalConfig, StepConfig, WanConfig
 from ...selfforcing_core.weights.checkpoint import Checkpoint
 from ...selfforcing_core.weights.gguf_files import IN_COMFYUI, Packing
 from ...selfforcing_core.weights.scaled import FORMATS, FULL_PRECISION, Scale, ScaledWeights, count_numbers
@@ -106,8 +106,11 @@ def kind_in(checkpoint: Checkpoint) -> str:
         return CAUSAL
     if checkpoint.bidirectional is None:
         return UNKNOWN
-    # "renoise" is how distilled models go from step to step; teachers are sampled with an ODE solver.
-    return FEW_STEP if checkpoint.steps is None or checkpoint.steps.solver == "renoise" else BASE
+    # Distilled models are given fresh noise from step to step; teachers are sampled with an ODE solver.
+    steps = checkpoint.steps
+    # But for LightX2V's pairs, which follow the flow and are distilled nonetheless.
+    is_few = steps is None or steps.solver in FEW_STEP_SOLVERS or steps.boundary is not None
+    return FEW_STEP if is_few else BASE
 
 
 def _quantised(weights: ScaledWeights, dtype: torch.dtype | None, *, is_fast_fp8: bool) -> dict[str, Any] | None:

@@ -32,7 +32,7 @@ from .frame_stream import FrameStream, frame_stream
 from .guided_network import SeededGraphNoise, compute_dtype
 from .guider_prompts import reader_of, text_in_graph, timeline_of
 from .live import Live, open_live
-from .model_settings import causal_settings, settings_of, sigmas_of
+from .model_settings import AUTO, causal_settings, low_noise_of, settings_of, shift_of, sigmas_of
 from .progress import OnFrames, StreamProgress
 from .shared_network import config_of
 from .steering_record import SteeringRecord
@@ -70,6 +70,8 @@ class StreamInputs:
     player: bool = True  # whether a page may watch and steer
     pace: float = 0.0  # seconds of video that may be made and not yet shown; 0 is no limit
     fps: float = 16.0  # of the player's clock, and of times in prompts
+    warp: str = "auto"  # whether steps go through the shift: one of WARPS
+    first_chunk_steps: int = AUTO  # AUTO is the MODEL's own list, if it has one, else as every chunk
     hidden: Any = None  # what ComfyUI adds: the queued graph, and what saved files are given
 
 
@@ -91,12 +93,15 @@ def sample(inputs: StreamInputs, *, on_frames: OnFrames, on_end: OnEnd = lambda 
     """
     model, latent, lengths, causal = _video(inputs)
     stream = None if inputs.taehv is None else frame_stream(inputs.taehv)
-    sigmas = sigmas_of(model, inputs.steps, inputs.shift)
+    sigmas, first_sigmas = sigmas_of(
+        model, inputs.steps, inputs.shift, warp=inputs.warp, first_chunk_steps=inputs.first_chunk_steps
+    )
+    first_sigmas = sigmas if first_sigmas is None else first_sigmas
     # The decoder is loaded with the MODEL and stays: coming and going, it would make ComfyUI unload parts of either.
     guider = ChunkGuider(host.with_companions(model, stream.patchers if stream else []))
     guider.set_prompts(inputs.positive, inputs.negative, inputs.cfg)
     meter = Meter(
-        _recipe(inputs, stream, lengths, latent["samples"], causal, num_steps=len(sigmas) - 1),
+        _recipe(inputs, stream, lengths, latent["samples"], causal, sigmas, first_sigmas),
         host.card(model.load_device, compute_dtype(model.model)),
     )
     log.info("%s", meter.in_words())
@@ -114,6 +119,8 @@ def sample(inputs: StreamInputs, *, on_frames: OnFrames, on_end: OnEnd = lambda 
     holder = SnapshotHolder() if inputs.keep_state else None
     run = Run(
         causal=causal,
+        first_sigmas=first_sigmas,
+        shift=shift_of(model, inputs.shift),
         progress=progress,
         resume=inputs.state,
         keep=holder,
@@ -202,23 +209,27 @@ def _recipe(
     lengths: Sequence[int],
     samples_BCTHW: Tensor,
     causal: CausalConfig,
-    *,
-    num_steps: int,
+    sigmas: Tensor,
+    first_sigmas: Tensor,
 ) -> Recipe:
     """Return the work of this run, from which follows what it should take on the MODEL's device."""
     model = inputs.model.model
     dtype = compute_dtype(model)
+    num_models = 1 if low_noise_of(inputs.model) is None else 2
     # weight_bytes: as they lie in memory and are read for each pass; activations are of the type computed in.
     recipe = Recipe(
         config_of(model.diffusion_model),
         lengths,
         *samples_BCTHW.shape[-2:],
-        steps=num_steps,
+        steps=len(sigmas) - 1,
+        first_chunk_steps=len(first_sigmas) - 1,
         window=causal.window,
         writes=causal.cache_source == "clean",
         decoder="none",
         guided=inputs.cfg != 1,
         batch=samples_BCTHW.shape[0],
+        networks=num_models,
+        resident=num_models,
         weight_bytes=model.get_dtype().itemsize,
         cache_bytes=(settings_of(inputs.model).cache_dtype or dtype).itemsize,
         activation_bytes=dtype.itemsize,

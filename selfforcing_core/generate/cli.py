@@ -1,4 +1,5 @@
-"""Command line: `generate` makes videos, `inspect` and `convert` understand checkpoints, `download` fetches them.
+"""Command line: `generate` makes videos, `inspect` and `convert` understand checkpoints, `download`
+fetches them, `presets` lists those that were released.
 
 A mistake of the user's is one line on stderr and exit status 2, and nothing is written. So is a lack of memory; by
 then earlier videos of a prompt file are there. No file is ever there by half.
@@ -87,7 +88,14 @@ def _parser() -> argparse.ArgumentParser:
     look = commands.add_parser("inspect", help="say as JSON what a checkpoint is")
     look.set_defaults(run=_inspect, to_save_memory=FEWER_PROGRAMS)
     look.add_argument("file", help=f"{MODEL_NAMES}, index of shards, or folder")
+    _add_preset(look)
     _add_convert(commands.add_parser("convert", help="write a checkpoint in another layout"))
+
+    table = commands.add_parser("presets", help="list the released checkpoints, and what is missing to run each")
+    table.set_defaults(run=_presets, to_save_memory=FEWER_PROGRAMS)
+    how = table.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="all numbers, with where each was read")
+    how.add_argument("--markdown", action="store_true", help="the table of docs/models.md")
 
     fetch = commands.add_parser("download", help="fetch released weights by name")
     fetch.set_defaults(run=_download, to_save_memory=FEWER_PROGRAMS)
@@ -160,8 +168,13 @@ def _add_convert(turn: argparse.ArgumentParser) -> None:
     kind = turn.add_mutually_exclusive_group()
     kind.add_argument("--causal", action="store_true", default=None, help="it generates chunk by chunk")
     kind.add_argument("--bidirectional", dest="causal", action="store_false", help="it denoises whole videos")
+    _add_preset(turn)
     turn.add_argument("--latent-space", help="whose latents a TAEHV decodes, for instance wan2.1")
     turn.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+
+
+def _add_preset(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--preset", default="auto", help="released checkpoint that it is, or none (default: auto)")
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -273,8 +286,19 @@ def _in_words(measured: dict[str, Any]) -> str:
 def _inspect(options: argparse.Namespace) -> None:
     from ..weights.bundles import resolve_model
     from ..weights.checkpoint import inspect_checkpoint
+    from ..weights.preset_settings import inspect_preset
 
-    print_result(json.dumps(inspect_checkpoint(resolve_model(options.file)), indent=2))
+    path = resolve_model(options.file)
+    print_result(json.dumps({**inspect_checkpoint(path), "preset": inspect_preset(path, options.preset)}, indent=2))
+
+
+def _presets(options: argparse.Namespace) -> None:
+    from ..weights.preset_list import list_presets, presets_in_words, presets_table
+
+    if options.json:
+        print_result(json.dumps(list_presets(), indent=2))
+    else:
+        print_result(presets_table() if options.markdown else presets_in_words())
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -286,6 +310,7 @@ def _convert(options: argparse.Namespace) -> None:
         dialect=options.dialect,
         dtype=options.dtype,
         weights=options.weights or "auto",
+        preset=options.preset,
         causal=options.causal,
         latent_space=options.latent_space,
         overwrite=options.overwrite,

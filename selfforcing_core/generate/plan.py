@@ -32,15 +32,21 @@ from ..geometry import (
 )
 from ..prompt_schedule import parse_schedule, schedule_note, start_frames
 from ..roofline.meter import Recipe
+from ..schedule import FlowSchedule
 from ..weights.bundles import is_bundle, resolve_model, resolve_taehv, resolve_text_encoder
-from ..weights.checkpoint import DTYPES, Checkpoint, read_checkpoint
+from ..weights.checkpoint import DTYPES, Checkpoint
 from ..weights.load import check_taehv
-from .request import BUNDLE_SIZES, WAN_SIZE, PromptBatch, Request
+from ..weights.pipeline_folder import PipelineFolder, read_pipeline
+from ..weights.preset_settings import AUTO, OPTIONS, PresetReading, partner_path, read_with_preset
+from ..weights.presets import PRESETS, Preset
+from .pair import Pair, read_pair, takes_turns
+from .request import BUNDLE_SIZES, SAME, WAN_SIZE, PromptBatch, Request
 from .start import context_frames, read_latents
 
 log = logging.getLogger(__name__)
 # What the KV cache may hold its numbers in: what networks compute in, and two types of 8 bits.
 CACHE_DTYPES = {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
+STEP_LISTS = ("steps", "first_chunk_steps")
 LEAST_FPS, MOST_FPS = 0.001, 1000  # beyond, files store no rate or another one
 
 
@@ -74,6 +80,10 @@ class Plan:
     timelines: tuple[Timeline, ...]  # one for each batch
     checkpoint: Checkpoint  # of the video model; mapped (bare pickles are not), and emptied when the model is made
     config: WanConfig  # its sizes
+    pair: Pair | None  # with the network for low noise, where the model is one for high noise
+    takes_turns: bool  # only one of the two lies on the device at a time
+    preset: Preset | None  # that the model is run with
+    fps: float  # of the videos
     decoder: str  # of the latents: "taehv" or "vae"
     taehv: Checkpoint | None  # of the tiny autoencoder, kept like the model's; None where the Wan VAE decodes
     text_encoder: Path  # its file or folder
@@ -99,10 +109,13 @@ class Plan:
             self.extent.chunk_lengths,
             *self.latent_shape[-2:],
             steps=len(self.steps.steps),
+            first_chunk_steps=len(self.steps.of_chunk(0).steps),
             window=self.causal.window,
             decoder=self.decoder,
             guided=self.cfg != 1,
             batch=batch,
+            networks=1 if self.pair is None else 2,
+            resident=1 if self.pair is None or self.takes_turns else 2,
             weight_bytes=1 if self.request.fp8 else number_bytes,
             cache_bytes=self.cache_dtype.itemsize,
             activation_bytes=number_bytes,
@@ -118,8 +131,9 @@ class Plan:
         peak = recipe.peak_bytes()
         weights, caches, working = (peak[name] / 1e9 for name in ("weights", "caches", "working"))
         text = f"text encoder {text_bytes / 1e9:.1f} GB, gone before the rest comes; " if text_bytes else ""
+        models = "video model" if self.pair is None else "one of two models" if self.takes_turns else "two models"
         return (
-            f"on {self.device}: {text}video model {weights:.1f} GB, caches {caches:.1f} GB, work {working:.1f} GB, "
+            f"on {self.device}: {text}{models} {weights:.1f} GB, caches {caches:.1f} GB, work {working:.1f} GB, "
             f"together {weights + caches + working:.1f} GB{recipe.without}"
         )
 
@@ -134,33 +148,47 @@ def plan_request(
     """
     _check_options(request)
     decoder = _decoder(request)
-    file_format = _check_files(request, batches)
+    file_format = _check_files(request, batches, _or(request.fps, TRAINED_FPS))
     # What is read from here on is kept in the plan, so that no file is opened twice.
     audio = None if request.audio is None else sound_of(request.audio)
 
     model_path, is_own = resolve_model(request.model), is_bundle(request.model)
     text_encoder = resolve_text_encoder(request.text_encoder or request.model)
     taehv_path = resolve_taehv(request.taehv or request.model) if decoder == "taehv" else None
-    checkpoint = read_checkpoint(model_path, weights=request.weights)
+    folder = read_pipeline(model_path)
+    reading = _reading(request, model_path, folder)
+    checkpoint, preset = reading.checkpoint, reading.preset
     config = checkpoint.config
     if not isinstance(config, WanConfig):
         raise ValueError(f"{request.model} is a {checkpoint.kind}, not a video model; give it as --taehv")
+    notes: list[str] = []  # whatever is put in place of what the checkpoint says, or is guessed, in words
+    twin = None if preset is None or preset.twin is None else partner_path(preset, model_path, preset.twin.file)
+    folder = replace(folder, low_noise=twin or folder.low_noise)
+    pair = read_pair(request, model_path, checkpoint, folder, notes)
     _check_companions(request, config, decoder, is_own=is_own)
     taehv = None if taehv_path is None else _taehv(request, taehv_path, checkpoint, config)
 
+    fps = _or(request.fps, _or(preset and preset.fps, TRAINED_FPS))
+    if fps != _or(request.fps, TRAINED_FPS):  # not every format of files knows every rate
+        file_format = _check_files(request, batches, fps)
     is_prefixed = request.image is not None and config.model_type == "t2v"
     is_whole = checkpoint.bidirectional is not None and request.chunk is None
     _check_start(request, is_whole=is_whole, is_prefixed=is_prefixed)
-    notes: list[str] = []  # whatever is put in place of what the checkpoint says, or is guessed, in words
     causal, steps, cfg = _settings(request, checkpoint, notes, is_prefixed=is_prefixed)
-    source = _source(request, config)
-    extent = _extent(request, causal, source, is_whole=is_whole, is_prefixed=is_prefixed)
+    steps = _with_shift(request, reading, folder, steps, notes)
+    if pair is not None:
+        steps = pair.divided(request, causal, steps, notes)
+    source = _source(request, config, fps)
+    usual = _usual_size(request.model, preset)
+    extent = _extent(request, causal, source, usual, is_whole=is_whole, is_prefixed=is_prefixed)
     size = extent.geometry
+    notes += _not_read(request, preset, size, fps)
     latent_shape = (size.latent_frames, config.out_dim, size.latent_height, size.latent_width)
     # Only now is the size known: it may be that of the video that is extended.
     file_format.check_size(size.width, size.height)
     timeline_of = {
-        text: _timeline(request, text, extent.chunk_lengths) for text in dict.fromkeys(batch.text for batch in batches)
+        text: _timeline(request, text, extent.chunk_lengths, fps)
+        for text in dict.fromkeys(batch.text for batch in batches)
     }
     timelines = tuple(timeline_of[batch.text] for batch in batches)
 
@@ -172,15 +200,22 @@ def plan_request(
         batches, timelines = _rewritten(batches, timelines, rewrite)
     guided = [] if cfg == 1 else [request.negative]
     encoded_prompts = dict.fromkeys([*(prompt for timeline in timelines for prompt in timeline.prompts), *guided])
-    for note in (*checkpoint.notes, *(taehv.notes if taehv else ()), *(f"{request.model} {note}" for note in notes)):
-        log.warning("%s", note)
-    sound = _sound(request, source, audio, extent.shown_frames, is_silent=file_format.sound is None)
-    return Plan(
+    speaker = request.model if preset is None else f"{request.model} ({preset.name})"
+    own = [*(f"{model_path} {note}" for note in reading.notes), *(f"{speaker} {note}" for note in notes)]
+    read = [each for each in (checkpoint, pair and pair.low, taehv) if each is not None]
+    for line in (*(note for each in read for note in each.notes), *own):
+        log.warning("%s", line)
+    sound = _sound(request, source, audio, extent.shown_frames, fps, is_silent=file_format.sound is None)
+    plan = Plan(
         request=request,
         batches=tuple(batches),
         timelines=timelines,
         checkpoint=checkpoint,
         config=config,
+        pair=pair,
+        takes_turns=False,
+        preset=preset,
+        fps=fps,
         decoder=decoder,
         taehv=taehv,
         text_encoder=text_encoder,
@@ -198,6 +233,10 @@ def plan_request(
         is_prefixed_by_image=is_prefixed,
         sound=sound,
     )
+    if pair is None:
+        return plan
+    largest = max(len(batch.outs) for batch in batches)
+    return replace(plan, takes_turns=takes_turns(request, plan.recipe(largest), device))
 
 
 def _rewritten(
@@ -216,7 +255,7 @@ def _rewritten(
 # ------------------------------------------------------------------- checks --
 def _check_options(request: Request) -> None:
     """Raise ValueError for an option whose value is wrong whatever the files hold."""
-    if not LEAST_FPS <= request.fps <= MOST_FPS:
+    if request.fps is not None and not LEAST_FPS <= request.fps <= MOST_FPS:
         raise ValueError(
             f"fps {request.fps} is not a rate between {LEAST_FPS} and {MOST_FPS}; Wan models are trained at 16"
         )
@@ -230,7 +269,7 @@ def _check_options(request: Request) -> None:
         raise ValueError("--roofline measures videos that begin with noise; leave out --image and --extend")
 
 
-def _check_files(request: Request, batches: Sequence[PromptBatch]) -> VideoFormat:
+def _check_files(request: Request, batches: Sequence[PromptBatch], fps: float) -> VideoFormat:
     """Return how the videos are encoded. Raises ValueError for files that cannot be written or not so."""
     if not batches:
         raise ValueError("there is nothing to generate")
@@ -243,19 +282,19 @@ def _check_files(request: Request, batches: Sequence[PromptBatch]) -> VideoForma
     if len({path.resolve() for path in [*outs, *more]}) < len(outs) + len(more):
         raise ValueError(f"{outs[0]}: video, contact sheet and latents cannot be one file; name two or three")
     has_sound = request.audio is not None
-    formats = [check_video(out, request.codec, request.quality, request.fps, has_sound=has_sound) for out in outs]
+    formats = [check_video(out, request.codec, request.quality, fps, has_sound=has_sound) for out in outs]
     for path in [*outs, *more]:
         check_writable(path, overwrite=request.overwrite)
     return formats[0]  # all of one command have the same ending
 
 
-def _timeline(request: Request, text: str, lengths: Sequence[int]) -> Timeline:
+def _timeline(request: Request, text: str, lengths: Sequence[int], fps: float) -> Timeline:
     """Lay a schedule onto chunks of these lengths.
 
     Raises ValueError unless its prompts begin inside the video, each in a chunk of its own.
     """
     entries = list(parse_schedule(text))
-    starts = start_frames(entries, lengths, entries[0].fps or request.fps)
+    starts = start_frames(entries, lengths, entries[0].fps or fps)
     note = schedule_note(text)
     if len(entries) > 1 and request.extend is not None:
         raise ValueError("a schedule counts from the beginning of a video; extend with one prompt at a time instead")
@@ -299,6 +338,19 @@ def _decoder(request: Request) -> str:
 
 
 # ----------------------------------------------------------------- settings --
+def _reading(request: Request, path: Path, folder: PipelineFolder) -> PresetReading:
+    """Return the checkpoint of the model with the settings of its preset, which may leave some to its folder."""
+    given = {name for name in OPTIONS if getattr(request, name, None) is not None}
+    if isinstance(request.steps, int) or request.warp_steps is not None:
+        given.add("warp")  # a number of steps is a list that goes through the shift, whatever the preset's does
+    given |= {name for name, value in (("shift", folder.shift), ("low_noise", request.low_noise)) if value is not None}
+    choice = request.preset
+    # By its name a release was fetched, whatever its file is called.
+    if choice == AUTO and request.model in PRESETS and path != Path(request.model):
+        choice = request.model
+    return read_with_preset(path, choice, weights=request.weights, given=given)
+
+
 def _check_start(request: Request, *, is_whole: bool, is_prefixed: bool) -> None:
     """Raise ValueError where a bidirectional network is to go on from frames, which only chunks can see."""
     for name, is_given in (("--extend", request.extend), ("--image", is_prefixed)):
@@ -326,7 +378,23 @@ def _settings(
     causal = replace(checkpoint.causal or CausalConfig(), **causal_options)
     if is_prefixed and causal.chunk > 1:  # the picture fills one latent frame, so that it has to be a chunk of its own
         causal = replace(causal, independent_first_frame=True)
-    return causal, replace(checkpoint.steps or StepConfig(), **step_options), cfg
+    steps = replace(checkpoint.steps or StepConfig(), **step_options)
+    if steps.first_chunk_steps and (is_prefixed or request.extend):
+        notes.append("is given the video's beginning, so that no chunk takes the steps of the first one")
+    return causal, steps, cfg
+
+
+def _with_shift(
+    request: Request, reading: PresetReading, folder: PipelineFolder, steps: StepConfig, notes: list[str]
+) -> StepConfig:
+    """Return the steps with the shift of the folder's scheduler, unless request, preset or file says one."""
+    if folder.shift is None or folder.shift == steps.shift:
+        return steps
+    is_said = reading.checkpoint.steps is not None if reading.preset is None else reading.preset.shift is not None
+    if request.shift is None and not is_said:
+        return replace(steps, shift=folder.shift)
+    notes.append(f"says shift {folder.shift:g} in its scheduler_config.json; {steps.shift:g} is used")
+    return steps
 
 
 def _given(request: Request, *names: str) -> dict[str, Any]:
@@ -338,7 +406,7 @@ def _causal_options(request: Request, checkpoint: Checkpoint, notes: list[str]) 
     """Return what takes the place of the checkpoint's causal settings, or of the defaults where it has none."""
     options = _given(request, "chunk", "window", "sink", "cache_source")
     if checkpoint.bidirectional is None:
-        notes += _replaced(checkpoint.causal, options, ()) if checkpoint.causal else []
+        notes += _replaced(checkpoint.causal, options) if checkpoint.causal else []
         return options
     if "chunk" in options:
         notes.append(f"says that it is bidirectional; --chunk {options['chunk']} is used")
@@ -354,25 +422,39 @@ def _causal_options(request: Request, checkpoint: Checkpoint, notes: list[str]) 
 
 def _step_options(request: Request, stored: StepConfig | None, notes: list[str]) -> dict[str, Any]:
     """Return what takes the place of the checkpoint's noise levels, or of the defaults where it has none."""
-    options = _given(request, "shift", "solver", "steps")
-    is_warped, sigma = (StepConfig.warp, StepConfig.sigma) if stored is None else (stored.warp, stored.sigma)
-    if isinstance(request.steps, int):  # evenly spaced ones are warped, whatever the checkpoint's own list is
-        shift = _or(request.shift, StepConfig.shift if stored is None else stored.shift)
-        options["steps"] = StepConfig.even(request.steps, shift=shift).steps
-        options["warp"] = is_warped = True
+    options = _given(request, "shift", "solver", *STEP_LISTS)
+    trained, is_warp_given = stored or StepConfig(), request.warp_steps is not None
+    is_warped = _or(request.warp_steps, trained.warp)
+    counts = [name for name in STEP_LISTS if isinstance(options.get(name), int)]
+    for name in counts:  # evenly spaced ones go through the shift, whatever the checkpoint's own list does
+        even = StepConfig.even(options[name], shift=_or(request.shift, trained.shift))
+        options[name] = even.steps if is_warped or is_warp_given else FlowSchedule(even).timesteps
+    if options.get("first_chunk_steps") == ():
+        options["first_chunk_steps"] = None
     if stored is not None:
-        notes += _replaced(stored, options, ("warp",))
-    if "shift" in options and not is_warped and sigma == "exact":
-        notes.append(f"gives its timesteps as they are, so that --shift {request.shift:g} changes nothing")
-    elif isinstance(request.steps, tuple) and not is_warped:
-        notes.append("takes timesteps as they are: --steps are not warped by the shift")
+        notes += _replaced(stored, options)
+        if "steps" in options and stored.first_chunk_steps and "first_chunk_steps" not in options:
+            notes.append(f"says steps of its own for the first chunk, which are kept (else --first-chunk-steps {SAME})")
+        if is_warp_given and is_warped != stored.warp:
+            says = "go through the shift" if stored.warp else "are what the model sees"
+            notes.append(f"says that its steps {says}; --{'' if is_warped else 'no-'}warp-steps is used")
+    if is_warp_given:
+        options["warp"] = is_warped
+    steps = replace(trained, **options)
+    ends_in_zero = 0 in (steps.steps[-1], steps.of_chunk(0).steps[-1])  # which has a noise level by the shift
+    if "shift" in options and not (is_warped or counts or ends_in_zero) and trained.sigma == "exact":
+        notes.append(f"takes timesteps as they are, so that --shift {request.shift:g} changes nothing")
+    elif not is_warped and not is_warp_given and any(isinstance(getattr(request, name), tuple) for name in STEP_LISTS):
+        notes.append("takes timesteps as they are: --steps are not warped by the shift (else --warp-steps)")
     return options
 
 
-def _replaced(stored: CausalConfig | StepConfig, options: dict[str, Any], hidden: tuple[str, ...]) -> list[str]:
+def _replaced(stored: CausalConfig | StepConfig, options: dict[str, Any]) -> list[str]:
     """Return a line for every setting that another value was given for."""
 
     def words(value: Any) -> str:
+        if value is None:  # of the first chunk's steps
+            return SAME
         listed = value if isinstance(value, tuple) else (value,)
         return ",".join(f"{item:g}" if isinstance(item, (int, float)) else str(item) for item in listed)
 
@@ -380,7 +462,7 @@ def _replaced(stored: CausalConfig | StepConfig, options: dict[str, Any], hidden
         f"says {name.replace('_', ' ')} {words(getattr(stored, name))}; "
         f"--{name.replace('_', '-')} {words(value)} is used"
         for name, value in options.items()
-        if name not in hidden and value != getattr(stored, name)
+        if value != getattr(stored, name)
     ]
 
 
@@ -389,6 +471,7 @@ def _sound(
     source: Tensor | GivenVideo | None,
     audio: tuple[Sound, float] | None,
     shown_frames: int,
+    fps: float,
     *,
     is_silent: bool,
 ) -> Sound | None:
@@ -400,14 +483,14 @@ def _sound(
     if isinstance(source, GivenVideo):
         findings = source.findings
         notes += findings.in_words()
-        if request.fps != TRAINED_FPS:
-            notes.append(f"goes on at {request.fps:g} fps; Wan models know motion at {TRAINED_FPS}")
+        if fps != TRAINED_FPS:
+            notes.append(f"goes on at {fps:g} fps; Wan models know motion at {TRAINED_FPS}")
         if findings.sound is not None:
             sound = Sound(findings.path, findings.start, findings.num_given / (findings.fps or Fraction(TRAINED_FPS)))
     if audio is not None:
         given, seconds = audio
         # A rate such as 29.97 stands for 30000/1001, of which the file counts its time.
-        end = shown_frames / Fraction(request.fps).limit_denominator(1001)
+        end = shown_frames / Fraction(fps).limit_denominator(1001)
         if seconds > end:
             log.warning("%s: its %.2f s are cut at the video's end, %.2f s", request.audio, seconds, end)
         elif seconds < end:
@@ -426,23 +509,46 @@ def _sound(
     return None if is_silent else sound
 
 
-def _source(request: Request, config: WanConfig) -> Tensor | GivenVideo | None:
+def _source(request: Request, config: WanConfig, fps: float) -> Tensor | GivenVideo | None:
     """Return what is to be extended: latents [T, C, H, W] or a video."""
     if request.extend is None:
         return None
     latents = read_latents(request.extend)
     if latents is None:
-        return given_video(request.extend, request.fps)
+        return given_video(request.extend, fps)
     if latents.shape[1] != config.out_dim:
         raise ValueError(f"{request.extend}: latents of {latents.shape[1]} channels, the model makes {config.out_dim}")
     return latents
 
 
+def _not_read(request: Request, preset: Preset | None, size: VideoGeometry, fps: float) -> list[str]:
+    """Return a line about what nobody has read of a preset's picture, where the usual one takes its place."""
+    is_given = {"size": None not in (request.width, request.height) or request.extend, "rate": request.fps is not None}
+    read = {} if preset is None else {"size": preset.native_size, "rate": preset.fps}
+    names = [name for name, number in read.items() if number is None and not is_given[name]]
+    words = f"{size.width}x{size.height} at {fps:g} frames a second"
+    return [f"has no {' and '.join(names)} that was read; it makes {words}"] if names else []
+
+
+def _usual_size(model: str, preset: Preset | None) -> tuple[int, int, int]:
+    """Return width, height and frames of a video where the request does not say."""
+    width, height, frames = BUNDLE_SIZES.get(model, WAN_SIZE)
+    if preset is not None and preset.native_size is not None:
+        height, width = preset.native_size
+    return width, height, frames
+
+
 def _extent(
-    request: Request, causal: CausalConfig, source: Tensor | GivenVideo | None, *, is_whole: bool, is_prefixed: bool
+    request: Request,
+    causal: CausalConfig,
+    source: Tensor | GivenVideo | None,
+    usual_size: tuple[int, int, int],
+    *,
+    is_whole: bool,
+    is_prefixed: bool,
 ) -> Extent:
     """Return the size of the video. Raises ValueError for one that the chunks, or what is extended, do not allow."""
-    width, height, usual = BUNDLE_SIZES.get(request.model, WAN_SIZE)
+    width, height, usual = usual_size
     if isinstance(source, GivenVideo):
         width, height = source.width, source.height
     elif source is not None:

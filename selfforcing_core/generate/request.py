@@ -6,6 +6,7 @@ Nothing here imports torch, so that `--help` is there at once.
 # ruff: noqa: RUF009 - `_option` makes a dataclass field, and nothing that several requests would share
 from __future__ import annotations
 
+from argparse import BooleanOptionalAction
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from ..prompt_schedule import HISTORIES
 BUNDLE_SIZES = {"tiny": (64, 64, 33)}
 WAN_SIZE = (832, 480, 81)
 MODEL_NAMES = "a bundle's name, that of a download in models/, or a checkpoint"
-AS_STORED = "(default: what the checkpoint says)"
+SAME = "same"  # of the first chunk's steps: those of every chunk
+AS_STORED = "(default: what preset or checkpoint say)"
 # The groups of --help, in its order.
 SHOWN, WRITTEN, MODELS, SAMPLED, COMPUTED = GROUPS = (
     "what to show",
@@ -39,9 +41,14 @@ def _steps(text: str) -> tuple[float, ...] | int:
     return tuple(float(part) for part in text.split(","))
 
 
+def _first_steps(text: str) -> tuple[float, ...] | int:
+    """Return the same for the first chunk; () for the word that stands for no steps of its own."""
+    return () if text == SAME else _steps(text)
+
+
 @dataclass(frozen=True)
 class Request:
-    """What to generate and where to; None means what the checkpoint says, or the size its model was trained on.
+    """What to generate and where to; None means what preset or checkpoint say, or the size its model was trained on.
 
     Each field is the option of the same name, explained by its help. Sizes are pixels, `frames` video frames, `chunk`,
     `window` and `sink` latent frames (see CausalConfig).
@@ -59,7 +66,22 @@ class Request:
 
     # models
     model: str = _option("tiny", MODELS, f"{MODEL_NAMES} (default: tiny)")
+    low_noise: str | None = _option(
+        None,
+        MODELS,
+        "network for low noise, where --model is for high noise (Wan 2.2 A14B; a folder has its own)",
+    )
+    boundary: float | None = _option(
+        None, MODELS, f"share of noise, such as 0.875, from which on --model is asked and not --low-noise {AS_STORED}"
+    )
+    boundary_step: int | None = _option(None, MODELS, "or how many of the steps are --model's")
     weights: str = _option("auto", MODELS, "of a training file", choices=["auto", "ema", "raw"])
+    preset: str = _option(
+        "auto",
+        MODELS,
+        "released checkpoint whose settings the model is run with, one of those that `presets` lists; none: what the "
+        "file says (default: auto, which recognises it)",
+    )
     taehv: str | None = _option(None, MODELS, "bundle or file of the tiny autoencoder (default: the model's bundle)")
     taehv_latents: str | None = _option(None, MODELS, "whose latents the TAEHV decodes, if its file does not say")
     vae: Path | None = _option(None, MODELS, "file or diffusers folder of the Wan VAE")
@@ -79,8 +101,8 @@ class Request:
     image: Path | None = _option(None, SHOWN, "picture that is the first frame")
     extend: Path | None = _option(None, SHOWN, "video, or file of --latents, that goes on for --frames more")
     frames: int | None = _option(None, SHOWN, "length in video frames (default: as trained, if known; else 81)")
-    width: int | None = _option(None, SHOWN, "in pixels (default: the bundle's; 832 for Wan)")
-    height: int | None = _option(None, SHOWN, "in pixels (default: the bundle's; 480 for Wan)")
+    width: int | None = _option(None, SHOWN, "in pixels (default: the bundle's or preset's; 832 for Wan)")
+    height: int | None = _option(None, SHOWN, "in pixels (default: the bundle's or preset's; 480 for Wan)")
     seed: int = _option(0, SHOWN, "equal seeds give equal videos (default: 0)")
 
     # files to write
@@ -102,7 +124,7 @@ class Request:
     sheet: Path | None = _option(None, WRITTEN, "also write a contact sheet of the frames (PNG)")
     latents: Path | None = _option(None, WRITTEN, "also keep the latents (safetensors), for --extend")
     overwrite: bool = _option(False, WRITTEN, "replace files that exist")
-    fps: float = _option(16, WRITTEN, "frames per second of the file (default: 16)")
+    fps: float | None = _option(None, WRITTEN, "frames per second of the file (default: the preset's, else 16)")
 
     # how to sample
     chunk: int | None = _option(None, SAMPLED, f"latent frames denoised together {AS_STORED}")
@@ -114,14 +136,30 @@ class Request:
         "clean: a pass writes each finished chunk into the cache; last_step: its last step's is kept " + AS_STORED,
     )
     steps: tuple[float, ...] | int | None = _option(
-        None, SAMPLED, f"timesteps, for instance 1000,750,500,250, or their number {AS_STORED}", type=_steps
+        None,
+        SAMPLED,
+        "timesteps, for instance 1000,750,500,250, or their number; a last one of 0 is a pass over nearly clean frames "
+        + AS_STORED,
+        type=_steps,
+    )
+    first_chunk_steps: tuple[float, ...] | int | None = _option(
+        None,
+        SAMPLED,
+        f"those of the video's first chunk, likewise; {SAME}: as every chunk {AS_STORED}",
+        type=_first_steps,
+    )
+    warp_steps: bool | None = _option(
+        None,
+        SAMPLED,
+        f"whether listed timesteps go through the shift, or are what the model sees {AS_STORED}",
+        action=BooleanOptionalAction,
     )
     shift: float | None = _option(None, SAMPLED, f"flow-matching shift of the steps {AS_STORED}")
-    solver: str | None = _option(None, SAMPLED, f"renoise (few steps), euler or unipc (many) {AS_STORED}")
+    solver: str | None = _option(None, SAMPLED, f"renoise or phased (few steps), euler or unipc (many) {AS_STORED}")
     cfg: float | None = _option(
         None,
         SAMPLED,
-        "classifier-free guidance; 1 is none (default: what the checkpoint says; 1 where it says nothing)",
+        "classifier-free guidance; 1 is none (default: what preset or checkpoint say; 1 where they say nothing)",
     )
 
     # where to compute
@@ -141,6 +179,11 @@ class Request:
     )
     compile: bool = _option(False, COMPUTED, "compile the model's blocks; the first chunk waits for it")
     fp8: bool = _option(False, COMPUTED, "keep the model's weights in 8 bits")
+    offload_expert: bool = _option(
+        False,
+        COMPUTED,
+        "keep --model and --low-noise on the GPU in turns (default: where both do not fit)",
+    )
     embeddings: Path | None = _option(
         None, COMPUTED, "keep the prompts' embeddings there; known ones are read again", metavar="FOLDER"
     )

@@ -29,6 +29,7 @@ from ..codecs.taehv import TAEHV, StreamingDecoder, StreamingEncoder
 from ..codecs.text import encoder_bytes
 from ..codecs.wan_vae import StreamingWanDecoder, WanVAE, load_wan_vae
 from ..conditioning import Conditioning
+from ..experts import Experts, TakingTurns
 from ..geometry import TEMPORAL_FACTOR
 from ..guided import Guided
 from ..history import PromptChange
@@ -36,6 +37,7 @@ from ..noise import ScheduledNoise, SeededNoise
 from ..rollout import Chunk, rollout
 from ..roofline.device import measured_card
 from ..roofline.meter import Meter
+from ..weights.checkpoint import Checkpoint
 from ..weights.float8 import store_in_float8
 from ..weights.load import build_model, build_taehv, build_text_encoder, check_channels
 from .plan import Plan, Timeline, plan_request
@@ -340,12 +342,24 @@ def _load_autoencoder(plan: Plan) -> TAEHV | WanVAE:
 
 
 def _load_model(plan: Plan) -> Any:
-    """Return the video model on its device; with fp8 it is shrunk on the CPU before it moves."""
+    """Return the video model on its device; of two networks that take turns there, both beside it."""
+    device = None if plan.takes_turns else plan.device
+    model = _network(plan, plan.checkpoint, device)
+    if plan.pair is None:
+        return model
+    networks = model, _network(plan, plan.pair.low, device)
+    bring = TakingTurns(networks, plan.device) if plan.takes_turns else None
+    assert plan.steps.boundary is not None
+    return Experts(*networks, plan.steps.boundary, bring=bring)
+
+
+def _network(plan: Plan, checkpoint: Checkpoint, device: torch.device | None) -> Any:
+    """Return a network on its device; with fp8 it is shrunk on the CPU before it moves."""
     # The device may have room for the small weights only.
-    device = None if plan.request.fp8 else plan.device
-    model: Any = build_model(plan.checkpoint, dtype=plan.dtype, device=device)
+    model: Any = build_model(checkpoint, dtype=plan.dtype, device=None if plan.request.fp8 else device)
     if plan.request.fp8:
-        model = store_in_float8(model).to(plan.device)
+        model = store_in_float8(model)
+        model = model if device is None else model.to(device)
     model.cache_dtype = plan.cache_dtype
     return model.compile_blocks() if plan.request.compile else model
 

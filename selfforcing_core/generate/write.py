@@ -30,7 +30,7 @@ def write_batch(plan: Plan, batch: PromptBatch, chunks: Iterator[Tensor], settin
     metadata = {"comment": batch.prompt, "selfforcing": settings}
     write = functools.partial(
         write_video,
-        fps=request.fps,
+        fps=plan.fps,
         overwrite=request.overwrite,
         sound=plan.sound,
         codec=request.codec,
@@ -71,11 +71,13 @@ def batch_settings(plan: Plan, batch: PromptBatch, timeline: Timeline) -> dict[s
     guidance = {"cfg": plan.cfg, "negative": request.negative} if plan.cfg != 1 else {}
     settings = {
         "model": request.model,
+        **({} if request.low_noise is None else {"low_noise": request.low_noise}),
         "seed": request.seed,
         "width": size.width,
         "height": size.height,
         "frames": plan.extent.shown_frames,
-        "fps": request.fps,
+        "fps": plan.fps,
+        **({} if plan.preset is None else {"preset": plan.preset.name}),
         "causal": asdict(plan.causal),
         "steps": plan.steps.to_dict(),
         **guidance,

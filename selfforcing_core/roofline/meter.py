@@ -30,12 +30,15 @@ class Recipe:
     latent_height: int
     latent_width: int
     steps: int = 4  # denoising passes of a chunk
+    first_chunk_steps: int | None = None  # those of chunk 0; None: as every chunk
     window: int = -1  # latent frames in the cache, -1 for all
     decoder: str = "taehv"  # "taehv", "vae" or "none"
     writes: bool = True  # whether a clean pass, which writes the cache, follows each chunk but the last
     commit_last: bool = False  # whether one follows the last chunk too
     guided: bool = False  # whether every pass is made twice, with and without the prompt
     batch: int = 1  # videos
+    networks: int = 1  # 2 where two take turns: each pass asks one, each clean pass writes the caches of both
+    resident: int = 1  # how many of them lie on the device at once
     weight_bytes: int = 2  # of one number, as in `pass_work`
     cache_bytes: int = 2
     activation_bytes: int = 2
@@ -76,12 +79,13 @@ class Recipe:
 
     def until_shown(self, chunk: int) -> Work:
         """Return the work from a chunk's noise to its frames."""
-        return self.a_pass(chunk) * (self.steps * (1 + self.guided)) + self.decode(chunk)
+        steps = self.steps if chunk or self.first_chunk_steps is None else self.first_chunk_steps
+        return self.a_pass(chunk) * (steps * (1 + self.guided)) + self.decode(chunk)
 
     def chunk(self, chunk: int) -> Work:
         """Return everything that a chunk costs: its frames, and the clean pass if another chunk follows."""
         is_committed = self.writes and (self.commit_last or chunk + 1 < len(self.lengths))
-        return self.until_shown(chunk) + self.a_pass(chunk) * (is_committed * (1 + self.guided))
+        return self.until_shown(chunk) + self.a_pass(chunk) * (is_committed * (1 + self.guided) * self.networks)
 
     @property
     def without(self) -> str:
@@ -97,8 +101,9 @@ class Recipe:
         config, rows = self.config, self.batch * max(self.lengths) * self.tokens_per_frame
         numbers = sum(math.prod(shape) for shape in wan_shapes(config).values())
         frames = sum(self.lengths) if self.window == -1 else min(sum(self.lengths), self.window)
-        # Keys and values of one token in all layers; guidance has a second cache, for the negative prompt.
-        cached = 2 * config.num_layers * self.batch * config.dim * (1 + self.guided)
+        # Keys and values of one token in all layers; guidance has a second cache, for the negative prompt, and so has
+        # a second network.
+        cached = 2 * config.num_layers * self.batch * config.dim * (1 + self.guided) * self.networks
         # A single chunk is never read back, so nothing is cached.
         caches = cached * frames * self.tokens_per_frame * self.cache_bytes if len(self.lengths) > 1 else 0
         network = int(rows * (2 * config.ffn_dim + ALIVE * config.dim) * self.activation_bytes)
@@ -106,7 +111,7 @@ class Recipe:
         pixels = self.batch * max(self.lengths) * TEMPORAL_FACTOR * 64 * self.latent_height * self.latent_width
         decoder = int(DECODER_ALIVE * pixels * self.taehv.decoder_widths[-1] * self.activation_bytes)
         return {
-            "weights": numbers * self.weight_bytes,
+            "weights": numbers * self.weight_bytes * self.resident,
             # Keys and values of the prompt and the image are computed once, and stay in the computation's type.
             "caches": caches + cached * (config.text_len + image_tokens(config)) * self.activation_bytes,
             "working": max(network, decoder if self.decoder == "taehv" else 0),

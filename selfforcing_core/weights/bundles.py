@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from .download import RELEASES, downloaded_path
+from .presets import PRESETS
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 MODEL_FILE = "model.safetensors"
@@ -64,7 +65,7 @@ def _resolve(name_or_path: str | Path, part: str) -> Path:
     if str(name_or_path).strip() and os.path.exists(path):  # unlike Path.exists it takes names that no file can have
         return path
     # A file of that name was looked for first: what lies on this disk wins over what could be fetched.
-    if name_or_path in RELEASES:
+    if name_or_path in RELEASES or name_or_path in PRESETS:
         return downloaded_path(str(name_or_path))
     if is_name:
         raise ValueError(f"the bundle {str(name_or_path)!r} has no {part}; {path} is missing")

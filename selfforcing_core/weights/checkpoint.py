@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..atomic import replacing
 from ..config import BidirectionalConfig, CausalConfig, StepConfig, TAEHVConfig, WanConfig
-from ..shapes import Shape, mismatch, taehv_config, taehv_shapes, wan_config, wan_shapes
+from ..shapes import Shape, Shapes, mismatch, taehv_config, taehv_shapes, wan_config, wan_shapes
 from .checkpoint_header import FileHeader, SamplingSettings, file_header, one_line, read_header
 from .keymap import describe_dialect, from_wan, stray_keys, wan_names
 from .latent_space import WAN, identify_latent_space
@@ -70,12 +70,16 @@ class Checkpoint:
     latent_space: str | None = None  # of the VAE that the network goes with ("wan2.1")
     bidirectional: BidirectionalConfig | None = None
     guidance: float | None = None  # scale that it is sampled with; distilled models take 1
+    preset: str | None = None  # name of the release that it is a copy of
+    key_shapes: Shapes = field(
+        default_factory=dict
+    )  # of all that the file holds, by its own names with their containers
     notes: tuple[str, ...] = ()  # lines for the user about what of the file was chosen, left out or is widened
 
     @property
     def settings(self) -> SamplingSettings:
         """Return how the network is run, as headers say it."""
-        return SamplingSettings(self.causal, self.steps, self.bidirectional, self.guidance)
+        return SamplingSettings(self.causal, self.steps, self.bidirectional, self.guidance, self.preset)
 
     def say_notes(self) -> None:
         """Log the notes. Whoever uses the weights calls this; looking at a file stays silent."""
@@ -138,21 +142,22 @@ def save_checkpoint(
     latent_space: str | None = None,
     bidirectional: BidirectionalConfig | None = None,
     guidance: float | None = None,
+    preset: str | None = None,
     dialect: str = "wan",
     overwrite: bool = True,
 ) -> None:
     """Write a network as safetensors with everything needed to run it in the header.
 
     state_dict: original parameter names, all that `config` asks for and no other. metadata: free text entries for the
-    header. dialect: the names to write (keymap.DIALECTS). An existing file is replaced once the new one is complete;
-    nothing is left behind on failure.
+    header. preset: the release that this is a copy of. dialect: the names to write (keymap.DIALECTS). An existing file
+    is replaced once the new one is complete; nothing is left behind on failure.
     Raises ValueError when names or shapes do not fit the config, or when the path cannot be written.
     """
     expected = wan_shapes(config) if isinstance(config, WanConfig) else taehv_shapes(config)
     difference = mismatch(expected, {name: tuple(tensor.shape) for name, tensor in state_dict.items()})
     if difference:
         raise ValueError(f"{path}: not saved, {difference}")
-    header = file_header(config, SamplingSettings(causal, steps, bidirectional, guidance), latent_space)
+    header = file_header(config, SamplingSettings(causal, steps, bidirectional, guidance, preset), latent_space)
     clash = sorted(set(header) & set(metadata or {}))
     if clash:
         raise ValueError(f"{path}: not saved, the header entries {', '.join(clash)} are written from the config")
@@ -194,6 +199,8 @@ def _understood(contents: FileContents, path: Path) -> Checkpoint:
         latent_space=_latent_space(config, path) if header.latent_space is None else header.latent_space,
         bidirectional=header.settings.bidirectional,
         guidance=header.settings.guidance,
+        preset=header.settings.preset,
+        key_shapes=contents.key_shapes,
         notes=tuple(f"{path}: {note}" for note in (*contents.notes, *_remarks(stray, weights))),
     )
 

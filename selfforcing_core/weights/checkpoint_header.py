@@ -2,9 +2,9 @@
 
 Our entry: "selfforcing" = JSON {"format": 1, "kind", "config", "causal", "steps", "latent_space"}; for Wan also
 "config" = JSON {"transformer": {...}}, which ComfyUI merges into its own detection. Format 2 adds "bidirectional" and
-"guidance". It is written only where one of them has something to say, so that older versions go on reading all other
-files and refuse those that they would sample wrongly. A LoRA of our trainer has a header of kind "lora" with "base" and
-the same settings.
+"guidance", format 3 steps of the first chunk, a last step of 0 and the boundary of two networks. Each is written only
+where it has something to say, so that older versions go on reading all other files and refuse those that they would
+sample wrongly. A LoRA of our trainer has a header of kind "lora" with "base" and the same settings.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from ..config import BidirectionalConfig, CausalConfig, StepConfig, TAEHVConfig,
 
 HEADER_KEY = "selfforcing"
 HEADER_FORMAT = 1
-HEADER_FORMATS = (HEADER_FORMAT, 2)  # what this version reads
+HEADER_FORMATS = (HEADER_FORMAT, 2, 3)  # what this version reads
+PRESET_ENTRY = "preset"
 COMFYUI_KEY = "config"  # comfy/sd.py hands this entry to its detection of models
 LORA = "lora"
 # Attention does not show how many heads its matrices are cut into, nor padding how long texts are: only a header can.
@@ -33,6 +34,7 @@ class SamplingSettings:
     steps: StepConfig | None = None  # the noise levels
     bidirectional: BidirectionalConfig | None = None  # all frames together
     guidance: float | None = None  # scale above 0; distilled models take 1
+    preset: str | None = None  # name of the release that it is a copy of
 
     def to_entries(self, latent_space: str | None) -> dict[str, Any]:
         """Return the entries of our header that say how the network is run, with the format that they need."""
@@ -45,7 +47,12 @@ class SamplingSettings:
         }
         if self.bidirectional is not None or self.guidance is not None:
             bidirectional = self.bidirectional.to_dict() if self.bidirectional else None
-            entries |= {"format": max(HEADER_FORMATS), "bidirectional": bidirectional, "guidance": self.guidance}
+            entries |= {"format": 2, "bidirectional": bidirectional, "guidance": self.guidance}
+        later = () if self.steps is None else (self.steps.first_chunk_steps, self.steps.boundary)
+        if self.steps is not None and (any(value is not None for value in later) or self.steps.steps[-1] == 0):
+            entries["format"] = 3
+        if self.preset is not None:  # earlier versions pass over it, and read the settings
+            entries[PRESET_ENTRY] = self.preset
         return entries
 
 
@@ -112,7 +119,7 @@ def read_entries(header: Mapping[str, str]) -> dict[str, Any]:
         return {}
     entries = json_object(header[HEADER_KEY])
     if entries.get("format") not in HEADER_FORMATS:
-        known = " and ".join(map(str, HEADER_FORMATS))
+        known = ", ".join(map(str, HEADER_FORMATS))
         raise ValueError(f"header has format {entries.get('format')!r}, this version reads {known}; update it")
     return entries
 
@@ -151,6 +158,7 @@ def _settings(entries: Mapping[str, Any]) -> SamplingSettings:
         steps=StepConfig.from_dict(steps) if steps else None,
         bidirectional=None if bidirectional is None else BidirectionalConfig.from_dict(bidirectional),
         guidance=guidance,
+        preset=None if entries.get(PRESET_ENTRY) is None else str(entries[PRESET_ENTRY]),
     )
 
 
@@ -167,7 +175,7 @@ def _lora_refusal(base: Any, settings: SamplingSettings) -> str:
     """Return the sentence that refuses a LoRA of our trainer: where it belongs, and how it is sampled there."""
     causal, steps = settings.causal, settings.steps
     chunks = "bidirectional" if causal is None else f"chunk {causal.chunk}, window {causal.window}"
-    levels = "" if steps is None else f"{len(steps.steps)} steps, {steps.solver}, shift {steps.shift:g}"
+    levels = "" if steps is None else f"{steps.count_in_words()}, {steps.solver}, shift {steps.shift:g}"
     summary = ", ".join(part for part in (chunks, levels) if part)
     return (
         f"is a LoRA, to be loaded in ComfyUI on top of {base} ({summary}); where a whole network is "

@@ -20,10 +20,12 @@ from torch import Tensor
 from ..atomic import check_new_folder, check_writable, replacing, replacing_folder
 from ..config import CLIP_DIM, BidirectionalConfig, CausalConfig, StepConfig, WanConfig
 from .bundles import resolve_model
-from .checkpoint import DTYPES, Checkpoint, inspect_checkpoint, read_checkpoint, save_checkpoint
+from .checkpoint import DTYPES, Checkpoint, inspect_checkpoint, save_checkpoint
 from .checkpoint_header import COMFYUI_KEY, HEADER_KEY, file_header
 from .keymap import DIALECTS, DIFFUSERS, EMA_CONTAINERS, RAW_CONTAINERS, from_wan
 from .latent_space import LATENT_SPACES
+from .preset_settings import read_to_copy
+from .presets import PRESETS
 from .scaled import ScaledWeights
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ def convert(
     dialect: str | None = None,
     dtype: str | None = None,
     weights: str = "auto",
+    preset: str = "auto",
     causal: bool | None = None,
     latent_space: str | None = None,
     overwrite: bool = False,
@@ -51,8 +54,10 @@ def convert(
     source: a bundle's name, that of a download, or a path. out: *.safetensors, *.pt or *.pth (Self Forcing's
     container), or a new folder of shards with index and config.json.
     dialect: names to write, one of keymap.DIALECTS. dtype: "float32", "bfloat16" or "float16"; None keeps that of the
-    file. weights: "raw", "ema" or "auto". causal: whether the network generates chunk by chunk; None: what the file
-    says, and where it does not, yes for Self Forcing's own files and no for others. latent_space: what a TAEHV decodes.
+    file. weights: "raw", "ema" or "auto". preset: the release that the file is, which the copy says and is run with;
+    "auto" recognises it, "none" leaves it unsaid. causal: whether the network generates chunk by chunk; None: what the
+    file says, and where it does not, yes for Self Forcing's own files and no for others. latent_space: what a TAEHV
+    decodes.
     Raises ValueError, with nothing written, for whatever does not fit.
     """
     out = Path(out)
@@ -60,14 +65,16 @@ def convert(
     dialect = dialect or USUAL_DIALECT[kind]
     _check_choices(dialect, dtype, latent_space)
     _check_place(out, kind, overwrite)  # before gigabytes are read
-    checkpoint = read_checkpoint(resolve_model(source), weights=weights)
+    checkpoint, notes = read_to_copy(resolve_model(source), preset, weights=weights)
     if isinstance(checkpoint.config, WanConfig):
-        checkpoint = _with_settings(checkpoint, causal)
+        checkpoint = _with_settings(checkpoint, causal, notes)
     elif kind == "folder" or dialect not in ("wan", USUAL_DIALECT[kind]):
         raise ValueError(f"{source} is a TAEHV, whose names have no dialects; write one file and leave --dialect out")
     if latent_space is not None:
         checkpoint = replace(checkpoint, latent_space=latent_space)
     checkpoint.say_notes()
+    for note in notes:
+        log.warning("%s %s", source, note)
     if isinstance(checkpoint.state_dict, ScaledWeights):
         # Their products are float32, wider than what was trained; the file says how wide it means them to be.
         dtype = dtype or checkpoint.dtype
@@ -101,18 +108,28 @@ def _check_place(out: Path, kind: str, overwrite: bool) -> None:
         check_writable(out, overwrite=overwrite)
 
 
-def _with_settings(checkpoint: Checkpoint, causal: bool | None) -> Checkpoint:
+def _with_settings(checkpoint: Checkpoint, causal: bool | None, notes: list[str]) -> Checkpoint:
     """Return the checkpoint with settings for generating chunk by chunk (`causal`) or all frames at once.
 
-    None keeps those it has, and takes files of Self Forcing's trainer for causal.
+    None keeps those it has, and takes files of Self Forcing's trainer for causal; of a preset that cannot run here
+    nothing is known. The preset gives way to another kind than its own.
     """
+    name = checkpoint.preset
+    if name is not None and causal not in (None, PRESETS[name].is_causal):
+        notes.append(f"is {name}, which is {'bidirectional' if causal else 'causal'}; the copy is written as no preset")
+        checkpoint = replace(checkpoint, preset=None)
     if causal is None:
         # Its trainer writes no header, and saves causal networks only.
         is_self_forcing = checkpoint.dialect.startswith("self-forcing") and checkpoint.bidirectional is None
-        if checkpoint.causal is None and not is_self_forcing:
+        if checkpoint.causal is None and not (is_self_forcing and name is None):
             return checkpoint
     elif not causal:
-        return replace(checkpoint, causal=None, bidirectional=checkpoint.bidirectional or BidirectionalConfig())
+        steps = checkpoint.steps
+        if steps is not None and steps.first_chunk_steps is not None:
+            log.warning("the steps of the first chunk are left out: a bidirectional network makes all frames at once")
+            steps = steps.of_chunk(1)
+        whole = checkpoint.bidirectional or BidirectionalConfig()
+        return replace(checkpoint, causal=None, bidirectional=whole, steps=steps)
     chunks, steps = checkpoint.causal or CausalConfig(), checkpoint.steps or StepConfig()
     return replace(checkpoint, causal=chunks, bidirectional=None, steps=steps)
 
@@ -136,6 +153,7 @@ def _write_safetensors(checkpoint: Checkpoint, out: Path, dialect: str, overwrit
         latent_space=checkpoint.latent_space,
         bidirectional=checkpoint.bidirectional,
         guidance=checkpoint.guidance,
+        preset=checkpoint.preset,
         dialect=dialect,
         overwrite=overwrite,
     )
@@ -144,7 +162,9 @@ def _write_safetensors(checkpoint: Checkpoint, out: Path, dialect: str, overwrit
 def _write_torch(checkpoint: Checkpoint, out: Path, dialect: str, overwrite: bool) -> None:
     """Write the container of Self Forcing's trainer; of a TAEHV a flat dictionary, as it is released."""
     settings = (checkpoint.causal or CausalConfig(), checkpoint.steps or StepConfig())
-    if (*settings, checkpoint.bidirectional, checkpoint.guidance) != (CausalConfig(), StepConfig(), None, None):
+    if checkpoint.preset is not None:
+        log.warning("%s: a torch file has no place for the preset; sample it with --preset %s", out, checkpoint.preset)
+    elif (*settings, checkpoint.bidirectional, checkpoint.guidance) != (CausalConfig(), StepConfig(), None, None):
         log.warning("%s: a torch file has no place for chunks, steps and guidance; name them when it is sampled", out)
     contents: dict[str, Any] = dict(checkpoint.state_dict)
     # Under the key that says which weights these are, so that a reader who asks for the average gets it.

@@ -11,8 +11,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from .presets import APACHE, PRESETS, Preset
+
 DOWNLOADS = Path("models")  # where `download` puts what it fetches, unless another folder is given
-APACHE = "Apache-2.0"
 UNSTATED = "see the source's page"  # where no licence is known here
 
 
@@ -31,36 +32,31 @@ class Release:
         return f"https://huggingface.co/{self.repo}"
 
 
-def _self_forcing(file: str, title: str) -> Release:
-    return Release("gdhe17/Self-Forcing", (f"checkpoints/{file}",), UNSTATED, title)
-
-
 def _wan(repo: str, files: tuple[str, ...], title: str) -> Release:
     return Release(f"Wan-AI/{repo}", files, APACHE, title)
+
+
+def _files_of(preset: Preset) -> tuple[str, ...]:
+    """Return a release's own files and those of its partners; of a pipeline's folder what says how it is run, too."""
+    pipeline = ("model_index.json", "scheduler/*") if preset.files[0].startswith("transformer/") else ()
+    return (*preset.files, *preset.partner_files, *pipeline)
 
 
 # Small models are one file, large ones several with an index; the wildcard matches both.
 SHARDS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 RELEASES = {
-    "self-forcing-dmd": _self_forcing("self_forcing_dmd.pt", "Self Forcing 1.3B, distribution matching"),
-    "self-forcing-sid": _self_forcing("self_forcing_sid.pt", "Self Forcing 1.3B, score identity distillation"),
-    "self-forcing-10s": _self_forcing("self_forcing_10s.pt", "Self Forcing 1.3B for 10 seconds"),
-    "self-forcing-ode-init": _self_forcing("ode_init.pt", "start of Self Forcing's training"),
+    # The table's: what belongs together comes together, and what cannot run here is not offered.
+    **{
+        preset.name: Release(preset.repository, _files_of(preset), preset.licence or UNSTATED, preset.title)
+        for preset in PRESETS.values()
+        if preset.repository and preset.files and not preset.unsupported
+    },
+    "self-forcing-ode-init": Release(
+        "gdhe17/Self-Forcing", ("checkpoints/ode_init.pt",), UNSTATED, "start of Self Forcing's training"
+    ),
     "wan2.1-t2v-1.3b": _wan("Wan2.1-T2V-1.3B", SHARDS, "Wan 2.1 text-to-video 1.3B"),
     "wan2.1-t2v-14b": _wan("Wan2.1-T2V-14B", SHARDS, "Wan 2.1 text-to-video 14B"),
     "wan2.1-i2v-14b": _wan("Wan2.1-I2V-14B-480P", SHARDS, "Wan 2.1 image-to-video 14B, 480p"),
-    "lightx2v-t2v-14b": Release(
-        "lightx2v/Wan2.1-T2V-14B-StepDistill-CfgDistill-Lightx2v",
-        ("distill_models/distill_model.safetensors",),
-        APACHE,
-        "14B text-to-video distilled to 4 steps (bidirectional)",
-    ),
-    "causal-forcing": Release(
-        "zhuhz22/Causal-Forcing", ("chunkwise/causal_forcing.pt",), UNSTATED, "Causal Forcing 1.3B, chunk by chunk"
-    ),
-    "causal-forcing-framewise": Release(
-        "zhuhz22/Causal-Forcing", ("framewise/causal_forcing.pt",), UNSTATED, "Causal Forcing 1.3B, frame by frame"
-    ),
     "taehv": Release("Kijai/WanVideo_comfy", ("taew2_1.safetensors",), "MIT (madebyollin/taehv)", "TAEHV for Wan 2.1"),
     "umt5": _wan(
         "Wan2.1-T2V-1.3B", ("models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/*"), "text encoder with its tokenizer"
@@ -75,7 +71,12 @@ RELEASES = {
 
 
 def find_release(name: str) -> Release:
-    """Return the release of that name. Raises ValueError that lists the names."""
+    """Return the release of that name. Raises ValueError that lists the names, or says why a preset has no files."""
+    if name in PRESETS and name not in RELEASES:
+        reason = (
+            PRESETS[name].unsupported or "where its files are was not read; give their path where a model is asked for"
+        )
+        raise ValueError(f"{name} cannot be fetched: {reason}")
     if name not in RELEASES:
         raise ValueError(f"there is no release {name!r}; use one of {', '.join(RELEASES)}")
     return RELEASES[name]
@@ -121,7 +122,7 @@ def download(name: str, folder: Path) -> list[Path]:
         raise ValueError(
             f"{release.source} has no file {' or '.join(release.files)} any more; look there for its place"
         )
-    target = folder / name
+    target = release_folder(name, folder)
     # A full disk would show only after hours. Files that are there are counted as whole.
     _check_space(folder, sum(size for file, size in sizes.items() if not (target / file).exists()))
     try:
@@ -139,11 +140,21 @@ def downloaded_path(name: str, folder: Path = DOWNLOADS) -> Path:
     Raises ValueError where it is not there.
     """
     release = find_release(name)
-    file = folder / name / release.files[0]
+    file = release_folder(name, folder) / release.files[0]
     path = file.parent if "*" in file.name else file
+    matches = list(path.glob(file.name)) if release.files[0] not in ("*", *SHARDS) else []
+    if len(matches) == 1 and file.name != "*":  # the wildcard stands for a part of one file's name
+        path = matches[0]
     if not path.exists():
         raise ValueError(f"{name} is a release that is not here ({path}); fetch it with: download {name}")
     return path
+
+
+def release_folder(name: str, folder: Path = DOWNLOADS) -> Path:
+    """Return where a release's files lie: presets of the same files share the folder of the first."""
+    release = find_release(name)
+    same = (other for other, each in RELEASES.items() if (each.repo, each.files) == (release.repo, release.files))
+    return folder / next(same)
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -174,6 +174,7 @@ ALL_BUT_SIZES = ("chunk", "window", "sink", "policy", *STEPPING, "shift", "cache
 NO_CACHE = _open("all frames are denoised together", "chunk", "window", "sink", "policy", "cache_source")
 RING = _open(f"{SDV2} models/wan/causal_model.py:255-380", "policy_options", "cache_source")
 INDICES = _open("given as indices 0, 179, 358, 679 of a table that was not read", "steps", "warp")
+PHASED = _open(f"{FASTVIDEO}/pipelines/stages/causal_denoising.py:268-305", "solver")
 SCHEDULER_CONFIG = _open("12 by its class, 5 by the examples; the folder's scheduler_config.json decides", "shift")
 MANY_STEPS = _open("many steps with guidance; which was not read", *STEPPING, "shift")
 
@@ -308,10 +309,11 @@ ROWS = (
          "FastVideo/CausalWan2.2-I2V-A14B-Preview-Diffusers", ("transformer/*",),
          f"{FASTVIDEO}/configs/pipelines/wan.py:316-320", steps=EIGHTS, task="i2v", independent_first_frame=True,
          policy_options={"caches": 2}, twin=Twin("transformer_2/*", boundary=0.875), sizes=SIZES_WAN22_I2V,
-         open_questions=PICTURE | SCHEDULER_CONFIG),
+         solver="phased", read_elsewhere=PHASED, open_questions=PICTURE | SCHEDULER_CONFIG),
     _row("causalwan2.2-t2v", "CausalWan 2.2 A14B, text to video, two experts", "rand0nmr/SFWan2.2-T2V-A14B",
          ("transformer/*",), f"{FASTVIDEO}/configs/pipelines/wan.py:316-320", steps=EIGHTS,
          independent_first_frame=True, policy_options={"caches": 2}, twin=Twin("transformer_2/*"), sizes=SIZES_14B,
+         solver="phased", read_elsewhere=PHASED,
          open_questions=PICTURE | SCHEDULER_CONFIG
          | _open("3 by the pipeline's class, 7 in the example for text to video", "chunk")
          | _open("0.875 by the class for both, elsewhere 0.9 for text to video: read the folder", "twin.boundary")),
@@ -329,7 +331,8 @@ ROWS = (
     _row("lightx2v-wan2.2-i2v", "Wan 2.2 A14B image to video, distilled to 4 steps, two experts",
          "lightx2v/Wan2.2-Distill-Models", ("wan2.2_i2v_A14b_high_noise_lightx2v_4step*.safetensors",),
          f"{LIGHTX2V}/distill/wan22/*.json", is_causal=False, task="i2v", sizes=SIZES_WAN22_I2V,
-         twin=Twin("wan2.2_i2v_A14b_low_noise_lightx2v_4step*.safetensors", boundary_step=2),
+         twin=Twin("wan2.2_i2v_A14b_low_noise_lightx2v_4step*.safetensors", boundary_step=2), solver="euler",
+         read_elsewhere={"solver": "ModelTC/LightX2V lightx2v/models/schedulers/wan/step_distill/scheduler.py"},
          open_questions=PICTURE, not_used=NO_CACHE),
     _row("lightx2v-self-forcing-fp8", "Self Forcing 1.3B in 8 bits with scales", "lightx2v/Self-Forcing-FP8",
          (), f"{LIGHTX2V}/self_forcing/*.json", open_questions=INDICES),

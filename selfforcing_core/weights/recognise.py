@@ -14,12 +14,11 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePath
 
 from ..shapes import Shapes
-from .checkpoint_header import read_entries
+from .checkpoint_header import PRESET_ENTRY, read_entries
 from .keymap import EMA_CONTAINERS, LORA_CONTAINERS, RAW_CONTAINERS, strip_wrappers, to_wan
 from .presets import NO_WEIGHTS, PRESETS, Preset, Sizes, find_preset
 from .variants import variant_among
 
-PRESET_ENTRY = "preset"  # in our header: what `convert` was told the file is
 FSDP_INFIX = "_fsdp_wrapped_module."
 # Names that many files and folders have which are no such release; they count only beside one that is its own.
 COMMON_NAMES = ("*", "model.pt", "base.pt", "lora.pt", "ema_model.pt", "models", "transformer", "transformer_2")
@@ -71,6 +70,11 @@ def recognise(
     if known is not None:
         return Recognition((presets.get(known) or find_preset(known),), "fingerprint")
     return Recognition(tuple(candidates), "file name" if named else "names and shapes")
+
+
+def fits_release(preset: Preset, shapes: Shapes) -> bool:
+    """Return whether the names and shapes in a file are those that a release has."""
+    return _may_be(preset, _network(shapes))
 
 
 def fingerprint(path: str | Path) -> str | None:
@@ -150,12 +154,17 @@ def _as_released(presets: list[Preset], shapes: Shapes) -> list[Preset]:
 
     Somebody's copy without containers can come from any of them.
     """
-    containers = {part for key in shapes for part in _containers_of(key)}
+    containers = containers_in(shapes)
     if not containers:
         return presets
     has_infix = any(FSDP_INFIX in key for key in shapes)
     fitting = [each for each in presets if set(each.containers) <= containers and each.has_fsdp_infix == has_infix]
     return fitting or presets
+
+
+def containers_in(shapes: Shapes) -> set[str]:
+    """Return the containers that a file has sets of weights in; none for a file of names alone."""
+    return {part for key in shapes for part in _containers_of(key)}
 
 
 def _containers_of(key: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ import logging
 import pickle
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..shapes import Shape
 from . import gguf_files
 from .checkpoint_header import comfyui_header, json_object, one_line
 from .keymap import EMA_CONTAINERS, LORA_CONTAINERS, RAW_CONTAINERS, fused_parts, prefix_before, split_container
@@ -45,6 +46,7 @@ class FileContents:
     weights: str  # "raw" or "ema"
     available: tuple[str, ...]
     notes: tuple[str, ...] = ()  # lines for the user about what was chosen or left out
+    key_shapes: Mapping[str, Shape] = field(default_factory=dict)  # of all in the file, containers before the names
     scales: Mapping[str, Storage] = field(default_factory=dict)  # of weights that are stored otherwise, by their names
 
 
@@ -143,7 +145,8 @@ def _open(path: Path, weights: str) -> FileContents:
 
 # -------------------------------------------------------------- safetensors --
 def _open_safetensors(path: Path, weights: str) -> FileContents:
-    return _single_set(*_read_safetensors(path), weights)
+    tensors, header = _read_safetensors(path)
+    return _with_shapes(_single_set(tensors, header, weights), tensors)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -158,7 +161,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _open_gguf(path: Path, weights: str) -> FileContents:
     tensors, packings = gguf_files.read_gguf(path)
-    return replace(_one_set(tensors, {}, weights), scales=packings)
+    shapes = {name: packings[name].size if name in packings else tuple(each.shape) for name, each in tensors.items()}
+    return replace(_one_set(tensors, {}, weights), scales=packings, key_shapes=shapes)
 
 
 def _open_folder(path: Path, weights: str) -> FileContents:
@@ -203,7 +207,7 @@ def _open_shards(index: Path, weights: str) -> FileContents:
             raise ValueError(f"has {double} in two shards; download them again")
         tensors |= shard_tensors
         header |= shard_header
-    return _single_set(tensors, header, weights)
+    return _with_shapes(_single_set(tensors, header, weights), tensors)
 
 
 # -------------------------------------------------------------- torch files --
@@ -222,7 +226,7 @@ def _open_torch(path: Path, weights: str, *, is_zip: bool) -> FileContents:
         raise ValueError(f"is a damaged or truncated torch file ({type(error).__name__})") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"holds a {type(loaded).__name__}, not a dictionary of tensors")
-    return _choose_container(loaded, weights)
+    return _with_shapes(_choose_container(loaded, weights), loaded)
 
 
 # -------------------------------------------------------- sets of weights --
@@ -234,6 +238,19 @@ class _Candidate:
     weights: str  # "raw" or "ema"
     tensors: dict[str, Tensor]
     left_out: str = ""  # a line about what stands beside it in the same dictionary
+
+
+def _with_shapes(contents: FileContents, loaded: Mapping[Any, Any]) -> FileContents:
+    """Return the contents with the shapes of all that the file holds, chosen or not."""
+    return replace(contents, key_shapes=dict(_key_shapes(loaded)))
+
+
+def _key_shapes(loaded: Mapping[Any, Any], place: str = "") -> Iterator[tuple[str, Shape]]:
+    for key, entry in loaded.items():
+        if isinstance(entry, Tensor):
+            yield f"{place}{key}", tuple(entry.shape)
+        elif isinstance(entry, Mapping):
+            yield from _key_shapes(entry, f"{place}{key}.")
 
 
 def _choose_container(loaded: dict[Any, Any], weights: str) -> FileContents:

@@ -18,8 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path.cwd()))  # ComfyUI's own `nodes` comes first
 import inside  # before torch and ComfyUI: it sets the command line that they read
 import inside_codecs
+import inside_experts
 import inside_patches
 import inside_player
+import inside_presets
 import inside_rollout
 import inside_runs
 import torch
@@ -32,6 +34,7 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     inside_codecs.text_encoders,
     inside_runs.a_network_that_had_to_leave_comes_back,
     inside_rollout.the_hosts_model_gives_the_cores_video,
+    inside_rollout.steps_of_the_first_chunk_and_a_last_one_of_0,
     inside_rollout.condition_channels_are_sliced_per_chunk,
     inside_rollout.channels_alone_condition_wan_2_2,
     inside_rollout.a_model_of_the_hosts_loader_is_patched,
@@ -52,6 +55,14 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     inside_rollout.a_loras_modulation_is_the_merged_network,
     inside_rollout.first_and_last_frame_models_are_not_made_causal,
     inside_rollout.a_scaled_8_bit_file_is_the_network_it_stands_for,
+    inside_experts.two_models_give_the_cores_video,
+    inside_experts.two_models_with_36_channels_read_a_picture,
+    inside_experts.a_released_pair_is_joined_by_its_preset,
+    inside_experts.two_models_go_on_and_change_their_prompt,
+    inside_experts.one_of_two_models_is_loaded_at_a_time,
+    inside_experts.two_models_and_their_loras,
+    inside_experts.what_does_not_go_with_two_models_is_refused,
+    inside_presets.released_files_run_by_their_presets,
     inside_rollout.files_of_other_kinds_are_refused_by_name,
     inside_player.a_run_waits_for_its_viewer,
     inside_player.a_picture_that_moves_is_taken_to_move_on,

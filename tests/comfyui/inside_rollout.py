@@ -41,6 +41,8 @@ from inside import (
 )
 from safetensors.torch import save_file
 
+FIRST = {"first_chunk_steps": (1000.0, 750.0, 500.0)}
+
 
 def the_hosts_model_gives_the_cores_video() -> dict[str, float]:
     """Compare the two with one prompt; with two in one batch; with two that ComfyUI cannot batch; with a window."""
@@ -55,6 +57,66 @@ def the_hosts_model_gives_the_cores_video() -> dict[str, float]:
         "cfg_split": apart(sampled(patcher, cfg=3.0, rows=9), core_rollout(net, guidance=3.0, rows=9)),
         "window": apart(sampled(windowed, chunk=1), core_rollout(net, causal=window)),
         "cfg_matters": apart(core_rollout(net, guidance=3.0), core_rollout(net)),
+    }
+
+
+def steps_of_the_first_chunk_and_a_last_one_of_0() -> dict[str, Any]:
+    """Compare the two, and return SIGMAS for settings of the nodes, the calls that are counted, and a refusal."""
+    net, config = network(), core["config"]
+    own = config.StepConfig((1000.0, 500.0), first_chunk_steps=(1000.0, 750.0, 500.0))
+    zero = config.StepConfig((1000.0, 750.0, 0.0), first_chunk_steps=(1000.0, 0.0))
+    shorter = replace(zero, steps=(1000.0, 750.0))
+    patcher = loaded(saved("t2v", net))
+
+    def by(steps: Any, kind: str = "causal") -> Any:
+        return causal_model.with_settings(patcher, model_settings.Settings(kind, CHUNKS, steps))
+
+    counted: list[int] = []
+    progress = part("progress")
+
+    class Counting(progress.CallbackProgress):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            counted.append(args[-1])
+
+        def finish(self) -> None:
+            counted.append(self.num_calls)
+
+    chunk_sampler = part("chunk_sampler")
+    plain, chunk_sampler.CallbackProgress = chunk_sampler.CallbackProgress, Counting
+    long, mask = torch.zeros(1, CHANNELS, 9, HEIGHT, WIDTH), torch.ones(1, 1, 9, HEIGHT, WIDTH)
+    mask[:, :, :3] = 0
+    holder = chunk_sampler.SnapshotHolder()
+    try:
+        video = sampled(by(own), keep=holder)
+        sampled(by(own), latent={"samples": long}, resume=holder)
+        sampled(by(own), latent={"samples": long, "noise_mask": mask})
+    finally:
+        chunk_sampler.CallbackProgress = plain
+    sigmas = model_settings.sigmas_of(by(own), 0, 0.0)
+    try:
+        sampled(by(zero, "few-step bidirectional"), chunk=FRAMES, is_whole=True)
+        refusal = ""
+    except ValueError as error:
+        refusal = str(error)
+    cases = {
+        "own": (own, {}),
+        "raw": (own, {"warp": "as listed"}),
+        "counted": (own, {"first_chunk_steps": 4}),
+        "same": (own, {"first_chunk_steps": 2}),
+        "zero": (zero, {}),
+    }
+    listed = {name: model_settings.sigmas_of(by(steps), 0, 0.0, **more) for name, (steps, more) in cases.items()}
+    return {
+        "own": apart(video, core_rollout(net, steps=own)),
+        "zero": apart(sampled(by(zero)), core_rollout(net, steps=zero)),
+        "zero_cfg": apart(sampled(by(zero), cfg=3.0), core_rollout(net, steps=zero, guidance=3.0)),
+        "given": apart(sampled(by(STEPS), first_sigmas=sigmas[1]), core_rollout(net, steps=replace(STEPS, **FIRST))),
+        "own_matters": apart(core_rollout(net, steps=own), core_rollout(net, steps=own.of_chunk(1))),
+        "zero_matters": apart(core_rollout(net, steps=zero), core_rollout(net, steps=shorter)),
+        "counted": counted,
+        "refusal": refusal,
+        "sigmas": {name: [None if each is None else each.tolist() for each in pair] for name, pair in listed.items()},
     }
 
 
@@ -248,7 +310,7 @@ def the_hosts_own_causal_sampler() -> float | None:
         noise,
         latent["samples"],
         comfy.samplers.ksampler("ar_video", {"num_frame_per_block": 3}),
-        model_settings.sigmas_of(patcher, 0, 0.0),
+        model_settings.sigmas_of(patcher, 0, 0.0)[0],
         disable_pbar=True,
         seed=5,
     )

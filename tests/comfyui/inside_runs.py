@@ -206,7 +206,7 @@ def a_prompt_typed_into_a_resumed_run() -> dict[str, Any]:
                 noise,
                 long["samples"],
                 chunk_sampler.ChunkSampler(run),
-                model_settings.sigmas_of(patcher, 0, 0.0),
+                model_settings.sigmas_of(patcher, 0, 0.0)[0],
                 disable_pbar=True,
                 seed=5,
             )

@@ -12,7 +12,20 @@ import pytest
 
 from tests.comfyui.conftest import checkouts
 from tests.comfyui.host_server import ROOT, Checkout
+from tests.support import fakes
 
+WARPED = (1000, 937.5, 833.3, 625)
+# By fake: how many latent frames a chunk has, its timesteps (of the first chunk, if others), weights, shift, kind.
+RELEASES: dict[str, tuple[int, tuple[float, ...], tuple[float, ...], str, float, str]] = {
+    "self-forcing-dmd": (3, WARPED, WARPED, "ema", 5, "causal"),
+    "causal-forcing": (3, WARPED, WARPED, "raw", 5, "causal"),
+    "causal-forcing-framewise": (1, WARPED, WARPED, "ema", 5, "causal"),
+    "causal-forcing-pp-2step": (1, WARPED, (1000, 833.3), "ema", 5, "causal"),
+    "causvid": (3, (1000, 757, 522), (1000, 757, 522), "raw", 8, "causal"),
+    "streamdiffusionv2-t2v": (3, (1000, 750, 500, 250), (1000, 750, 500, 250), "raw", 8, "causal"),
+    "lightx2v-t2v-14b": (6, WARPED, WARPED, "raw", 5, "few-step bidirectional"),
+    "rolling-forcing": (3, (), (), "ema", 5, ""),
+}
 ROUNDING = 1e-5  # share of the values' spread; both sides compute in float32, in another order
 
 
@@ -20,7 +33,10 @@ ROUNDING = 1e-5  # share of the values' spread; both sides compute in float32, i
 def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     checkout: Checkout = request.param
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [checkout.python, Path(__file__).with_name("inside_checks.py"), ROOT, tmp_path_factory.mktemp("weights")]
+    folder = tmp_path_factory.mktemp("weights")
+    for name in RELEASES:
+        fakes.write_fake(fakes.make_fake(name), folder / "released" / name)
+    command = [checkout.python, Path(__file__).with_name("inside_checks.py"), ROOT, folder]
     process = subprocess.run(
         command, cwd=checkout.path, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
@@ -37,10 +53,52 @@ def outcome(measured: dict[str, Any], request: pytest.FixtureRequest) -> Any:
     return result
 
 
+def test_released_files_run_by_their_presets(outcome: dict[str, Any]) -> None:
+    """Six latent frames: the network is called as the release's source says, with its weights, and the node says so."""
+    files = outcome["files"]
+    assert files.keys() == RELEASES.keys()
+    assert "rolling-forcing" in files.pop("rolling-forcing")["refusal"]
+    for name, file in files.items():
+        chunk, first, later, weights, shift, kind = RELEASES[name]
+        expected: list[list[float]] = []
+        for start in range(0, 6, chunk):
+            commit = (0,) if start + chunk < 6 else ()
+            expected += [[t, start, start + chunk] for t in (*(later if start else first), *commit)]
+        assert file["calls"] == expected or kind != "causal", name
+        assert (file["kind"], file["shift"], file["cache"]) == (kind, shift, [21, 0] if kind == "causal" else [-1, 0])
+        assert file["sum"] == pytest.approx(
+            float(fakes.make_fake(name).networks[weights]["head.head.weight"].double().sum()), abs=1e-4
+        )
+        says = [line for line in file["lines"] if f"run as {name} (" in line]
+        assert len(says) == (0 if name.startswith("streamdiffusion") else 1), file["lines"]
+    patched = outcome["patched"]
+    assert patched["default"] == [3, -1, 5, [1000, 750, 500, 250]]
+    assert patched["preset"] == [3, 21, 8, [1000, 757, 522]]
+    assert patched["explicit"] == [2, 21, 8, [1000, 757, 522]]
+    assert "cache policy 'rolling-forcing'" in patched["refusal"]
+
+
 def test_the_hosts_model_gives_the_cores_video(outcome: dict[str, float]) -> None:
     """Also with guidance, batched by ComfyUI or split by it: as two separate rollouts combined in the core."""
     matters = outcome.pop("cfg_matters")
     assert max(outcome.values()) < ROUNDING < matters / 100
+
+
+def test_steps_of_the_first_chunk_and_a_last_one_of_0(outcome: dict[str, Any]) -> None:
+    """As in the core, by the MODEL's own lists or by SIGMAS of the graph, in which a pass at timestep 0 is a zero."""
+    assert max(outcome[name] for name in ("own", "zero", "zero_cfg", "given")) < ROUNDING
+    assert min(outcome["own_matters"], outcome["zero_matters"]) > 100 * ROUNDING
+    # Totals and what was made: from noise, from a state of two chunks, from a given chunk.
+    from_noise, from_state, from_frames = 3 + 1 + 2, 2, 1 + 2 + 1 + 2
+    assert outcome["counted"] == [from_noise] * 2 + [from_state] * 2 + [from_frames] * 2
+    assert "two zeros" in outcome["refusal"]
+    sigmas = {name: [each and pytest.approx(each) for each in pair] for name, pair in outcome["sigmas"].items()}
+    common, first = [1.0, 2500 / 3000, 0.0], [1.0, 0.9375, 2500 / 3000, 0.0]
+    assert sigmas["own"] == [common, first]
+    assert sigmas["raw"] == [[1.0, 0.5, 0.0], [1.0, 0.75, 0.5, 0.0]]
+    assert sigmas["counted"] == [common, [1.0, 0.9375, 2500 / 3000, 0.625, 0.0]]
+    assert sigmas["same"] == [common, None]
+    assert sigmas["zero"] == [[1.0, 0.9375, 0.0, 0.0], [1.0, 0.0, 0.0]]
 
 
 def test_condition_channels_are_sliced_per_chunk(outcome: dict[str, float]) -> None:
@@ -77,6 +135,53 @@ def test_exports_are_what_they_say(outcome: dict[str, Any]) -> None:
     )
     assert (outcome["explicit"], outcome["guidance"]) == ("causal", 5.0)
     assert max(outcome["few-step"], outcome["euler"]) < ROUNDING < outcome["solver_matters"] / 100
+
+
+def test_two_models_give_the_cores_video(outcome: dict[str, float]) -> None:
+    matters = min(outcome.pop("matters"), outcome.pop("solver_matters"))
+    assert max(outcome.values()) < ROUNDING < matters / 100
+
+
+def test_two_models_with_36_channels_read_a_picture(outcome: dict[str, float]) -> None:
+    assert max(outcome.values()) < ROUNDING
+
+
+def test_a_released_pair_is_joined_by_its_preset(outcome: dict[str, Any]) -> None:
+    assert outcome["difference"] < ROUNDING
+    assert (outcome["kind"], outcome["solver"]) == ("few-step bidirectional", "euler")
+    assert 0.8333 < outcome["boundary"] < 0.8334, "just above the third of four steps"
+
+
+def test_two_models_go_on_and_change_their_prompt(outcome: dict[str, Any]) -> None:
+    assert outcome["is_same"]
+    assert "taken with 2 networks, this rollout has 1" in outcome["refusal"]
+    assert min(outcome["prompt_matters"], outcome["history_matters"]) > 10 * ROUNDING
+
+
+def test_one_of_two_models_is_loaded_at_a_time(outcome: dict[str, Any]) -> None:
+    """Two changes a chunk: the low-noise model writes the chunk that it finished, then the other does and goes on."""
+    assert outcome["asked"] == outcome["held"] == [["high"], ["low"], ["high"], ["low"]]
+    assert outcome["is_same"]
+
+
+def test_two_models_and_their_loras(outcome: dict[str, float]) -> None:
+    assert max(outcome.values()) < ROUNDING
+
+
+def test_what_does_not_go_with_two_models_is_refused(outcome: dict[str, str]) -> None:
+    words = {
+        "sizes": "different sizes (num_layers 2 and 3)",
+        "no_boundary": "set boundary in Two Experts",
+        "both": "leave one of them at 0",
+        "one_side": "leaves the low-noise network without a step",
+        "step_behind": "it is 1 to 3",
+        "samplers_of_others": "only samplers of this pack ask both",
+        "patched_behind": "put that node behind",
+        "last_step": "cache_source last_step",
+        "alone": "join both with Two Experts",
+    }
+    assert outcome.keys() == words.keys()
+    assert all(word in outcome[name] for name, word in words.items()), outcome
 
 
 def test_a_trained_lora_is_the_merged_network(outcome: dict[str, float]) -> None:

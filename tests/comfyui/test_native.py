@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
 from selfforcing_core.codecs.umt5_layout import umt5_config
+from selfforcing_core.config import StepConfig
+from selfforcing_core.weights.checkpoint import read_checkpoint, save_checkpoint
 from tests.comfyui.graphs import (
     EXPLICIT_CHUNK,
     MODEL,
@@ -108,6 +111,22 @@ def test_lora_of_the_usual_names_changes_the_video_and_leaves_no_trace(server: S
     assert "lora key not loaded" not in server.log()
     # ComfyUI adds a LoRA to the weights themselves and takes it off again: not a bit may be left.
     assert torch.equal(latents_of(server, short_prompt(seed, chunk=EXPLICIT_CHUNK)), before)
+
+
+def test_steps_by_widgets_are_those_of_a_file_that_says_so(server: Server) -> None:
+    """Timesteps as they are, and others for the first chunk: by the Stream Sampler, and by the header at auto."""
+    seed = fresh_seed()
+    asked = latents_of(server, short_prompt(seed, warp="as listed", first_chunk_steps=2))
+    found = read_checkpoint(BUNDLE / "model.safetensors")
+    steps = replace(found.steps or StepConfig(), warp=False, first_chunk_steps=(1000.0, 500.0))
+    settings = {"causal": found.causal, "steps": steps, "latent_space": found.latent_space}
+    folder = server.folder / "models/diffusion_models"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(folder / "raw.safetensors", found.state_dict, found.config, **settings)
+    prompt = short_prompt(seed)
+    prompt[MODEL]["inputs"]["unet_name"] = "raw.safetensors"
+    assert torch.equal(latents_of(server, prompt), asked)
+    assert (latents_of(server, short_prompt(seed)) - asked).abs().mean() > 0.01
 
 
 def test_hosts_own_sampler_runs_the_model(server: Server) -> None:

@@ -12,24 +12,27 @@ from tests.comfyui.host_server import PACK_NAME, ROOT, Server
 
 # Saved workflows store widget values by position: new inputs go to the end of their group, and nothing ever moves.
 INPUT_ORDER = {
-    "SelfForcingModelLoader": {"required": ["unet_name", "weight_dtype", "weights"], "optional": ["kind"]},
+    "SelfForcingModelLoader": {"required": ["unet_name", "weight_dtype", "weights"], "optional": ["kind", "preset"]},
     "SelfForcingTextEncode": {"required": ["text_encoder", "text"]},
     "SelfForcingStreamSampler": {
         "required": [
             "model", "positive", "width", "height", "length", "seed", "steps", "shift", "chunk", "window", "sink",
         ],
-        "optional": ["latent_image", "taehv", "negative", "cfg", "state", "keep_state", "clip", "player", "pace"],
+        "optional": [
+            "latent_image", "taehv", "negative", "cfg", "state", "keep_state", "clip", "player", "pace",
+            "warp", "first_chunk_steps",
+        ],
     },
     "SelfForcingTAEHVLoader": {"required": ["vae_name"], "optional": ["latents"]},
     "SelfForcingTAEHVDecode": {"required": ["samples", "taehv"]},
-    "SelfForcingPatchModel": {"required": ["model", "kind", "chunk", "shift"]},
+    "SelfForcingPatchModel": {"required": ["model", "kind", "chunk", "shift"], "optional": ["preset"]},
     "SelfForcingCacheOptions": {
         "required": ["model", "chunk", "window", "sink", "context_noise", "cache_dtype", "cache_device"],
         "optional": ["cache_source"],
     },
-    "SelfForcingSampler": {"optional": ["state", "keep_state"]},
+    "SelfForcingSampler": {"optional": ["state", "keep_state", "first_chunk_sigmas"]},
     "SelfForcingFewStepSampler": {},
-    "SelfForcingSigmas": {"required": ["model", "steps", "shift"]},
+    "SelfForcingSigmas": {"required": ["model", "steps", "shift"], "optional": ["warp", "first_chunk_steps"]},
     "SelfForcingGuider": {"required": ["model", "positive", "cfg"], "optional": ["negative"]},
     "SelfForcingImageToVideo": {
         "required": ["model", "positive", "width", "height", "length", "batch_size"],
@@ -39,12 +42,13 @@ INPUT_ORDER = {
     "SelfForcingSnapshot": {"required": ["state", "filename_prefix"], "optional": ["after"]},
     "SelfForcingResume": {"required": ["state_name"]},
     "SelfForcingPromptSchedule": {"required": ["text", "history", "fps"], "optional": ["clip", "text_encoder"]},
+    "SelfForcingTwoExperts": {"required": ["high_noise", "low_noise", "boundary", "boundary_step"]},
 }  # fmt: skip
 INPUT_ORDER["SelfForcingStreamToFile"] = {
     "required": [*INPUT_ORDER["SelfForcingStreamSampler"]["required"], "filename_prefix", "format", "fps"],
     "optional": [
-        *(name for name in INPUT_ORDER["SelfForcingStreamSampler"]["optional"] if name != "keep_state"),
-        "quality", "audio",
+        *(name for name in INPUT_ORDER["SelfForcingStreamSampler"]["optional"][:-2] if name != "keep_state"),
+        "quality", "audio", "warp", "first_chunk_steps",
     ],
 }  # fmt: skip
 OUTPUTS = {
@@ -57,7 +61,7 @@ OUTPUTS = {
     "SelfForcingCacheOptions": ["MODEL"],
     "SelfForcingSampler": ["SAMPLER", "SELFFORCING_STATE"],
     "SelfForcingFewStepSampler": ["SAMPLER"],
-    "SelfForcingSigmas": ["SIGMAS"],
+    "SelfForcingSigmas": ["SIGMAS", "SIGMAS"],
     "SelfForcingGuider": ["GUIDER"],
     "SelfForcingImageToVideo": ["CONDITIONING", "CONDITIONING", "LATENT"],
     "SelfForcingTAEHVEncode": ["LATENT"],
@@ -65,6 +69,7 @@ OUTPUTS = {
     "SelfForcingResume": ["SELFFORCING_STATE"],
     "SelfForcingPromptSchedule": ["CONDITIONING"],
     "SelfForcingStreamToFile": ["LATENT", "STRING", "STRING"],
+    "SelfForcingTwoExperts": ["MODEL"],
 }
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # a combo whose choice brings inputs of its own
 # Lists that offer the bundle's parts, which lie in the pack and not in ComfyUI's folders.

@@ -419,7 +419,7 @@ def test_incomplete_and_foreign_variants_say_what_differs(tmp_path: Path) -> Non
     [
         ({"selfforcing": "{"}, "header is damaged"),
         ({"selfforcing": "[]"}, "header is damaged"),
-        ({"selfforcing": json.dumps({"format": 3})}, "update"),
+        ({"selfforcing": json.dumps({"format": 4})}, "update"),
         ({"selfforcing": json.dumps({"format": 1, "kind": "taehv"})}, "header says 'taehv'"),
         ({"selfforcing": json.dumps({"format": 1, "config": {"dim": 128}})}, "header is damaged"),
         ({"selfforcing": json.dumps({"format": 1, "config": {**WAN.to_dict(), "ffn_dim": 65}})}, "ffn_dim 65"),

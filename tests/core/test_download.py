@@ -10,7 +10,14 @@ import huggingface_hub
 import pytest
 
 from selfforcing_core.generate.cli import main
-from selfforcing_core.weights.download import RELEASES, download, file_sizes, find_release, list_releases
+from selfforcing_core.weights.download import (
+    RELEASES,
+    download,
+    downloaded_path,
+    file_sizes,
+    find_release,
+    list_releases,
+)
 
 REPO = {"a.safetensors": 5, "checkpoints/self_forcing_dmd.pt": 7, "taew2_1.safetensors": 3}
 
@@ -42,6 +49,38 @@ def test_a_release_comes_into_its_folder(hub: list[str], tmp_path: Path, capsys:
     assert capsys.readouterr().out.strip() == str(wanted)
     assert wanted.stat().st_size == 7
     assert hub == ["gdhe17/Self-Forcing/checkpoints/self_forcing_dmd.pt"]
+
+
+def test_what_belongs_to_a_release_comes_with_it(
+    hub: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A LoRA beside its base, once for all presets of the same files; of a pipeline's folder what says how it runs."""
+    monkeypatch.setitem(REPO, "models/longlive_base.pt", 4)
+    monkeypatch.setitem(REPO, "models/lora.pt", 2)
+    for name in ("longlive", "longlive-interactive"):
+        paths = download(name, tmp_path)
+        assert [path.relative_to(tmp_path).as_posix() for path in paths] == [
+            "longlive/models/longlive_base.pt",
+            "longlive/models/lora.pt",
+        ]
+    files = set(find_release("causalwan2.2-i2v").files)
+    assert files == {"transformer/*", "transformer_2/*", "scheduler/*", "model_index.json"}
+
+
+def test_a_part_of_a_name_that_is_a_wildcard_finds_its_file(tmp_path: Path) -> None:
+    folder = tmp_path / "lightx2v-wan2.2-i2v"
+    folder.mkdir()
+    high, low = (folder / f"wan2.2_i2v_A14b_{noise}_noise_lightx2v_4step_v1.safetensors" for noise in ("high", "low"))
+    high.touch()
+    low.touch()
+    assert downloaded_path("lightx2v-wan2.2-i2v", tmp_path) == high
+
+
+def test_what_has_no_files_or_no_use_is_not_fetched(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="matrix-game-2 cannot be fetched: networks that are steered by keyboard"):
+        download("matrix-game-2", tmp_path)
+    with pytest.raises(ValueError, match="causvid-4step cannot be fetched: where its files are was not read"):
+        download("causvid-4step", tmp_path)
 
 
 def test_sizes_are_those_of_the_hub(hub: list[str]) -> None:

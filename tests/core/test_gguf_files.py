@@ -20,6 +20,7 @@ from selfforcing_core.weights.bundles import bundle_path
 from selfforcing_core.weights.checkpoint import inspect_checkpoint, read_checkpoint
 from selfforcing_core.weights.convert import convert
 from selfforcing_core.weights.load import load_model, load_text_encoder
+from selfforcing_core.weights.tensor_files import open_contents
 from tests.core.test_scaled import WAN, weights_of
 from tests.core.test_text import WAN_SIZES, random_wan_weights
 
@@ -75,6 +76,17 @@ def finish(writer: Any) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_shapes_are_those_that_the_blocks_stand_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By them a release is recognised; the bytes of a block are no axis of a weight."""
+    stored = {"head.head.bias": torch.zeros(4), "blocks.0.ffn.0.weight": torch.zeros(8, 34, dtype=torch.uint8)}
+    packing = {"blocks.0.ffn.0.weight": gguf_files.Packing(None, (8, BLOCK))}
+    monkeypatch.setattr(gguf_files, "read_gguf", lambda path: (stored, packing))
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF" + bytes(16))
+    shapes = {"head.head.bias": (4,), "blocks.0.ffn.0.weight": (8, BLOCK)}
+    assert open_contents(path, "auto").key_shapes == shapes
 
 
 @needs_gguf

@@ -202,10 +202,14 @@ def test_sizes_are_those_of_the_networks_that_are_built_here() -> None:
         assert sizes == {field: getattr(config, field) for field in sizes}
 
 
-def test_names_of_downloads_mean_the_same_release() -> None:
+def test_downloads_have_the_preset_s_files_and_those_beside_them() -> None:
     for name in PRESETS.keys() & RELEASES.keys():
-        assert (PRESETS[name].repository, PRESETS[name].files) == (RELEASES[name].repo, RELEASES[name].files)
-    assert len(PRESETS.keys() & RELEASES.keys()) == 6
+        preset, release = PRESETS[name], RELEASES[name]
+        assert preset.repository == release.repo
+        assert {*preset.files, *preset.partner_files} <= set(release.files)
+    offered = {name for name, preset in PRESETS.items() if preset.repository and preset.files}
+    assert offered - RELEASES.keys() == {name for name in offered if PRESETS[name].unsupported}
+    assert RELEASES["longlive"].files == ("models/longlive_base.pt", "models/lora.pt")
 
 
 def test_what_cannot_run_here_says_why() -> None:

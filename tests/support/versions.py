@@ -26,9 +26,23 @@ from selfforcing_core.versions import CORE, TRAINING
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE_TESTS = (
-    "golden", "rollout", "kv_cache", "layers", "attention", "precision", "guidance", "generate", "checkpoint",
-    "convert", "download", "snapshot", "text", "prompts", "media", "video",
-)  # fmt: skip
+    "golden",
+    "rollout",
+    "kv_cache",
+    "layers",
+    "attention",
+    "precision",
+    "guidance",
+    "generate",
+    "checkpoint",
+    "convert",
+    "download",
+    "snapshot",
+    "text",
+    "prompts",
+    "media",
+    "video",
+)
 TRAINING_TESTS = ("losses", "data", "args", "conditions", "lora", "train")
 ENCODER_TESTS = ("golden", "text", "media", "guidance", "download", "checkpoint")
 BUILT_ON_TORCH = ("transformers", "diffusers", "huggingface-hub", "safetensors", "einops", "numpy")

@@ -316,6 +316,11 @@ def test_pictures_come_from_a_database() -> None:
             {"score": "gan", "lr": 1e-6, "lr_critic": 3e-6, "data": "clips", "gan_r1": 2.0},
         ),
         ({"gen_lr": 1.0}, {"lr": 2e-6}),
+        (  # Causal-Forcing++; the reference drops a 0 at the end of either list
+            {"denoising_step_list": [1000, 500, 0], "denoising_step_list_first_chunk": [1000, 750, 500, 250, 0]},
+            {"steps": [1000.0, 500.0], "first_chunk_steps": [1000.0, 750.0, 500.0, 250.0], "warp": True},
+        ),
+        ({"denoising_step_list_first_chunk": None}, {"first_chunk_steps": []}),
     ],
 )
 def test_keys_that_change_the_method_are_translated(theirs: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -334,7 +339,7 @@ def test_keys_that_change_the_method_are_translated(theirs: dict[str, Any], expe
         ({"generator_type": "both"}, "generator_type: 'both'"),
         ({"denoising_loss_type": "x0"}, "denoising_loss_type: x0 .only flow is ours"),
         ({"load_raw_video": True}, "load_raw_video: True .make latents"),
-        ({"denoising_step_list_first_chunk": [1000]}, "--ignore denoising_step_list_first_chunk"),
+        ({"denoising_step_list_first_chunk": "few"}, "denoising_step_list_first_chunk: 'few' cannot be translated"),
         ({"beta": 2.0, "adapter": {"rank": 8}}, "--ignore beta,adapter"),
         ({"model_kwargs": {"qk_bias": 1}}, "model_kwargs: qk_bias inside is unknown"),
         ({"model_kwargs": {"model_name": "a"}, "generator_name": "b"}, "differ"),

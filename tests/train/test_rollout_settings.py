@@ -24,7 +24,7 @@ from train.args import DmdArgs, OdeArgs, parse
 from train.data import DatabaseWriter
 from train.dmd import CRITIC, Distillation, context_sigma_of, main
 from train.engine import STUDENT
-from train.export import ExportArgs, export
+from train.export import ExportArgs, export, sampled_as
 from train.losses import dmd_gradient, dmd_loss, score_timesteps, sid_loss
 from train.ode import Regression
 from train.roles import Matching, ScoreDraw, score_bounds
@@ -126,6 +126,41 @@ def test_steps_end_and_context_are_as_set(settings: list[str], world: distribute
     torch.testing.assert_close(spy.calls[2][0], add_noise(x0, noise, 0.1))
     warped = Distillation(parse(DmdArgs, [*settings, "steps=[900,300]"]), world)
     assert warped.student.steps == StepConfig((900.0, 300.0), shift=5.0)
+
+
+def test_the_first_chunk_is_trained_on_its_own_steps(settings: list[str], world: distributed.World) -> None:
+    """Its exit is drawn among them, and where clips are compared follows the exit that the others share."""
+    more = ["steps=[1000,500]", "first_chunk_steps=[1000,750,500,250]", "chunk=2", "ts_schedule=true"]
+    trainer = Distillation(parse(DmdArgs, [*settings, *more]), world)
+    assert trainer.sampling().steps == StepConfig((1000.0, 500.0), first_chunk_steps=(1000.0, 750.0, 500.0, 250.0))
+    assert sampled_as(trainer.args).steps == trainer.sampling().steps, "an export says it too"
+    first, later = (1000.0, 937.5, 2500 / 3, 625.0), (1000.0, 2500 / 3)
+    spy = Spy(trainer.student.network)
+    trainer.student = replace(trainer.student, network=spy)
+    drawn = set()
+    for trainer.step in range(16):
+        own, *others = trainer.exits(trainer.draws(STUDENT))
+        spy.calls.clear()
+        lowest = float(compared(trainer).draw.timesteps_B)
+        assert len(set(others)) == 1
+        passes = [*first[: own + 1], 0.0, *later[: others[0] + 1]]
+        assert [call[1] for call in spy.calls] == pytest.approx(passes)
+        assert lowest >= (later[1] if others[0] == 0 else 20) - 1e-3
+        drawn.add((own, others[0]))
+    assert {own for own, _ in drawn} == {0, 1, 2, 3}
+    assert {other for _, other in drawn} == {0, 1}
+    last = Distillation(parse(DmdArgs, [*settings, *more, "last_step_only=true"]), world)
+    assert last.exits(last.draws(STUDENT)) == [3, 1]
+
+
+def test_a_student_may_be_trained_with_a_last_step_of_0(settings: list[str], world: distributed.World) -> None:
+    trainer = Distillation(parse(DmdArgs, [*settings, "steps=[1000,500,0]", "chunk=2", "last_step_only=true"]), world)
+    spy = Spy(trainer.student.network)
+    trainer.student = replace(trainer.student, network=spy)
+    clip = compared(trainer).x
+    noisy, timestep, flow, has_gradient = spy.calls[2]
+    assert (timestep, has_gradient) == (0.0, True)
+    torch.testing.assert_close(clip[:, :2], x0_from_flow(noisy, flow, float(sigma_table(5.0)[-1])))
 
 
 def test_context_noise_is_the_tables_nearest_on_request() -> None:
@@ -352,6 +387,10 @@ def test_regression_may_have_a_first_frame_of_its_own_and_an_end_that_is_only_th
         (["ts_schedule=true", "min_score_timestep=10"], "leave min_score_timestep out"),
         (["ts_schedule_max=true", "min_score_timestep=250"], "not in [0, 250)"),
         (["min_score_timestep=-1"], "not in [0, 1000)"),
+        (["first_chunk_steps=[250,500]"], "first_chunk_steps [250.0, 500.0] must fall"),
+        (["first_chunk_steps=[1000]", "chunk=0"], "chunk=0 makes a clip one chunk"),
+        (["first_chunk_steps=[1000]", "first_frame=clips", "chunk=1", "data=x"], "a given one does"),
+        (["steps=[1000,0]", "ts_schedule_max=true"], "after a last step of 0"),
         (["betas_critic=[0.9]"], "betas_critic [0.9] are not two numbers"),
         (["betas=[0.0,1.0]"], "betas [0.0, 1.0] are not two numbers"),
     ],

@@ -157,6 +157,9 @@ def test_a_plan_takes_the_mean_of_what_a_run_draws() -> None:
     args = parse(DmdArgs, settings)
     drawn = [distillation_work(args, "student", configs, [count] * 3).flops for count in (1, 2)]
     assert distillation_work(args, "student", configs).flops == pytest.approx(sum(drawn) / 2)
+    args = parse(DmdArgs, [*settings, "first_chunk_steps=[1000,750,500]"])
+    drawn = [distillation_work(args, "student", configs, [first, 1.5, 1.5]).flops for first in (1, 2, 3)]
+    assert distillation_work(args, "student", configs).flops == pytest.approx(sum(drawn) / 3)
     args = parse(DmdArgs, [*settings, "max_latent_frames=8"])
     drawn = [distillation_work(args, "student", configs, [1.5] * chunks).flops for chunks in (3, 4)]
     assert distillation_work(args, "student", configs).flops == pytest.approx(sum(drawn) / 2)

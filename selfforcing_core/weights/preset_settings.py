@@ -1,0 +1,365 @@
+"""Which preset a file is run with, and its settings in place of what the file says of itself.
+
+An explicit setting comes before the preset, the preset before the file's header, the header before the defaults;
+whatever takes another's place is said in a line. A preset is refused, never run by halves: for a cache policy that
+there is not, for a file that has to lie beside it, for a number that nobody has read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path, PurePath
+from typing import Any, TypeVar
+
+from ..config import BidirectionalConfig, CausalConfig, StepConfig
+from ..experts import boundary_behind
+from .checkpoint import Checkpoint, read_checkpoint
+from .checkpoint_header import SamplingSettings
+from .download import RELEASES, release_folder
+from .keymap import EMA_CONTAINERS
+from .pipeline_folder import LOW_NOISE_FOLDER, read_pipeline
+from .presets import Preset, Twin, find_preset, missing_policies
+from .recognise import Recognition, containers_in, fits_release, recognise
+
+ConfigT = TypeVar("ConfigT", CausalConfig, StepConfig)
+AUTO, NONE = "auto", "none"
+# What kv_cache.py does: a rolling window behind a sink, positions as in the video. Self-Forcing++ changed the training.
+POLICIES = ("self-forcing", "sf++")
+# What a run cannot do without, and the options that give it.
+OPTIONS = {name: f"--{name.replace('_', '-')}" for name in ("chunk", "window", "sink", "cache_source")}
+OPTIONS |= {"steps": "--steps", "warp": "--warp-steps or --no-warp-steps", "shift": "--shift", "solver": "--solver"}
+MOST_NAMES = 6  # of presets in a line
+
+
+@dataclass(frozen=True)
+class PresetReading:
+    """A checkpoint with the settings of the preset that it is run with, if any."""
+
+    checkpoint: Checkpoint
+    preset: Preset | None
+    notes: tuple[str, ...]  # what it is run as, and what gave way for that: sentences without the file as their subject
+
+
+def read_with_preset(
+    path: Path, choice: str = AUTO, *, weights: str = "auto", given: Collection[str] = (), asks: bool = True
+) -> PresetReading:
+    """Return a checkpoint that is to be run, with the settings of its preset.
+
+    choice: a preset's name, "none", or "auto", which recognises the file. weights: as for `read_checkpoint`; "auto"
+    takes those of the preset. given: names of settings that are explicit and need no preset. asks: where releases that
+    run differently fit, or one of which not all was read, raise ValueError with the way to say it; else the notes say
+    so and the file is run as if it were none.
+    Raises ValueError for a preset that cannot run here, and for whatever is no checkpoint.
+    """
+    checkpoint = read_checkpoint(path, weights=weights)
+    found = choose_preset(checkpoint, path, choice)
+    preset, notes = _settled(found, path, checkpoint.settings, asks=asks)
+    if preset is None:
+        return PresetReading(checkpoint, None, tuple(notes))
+    refusal = obstacle(preset, path, given)
+    if refusal is not None:
+        raise ValueError(f"{path}: {refusal}{_way_out(found)}")
+    question = _open_question(preset, given)
+    if question is not None and (asks or choice != AUTO):
+        raise ValueError(f"{path}: {question}")
+    if question is not None:
+        return PresetReading(checkpoint, None, (*notes, f"is run as if it were no such file: {question}"))
+    if not fits_release(preset, checkpoint.key_shapes):
+        notes.append(f"does not have the shapes of {in_words(preset)}, as which it is run")
+    checkpoint = _with_weights(checkpoint, path, preset, weights, notes, by=found.by)
+    checkpoint, replaced = with_preset(checkpoint, preset)
+    return PresetReading(checkpoint, preset, (*notes, *replaced))
+
+
+def choose_preset(checkpoint: Checkpoint, path: Path, choice: str = AUTO) -> Recognition:
+    """Return the preset of that name, by "name"; none for "none"; for "auto" those that the file may be."""
+    if checkpoint.kind != "wan" or choice == NONE:
+        return Recognition(())
+    if choice != AUTO:
+        return Recognition((find_preset(choice),), "name")
+    try:
+        return recognise(checkpoint.key_shapes, path, checkpoint.metadata)
+    except ValueError as error:  # a header that names a preset of a later version
+        raise ValueError(f"{path}: {error}; preset none runs it by its header") from error
+
+
+def choices_in_words(presets: Sequence[Preset]) -> str:
+    """Return the presets' names, the first of them where they are many."""
+    names = [preset.name for preset in presets]
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more
+
+
+def read_to_copy(path: Path, choice: str = AUTO, *, weights: str = "auto") -> tuple[Checkpoint, list[str]]:
+    """Return a checkpoint that is to be written elsewhere, with its preset's name and settings, and lines
+    about them without the file as their subject.
+
+    A preset that cannot run here gives its name alone: whoever reads the copy refuses it, or has learnt to run it.
+    """
+    checkpoint = read_checkpoint(path, weights=weights)
+    found = choose_preset(checkpoint, path, choice)
+    preset, notes = found.preset, []
+    if read_pipeline(path).low_noise is not None:
+        notes.append(f"holds a second network, {LOW_NOISE_FOLDER}, which is not part of the copy; convert it as well")
+    says_itself = checkpoint.causal is not None or checkpoint.bidirectional is not None
+    if preset is None:
+        checkpoint = replace(checkpoint, preset=None)
+        if found.presets and not says_itself:
+            notes.append(f"may be {choices_in_words(found.presets)}; the copy says so if --preset names one")
+        return checkpoint, notes
+    checkpoint = _with_weights(checkpoint, path, preset, weights, notes, by=found.by)
+    lacks = unable(preset)
+    if lacks is None:
+        checkpoint, replaced = with_preset(checkpoint, preset)
+        notes += replaced
+    else:
+        notes.append(f"{lacks}; the copy says that it is {preset.name}, and nothing of settings")
+    if found.by not in ("name", "header"):
+        notes.insert(0, f"is written as {in_words(preset)}, by its {found.by}")
+    return replace(checkpoint, preset=preset.name), notes
+
+
+def inspect_preset(path: Path, choice: str = AUTO) -> dict[str, Any] | None:
+    """Return which release a file is or may be and what keeps it from running, in plain JSON types; None for none."""
+    checkpoint = read_checkpoint(path)
+    found = choose_preset(checkpoint, path, choice)
+    if not found.presets:
+        return None
+    preset = found.preset
+    entry: dict[str, Any] = {"name": preset and preset.name, "by": found.by}
+    if preset is None:
+        return {**entry, "may_be": [each.name for each in found.presets]}
+    settings = with_preset(checkpoint, preset)[0].settings
+    refusal = obstacle(preset, path)
+    return {
+        **entry,
+        "title": preset.title,
+        "causal": settings.causal and settings.causal.to_dict(),
+        "bidirectional": settings.bidirectional and settings.bidirectional.to_dict(),
+        "steps": settings.steps and settings.steps.to_dict(),
+        "weights": preset.weights,
+        "guidance": settings.guidance,
+        "policy": preset.policy,
+        "missing": [f"{path} {refusal}"] if refusal else lacking(preset),
+    }
+
+
+# ------------------------------------------------------------- what is taken --
+def _settled(
+    found: Recognition, path: Path, header: SamplingSettings, *, asks: bool
+) -> tuple[Preset | None, list[str]]:
+    """Return the preset to run with, if one is certain or all that fit run alike, and a line about it."""
+    says_itself = header.causal is not None or header.bidirectional is not None
+    if found.preset is not None:
+        return found.preset, [] if found.by == "name" else [f"is run as {in_words(found.preset)}, by its {found.by}"]
+    if not found.presets or says_itself:
+        return None, []
+    names = choices_in_words(found.presets)
+    if found.by == "names and shapes":  # as every file of a size
+        return None, [f"has the shapes of {names}, and nothing says which; it is run as if it were none of them"]
+    if len({_way_to_run(preset) for preset in found.presets}) == 1:
+        return found.presets[0], [f"may be {names}, which run alike"]
+    question = f"may be {names}, which run differently"
+    refusals = [obstacle(preset) for preset in found.presets]
+    if not asks and None in refusals:
+        return None, [f"{question}; it is run as if it were none of them until preset says which"]
+    raise ValueError(f"{path}: {question}; say which by preset, or none of them by preset none")
+
+
+def _way_to_run(preset: Preset) -> tuple[Any, ...]:
+    names = ("is_causal", "policy", "weights", "lora", "twin", "guidance", "first_chunk_steps", *OPTIONS)
+    return (*(getattr(preset, name) for name in names), str(preset.policy_options))
+
+
+def in_words(preset: Preset) -> str:
+    """Return a preset's name with what it stands for."""
+    return f"{preset.name} ({preset.title})"
+
+
+def _way_out(found: Recognition) -> str:
+    """Return how to run a file nonetheless that nobody called by this preset's name."""
+    return "" if found.by == "name" else "; preset none runs it by its header or Self Forcing's defaults"
+
+
+# ----------------------------------------------------------- what is missing --
+def obstacle(preset: Preset, path: Path | None = None, given: Collection[str] = ()) -> str | None:
+    """Return why a preset cannot be run, with the remedy where there is one; None where it can.
+
+    path: of the file or folder, beside which partner files have to lie; without it they are not looked for. given: may
+    name "low_noise", which then lies elsewhere.
+    """
+    if preset.unsupported is not None:
+        return f"is {in_words(preset)}, which is not supported: {preset.unsupported}"
+    if preset.name in missing_policies(POLICIES):
+        return f"is {in_words(preset)}, whose cache policy {preset.policy!r} this version does not have"
+    partners = [file for file in preset.partner_files if "low_noise" not in given or preset.twin is None]
+    absent = [file for file in partners if path is not None and partner_path(preset, path, file) is None]
+    if absent:
+        remedy = f"fetch it with: python -m selfforcing_core download {preset.name}"
+        remedy = remedy if preset.name in RELEASES else "put it there"
+        return f"is {in_words(preset)}, which needs {absent[0]} beside it; {remedy}"
+    if preset.lora is not None:
+        return f"is {in_words(preset)}, a base and a LoRA, and LoRA files are not merged by this version"
+    return None
+
+
+def unable(preset: Preset) -> str | None:
+    """Return why a preset cannot be run as it is, wherever its files lie; None where it can."""
+    return obstacle(preset) or _open_question(preset, ())
+
+
+def partner_path(preset: Preset, path: Path, file: str) -> Path | None:
+    """Return the file or folder that belongs to a release's first one, which lies at `path`; None where it does not.
+
+    It lies where the repository has it, or beside the first one.
+    """
+    path, name = path.expanduser(), PurePath(file)
+    depths = {len(PurePath(first).parts) for first in preset.files} | {1}
+    roots = [path, *(path.parents[depth - 1] for depth in sorted(depths, reverse=True) if depth <= len(path.parents))]
+    is_folder = name.name == "*"
+    for root, pattern in ((root, pattern) for root in roots for pattern in (str(name), name.name)):
+        if is_folder and (root / name.parent).is_dir():
+            return root / name.parent
+        partners = [] if is_folder or not root.is_dir() else sorted(each for each in root.glob(pattern) if each != path)
+        if partners:
+            return partners[0]
+    return None
+
+
+def _open_settings(preset: Preset, given: Collection[str] = ()) -> list[str]:
+    """Return the settings that a run needs, nobody has read, and are not given."""
+    return [
+        name
+        for name in OPTIONS
+        if getattr(preset, name) is None and name in preset.open_questions and name not in given
+    ]
+
+
+def _open_question(preset: Preset, given: Collection[str]) -> str | None:
+    """Return what has to be given explicitly to run a preset, and why; None where nothing has to."""
+    names = _open_settings(preset, given)
+    if not names:
+        return None
+    reasons = "; ".join(dict.fromkeys(preset.open_questions[name] for name in names))
+    options = ", ".join(OPTIONS[name] for name in names)
+    return (
+        f"preset {preset.name} leaves {', '.join(names)} open ({reasons}); give {options}, or in ComfyUI choose preset "
+        "none and set them in Cache Options and Sigmas"
+    )
+
+
+def lacking(preset: Preset) -> list[str]:
+    """Return what keeps this version from running a preset, or what a user has to give for it, a line each."""
+    if preset.unsupported is not None:
+        return [f"not supported: {preset.unsupported}"]
+    lines = []
+    if preset.name in missing_policies(POLICIES):
+        lines.append(f"cache policy {preset.policy}")
+    elif preset.lora:
+        lines.append("LoRA files")
+    names_by_reason: dict[str, list[str]] = {}
+    for name in _open_settings(preset):
+        names_by_reason.setdefault(preset.open_questions[name], []).append(OPTIONS[name])
+    return [*lines, *(f"{', '.join(names)} to be given ({why})" for why, names in names_by_reason.items())]
+
+
+def absent_files(preset: Preset, folder: Path) -> list[str]:
+    """Return what `download` would still have to fetch of a preset into this folder, a line."""
+    if preset.unsupported is not None:
+        return []
+    if preset.name not in RELEASES:
+        return ["its files, whose place or names were not read"]
+    place = release_folder(preset.name, folder)
+    files = [file for file in RELEASES[preset.name].files if not any(place.glob(file))]
+    return [f"{', '.join(files)}: fetch with download {preset.name}"] if files else []
+
+
+# ---------------------------------------------------------------- its settings --
+def _with_weights(
+    checkpoint: Checkpoint, path: Path, preset: Preset, asked: str, notes: list[str], *, by: str | None
+) -> Checkpoint:
+    """Return the checkpoint with the set of weights that the preset is run with, as far as the file has several.
+
+    Raises ValueError where it has sets, and this one is not among them.
+    """
+    containers = containers_in(checkpoint.key_shapes)
+    if preset.weights is None and asked == "auto" and len({each in EMA_CONTAINERS for each in containers}) > 1:
+        raise ValueError(f"{path}: which weights {preset.name} is run with was not read; choose weights ema or raw")
+    if preset.weights not in ("ema", "raw") or by == "header":  # the copy has been made of the right ones
+        return checkpoint
+    if asked != "auto":
+        if asked != preset.weights:
+            notes.append(f"holds {preset.name}, which is run with its {preset.weights} weights; {asked} ones are used")
+        return checkpoint
+    if not containers:
+        if preset.weights == "ema":
+            notes.append(f"does not say whether it holds the average, with which {preset.name} is run")
+        return checkpoint
+    try:
+        return read_checkpoint(path, weights=preset.weights)
+    except ValueError as error:
+        raise ValueError(f"preset {preset.name} is run with {preset.weights} weights: {error}") from error
+
+
+def with_preset(checkpoint: Checkpoint, preset: Preset) -> tuple[Checkpoint, list[str]]:
+    """Return the checkpoint as if its header said what the preset says, and a line for all that it had said otherwise.
+
+    What was not read, or is no part of presets, stays as the file has it.
+    """
+    settings = preset_settings(preset, checkpoint.settings)
+    notes = list(_replaced(checkpoint.settings, settings, preset))
+    values = {item.name: getattr(settings, item.name) for item in fields(settings)}
+    return replace(checkpoint, **values), notes
+
+
+def preset_settings(preset: Preset, stored: SamplingSettings | None = None) -> SamplingSettings:
+    """Return how a preset is run; what was not read of it is as stored, or else the default."""
+    stored = stored or SamplingSettings()
+    return SamplingSettings(
+        causal=_with_numbers(stored.causal or CausalConfig(), preset) if preset.is_causal else None,
+        steps=_divided(_with_numbers(stored.steps or StepConfig(), preset), preset.twin),
+        bidirectional=None if preset.is_causal else stored.bidirectional or BidirectionalConfig(),
+        guidance=stored.guidance if preset.guidance is None else preset.guidance,
+        preset=preset.name,
+    )
+
+
+def _with_numbers(config: ConfigT, preset: Preset) -> ConfigT:
+    values = {item.name: getattr(preset, item.name, None) for item in fields(config)}
+    # No list for the first chunk is a number too: it takes every chunk's.
+    keeps_none = {"first_chunk_steps"} if preset.steps is not None else set()
+    return replace(
+        config,
+        **{name: value for name, value in values.items() if value is not None or name in keeps_none & values.keys()},
+    )
+
+
+def _divided(steps: StepConfig, twin: Twin | None) -> StepConfig:
+    """Return the steps with the boundary between two experts, as far as it was read."""
+    if twin is None:
+        return steps
+    boundary = twin.boundary if twin.boundary_step is None else boundary_behind(steps, twin.boundary_step)
+    return steps if boundary is None else replace(steps, boundary=boundary)
+
+
+def _replaced(stored: SamplingSettings, settings: SamplingSettings, preset: Preset) -> Iterator[str]:
+    """Yield a line for everything in which a header and the preset differ."""
+    if stored.preset not in (None, preset.name):
+        yield f"says that it is {stored.preset}; it is run as {preset.name}"
+    if stored.causal is not None and settings.causal is None:
+        yield f"says that it is causal; {preset.name} is bidirectional"
+    if stored.bidirectional is not None and settings.bidirectional is None:
+        yield f"says that it is bidirectional; {preset.name} is causal"
+    for old, new in ((stored.causal, settings.causal), (stored.steps, settings.steps)):
+        for item in fields(old) if old is not None and new is not None else ():
+            before, after = getattr(old, item.name), getattr(new, item.name)
+            if before != after:
+                yield f"says {item.name.replace('_', ' ')} {_value(before)}; {preset.name}'s {_value(after)} is used"
+    if stored.guidance not in (None, settings.guidance):
+        yield f"says guidance {stored.guidance:g}; {preset.name}'s {settings.guidance:g} is used"
+
+
+def _value(value: Any) -> str:
+    listed = value if isinstance(value, tuple) else (value,)
+    return ",".join(f"{item:g}" if type(item) in (int, float) else str(item) for item in listed)

@@ -1,0 +1,363 @@
+"""Two networks on the command line: where they are found, what divides the steps, what is said, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from selfforcing_core.codecs.taehv import TAEHV
+from selfforcing_core.config import NETWORK_SIZES, CausalConfig, StepConfig, TAEHVConfig, WanConfig
+from selfforcing_core.experts import HIGH, LOW, TakingTurns
+from selfforcing_core.generate import pair as pair_module
+from selfforcing_core.generate import run as run_module
+from selfforcing_core.generate.cli import main
+from selfforcing_core.generate.plan import plan_request
+from selfforcing_core.generate.request import PromptBatch, Request
+from selfforcing_core.model import CausalWan
+from selfforcing_core.roofline.meter import Recipe
+from selfforcing_core.weights.bundles import bundle_path
+from selfforcing_core.weights.checkpoint import read_checkpoint, save_checkpoint
+from selfforcing_core.weights.pipeline_folder import read_pipeline
+from selfforcing_core.weights.preset_settings import read_to_copy
+from selfforcing_core.weights.presets import PRESETS
+from tests.core.test_cli import refusal
+from tests.core.test_media import vae_weights
+from tests.support.fakes import make_fake, tiny_presets, write_fake
+from tests.support.tiny_wan import random_wan
+
+SIZES: dict[str, Any] = {"dim": 32, "ffn_dim": 32, "num_heads": 1, "num_layers": 1}
+SIZES |= {"text_dim": 128, "text_len": 16, "freq_dim": 16}  # of the bundled text encoder
+STEPS = StepConfig((1000.0, 750.0, 500.0, 250.0))  # 1000, 937.5, 833.3, 625
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of two networks, their autoencoder, and a copy of the first as both of a pair."""
+    folder = tmp_path_factory.mktemp("pair")
+    torch.manual_seed(0)
+    config, causal = WanConfig(**SIZES), CausalConfig(3, window=9)
+    for seed, name in enumerate(("high", "low")):
+        weights = dict(random_wan(seed, config, torch.float32).state_dict())
+        save_checkpoint(folder / f"{name}.safetensors", weights, config, causal=causal, steps=STEPS)
+        if name == "high":
+            save_checkpoint(folder / "same.safetensors", weights, config)
+    larger = replace(config, num_layers=2)
+    save_checkpoint(folder / "larger.safetensors", random_wan(0, larger, torch.float32).state_dict(), larger)
+    small = TAEHVConfig(encoder_width=8, decoder_widths=(8, 8, 8, 8))
+    save_checkpoint(folder / "taehv.safetensors", TAEHV(small).state_dict(), small)
+    save_file(vae_weights(), folder / "vae.safetensors")
+    Image.effect_noise((40, 30), 80).convert("RGB").save(folder / "start.png")
+    return folder
+
+
+def command(files: Path, model: Path, out: Path, *more: object) -> list[str]:
+    given: list[object] = ["--model", model, "--taehv", files / "taehv.safetensors"]
+    given += ["--taehv-latents", "wan2.1", "--text-encoder", bundle_path("tiny") / "text_encoder"]
+    given += ["--prompt", "a", "--width", 32, "--height", 16, "--out", out / "a.mp4", "--overwrite", "--json"]
+    return ["generate", *map(str, [*given, *more])]
+
+
+def latents_of(options: list[str], out: Path, capsys: pytest.CaptureFixture[str]) -> torch.Tensor:
+    assert main([*options, "--latents", str(out / "a.safetensors")]) == 0, capsys.readouterr().err
+    return load_file(out / "a.safetensors")["latents"]
+
+
+def test_two_equal_files_make_the_video_of_one(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In chunks, with guidance and a later prompt, and at once; taking turns or not, in 8 bits too."""
+    high, same = files / "high.safetensors", files / "same.safetensors"
+    later = ["--frames", 33, "--prompt", "0s: a; 1s: b", "--cfg", 2, "--negative", "c"]
+    for more in (later, ["--chunk", 3, "--frames", 9, "--window", -1, "--fp8", "--cache-dtype", "int8"]):
+        alone = latents_of(command(files, high, tmp_path, *more), tmp_path, capsys)
+        two = ["--low-noise", same, "--boundary", 0.9]
+        for turns in ([], ["--offload-expert"]):
+            both = latents_of(command(files, high, tmp_path, *more, *two, *turns), tmp_path, capsys)
+            assert torch.equal(both, alone)
+    other = latents_of(
+        command(files, high, tmp_path, *later, "--low-noise", files / "low.safetensors", "--boundary-step", 2),
+        tmp_path,
+        capsys,
+    )
+    assert not torch.equal(other, latents_of(command(files, high, tmp_path, *later), tmp_path, capsys))
+
+
+def test_one_of_two_networks_is_on_the_device_at_a_time(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brought: list[int] = []
+
+    class Watched(TakingTurns):
+        def __call__(self, index: int) -> None:
+            super().__call__(index)
+            brought.append(index)
+
+    monkeypatch.setattr(run_module, "TakingTurns", Watched)
+    two = ["--low-noise", files / "low.safetensors", "--boundary", 0.9, "--frames", 33]
+    options = command(files, files / "high.safetensors", tmp_path, *two)
+    apart = latents_of([*options, "--offload-expert"], tmp_path, capsys)
+    assert brought == [HIGH, LOW] * 3  # three chunks
+    brought.clear()
+    assert torch.equal(latents_of(options, tmp_path, capsys), apart)
+    assert not brought
+
+
+@pytest.mark.parametrize(("free_bytes", "is_alternating"), [(60e9, True), (90e9, False)])
+def test_networks_take_turns_where_both_do_not_fit(
+    free_bytes: float, is_alternating: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two of 14B in 16 bits weigh 57 GB, before caches."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, 140e9))
+    recipe = Recipe(NETWORK_SIZES["t2v-14b"], (3,) * 7, 60, 104, window=9, networks=2, resident=2)
+    request = Request(prompt="a", out=Path("a.mp4"))
+    assert (
+        pair_module.takes_turns(
+            request,
+            recipe,
+            torch.device("cuda"),
+        )
+        is is_alternating
+    )
+    assert ("take turns" in caplog.text) is is_alternating
+    caplog.clear()
+    assert pair_module.takes_turns(replace(request, offload_expert=True), recipe, torch.device("cuda"))
+    assert not pair_module.takes_turns(request, recipe, torch.device("cpu"))
+    assert not caplog.text
+    # what the run is then said to need: the weights of one, the caches of both
+    one, both = (replace(recipe, resident=count).peak_bytes() for count in (1, 2))
+    alone = replace(recipe, networks=1, resident=1).peak_bytes()
+    assert both["weights"] == 2 * one["weights"] == 2 * alone["weights"]
+    assert both["caches"] == one["caches"] == 2 * alone["caches"]
+
+
+def test_the_meter_counts_a_pass_into_each_cache() -> None:
+    alone = Recipe(NETWORK_SIZES["t2v-14b"], (3, 3), 60, 104, decoder="none")
+    both = replace(alone, networks=2)
+    assert both.chunk(0).flops - alone.chunk(0).flops == alone.a_pass(0).flops
+    assert both.chunk(1) == alone.chunk(1)  # the last is written by none
+    assert both.until_shown(0) == alone.until_shown(0)
+
+
+# ----------------------------------------------------------------- releases --
+def pipeline(folder: Path, name: str) -> Path:
+    return write_fake(make_fake(name), folder)
+
+
+@pytest.mark.parametrize(("name", "shift"), [("causalwan2.2-i2v", 12.0), ("causalwan2.2-t2v", 5.0)])
+def test_a_pipelines_folder_brings_both_networks_their_boundary_and_shift(
+    name: str, shift: float, files: Path, tmp_path: Path
+) -> None:
+    folder = pipeline(tmp_path / "model", name)
+    assert read_pipeline(folder).shift == shift
+    plan = planned(files, folder, tmp_path)
+    assert plan.pair is not None
+    assert (plan.steps.boundary, plan.steps.shift) == (0.875, shift)
+    networks = make_fake(name).networks
+    for checkpoint, network in ((plan.checkpoint, networks["high"]), (plan.pair.low, networks["low"])):
+        assert checkpoint.state_dict.keys() == network.keys()
+        assert all(torch.equal(checkpoint.state_dict[key], weight) for key, weight in network.items())
+    assert planned(files, folder, tmp_path, shift=8.0, boundary=0.9).steps.shift == 8
+
+
+def planned(files: Path, model: Path, tmp_path: Path, **more: Any) -> Any:
+    is_i2v = "i2v" in str(read_checkpoint(model).config.model_type)
+    given: dict[str, Any] = {"image": files / "start.png", "vae": files / "vae.safetensors"} if is_i2v else {}
+    request = Request(
+        **{
+            "prompt": "a",
+            "out": tmp_path / "a.mp4",
+            "model": str(model),
+            "taehv": str(files / "taehv.safetensors"),
+            "taehv_latents": "wan2.1",
+            "text_encoder": str(bundle_path("tiny") / "text_encoder"),
+            "width": 32,
+            "height": 16,
+            "frames": 9,
+            "device": "cpu",
+            **given,
+            **more,
+        }
+    )
+    return plan_request(request, [PromptBatch("a", "a", (request.out,))])
+
+
+def test_a_pair_with_36_channels_runs_from_a_picture_at_once_and_in_chunks(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """LightX2V's Wan 2.2 image to video: bare files, boundary_step_index 2, no CLIP."""
+    high = pipeline(tmp_path / "model", "lightx2v-wan2.2-i2v")
+    low = next(path for path in high.parent.iterdir() if path != high)
+    more = [
+        "--low-noise",
+        low,
+        "--boundary-step",
+        2,
+        "--image",
+        files / "start.png",
+        "--vae",
+        files / "vae.safetensors",
+    ]
+    for chunks in (["--chunk", 3, "--frames", 9], ["--chunk", 3, "--frames", 21]):
+        told = command(files, high, tmp_path, *more, *chunks)
+        assert main(told) == 0, capsys.readouterr().err
+        steps = json.loads(capsys.readouterr().out)["steps"]
+        # just above 833.3, the first step of the low-noise network
+        assert 0.8333 < steps["boundary"] < 0.8334
+
+
+# ----------------------------------------------------------------- refusals --
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--low-noise", "low"], "nothing says from which noise on --model is asked"),
+        (["--low-noise", "larger", "--boundary", 0.9], "different sizes (num_layers 1 and 2)"),
+        (["--low-noise", "taehv", "--boundary", 0.9], "is a taehv, not a video model"),
+        (["--low-noise", "high", "--boundary", 0.9], "they are two files"),
+        (["--low-noise", "missing", "--boundary", 0.9], "neither a bundle nor a path"),
+        (["--low-noise", "low", "--boundary", 0.9, "--boundary-step", 2], "give one of them"),
+        (["--low-noise", "low", "--boundary", 0.5], "leaves the low-noise network without a step"),
+        (["--low-noise", "low", "--boundary", 875], "boundary 875.0 is not a share"),
+        (["--low-noise", "low", "--boundary-step", 4], "it is 1 to 3"),
+        (["--low-noise", "low", "--boundary", 0.9, "--cache-source", "last_step"], "only one of two networks takes"),
+        (["--boundary", 0.9], "--boundary is for two networks"),
+        (["--boundary-step", 0], "--boundary-step is for two networks"),
+        (["--solver", "phased"], "--solver phased is for two networks"),
+        (["--offload-expert"], "--offload-expert is for two networks"),
+    ],
+)
+def test_half_a_pair_ends_in_one_line(
+    more: list[Any], message: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = [
+        files / f"{word}.safetensors" if more[index - 1] == "--low-noise" else word for index, word in enumerate(more)
+    ]
+    assert message in refusal(command(files, files / "high.safetensors", tmp_path, *named), capsys)
+
+
+def test_a_twin_that_is_gone_is_named(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = pipeline(tmp_path / "model", "causalwan2.2-i2v")
+    (folder / "transformer_2").rename(tmp_path / "elsewhere")
+    command_line = command(files, folder, tmp_path, "--image", files / "start.png", "--vae", files / "vae.safetensors")
+    assert "give the one for low noise as --low-noise" in refusal(command_line, capsys)
+    (folder / "model_index.json").write_text('{"boundary_ratio": "0.875"}')
+    assert "boundary_ratio is '0.875', not a number" in refusal(command_line, capsys)
+    (folder / "model_index.json").write_text("{")
+    assert "model_index.json: cannot be read" in refusal(command_line, capsys)
+
+
+def test_what_is_put_in_place_of_what_files_say_is_said(
+    files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = pipeline(tmp_path / "model", "causalwan2.2-i2v")
+    planned(files, folder, tmp_path, boundary=0.9, shift=8.0)
+    assert "says boundary 0.875; 0.9 is used" in caplog.text
+    assert "says shift 12 in its scheduler_config.json; 8 is used" in caplog.text
+    caplog.clear()
+    alone = files / "wan2.2_high_noise_14B.safetensors"
+    alone.write_bytes((files / "high.safetensors").read_bytes())
+    planned(files, alone, tmp_path)
+    assert "is one of two networks by its name (high_noise)" in caplog.text
+
+
+def test_a_copy_of_a_pipelines_folder_says_what_it_lacks(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path / "model", "causalwan2.2-i2v")
+    (note,) = [note for note in read_to_copy(folder)[1] if "second network" in note]
+    assert "transformer_2, which is not part of the copy" in note
+    assert not [note for note in read_to_copy(folder / "transformer_2")[1] if "second network" in note]
+
+
+def test_a_header_keeps_the_boundary(files: Path, tmp_path: Path) -> None:
+    """A file that says its boundary is one of two, and needs no option for it."""
+    source = read_checkpoint(files / "high.safetensors")
+    path = tmp_path / "high.safetensors"
+    steps = replace(STEPS, boundary=0.9, solver="phased")
+    save_checkpoint(path, dict(source.state_dict), source.config, causal=source.causal, steps=steps)
+    assert read_checkpoint(path).steps == steps
+    plan = planned(files, path, tmp_path, low_noise=str(files / "low.safetensors"))
+    assert (plan.steps.boundary, plan.steps.solver) == (0.9, "phased")
+    with pytest.raises(ValueError, match="says a boundary, which is for two networks"):
+        planned(files, path, tmp_path)
+
+
+# ------------------------------------------------------------------ presets --
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the fakes' sizes for the releases' own."""
+    for name, preset in tiny_presets().items():
+        monkeypatch.setitem(PRESETS, name, preset)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, int, int, CausalWan]]:
+    """The calls of a network: timestep, first frame, frame behind the last, and the network."""
+    log: list[tuple[float, int, int, CausalWan]] = []
+    forward = CausalWan.forward
+
+    def logged(self: CausalWan, x: torch.Tensor, timesteps: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+        start = more.get("start_frame", 0)
+        log.append((round(float(timesteps.flatten()[0]), 1), start, start + x.shape[1], self))
+        return forward(self, x, timesteps, *rest, **more)
+
+    monkeypatch.setattr(CausalWan, "forward", logged)
+    return log
+
+
+def named(passes: list[tuple[float, int, int, CausalWan]], networks: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """Return the passes with the name of the network by its weights."""
+
+    def name_of(model: CausalWan) -> str:
+        key = "blocks.0.ffn.0.weight"
+        (name,) = [name for name, each in networks.items() if torch.equal(model.get_parameter(key), each[key].float())]
+        return name
+
+    return [(*each[:3], name_of(each[3])) for each in passes]
+
+
+# 1000/850/700/550/350/275/200/125 through a shift of 12, which the fake's scheduler_config.json says, against 0.875.
+HIGH_STEPS, LOW_STEPS = (1000.0, 985.5, 965.5, 936.2), (866.0, 819.9, 750.0, 631.6)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_causalwan_runs_as_its_preset_and_its_folder_say(
+    files: Path, tmp_path: Path, passes: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = pipeline(tmp_path / "model", "causalwan2.2-i2v")
+    more = ["--preset", "causalwan2.2-i2v", "--frames", 25]
+    more += ["--image", files / "start.png", "--vae", files / "vae.safetensors"]
+    assert main(command(files, folder, tmp_path, *more)) == 0, capsys.readouterr().err
+    told = json.loads(capsys.readouterr().out)
+    assert (told["steps"]["boundary"], told["steps"]["solver"], told["steps"]["shift"]) == (0.875, "phased", 12)
+    assert (told["causal"]["window"], told["causal"]["independent_first_frame"]) == (21, True)
+    expected = []
+    for start, end in ((0, 1), (1, 4), (4, 7)):  # the first frame alone, then chunks of 3
+        expected += [(t, start, end, "high") for t in HIGH_STEPS] + [(t, start, end, "low") for t in LOW_STEPS]
+        if end < 7:  # into the caches of both, which the last chunk needs no more
+            expected += [(0.0, start, end, "low"), (0.0, start, end, "high")]
+    assert named(passes, make_fake("causalwan2.2-i2v").networks) == expected
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_presets_twin_is_found_beside_its_file(
+    files: Path, tmp_path: Path, passes: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    high = pipeline(tmp_path / "model", "lightx2v-wan2.2-i2v")
+    more = ["--preset", "lightx2v-wan2.2-i2v", "--frames", 9]
+    more += ["--image", files / "start.png", "--vae", files / "vae.safetensors"]
+    assert main(command(files, high, tmp_path, *more)) == 0, capsys.readouterr().err
+    assert json.loads(capsys.readouterr().out)["steps"]["solver"] == "euler"
+    networks = make_fake("lightx2v-wan2.2-i2v").networks
+    assert named(passes, networks) == [
+        *((t, 0, 3, "high") for t in (1000.0, 937.5)),
+        *((t, 0, 3, "low") for t in (833.3, 625.0)),
+    ]
+    low = next(path for path in high.parent.iterdir() if path != high)
+    elsewhere = low.rename(tmp_path / "low.safetensors")
+    line = refusal(command(files, high, tmp_path, *more), capsys)
+    assert "which needs wan2.2_i2v_A14b_low_noise_lightx2v_4step*.safetensors beside it" in line
+    assert "download lightx2v-wan2.2-i2v" in line
+    assert main(command(files, high, tmp_path, *more, "--low-noise", elsewhere)) == 0, capsys.readouterr().err

@@ -1,0 +1,393 @@
+"""Presets as users meet them: a released file runs as its source says, by itself, and every obstacle is one line."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from selfforcing_core.codecs.taehv import TAEHV
+from selfforcing_core.config import CausalConfig, StepConfig, TAEHVConfig
+from selfforcing_core.generate.cli import main
+from selfforcing_core.model import CausalWan
+from selfforcing_core.weights import preset_settings
+from selfforcing_core.weights.bundles import bundle_path
+from selfforcing_core.weights.checkpoint import read_checkpoint, save_checkpoint
+from selfforcing_core.weights.convert import convert
+from selfforcing_core.weights.preset_settings import obstacle, read_with_preset, unable
+from selfforcing_core.weights.presets import PRESETS
+from tests.support import fakes
+
+make_fake = cache(fakes.make_fake)
+WARPED, BY_COMMIT = (1000, 937.5, 833.3, 625), 0
+# Written out from the sources: latent frames of a chunk; timesteps of the first chunk and of the later ones as the
+# network sees them, without the pass at 0 that writes; which of the file's weights; what the cache holds.
+RUNS: dict[str, tuple[int, tuple[float, ...], tuple[float, ...], str, tuple[int, int]]] = {
+    "self-forcing-dmd": (3, WARPED, WARPED, "ema", (21, 0)),
+    "self-forcing-sid": (3, WARPED, WARPED, "ema", (21, 0)),
+    "causal-forcing": (3, WARPED, WARPED, "raw", (21, 0)),
+    "causal-forcing-framewise": (1, WARPED, WARPED, "ema", (21, 0)),
+    # [1000, 500] through a shift of 5: 5 * 0.5 / (1 + 4 * 0.5) = 0.8333
+    "causal-forcing-pp-2step": (1, WARPED, (1000, 833.3), "ema", (21, 0)),
+    "causal-forcing-pp-1step": (1, WARPED, (1000,), "ema", (21, 0)),
+    "causal-forcing-causal-ode": (3, WARPED, WARPED, "raw", (21, 0)),
+    "causal-forcing-framewise-causal-ode": (1, WARPED, WARPED, "raw", (21, 0)),
+    "causal-forcing-causal-cd": (3, WARPED, WARPED, "raw", (21, 0)),
+    "causal-forcing-framewise-causal-cd": (1, WARPED, WARPED, "raw", (21, 0)),
+    "causvid": (3, (1000, 757, 522), (1000, 757, 522), "raw", (21, 0)),
+    "streamdiffusionv2-t2v": (3, (1000, 750, 500, 250), (1000, 750, 500, 250), "raw", (21, 0)),
+    "sfwan2.1": (3, WARPED, WARPED, "raw", (21, 0)),
+}
+# Whose file names tell them apart; the others have to be named.
+UNNAMED = ("streamdiffusionv2-t2v", "sfwan2.1", "lightx2v-i2v-14b")
+
+
+class Refused(Exception):
+    """What the command line wrote on its way out."""
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the fakes' sizes for the releases' own."""
+    for name, preset in fakes.tiny_presets().items():
+        monkeypatch.setitem(PRESETS, name, preset)
+
+
+@pytest.fixture(scope="module")
+def taehv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = TAEHVConfig(encoder_width=8, decoder_widths=(8, 8, 8, 8))
+    path = tmp_path_factory.mktemp("decoder") / "taehv.safetensors"
+    torch.manual_seed(0)
+    save_checkpoint(path, TAEHV(config).state_dict(), config)
+    return path
+
+
+@pytest.fixture
+def generate(taehv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """Return what makes a small video of a model file and gives its settings. It raises Refused."""
+
+    def make(model: Path, *more: str, frames: int = 21) -> dict[str, Any]:
+        arguments = ["generate", "--model", str(model), "--taehv", str(taehv), "--prompt", "a", "--json"]
+        arguments += ["--text-encoder", str(bundle_path("tiny") / "text_encoder"), "--width", "32", "--height", "16"]
+        arguments += ["--frames", str(frames), "--out", str(tmp_path / "a.mp4"), "--overwrite", *more]
+        capsys.readouterr()
+        code = main(arguments)
+        output = capsys.readouterr()
+        if code:
+            raise Refused(output.err)
+        return json.loads(output.out)
+
+    return make
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, int, int, CausalWan]]:
+    """The calls of the network: timestep, first frame, frame behind the last, and the network."""
+    log: list[tuple[float, int, int, CausalWan]] = []
+    forward = CausalWan.forward
+
+    def logged(self: CausalWan, x: torch.Tensor, timesteps: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+        start = more.get("start_frame", 0)
+        log.append((round(float(timesteps.flatten()[0]), 1), start, start + x.shape[1], self))
+        return forward(self, x, timesteps, *rest, **more)
+
+    monkeypatch.setattr(CausalWan, "forward", logged)
+    return log
+
+
+def written(name: str, folder: Path) -> Path:
+    return fakes.write_fake(make_fake(name), folder / name)
+
+
+def weights_of(network: CausalWan, networks: dict[str, fakes.Weights]) -> str:
+    """Return which of a fake's networks this is."""
+    stored = dict(network.named_parameters())
+    (label,) = [
+        label
+        for label, weights in networks.items()
+        if all(torch.equal(stored[name], tensor.float()) for name, tensor in weights.items())
+    ]
+    return label
+
+
+# ---------------------------------------------------------------------- runs --
+def test_every_release_that_runs_is_in_the_table() -> None:
+    runnable = {name for name, preset in PRESETS.items() if unable(preset) is None and preset.is_causal}
+    assert runnable == RUNS.keys()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_release_runs_as_its_source_says(
+    name: str, tmp_path: Path, passes: list[Any], generate: Callable[..., dict[str, Any]]
+) -> None:
+    """Three chunks: what the network is called with is the source's list, chunk by chunk, and nothing else."""
+    chunk, first, later, weights, (window, sink) = RUNS[name]
+    path = written(name, tmp_path)
+    named = ["--preset", name] if name in UNNAMED else []
+    measured = generate(path, *named, frames=4 * 3 * chunk - 3)
+    expected = [
+        *((t, 0, chunk) for t in (*first, BY_COMMIT)),
+        *((t, chunk, 2 * chunk) for t in (*later, BY_COMMIT)),
+        *((t, 2 * chunk, 3 * chunk) for t in later),  # nothing follows that would see it
+    ]
+    assert [entry[:3] for entry in passes] == expected
+    assert weights_of(passes[0][3], make_fake(name).networks) == weights
+    assert (measured["causal"]["window"], measured["causal"]["sink"]) == (window, sink)
+    assert measured["preset"] == name
+
+
+def test_a_bidirectional_release_makes_all_frames_at_once(
+    tmp_path: Path, passes: list[Any], generate: Callable[..., dict[str, Any]]
+) -> None:
+    generate(written("lightx2v-t2v-14b", tmp_path), frames=9)
+    assert [entry[:3] for entry in passes] == [(t, 0, 3) for t in WARPED]
+
+
+def test_a_preset_brings_size_and_rate_where_none_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from selfforcing_core.generate.plan import plan_request
+    from selfforcing_core.generate.request import PromptBatch, Request
+
+    changed = replace(PRESETS["causvid"], fps=24.0, native_size=(64, 96), open_questions={})
+    monkeypatch.setitem(PRESETS, "causvid", changed)
+    out = tmp_path / "a.mp4"
+    request = Request("a", out, str(written("causvid", tmp_path)), taehv="tiny", text_encoder="tiny")
+    batches = [PromptBatch("a", "a", (out,))]
+    plan = plan_request(request, batches)
+    assert (plan.fps, plan.extent.geometry.width, plan.extent.geometry.height) == (24, 96, 64)
+    plan = plan_request(replace(request, fps=8, width=32, height=16), batches)
+    assert (plan.fps, plan.extent.geometry.width, plan.extent.geometry.height) == (8, 32, 16)
+
+
+# ---------------------------------------------------------------- precedence --
+def test_explicit_comes_before_preset_before_header_and_each_is_said(
+    tmp_path: Path, generate: Callable[..., dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = read_checkpoint(written("causvid", tmp_path))
+    path, header = tmp_path / "m.safetensors", CausalConfig(chunk=1, window=5)
+    save_checkpoint(path, dict(checkpoint.state_dict), checkpoint.config, causal=header, steps=StepConfig(shift=3.0))
+    assert generate(path)["causal"]["chunk"] == 1
+    measured = generate(path, "--preset", "causvid", "--window", "6")
+    assert (measured["causal"]["chunk"], measured["causal"]["window"]) == (3, 6)
+    assert measured["steps"] | {"steps": [1000, 757, 522], "shift": 8, "warp": False} == measured["steps"]
+    lines = caplog.text
+    assert f"{path} says chunk 1; causvid's 3 is used" in lines
+    assert "says shift 3; causvid's 8 is used" in lines
+    assert f"{path} (causvid) says window 21; --window 6 is used" in lines
+    assert generate(path, "--preset", "none")["causal"]["window"] == 5
+
+
+def test_recognised_files_say_what_they_are_taken_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    reading = read_with_preset(written("causal-forcing-framewise", tmp_path))
+    assert reading.preset is PRESETS["causal-forcing-framewise"]
+    (note,) = reading.notes
+    assert "run as causal-forcing-framewise (Causal Forcing 1.3B, frame by frame), by its file name" in note
+
+
+def test_a_file_that_any_release_fits_runs_as_before_and_says_so(
+    tmp_path: Path, generate: Callable[..., dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "mine.safetensors"
+    save_file(dict(read_checkpoint(written("causvid", tmp_path)).state_dict), path)
+    measured = generate(path)
+    assert measured["causal"]["window"] == -1
+    assert measured["steps"] == StepConfig().to_dict()
+    assert "preset" not in measured
+    lines = [record.message for record in caplog.records if "shapes of" in record.message]
+    assert len(lines) == 1
+    assert "self-forcing-dmd, self-forcing-sid" in lines[0]
+
+
+def test_releases_that_run_differently_are_asked_about(tmp_path: Path) -> None:
+    stored = dict(read_checkpoint(written("causvid", tmp_path)).state_dict)
+    path = tmp_path / "causal_cd.pt"
+    torch.save({"generator": fakes.model(stored)}, path)
+    names = "causal-forcing-causal-cd, causal-forcing-framewise-causal-cd"
+    with pytest.raises(ValueError, match=f"may be {names}, which run differently; say which"):
+        read_with_preset(path)
+    reading = read_with_preset(path, asks=False)
+    assert reading.preset is None
+    assert names in reading.notes[0]
+    assert read_with_preset(path, "causal-forcing-causal-cd").preset is PRESETS["causal-forcing-causal-cd"]
+
+
+def test_another_size_another_release_and_an_unread_picture_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, generate: Callable[..., dict[str, Any]]
+) -> None:
+    checkpoint, path = read_checkpoint(written("krea", tmp_path)), tmp_path / "m.safetensors"
+    save_checkpoint(path, dict(checkpoint.state_dict), checkpoint.config, preset="causal-forcing")
+    notes = read_with_preset(path, "causvid").notes
+    assert "says that it is causal-forcing; it is run as causvid" in notes
+    sizes = PRESETS["causvid"].sizes
+    assert sizes is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "causvid", replace(PRESETS["causvid"], sizes=replace(sizes, num_layers=30)))
+        assert any("does not have the shapes of causvid" in note for note in read_with_preset(path, "causvid").notes)
+    generate(path, "--preset", "causvid")
+    assert "has no rate that was read; it makes 32x16 at 16 frames a second" in caplog.text
+
+
+def test_weights_are_those_of_the_preset_unless_others_are_asked_for(tmp_path: Path) -> None:
+    fake = make_fake("causal-forcing-both")
+    path = fakes.write_fake(fake, tmp_path)
+
+    def network(**options: Any) -> str:
+        reading = read_with_preset(path, "causal-forcing", **options)
+        head = reading.checkpoint.state_dict["head.head.weight"]
+        (label,) = [label for label, weights in fake.networks.items() if torch.equal(weights["head.head.weight"], head)]
+        return label
+
+    assert network() == "raw"
+    assert network(weights="ema") == "ema"
+    notes = read_with_preset(path, "causal-forcing", weights="ema").notes
+    assert any("is run with its raw weights; ema ones are used" in note for note in notes)
+
+
+# ------------------------------------------------------------------ refusals --
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (
+            "rolling-forcing",
+            "rolling-forcing .* cache policy 'rolling-forcing' this version does not have; preset none",
+        ),
+        ("reward-forcing", "reward-forcing .* cache policy 'reward'"),
+        ("krea", "krea .* cache policy 'krea'"),
+        ("self-forcing-10s", r"self-forcing-10s leaves chunk, .* open \(its configuration is not public"),
+        ("causal-forcing-ar-diffusion", "leaves steps, warp, shift, solver open .* give --steps, --warp-steps or"),
+        ("self-forcing-dmd-without-ema", "self-forcing-dmd is run with ema weights: .* has no ema weights"),
+    ],
+)
+def test_what_cannot_run_as_released_is_one_line(
+    name: str, sentence: str, tmp_path: Path, generate: Callable[..., dict[str, Any]]
+) -> None:
+    with pytest.raises(Refused, match=sentence) as caught:
+        generate(written(name, tmp_path))
+    assert str(caught.value).count("\n") == 1
+    assert not (tmp_path / "a.mp4").exists()
+
+
+def test_open_settings_are_asked_for_only_where_they_are_not_given(tmp_path: Path) -> None:
+    path = written("lightx2v-self-forcing-fp8", tmp_path)
+    with pytest.raises(ValueError, match="give --steps, --warp-steps or --no-warp-steps, or in ComfyUI"):
+        read_with_preset(path, "lightx2v-self-forcing-fp8")
+    reading = read_with_preset(path, "lightx2v-self-forcing-fp8", given={"steps", "warp"})
+    assert reading.preset is not None
+
+
+def test_what_is_open_is_given_on_the_command_line(
+    tmp_path: Path, passes: list[Any], generate: Callable[..., dict[str, Any]]
+) -> None:
+    fp8 = ["--preset", "lightx2v-self-forcing-fp8", "--steps", "1000,500"]
+    generate(written("lightx2v-self-forcing-fp8", tmp_path), *fp8, "--warp-steps", frames=9)
+    assert [entry[0] for entry in passes] == [1000, 833.3]
+    passes.clear()
+    open_ones = ("--steps", "2", "--shift", "5", "--solver", "euler")  # a number of steps goes through the shift
+    generate(written("causal-forcing-ar-diffusion", tmp_path), *open_ones, frames=9)
+    assert [entry[0] for entry in passes] == [1000, 833.3]
+
+
+@pytest.mark.parametrize("flaw", fakes.FLAWS)
+def test_a_fake_with_one_thing_wrong_ends_in_one_line(
+    flaw: str, tmp_path: Path, generate: Callable[..., dict[str, Any]]
+) -> None:
+    name = fakes.FLAWS[flaw][0]
+    with pytest.raises(Refused) as caught:
+        generate(written(flaw, tmp_path), *(["--preset", name] if name in PRESETS else []))
+    assert str(caught.value).startswith("selfforcing: ")
+    assert str(caught.value).count("\n") == 1
+    assert not (tmp_path / "a.mp4").exists()
+
+
+@pytest.mark.parametrize("flaw", ["longlive-without-lora", "lightx2v-wan2.2-i2v-without-twin"])
+def test_a_partner_that_is_missing_comes_with_the_line_that_fetches_it(
+    flaw: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also once the cache has the policy: what keeps it from running then is the file."""
+    monkeypatch.setattr(preset_settings, "POLICIES", (*preset_settings.POLICIES, "longlive"))
+    name = fakes.FLAWS[flaw][0]
+    path = written(flaw, tmp_path)
+    with pytest.raises(ValueError, match=rf"needs \S+ beside it; fetch it with: .* download {name}"):
+        read_with_preset(path, name)
+    whole = written(name, tmp_path)
+    assert "beside it" not in (obstacle(PRESETS[name], whole) or "")
+
+
+def test_a_header_of_a_later_version_is_named(tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(written("causvid", tmp_path))
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(path, dict(checkpoint.state_dict), checkpoint.config, preset="causvid-2")
+    with pytest.raises(ValueError, match=r"m.safetensors: there is no preset 'causvid-2'; did you mean causvid"):
+        read_with_preset(path)
+    assert read_with_preset(path, "none").preset is None
+
+
+# -------------------------------------------------------- inspect and convert --
+@pytest.mark.parametrize("name", [*RUNS, "lightx2v-t2v-14b", "lightx2v-i2v-14b"])
+def test_a_release_goes_through_inspect_and_convert_and_back(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, copy, back = written(name, tmp_path), tmp_path / "copy.safetensors", tmp_path / "back.pt"
+    named = ["--preset", name] if name in UNNAMED else []
+    chunk, weights = (RUNS[name][0], RUNS[name][3]) if name in RUNS else (None, "raw")
+    assert main(["inspect", str(path), *named]) == 0
+    entry = json.loads(capsys.readouterr().out)["preset"]
+    assert (entry["name"], (entry["causal"] or {}).get("chunk"), entry["missing"]) == (name, chunk, [])
+    assert main(["convert", str(path), str(copy), *named]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(copy)]) == 0
+    entry = json.loads(capsys.readouterr().out)["preset"]
+    assert (entry["name"], entry["by"]) == (name, "header")
+    first, second = read_with_preset(path, name), read_with_preset(copy)
+    assert second.preset is first.preset
+    assert second.checkpoint.settings == first.checkpoint.settings == read_checkpoint(copy).settings
+    convert(copy, back)
+    network = make_fake(name).networks[weights]
+    stored = read_checkpoint(back, weights="auto").state_dict
+    assert all(torch.equal(stored[key], tensor) for key, tensor in network.items())
+
+
+def test_a_copy_of_what_cannot_run_says_what_it_is_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = tmp_path / "copy.safetensors"
+    with caplog.at_level(logging.WARNING):
+        convert(written("rolling-forcing", tmp_path), copy)
+    assert "cache policy 'rolling-forcing'" in caplog.text
+    assert read_checkpoint(copy).preset == "rolling-forcing"
+    with pytest.raises(ValueError, match="is rolling-forcing"):
+        read_with_preset(copy)
+
+
+# ---------------------------------------------------------------------- table --
+def test_the_command_lists_every_preset_with_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["presets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line[0] != " "] == list(PRESETS)
+    assert any("checkpoints/self_forcing_dmd.pt: fetch with download self-forcing-dmd" in line for line in lines)
+    file = tmp_path / "models/self-forcing-dmd/checkpoints/self_forcing_dmd.pt"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"x")
+    assert main(["presets", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["self-forcing-dmd"]["missing"] == []
+    assert rows["rolling-forcing"]["missing"][0] == "cache policy rolling-forcing"
+    assert "not supported" in rows["matrix-game-2"]["missing"][0]
+    assert "--steps" in rows["causal-forcing-ar-diffusion"]["missing"][0]
+    assert rows["causvid"]["sources"]["steps"] == "tianweiy/CausVid configs/wan_causal_dmd.yaml"
+
+
+def test_the_page_of_models_is_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs/models.md").read_text(encoding="utf-8")
+    assert main(["presets", "--markdown"]) == 0
+    assert capsys.readouterr().out.strip() in page
