@@ -93,7 +93,7 @@ EXPECTED = {
     "lingbot-world-2-14b": (4, 18, 6, "lingbot2", None, 5, None, "as stored"),
 }
 POLICIES = {"self-forcing", "sf++", "longlive", "longlive2", "infinite", "reward", "rolling-forcing"}
-POLICIES |= {"memflow", "krea", "sdv2", "lingbot2"}
+POLICIES |= {"memflow", "krea", "sdv2", "lingbot2", "longlive-interactive"}
 make_fake = cache(fakes.make_fake)  # nothing here changes one
 each_preset = pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
 
