@@ -83,7 +83,7 @@ class UniPC:
     """
 
     def __init__(self, schedule: FlowSchedule) -> None:
-        if reason := refusal("solver 'unipc' needs", OPTIONAL):
+        if reason := refusal("solver 'unipc' needs", {"diffusers": OPTIONAL["diffusers"]}):
             raise ValueError(f"{reason}, or use solver 'euler'")
         try:
             from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler

@@ -26,7 +26,7 @@ CORE = {  # as pyproject.toml declares them
 NODES = {name: lowest for name, lowest in CORE.items() if name not in ("huggingface-hub", "tqdm")}
 # torch: its FSDP2 adds up gradients as training needs since 2.8
 TRAINING = CORE | {"torch": "2.8", "omegaconf": "2.3", "PyYAML": "6.0", "lmdb": "1.4"}
-OPTIONAL = {"diffusers": "0.36"}  # looked at where it is used
+OPTIONAL = {"diffusers": "0.36", "gguf": "0.17.1"}  # looked at where they are used
 
 
 def refusal(needed_by: str, lowest: Mapping[str, str]) -> str:

@@ -29,7 +29,7 @@ from ...selfforcing_core.rollout import Chunk, rollout
 from ...selfforcing_core.schedule import least_sigma
 from ...selfforcing_core.snapshot import Snapshot
 from . import host, page
-from .expert_models import GuidedExperts, check_divided, divided, each_guider
+from .expert_models import GuidedExperts, check_pair_is_whole, divided, each_guider
 from .guided_network import GuidedNetwork, LatentShape, RunNoise, Steering, compute_dtype, memory_explained
 from .guider_prompts import (
     GuiderConditioning,
@@ -107,8 +107,7 @@ class ChunkSampler(comfy.samplers.KSAMPLER):
         _check_kind(settings.kind, self.run.is_whole)
         if not self.run.is_whole:
             check_causal(native)
-        if low_noise_of(guider.model_patcher) is not None:
-            check_divided(settings)
+        check_pair_is_whole(settings, has_low_noise=low_noise_of(guider.model_patcher) is not None)
         # Later prompts too: a mistake in the last of them is to cost no video.
         later_prompts = [entry for entry in guider.conds.get("positive", []) if PromptStart.KEY in entry]
         check_conditionings([*conditionings_of(guider), *later_prompts], config_of(native))

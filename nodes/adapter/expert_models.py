@@ -37,16 +37,22 @@ def with_low_noise(high: Any, low: Any, *, boundary: float, boundary_step: int) 
     if boundary or boundary_step:
         steps = replace(settings.steps, boundary=boundary or None)
         settings = replace(settings, steps=steps, boundary_step=boundary_step)
-    check_divided(settings)
+    check_pair_is_whole(settings, has_low_noise=True)
     # The settings of one, since both make the same video; LoRA and all else stay those of each.
     clone = with_settings(high, settings)
     clone.set_attachments(LOW_NOISE, with_settings(low, settings))
     return clone
 
 
-def check_divided(settings: Settings) -> None:
-    """Raise ValueError where nothing says from which noise on which of two MODELs is asked."""
-    if settings.steps.boundary is None and not settings.boundary_step:
+def check_pair_is_whole(settings: Settings, *, has_low_noise: bool) -> None:
+    """Raise ValueError where nothing says which of two MODELs is asked when, and for one of two without the other."""
+    is_divided = settings.steps.boundary is not None or settings.boundary_step > 0
+    if is_divided and not has_low_noise:
+        raise ValueError(
+            "this model is one of two, for high noise, as its file or its preset says; load the one for low noise as "
+            "well and join both with Two Experts (Self Forcing)"
+        )
+    if has_low_noise and not is_divided:
         raise ValueError(
             "nothing says from which noise on the high-noise model is asked; set boundary in Two Experts (Self "
             "Forcing), for Wan 2.2's own A14B 0.875 (text to video) or 0.9 (image to video), or boundary_step, and put "

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..weights.scaled import chosen_tensors, stored_tensors
+from ..weights.scaled import chosen_tensors, count_numbers, stored_tensors
 from ..weights.tensor_files import below_prefix, read_tensors
 from .umt5_layout import umt5_from_wan_state_dict, umt5_key_from_wan, wan_umt5_shapes
 
@@ -87,7 +87,7 @@ class TextEncoder:
     def from_file(
         cls, path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
     ) -> TextEncoder:
-        """Load a UMT5 encoder from one file, under the names of Wan or of transformers, in 8 bits with scales too.
+        """Load a UMT5 encoder from one file, under the names of Wan, transformers or GGUF, in 8 bits or fewer too.
 
         Wan's is models_t5_umt5-xxl-enc-bf16.pth, ComfyUI's umt5_xxl_fp16.safetensors and its fp8 forms. The tokenizer
         is looked for in `google/umt5-xxl`, where Wan's repositories have it, in `tokenizer`, in the file's own folder,
@@ -235,7 +235,7 @@ def encoder_bytes(path: Path, dtype: torch.dtype) -> int:
     """
     if path.is_file():
         tensors, _ = _read_encoder(path, is_quiet=True)
-        return dtype.itemsize * sum(tensor.numel() for tensor in stored_tensors(tensors).values())
+        return dtype.itemsize * count_numbers(tensors)
     from transformers import UMT5EncoderModel
 
     config = _read_config(path)
@@ -297,14 +297,15 @@ def _read_encoder(path: Path, *, is_quiet: bool = False) -> tuple[Mapping[str, T
 
 
 def _wan_names(keys: Iterable[str]) -> dict[str, str]:
-    """Map Wan's names to a file's names of transformers; names of neither stay, so that a refusal can name them."""
+    """Map Wan's names to a file's names of transformers or llama.cpp; others stay, so that a refusal can name them."""
     keys = [key for key in keys if not key.startswith(_OTHER_HALF)]
     if _TABLE in keys and _TABLE_AGAIN in keys:  # two names of one table
         keys.remove(_TABLE_AGAIN)
-    layers = {int(match[1]) for key in keys if (match := re.match(r"encoder\.block\.(\d+)\.", key))}
+    layers = {int(match[1]) for key in keys if (match := re.match(r"(?:encoder\.block|enc\.blk)\.(\d+)\.", key))}
     # umt5_key_from_wan goes from Wan to transformers; the way back is looked up among the names of as many layers.
     # Names do not depend on the sizes.
     any_sizes = dict.fromkeys(("vocab", "dim", "dim_attn", "dim_ffn", "num_heads"), 1)
-    names = {umt5_key_from_wan(name): name for name in wan_umt5_shapes(**any_sizes, num_layers=len(layers))}
+    wan_names = list(wan_umt5_shapes(**any_sizes, num_layers=len(layers)))
+    names = {umt5_key_from_wan(name, is_gguf=is_gguf): name for name in wan_names for is_gguf in (False, True)}
     names[_TABLE_AGAIN] = _WAN_TABLE
     return {names.get(key, key): key for key in keys}

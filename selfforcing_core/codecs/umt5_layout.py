@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..weights.scaled import stored_tensors
+from ..weights.scaled import weight_shapes
 
 if TYPE_CHECKING:
     from transformers import UMT5Config, UMT5EncoderModel
@@ -31,11 +31,26 @@ _WAN_TO_TRANSFORMERS = (
     (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
     (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
 )
+# What llama.cpp's converter, and so a GGUF file, calls them (gguf's constants.py, architecture t5encoder).
+_WAN_TO_GGUF = (
+    (r"^token_embedding\.", "token_embd."),
+    (r"^norm\.", "enc.output_norm."),
+    (r"^blocks\.(\d+)\.norm1\.", r"enc.blk.\1.attn_norm."),
+    (r"^blocks\.(\d+)\.norm2\.", r"enc.blk.\1.ffn_norm."),
+    (r"^blocks\.(\d+)\.attn\.([qkvo])\.", r"enc.blk.\1.attn_\2."),
+    (r"^blocks\.(\d+)\.pos_embedding\.embedding\.", r"enc.blk.\1.attn_rel_b."),
+    (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"enc.blk.\1.ffn_gate."),
+    (r"^blocks\.(\d+)\.ffn\.fc1\.", r"enc.blk.\1.ffn_up."),
+    (r"^blocks\.(\d+)\.ffn\.fc2\.", r"enc.blk.\1.ffn_down."),
+)
 
 
-def umt5_key_from_wan(key: str) -> str:
-    """Return transformers' name of an original Wan UMT5 parameter. Raises ValueError for any other name."""
-    for pattern, replacement in _WAN_TO_TRANSFORMERS:
+def umt5_key_from_wan(key: str, *, is_gguf: bool = False) -> str:
+    """Return transformers' name, or that of a GGUF file, of an original Wan UMT5 parameter.
+
+    Raises ValueError for any other name.
+    """
+    for pattern, replacement in _WAN_TO_GGUF if is_gguf else _WAN_TO_TRANSFORMERS:
         renamed, count = re.subn(pattern, replacement, key)
         if count:
             return renamed
@@ -130,7 +145,7 @@ def umt5_from_wan_state_dict(
     """
     from transformers import UMT5EncoderModel
 
-    shapes = {key: tuple(tensor.shape) for key, tensor in stored_tensors(state_dict).items()}
+    shapes = weight_shapes(state_dict)
     sizes = wan_umt5_sizes(shapes)
     if num_heads is not None and num_heads != sizes["num_heads"]:
         raise ValueError(

@@ -156,7 +156,7 @@ class StreamingWanDecoder:
 # ------------------------------------------------------------------ loading --
 def new_network(base_dim: int, num_res_blocks: int) -> AutoencoderKLWan:
     """Return diffusers' Wan 2.1 VAE on the meta device. Raises ValueError where diffusers is missing or too old."""
-    if reason := refusal("the Wan VAE needs", OPTIONAL):
+    if reason := refusal("the Wan VAE needs", {"diffusers": OPTIONAL["diffusers"]}):
         raise ValueError(f"{reason}, or decode with a TAEHV (--decoder taehv)")
     try:
         from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan

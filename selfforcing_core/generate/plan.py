@@ -342,8 +342,8 @@ def _decoder(request: Request) -> str:
 def _reading(request: Request, path: Path, folder: PipelineFolder) -> PresetReading:
     """Return the checkpoint of the model with the settings of its preset, which may leave some to its folder."""
     given = {name for name in OPTIONS if getattr(request, name, None) is not None}
-    if isinstance(request.steps, int):  # a number of steps is a list that goes through the shift
-        given.add("warp")
+    if isinstance(request.steps, int) or request.warp_steps is not None:
+        given.add("warp")  # a number of steps is a list that goes through the shift, whatever the preset's does
     given |= {name for name, value in (("shift", folder.shift), ("low_noise", request.low_noise)) if value is not None}
     choice = request.preset
     # By its name a release was fetched, whatever its file is called.

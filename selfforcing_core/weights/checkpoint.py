@@ -30,9 +30,9 @@ from .checkpoint_header import FileHeader, SamplingSettings, file_header, one_li
 from .keymap import describe_dialect, from_wan, stray_keys, wan_names
 from .latent_space import WAN, identify_latent_space
 from .lora_files import Lora, is_lora, merge, parse_lora, read_lora
-from .scaled import QUANTIZATION_ENTRY, ScaledWeights, stored_tensors
-from .tensor_files import FileContents, open_contents
-from .variants import not_supported, variant_among
+from .scaled import QUANTIZATION_ENTRY, ScaledWeights, Storage, count_numbers, stored_tensors, weight_shapes
+from .tensor_files import FileContents, open_contents, without_fusions
+from .variants import family_of, not_supported, variant_among, variant_of_channels
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # to store and compute in
@@ -49,8 +49,6 @@ FOREIGN_SIGNS = {
     "encoder.block.": "a text encoder",
     "visual.": "a CLIP model",
     "decoder.1.conv.0.": "a TAEHV with the larger 'super' decoder, which is not supported; use the ordinary one",
-    "double_blocks.": "a transformer of another family",
-    "transformer_blocks.": "a transformer of another family",
 }
 
 
@@ -179,7 +177,7 @@ def inspect_checkpoint(path: str | Path, *, loras: Sequence[tuple[str | Path, fl
         "config": checkpoint.config.to_dict(),
         "dtype": _most_common(stored),
         "tensors": len(stored),
-        "parameters": sum(tensor.numel() for tensor in stored.values()),
+        "parameters": count_numbers(checkpoint.state_dict),
         "weights": list(contents.available),
         "latent_space": checkpoint.latent_space,
         "causal": checkpoint.causal.to_dict() if checkpoint.causal else None,
@@ -214,7 +212,7 @@ def save_checkpoint(
     Raises ValueError when names or shapes do not fit the config, or when the path cannot be written.
     """
     expected = wan_shapes(config) if isinstance(config, WanConfig) else taehv_shapes(config)
-    difference = mismatch(expected, {name: tuple(tensor.shape) for name, tensor in stored_tensors(state_dict).items()})
+    difference = mismatch(expected, weight_shapes(state_dict))
     if difference:
         raise ValueError(f"{path}: not saved, {difference}")
     header = file_header(config, SamplingSettings(causal, steps, bidirectional, guidance, preset), latent_space)
@@ -230,11 +228,13 @@ def save_checkpoint(
 def _understood(contents: FileContents, path: Path) -> Checkpoint:
     """Recognise the network, settle its config and check every name and shape against it."""
     header = read_header(contents.header)
+    contents = without_fusions(contents)
     names = wan_names(contents.tensors)
     dialect, stray = describe_dialect(names.values()), stray_keys(contents.tensors)
     stored = {name: contents.tensors[key] for name, key in names.items()}
     scales = {name: contents.scales[key] for name, key in names.items() if key in contents.scales}
-    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    weights = ScaledWeights(stored, scales) if scales else stored
+    shapes = weight_shapes(weights)
     _check_types(stored, scales)
     kind = _kind(shapes)
     if header.kind not in (None, kind):
@@ -245,7 +245,7 @@ def _understood(contents: FileContents, path: Path) -> Checkpoint:
         raise ValueError(f"is not a complete {kind} model: {difference}")
     return Checkpoint(
         kind=kind,
-        state_dict=ScaledWeights(stored, scales) if scales else stored,
+        state_dict=weights,
         config=config,
         causal=header.settings.causal,
         steps=header.settings.steps,
@@ -259,21 +259,17 @@ def _understood(contents: FileContents, path: Path) -> Checkpoint:
         guidance=header.settings.guidance,
         preset=header.settings.preset,
         key_shapes=contents.key_shapes,
-        notes=tuple(f"{path}: {note}" for note in (*contents.notes, *_remarks(stray, stored, scales))),
+        notes=tuple(f"{path}: {note}" for note in (*contents.notes, *_remarks(stray, weights))),
     )
 
 
-def _remarks(stray: list[str], stored: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> list[str]:
+def _remarks(stray: list[str], weights: Mapping[str, Tensor]) -> list[str]:
     """Return what is left out of the file or not used as it is stored, one line each."""
     remarks = []
     if stray:
         remarks.append(f"{', '.join(stray)} left out: a table that the network computes itself")
-    if scales:
-        types = ", ".join(sorted({str(stored[name].dtype).removeprefix("torch.") for name in scales}))
-        remarks.append(
-            f"{len(scales)} weights are stored in 8 bits with scales ({types}) and are widened as they are read, by "
-            "default to bfloat16; scales for 8-bit activations are not used"
-        )
+    if isinstance(weights, ScaledWeights):
+        remarks.append(weights.remark())
     return remarks
 
 
@@ -296,10 +292,13 @@ def _kind(shapes: Mapping[str, Shape]) -> str:
     for sign, meaning in FOREIGN_SIGNS.items():
         if any(sign in name for name in shapes):
             raise ValueError(f"is no Wan transformer and no TAEHV; it looks like {meaning}")
+    family = family_of(shapes)
+    if family is not None:
+        raise ValueError(f"is no Wan transformer: {not_supported(f'a transformer of {family}')}")
     raise ValueError(f"is no Wan transformer and no TAEHV; its {len(shapes)} tensors follow no known layout")
 
 
-def _check_types(stored: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> None:
+def _check_types(stored: Mapping[str, Tensor], scales: Mapping[str, Storage]) -> None:
     for name, tensor in stored.items():
         if not (tensor.is_floating_point() or name in scales) or tensor.layout != torch.strided:
             raise ValueError(
@@ -330,6 +329,9 @@ def _config(kind: str, shapes: Mapping[str, Shape], header: FileHeader) -> WanCo
             config = wan_config(shapes, **header.sizes) if kind == "wan" else taehv_config(shapes)
     except (TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"header is damaged ({one_line(error)})") from error
+    variant = variant_of_channels(config.in_dim, config.out_dim) if isinstance(config, WanConfig) else None
+    if variant is not None:
+        raise ValueError(f"is of another kind: {not_supported(variant)}")
     if stored is not None and stored != config:
         name = next(each.name for each in fields(config) if getattr(stored, each.name) != getattr(config, each.name))
         raise ValueError(

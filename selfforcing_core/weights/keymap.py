@@ -53,6 +53,19 @@ DIFFUSERS_BLOCK = {
     "ffn.2": "ffn.net.2",
     "modulation": "scale_shift_table",
 }
+# FastVideo's names of the feed-forward layers, which some exports in diffusers' layout kept; read, never written.
+FASTVIDEO_BLOCK = {"ffn.fc_in": "ffn.0", "ffn.fc_out": "ffn.2"}
+# Attention and projection whose rows are those of several projections below each other -> the projections.
+FUSED = {
+    ("self_attn", "qkv"): ("q", "k", "v"),
+    ("self_attn", "to_qkv"): ("q", "k", "v"),
+    ("cross_attn", "kv"): ("k", "v"),
+    ("cross_attn", "to_kv"): ("k", "v"),
+    # what diffusers' fuse_qkv_projections makes
+    ("attn1", "to_qkv"): ("to_q", "to_k", "to_v"),
+    ("attn2", "to_kv"): ("to_k", "to_v"),
+    ("attn2", "to_added_kv"): ("add_k_proj", "add_v_proj"),
+}
 # Beside the network, Self Forcing's adversarial training keeps a classifier of the critic's features.
 TRAINING_ONLY_PREFIXES = ("_cls_pred_branch.", "_register_tokens", "_gan_ca_blocks.")
 # Tables of the rotary embedding, Wan's and diffusers'. Every network computes them; some trainers save them as well.
@@ -124,7 +137,15 @@ def _inverse(table: Mapping[str, str]) -> dict[str, str]:
     return {diffusers: wan for wan, diffusers in table.items()}
 
 
-_FROM_DIFFUSERS = _inverse(DIFFUSERS_TOP), _inverse(DIFFUSERS_BLOCK)
+_FROM_DIFFUSERS = _inverse(DIFFUSERS_TOP), _inverse(DIFFUSERS_BLOCK) | FASTVIDEO_BLOCK
+
+
+def fused_parts(key: str) -> tuple[str, ...]:
+    """Return the names of the parameters whose rows the one called `key` holds, from the first; () where it is one."""
+    module, _, leaf = strip_wrappers(key).rpartition(".")
+    attention, _, projection = module.rpartition(".")
+    parts = FUSED.get((attention.rpartition(".")[2], projection), ())
+    return tuple(f"{attention}.{part}.{leaf}" for part in parts)
 
 
 def lora_module(key: str) -> str:

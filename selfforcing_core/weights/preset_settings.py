@@ -19,6 +19,7 @@ from .checkpoint_header import SamplingSettings
 from .download import RELEASES, release_folder
 from .keymap import EMA_CONTAINERS
 from .lora_files import read_lora
+from .pipeline_folder import LOW_NOISE_FOLDER, read_pipeline
 from .presets import Preset, Twin, find_preset, missing_policies
 from .recognise import Recognition, containers_in, fits_release, recognise
 
@@ -30,7 +31,6 @@ POLICIES = ("self-forcing", "sf++")
 # What a run cannot do without, and the options that give it.
 OPTIONS = {name: f"--{name.replace('_', '-')}" for name in ("chunk", "window", "sink", "cache_source")}
 OPTIONS |= {"steps": "--steps", "warp": "--warp-steps or --no-warp-steps", "shift": "--shift", "solver": "--solver"}
-FIRST_STEPS, CONFIG_FIELDS = "first_chunk_steps", {item.name for item in fields(StepConfig)}
 MOST_NAMES = 6  # of presets in a line
 
 
@@ -111,6 +111,8 @@ def read_to_copy(
     checkpoint = read_checkpoint(path, weights=weights, loras=loras)
     found = choose_preset(checkpoint, path, choice)
     preset, notes = found.preset, []
+    if read_pipeline(path).low_noise is not None:
+        notes.append(f"holds a second network, {LOW_NOISE_FOLDER}, which is not part of the copy; convert it as well")
     says_itself = checkpoint.causal is not None or checkpoint.bidirectional is not None
     if preset is None:
         checkpoint = replace(checkpoint, preset=None)

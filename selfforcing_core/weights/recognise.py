@@ -22,8 +22,6 @@ from .variants import variant_among
 FSDP_INFIX = "_fsdp_wrapped_module."
 # Names that many files and folders have which are no such release; they count only beside one that is its own.
 COMMON_NAMES = ("*", "model.pt", "base.pt", "lora.pt", "ema_model.pt", "models", "transformer", "transformer_2")
-# FastVideo's names of the feed-forward layers, which some exports in diffusers' layout kept.
-FEED_FORWARD = {".ffn.fc_in.": ".ffn.0.", ".ffn.fc_out.": ".ffn.2."}
 _CONTAINERS = (*EMA_CONTAINERS, *RAW_CONTAINERS, *LORA_CONTAINERS)
 FINGERPRINT_BYTES = 1 << 20
 # fingerprint -> preset. It holds only files that were at hand when the line was written, and none was yet.
@@ -110,8 +108,6 @@ def _wan_name(key: str) -> str:
     name = strip_wrappers(key)
     while name.partition(".")[0] in _CONTAINERS and "." in name:
         name = name.partition(".")[2]
-    for written, ours in FEED_FORWARD.items():
-        name = name.replace(written, ours)
     return to_wan(name)
 
 

@@ -4,14 +4,17 @@ Eight bits hold few magnitudes, so a writer divides a weight by a scale that fil
 layer the file has that scale as `scale_weight` or `weight_scale`, one number or one for every row; the product is
 computed again in float32. Other companions change nothing in it: `scale_input` and `input_scale` belong to products of
 8-bit activations, `comfy_quant` (and the header's `_quantization_metadata`) names the format, `scaled_fp8` marks a
-whole file. A weight in 8-bit floating point without a scale is taken as it is, as in ComfyUI.
+whole file. They are kept for ComfyUI, whose own layers compute with weights in 8 bits. A weight in 8-bit floating point
+without a scale is taken as it is, as in ComfyUI. Other ways to store a weight (`gguf_files`) are undone the same way.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, MutableMapping
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +23,7 @@ SCALES = ("scale_weight", "weight_scale")  # ComfyUI's older and newer name
 INPUT_SCALES = ("scale_input", "input_scale")  # of products of 8-bit activations, which nothing here computes
 FORMAT = "comfy_quant"
 FILE_MARK = "scaled_fp8"
+FULL_PRECISION = "full_precision_matrix_mult"  # ComfyUI's option: activations stay as they are
 QUANTIZATION_ENTRY = "_quantization_metadata"  # a header entry: {"layers": {layer: {"format": ...}}}
 FORMATS = {  # as ComfyUI names them (comfy/quant_ops.py)
     "float8_e4m3fn": torch.float8_e4m3fn,
@@ -28,21 +32,64 @@ FORMATS = {  # as ComfyUI names them (comfy/quant_ops.py)
 }
 # An option of int8_tensorwise: rows were rotated before they were rounded, and nothing here turns them back.
 ROTATED = "convrot"
+# Second scales, above those of blocks of 16: ComfyUI's and ModelOpt's name, LightX2V's. Weights are two to a byte.
+NVFP4_SCALES = ("weight_scale_2", "weight_global_scale")
+NVFP4 = "nvfp4"
+
+
+class Storage(Protocol):
+    """How a weight is stored that is no plain tensor."""
+
+    @property
+    def kind(self) -> str:
+        """Return the name of the format, for people."""
+        ...
+
+    def shape(self, stored: Tensor) -> tuple[int, ...]:
+        """Return the weight's own shape."""
+        ...
+
+    def product(self, stored: Tensor) -> Tensor:
+        """Return the weight in float32."""
+        ...
+
+    def part(self, index: int, count: int) -> Storage:
+        """Return how one of `count` equal parts of the rows is stored."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A weight in 8 bits times a factor, and what else the file says of its layer."""
+
+    factor: Tensor  # float32, in a shape that multiplies the weight: one number, or one for every row
+    kind: str  # the weight's type, "float8_e4m3fn"
+    options: Mapping[str, Any] = field(default_factory=dict)  # of ComfyUI's layer; {} where the file says nothing
+    input_scale: Tensor | None = None  # of activations, where products in 8 bits are meant
+
+    def shape(self, stored: Tensor) -> tuple[int, ...]:
+        return tuple(stored.shape)
+
+    def product(self, stored: Tensor) -> Tensor:
+        return stored.float().mul_(self.factor)  # PyTorch multiplies no 8-bit floats; in place, so that one is wide
+
+    def part(self, index: int, count: int) -> Scale:
+        return replace(self, factor=self.factor.chunk(count)[index]) if self.factor.ndim else self
 
 
 class ScaledWeights(MutableMapping[str, Tensor]):
-    """Tensors by name, some of them stored in 8 bits; those become float32 products whenever they are asked for.
+    """Tensors by name, some of them stored otherwise; those become float32 weights whenever they are asked for.
 
     So one weight is wide at a time, and who reads them one by one never has two copies of a network.
     stored: what the file holds. scales: by the name of their weight.
     """
 
-    def __init__(self, stored: MutableMapping[str, Tensor], scales: Mapping[str, Tensor]) -> None:
+    def __init__(self, stored: MutableMapping[str, Tensor], scales: Mapping[str, Storage]) -> None:
         self.stored, self.scales = stored, scales
 
     def __getitem__(self, name: str) -> Tensor:
         tensor, scale = self.stored[name], self.scales.get(name)
-        return tensor if scale is None else tensor.float() * scale  # PyTorch multiplies no 8-bit floats
+        return tensor if scale is None else scale.product(tensor)
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         self.stored[name] = tensor
@@ -58,10 +105,32 @@ class ScaledWeights(MutableMapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.stored)
 
+    def remark(self) -> str:
+        """Return a line that says how weights are stored and that they are widened."""
+        kinds = ", ".join(sorted({scale.kind for scale in self.scales.values()}))
+        return (
+            f"{len(self.scales)} weights are stored in 8 bits or fewer with scales ({kinds}) and are widened as they "
+            "are read, by default to bfloat16; scales for 8-bit activations are not used"
+        )
+
 
 def stored_tensors(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return the tensors as the file holds them, for whoever needs shapes or counts and no product."""
+    """Return the tensors as the file holds them, for whoever needs types or bytes and no product."""
     return weights.stored if isinstance(weights, ScaledWeights) else weights
+
+
+def weight_shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights; nothing is multiplied."""
+    scales = weights.scales if isinstance(weights, ScaledWeights) else {}
+    return {
+        name: scales[name].shape(tensor) if name in scales else tuple(tensor.shape)
+        for name, tensor in stored_tensors(weights).items()
+    }
+
+
+def count_numbers(weights: Mapping[str, Tensor]) -> int:
+    """Return how many numbers the weights are."""
+    return sum(math.prod(shape) for shape in weight_shapes(weights).values())
 
 
 def chosen_tensors(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> MutableMapping[str, Tensor]:
@@ -73,16 +142,20 @@ def chosen_tensors(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> M
     return ScaledWeights(renamed, {new: weights.scales[old] for new, old in names.items() if old in weights.scales})
 
 
+# ------------------------------------------------------------------ reading --
 def split_scales(
     tensors: Mapping[str, Tensor], header: Mapping[str, str]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[dict[str, Tensor], dict[str, Scale]]:
     """Return the weights of a file, and the scales by the names of their weights, in shapes that multiply them.
 
     Raises ValueError for a scale without its weight, of another shape or kind, and for formats that are not known.
     """
+    _refuse_nvfp4(tensors)
     weights: dict[str, Tensor] = {}
     scales: dict[str, tuple[str, Tensor]] = {}  # by the name of the weight: key and value of the scale
+    input_scales: dict[str, Tensor] = {}  # by layer
     formats = _header_formats(header)
+    is_full_precision = False
     for key, tensor in tensors.items():
         layer, _, leaf = key.rpartition(".")
         if leaf in SCALES:
@@ -95,13 +168,44 @@ def split_scales(
                 raise ValueError(f"{key} is damaged: it is {tensor.dtype}, not bytes of JSON")
             # ComfyUI stores this JSON as a tensor of bytes.
             formats[layer] = _json_object(key, bytes(tensor.flatten().tolist()))
-        elif leaf not in (*INPUT_SCALES, FILE_MARK):
+        elif leaf in INPUT_SCALES:
+            input_scales[layer] = tensor
+        elif leaf == FILE_MARK:
+            is_full_precision = tensor.numel() == 2  # ComfyUI's sign for it (comfy/utils.py, convert_old_quants)
+        else:
             weights[key] = tensor
     for layer, options in formats.items():  # only now are all weights and scales of the file known
         _check_format(layer, options, weights.get(f"{layer}.weight"), f"{layer}.weight" in scales)
     fitting = {name: _fitting(key, scale, name, weights.get(name)) for name, (key, scale) in scales.items()}
-    # Some writers leave a scale of 1 beside layers that they did not narrow.
-    return weights, {name: scale for name, scale in fitting.items() if weights[name].dtype in FORMATS.values()}
+    mark = {FULL_PRECISION: True} if is_full_precision else {}
+    return weights, {
+        name: Scale(
+            factor,
+            str(weights[name].dtype).removeprefix("torch."),
+            formats.get(name.removesuffix(".weight"), mark),
+            input_scales.get(name.removesuffix(".weight")),
+        )
+        for name, factor in fitting.items()
+        # Some writers leave a scale of 1 beside layers that they did not narrow.
+        if weights[name].dtype in FORMATS.values()
+    }
+
+
+def _refuse_nvfp4(tensors: Mapping[str, Tensor]) -> None:
+    key = next((key for key in tensors if key.endswith(NVFP4_SCALES)), None)
+    packed = tensors.get(f"{key.rpartition('.')[0]}.weight") if key else None
+    if packed is not None and packed.dtype == torch.uint8:
+        raise ValueError(
+            f"holds weights in NVFP4 ({key} is the second scale of 4-bit numbers), which is not supported; take a file "
+            "in bfloat16 or scaled fp8"
+        )
+
+
+def _not_read(what: str) -> str:
+    return (
+        f"{what}, which is not read here; in ComfyUI use Load Diffusion Model with Patch Model (Self Forcing), or take "
+        "a file in bfloat16 or scaled fp8"
+    )
 
 
 def _header_formats(header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -129,10 +233,8 @@ def _check_format(layer: str, options: Mapping[str, Any], weight: Tensor | None,
     params = options.get("params")
     is_rotated = bool(options.get(ROTATED) or (isinstance(params, dict) and params.get(ROTATED)))
     if name not in FORMATS or is_rotated:
-        raise ValueError(
-            f"layer {layer} is stored as {f'{name} ({ROTATED})' if is_rotated else name!r}, which is not read here; in "
-            "ComfyUI use Load Diffusion Model with Patch Model (Self Forcing), or take a file in bfloat16 or scaled fp8"
-        )
+        kind = f"{name} ({ROTATED})" if is_rotated else "NVFP4" if name == NVFP4 else repr(name)
+        raise ValueError(_not_read(f"holds layers that are stored as {kind}, such as {layer}"))
     if weight is None:
         raise ValueError(f"layer {layer} is said to be {name}, but {layer}.weight is missing; the file is incomplete")
     if weight.dtype != FORMATS[name] or not has_scale:

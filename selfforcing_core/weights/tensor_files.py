@@ -25,9 +25,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..shapes import Shape
+from . import gguf_files
 from .checkpoint_header import LORA, comfyui_header, json_object, one_line
-from .keymap import EMA_CONTAINERS, LORA_CONTAINERS, RAW_CONTAINERS, prefix_before, split_container
-from .scaled import ScaledWeights, chosen_tensors, split_scales
+from .keymap import EMA_CONTAINERS, LORA_CONTAINERS, RAW_CONTAINERS, fused_parts, prefix_before, split_container
+from .scaled import ScaledWeights, Storage, chosen_tensors, split_scales
 
 log = logging.getLogger(__name__)
 WEIGHTS = ("auto", "ema", "raw")
@@ -45,9 +46,9 @@ class FileContents:
     weights: str  # "raw" or "ema"
     available: tuple[str, ...]
     notes: tuple[str, ...] = ()  # lines for the user about what was chosen or left out
-    scales: Mapping[str, Tensor] = field(default_factory=dict)  # of weights in 8 bits, by their names
     lora: dict[str, Tensor] = field(default_factory=dict)  # what is to be merged into them; then they may be missing
     key_shapes: Mapping[str, Shape] = field(default_factory=dict)  # of all in the file, containers before the names
+    scales: Mapping[str, Storage] = field(default_factory=dict)  # of weights that are stored otherwise, by their names
 
 
 def read_tensors(path: str | Path, *, is_quiet: bool = False) -> Mapping[str, Tensor]:
@@ -102,6 +103,8 @@ def open_contents(path: Path, weights: str) -> FileContents:
         raise ValueError(
             "holds a LoRA beside raw and averaged weights; ask for weights='raw' or 'ema' to merge it into"
         )
+    if contents.scales:
+        return contents
     tensors, scales = split_scales(contents.tensors, contents.header)
     return replace(contents, tensors=tensors, scales=scales)
 
@@ -110,6 +113,26 @@ def open_lora(path: Path) -> FileContents:
     """Return the LoRA of a file or folder as `FileContents.lora`, under its own names. Raises ValueError as above."""
     contents = _open(path, "auto")
     return contents if contents.lora else replace(contents, tensors={}, lora=contents.tensors)
+
+
+def without_fusions(contents: FileContents) -> FileContents:
+    """Return a Wan transformer with every fused projection as its parts: views of its rows, of which nothing is copied.
+
+    Raises ValueError for rows that are no equal parts, and where parts lie beside their fusion.
+    """
+    tensors: dict[str, Tensor] = {}
+    scales: dict[str, Storage] = {}
+    for key, tensor in contents.tensors.items():
+        parts = fused_parts(key) or (key,)
+        if tensor.ndim and tensor.shape[0] % len(parts):
+            raise ValueError(f"{key} has {tensor.shape[0]} rows, which are not {len(parts)} equal parts; it is damaged")
+        for index, part in enumerate(parts):
+            if part in tensors or (part != key and part in contents.tensors):
+                raise ValueError(f"holds {part} alone and in {key}; keep one of them")
+            tensors[part] = tensor.chunk(len(parts))[index] if len(parts) > 1 else tensor
+            if key in contents.scales:
+                scales[part] = contents.scales[key].part(index, len(parts))
+    return replace(contents, tensors=tensors, scales=scales)
 
 
 def _open(path: Path, weights: str) -> FileContents:
@@ -130,11 +153,8 @@ def _open(path: Path, weights: str) -> FileContents:
         return _open_torch(path, weights, is_zip=start.startswith(ZIP_MARK))
     if start.lstrip().startswith(b"{"):
         return _open_shards(path, weights)
-    if start.startswith(b"GGUF"):
-        raise ValueError(
-            "is a GGUF file, which is not read here; in ComfyUI load it with a GGUF loader and put Patch Model (Self "
-            "Forcing) behind it, elsewhere use a safetensors or torch file of the same model"
-        )
+    if start.startswith(gguf_files.MARK):
+        return _open_gguf(path, weights)
     raise ValueError("is neither a safetensors nor a torch file")
 
 
@@ -152,6 +172,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         # Damaged headers reach torch as sizes and types that it does not know, so that the error may be torch's own.
         raise ValueError(f"is a damaged or truncated safetensors file ({one_line(error)})") from error
+
+
+def _open_gguf(path: Path, weights: str) -> FileContents:
+    tensors, packings = gguf_files.read_gguf(path)
+    shapes = {name: packings[name].size if name in packings else tuple(each.shape) for name, each in tensors.items()}
+    return replace(_one_set(tensors, {}, weights), scales=packings, key_shapes=shapes)
 
 
 def _open_folder(path: Path, weights: str) -> FileContents:
@@ -259,6 +285,10 @@ def _single_set(tensors: dict[str, Tensor], header: dict[str, str], weights: str
     candidates = _by_prefix(tensors, "", "raw")
     if len(candidates) > 1 or candidates[0].place:
         return _chosen(candidates, header, weights)
+    return _one_set(tensors, header, weights)
+
+
+def _one_set(tensors: dict[str, Tensor], header: dict[str, str], weights: str) -> FileContents:
     if weights == "ema":
         raise ValueError("holds one set of weights and does not say that it is an average; ask for weights='auto'")
     return FileContents(tensors, header, "raw", ("raw",))

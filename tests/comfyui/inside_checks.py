@@ -64,6 +64,7 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     inside_experts.two_models_and_their_loras,
     inside_experts.what_does_not_go_with_two_models_is_refused,
     inside_presets.released_files_run_by_their_presets,
+    inside_rollout.files_of_other_kinds_are_refused_by_name,
     inside_player.a_run_waits_for_its_viewer,
     inside_player.a_picture_that_moves_is_taken_to_move_on,
     inside_player.a_new_loader_never_pairs_a_bundled_part_with_a_real_one,

@@ -220,6 +220,7 @@ def what_does_not_go_with_two_models_is_refused() -> dict[str, str]:
         "samplers_of_others": lambda: once(pair, euler),
         "patched_behind": lambda: sampled(patch),
         "last_step": lambda: sampled(cache),
+        "alone": lambda: sampled(causal_model.with_settings(high, model_settings.settings_of(pair))),
     }
     refusals = {}
     for name, attempt in attempts.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import comfy.k_diffusion.sampling
 import comfy.ops
 import comfy.samplers
 import comfy.sd
+import comfy.utils
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from inside import (
@@ -420,6 +422,68 @@ def first_and_last_frame_models_are_not_made_causal() -> dict[str, str]:
     return refusals
 
 
+def files_of_other_kinds_are_refused_by_name() -> dict[str, str]:
+    """Return what Load Model says of networks that it cannot run, and of GGUF with and without its package."""
+    net, five_b = network(), network(in_dim=48, out_dim=48)
+    plain = dict(net.state_dict())
+    files = {
+        "5B": dict(five_b.state_dict()),
+        "VACE": {**plain, "vace_patch_embedding.weight": torch.zeros(1)},
+        "HunyuanVideo": {"double_blocks.0.img_attn_q.weight": torch.zeros(1)},
+        "NVFP4": {**plain, "a.weight": torch.zeros(1, dtype=torch.uint8), "a.weight_scale_2": torch.zeros(1)},
+    }
+    for name, tensors in files.items():
+        save_file(tensors, FOLDER / f"{name}.safetensors")
+    (FOLDER / "GGUF.safetensors").write_bytes(b"GGUF" + bytes(100))
+    answers = {name: _refusal(lambda at=FOLDER / f"{name}.safetensors": loaded(at)) for name in (*files, "GGUF")}
+    # As it is read where the package is installed: matrices in GGML's blocks.
+    checkpoint = core["checkpoint"].read_checkpoint(saved("t2v", net))
+    packing = model_file.Packing(None, (1, 1))
+    weights = model_file.ScaledWeights(dict(checkpoint.state_dict), {"blocks.0.ffn.0.weight": packing})
+    read = replace(checkpoint, state_dict=weights)
+    answers["GGUF, read"] = _refusal(lambda: model_file.model_from_checkpoint(read))
+    return answers
+
+
+def _refusal(load: Any) -> str:
+    try:
+        load()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _kept_in_8_bits(stored: dict[str, torch.Tensor], expected: torch.Tensor) -> tuple[bool, dict[str, Any]]:
+    """Load each form of the same products as the node does by default; return what is kept, said and generated."""
+    forms: dict[str, dict[str, torch.Tensor]] = {"scale_weight": stored}
+    for form in ("comfy_quant", "weight_scale", "per row"):
+        forms[form] = tensors = {name: tensor for name, tensor in stored.items() if name != "scaled_fp8"}
+        for name in [name for name in tensors if name.endswith("scale_weight")]:
+            layer, scale = name.removesuffix(".scale_weight"), tensors.pop(name)
+            rows = len(tensors[f"{layer}.weight"])
+            tensors[f"{layer}.weight_scale"] = scale.expand(rows, 1).clone() if form == "per row" else scale
+            if form == "comfy_quant":
+                options = json.dumps({"format": "float8_e4m3fn", "full_precision_matrix_mult": True})
+                tensors[f"{layer}.comfy_quant"] = torch.tensor(list(options.encode()), dtype=torch.uint8)
+    kept: dict[str, Any] = {}
+    for form, tensors in forms.items():
+        path = FOLDER / f"kept {form}.safetensors"
+        save_file(tensors, path)
+        lines: list[str] = []
+        warning, model_file.log.warning = model_file.log.warning, lambda line, *args, at=lines: at.append(line % args)
+        try:
+            patcher = loaded(path, dtype=None)
+        finally:
+            model_file.log.warning = warning
+        weight = patcher.model.diffusion_model.blocks[0].ffn[0].weight
+        kept[form] = {
+            "is_8_bit": bool(getattr(weight, "_qdata", weight).dtype == torch.float8_e4m3fn),
+            "lines": lines,
+            "difference": apart(sampled(patcher), expected),
+        }
+    return hasattr(comfy.utils, "detect_layer_quantization"), kept
+
+
 def a_scaled_8_bit_file_is_the_network_it_stands_for() -> dict[str, Any]:
     """Load it by Load Model, and by ComfyUI's own loader with Patch Model, where ComfyUI multiplies in its own way."""
     net = network()
@@ -443,7 +507,10 @@ def a_scaled_8_bit_file_is_the_network_it_stands_for() -> dict[str, Any]:
     finally:
         model_file.log.warning = warning
     narrow = loaded(path, dtype=torch.bfloat16)
+    has_layers, kept = _kept_in_8_bits(stored, expected)
     return {
+        "has_layers": has_layers,
+        "kept": kept,
         "ours": apart(sampled(own), expected),
         "bfloat16": float((sampled(narrow) - expected).abs().mean() / expected.std()),
         "weights": str(narrow.model.diffusion_model.blocks[0].ffn[0].weight.dtype),

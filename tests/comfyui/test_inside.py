@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from selfforcing_core.config import StepConfig
 from tests.comfyui.conftest import checkouts
 from tests.comfyui.host_server import ROOT, Checkout
 from tests.support import fakes
@@ -59,8 +58,6 @@ def test_released_files_run_by_their_presets(outcome: dict[str, Any]) -> None:
     files = outcome["files"]
     assert files.keys() == RELEASES.keys()
     assert "rolling-forcing" in files.pop("rolling-forcing")["refusal"]
-    if not hasattr(StepConfig, "first_chunk_steps"):
-        assert "steps of the first chunk" in files.pop("causal-forcing-pp-2step")["refusal"]
     for name, file in files.items():
         chunk, first, later, weights, shift, kind = RELEASES[name]
         expected: list[list[float]] = []
@@ -181,6 +178,7 @@ def test_what_does_not_go_with_two_models_is_refused(outcome: dict[str, str]) ->
         "samplers_of_others": "only samplers of this pack ask both",
         "patched_behind": "put that node behind",
         "last_step": "cache_source last_step",
+        "alone": "join both with Two Experts",
     }
     assert outcome.keys() == words.keys()
     assert all(word in outcome[name] for name, word in words.items()), outcome
@@ -374,7 +372,23 @@ def test_a_scaled_8_bit_file_is_the_network_it_stands_for(outcome: dict[str, Any
     assert outcome["ours"] < ROUNDING
     assert 0 < outcome["bfloat16"] < 0.05
     assert outcome["weights"] == "torch.bfloat16"
-    assert any("Patch Model (Self Forcing) keeps them in 8 bits" in line for line in outcome["lines"])
+    assert any("weight_dtype asks for float32; default keeps them" in line for line in outcome["lines"])
+    for form, each in outcome["kept"].items():
+        assert each["difference"] < ROUNDING, form
+        # Layers of ComfyUI's own where it has them, but for what they cannot hold; else widened, and that is said.
+        assert each["is_8_bit"] == (outcome["has_layers"] and form != "per row"), form
+        widened = [line for line in each["lines"] if "widened" in line]
+        assert len(widened) == (not each["is_8_bit"]), form
+
+
+def test_files_of_other_kinds_are_refused_by_name(outcome: dict[str, str]) -> None:
+    for name, sentence in outcome.items():
+        assert "\n" not in sentence
+        assert name.partition(",")[0] in sentence
+        if "GGUF" in name:
+            assert "load it with a GGUF loader and put Patch Model (Self Forcing) behind it" in sentence
+    for name in ("5B", "VACE", "HunyuanVideo", "NVFP4"):
+        assert "is not supported" in outcome[name]
 
 
 def test_a_run_waits_for_its_viewer(outcome: dict[str, Any]) -> None:

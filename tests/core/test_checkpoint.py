@@ -229,11 +229,6 @@ def test_shards_of_several_networks_are_told_apart_when_all_are_read(tmp_path: P
     assert_same(read_checkpoint(tmp_path / "m.json", weights="raw").state_dict, weights_of(WAN, 1))
 
 
-def test_gguf_is_refused_with_the_way_round(tmp_path: Path) -> None:
-    (tmp_path / "m.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(100))
-    assert "Patch Model" in refusal(tmp_path / "m.gguf")
-
-
 def test_taehv_torch_file_is_understood_by_its_shapes(tmp_path: Path) -> None:
     torch.save(weights_of(TAEHV), tmp_path / "taew2_1.pth")
     found = read_checkpoint(tmp_path / "taew2_1.pth")
@@ -361,6 +356,8 @@ def test_missing_files_and_folders_are_one_line(tmp_path: Path) -> None:
         ("token_embedding.weight", "UMT5"),
         ("decoder.1.conv.0.weight", "super"),
         ("double_blocks.0.img_attn.qkv.weight", "another family"),
+        ("double_blocks.0.img_attn_qkv.weight", "HunyuanVideo is not supported; Wan 2.1 and 2.2"),
+        ("transformer.adaln_single.linear.weight", "LTX-Video is not supported; Wan 2.1 and 2.2"),
         ("something\nelse", "no known layout"),
     ],
 )
@@ -380,8 +377,17 @@ def test_other_networks_are_named(tmp_path: Path, name: str, word: str) -> None:
 )
 def test_wan_models_of_other_kinds_are_named(tmp_path: Path, more: str, word: str) -> None:
     save_file({**weights_of(WAN, 1), more: torch.zeros(2, 2)}, tmp_path / "m.safetensors")
-    with pytest.raises(ValueError, match=f"{word}.* is not supported; Wan 2.1 text-to-video"):
+    with pytest.raises(ValueError, match=f"{word}.* is not supported; Wan 2.1 and 2.2 text-to-video"):
         read_checkpoint(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(("in_dim", "out_dim", "word"), [(48, 48, "Wan 2.2 5B"), (48, 16, "Wan Fun Control")])
+def test_wan_models_of_other_channels_are_named(tmp_path: Path, in_dim: int, out_dim: int, word: str) -> None:
+    config = replace(WAN, in_dim=in_dim, out_dim=out_dim)
+    save_file(weights_of(config), tmp_path / "bare.safetensors")
+    save_checkpoint(tmp_path / "ours.safetensors", weights_of(config), config)
+    for name in ("bare", "ours"):
+        assert f"{word} (" in refusal(tmp_path / f"{name}.safetensors")
 
 
 def test_incomplete_and_foreign_variants_say_what_differs(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from selfforcing_core.weights.checkpoint import read_checkpoint
@@ -176,6 +176,64 @@ def read(path: Path) -> dict[str, Tensor] | None:
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
     return None
+
+
+# Dialects and containers that are read, by what they are to be read as where nothing is said.
+READ = {
+    **dict.fromkeys(("ddp", "compiled", "deepspeed", "lightning", "stray-buffers", "comfyui", "shards"), "raw"),
+    **dict.fromkeys(("fused-qkv", "fastvideo-names", "comfyui-fp8-scaled", "comfyui-comfy-quant"), "raw"),
+    **dict.fromkeys(("sfwan2.1", "lightx2v-self-forcing-fp8", "krea", "wan2.2-i2v-alone", "wan2.1-i2v"), "raw"),
+    **dict.fromkeys(("causalwan2.2-i2v", "causalwan2.2-t2v", "lightx2v-wan2.2-i2v"), "high"),
+    "causal-forcing-both": "ema",
+    "causal-forcing-framewise": "ema",
+}
+REFUSED = {
+    "vace": "Wan VACE is not supported",
+    "wan2.2-5b": "Wan 2.2 5B (text and image to video) is not supported",
+    "longlive2": "Wan 2.2 5B",
+    "matrix-game-2": "Matrix-Game (keyboard and mouse control) is not supported",
+    "lingbot-world-2-1.3b": "LingBot-World (camera control) is not supported",
+    "hy-worldplay": "HunyuanVideo is not supported",
+    "lightx2v-self-forcing-nvfp4": "NVFP4",
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_every_dialect_and_container_is_read_as_the_network_it_stands_for(name: str, tmp_path: Path) -> None:
+    fake = make_fake(name)
+    weights = read(fakes.write_fake(fake, tmp_path))
+    assert weights is not None
+    assert is_equal(weights, fake.networks[READ[name]])
+
+
+def test_a_file_with_both_sets_gives_the_one_that_is_asked_for(tmp_path: Path) -> None:
+    fake = make_fake("causal-forcing-both")
+    path = fakes.write_fake(fake, tmp_path)
+    for weights in ("raw", "ema"):
+        assert is_equal(dict(read_checkpoint(path, weights=weights).state_dict), fake.networks[weights])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_file_of_another_kind_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    path = fakes.write_fake(make_fake(name), tmp_path)
+    with pytest.raises(ValueError) as caught:
+        read_checkpoint(path)
+    assert REFUSED[name] in str(caught.value)
+
+
+def test_fused_rows_are_views_of_what_is_mapped_and_their_parts_no_second_copy(tmp_path: Path) -> None:
+    stored = read_checkpoint(fakes.write_fake(make_fake("fused-qkv"), tmp_path)).state_dict
+    q, k, v = (stored[f"blocks.0.self_attn.{part}.weight"] for part in "qkv")
+    assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+
+
+def test_a_fusion_beside_its_parts_or_of_uneven_rows_is_refused(tmp_path: Path) -> None:
+    tensors = dict(make_fake("fused-qkv").files["m.safetensors"].tensors)
+    key = "blocks.0.self_attn.to_qkv.weight"
+    for change in ({"blocks.0.self_attn.q.weight": tensors[key][:128].clone()}, {key: tensors[key][:-1].clone()}):
+        save_file({**tensors, **change}, tmp_path / "m.safetensors")
+        with pytest.raises(ValueError, match=r"keep one of them|not 3 equal parts"):
+            read_checkpoint(tmp_path / "m.safetensors")
 
 
 @each_fake

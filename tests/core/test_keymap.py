@@ -17,6 +17,7 @@ from selfforcing_core.weights.keymap import (
     WRAPPER_INFIXES,
     describe_dialect,
     from_wan,
+    fused_parts,
     prefix_before,
     to_wan,
     wan_names,
@@ -83,6 +84,26 @@ def test_adversarial_companions_are_left_out() -> None:
     assert wan_names(["model.head.modulation", "_cls_pred_branch.0.weight", "_gan_ca_blocks.1.x"]) == {
         "head.modulation": "model.head.modulation"
     }
+
+
+@pytest.mark.parametrize(
+    ("key", "parts"),
+    [
+        ("model.blocks.3.self_attn.qkv.weight", [f"model.blocks.3.self_attn.{part}.weight" for part in "qkv"]),
+        ("blocks.3.self_attn.to_qkv.bias", [f"blocks.3.self_attn.{part}.bias" for part in "qkv"]),
+        ("blocks.3.cross_attn._fsdp_wrapped_module.kv.weight", [f"blocks.3.cross_attn.{part}.weight" for part in "kv"]),
+        ("blocks.3.attn2.to_kv.weight", ["blocks.3.attn2.to_k.weight", "blocks.3.attn2.to_v.weight"]),
+        ("decoder.middle.1.to_qkv.weight", []),  # of a VAE
+        ("blocks.3.self_attn.norm_q.weight", []),
+    ],
+)
+def test_a_fused_projection_is_told_by_its_attention(key: str, parts: list[str]) -> None:
+    assert list(fused_parts(key)) == parts
+
+
+def test_fastvideos_names_of_the_feed_forward_layers_are_read() -> None:
+    assert to_wan("transformer.blocks.0.ffn.fc_in.weight".removeprefix("transformer.")) == "blocks.0.ffn.0.weight"
+    assert to_wan("model.blocks.7.ffn.fc_out.bias") == "blocks.7.ffn.2.bias"
 
 
 def test_unknown_dialect_names_the_known_ones() -> None:

@@ -25,6 +25,7 @@ from selfforcing_core.roofline.meter import Recipe
 from selfforcing_core.weights.bundles import bundle_path
 from selfforcing_core.weights.checkpoint import read_checkpoint, save_checkpoint
 from selfforcing_core.weights.pipeline_folder import read_pipeline
+from selfforcing_core.weights.preset_settings import read_to_copy
 from selfforcing_core.weights.presets import PRESETS
 from tests.core.test_cli import refusal
 from tests.core.test_media import vae_weights
@@ -147,7 +148,7 @@ def pipeline(folder: Path, name: str) -> Path:
     return write_fake(make_fake(name), folder)
 
 
-@pytest.mark.parametrize(("name", "shift"), [("causalwan2.2-i2v", 12.0)])
+@pytest.mark.parametrize(("name", "shift"), [("causalwan2.2-i2v", 12.0), ("causalwan2.2-t2v", 5.0)])
 def test_a_pipelines_folder_brings_both_networks_their_boundary_and_shift(
     name: str, shift: float, files: Path, tmp_path: Path
 ) -> None:
@@ -261,6 +262,13 @@ def test_what_is_put_in_place_of_what_files_say_is_said(
     alone.write_bytes((files / "high.safetensors").read_bytes())
     planned(files, alone, tmp_path)
     assert "is one of two networks by its name (high_noise)" in caplog.text
+
+
+def test_a_copy_of_a_pipelines_folder_says_what_it_lacks(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path / "model", "causalwan2.2-i2v")
+    (note,) = [note for note in read_to_copy(folder)[1] if "second network" in note]
+    assert "transformer_2, which is not part of the copy" in note
+    assert not [note for note in read_to_copy(folder / "transformer_2")[1] if "second network" in note]
 
 
 def test_a_header_keeps_the_boundary(files: Path, tmp_path: Path) -> None:

@@ -46,8 +46,6 @@ RUNS: dict[str, tuple[int, tuple[float, ...], tuple[float, ...], str, tuple[int,
     "streamdiffusionv2-t2v": (3, (1000, 750, 500, 250), (1000, 750, 500, 250), "raw", (21, 0)),
     "sfwan2.1": (3, WARPED, WARPED, "raw", (21, 0)),
 }
-# A first chunk with steps of its own is refused by name where StepConfig has no word for it.
-ABLE = [name for name in RUNS if not PRESETS[name].first_chunk_steps or hasattr(StepConfig, "first_chunk_steps")]
 # Whose file names tell them apart; the others have to be named.
 UNNAMED = ("streamdiffusionv2-t2v", "sfwan2.1", "lightx2v-i2v-14b")
 
@@ -123,10 +121,10 @@ def weights_of(network: CausalWan, networks: dict[str, fakes.Weights]) -> str:
 # ---------------------------------------------------------------------- runs --
 def test_every_release_that_runs_is_in_the_table() -> None:
     runnable = {name for name, preset in PRESETS.items() if unable(preset) is None and preset.is_causal}
-    assert runnable == set(ABLE)
+    assert runnable == RUNS.keys()
 
 
-@pytest.mark.parametrize("name", ABLE)
+@pytest.mark.parametrize("name", RUNS)
 def test_a_release_runs_as_its_source_says(
     name: str, tmp_path: Path, passes: list[Any], generate: Callable[..., dict[str, Any]]
 ) -> None:
@@ -261,7 +259,6 @@ def test_weights_are_those_of_the_preset_unless_others_are_asked_for(tmp_path: P
             "rolling-forcing .* cache policy 'rolling-forcing' this version does not have; preset none",
         ),
         ("reward-forcing", "reward-forcing .* cache policy 'reward'"),
-        *[(name, f"{name} .* steps of the first chunk") for name in RUNS if name not in ABLE],
         ("krea", "krea .* cache policy 'krea'"),
         ("self-forcing-10s", r"self-forcing-10s leaves chunk, .* open \(its configuration is not public"),
         ("causal-forcing-ar-diffusion", "leaves steps, warp, shift, solver open .* give --steps, --warp-steps or"),
@@ -283,6 +280,18 @@ def test_open_settings_are_asked_for_only_where_they_are_not_given(tmp_path: Pat
         read_with_preset(path, "lightx2v-self-forcing-fp8")
     reading = read_with_preset(path, "lightx2v-self-forcing-fp8", given={"steps", "warp"})
     assert reading.preset is not None
+
+
+def test_what_is_open_is_given_on_the_command_line(
+    tmp_path: Path, passes: list[Any], generate: Callable[..., dict[str, Any]]
+) -> None:
+    fp8 = ["--preset", "lightx2v-self-forcing-fp8", "--steps", "1000,500"]
+    generate(written("lightx2v-self-forcing-fp8", tmp_path), *fp8, "--warp-steps", frames=9)
+    assert [entry[0] for entry in passes] == [1000, 833.3]
+    passes.clear()
+    open_ones = ("--steps", "2", "--shift", "5", "--solver", "euler")  # a number of steps goes through the shift
+    generate(written("causal-forcing-ar-diffusion", tmp_path), *open_ones, frames=9)
+    assert [entry[0] for entry in passes] == [1000, 833.3]
 
 
 @pytest.mark.parametrize("flaw", fakes.FLAWS)
@@ -321,7 +330,7 @@ def test_a_header_of_a_later_version_is_named(tmp_path: Path) -> None:
 
 
 # -------------------------------------------------------- inspect and convert --
-@pytest.mark.parametrize("name", [*ABLE, "lightx2v-t2v-14b", "lightx2v-i2v-14b"])
+@pytest.mark.parametrize("name", [*RUNS, "lightx2v-t2v-14b", "lightx2v-i2v-14b"])
 def test_a_release_goes_through_inspect_and_convert_and_back(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

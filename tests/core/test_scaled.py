@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfforcing_core.config import WanConfig
 from selfforcing_core.shapes import wan_shapes
@@ -22,6 +26,8 @@ from selfforcing_core.weights.tensor_files import read_tensors
 
 WAN = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, text_dim=8, freq_dim=16)
 FORMS = ("scale_weight", "weight_scale", "per row", "comfy_quant", "header", "e5m2", "int8")
+# 14B in small: its layers, a fortieth of its widths, so that one weight in float32 is to a layer what it is there.
+LIKE_14B = replace(WAN, ffn_dim=346, num_layers=40)
 
 
 def weights_of(config: WanConfig = WAN) -> dict[str, Tensor]:
@@ -132,7 +138,10 @@ def test_tensors_of_other_networks_are_multiplied_too(tmp_path: Path) -> None:
         ({"blocks.0.ffn.0.weight_scale": torch.tensor(float("nan"))}, "weight_scale is not a finite number"),
         ({"blocks.0.ffn.0.weight_scale": torch.ones(64, dtype=torch.int32)}, "in torch.int32"),
         ({"blocks.0.ffn.0.scale_weight": torch.ones(())}, "both scale blocks.0.ffn.0.weight"),
-        ({"blocks.0.ffn.0.comfy_quant": b'{"format": "nvfp4"}'}, "'nvfp4', which is not read here"),
+        (
+            {"blocks.0.ffn.0.comfy_quant": b'{"format": "nvfp4"}'},
+            "as NVFP4, such as blocks.0.ffn.0, which is not read",
+        ),
         ({"blocks.0.ffn.0.comfy_quant": b'{"format": "float8_e5m2"}'}, "float8_e5m2, but its weight is float8_e4m3fn"),
         ({"blocks.0.ffn.0.comfy_quant": b'{"format": "int8_tensorwise", "convrot": true}'}, "convrot"),
         ({"blocks.0.ffn.0.comfy_quant": b"[]"}, "not a JSON object"),
@@ -188,3 +197,34 @@ def test_a_scaled_file_is_widened_one_weight_at_a_time(tmp_path: Path) -> None:
         summed += float(tensor.sum())
     assert most < 3 * largest, "a weight, its product, and what the allocator keeps"
     assert summed == pytest.approx(total)
+
+
+class Copies(TorchDispatchMode):
+    """Counts the bytes of the tensors that conversions make, and the most that there are at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self.bytes += result.nbytes
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(result, self.forget, result.nbytes)
+        return result
+
+    def forget(self, freed: int) -> None:
+        self.bytes -= freed
+
+
+@pytest.mark.parametrize("form", ["scale_weight", "per row"])
+def test_a_scaled_network_needs_no_more_than_its_bfloat16_form_and_a_layer(tmp_path: Path, form: str) -> None:
+    shapes = wan_shapes(LIKE_14B)
+    wide = sum(math.prod(shape) for shape in shapes.values()) * 2
+    layer = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("blocks.0.")) * 2
+    save_file(scaled(form, LIKE_14B)[0], tmp_path / "m.safetensors")
+    with Copies() as copies:
+        model, _ = load_model(tmp_path / "m.safetensors", dtype=torch.bfloat16)
+    assert sum(parameter.nbytes for parameter in model.parameters()) == wide
+    assert wide <= copies.peak < wide + layer
