@@ -189,8 +189,8 @@ def _condition(vae: Any, start_image: Tensor | None, size: VideoGeometry, clip_v
     """Return what image-to-video models of Wan read: latents of images, then grey; what is known; CLIP's features."""
     if start_image is None:
         raise ValueError(
-            "this is an image-to-video model; connect start_image, vae and clip_vision_output (the images that it "
-            "continues come as condition, so latent does not fit)"
+            "this is an image-to-video model; connect start_image, vae and (Wan 2.1) clip_vision_output (the images "
+            "that it continues come as condition, so latent does not fit)"
         )
     # As WanImageToVideo builds it: the VAE encodes the given frames and grey ones behind them as one video, and
     # the mask says which latent frames are the user's. ComfyUI inverts it and lays it beside the latents.

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
+from .policy import SELF_FORCING, cache_policy
+
 ConfigT = TypeVar("ConfigT", bound="_JsonConfig")
 
 
@@ -101,6 +103,7 @@ class CausalConfig(_JsonConfig):
     # "clean" takes that pass; "last_step" keeps what the last denoising step wrote, one pass fewer per chunk, for
     # models that were trained so
     cache_source: str = "clean"
+    policy: str = SELF_FORCING.name  # of policy.POLICIES, settings behind it: "reward,sink_average=0.99"
 
     def __post_init__(self) -> None:
         if self.cache_source not in CACHE_SOURCES:
@@ -116,10 +119,32 @@ class CausalConfig(_JsonConfig):
                 f"window {self.window} cannot hold sink {self.sink} and one chunk of {self.chunk}; "
                 f"use -1 (no limit) or at least {self.sink + self.chunk}"
             )
+        self._check_policy()
         if not 0 <= self.context_noise < 1000:
             raise ValueError(
                 f"context_noise {self.context_noise} is not a timestep in [0, 1000); use 0 for clean context"
             )
+
+    def _check_policy(self) -> None:
+        policy = cache_policy(self.policy)
+        least = self.sink + policy.num_means + self.chunk
+        if self.window != -1 and self.window < least:
+            raise ValueError(f"window {self.window} has no room for policy {policy.name}; use {least} or more")
+        if policy.sink_average is not None and self.sink != self.chunk:
+            # one frame enters one slot: with another number the published code keeps no sink at all
+            raise ValueError(f"policy {policy.name} averages chunks into the sink; use sink {self.chunk}, as the chunk")
+        if policy.replays and (self.sink or self.window % self.chunk or self.window == -1 or self.context_noise):
+            raise ValueError(
+                f"policy {policy.name} replays whole clean chunks; use sink 0, context_noise 0 and a window that is a "
+                f"multiple of {self.chunk}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types; the usual policy is left out, so that older versions read such files."""
+        values = super().to_dict()
+        if self.policy == SELF_FORCING.name:
+            del values["policy"]
+        return values
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from .conditioning import Conditioning
 from .config import CausalConfig
 from .experts import Experts, check_cache_source
 from .kv_cache import KVCache
+from .policy import SELF_FORCING, cache_policy
 
 
 def new_caches(
@@ -33,8 +34,11 @@ def new_caches(
     # a cache for each, since keys and values of a chunk depend on what the network was told about it
     embeds, (num_frames, _, height, width) = conditioning.prompt_embeds_BPE, latent_shape
     # a window as long as the video never evicts, and then nothing has to be kept from eviction
+    policy = cache_policy(causal.policy)
     evicts = -1 < causal.window < num_frames
     capacity, sink = (causal.window, causal.sink) if evicts else (num_frames, 0)
+    if not evicts and policy != SELF_FORCING:
+        sink = min(causal.sink, num_frames - 1)  # a change of the prompt may take the rest away
     caches = [
         network.new_cache(
             batch=embeds.shape[0], latent_height=height, latent_width=width, capacity=capacity, sink=sink, like=embeds
@@ -42,7 +46,9 @@ def new_caches(
         for network in _networks(model)
         for _ in range(count)
     ]
+    rows, columns = height // model.config.patch_size[1], width // model.config.patch_size[2]
     for cache in caches:
+        cache.follow(policy, (rows, columns))
         cache.keeps_all = not evicts
     return caches
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .conditioning import Conditioning
 from .config import CausalConfig
 from .guided import Guided
-from .prompt_schedule import HISTORIES
+from .policy import CUT, FLUSH, HISTORIES, RECACHE, RECACHE_SINK, RECODE, cache_policy
 from .snapshot import Snapshot
 
 
@@ -21,15 +22,14 @@ from .snapshot import Snapshot
 class PromptChange:
     """Another prompt from here on, and what becomes of the frames so far.
 
-    history: "recode" writes those in the window into the cache again under the new prompt (LongLive, arXiv
-    2509.22622), "keep" leaves them as they are. Raises ValueError for any other word.
+    history: a word of policy.HISTORIES; None leaves it to the policy. Raises ValueError for any other word.
     """
 
     conditioning: Conditioning
-    history: str = "recode"
+    history: str | None = None
 
     def __post_init__(self) -> None:
-        if self.history not in HISTORIES:
+        if self.history is not None and self.history not in HISTORIES:
             raise ValueError(f"history {self.history!r} is unknown; use {' or '.join(HISTORIES)}")
 
 
@@ -48,9 +48,11 @@ class History:
         self, guided: Guided, causal: CausalConfig, lengths: tuple[int, ...], prompt_at: PromptAt | None
     ) -> None:
         self.guided, self.causal, self.prompt_at = guided, causal, prompt_at
+        self.policy = cache_policy(causal.policy)
         evicts = -1 < causal.window < sum(lengths)  # else the ring never comes round, and no frame counts as sink
         self.sink = causal.sink if evicts else 0
-        self.ring = causal.window - causal.sink if evicts else sum(lengths)
+        self.ring = causal.window - causal.sink - self.policy.num_means if evicts else sum(lengths)
+        self.window = causal.window if evicts else sum(lengths)
         self.chunks: list[tuple[int, Tensor, float]] = []  # start frame, what was written, at which timestep
         self.is_known = True
 
@@ -65,7 +67,7 @@ class History:
         self.chunks = [
             (start, x, t)
             for start, x, t in self.chunks
-            if start < start_frame and (start < self.sink or start + x.shape[1] > start_frame - self.ring)
+            if start < start_frame and (start < self.sink or start + x.shape[1] > start_frame - self.window)
         ]
         self.chunks.append((start_frame, x_BTCHW, timestep))
 
@@ -90,20 +92,52 @@ class History:
             return
         change.conditioning.check(self.guided.model.config, latent_shape)
         self.guided.change_prompt(change.conditioning)
-        # before the first chunk there is nothing to write again
-        if start_frame > 0 and change.history == "recode":
+        history = self.policy.with_history(change.history).history
+        if start_frame == 0:  # before the first chunk there is nothing to write again
+            return
+        if history == RECODE:
             self.write_again(start_frame)
+        elif history in (RECACHE, RECACHE_SINK):
+            self.write_jointly(start_frame, moves_sink=history == RECACHE_SINK)
+        elif history in (FLUSH, CUT):
+            self.forget_window(start_frame, is_cut=history == CUT)
+
+    def forget_window(self, end_frame: int, *, is_cut: bool) -> None:
+        """Keep the sink and the last frames (Infinity-RoPE's flush); behind a cut the next chunk stands far away."""
+        for cache in self.guided.caches:
+            if cache is not None:
+                cache.forget_window(end_frame, self.policy.kept)
+                if is_cut:
+                    cache.jump_to(self.policy.cut_at)
+
+    def write_jointly(self, end_frame: int, *, moves_sink: bool) -> None:
+        """Write the window again in one pass in which all of its frames see each other (LongLive's recache).
+
+        Raises ValueError as `write_again` does.
+        """
+        self._expect_known()
+        first = 0
+        for cache in self.guided.caches:
+            if cache is None:
+                continue
+            if end_frame <= self.window:  # nothing was evicted yet: the sink too is written again
+                cache.restart(self.sink)
+            elif moves_sink:
+                first = end_frame - self.window
+                cache.restart(first + self.sink, sink_start=first)
+            else:  # the frames before would be computed for nobody
+                first = end_frame - self.ring
+                cache.rewind(first)
+        parts = [(start, x, t) for start, x, t in self.chunks if start < end_frame and start + x.shape[1] > first]
+        x_BTCHW = torch.cat([x for _, x, _ in parts], 1)[:, first - parts[0][0] : end_frame - parts[0][0]]
+        self.guided.commit(x_BTCHW, parts[-1][2], first)
 
     def write_again(self, end_frame: int) -> None:
         """Empty the caches and write the frames before `end_frame` that they showed, oldest first.
 
         Raises ValueError if the rollout goes on from a snapshot without them.
         """
-        if not self.is_known:
-            raise ValueError(
-                "the snapshot does not hold what was written into the cache, to write it again under another prompt; "
-                "use history 'keep'"
-            )
+        self._expect_known()
         # as many frames as were visible, though not in the slots where they were
         base = max(self.sink, end_frame - self.ring)
         for cache in self.guided.caches:
@@ -117,3 +151,10 @@ class History:
             for part_start, part_end in parts:
                 if part_start < part_end:
                     self.guided.commit(x_BTCHW[:, part_start - start : part_end - start], timestep, part_start)
+
+    def _expect_known(self) -> None:
+        if not self.is_known:
+            raise ValueError(
+                "the snapshot does not hold what was written into the cache, to write it again under another prompt; "
+                "use history 'keep'"
+            )

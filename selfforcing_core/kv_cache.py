@@ -12,14 +12,17 @@ Letters: B batch, L query tokens (those of the staged chunk), S cached tokens, N
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .config import WanConfig
+from .memory import Memory, new_memory
+from .policy import SELF_FORCING, CachePolicy
+from .rope import PLAIN, Axes, apply_rotary, rotary_table, time_turn
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest number of each type that is stored with scales
 SCALE_DTYPE = torch.bfloat16  # numbers are divided by the scale as stored, so its own rounding is no error
@@ -62,6 +65,12 @@ class CacheState:
     base: int  # the frame in the ring's first slot before anything is evicted
     k_scale: Tensor | None = None  # [layers, B, S, N, 1] where the cache is of 8 bits
     v_scale: Tensor | None = None
+    sink_start: int = 0  # the frame in the first slot
+    jump: float = 0.0  # how far the latest chunk stands from its own number
+    slot_frames: tuple[int, ...] = ()  # what each slot in use shows; () for the frames as they came
+    slot_positions: tuple[float, ...] = ()
+    policy: str = SELF_FORCING.name
+    memory: Mapping[str, Tensor] = field(default_factory=dict)  # of the policy, by name
 
 
 @dataclass(frozen=True)
@@ -142,6 +151,11 @@ class KVCache:
         assert 0 <= sink < capacity, f"sink {sink} leaves no room in a cache of {capacity} frames"
         self.tokens_per_frame, self.capacity, self.sink = tokens_per_frame, capacity, sink
         self.by_segments = by_segments
+        self.head_dim, self.grid = config.head_dim, (1, tokens_per_frame)
+        self.axes: Axes = PLAIN  # scale and shift of positions, by which the network turns
+        self.policy = SELF_FORCING
+        self.head = sink  # slots in front of the ring: those of the sink, and what a policy keeps behind it
+        self.memory: Memory | None = None
         self.keeps_all = False  # set by who knows that the video is no longer than the capacity
         # each head's tokens lie together, the order in which attention reads them; shown with tokens before heads
         shape = (config.num_layers, batch, config.num_heads, capacity * tokens_per_frame, config.head_dim)
@@ -169,18 +183,64 @@ class KVCache:
         """Return whether keys and values of this type are stored in another one."""
         return self.k.dtype != like.dtype
 
+    def follow(self, policy: CachePolicy, grid: tuple[int, int]) -> None:
+        """Keep what a policy says from here on; the cache is empty afterwards.
+
+        grid: tokens of a frame, down and across.
+        """
+        assert grid[0] * grid[1] == self.tokens_per_frame, f"{grid} are not {self.tokens_per_frame} tokens"
+        self.policy, self.grid = policy, grid
+        self.head = self.sink + policy.num_means
+        assert self.head < self.capacity, f"{self.head} frames that stay leave no room in a cache of {self.capacity}"
+        self.memory = new_memory(self)
+        self.reset()
+
     def reset(self) -> None:
         """Empty the cache; the next staged frame is frame 0. Nothing is freed or cleared."""
         self.start_frame = self.end_frame = 0
         self.writes = True  # in the staged pass
-        self.base = self.sink  # the first frame behind the sink; later than that after `restart`
+        self.base = self.head  # the frame in the ring's first slot; later than that after `restart`
+        self.sink_start = 0  # the frame in the first slot of all
+        # What each slot shows and where it stands, on the time axis: -1 nothing, -2 no frame but an average.
+        self.slot_frames = [-1] * self.capacity
+        self.slot_positions: list[float] = [0.0] * self.capacity
+        self.jump = 0.0  # how far the staged chunk stands from its own number
+        self.next_jump_to: int | None = None
+        if self.memory is not None:
+            self.memory.reset()
         self.cross: dict[int, Any] = {}  # by layer; of the prompt, which does not change from pass to pass
         self._aim([])
 
-    def restart(self, base: int) -> None:
-        """Empty the cache; behind the frames of the sink, the next one staged is frame `base`."""
+    def restart(self, base: int, *, sink_start: int = 0) -> None:
+        """Empty the cache; the sink begins with frame `sink_start`, and the ring behind it with frame `base`."""
         self.reset()
-        self.base = max(base, self.sink)
+        self.sink_start = self.start_frame = self.end_frame = sink_start
+        self.base = max(base, sink_start + self.head)
+
+    def forget_window(self, end_frame: int, num_kept: int) -> None:
+        """Keep the sink and the last `num_kept` frames before `end_frame`; what is staged goes with the rest."""
+        self._settle()
+        kept = [frame for frame in range(end_frame - num_kept, end_frame) if frame >= self.sink_start + self.head]
+        slots = [self.slot_of(frame) for frame in kept]
+        parts = [(self.read_slots(slot, 1), self.slot_positions[slot]) for slot in slots]
+        self.base = kept[0] if kept else max(end_frame, self.sink_start + self.head)
+        self.slot_frames[self.head :] = [-1] * (self.capacity - self.head)
+        self.start_frame, self.end_frame = end_frame - 1, end_frame
+        for frame, ((k, v), position) in zip(kept, parts):
+            self.write_slots(self.slot_of(frame), k, v, [position], frame=frame)
+        self._aim([])
+
+    def rewind(self, base: int) -> None:
+        """Empty the ring and keep what stays for ever; behind that, frame `base` comes next."""
+        self.start_frame = self.end_frame = self.sink_start + self.head
+        self.base, self.jump = base, 0.0
+        self.slot_frames[self.head :] = [-1] * (self.capacity - self.head)
+        self.cross = {}
+        self._aim([])
+
+    def jump_to(self, place: int) -> None:
+        """Let the next new chunk stand `place` frames behind the first visible one, until the chunk after it begins."""
+        self.next_jump_to = place
 
     def snapshot(self, device: torch.device | None = None) -> CacheState:
         """Copy what the cache holds, to this device or where it lies. The text's keys and values are not part of it."""
@@ -201,6 +261,12 @@ class KVCache:
             self.base,
             None if self.k_scale is None else copy(self.k_scale),
             None if self.v_scale is None else copy(self.v_scale),
+            self.sink_start,
+            self.jump,
+            tuple(self.slot_frames[: num_visible // self.tokens_per_frame]),
+            tuple(self.slot_positions[: num_visible // self.tokens_per_frame]),
+            self.policy.name,
+            {} if self.memory is None else {name: x.to(device, copy=True) for name, x in self.memory.tensors.items()},
         )
 
     def restore(self, state: CacheState) -> None:
@@ -210,7 +276,16 @@ class KVCache:
         """
         # Before the first eviction every frame lies in the slot of its own number, whatever window and sink are, so
         # that only what comes later depends on them.
-        is_moved = state.base != state.sink or state.end_frame > min(state.capacity, self.capacity)
+        is_moved = (
+            bool(state.memory or state.jump)
+            or (state.base, state.sink_start) != (state.sink, 0)
+            or state.end_frame > min(state.capacity, self.capacity)
+        )
+        if is_moved and state.policy != self.policy.name:
+            raise ValueError(
+                f"the saved cache follows policy {state.policy}, this one {self.policy.name}; resume with the policy "
+                "it was saved with"
+            )
         if is_moved and (state.capacity, state.sink) != (self.capacity, self.sink):
             raise ValueError(
                 f"the saved cache has window {state.capacity} and sink {state.sink}, this one {self.capacity} and "
@@ -227,7 +302,19 @@ class KVCache:
         self._put_back(self.k, self.k_scale, state.k, state.k_scale)
         self._put_back(self.v, self.v_scale, state.v, state.v_scale)
         self.start_frame, self.end_frame = state.start_frame, state.end_frame
-        self.base = state.base if is_moved else self.sink
+        self.base = state.base if is_moved else self.head
+        self.sink_start, self.jump = state.sink_start, state.jump
+        num_frames = num_tokens // self.tokens_per_frame
+        if state.slot_frames:
+            self.slot_frames[:num_frames] = state.slot_frames[:num_frames]
+            self.slot_positions[:num_frames] = state.slot_positions[:num_frames]
+        else:  # an older file, of a time when no frame stood anywhere but at its own number
+            oldest = max(self.base, self.end_frame - (self.capacity - self.head))
+            for frame in (*range(min(self.head, self.end_frame)), *range(oldest, self.end_frame)):
+                self.slot_frames[self.slot_of(frame)] = frame
+                self.slot_positions[self.slot_of(frame)] = frame
+        if self.memory is not None:
+            self.memory.tensors = {name: x.to(self.k.device, copy=True) for name, x in state.memory.items()}
         self._aim(self._pieces(state.start_frame, state.end_frame - state.start_frame))
 
     def stage(self, start_frame: int, num_frames: int, *, writes: bool = True) -> None:
@@ -237,15 +324,83 @@ class KVCache:
         leaves nothing behind, so that a pass that writes has to follow.
         """
         # a longer chunk would come round the ring and overwrite its own beginning
-        assert num_frames <= self.capacity - self.sink, f"{num_frames} frames do not fit a ring of {self.capacity}"
+        most = self.capacity - (self.head if start_frame > self.sink_start else 0)
+        assert num_frames <= most, f"{num_frames} frames do not fit a ring of {self.capacity}"
         is_again = (start_frame, start_frame + num_frames) == (self.start_frame, self.end_frame)
         # behind the sink, frames may be left out after `restart`
-        follows = start_frame == (self.base if self.end_frame == self.sink else self.end_frame)
+        is_ring_empty = self.end_frame == self.sink_start + self.head
+        follows = start_frame == (self.base if is_ring_empty else self.end_frame)
         assert is_again or follows, f"frame {start_frame} does not follow {self.end_frame}"
         self.writes = writes
         if not is_again:
-            self.start_frame, self.end_frame = start_frame, start_frame + num_frames
+            self._advance(start_frame, num_frames)
             self._aim(self._pieces(start_frame, num_frames))
+
+    @property
+    def position(self) -> int:
+        """Return where the first staged frame stands on the time axis."""
+        return self.start_frame + int(self.jump)
+
+    def _advance(self, start_frame: int, num_frames: int) -> None:
+        """Move on to a new chunk: the one before is final, and what it overwrites goes to the policy's memory."""
+        self._settle()
+        end_frame = start_frame + num_frames
+        slots = [self.slot_of(frame) for frame in range(start_frame, end_frame)]
+        evicted = sorted((self.slot_frames[slot], slot) for slot in slots if self.slot_frames[slot] >= 0)
+        window_start = max(self.base, end_frame - (self.capacity - self.head))
+        if self.memory is not None:
+            self.memory.advance([(frame, slot) for frame, slot in evicted], window_start)
+        self.start_frame, self.end_frame, self.jump = start_frame, end_frame, 0.0
+        for frame, slot in zip(range(start_frame, end_frame), slots):
+            self.slot_frames[slot] = frame
+        if self.next_jump_to is not None:
+            first = self.slot_positions[0] if self.head and self.slot_frames[0] != start_frame else window_start
+            self.jump, self.next_jump_to = self.next_jump_to - (start_frame - first), None
+        for frame, slot in zip(range(start_frame, end_frame), slots):
+            self.slot_positions[slot] = frame + self.jump
+
+    def _settle(self) -> None:
+        """Turn a chunk that jumped back to its own number, since later chunks follow it there."""
+        for frame in range(self.start_frame, self.end_frame) if self.jump else ():
+            slot = self.slot_of(frame)
+            k, _ = self.read_slots(slot, 1)
+            k = apply_rotary(k, time_turn(self.head_dim, -self.jump, k.device, self.axes))
+            self.write_slots(slot, k, None, [float(frame)])
+        self.jump = 0.0
+
+    def table(self, position: int) -> Tensor:
+        """Return the turns of one frame's tokens at a position, [S, 1, K/2]."""
+        return rotary_table(self.head_dim, position, 1, *self.grid, self.k.device, axes=self.axes)
+
+    def read_slots(self, slot: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return copies of the keys and values of neighbouring slots, [layers, B, S, N, K] in float32 at least."""
+        tokens = slice(slot * self.tokens_per_frame, (slot + count) * self.tokens_per_frame)
+        wide = torch.float64 if self.k.dtype == torch.float64 else torch.float32
+        like = torch.empty(0, device=self.k.device, dtype=wide)
+        k, v = (
+            dequantise(buffer[:, :, tokens], None if scale is None else scale[:, :, tokens], like)
+            for buffer, scale in ((self.k, self.k_scale), (self.v, self.v_scale))
+        )
+        return (k.clone(), v.clone()) if k.dtype == self.k.dtype else (k, v)
+
+    def write_slots(
+        self, slot: int, k: Tensor, v: Tensor | None, positions: Sequence[float], *, frame: int | None = None
+    ) -> None:
+        """Put keys and values, [layers, B, S, N, K], into neighbouring slots, one for each position.
+
+        v: None leaves the values. frame: what the slots show from now on; None leaves that too.
+        """
+        tokens = slice(slot * self.tokens_per_frame, (slot + len(positions)) * self.tokens_per_frame)
+        for new, buffer, scale in ((k, self.k, self.k_scale), (v, self.v, self.v_scale)):
+            if new is None:
+                continue
+            if scale is None:
+                buffer[:, :, tokens] = new.to(buffer.dtype)
+            else:
+                buffer[:, :, tokens], scale[:, :, tokens] = quantise(new, buffer.dtype)
+        self.slot_positions[slot : slot + len(positions)] = positions
+        if frame is not None:
+            self.slot_frames[slot : slot + len(positions)] = [frame] * len(positions)
 
     def _aim(self, pieces: list[tuple[int, int, int]]) -> None:
         """Make views of every layer's slots for the staged chunk and of all that is visible.
@@ -326,26 +481,29 @@ class KVCache:
         return len(self.cross) == self.k.shape[0] and self.writes
 
     def frames(self) -> tuple[int, ...]:
-        """Return the absolute numbers of the visible frames, oldest first."""
-        if self.end_frame <= self.sink:  # still among the frames that stay
-            return tuple(range(self.end_frame))
-        oldest = max(self.base, self.end_frame - (self.capacity - self.sink))
-        return tuple(range(self.sink)) + tuple(range(oldest, self.end_frame))
+        """Return the absolute numbers of the visible frames, those of memory slots as -2, oldest first."""
+        return tuple(sorted(self.slot_frames[slot] for slot in range(self._num_visible() // self.tokens_per_frame)))
 
     def _num_visible(self) -> int:
         """Return how many tokens are in use."""
-        frames = self.end_frame if self.end_frame <= self.sink else self.sink + self.end_frame - self.base
+        head_end = self.sink_start + self.head
+        frames = (
+            self.end_frame - self.sink_start if self.end_frame <= head_end else self.head + self.end_frame - self.base
+        )
         return min(frames, self.capacity) * self.tokens_per_frame
 
-    def _slot(self, frame: int) -> int:
+    def slot_of(self, frame: int) -> int:
+        """Return the slot of a frame that is visible or comes next."""
         # no frame ever moves: the one that comes next takes the slot of the one that leaves
-        return frame if frame < self.sink else self.sink + (frame - self.base) % (self.capacity - self.sink)
+        if frame < self.sink_start + self.head:
+            return frame - self.sink_start
+        return self.head + (frame - self.base) % (self.capacity - self.head)
 
     def _pieces(self, start_frame: int, num_frames: int) -> list[tuple[int, int, int]]:
         """Return contiguous runs of slots: offset in the chunk, offset in the buffer, and length, in tokens."""
         runs: list[tuple[int, int, int]] = []
         for offset in range(num_frames):
-            slot = self._slot(start_frame + offset)
+            slot = self.slot_of(start_frame + offset)
             if runs and runs[-1][1] + runs[-1][2] == slot:
                 runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + 1)
             else:

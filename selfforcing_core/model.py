@@ -369,7 +369,12 @@ class CausalWan(nn.Module):
         num_frames, (height, width) = noisy_BTCHW.shape[1], noisy_BTCHW.shape[-2:]
         rows, columns = height // self.config.patch_size[1], width // self.config.patch_size[2]
         device = noisy_BTCHW.device
-        rotary = rotary_table(self.config.head_dim, start_frame, num_frames, rows, columns, device, axes=self.axes)
+        position = start_frame
+        if cache is not None:
+            cache.axes = self.axes
+            cache.stage(start_frame, num_frames, writes=writes)
+            position = cache.position  # a policy may put a chunk elsewhere than at its own number
+        rotary = rotary_table(self.config.head_dim, position, num_frames, rows, columns, device, axes=self.axes)
         if image_BTCHW is not None:  # behind the noisy channels, as Wan's image-to-video models were trained
             noisy_BTCHW = torch.cat([noisy_BTCHW, image_BTCHW.to(noisy_BTCHW)], 2)
             clean_BTCHW = None if clean_BTCHW is None else torch.cat([clean_BTCHW, image_BTCHW.to(clean_BTCHW)], 2)
@@ -378,8 +383,6 @@ class CausalWan(nn.Module):
             clean_timesteps_BT = torch.zeros_like(timesteps_BT) if clean_timesteps_BT is None else clean_timesteps_BT
             timesteps_BT = torch.cat([clean_timesteps_BT, timesteps_BT], 1)
             rotary = torch.cat([rotary, rotary])  # a frame and its clean copy have the same position
-        if cache is not None:
-            cache.stage(start_frame, num_frames, writes=writes)
 
         x = rearrange(self.patch_embedding(noisy_BTCHW.to(dtype).transpose(1, 2)), "b d f h w -> (b f) (h w) d")
         x = x.contiguous()  # else every block computes on the convolution's strides

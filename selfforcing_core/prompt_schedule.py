@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .geometry import TEMPORAL_FACTOR, pixel_frames
+from .policy import HISTORIES
 
-HISTORIES = ("recode", "keep")  # what becomes of the frames so far when the prompt changes
 OWN_SEED = -1  # of an entry that goes back to the seed of the run
 QUOTED = "quoted"
 RULE = "recode, keep, seed NUMBER, seed own, quoted or, at 0s, NUMBER fps"

@@ -75,6 +75,20 @@ def _table(head_dim: int, start_frame: int, grid: tuple[int, int, int], device: 
         return table.flatten(0, 2).unsqueeze(1).to(torch.complex64).to(device)
 
 
+@functools.lru_cache(maxsize=64)
+def time_turn(head_dim: int, num_frames: float, device: torch.device, axes: Axes = PLAIN) -> Tensor:
+    """Return what moves a key by `num_frames` in time alone, [1, 1, K/2], complex64, to be applied as a table is.
+
+    A key that was turned by its position and is turned once more stands at the sum of both.
+    """
+    time, rows, columns = axis_pairs(head_dim)
+    with torch.inference_mode(False):  # as for a table
+        angles = num_frames * axes[0][0] * BASE ** (-torch.arange(time, dtype=torch.float64) / max(time, 1))
+        turn = torch.polar(torch.ones_like(angles), angles)
+        turn = torch.cat([turn, torch.ones(rows + columns, dtype=turn.dtype)])
+        return turn[None, None].to(torch.complex64).to(device)
+
+
 def apply_rotary(x_BLNK: Tensor, table_L1K: Tensor) -> Tensor:
     """Turn each channel pair of x by its position's angle; computed in float32 at least, returned in x's dtype."""
     wide = x_BLNK.to(torch.promote_types(x_BLNK.dtype, torch.float32))

@@ -19,8 +19,10 @@ from .atomic import replacing
 from .kv_cache import CacheState
 
 HEADER_KEY = "selfforcing.snapshot"
-# 2: the numbers of the caches have scales; 3: half of the caches are another network's. Readers of 1 would see neither.
-HEADER_FORMAT, SCALED_FORMAT, EXPERTS_FORMAT = HEADER_FORMATS = 1, 2, 3
+# 2: the numbers of the caches have scales; 3: half of the caches are another network's; 4: frames stand elsewhere than
+# at their own number, or a policy remembers more. Readers of 1 would see none of it.
+HEADER_FORMAT, SCALED_FORMAT, EXPERTS_FORMAT, POLICY_FORMAT = HEADER_FORMATS = 1, 2, 3, 4
+MEMORY = "memory."  # before the names of what a policy remembers
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Snapshot:
     def to(self, device: torch.device | str) -> Snapshot:
         """Return the same state on another device, for instance in CPU memory."""
         caches = tuple(
-            replace(state, **{name: tensor.to(device) for name, tensor in _tensors_of(state).items()})
+            _with_tensors(state, {name: tensor.to(device) for name, tensor in _tensors_of(state).items()})
             for state in self.caches
         )
         pending, video = (None if x is None else x.to(device) for x in (self.pending_BTCHW, self.video_BTCHW))
@@ -54,9 +56,10 @@ class Snapshot:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, complete or not at all. Raises ValueError if the path cannot be written."""
-        is_scaled = any(state.k_scale is not None for state in self.caches)
         header = {
-            "format": EXPERTS_FORMAT if self.num_networks > 1 else SCALED_FORMAT if is_scaled else HEADER_FORMAT,
+            "format": max(
+                EXPERTS_FORMAT if self.num_networks > 1 else HEADER_FORMAT, *(_format(state) for state in self.caches)
+            ),
             "start_frame": self.start_frame,
             "end_frame": self.end_frame,
             "pending_timestep": self.pending_timestep,
@@ -85,21 +88,18 @@ class Snapshot:
             raise ValueError(
                 f"format {header['format']!r}, this version reads {HEADER_FORMATS[0]} to {HEADER_FORMATS[-1]}"
             )
-        caches = tuple(
-            CacheState(
-                tensors[f"cache{index}.k"],
-                tensors[f"cache{index}.v"],
-                # older files have no base: it is the sink until a prompt changes
-                **{"base": cursors["sink"], **cursors},
-                k_scale=tensors.get(f"cache{index}.k_scale"),
-                v_scale=tensors.get(f"cache{index}.v_scale"),
-            )
-            for index, cursors in enumerate(header["caches"])
-        )
+        caches = []
+        for index, cursors in enumerate(header["caches"]):
+            prefix = f"cache{index}."
+            own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+            # older files have no base: it is the sink until a prompt changes
+            values = {name: tuple(x) if isinstance(x, list) else x for name, x in cursors.items()}
+            state = CacheState(own["k"], own["v"], **{"base": cursors["sink"], **values})
+            caches.append(_with_tensors(state, own))
         return cls(
             header["start_frame"],
             header["end_frame"],
-            caches,
+            tuple(caches),
             tensors.get("pending"),
             header["pending_timestep"],
             tensors.get("video"),
@@ -117,9 +117,26 @@ class Snapshot:
 def _tensors_of(state: CacheState) -> dict[str, Tensor]:
     """Return keys, values and, of 8 bits, their scales."""
     tensors = {name: getattr(state, name) for name in ("k", "v", "k_scale", "v_scale")}
+    tensors |= {f"{MEMORY}{name}": tensor for name, tensor in state.memory.items()}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def _cursors(state: CacheState) -> dict[str, int]:
-    names = ("start_frame", "end_frame", "capacity", "sink", "base")
+def _with_tensors(state: CacheState, tensors: dict[str, Tensor]) -> CacheState:
+    """Return a state with these tensors, named as `_tensors_of` names them."""
+    memory = {name.removeprefix(MEMORY): x for name, x in tensors.items() if name.startswith(MEMORY)}
+    return replace(state, **{name: x for name, x in tensors.items() if not name.startswith(MEMORY)}, memory=memory)
+
+
+def _format(state: CacheState) -> int:
+    """Return the lowest format whose readers understand a state."""
+    plain = CacheState(state.k, state.v, 0, 0, 0, 0, 0)
+    if any(getattr(state, name) != getattr(plain, name) for name in ("sink_start", "jump", "policy", "memory")):
+        return POLICY_FORMAT
+    return HEADER_FORMAT if state.k_scale is None else SCALED_FORMAT
+
+
+def _cursors(state: CacheState) -> dict[str, Any]:
+    names = ["start_frame", "end_frame", "capacity", "sink", "base"]
+    if _format(state) == POLICY_FORMAT:
+        names += ["sink_start", "jump", "slot_frames", "slot_positions", "policy"]
     return {name: getattr(state, name) for name in names}

@@ -16,6 +16,7 @@ import comfy.conds
 from ...selfforcing_core.conditioning import Conditioning
 from ...selfforcing_core.config import WanConfig
 from ...selfforcing_core.history import PromptChange
+from ...selfforcing_core.policy import RECACHE, RECACHE_SINK, RECODE, cache_policy
 from ...selfforcing_core.prompt_schedule import Entry, start_frames
 
 UNKNOWN_PAST = "the state that this run goes on from does not hold what was written into the cache"
@@ -40,6 +41,7 @@ FOREIGN = {  # what a prompt may carry for Wan models of other kinds, and where 
 IMAGE = "concat_latent_image"  # where nodes for image-to-video models put theirs
 GuiderConditioning = dict[str, Any]  # a prompt as ComfyUI's samplers see it
 Reader = Callable[[str], list[Any]]  # text to CONDITIONING
+WRITTEN_AGAIN = (RECODE, RECACHE, RECACHE_SINK)  # histories for which the frames so far have to be known
 
 
 @dataclass(frozen=True)
@@ -307,7 +309,10 @@ class GuiderTimeline:
         self.resumed_at, self.recoded_at = resumed_at, 0
         self.at_frame = dict(zip(starts[1:], later))
         for frame, (start, _) in self.at_frame.items():
-            if frame >= fixed_frames > 0 and start.history == "recode":
+            policy = cache_policy(network.settings.causal.policy)
+            if policy.remembers and start.history in WRITTEN_AGAIN:
+                policy.with_history(start.history)  # refused now, not when the prompt's time has come
+            if frame >= fixed_frames > 0 and start.history in WRITTEN_AGAIN:
                 raise ValueError(
                     f"the prompt at {start.seconds:g}s is to recode history, but {UNKNOWN_PAST}; use history 'keep'"
                 )
@@ -344,6 +349,10 @@ class GuiderTimeline:
     def _possible(self, history: str, start_frame: int) -> str:
         """Return what can become of the history for a typed prompt; say so where it is not what was asked for."""
         assert self.typed is not None
+        policy = cache_policy(self.network.settings.causal.policy)
+        if history in WRITTEN_AGAIN and policy.remembers:
+            self.typed.say(f"the new prompt holds from here on, with history '{policy.history}', as its policy says")
+            return policy.history
         if history == "recode" and not self.can_recode:
             self.typed.say(f"the new prompt holds from here on, with history 'keep': {UNKNOWN_PAST}")
             return "keep"

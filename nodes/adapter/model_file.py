@@ -120,14 +120,6 @@ def kind_in(checkpoint: Checkpoint) -> str:
     return FEW_STEP if is_few else BASE
 
 
-def _add_loras(patcher: Any, loras: Sequence[tuple[dict[str, Patch], float]]) -> None:
-    """Put LoRA on a MODEL as ComfyUI's own loader does: taken off when it is unloaded, and others go on top."""
-    keys = comfy.lora.model_lora_keys_unet(patcher.model, {})
-    for patches, strength in loras:
-        added = patcher.add_patches(comfy.lora.load_lora(comfyui_lora(patches), keys), strength)
-        assert len(added) == len(patches), f"ComfyUI takes {len(added)} of {len(patches)} parts of a LoRA"
-
-
 def _quantised(weights: ScaledWeights, dtype: torch.dtype | None, *, is_fast_fp8: bool) -> dict[str, Any] | None:
     """Return weights in 8 bits as ComfyUI's own quantised layers load them; None where they have to be widened.
 
@@ -186,6 +178,14 @@ def _choose_quantised(model_config: Any, checkpoint: Checkpoint) -> None:
         model_params=count_numbers(checkpoint.state_dict), supported_dtypes=supported, weight_dtype=None
     )
     model_config.set_inference_dtype(others, memory.unet_manual_cast(None, memory.get_torch_device(), supported))
+
+
+def _add_loras(patcher: Any, loras: Sequence[tuple[dict[str, Patch], float]]) -> None:
+    """Put LoRA on a MODEL as ComfyUI's own loader does: taken off when it is unloaded, and others go on top."""
+    keys = comfy.lora.model_lora_keys_unet(patcher.model, {})
+    for patches, strength in loras:
+        added = patcher.add_patches(comfy.lora.load_lora(comfyui_lora(patches), keys), strength)
+        assert len(added) == len(patches), f"ComfyUI takes {len(added)} of {len(patches)} parts of a LoRA"
 
 
 def _fill_scaled(network: nn.Module, weights: ScaledWeights, *, assign: bool) -> None:

@@ -30,6 +30,7 @@ from ..geometry import (
     latent_frames,
     pixel_frames,
 )
+from ..policy import CachePolicy, cache_policy
 from ..prompt_schedule import parse_schedule, schedule_note, start_frames
 from ..roofline.meter import Recipe
 from ..schedule import FlowSchedule
@@ -188,7 +189,7 @@ def plan_request(
     # Only now is the size known: it may be that of the video that is extended.
     file_format.check_size(size.width, size.height)
     timeline_of = {
-        text: _timeline(request, text, extent.chunk_lengths, fps)
+        text: _timeline(request, text, extent.chunk_lengths, fps, cache_policy(causal.policy))
         for text in dict.fromkeys(batch.text for batch in batches)
     }
     timelines = tuple(timeline_of[batch.text] for batch in batches)
@@ -289,10 +290,11 @@ def _check_files(request: Request, batches: Sequence[PromptBatch], fps: float) -
     return formats[0]  # all of one command have the same ending
 
 
-def _timeline(request: Request, text: str, lengths: Sequence[int], fps: float) -> Timeline:
+def _timeline(request: Request, text: str, lengths: Sequence[int], fps: float, policy: CachePolicy) -> Timeline:
     """Lay a schedule onto chunks of these lengths.
 
-    Raises ValueError unless its prompts begin inside the video, each in a chunk of its own.
+    Raises ValueError unless its prompts begin inside the video, each in a chunk of its own, and the policy can do what
+    they ask for to the frames so far.
     """
     entries = list(parse_schedule(text))
     starts = start_frames(entries, lengths, entries[0].fps or fps)
@@ -302,7 +304,7 @@ def _timeline(request: Request, text: str, lengths: Sequence[int], fps: float) -
     if note is not None:
         log.warning("%s", note)
     later = {
-        start: (entry.prompt, entry.history or request.history)
+        start: (entry.prompt, policy.with_history(entry.history or request.history).history)
         for start, entry in zip(starts[1:], entries[1:])
         if entry.prompt  # one without goes on with the prompt before
     }
@@ -405,7 +407,7 @@ def _given(request: Request, *names: str) -> dict[str, Any]:
 
 def _causal_options(request: Request, checkpoint: Checkpoint, notes: list[str]) -> dict[str, Any]:
     """Return what takes the place of the checkpoint's causal settings, or of the defaults where it has none."""
-    options = _given(request, "chunk", "window", "sink", "cache_source")
+    options = _given(request, "chunk", "window", "sink", "policy", "cache_source")
     if checkpoint.bidirectional is None:
         notes += _replaced(checkpoint.causal, options) if checkpoint.causal else []
         return options

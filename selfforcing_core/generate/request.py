@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..prompt_schedule import HISTORIES
+from ..policy import HISTORIES, POLICIES
 
 # Width, height and frames that a bundle was trained on; anything else is taken for a Wan 2.1 model.
 BUNDLE_SIZES = {"tiny": (64, 64, 33)}
@@ -109,11 +109,11 @@ class Request:
     text_encoder: str | None = _option(None, MODELS, "bundle, folder or UMT5 file (default: the model's bundle)")
 
     # what to show
-    history: str = _option(
-        "recode",
+    history: str | None = _option(
+        None,
         SHOWN,
-        "where the prompt changes: write the frames so far into the cache again under the new one, or keep them "
-        "(default: %(default)s)",
+        "where the prompt changes: recode writes the frames so far into the cache again under the new one, recache in "
+        "one pass, keep leaves them, flush forgets all but sink and last frames (default: the policy's; recode)",
         choices=HISTORIES,
     )
     negative: str = _option("", SHOWN, "what to keep away from, with --cfg")
@@ -149,6 +149,15 @@ class Request:
     chunk: int | None = _option(None, SAMPLED, f"latent frames denoised together {AS_STORED}")
     window: int | None = _option(None, SAMPLED, f"latent frames a chunk sees, itself included; -1: all {AS_STORED}")
     sink: int | None = _option(None, SAMPLED, f"first latent frames that stay visible for ever {AS_STORED}")
+    policy: str | None = _option(
+        None,
+        SAMPLED,
+        "what the cache keeps of a long video and at which positions, NAME[,key=value]: "
+        + ", ".join(POLICIES)
+        + " "
+        + AS_STORED,
+        metavar="NAME",
+    )
     cache_source: str | None = _option(
         None,
         SAMPLED,

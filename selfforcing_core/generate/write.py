@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..codecs.video import write_contact_sheet, write_video
+from ..policy import cache_policy
 from .plan import Plan, Timeline
 from .request import PromptBatch, Request
 
@@ -88,7 +89,7 @@ def batch_settings(plan: Plan, batch: PromptBatch, timeline: Timeline) -> dict[s
         "prompt": batch.prompt,
     }
     if timeline.has_times:
-        settings["history"] = request.history
+        settings["history"] = request.history or cache_policy(plan.causal.policy).history
     if batch.text != batch.prompt:
         settings["extended_prompt"] = batch.text
     return settings

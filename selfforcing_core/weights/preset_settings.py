@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
+from .. import policy
 from ..config import BidirectionalConfig, CausalConfig, StepConfig
 from ..experts import boundary_behind
 from .checkpoint import MERGED_ENTRY, Checkpoint, read_checkpoint, with_lora
@@ -26,8 +27,8 @@ from .recognise import Recognition, containers_in, fits_release, recognise
 Loras = Sequence[tuple[str | Path, float]]  # files and strengths
 ConfigT = TypeVar("ConfigT", CausalConfig, StepConfig)
 AUTO, NONE = "auto", "none"
-# What kv_cache.py does: a rolling window behind a sink, positions as in the video. Self-Forcing++ changed the training.
-POLICIES = ("self-forcing", "sf++")
+PLAIN = "sf++"  # Self-Forcing++ changed the training; its cache is Self Forcing's
+POLICIES = (*policy.POLICIES, PLAIN)
 # What a run cannot do without, and the options that give it.
 OPTIONS = {name: f"--{name.replace('_', '-')}" for name in ("chunk", "window", "sink", "cache_source")}
 OPTIONS |= {"steps": "--steps", "warp": "--warp-steps or --no-warp-steps", "shift": "--shift", "solver": "--solver"}
@@ -364,6 +365,8 @@ def preset_settings(preset: Preset, stored: SamplingSettings | None = None) -> S
 
 def _with_numbers(config: ConfigT, preset: Preset) -> ConfigT:
     values = {item.name: getattr(preset, item.name, None) for item in fields(config)}
+    if values.get("policy") not in policy.POLICIES:  # one that is refused, or needs none of its own
+        values.pop("policy", None)
     # No list for the first chunk is a number too: it takes every chunk's.
     keeps_none = {"first_chunk_steps"} if preset.steps is not None else set()
     return replace(

@@ -109,12 +109,6 @@ def open_contents(path: Path, weights: str) -> FileContents:
     return replace(contents, tensors=tensors, scales=scales)
 
 
-def open_lora(path: Path) -> FileContents:
-    """Return the LoRA of a file or folder as `FileContents.lora`, under its own names. Raises ValueError as above."""
-    contents = _open(path, "auto")
-    return contents if contents.lora else replace(contents, tensors={}, lora=contents.tensors)
-
-
 def without_fusions(contents: FileContents) -> FileContents:
     """Return a Wan transformer with every fused projection as its parts: views of its rows, of which nothing is copied.
 
@@ -133,6 +127,12 @@ def without_fusions(contents: FileContents) -> FileContents:
             if key in contents.scales:
                 scales[part] = contents.scales[key].part(index, len(parts))
     return replace(contents, tensors=tensors, scales=scales)
+
+
+def open_lora(path: Path) -> FileContents:
+    """Return the LoRA of a file or folder as `FileContents.lora`, under its own names. Raises ValueError as above."""
+    contents = _open(path, "auto")
+    return contents if contents.lora else replace(contents, tensors={}, lora=contents.tensors)
 
 
 def _open(path: Path, weights: str) -> FileContents:

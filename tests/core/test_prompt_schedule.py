@@ -278,6 +278,8 @@ def _write(network, cache, frames, prompt, place, start) -> Tensor:  # type: ign
     """Keys of layer 0 for frames whose place in the cache is not their place in the video."""
 
     class Placed:
+        position = start
+
         def __getattr__(self, name: str) -> object:
             return getattr(cache, name)
 

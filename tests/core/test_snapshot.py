@@ -26,6 +26,10 @@ POLICIES = [
     CausalConfig(2, window=5, sink=1),
     CausalConfig(2, window=4, independent_first_frame=True),
     CausalConfig(2, window=6, sink=3, context_noise=40.0),
+    CausalConfig(2, window=5, sink=1, policy="infinite"),
+    CausalConfig(2, window=6, sink=2, policy="reward,sink_average=0.5"),
+    CausalConfig(1, window=5, sink=1, policy="memrope,means=0.2/0.6"),
+    CausalConfig(2, window=6, policy="rolling-sink"),
 ]
 
 

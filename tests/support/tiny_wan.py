@@ -44,7 +44,7 @@ def guided(model: Any, text: Conditioning, options: dict[str, Any]) -> Guided:
 
 def ordered(cache: KVCache, layer: int) -> tuple[Tensor, Tensor]:
     """Copies of one layer's visible keys and values in the order of `KVCache.frames`; 8 bits as float32."""
-    slots = torch.tensor([cache._slot(frame) for frame in cache.frames()], dtype=torch.long)
+    slots = torch.tensor([cache.slot_of(frame) for frame in cache.frames()], dtype=torch.long)
     tokens = (slots[:, None] * cache.tokens_per_frame + torch.arange(cache.tokens_per_frame)).flatten()
     past = cache.past(layer)
     pairs = ((past.k_BSNK, past.k_scale), (past.v_BSNK, past.v_scale))

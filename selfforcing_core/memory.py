@@ -1,0 +1,175 @@
+"""What some cache policies remember beside the ring, each with its bytes, its reset and its place in a snapshot.
+
+The cache calls `advance` once for every new chunk, before its first pass: what is about to be evicted is still there,
+and the chunk before is final. Nothing here is read back to Python.
+
+Letters: B batch, S cached tokens, N heads, K head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .policy import CachePolicy
+from .rope import Axes, apply_rotary, time_turn
+
+AVERAGE = -2  # what a slot shows that holds no frame of the video
+Evicted = Sequence[tuple[int, int]]  # frame and slot of each frame that the new chunk overwrites, oldest first
+
+
+class Ring(Protocol):
+    """What a memory needs of the cache (`KVCache`)."""
+
+    policy: CachePolicy
+    start_frame: int
+    end_frame: int
+    capacity: int
+    sink: int
+    head: int
+    sink_start: int
+    head_dim: int
+    axes: Axes
+    tokens_per_frame: int
+    slot_frames: list[int]
+    slot_positions: list[float]
+
+    def slot_of(self, frame: int) -> int: ...
+    def table(self, position: int) -> Tensor: ...
+    def read_slots(self, slot: int, count: int) -> tuple[Tensor, Tensor]: ...
+    def write_slots(
+        self, slot: int, k: Tensor, v: Tensor | None, positions: Sequence[float], *, frame: int | None = None
+    ) -> None: ...
+
+
+class Memory:
+    """Tensors by name; which of them are filled is part of a snapshot, since an empty one is made at first use."""
+
+    def __init__(self, cache: Ring) -> None:
+        self.cache = cache
+        self.tensors: dict[str, Tensor] = {}
+
+    def reset(self) -> None:
+        """Forget everything; called when the cache is emptied."""
+        self.tensors = {}
+
+    def advance(self, evicted: Evicted, window_start: int) -> None:
+        """Follow the ring to its next chunk. window_start: the oldest frame of the ring that stays visible."""
+        raise NotImplementedError
+
+    def _turned(self, k_BSNK: Tensor, num_frames: float) -> Tensor:
+        cache = self.cache
+        return apply_rotary(k_BSNK, time_turn(cache.head_dim, num_frames, k_BSNK.device, cache.axes))
+
+
+class MovingSink(Memory):
+    """The sink as it was written, from which it is turned anew to stand right before the window.
+
+    Turned in place from chunk to chunk it would gather the rounding of every step of the way.
+    average: evicted frames enter it, slot by slot, by this share of the old (Reward Forcing, section 3.2).
+    """
+
+    def __init__(self, cache: Ring, average: float | None = None) -> None:
+        super().__init__(cache)
+        self.average = average
+
+    def advance(self, evicted: Evicted, window_start: int) -> None:
+        cache, count = self.cache, self.cache.sink
+        place = window_start - cache.head  # where the first frame of the sink comes to stand
+        is_moved = count > 0 and cache.slot_frames[0] >= 0 and place != cache.slot_positions[0]
+        if not (is_moved or (evicted and self.average is not None)):
+            return
+        if not self.tensors:
+            k, v = cache.read_slots(0, count)
+            # the values never turn; they are kept where an average changes them
+            self.tensors = {"sink_k": k} if self.average is None else {"sink_k": k, "sink_v": v}
+        if evicted and self.average is not None:
+            self._average(evicted)
+        k = self._turned(self.tensors["sink_k"], place - cache.sink_start)
+        frame = None if self.average is None else AVERAGE
+        cache.write_slots(0, k, self.tensors.get("sink_v"), [place + slot for slot in range(count)], frame=frame)
+
+    def _average(self, evicted: Evicted) -> None:
+        cache, tokens = self.cache, self.cache.tokens_per_frame
+        assert self.average is not None
+        for slot, (_, evicted_slot) in enumerate(evicted[: cache.sink]):
+            k, v = cache.read_slots(evicted_slot, 1)
+            # in the sink's own place: an average of keys that are turned differently is no key
+            k = self._turned(k, cache.sink_start + slot - cache.slot_positions[evicted_slot])
+            place = slice(slot * tokens, (slot + 1) * tokens)
+            self.tensors["sink_k"][:, :, place].lerp_(k, 1 - self.average)
+            self.tensors["sink_v"][:, :, place].lerp_(v, 1 - self.average)
+
+
+class Means(MovingSink):
+    """Behind the sink, a slow and a fast moving average of what left, each one frame of equal tokens (MemRoPE)."""
+
+    def __init__(self, cache: Ring, shares: Sequence[float]) -> None:
+        super().__init__(cache)
+        self.shares = shares
+
+    def advance(self, evicted: Evicted, window_start: int) -> None:
+        super().advance(evicted, window_start)
+        cache = self.cache
+        if evicted:
+            # the two frames in these slots make room at the first eviction and enter no average, as published
+            parts = [self._mean(frame_slot) for _, frame_slot in evicted]
+            k, v = (torch.stack(each).mean(0) for each in zip(*parts))
+            for name, share in zip(("slow", "fast"), self.shares):
+                if f"{name}_k" in self.tensors:
+                    self.tensors[f"{name}_k"].lerp_(k, share)
+                    self.tensors[f"{name}_v"].lerp_(v, share)
+                else:
+                    self.tensors |= {f"{name}_k": k.clone(), f"{name}_v": v.clone()}
+        if "slow_k" not in self.tensors:
+            return
+        for index, name in enumerate(("slow", "fast")):
+            place = window_start - len(self.shares) + index
+            k = self.tensors[f"{name}_k"].expand(-1, -1, cache.tokens_per_frame, -1, -1)
+            v = self.tensors[f"{name}_v"].expand_as(k)
+            cache.write_slots(cache.sink + index, apply_rotary(k, cache.table(place)), v, [place], frame=AVERAGE)
+
+    def _mean(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Return the mean over a frame's tokens of keys without any turn, and of values."""
+        k, v = self.cache.read_slots(slot, 1)
+        k = apply_rotary(k, self.cache.table(int(self.cache.slot_positions[slot])).conj())
+        return k.mean(2, keepdim=True), v.mean(2, keepdim=True)
+
+
+class Replay(Memory):
+    """The frames that first filled the cache, shown again in place of older ones, walked to and fro (Rolling Sink)."""
+
+    def advance(self, evicted: Evicted, window_start: int) -> None:
+        cache = self.cache
+        if not evicted:
+            return
+        chunk = cache.end_frame - cache.start_frame  # of the chunk before, which is final now
+        if not self.tensors:
+            k, v = cache.read_slots(0, cache.capacity)
+            self.tensors = {"early_k": k, "early_v": v}
+        if cache.start_frame < cache.capacity:
+            return
+        first, period = cache.start_frame - chunk, cache.capacity - chunk
+        lap, left = divmod(first, period)
+        tokens = cache.tokens_per_frame
+        for offset in range(chunk):
+            early = left + offset if lap % 2 == 0 else period - left - 1 - offset
+            place = slice(early * tokens, (early + 1) * tokens)
+            k = self._turned(self.tensors["early_k"][:, :, place], first + offset - early)
+            slot = cache.slot_of(first + offset)
+            cache.write_slots(slot, k, self.tensors["early_v"][:, :, place], [first + offset], frame=early)
+
+
+def new_memory(cache: Ring) -> Memory | None:
+    """Return what the cache's policy remembers, None for one that remembers nothing."""
+    policy = cache.policy
+    if policy.replays:
+        return Replay(cache)
+    if policy.means is not None:
+        return Means(cache, policy.means)
+    if policy.is_rebased or policy.sink_average is not None:
+        return MovingSink(cache, policy.sink_average)
+    return None

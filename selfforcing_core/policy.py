@@ -1,0 +1,121 @@
+"""Cache policies: what the cache keeps of a long video, at which positions, and what a change of the prompt does to it.
+
+All of them run on one ring (`kv_cache.py`) and one `rollout`. A policy is a record of plain values; what some of them
+remember beside the ring is in `memory.py`. Attention sees differences of positions alone, so "positions counted from 0
+in the order of the cache" is the same function as absolute positions with the sink moved to stand before the window:
+the window never turns, and a video has no last position.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+# What becomes of the frames so far when the prompt changes. Three different things are called recache in the field:
+# "recode" writes the frames of sink and window again one chunk after another, each seeing those before it; "recache"
+# writes the window again in one pass in which all of its frames see each other, and leaves the sink as it is under the
+# first prompt; "recache_sink" does that with the whole window of the cache, whose first frames become the sink.
+# "flush" forgets all but the sink and the last frames; "cut" does that and puts the next chunk far away.
+RECODE, KEEP, RECACHE, RECACHE_SINK, FLUSH, CUT = "recode", "keep", "recache", "recache_sink", "flush", "cut"
+HISTORIES = (RECODE, KEEP, RECACHE, RECACHE_SINK, FLUSH, CUT)
+
+
+@dataclass(frozen=True)
+class CachePolicy:
+    """One policy. Window and sink are those of CausalConfig; a policy says what they mean."""
+
+    name: str = "self-forcing"
+    is_rebased: bool = False  # the sink moves along, so that it always stands right before the window
+    history: str = RECODE  # what a change of the prompt does unless it says otherwise
+    kept: int = 2  # frames that a flush leaves beside the sink
+    cut_at: int = 45  # where the first frame of a chunk behind a cut stands, counted from the sink's first frame
+    sink_average: float | None = None  # share of the old in the moving average that evicted frames enter the sink by
+    means: tuple[float, float] | None = None  # share of the new in a slow and a fast average, one frame of cache each
+    replays: bool = False  # early frames take the places of older ones, walked to and fro
+
+    def __post_init__(self) -> None:
+        if self.history not in HISTORIES:
+            raise ValueError(f"history {self.history!r} is unknown; use {', '.join(HISTORIES)}")
+        if self.remembers and self.history in (RECODE, RECACHE, RECACHE_SINK):
+            raise ValueError(
+                f"policy {self.name} cannot {self.history}: it remembers frames that are gone, which nothing "
+                f"writes again; use {KEEP}, {FLUSH} or {CUT}"
+            )
+        shares = [self.sink_average, *(self.means or ())]
+        if any(share is not None and not 0 <= share <= 1 for share in shares):
+            raise ValueError(f"shares of averages {[share for share in shares if share is not None]} leave [0, 1]")
+        if self.kept < 0 or self.cut_at < 0:
+            raise ValueError(f"kept {self.kept} and cut_at {self.cut_at} are counts of frames; use 0 or more")
+
+    @property
+    def num_means(self) -> int:
+        """Return how many frames of the cache, behind the sink, hold averages once something was evicted."""
+        return 0 if self.means is None else len(self.means)
+
+    @property
+    def remembers(self) -> bool:
+        """Return whether the policy keeps something of frames that have left the window."""
+        return self.sink_average is not None or self.means is not None or self.replays
+
+    def with_history(self, history: str | None) -> CachePolicy:
+        """Return the policy with another answer to a change of the prompt; None leaves its own.
+
+        Raises ValueError for a word that is unknown, or that this policy cannot follow.
+        """
+        return self if history is None else replace(self, history=history)
+
+
+# Where each was read: docs/policies.md.
+SELF_FORCING = CachePolicy()
+_TABLE = (
+    SELF_FORCING,
+    CachePolicy("longlive", history=RECACHE),
+    CachePolicy("longlive-interactive", history=RECACHE_SINK),
+    CachePolicy("longlive-infinity", is_rebased=True, history=RECACHE),
+    CachePolicy("infinite", is_rebased=True, history=KEEP),
+    CachePolicy("infinity-rope", is_rebased=True, history=FLUSH),
+    CachePolicy("flashdreams", is_rebased=True, history=KEEP),
+    CachePolicy("lingbot2", history=KEEP),
+    CachePolicy("reward", is_rebased=True, history=KEEP, sink_average=0.999),
+    CachePolicy("memrope", is_rebased=True, history=KEEP, means=(0.01, 0.1)),
+    CachePolicy("rolling-sink", history=KEEP, replays=True),
+)
+POLICIES: Mapping[str, CachePolicy] = {policy.name: policy for policy in _TABLE}
+
+
+def cache_policy(text: str) -> CachePolicy:
+    """Return the policy of "NAME" or "NAME,key=value,...".
+
+    Raises ValueError for an unknown name or key, naming what comes near, and for a value that the key cannot have.
+    """
+    name, *settings = (word.strip() for word in text.split(","))
+    if name not in POLICIES:
+        near = difflib.get_close_matches(name, POLICIES, n=2) or list(POLICIES)
+        raise ValueError(f"policy {name!r} is unknown; use {' or '.join(near)}")
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, sign, value = setting.partition("=")
+        if key not in _READERS or not sign:
+            raise ValueError(f"policy {name} has no setting {setting!r}; use {'=..., '.join(_READERS)}=...")
+        try:
+            values[key] = _READERS[key](value)
+        except ValueError as error:
+            raise ValueError(f"policy {name}: {key}={value} cannot be read ({error})") from error
+    return replace(POLICIES[name], **values)
+
+
+def _shares(text: str) -> tuple[float, float]:
+    slow, fast = map(float, text.split("/"))
+    return slow, fast
+
+
+_READERS: Mapping[str, Callable[[str], Any]] = {
+    "history": str,
+    "kept": int,
+    "cut_at": int,
+    "sink_average": float,
+    "means": _shares,
+}
+assert set(_READERS) < {field.name for field in fields(CachePolicy)}
