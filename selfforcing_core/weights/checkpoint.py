@@ -212,7 +212,7 @@ def save_checkpoint(
     Raises ValueError when names or shapes do not fit the config, or when the path cannot be written.
     """
     expected = wan_shapes(config) if isinstance(config, WanConfig) else taehv_shapes(config)
-    difference = mismatch(expected, {name: tuple(tensor.shape) for name, tensor in stored_tensors(state_dict).items()})
+    difference = mismatch(expected, weight_shapes(state_dict))
     if difference:
         raise ValueError(f"{path}: not saved, {difference}")
     header = file_header(config, SamplingSettings(causal, steps, bidirectional, guidance, preset), latent_space)

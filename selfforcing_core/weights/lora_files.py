@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .checkpoint_header import LORA, SamplingSettings, json_object, one_line, read_lora_header
 from .keymap import DIALECT_PREFIXES, lora_module
-from .scaled import ScaledWeights, stored_tensors
+from .scaled import ScaledWeights, weight_shapes
 from .tensor_files import open_lora
 
 # What stands behind a module's name; the pairs are those that ComfyUI's loader knows.
@@ -343,15 +343,15 @@ def merge(weights: MutableMapping[str, Tensor], lora: Lora, strength: float) -> 
 
     Raises ValueError, naming the LoRA, unless every one of its parts fits a weight.
     """
-    stored = stored_tensors(weights)
-    strangers = [name for name in lora.patches if name not in stored]
+    shapes = weight_shapes(weights)
+    strangers = [name for name in lora.patches if name not in shapes]
     if strangers:
         raise ValueError(
             f"{lora.source}: {len(strangers)} of its {len(lora.patches)} parts are for parameters that this model does "
             f"not have, the first is {strangers[0]}; use the LoRA of this model"
         )
     for name, patch in lora.patches.items():
-        shape = tuple(stored[name].shape)
+        shape = shapes[name]
         if not patch.fits(shape):
             raise ValueError(
                 f"{lora.source}: does not fit this model, whose {name} is {list(shape)} and the LoRA's "
