@@ -51,7 +51,7 @@ RUNS: dict[str, tuple[int, tuple[float, ...], tuple[float, ...], str, tuple[int,
     "sfwan2.1": (3, WARPED, WARPED, "raw", (21, 0)),
 }
 # Whose file names tell them apart; the others have to be named.
-UNNAMED = ("streamdiffusionv2-t2v", "sfwan2.1", "lightx2v-i2v-14b")
+UNNAMED = ("longlive", "longlive-interactive", "streamdiffusionv2-t2v", "sfwan2.1", "lightx2v-i2v-14b")
 
 
 class Refused(Exception):
