@@ -453,7 +453,7 @@ def test_messages_name_settings_of_train_sample() -> None:
         in_keys("a smaller --cfg than 5, or another --dtype") == "a smaller guidance=... than 5, or another dtype=..."
     )
     assert in_keys("say so (--taehv-latents=wan2.1)") == "say so (latent_space=wan2.1)"
-    never = {"extend", "extend_prompt", "latents", "sheet", "roofline", "compile", "fps", "model"}
+    never = {"lora", "extend", "extend_prompt", "latents", "sheet", "roofline", "compile", "fps", "model"}
     known = {*SampleArgs.__dataclass_fields__}
     spoken = (*("generate/plan", "generate/run", "generate/write"), *("weights/load", "weights/bundles"))
     for file in (*spoken, "weights/latent_space"):
