@@ -1,1 +1,1 @@
-"""ComfyUI nodes: the only folder that knows ComfyUI. host.py talks to it, the others wear its types."""
+"""ComfyUI nodes: the only folder that knows ComfyUI. adapter/host.py talks to it, the others wear its types."""

@@ -19,7 +19,7 @@ class SelfForcingTwoExperts(io.ComfyNode):
             node_id="SelfForcingTwoExperts",
             display_name="Two Experts (Self Forcing)",
             category="SelfForcing",
-            search_aliases=["wan 2.2 a14b", "high noise low noise", "causalwan", "boundary", "mixture of experts"],
+            search_aliases=["a14b", "high noise low noise", "boundary", "mixture of experts"],
             description="Joins the two models of a Wan 2.2 A14B release: the samplers of this pack ask one of them at "
             "high and the other at low noise, and ComfyUI keeps in memory what fits. Put LoRA and other model nodes "
             "before it, on each model.",

@@ -350,6 +350,8 @@ class GuiderTimeline:
         """Return what can become of the history for a typed prompt; say so where it is not what was asked for."""
         assert self.typed is not None
         policy = cache_policy(self.network.settings.causal.policy)
+        if history == RECODE != policy.history and not policy.remembers:
+            self.typed.say(f"history 'recode' is used; its policy {policy.name} would say {policy.history!r}")
         if history in WRITTEN_AGAIN and policy.remembers:
             self.typed.say(f"the new prompt holds from here on, with history '{policy.history}', as its policy says")
             return policy.history

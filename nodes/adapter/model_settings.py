@@ -85,6 +85,11 @@ def preset_behind_widgets(preset: Preset, widgets: Settings) -> tuple[Settings, 
     }
     chosen = {name: own if own != default else read for name, (own, default, read) in values.items()}
     notes = [f"the model is run as {in_words(preset)}: chunk {chosen['chunk']}, shift {chosen['shift']:g}"]
+    if preset.lora is not None:  # what lies on a MODEL does not say where it came from
+        notes.append(
+            f"{preset.name} is a base and its LoRA ({preset.lora.file}): put that on this MODEL by a LoRA loader, or "
+            "it is another model"
+        )
     notes += [
         f"{preset.name} has {name} {read}; {own} is used"
         for name, (own, default, read) in values.items()

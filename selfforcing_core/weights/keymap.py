@@ -74,6 +74,7 @@ STRAY_BUFFERS = ("freqs", "rope.freqs", "rope.freqs_cos", "rope.freqs_sin")
 EMA_CONTAINERS = ("generator_ema", "ema", "ema_state_dict", "model_ema", "ema_model")
 RAW_CONTAINERS = ("generator", "model", "module", "state_dict", "model_state_dict")
 LORA_CONTAINERS = ("generator_lora",)
+CONTAINERS = frozenset((*EMA_CONTAINERS, *RAW_CONTAINERS, *LORA_CONTAINERS))
 # Those of them that also stand before the names, where a file of one level holds several networks (Lightning).
 PREFIX_CONTAINERS = ("generator", *EMA_CONTAINERS, *LORA_CONTAINERS)
 # Before a module's name in a LoRA: PEFT's, diffusers' and ComfyUI's. kohya's trainers and their kin write the path
@@ -175,6 +176,17 @@ def is_training_only(key: str) -> bool:
 def stray_keys(keys: Iterable[str]) -> list[str]:
     """Return the keys of tables that some trainers save beside the weights and every network computes itself."""
     return sorted(key for key in keys if to_wan(key) in STRAY_BUFFERS)
+
+
+def bare_names(keys: Iterable[str]) -> list[str]:
+    """Return the original Wan name of each key, without the containers that stand before it."""
+    names = []
+    for key in keys:
+        name = strip_wrappers(key)
+        while name.partition(".")[0] in CONTAINERS and "." in name:
+            name = name.partition(".")[2]
+        names.append(to_wan(name))
+    return names
 
 
 def wan_names(keys: Iterable[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from .. import policy
 from ..config import BidirectionalConfig, CausalConfig, StepConfig
 from ..experts import boundary_behind
-from .checkpoint import MERGED_ENTRY, Checkpoint, read_checkpoint, with_lora
+from .checkpoint import MERGED_ENTRY, Checkpoint, read_checkpoint, with_lora, with_loras
 from .checkpoint_header import SamplingSettings
 from .download import RELEASES, release_folder
 from .keymap import EMA_CONTAINERS
@@ -61,13 +61,15 @@ def read_with_preset(
     read, raise ValueError with the way to say it; else the notes say so and the file is run as if it were none.
     Raises ValueError for a preset that cannot run here, and for whatever is no checkpoint.
     """
-    checkpoint = read_checkpoint(path, weights=weights, loras=loras)
+    checkpoint = read_checkpoint(path, weights=weights)
+    merged = _merged(checkpoint)
+    checkpoint = with_loras(checkpoint, loras)
     given = {*given, "lora"} if loras else given  # at strength 0 too: so is the base alone asked for
     found = choose_preset(checkpoint, path, choice)
     preset, notes = _settled(found, path, checkpoint.settings, asks=asks)
     if preset is None:
         return PresetReading(checkpoint, None, tuple(notes))
-    refusal = obstacle(preset, path, (*given, *_merged(checkpoint)))
+    refusal = obstacle(preset, path, (*given, *merged))
     if refusal is not None:
         raise ValueError(f"{path}: {refusal}{_way_out(found)}")
     question = _open_question(preset, given)
@@ -78,7 +80,9 @@ def read_with_preset(
     if not fits_release(preset, checkpoint.key_shapes):
         notes.append(f"does not have the shapes of {in_words(preset)}, as which it is run")
     checkpoint = _with_weights(checkpoint, path, preset, weights, notes, by=found.by, loras=loras)
-    checkpoint, replaced = with_preset(_with_own_lora(checkpoint, path, preset, given), preset)
+    if not merged:
+        checkpoint = _with_own_lora(checkpoint, path, preset, loras, notes)
+    checkpoint, replaced = with_preset(checkpoint, preset)
     return PresetReading(checkpoint, preset, (*notes, *replaced))
 
 
@@ -109,7 +113,9 @@ def read_to_copy(
 
     A preset that cannot run here gives its name alone: whoever reads the copy refuses it, or has learnt to run it.
     """
-    checkpoint = read_checkpoint(path, weights=weights, loras=loras)
+    checkpoint = read_checkpoint(path, weights=weights)
+    merged = _merged(checkpoint)
+    checkpoint = with_loras(checkpoint, loras)
     found = choose_preset(checkpoint, path, choice)
     preset, notes = found.preset, []
     if read_pipeline(path).low_noise is not None:
@@ -122,9 +128,11 @@ def read_to_copy(
         return checkpoint, notes
     checkpoint = _with_weights(checkpoint, path, preset, weights, notes, by=found.by, loras=loras)
     given = ("lora",) if loras else ()
-    lacks = obstacle(preset, path, (*given, *_merged(checkpoint))) or _open_question(preset, ())
+    lacks = obstacle(preset, path, (*given, *merged)) or _open_question(preset, ())
     if lacks is None:
-        checkpoint, replaced = with_preset(_with_own_lora(checkpoint, path, preset, given), preset)
+        if not merged:
+            checkpoint = _with_own_lora(checkpoint, path, preset, loras, notes)
+        checkpoint, replaced = with_preset(checkpoint, preset)
         notes += replaced
     else:
         notes.append(f"{lacks}; the copy says that it is {preset.name}, and nothing of settings")
@@ -175,7 +183,8 @@ def _settled(
         return found.presets[0], [f"may be {names}, which run alike"]
     question = f"may be {names}, which run differently"
     refusals = [obstacle(preset) for preset in found.presets]
-    if not asks and None in refusals:
+    # Without its partner a file is another model, so that nothing goes on as if it were none of these.
+    if not asks and None in refusals and not any(preset.partner_files for preset in found.presets):
         return None, [f"{question}; it is run as if it were none of them until preset says which"]
     raise ValueError(f"{path}: {question}; say which by preset, or none of them by preset none")
 
@@ -328,15 +337,20 @@ def _merged(checkpoint: Checkpoint) -> tuple[str, ...]:
     return ("lora",) if MERGED_ENTRY in checkpoint.metadata else ()
 
 
-def _with_own_lora(checkpoint: Checkpoint, path: Path, preset: Preset, given: Collection[str]) -> Checkpoint:
-    """Return the checkpoint with the LoRA that belongs to its release, unless it has one, or another was given.
+def _with_own_lora(checkpoint: Checkpoint, path: Path, preset: Preset, loras: Loras, notes: list[str]) -> Checkpoint:
+    """Return the checkpoint with the LoRA that belongs to its release, beside those that were given.
 
-    `obstacle` has made sure that the file is there.
+    Given itself, at whatever strength, it is not merged twice. Where it does not lie beside the file, what was given is
+    taken for it, which a line says.
     """
-    if preset.lora is None or preset.lora.file is None or "lora" in (*given, *_merged(checkpoint)):
+    if preset.lora is None or preset.lora.file is None:
         return checkpoint
     file = partner_path(preset, path, preset.lora.file)
-    assert file is not None
+    if file is None:
+        notes.append(f"has no {preset.lora.file} beside it; the LoRA that was given is taken for that of {preset.name}")
+        return checkpoint
+    if any(Path(lora).resolve() == file.resolve() for lora, _ in loras):
+        return checkpoint
     return with_lora(checkpoint, read_lora(file, alpha=preset.lora.alpha))
 
 

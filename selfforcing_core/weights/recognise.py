@@ -15,14 +15,13 @@ from pathlib import Path, PurePath
 
 from ..shapes import Shapes
 from .checkpoint_header import PRESET_ENTRY, read_entries
-from .keymap import EMA_CONTAINERS, LORA_CONTAINERS, RAW_CONTAINERS, strip_wrappers, to_wan
+from .keymap import CONTAINERS, bare_names
 from .presets import NO_WEIGHTS, PRESETS, Preset, Sizes, find_preset
 from .variants import variant_among
 
 FSDP_INFIX = "_fsdp_wrapped_module."
 # Names that many files and folders have which are no such release; they count only beside one that is its own.
 COMMON_NAMES = ("*", "model.pt", "base.pt", "lora.pt", "ema_model.pt", "models", "transformer", "transformer_2")
-_CONTAINERS = (*EMA_CONTAINERS, *RAW_CONTAINERS, *LORA_CONTAINERS)
 FINGERPRINT_BYTES = 1 << 20
 # fingerprint -> preset. It holds only files that were at hand when the line was written, and none was yet.
 FINGERPRINTS: dict[str, str] = {}
@@ -98,17 +97,10 @@ class _Network:
 
 
 def _network(shapes: Shapes) -> _Network:
-    wan_shapes = {_wan_name(key): tuple(shape) for key, shape in shapes.items()}  # of two sets of weights one
+    wan_shapes = dict(zip(bare_names(shapes), map(tuple, shapes.values())))  # of two sets of weights one
     downs = (shape for key, shape in shapes.items() if "self_attn.q.lora_A" in key and len(shape) == 2)
     lora_width = next((shape[1] for shape in downs), None)
     return _Network(_sizes(wan_shapes), tuple(wan_shapes), variant_among(wan_shapes), lora_width)
-
-
-def _wan_name(key: str) -> str:
-    name = strip_wrappers(key)
-    while name.partition(".")[0] in _CONTAINERS and "." in name:
-        name = name.partition(".")[2]
-    return to_wan(name)
 
 
 def _sizes(shapes: Shapes) -> Sizes | None:
@@ -170,7 +162,7 @@ def containers_in(shapes: Shapes) -> set[str]:
 def _containers_of(key: str) -> Iterator[str]:
     """Yield the containers before a name; "model." alone is what Self Forcing leaves in every name, and none."""
     for part in key.split("."):
-        if part not in _CONTAINERS:
+        if part not in CONTAINERS:
             return
         if part not in ("model", "module"):
             yield part

@@ -45,6 +45,10 @@ def violations(path: str, source: str) -> list[str]:
         is_host = top.startswith("comfy") or top in HOST
         if top in ROOMS and room in ("", "nodes", "selfforcing_core"):
             broken.append(f"{path}:{line} must import {name} relatively, or not at all")
+        if {room, top} == {"nodes", "train"}:
+            broken.append(f"{path}:{line} imports {name}: nodes and train never meet")
+        if top == "nodes" and room == "bench":
+            broken.append(f"{path}:{line} imports {name}: only ComfyUI imports nodes")
         if is_host and room != "nodes" and not path.startswith("tests/comfyui/"):
             broken.append(f"{path}:{line} imports {name}: only nodes/ knows the host")
         if top in TRAINING_ONLY and room in ("", "nodes", "selfforcing_core"):

@@ -39,7 +39,7 @@ CORE_TESTS = (
     "download",
     "snapshot",
     "text",
-    "prompts",
+    "prompt_files",
     "media",
     "video",
 )
@@ -75,7 +75,7 @@ def outcome(name: str, python: Path, tests: tuple[str, ...]) -> dict[str, Any]:
     code = f"import importlib.metadata, json, sys; names = {SAID}; "
     code += "print(json.dumps([sys.version.split()[0], *map(importlib.metadata.version, names)]))"
     installed = json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
-    files = [f"tests/test_{test}.py" for test in tests]
+    files = [str(next((ROOT / "tests").glob(f"*/test_{test}.py")).relative_to(ROOT)) for test in tests]
     begun = time.monotonic()
     done = subprocess.run(
         [python, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", *files],
