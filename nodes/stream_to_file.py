@@ -143,8 +143,9 @@ class SelfForcingStreamToFile(io.ComfyNode):
             "not grow with the length. The file can be played after a stop or a crash as far as it was made."
         )
         # In the order in which they were added over time, which saved workflows rely on: pace came after fps.
+        # How steps are read is left to the MODEL here: two widgets more, and the node is higher than a window.
         later = ("pace", "warp", "first_chunk_steps")
-        pace, *steps = (entry for entry in schema.inputs if entry.id in later)
+        pace = next(entry for entry in schema.inputs if entry.id == "pace")
         schema.inputs = [
             *(entry for entry in schema.inputs if entry.id not in ("keep_state", *later)),
             io.String.Input(
@@ -177,7 +178,6 @@ class SelfForcingStreamToFile(io.ComfyNode):
                 tooltip="Sound of the video from its first frame on, cut at the video's end; silence follows a shorter "
                 "one. A batch of sounds gives each video its own. webp and gif have none.",
             ),
-            *steps,
         ]
         schedule = schema.outputs[-1]
         schema.outputs = [

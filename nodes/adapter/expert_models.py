@@ -106,6 +106,10 @@ class GuidedExperts(Experts):
         return self.networks[HIGH].cache_dtype
 
     @property
+    def settings(self) -> Settings:
+        return self.networks[HIGH].settings
+
+    @property
     def num_caches(self) -> int:
         return sum(network.num_caches for network in self.networks)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-WIDTH, NOTE_WIDTH, SAMPLER_WIDTH = 320, 430, 320  # pixels of the canvas at 100 %
+WIDTH, NOTE_WIDTH, SAMPLER_WIDTH = 320, 430, 380  # pixels of the canvas at 100 %
 COLUMN_GAP, ROW_GAP, GROUP_GAP = 70, 24, 40
 TITLE = 30  # above a node's place
 PADDING, HEADER = 20, 46  # between a group's frame and its nodes; above them

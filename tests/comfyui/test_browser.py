@@ -168,7 +168,6 @@ def test_widgets_at_auto_say_so_and_a_lengths_arrows_go_by_chunks(report: dict[s
         "chunk \u00b7 auto",
         "sink \u00b7 none",
         "quality \u00b7 auto",
-        "first_chunk_steps \u00b7 auto",
     ]
     assert result["after"] == [
         "shift \u00b7 auto",
@@ -176,7 +175,6 @@ def test_widgets_at_auto_say_so_and_a_lengths_arrows_go_by_chunks(report: dict[s
         "window \u00b7 whole video",
         "sink \u00b7 none",
         "quality \u00b7 auto",
-        "first_chunk_steps \u00b7 auto",
     ]
     if renderer == "vue":
         assert "window \u00b7 whole video" in result["text"]

@@ -48,7 +48,7 @@ INPUT_ORDER["SelfForcingStreamToFile"] = {
     "required": [*INPUT_ORDER["SelfForcingStreamSampler"]["required"], "filename_prefix", "format", "fps"],
     "optional": [
         *(name for name in INPUT_ORDER["SelfForcingStreamSampler"]["optional"][:-2] if name != "keep_state"),
-        "quality", "audio", "warp", "first_chunk_steps",
+        "quality", "audio",
     ],
 }  # fmt: skip
 OUTPUTS = {
