@@ -409,7 +409,8 @@ def test_a_run_waits_for_its_viewer(outcome: dict[str, Any]) -> None:
     }
     assert outcome.keys() == bounds.keys()
     for name, (least, most) in bounds.items():
-        assert least - 0.05 <= outcome[name] < most + 0.5, (name, outcome[name])
+        # Under load the clock of whoever shows starts up to a tenth before that of the one that waits.
+        assert least - 0.1 <= outcome[name] < most + 0.5, (name, outcome[name])
     assert set(states) == {"sampling", "ahead", "held", "done"}
     assert last == {
         "ending": "stopped",
