@@ -71,6 +71,12 @@ def read_pair(
         check_pair(checkpoint.config, low.config)
         if request.low_noise is not None and path.resolve() == low_path.resolve():
             raise ValueError(f"{low_path} is given as --model and as --low-noise; they are two files")
+        if _is_named(path, "low") or _is_named(low_path, "high"):
+            # Swapped, both run and the video is noise that looks like a bad model.
+            raise ValueError(
+                f"by their names {path.name} is not for high noise, or {low_path.name} not for low noise; give the "
+                "high-noise network as --model and the other as --low-noise, or rename them"
+            )
         return Pair(low, folder.boundary)
     stored = folder.boundary if checkpoint.steps is None else checkpoint.steps.boundary
     signs = {
@@ -87,6 +93,10 @@ def read_pair(
     if part is not None:
         notes.append(f"is one of two networks by its name ({part}) and runs alone; give the other as --low-noise")
     return None
+
+
+def _is_named(path: Path, half: str) -> bool:
+    return any(part in path.name.lower() for part in NAME_PARTS if part.startswith(half))
 
 
 def takes_turns(request: Request, recipe: Recipe, device: torch.device) -> bool:

@@ -7,6 +7,7 @@ there is not, for a file that has to lie beside it, for a number that nobody has
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePath
@@ -235,7 +236,7 @@ def unable(preset: Preset) -> str | None:
 def partner_path(preset: Preset, path: Path, file: str) -> Path | None:
     """Return the file or folder that belongs to a release's first one, which lies at `path`; None where it does not.
 
-    It lies where the repository has it, or beside the first one.
+    It lies where the repository has it, or beside the first one. Raises ValueError where several may be meant.
     """
     path, name = path.expanduser(), PurePath(file)
     depths = {len(PurePath(first).parts) for first in preset.files} | {1}
@@ -245,9 +246,19 @@ def partner_path(preset: Preset, path: Path, file: str) -> Path | None:
         if is_folder and (root / name.parent).is_dir():
             return root / name.parent
         partners = [] if is_folder or not root.is_dir() else sorted(each for each in root.glob(pattern) if each != path)
+        if len(partners) > 1:  # of several versions in one folder: the one whose name differs in the fewest words
+            differences = {each: len(_words(each) ^ _words(path)) for each in partners}
+            partners = [each for each in partners if differences[each] == min(differences.values())]
+        if len(partners) > 1:
+            names = ", ".join(each.name for each in partners)
+            raise ValueError(f"{path}: several files may belong to it ({names}); leave one of them in {root}")
         if partners:
             return partners[0]
     return None
+
+
+def _words(path: Path) -> set[str]:
+    return set(re.split(r"[_\W]+", path.stem.lower()))
 
 
 def _open_settings(preset: Preset, given: Collection[str] = ()) -> list[str]:

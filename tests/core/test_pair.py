@@ -361,3 +361,11 @@ def test_a_presets_twin_is_found_beside_its_file(
     assert "which needs wan2.2_i2v_A14b_low_noise_lightx2v_4step*.safetensors beside it" in line
     assert "download lightx2v-wan2.2-i2v" in line
     assert main(command(files, high, tmp_path, *more, "--low-noise", elsewhere)) == 0, capsys.readouterr().err
+
+
+def test_networks_that_are_swapped_by_their_names_are_refused(files: Path, tmp_path: Path) -> None:
+    swapped = {half: tmp_path / f"wan_{half}_noise.safetensors" for half in ("high", "low")}
+    for path in swapped.values():
+        path.write_bytes((files / "low.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="is not for high noise"):
+        planned(files, swapped["low"], tmp_path, low_noise=str(swapped["high"]))

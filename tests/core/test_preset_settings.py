@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from selfforcing_core.weights import preset_settings
 from selfforcing_core.weights.bundles import bundle_path
 from selfforcing_core.weights.checkpoint import read_checkpoint, save_checkpoint
 from selfforcing_core.weights.convert import convert
-from selfforcing_core.weights.preset_settings import obstacle, read_with_preset, unable
+from selfforcing_core.weights.preset_settings import obstacle, partner_path, read_with_preset, unable
 from selfforcing_core.weights.presets import PRESETS
 from tests.support import fakes
 
@@ -394,3 +395,18 @@ def test_the_page_of_models_is_the_table(capsys: pytest.CaptureFixture[str]) -> 
     page = (Path(__file__).parents[2] / "docs/models.md").read_text(encoding="utf-8")
     assert main(["presets", "--markdown"]) == 0
     assert capsys.readouterr().out.strip() in page
+
+
+def test_of_two_versions_the_partner_is_that_of_the_same_version(tmp_path: Path) -> None:
+    preset, names = PRESETS["lightx2v-wan2.2-i2v"], {}
+    assert preset.twin is not None
+    for half, version in itertools.product(("high", "low"), ("", "_1030")):
+        path = tmp_path / f"wan2.2_i2v_A14b_{half}_noise_lightx2v_4step{version}.safetensors"
+        path.touch()
+        names[half, version] = path
+    for version in ("", "_1030"):
+        assert partner_path(preset, names["high", version], preset.twin.file) == names["low", version]
+    names["low", ""].rename(tmp_path / "wan2.2_i2v_A14b_low_noise_lightx2v_4step_720.safetensors")
+    nameless = names["high", ""].rename(tmp_path / "wan2.2_high_noise_4step.safetensors")
+    with pytest.raises(ValueError, match="several files may belong to it"):
+        partner_path(preset, nameless, preset.twin.file)
