@@ -22,6 +22,7 @@ from ..codecs.sound import Sound, sound_of
 from ..codecs.video_formats import VideoFormat, check_video
 from ..codecs.video_reader import TRAINED_FPS, GivenVideo, given_video
 from ..config import CausalConfig, StepConfig, WanConfig
+from ..experts import boundary_behind
 from ..geometry import (
     SPATIAL_FACTOR,
     TEMPORAL_FACTOR,
@@ -179,7 +180,7 @@ def plan_request(
     steps = _with_shift(request, reading, folder, steps, notes)
     if pair is not None:
         notes += ["has two networks; --lora is merged into that for high noise alone"] if request.lora else []
-        steps = pair.divided(request, causal, steps, notes)
+        steps = pair.divided(request, causal, _divided_by_count(request, preset, steps), notes)
     source = _source(request, config, fps)
     usual = _usual_size(request.model, preset)
     extent = _extent(request, causal, source, usual, is_whole=is_whole, is_prefixed=is_prefixed)
@@ -387,6 +388,14 @@ def _settings(
     return causal, steps, cfg
 
 
+def _divided_by_count(request: Request, preset: Preset | None, steps: StepConfig) -> StepConfig:
+    """Return the steps with the boundary of a preset that counts them, at the noise which they have in this run."""
+    step = None if preset is None or preset.twin is None else preset.twin.boundary_step
+    if step is None or request.boundary is not None or request.boundary_step is not None:
+        return steps
+    return replace(steps, boundary=boundary_behind(steps, step))
+
+
 def _with_shift(
     request: Request, reading: PresetReading, folder: PipelineFolder, steps: StepConfig, notes: list[str]
 ) -> StepConfig:
@@ -395,6 +404,7 @@ def _with_shift(
         return steps
     is_said = reading.checkpoint.steps is not None if reading.preset is None else reading.preset.shift is not None
     if request.shift is None and not is_said:
+        notes.append(f"is sampled with shift {folder.shift:g}, as its scheduler_config.json says")
         return replace(steps, shift=folder.shift)
     notes.append(f"says shift {folder.shift:g} in its scheduler_config.json; {steps.shift:g} is used")
     return steps

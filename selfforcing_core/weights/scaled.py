@@ -108,9 +108,12 @@ class ScaledWeights(MutableMapping[str, Tensor]):
     def remark(self) -> str:
         """Return a line that says how weights are stored and that they are widened."""
         kinds = ", ".join(sorted({scale.kind for scale in self.scales.values()}))
+        plain = [name for name, x in self.stored.items() if x.dtype in FORMATS.values() and name not in self.scales]
+        # Not refused: nobody says that a writer scales every weight. A lost scale looks the same, and ruins the video.
+        unscaled = f"; {len(plain)} more have none and are read as they stand, the first is {plain[0]}" if plain else ""
         return (
             f"{len(self.scales)} weights are stored in 8 bits or fewer with scales ({kinds}) and are widened as they "
-            "are read, by default to bfloat16; scales for 8-bit activations are not used"
+            f"are read, by default to bfloat16; scales for 8-bit activations are not used{unscaled}"
         )
 
 

@@ -22,6 +22,7 @@ from selfforcing_core.generate.plan import plan_request
 from selfforcing_core.generate.request import PromptBatch, Request
 from selfforcing_core.model import CausalWan
 from selfforcing_core.roofline.meter import Recipe
+from selfforcing_core.schedule import FlowSchedule
 from selfforcing_core.weights.bundles import bundle_path
 from selfforcing_core.weights.checkpoint import read_checkpoint, save_checkpoint
 from selfforcing_core.weights.pipeline_folder import read_pipeline
@@ -208,6 +209,19 @@ def test_a_pair_with_36_channels_runs_from_a_picture_at_once_and_in_chunks(
         steps = json.loads(capsys.readouterr().out)["steps"]
         # just above 833.3, the first step of the low-noise network
         assert 0.8333 < steps["boundary"] < 0.8334
+
+
+@pytest.mark.parametrize("shift", [5, 10])
+def test_a_boundary_that_is_counted_in_steps_stays_there_at_another_shift(
+    files: Path, tmp_path: Path, shift: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LightX2V's third step is the low-noise network's first, whatever noise it has."""
+    for name, preset in tiny_presets().items():
+        monkeypatch.setitem(PRESETS, name, preset)
+    high = pipeline(tmp_path / "model", "lightx2v-wan2.2-i2v")
+    plan = planned(files, high, tmp_path, preset="lightx2v-wan2.2-i2v", shift=shift)
+    levels = [timestep / 1000 for timestep in FlowSchedule(plan.steps).timesteps]
+    assert [level >= plan.steps.boundary for level in levels] == [True, True, False, False]
 
 
 # ----------------------------------------------------------------- refusals --

@@ -228,3 +228,13 @@ def test_a_scaled_network_needs_no_more_than_its_bfloat16_form_and_a_layer(tmp_p
         model, _ = load_model(tmp_path / "m.safetensors", dtype=torch.bfloat16)
     assert sum(parameter.nbytes for parameter in model.parameters()) == wide
     assert wide <= copies.peak < wide + layer
+
+
+def test_a_weight_in_8_bits_without_its_scale_is_said(tmp_path: Path) -> None:
+    """Read as it stands: not every writer scales every weight, but a lost scale looks the same."""
+    stored, header, _ = scaled("scale_weight")
+    key = next(key for key in stored if key.endswith(".scale_weight"))
+    del stored[key]
+    save_file(stored, tmp_path / "a.safetensors", header)
+    (note,) = (note for note in read_checkpoint(tmp_path / "a.safetensors").notes if "have none" in note)
+    assert f"1 more have none and are read as they stand, the first is {key.removesuffix('scale_weight')}weight" in note
