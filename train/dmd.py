@@ -35,7 +35,7 @@ from train.gan import Adversarial, Discriminator, Heads
 from train.losses import score_timesteps
 from train.networks import Source, build, wide
 from train.randomness import Draws, key_of
-from train.roles import Levels, Matching, Score, ScoreDraw, Student, loss_window, score_bounds
+from train.roles import DistributionMatching, Levels, ScoreDraw, ScoreNetwork, Student, loss_window, score_bounds
 from train.supply import Supply, text_row
 from train.update_cost import copies_of, distillation_work
 from train.validation import Sampling
@@ -263,9 +263,9 @@ class Distillation(Trainer):
 
     def _add_matching(self, built: dict[str, Any]) -> None:
         args, levels = self.args, Levels(rule=self.args.score_levels)
-        self.matching = Matching(
-            Score(self.finite.watch(finite.TEACHER, built[TEACHER].network), levels),
-            Score(self.finite.watch(finite.CRITIC, built[CRITIC].network), levels),
+        self.matching = DistributionMatching(
+            ScoreNetwork(self.finite.watch(finite.TEACHER, built[TEACHER].network), levels),
+            ScoreNetwork(self.finite.watch(finite.CRITIC, built[CRITIC].network), levels),
             guidance=args.guidance,
             levels=Levels(args.score_shift, args.score_levels),
             score=args.score,

@@ -47,7 +47,7 @@ class Levels:
 
 
 @dataclass(frozen=True)
-class Score:
+class ScoreNetwork:
     """A bidirectional network that says what clean clip a noisy one came from."""
 
     network: Any
@@ -144,11 +144,11 @@ def loss_window(clip_BTCHW: Tensor, frames: int, reencode: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Matching:
+class DistributionMatching:
     """Distribution matching of the student's clips with the teacher's, through a critic."""
 
-    teacher: Score
-    critic: Score
+    teacher: ScoreNetwork
+    critic: ScoreNetwork
     guidance: float  # on the teacher, in the usual meaning: 1 is none
     levels: Levels = Levels(5.0)  # of the noise that clips are compared under; 5 is the reference's timestep_shift
     score: str = "dmd"  # dmd or sid

@@ -22,7 +22,7 @@ from tests.support.golden_fixture import FOLDER, Fixture, GivenNoise
 from train.data import ClipDatabase, read_pairs
 from train.forcing import Forcing, Trajectories
 from train.losses import score_timesteps
-from train.roles import Levels, Matching, Score, ScoreDraw, Student, loss_window, score_bounds
+from train.roles import DistributionMatching, Levels, ScoreDraw, ScoreNetwork, Student, loss_window, score_bounds
 
 
 def _one(fixture: Fixture, role: str) -> Fixture:
@@ -37,7 +37,7 @@ def _condition(fixture: Fixture, embeds: str) -> Conditioning:
     return Conditioning(fixture[embeds], fixture["y"].transpose(1, 2), fixture["clip_fea"].float())
 
 
-def _parts(fixture: Fixture) -> tuple[Student, Matching]:
+def _parts(fixture: Fixture) -> tuple[Student, DistributionMatching]:
     training, shifts = fixture.meta["training"], fixture.meta["scheduler_shift"]
     listed = tuple(map(float, training["denoising_step_list"]))
     steps = StepConfig(listed, shifts["generator"], training["warp_denoising_step"], "table")
@@ -47,9 +47,9 @@ def _parts(fixture: Fixture) -> tuple[Student, Matching]:
     student = Student(
         _one(fixture, "generator").wan(), causal, steps, context_sigma=float(sigma_table(shifts["generator"])[-1])
     )
-    matching = Matching(
-        teacher=Score(_one(fixture, "real").wan(), Levels(shifts["real"], "table")),
-        critic=Score(_one(fixture, "fake").wan(), Levels(shifts["fake"], "table")),
+    matching = DistributionMatching(
+        teacher=ScoreNetwork(_one(fixture, "real").wan(), Levels(shifts["real"], "table")),
+        critic=ScoreNetwork(_one(fixture, "fake").wan(), Levels(shifts["fake"], "table")),
         guidance=training["guidance_scale"] + 1,  # the reference counts from the conditional prediction
         levels=Levels(shifts["generator"], "table"),
         score="sid" if fixture.meta["kind"].startswith("sid") else "dmd",
@@ -119,7 +119,9 @@ def _check_loss(fixture: Fixture, loss: Tensor, name: str = "loss") -> None:
     fixture.check(name, loss, rtol=fixture.meta["tolerance"]["loss_rtol"], atol=1e-6)
 
 
-def _check_student(fixture: Fixture, student: Student, matching: Matching, x: Tensor, counted: Tensor | None) -> None:
+def _check_student(
+    fixture: Fixture, student: Student, matching: DistributionMatching, x: Tensor, counted: Tensor | None
+) -> None:
     draw = _score_draw(fixture)
     if "score.timestep" in fixture.tensors:
         fixture.check("score.timestep", draw.timesteps_B)
@@ -173,7 +175,7 @@ def check_critic(fixture: Fixture) -> None:
     _check_critic(fixture, student, matching, "")
 
 
-def _check_critic(fixture: Fixture, student: Student, matching: Matching, prefix: str) -> None:
+def _check_critic(fixture: Fixture, student: Student, matching: DistributionMatching, prefix: str) -> None:
     x, draw = _sample(fixture, student, with_gradient=False, prefix=prefix), _score_draw(fixture, prefix)
     if "pred" in fixture.tensors and not prefix:
         fixture.check("pred", x)

@@ -27,7 +27,7 @@ from train.engine import STUDENT
 from train.export import ExportArgs, export, sampled_as
 from train.losses import dmd_gradient, dmd_loss, score_timesteps, sid_loss
 from train.ode import Regression
-from train.roles import Matching, ScoreDraw, score_bounds
+from train.roles import DistributionMatching, ScoreDraw, score_bounds
 from train.sample import SampleArgs, sample
 
 FIRST = ["first_frame=clips", "independent_first_frame=true", "chunk=3"]
@@ -72,7 +72,7 @@ class Spy:
 
 
 class Compared:
-    """In place of `Matching`: remembers what was to be compared."""
+    """In place of `DistributionMatching`: remembers what was to be compared."""
 
     def student_loss(
         self, x: Tensor, draw: ScoreDraw, positive: Any, negative: Any, counted: Any
@@ -290,7 +290,7 @@ def test_teacher_and_critic_are_guided_by_scales_of_their_own() -> None:
 
     teacher: Any = Score(5.0, 2.0)
     critic: Any = Score(3.0, 1.0)
-    matching = Matching(teacher, critic, guidance=4.0, critic_guidance=1.5)
+    matching = DistributionMatching(teacher, critic, guidance=4.0, critic_guidance=1.5)
     x = torch.zeros(1, 2, 1, 1, 1)
     draw = ScoreDraw(torch.tensor([500.0]), torch.zeros_like(x))
     conditions = [Conditioning(torch.full((1, 1, 1), value)) for value in (1.0, 0.0)]

@@ -30,7 +30,7 @@ from selfforcing_core.model import CausalWan
 from selfforcing_core.noise import SeededNoise
 from selfforcing_core.weights.checkpoint import read_checkpoint
 from train.losses import score_timesteps
-from train.roles import Matching, Score, ScoreDraw, Student
+from train.roles import DistributionMatching, ScoreDraw, ScoreNetwork, Student
 from train.tiny.data import LATENT_FRAMES, Clips
 from train.tiny.diffusion import CAUSAL, SHIFT, STEPS, average_gradients, save
 
@@ -62,7 +62,9 @@ class TinyDistillation:
         self.optimiser = torch.optim.AdamW(self.student.parameters(), args.lr, betas, weight_decay=0.01)
         self.critic_optimiser = torch.optim.AdamW(self.critic.parameters(), args.lr_critic, betas, weight_decay=0.01)
         self.sampler = Student(self.student, CAUSAL, STEPS, loss_frames=LATENT_FRAMES)
-        self.matching = Matching(Score(self.teacher), Score(self.critic), guidance=args.guidance)
+        self.matching = DistributionMatching(
+            ScoreNetwork(self.teacher), ScoreNetwork(self.critic), guidance=args.guidance
+        )
         self.rollouts = 0
 
     def sample(self, condition: Conditioning, *, with_gradient: bool) -> Tensor:
