@@ -163,7 +163,11 @@ class TAEHVAutoencoder:
         operations = comfy.ops.manual_cast  # layers that cast their weights to their input's type as they are called
         self.first_stage_model = TAEHV(checkpoint.config, operations=operations, dtype=self.vae_dtype)
         self.first_stage_model.load_state_dict(checkpoint.state_dict)
-        self.first_stage_model.eval().requires_grad_(False)
+        self.first_stage_model.fold(operations).eval().requires_grad_(False)
+        # by the names of the file, for nodes that save a VAE: a folded network has none for the layers that it joined
+        self.file_weights = {
+            name: tensor.to(self.vae_dtype, copy=True) for name, tensor in checkpoint.state_dict.items()
+        }
         self.latent_channels = checkpoint.config.latent_channels
         self.patcher = host.patcher_of(self.first_stage_model, self.device, memory.vae_offload_device(), dynamic=False)
 
@@ -173,11 +177,10 @@ class TAEHVAutoencoder:
         return own.to(self.device, self.vae_dtype)
 
     def working_bytes(self, latent_height: int, latent_width: int) -> float:
-        """Return the memory that decoding one latent frame takes at most: its frames at full size in a few copies."""
+        """Return the memory that coding one frame takes at most: the frame at full size in a few copies."""
         widest = max(self.first_stage_model.config.decoder_widths)
         # 8 by 8 pixels for each place of a latent, in the decoder's widest feature map.
-        pixels = 64 * latent_height * latent_width * self.first_stage_model.frames_per_latent
-        return 3.0 * pixels * widest * self.vae_dtype.itemsize
+        return 3.0 * 64 * latent_height * latent_width * widest * self.vae_dtype.itemsize
 
     def decode(self, samples_BCTHW: Tensor, **_: Any) -> Tensor:
         """Decode LATENT samples to frames [B, V, H, W, R]; check for interruption before every latent frame."""
@@ -202,10 +205,9 @@ class TAEHVAutoencoder:
         """Encode IMAGE frames [V, H, W, R] of one video (or [B, V, H, W, R]) to LATENT samples."""
         # VAE Encode gives the frames of one video as a batch of pictures.
         frames = pixels_VHWR[None] if pixels_VHWR.ndim == 4 else pixels_VHWR
-        host.load(
-            [self.patcher],
-            working_bytes=frames.shape[1] * self.working_bytes(*(side // SPATIAL_FACTOR for side in frames.shape[2:4])),
-        )
+        size = (side // SPATIAL_FACTOR for side in frames.shape[2:4])
+        group = self.first_stage_model.frames_per_group  # as many are encoded at once, however long the video is
+        host.load([self.patcher], working_bytes=group * self.working_bytes(*size))
         # Pictures may have a fourth channel, for transparency.
         frames_BVRHW = rearrange(frames[..., :3], "b v h w r -> b v r h w").to(self.device, self.vae_dtype)
         encoded_BTCHW = self.first_stage_model.encode(frames_BVRHW)
@@ -230,7 +232,7 @@ class TAEHVAutoencoder:
 
     def get_sd(self) -> dict[str, Tensor]:
         """Return the weights, for nodes that save a VAE."""
-        return self.first_stage_model.state_dict()
+        return dict(self.file_weights)
 
 
 def taehv_autoencoder(vae: Any) -> TAEHVAutoencoder:

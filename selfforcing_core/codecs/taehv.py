@@ -4,15 +4,17 @@ Architecture and parameter names are those of github.com/madebyollin/taehv (MIT)
 here. It is distilled from the large VAE of a video model and takes its place where speed counts. It works on the
 normalised latents that the diffusion network produces; no mean or deviation is applied.
 
-One code path serves whole clips and streams: every memory block takes the last frame of what came before and returns
-the last one of its own.
+One code path serves whole clips and streams: every memory block takes the last frame of what came before and leaves its
+own. The decoder finishes one frame before it begins the next, so that no more than one is alive at full size.
 
 Letters: B batch, T latent frames, C latent channels, H W height and width, V video frames, R RGB.
-Inside the network x is [B, frames, channels, height, width], at the rate and in the size that its layer has.
+Inside the network x is one frame [B, channels, height, width] in the decoder, and in the encoder
+[B, frames, channels, height, width], at the rate and in the size that its layer has.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,21 +43,26 @@ class _MemBlock(nn.Module):
         super().__init__()
         self.conv = nn.Sequential(
             operations.Conv2d(channels * 2, channels, 3, padding=1, **factory),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             operations.Conv2d(channels, channels, 3, padding=1, **factory),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             operations.Conv2d(channels, channels, 3, padding=1, **factory),
         )
 
-    def forward(self, x: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BCHW: Tensor, past_BCHW: Tensor | None) -> Tensor:
+        """Return the frames x, each read with its frame of `past`; None is the beginning of a video."""
+        # as in training: before the beginning there is nothing
+        past_BCHW = torch.zeros_like(x_BCHW) if past_BCHW is None else past_BCHW
+        # What a convolution gives is nobody else's, and may be written over; x is what the next frame reads.
+        return self.conv(torch.cat([x_BCHW, past_BCHW], 1)).add_(x_BCHW).relu_()
+
+    def group(self, x: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the next frames [B, frames, ...] of a video of which `last` was the latest, and their own last one."""
         # This pair is all that flows through time, always forwards. So a stream has to keep one frame for each block,
-        # and a clip is decoded exactly as in one piece.
-        if last is None:
-            last = torch.zeros_like(x[:, :1])  # as in training: before the beginning there is nothing
-        past = torch.cat([last, x[:, :-1]], 1)
-        both = torch.cat([x, past], 2).flatten(0, 1)  # frames are rows of a batch: the convolutions are those of images
-        out = torch.relu(self.conv(both) + x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        return out, x[:, -1:]
+        # and a clip is coded exactly as in one piece.
+        last = torch.zeros_like(x[:, 0]) if last is None else last
+        past = torch.cat([last[:, None], x[:, :-1]], 1)
+        return self(x.flatten(0, 1), past.flatten(0, 1)).unflatten(0, x.shape[:2]), x[:, -1]
 
 
 class _TPool(nn.Module):
@@ -79,26 +86,101 @@ class _TGrow(nn.Module):
         self.stride = stride
         self.conv = operations.Conv2d(channels, channels * stride, 1, bias=False, **factory)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rearrange(_per_frame(self.conv, x), "b f (s c) h w -> b (f s) c h w", s=self.stride)
+    def frames(self, x_BCHW: Tensor) -> Iterator[Tensor]:
+        """Yield the frames that one frame becomes, the earliest first."""
+        yield from self.conv(x_BCHW).chunk(self.stride, 1)
+
+
+class _FoldedGrowth(nn.Module):
+    """Upsampling, growth and the convolution behind them as one: exact, and less than half of the arithmetic.
+
+    Of the nine weights of a 3x3 kernel over pixels that were doubled, those that meet the same pixel are added
+    beforehand: that leaves four kernels of 2x2, one for each pixel of the four that one becomes. The 1x1 kernel of the
+    growth multiplies into them, frame by frame.
+    """
+
+    def __init__(self, upsample: nn.Upsample, growth: _TGrow, conv: nn.Conv2d, operations: Any) -> None:
+        super().__init__()
+        self.is_doubled = upsample.scale_factor == 2
+        # in float64, since the sums are rounded once more when they are stored
+        kernel = conv.weight.detach().double()
+        frames = growth.conv.weight.detach().double().chunk(growth.stride, 0)
+        kernels = [torch.einsum("ocyx,ci->oiyx", kernel, frame[:, :, 0, 0]) for frame in frames]
+        if self.is_doubled:
+            kernels = [_halved(_halved(each, 2, row), 3, column) for each in kernels for row, column in PLACES]
+        self.convs = nn.ModuleList(_conv_of(each, conv, operations) for each in kernels)
+
+    def frames(self, x_BCHW: Tensor) -> Iterator[Tensor]:
+        """Yield the frames that one frame becomes, the earliest first."""
+        if not self.is_doubled:
+            yield from (conv(x_BCHW) for conv in self.convs)
+            return
+        batch, _, height, width = x_BCHW.shape
+        for first in range(0, len(self.convs), len(PLACES)):
+            frame = None
+            for (row, column), conv in zip(PLACES, self.convs[first : first + len(PLACES)]):
+                # with a border all around there is one result more than needed, at one end or the other
+                pixels = conv(x_BCHW)[:, :, row : row + height, column : column + width]
+                if frame is None:
+                    frame = pixels.new_empty(batch, pixels.shape[1], 2 * height, 2 * width)
+                frame[:, :, row::2, column::2] = pixels
+                del pixels
+            assert frame is not None
+            yield frame
+
+
+PLACES = ((0, 0), (0, 1), (1, 0), (1, 1))  # row and column of the pixels that one pixel becomes
+
+
+def _halved(kernel: Tensor, axis: int, place: int) -> Tensor:
+    """Return the two weights along an axis that the three have over doubled pixels, for the pixel at `place`."""
+    before, middle, behind = kernel.unbind(axis)
+    return torch.stack([before, middle + behind] if place == 0 else [before + middle, behind], axis)
+
+
+def _conv_of(kernel: Tensor, like: nn.Conv2d, operations: Any) -> nn.Conv2d:
+    """Return a convolution of this kernel with a border of zeros, its weights stored as those of `like`."""
+    factory = {"device": like.weight.device, "dtype": like.weight.dtype}
+    out_width, in_width, size, _ = kernel.shape
+    conv = operations.Conv2d(in_width, out_width, size, padding=1, bias=False, **factory)
+    conv.load_state_dict({"weight": kernel.to(like.weight)})
+    return conv.requires_grad_(False)
 
 
 def _per_frame(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
-def _run(layers: nn.Sequential, x: Tensor, memory: Memory) -> Tensor:
-    """Return what the layers make of x. Of `memory`, each memory block reads its own frame and replaces it."""
+def _merged(layers: nn.Sequential, x: Tensor, memory: Memory) -> Tensor:
+    """Return what the encoder's layers make of frames x. Each memory block reads and replaces its frame of `memory`."""
     index = 0
     for layer in layers:
         if isinstance(layer, _MemBlock):
-            x, memory[index] = layer(x, memory[index])
+            x, memory[index] = layer.group(x, memory[index])
             index += 1
-        elif isinstance(layer, (_TPool, _TGrow)):
-            x = layer(x)
         else:
-            x = _per_frame(layer, x)
+            x = layer(x) if isinstance(layer, _TPool) else _per_frame(layer, x)
     return x
+
+
+def _grown(layers: Sequence[nn.Module], x_BCHW: Tensor, memory: Memory, index: int = 0) -> Iterator[Tensor]:
+    """Yield the frames that the decoder's layers make of one latent frame, each before the next one is begun.
+
+    index: which of `memory` is that of the next memory block; each reads its own and replaces it.
+    """
+    for place, layer in enumerate(layers):
+        if isinstance(layer, _MemBlock):
+            past, memory[index] = memory[index], x_BCHW
+            x_BCHW = layer(x_BCHW, past)
+            index += 1
+        elif isinstance(layer, (_TGrow, _FoldedGrowth)):
+            for frame in layer.frames(x_BCHW):
+                yield from _grown(layers[place + 1 :], frame, memory, index)
+                del frame  # before the next one is made
+            return
+        else:
+            x_BCHW = layer(x_BCHW)
+    yield x_BCHW
 
 
 def _blank_memory(layers: nn.Sequential) -> Memory:
@@ -121,7 +203,7 @@ class TAEHV(nn.Module):
         width, widths = config.encoder_width, config.decoder_widths
 
         # Three stages, each of which halves the sides: latents are 8 times smaller. Two of them halve the rate as well.
-        encoder: list[nn.Module] = [operations.Conv2d(pixels, width, 3, padding=1, **factory), nn.ReLU()]
+        encoder: list[nn.Module] = [operations.Conv2d(pixels, width, 3, padding=1, **factory), nn.ReLU(inplace=True)]
         for pool in config.encoder_time:
             encoder += [
                 _TPool(width, 2 if pool else 1, operations, **factory),
@@ -135,7 +217,7 @@ class TAEHV(nn.Module):
         decoder: list[nn.Module] = [
             _Clamp(),
             operations.Conv2d(config.latent_channels, widths[0], 3, padding=1, **factory),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
         ]
         stages = zip(widths, widths[1:], config.decoder_time, config.decoder_space)
         for width, next_width, grow, upscale in stages:
@@ -145,7 +227,7 @@ class TAEHV(nn.Module):
                 _TGrow(width, 2 if grow else 1, operations, **factory),
                 operations.Conv2d(width, next_width, 3, padding=1, bias=False, **factory),
             ]
-        decoder += [nn.ReLU(), operations.Conv2d(widths[-1], pixels, 3, padding=1, **factory)]
+        decoder += [nn.ReLU(inplace=True), operations.Conv2d(widths[-1], pixels, 3, padding=1, **factory)]
         self.decoder = nn.Sequential(*decoder)
 
     @property
@@ -172,6 +254,19 @@ class TAEHV(nn.Module):
                 weights[key] = weight[-len(own) :]
         return super().load_state_dict(weights, *args, **kwargs)
 
+    def fold(self, operations: Any = nn) -> TAEHV:
+        """Make one layer of each upsampling, growth and convolution of the decoder, for good; returns self.
+
+        Once the weights are there, and where nothing is trained: afterwards `state_dict` has other names for them.
+        """
+        for place, layer in enumerate(self.decoder):
+            if isinstance(layer, _TGrow):
+                upsample, conv = self.decoder[place - 1], self.decoder[place + 1]
+                self.decoder[place] = _FoldedGrowth(upsample, layer, conv, operations)  # type: ignore[arg-type]
+                # the layers behind keep their numbers, and with them the names of their weights
+                self.decoder[place - 1], self.decoder[place + 1] = nn.Identity(), nn.Identity()
+        return self
+
     def encode(self, frames_BVRHW: Tensor) -> Tensor:
         """Return the latents [B, ceil(V/4), C, H/8, W/8] of RGB frames in [0, 1], their sides divisible by 8."""
         # 4n+1 frames are n whole groups and one frame: with that repeated, n+1 latent frames, as many as Wan's VAE
@@ -185,14 +280,22 @@ class TAEHV(nn.Module):
 
     def _encode_groups(self, frames_BVRHW: Tensor, memory: Memory) -> Tensor:
         """Return the latents of whole groups of frames. memory: of the stream so far; it is updated."""
-        if self.config.patch_size > 1:
-            frames_BVRHW = _per_frame(nn.PixelUnshuffle(self.config.patch_size), frames_BVRHW)
-        return _run(self.encoder, frames_BVRHW, memory)
+        latents = []
+        # one by one: what a clip's frames are at full size would not fit beside each other
+        for group in frames_BVRHW.split(self.frames_per_group, 1):
+            if self.config.patch_size > 1:
+                group = _per_frame(nn.PixelUnshuffle(self.config.patch_size), group)
+            latents.append(_merged(self.encoder, group, memory))
+        return torch.cat(latents, 1)
 
     def decode_untrimmed(self, latents_BTCHW: Tensor, memory: Memory | None = None) -> Tensor:
         """Return frames [B, 4T, R, 8H, 8W], not clamped, not trimmed. memory: of the stream so far; it is updated."""
-        frames = _run(self.decoder, latents_BTCHW, _blank_memory(self.decoder) if memory is None else memory)
-        return _per_frame(nn.PixelShuffle(self.config.patch_size), frames) if self.config.patch_size > 1 else frames
+        memory = _blank_memory(self.decoder) if memory is None else memory
+        layers = list(self.decoder)
+        frames = [frame for latent_BCHW in latents_BTCHW.unbind(1) for frame in _grown(layers, latent_BCHW, memory)]
+        if self.config.patch_size > 1:
+            frames = [nn.functional.pixel_shuffle(frame, self.config.patch_size) for frame in frames]
+        return torch.stack(frames, 1)
 
     def decode(self, latents_BTCHW: Tensor) -> Tensor:
         """Return the RGB frames [B, 4(T-1)+1, R, 8H, 8W] in [0, 1] of a whole clip's latents."""

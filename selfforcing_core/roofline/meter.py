@@ -15,10 +15,11 @@ from ..shapes import wan_shapes
 from .device import Card
 from .work import Work, image_tokens, pass_work, taehv_flops, wan_vae_flops
 
-# Tensors that are alive at a peak, counted in a run: of [tokens, dim] beside those of a feed-forward layer, and of the
-# size of TAEHV's last stage.
+# Tensors that are alive at a peak, counted in runs: of [tokens, dim] beside those of a feed-forward layer; of the size
+# of one frame in TAEHV's last stage; and channels of the finished frames of a chunk when they are joined.
 ALIVE = 6.5
-DECODER_ALIVE = 2.5
+DECODER_ALIVE = 3.3
+JOINED_CHANNELS = 7
 
 
 @dataclass(frozen=True)
@@ -100,16 +101,18 @@ class Recipe:
         """
         config, rows = self.config, self.batch * max(self.lengths) * self.tokens_per_frame
         numbers = sum(math.prod(shape) for shape in wan_shapes(config).values())
-        frames = sum(self.lengths) if self.window == -1 else min(sum(self.lengths), self.window)
+        cached_frames = sum(self.lengths) if self.window == -1 else min(sum(self.lengths), self.window)
         # Keys and values of one token in all layers; guidance has a second cache, for the negative prompt, and so has
         # a second network.
         cached = 2 * config.num_layers * self.batch * config.dim * (1 + self.guided) * self.networks
         # A single chunk is never read back, so nothing is cached.
-        caches = cached * frames * self.tokens_per_frame * self.cache_bytes if len(self.lengths) > 1 else 0
+        caches = cached * cached_frames * self.tokens_per_frame * self.cache_bytes if len(self.lengths) > 1 else 0
         network = int(rows * (2 * config.ffn_dim + ALIVE * config.dim) * self.activation_bytes)
-        # A chunk is decoded at once, 8 x 8 pixels for each latent one.
-        pixels = self.batch * max(self.lengths) * TEMPORAL_FACTOR * 64 * self.latent_height * self.latent_width
-        decoder = int(DECODER_ALIVE * pixels * self.taehv.decoder_widths[-1] * self.activation_bytes)
+        # Frame by frame, 8 x 8 pixels for each latent one; those of a chunk wait for each other.
+        frames, pixels = max(self.lengths) * TEMPORAL_FACTOR, self.batch * 64 * self.latent_height * self.latent_width
+        channels = self.taehv.image_channels * frames
+        widest = max(DECODER_ALIVE * self.taehv.decoder_widths[-1] + channels, JOINED_CHANNELS * frames)
+        decoder = int(widest * pixels * self.activation_bytes)
         return {
             "weights": numbers * self.weight_bytes * self.resident,
             # Keys and values of the prompt and the image are computed once, and stay in the computation's type.

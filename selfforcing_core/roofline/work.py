@@ -121,19 +121,20 @@ def image_tokens(config: WanConfig) -> int:
 
 # ------------------------------------------------------------------ decoders --
 def taehv_flops(config: TAEHVConfig, latent_frames: int, latent_height: int, latent_width: int) -> int:
-    """Return the FLOPs of TAEHV decoding this many latent frames, with the frames that are trimmed at the start."""
-    # `pixels` follows the size of the features through the stages; 9 are the weights of a 3x3 convolution.
-    widths, pixels = config.decoder_widths, latent_frames * latent_height * latent_width
-    total = 9 * config.latent_channels * widths[0] * pixels
+    """Return the FLOPs of a folded TAEHV that decodes so many latent frames, with those trimmed at the start."""
+    # 9 are the weights of a 3x3 convolution.
+    widths, frames, height, width = config.decoder_widths, latent_frames, latent_height, latent_width
+    total = 9 * config.latent_channels * widths[0] * frames * height * width
     stages = zip(widths, widths[1:], config.decoder_time, config.decoder_space)
-    for width, next_width, grow, upscale in stages:
+    for channels, next_channels, grow, upscale in stages:
         # Three blocks of three convolutions; the first of them reads two frames.
-        total += MEMORY_BLOCKS * 9 * (2 + 1 + 1) * width**2 * pixels
-        pixels *= 4 if upscale else 1
-        total += width**2 * (2 if grow else 1) * pixels
-        pixels *= 2 if grow else 1
-        total += 9 * width * next_width * pixels
-    return 2 * (total + 9 * widths[-1] * config.image_channels * config.patch_size**2 * pixels)
+        total += MEMORY_BLOCKS * 9 * (2 + 1 + 1) * channels**2 * frames * height * width
+        frames *= 2 if grow else 1
+        # Folded: the pixels that one becomes have a kernel of 2x2 each, with one result more along each side.
+        places = 4 * 4 * (height + 1) * (width + 1) if upscale else 9 * height * width
+        total += channels * next_channels * frames * places
+        height, width = (2 * height, 2 * width) if upscale else (height, width)
+    return 2 * (total + 9 * widths[-1] * config.image_channels * config.patch_size**2 * frames * height * width)
 
 
 def wan_vae_flops(

@@ -104,8 +104,8 @@ def build_taehv(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> TAEHV:
-    """Return the tiny video autoencoder of a checkpoint; arguments as for `build_model`."""
-    return _filled(TAEHV, checkpoint, operations, dtype, device)
+    """Return the tiny video autoencoder of a checkpoint, folded, for inference; arguments as for `build_model`."""
+    return _filled(TAEHV, checkpoint, operations, dtype, device).fold(operations)
 
 
 # ------------------------------------------------------------------- checks --
