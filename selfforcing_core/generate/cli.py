@@ -289,12 +289,14 @@ def _inspect(options: argparse.Namespace) -> None:
     from ..weights.bundles import resolve_model
     from ..weights.checkpoint import inspect_checkpoint
     from ..weights.checkpoint_header import LORA
+    from ..weights.pipeline_folder import inspect_pipeline
     from ..weights.preset_settings import inspect_preset
 
     path = resolve_model(options.file)
     found = inspect_checkpoint(path, loras=options.lora)
     if found["kind"] != LORA:
-        found["preset"] = inspect_preset(path, options.preset)
+        found["folder"] = inspect_pipeline(path)
+        found["preset"] = inspect_preset(path, options.preset, given=("lora",) if options.lora else ())
     print_result(json.dumps(found, indent=2))
 
 

@@ -26,7 +26,6 @@ class Pair:
     """The network for low noise, and where its part of the steps begins."""
 
     low: Checkpoint  # mapped, and emptied when its network is made
-    boundary: float | None  # what the folder says of it
 
     def divided(self, request: Request, causal: CausalConfig, steps: StepConfig, notes: list[str]) -> StepConfig:
         """Return the steps with their boundary: the request's, else what the files say.
@@ -35,9 +34,7 @@ class Pair:
         that do not go with two.
         """
         check_cache_source(causal)
-        stored = self.boundary if steps.boundary is None else steps.boundary
-        if self.boundary not in (None, stored):
-            notes.append(f"says boundary {self.boundary:g} in its model_index.json; {stored:.4g} is used")
+        stored = steps.boundary
         boundary = stored if request.boundary is None else request.boundary
         if request.boundary_step is not None:
             boundary = boundary_behind(steps, request.boundary_step)
@@ -77,8 +74,8 @@ def read_pair(
                 f"by their names {path.name} is not for high noise, or {low_path.name} not for low noise; give the "
                 "high-noise network as --model and the other as --low-noise, or rename them"
             )
-        return Pair(low, folder.boundary)
-    stored = folder.boundary if checkpoint.steps is None else checkpoint.steps.boundary
+        return Pair(low)
+    stored = None if checkpoint.steps is None else checkpoint.steps.boundary
     signs = {
         "--boundary": request.boundary is not None,
         "--boundary-step": request.boundary_step is not None,

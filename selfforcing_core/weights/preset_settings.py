@@ -21,7 +21,7 @@ from .checkpoint_header import SamplingSettings
 from .download import RELEASES, release_folder
 from .keymap import EMA_CONTAINERS
 from .lora_files import read_lora
-from .pipeline_folder import LOW_NOISE_FOLDER, read_pipeline
+from .pipeline_folder import LOW_NOISE_FOLDER, PipelineFolder, read_pipeline
 from .presets import Preset, Twin, find_preset, missing_policies
 from .recognise import Recognition, containers_in, fits_release, recognise
 
@@ -43,6 +43,8 @@ class PresetReading:
     checkpoint: Checkpoint
     preset: Preset | None
     notes: tuple[str, ...]  # what it is run as, and what gave way for that: sentences without the file as their subject
+    # Of its steps only shift and boundary are said, by a pipeline's folder; the others are the defaults.
+    has_folder_steps: bool = False
 
 
 def read_with_preset(
@@ -65,26 +67,58 @@ def read_with_preset(
     checkpoint = read_checkpoint(path, weights=weights)
     merged = _merged(checkpoint)
     checkpoint = with_loras(checkpoint, loras)
+    folder = read_pipeline(path)
     given = {*given, "lora"} if loras else given  # at strength 0 too: so is the base alone asked for
     found = choose_preset(checkpoint, path, choice)
     preset, notes = _settled(found, path, checkpoint.settings, asks=asks)
     if preset is None:
-        return PresetReading(checkpoint, None, tuple(notes))
+        return with_folder(PresetReading(checkpoint, None, tuple(notes)), folder, given)
     refusal = obstacle(preset, path, (*given, *merged))
     if refusal is not None:
         raise ValueError(f"{path}: {refusal}{_way_out(found)}")
-    question = _open_question(preset, given)
+    question = _open_question(preset, {*given, *folder.says, *_said(checkpoint.settings)})
     if question is not None and (asks or choice != AUTO):
         raise ValueError(f"{path}: {question}")
     if question is not None:
-        return PresetReading(checkpoint, None, (*notes, f"is run as if it were no such file: {question}"))
+        notes.append(f"is run as if it were no such file: {question}")
+        return with_folder(PresetReading(checkpoint, None, tuple(notes)), folder, given)
     if not fits_release(preset, checkpoint.key_shapes):
         notes.append(f"does not have the shapes of {in_words(preset)}, as which it is run")
     checkpoint = _with_weights(checkpoint, path, preset, weights, notes, by=found.by, loras=loras)
     if not merged:
         checkpoint = _with_own_lora(checkpoint, path, preset, loras, notes)
-    checkpoint, replaced = with_preset(checkpoint, preset)
-    return PresetReading(checkpoint, preset, (*notes, *replaced))
+    settled, replaced = with_preset(checkpoint, preset)
+    reading = PresetReading(settled, preset, (*notes, *replaced))
+    return with_folder(reading, folder, given, has_header=checkpoint.steps is not None)
+
+
+def with_folder(
+    reading: PresetReading, folder: PipelineFolder, given: Collection[str] = (), *, has_header: bool = False
+) -> PresetReading:
+    """Return a reading with the shift and the boundary that its pipeline's folder says, and lines about them.
+
+    They come behind explicit settings, the preset and the header. given: names of settings that are explicit.
+    has_header: the steps that a preset took the place of were those of a header.
+    """
+    checkpoint, preset, notes = reading.checkpoint, reading.preset, list(reading.notes)
+    is_said = has_header or (checkpoint.steps is not None if preset is None else preset.shift is not None)
+    steps = checkpoint.steps or StepConfig()
+    if folder.shift not in (None, steps.shift):
+        if is_said:
+            notes.append(f"says shift {folder.shift:g} in its scheduler_config.json; {steps.shift:g} is used")
+        else:
+            steps = replace(steps, shift=folder.shift)
+            if "shift" not in given:
+                notes.append(f"is sampled with shift {steps.shift:g}, as its scheduler_config.json says")
+    if folder.boundary is not None and (preset is None or preset.twin is not None):
+        if steps.boundary is None:
+            steps = replace(steps, boundary=folder.boundary)
+        elif steps.boundary != folder.boundary:
+            notes.append(f"says boundary {folder.boundary:g} in its model_index.json; {steps.boundary:.4g} is used")
+    if checkpoint.steps is None and not folder.says:
+        return reading
+    reading = replace(reading, notes=tuple(notes), has_folder_steps=checkpoint.steps is None)
+    return replace(reading, checkpoint=replace(checkpoint, steps=steps))
 
 
 def choose_preset(checkpoint: Checkpoint, path: Path, choice: str = AUTO) -> Recognition:
@@ -106,11 +140,8 @@ def choices_in_words(presets: Sequence[Preset]) -> str:
     return ", ".join(names[:MOST_NAMES]) + more
 
 
-def read_to_copy(
-    path: Path, choice: str = AUTO, *, weights: str = "auto", loras: Loras = ()
-) -> tuple[Checkpoint, list[str]]:
-    """Return a checkpoint that is to be written elsewhere, with its preset's name and settings, and lines
-    about them without the file as their subject.
+def read_to_copy(path: Path, choice: str = AUTO, *, weights: str = "auto", loras: Loras = ()) -> PresetReading:
+    """Return a checkpoint that is to be written elsewhere, with its preset's name and settings.
 
     A preset that cannot run here gives its name alone: whoever reads the copy refuses it, or has learnt to run it.
     """
@@ -118,32 +149,36 @@ def read_to_copy(
     merged = _merged(checkpoint)
     checkpoint = with_loras(checkpoint, loras)
     found = choose_preset(checkpoint, path, choice)
-    preset, notes = found.preset, []
-    if read_pipeline(path).low_noise is not None:
+    preset, notes, folder = found.preset, [], read_pipeline(path)
+    if folder.low_noise is not None:
         notes.append(f"holds a second network, {LOW_NOISE_FOLDER}, which is not part of the copy; convert it as well")
     says_itself = checkpoint.causal is not None or checkpoint.bidirectional is not None
     if preset is None:
         checkpoint = replace(checkpoint, preset=None)
         if found.presets and not says_itself:
             notes.append(f"may be {choices_in_words(found.presets)}; the copy says so if --preset names one")
-        return checkpoint, notes
+        return with_folder(PresetReading(checkpoint, None, tuple(notes)), folder)
     checkpoint = _with_weights(checkpoint, path, preset, weights, notes, by=found.by, loras=loras)
-    given = ("lora",) if loras else ()
-    lacks = obstacle(preset, path, (*given, *merged)) or _open_question(preset, ())
-    if lacks is None:
-        if not merged:
-            checkpoint = _with_own_lora(checkpoint, path, preset, loras, notes)
-        checkpoint, replaced = with_preset(checkpoint, preset)
-        notes += replaced
-    else:
-        notes.append(f"{lacks}; the copy says that it is {preset.name}, and nothing of settings")
     if found.by not in ("name", "header"):
         notes.insert(0, f"is written as {in_words(preset)}, by its {found.by}")
-    return replace(checkpoint, preset=preset.name), notes
+    given = ("lora",) if loras else ()
+    lacks = obstacle(preset, path, (*given, *merged))
+    lacks = lacks or _open_question(preset, {*folder.says, *_said(checkpoint.settings)})
+    if lacks is not None:
+        notes.append(f"{lacks}; the copy says that it is {preset.name}, and nothing of settings")
+        return PresetReading(replace(checkpoint, preset=preset.name), preset, tuple(notes))
+    if not merged:
+        checkpoint = _with_own_lora(checkpoint, path, preset, loras, notes)
+    settled, replaced = with_preset(checkpoint, preset)
+    reading = PresetReading(settled, preset, (*notes, *replaced))
+    return with_folder(reading, folder, has_header=checkpoint.steps is not None)
 
 
-def inspect_preset(path: Path, choice: str = AUTO) -> dict[str, Any] | None:
-    """Return which release a file is or may be and what keeps it from running, in plain JSON types; None for none."""
+def inspect_preset(path: Path, choice: str = AUTO, *, given: Collection[str] = ()) -> dict[str, Any] | None:
+    """Return which release a file is or may be and what keeps it from running, in plain JSON types; None for none.
+
+    given: as for `obstacle`.
+    """
     checkpoint = read_checkpoint(path)
     found = choose_preset(checkpoint, path, choice)
     if not found.presets:
@@ -152,8 +187,10 @@ def inspect_preset(path: Path, choice: str = AUTO) -> dict[str, Any] | None:
     entry: dict[str, Any] = {"name": preset and preset.name, "by": found.by}
     if preset is None:
         return {**entry, "may_be": [each.name for each in found.presets]}
-    settings = with_preset(checkpoint, preset)[0].settings
-    refusal = obstacle(preset, path, _merged(checkpoint))
+    folder, has_header = read_pipeline(path), checkpoint.steps is not None
+    reading = PresetReading(with_preset(checkpoint, preset)[0], preset, ())
+    settings = with_folder(reading, folder, has_header=has_header).checkpoint.settings
+    refusal = obstacle(preset, path, (*given, *_merged(checkpoint)))
     return {
         **entry,
         "title": preset.title,
@@ -163,7 +200,7 @@ def inspect_preset(path: Path, choice: str = AUTO) -> dict[str, Any] | None:
         "weights": preset.weights,
         "guidance": settings.guidance,
         "policy": preset.policy,
-        "missing": [f"{path} {refusal}"] if refusal else lacking(preset),
+        "missing": [f"{path} {refusal}"] if refusal else lacking(preset, (*folder.says, *_said(checkpoint.settings))),
     }
 
 
@@ -261,6 +298,12 @@ def _words(path: Path) -> set[str]:
     return set(re.split(r"[_\W]+", path.stem.lower()))
 
 
+def _said(header: SamplingSettings) -> tuple[str, ...]:
+    """Return those of OPTIONS that a file's header says itself."""
+    in_header = {"steps": ("steps", "warp", "shift", "solver"), "causal": ("chunk", "window", "sink", "cache_source")}
+    return tuple(name for part, names in in_header.items() if getattr(header, part) is not None for name in names)
+
+
 def _open_settings(preset: Preset, given: Collection[str] = ()) -> list[str]:
     """Return the settings that a run needs, nobody has read, and are not given."""
     return [
@@ -283,8 +326,11 @@ def _open_question(preset: Preset, given: Collection[str]) -> str | None:
     )
 
 
-def lacking(preset: Preset) -> list[str]:
-    """Return what keeps this version from running a preset, or what a user has to give for it, a line each."""
+def lacking(preset: Preset, given: Collection[str] = ()) -> list[str]:
+    """Return what keeps this version from running a preset, or what a user has to give for it, a line each.
+
+    given: names of settings that are known from elsewhere.
+    """
     if preset.unsupported is not None:
         return [f"not supported: {preset.unsupported}"]
     lines = []
@@ -293,7 +339,7 @@ def lacking(preset: Preset) -> list[str]:
     elif preset.lora is not None and preset.lora.file is None:
         lines.append("its LoRA, whose file's name was not read")
     names_by_reason: dict[str, list[str]] = {}
-    for name in _open_settings(preset):
+    for name in _open_settings(preset, given):
         names_by_reason.setdefault(preset.open_questions[name], []).append(OPTIONS[name])
     return [*lines, *(f"{', '.join(names)} to be given ({why})" for why, names in names_by_reason.items())]
 
