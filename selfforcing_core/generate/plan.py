@@ -39,7 +39,14 @@ from ..weights.bundles import is_bundle, resolve_model, resolve_taehv, resolve_t
 from ..weights.checkpoint import DTYPES, Checkpoint
 from ..weights.load import check_taehv
 from ..weights.pipeline_folder import read_pipeline
-from ..weights.preset_settings import AUTO, OPTIONS, PresetReading, partner_path, read_with_preset
+from ..weights.preset_settings import (
+    AUTO,
+    OPTIONS,
+    PresetReading,
+    counted_boundary,
+    partner_path,
+    read_with_preset,
+)
 from ..weights.presets import PRESETS, Preset
 from .pair import Pair, read_pair, takes_turns
 from .request import BUNDLE_SIZES, SAME, WAN_SIZE, PromptBatch, Request
@@ -390,8 +397,8 @@ def _settings(
 
 def _divided_by_count(request: Request, preset: Preset | None, steps: StepConfig) -> StepConfig:
     """Return the steps with the boundary of a preset that counts them, at the noise which they have in this run."""
-    step = None if preset is None or preset.twin is None else preset.twin.boundary_step
-    if step is None or request.boundary is not None or request.boundary_step is not None:
+    step = counted_boundary(preset)
+    if not step or request.boundary is not None or request.boundary_step is not None:
         return steps
     return replace(steps, boundary=boundary_behind(steps, step))
 

@@ -14,6 +14,8 @@ from typing import Any
 from .presets import APACHE, PRESETS, Preset
 
 DOWNLOADS = Path("models")  # where `download` puts what it fetches, unless another folder is given
+# Where the command is started in ComfyUI's node pack; a run elsewhere, as ComfyUI's own, looks there too.
+PACK = Path(__file__).resolve().parents[2]
 UNSTATED = "see the source's page"  # where no licence is known here
 
 
@@ -155,6 +157,11 @@ def release_folder(name: str, folder: Path = DOWNLOADS) -> Path:
     release = find_release(name)
     same = (other for other, each in RELEASES.items() if (each.repo, each.files) == (release.repo, release.files))
     return folder / next(same)
+
+
+def download_folders() -> tuple[Path, ...]:
+    """Return the folders into which `download` puts releases where it is not told another."""
+    return tuple(dict.fromkeys((DOWNLOADS.absolute(), PACK / DOWNLOADS)))
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -8,6 +8,7 @@ there is not, for a file that has to lie beside it, for a number that nobody has
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePath
@@ -18,12 +19,12 @@ from ..config import BidirectionalConfig, CausalConfig, StepConfig
 from ..experts import boundary_behind
 from .checkpoint import MERGED_ENTRY, Checkpoint, read_checkpoint, with_lora, with_loras
 from .checkpoint_header import SamplingSettings
-from .download import RELEASES, release_folder
+from .download import RELEASES, download_folders, release_folder
 from .keymap import EMA_CONTAINERS
 from .lora_files import read_lora
 from .pipeline_folder import LOW_NOISE_FOLDER, PipelineFolder, read_pipeline
 from .presets import Preset, Twin, find_preset, missing_policies
-from .recognise import Recognition, containers_in, fits_release, recognise
+from .recognise import COMMON_NAMES, Recognition, containers_in, fits_release, recognise
 
 Loras = Sequence[tuple[str | Path, float]]  # files and strengths
 ConfigT = TypeVar("ConfigT", CausalConfig, StepConfig)
@@ -55,6 +56,7 @@ def read_with_preset(
     loras: Loras = (),
     given: Collection[str] = (),
     asks: bool = True,
+    folders: Sequence[Path] = (),
 ) -> PresetReading:
     """Return a checkpoint that is to be run, with the settings of its preset.
 
@@ -62,6 +64,7 @@ def read_with_preset(
     weights "auto" are those of the preset, and where no LoRA is given, the preset's is merged. given: names of settings
     that are explicit and need no preset. asks: where releases that run differently fit, or one of which not all was
     read, raise ValueError with the way to say it; else the notes say so and the file is run as if it were none.
+    folders: as for `partner_path`.
     Raises ValueError for a preset that cannot run here, and for whatever is no checkpoint.
     """
     checkpoint = read_checkpoint(path, weights=weights)
@@ -73,7 +76,7 @@ def read_with_preset(
     preset, notes = _settled(found, path, checkpoint.settings, asks=asks)
     if preset is None:
         return with_folder(PresetReading(checkpoint, None, tuple(notes)), folder, given)
-    refusal = obstacle(preset, path, (*given, *merged))
+    refusal = obstacle(preset, path, (*given, *merged), folders)
     if refusal is not None:
         raise ValueError(f"{path}: {refusal}{_way_out(found)}")
     question = _open_question(preset, {*given, *folder.says, *_said(checkpoint.settings)})
@@ -86,7 +89,7 @@ def read_with_preset(
         notes.append(f"does not have the shapes of {in_words(preset)}, as which it is run")
     checkpoint = _with_weights(checkpoint, path, preset, weights, notes, by=found.by, loras=loras)
     if not merged:
-        checkpoint = _with_own_lora(checkpoint, path, preset, loras, notes)
+        checkpoint = _with_own_lora(checkpoint, path, preset, loras, notes, folders=folders)
     settled, replaced = with_preset(checkpoint, preset)
     reading = PresetReading(settled, preset, (*notes, *replaced))
     return with_folder(reading, folder, given, has_header=checkpoint.steps is not None)
@@ -243,11 +246,14 @@ def _way_out(found: Recognition) -> str:
 
 
 # ----------------------------------------------------------- what is missing --
-def obstacle(preset: Preset, path: Path | None = None, given: Collection[str] = ()) -> str | None:
+def obstacle(
+    preset: Preset, path: Path | None = None, given: Collection[str] = (), folders: Sequence[Path] = ()
+) -> str | None:
     """Return why a preset cannot be run, with the remedy where there is one; None where it can.
 
     path: of the file or folder, beside which partner files have to lie; without it they are not looked for. given: may
-    name "low_noise", which then lies elsewhere, and "lora", which then is merged already.
+    name "low_noise", which then lies elsewhere, and "lora", which then is merged already. folders: as for
+    `partner_path`; the first of them is where the remedy puts what is missing.
     """
     if preset.unsupported is not None:
         return f"is {in_words(preset)}, which is not supported: {preset.unsupported}"
@@ -255,9 +261,10 @@ def obstacle(preset: Preset, path: Path | None = None, given: Collection[str] = 
         return f"is {in_words(preset)}, whose cache policy {preset.policy!r} this version does not have"
     needed = {"lora": preset.lora, "low_noise": preset.twin}
     partners = [each.file for name, each in needed.items() if each is not None and each.file and name not in given]
-    absent = [file for file in partners if path is not None and partner_path(preset, path, file) is None]
+    absent = [file for file in partners if path is not None and partner_path(preset, path, file, folders) is None]
     if absent:
-        remedy = f"fetch it with: python -m selfforcing_core download {preset.name}"
+        place = f" --to {shlex.quote(str(folders[0]))}" if folders else ""
+        remedy = f"fetch it with: python -m selfforcing_core download {preset.name}{place}"
         remedy = remedy if preset.name in RELEASES else "put it there"
         return f"is {in_words(preset)}, which needs {absent[0]} beside it; {remedy}"
     if preset.lora is not None and preset.lora.file is None and "lora" not in given:
@@ -265,21 +272,36 @@ def obstacle(preset: Preset, path: Path | None = None, given: Collection[str] = 
     return None
 
 
-def unable(preset: Preset) -> str | None:
-    """Return why a preset cannot be run as it is, wherever its files lie; None where it can."""
-    return obstacle(preset) or _open_question(preset, ())
+def unable(preset: Preset, given: Collection[str] = ()) -> str | None:
+    """Return a sentence why a preset cannot be run, wherever its files lie; None where it can.
+
+    given: names of settings that are explicit.
+    """
+    refusal = obstacle(preset)
+    return _open_question(preset, given) if refusal is None else f"the model {refusal}"
 
 
-def partner_path(preset: Preset, path: Path, file: str) -> Path | None:
+def counted_boundary(preset: Preset | None) -> int:
+    """Return how many of the steps are the high-noise network's where a release counts them, else 0."""
+    return 0 if preset is None or preset.twin is None else preset.twin.boundary_step or 0
+
+
+def partner_path(preset: Preset, path: Path, file: str, folders: Sequence[Path] = ()) -> Path | None:
     """Return the file or folder that belongs to a release's first one, which lies at `path`; None where it does not.
 
-    It lies where the repository has it, or beside the first one. Raises ValueError where several may be meant.
+    It lies where the repository has it, or beside the first one; else where `download` puts it, which may be one of
+    `folders`, or right in one of those if its name is no common one. Raises ValueError where several may be meant.
     """
     path, name = path.expanduser(), PurePath(file)
     depths = {len(PurePath(first).parts) for first in preset.files} | {1}
     roots = [path, *(path.parents[depth - 1] for depth in sorted(depths, reverse=True) if depth <= len(path.parents))]
-    is_folder = name.name == "*"
-    for root, pattern in ((root, pattern) for root in roots for pattern in (str(name), name.name)):
+    if preset.name in RELEASES:
+        roots += [release_folder(preset.name, folder) for folder in (*download_folders(), *folders)]
+    is_folder, is_own_name = name.name == "*", name.name not in COMMON_NAMES
+    patterns = [(root, pattern) for root in roots for pattern in (str(name), name.name)]
+    # lora.pt of one release would pass for that of another.
+    patterns += [(folder, name.name) for folder in folders if is_own_name]
+    for root, pattern in patterns:
         if is_folder and (root / name.parent).is_dir():
             return root / name.parent
         partners = [] if is_folder or not root.is_dir() else sorted(each for each in root.glob(pattern) if each != path)
@@ -320,9 +342,11 @@ def _open_question(preset: Preset, given: Collection[str]) -> str | None:
         return None
     reasons = "; ".join(dict.fromkeys(preset.open_questions[name] for name in names))
     options = ", ".join(OPTIONS[name] for name in names)
+    in_comfyui = "choose preset none and set them in Cache Options and Sigmas"
+    if set(names) <= {"chunk", "shift"}:
+        in_comfyui = "choose preset none here and this one in Patch Model (Self Forcing), which has widgets for them"
     return (
-        f"preset {preset.name} leaves {', '.join(names)} open ({reasons}); give {options}, or in ComfyUI choose preset "
-        "none and set them in Cache Options and Sigmas"
+        f"preset {preset.name} leaves {', '.join(names)} open ({reasons}); give {options}, or in ComfyUI {in_comfyui}"
     )
 
 
@@ -394,7 +418,15 @@ def _merged(checkpoint: Checkpoint) -> tuple[str, ...]:
     return ("lora",) if MERGED_ENTRY in checkpoint.metadata else ()
 
 
-def _with_own_lora(checkpoint: Checkpoint, path: Path, preset: Preset, loras: Loras, notes: list[str]) -> Checkpoint:
+def _with_own_lora(
+    checkpoint: Checkpoint,
+    path: Path,
+    preset: Preset,
+    loras: Loras,
+    notes: list[str],
+    *,
+    folders: Sequence[Path] = (),
+) -> Checkpoint:
     """Return the checkpoint with the LoRA that belongs to its release, beside those that were given.
 
     Given itself, at whatever strength, it is not merged twice. Where it does not lie beside the file, what was given is
@@ -402,7 +434,7 @@ def _with_own_lora(checkpoint: Checkpoint, path: Path, preset: Preset, loras: Lo
     """
     if preset.lora is None or preset.lora.file is None:
         return checkpoint
-    file = partner_path(preset, path, preset.lora.file)
+    file = partner_path(preset, path, preset.lora.file, folders)
     if file is None:
         notes.append(f"has no {preset.lora.file} beside it; the LoRA that was given is taken for that of {preset.name}")
         return checkpoint

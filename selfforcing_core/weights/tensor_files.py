@@ -181,16 +181,17 @@ def _open_gguf(path: Path, weights: str) -> FileContents:
 
 
 def _open_folder(path: Path, weights: str) -> FileContents:
-    """Return a network in a folder: an index of shards, or one safetensors file; also below `transformer`."""
+    """Return a network in a folder: an index of shards, or one file; also below `transformer`."""
     folder = path / "transformer" if (path / "transformer").is_dir() else path  # where a pipeline of diffusers has it
-    for pattern, read in (("*.safetensors.index.json", _open_shards), ("*.safetensors", _open_safetensors)):
+    kinds = (("*.safetensors.index.json", _open_shards), ("*.safetensors", _open_safetensors), ("*.pt", _open))
+    for pattern, read in kinds:
         files = sorted(folder.glob(pattern))
         if len(files) == 1:
             contents = read(files[0], weights)
             return replace(contents, header=_diffusers_header(folder / "config.json") | contents.header)
         if files:
             raise ValueError(f"is a folder with {len(files)} files {pattern}; give one of them, or their index")
-    raise ValueError("is a folder without a safetensors file; give the checkpoint file")
+    raise ValueError("is a folder without a safetensors or .pt file; give the checkpoint file")
 
 
 def _diffusers_header(file: Path) -> dict[str, str]:

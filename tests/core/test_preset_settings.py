@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -20,7 +23,7 @@ from selfforcing_core.config import CausalConfig, StepConfig, TAEHVConfig
 from selfforcing_core.generate.cli import main
 from selfforcing_core.model import CausalWan
 from selfforcing_core.weights import preset_settings
-from selfforcing_core.weights.bundles import bundle_path
+from selfforcing_core.weights.bundles import bundle_path, resolve_model
 from selfforcing_core.weights.checkpoint import read_checkpoint, save_checkpoint
 from selfforcing_core.weights.convert import convert
 from selfforcing_core.weights.preset_settings import obstacle, partner_path, read_with_preset, unable
@@ -322,6 +325,67 @@ def test_a_partner_that_is_missing_comes_with_the_line_that_fetches_it(
         read_with_preset(path, name)
     whole = written(name, tmp_path)
     assert "beside it" not in (obstacle(PRESETS[name], whole) or "")
+
+
+@pytest.mark.parametrize("folder", ["models", "elsewhere"])
+def test_the_line_that_fetches_a_partner_is_all_that_is_missing(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base lies where it lay; what the command puts into its folder is found, in whatever folder that is."""
+    monkeypatch.chdir(tmp_path)
+    folders = [tmp_path / folder] if folder == "elsewhere" else []
+    fake, path = make_fake("longlive"), written("longlive-without-lora", tmp_path)
+    fetched_from(fake, monkeypatch)
+    with pytest.raises(ValueError, match="fetch it with: python -m selfforcing_core download") as caught:
+        read_with_preset(path, "longlive", folders=folders)
+    line = str(caught.value).partition("fetch it with: python -m selfforcing_core ")[2].partition(";")[0]
+    assert main(shlex.split(line)) == 0, capsys.readouterr().err
+    assert (tmp_path / folder / "longlive/models/lora.pt").is_file()
+    for name in ("longlive", "longlive-interactive"):  # which share their files
+        merged = read_with_preset(path, name, folders=folders).checkpoint.state_dict["blocks.0.ffn.0.weight"]
+        assert torch.equal(merged, fake.networks["merged"]["blocks.0.ffn.0.weight"])
+
+
+def test_a_partner_by_a_common_name_is_nobodys_own_in_a_folder_of_many(tmp_path: Path) -> None:
+    """lora.pt among a user's other LoRA may be that of any release; the twin's name is its own."""
+    loras, base = tmp_path / "loras", written("longlive-without-lora", tmp_path)
+    loras.mkdir()
+    (loras / "lora.pt").touch()
+    assert partner_path(PRESETS["longlive"], base, "models/lora.pt", [loras]) is None
+    high = written("lightx2v-wan2.2-i2v-without-twin", tmp_path)
+    twin = loras / fakes.LIGHTX2V_PAIR[1]
+    twin.touch()
+    preset = PRESETS["lightx2v-wan2.2-i2v"]
+    assert preset.twin is not None
+    assert partner_path(preset, high, preset.twin.file, [loras]) == twin
+
+
+def test_a_release_of_one_torch_file_in_a_folder_is_found_where_it_was_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fake = make_fake("streamdiffusionv2-14b")
+    with pytest.raises(ValueError, match="fetch it with: download streamdiffusionv2-14b"):
+        resolve_model("streamdiffusionv2-14b")
+    fetched_from(fake, monkeypatch)
+    assert main(["download", "streamdiffusionv2-14b"]) == 0
+    stored = read_checkpoint(resolve_model("streamdiffusionv2-14b")).state_dict
+    assert torch.equal(stored["head.head.weight"], fake.networks["raw"]["head.head.weight"])
+
+
+def fetched_from(fake: fakes.Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the hub have the files of a fake."""
+
+    class Api:
+        def model_info(self, repo: str, **_: Any) -> Any:
+            return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name, size=1) for name in fake.files])
+
+    def fetch(repo: str, file: str, *, local_dir: Path) -> str:
+        fakes.write_fake(replace(fake, files={file: fake.files[file]}), Path(local_dir))
+        return str(Path(local_dir) / file)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
 
 
 def test_a_header_of_a_later_version_is_named(tmp_path: Path) -> None:
