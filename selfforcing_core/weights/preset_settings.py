@@ -34,6 +34,9 @@ POLICIES = (*policy.POLICIES, PLAIN)
 # What a run cannot do without, and the options that give it.
 OPTIONS = {name: f"--{name.replace('_', '-')}" for name in ("chunk", "window", "sink", "cache_source")}
 OPTIONS |= {"steps": "--steps", "warp": "--warp-steps or --no-warp-steps", "shift": "--shift", "solver": "--solver"}
+HOW_IT_RUNS = {*OPTIONS, "policy", "kind"}  # explicit ones, of which each is an answer to what a file is
+# Of Self Forcing's trainer and those made from it; nothing else puts networks into them.
+FAMILY_CONTAINERS = {"generator", "generator_ema", "generator_lora"}
 MOST_NAMES = 6  # of presets in a line
 
 
@@ -62,8 +65,8 @@ def read_with_preset(
 
     choice: a preset's name, "none", or "auto", which recognises the file. weights, loras: as for `read_checkpoint`;
     weights "auto" are those of the preset, and where no LoRA is given, the preset's is merged. given: names of settings
-    that are explicit and need no preset. asks: where releases that run differently fit, or one of which not all was
-    read, raise ValueError with the way to say it; else the notes say so and the file is run as if it were none.
+    that are explicit and need no preset. asks: where a release fits of which not all was read, raise ValueError with
+    the way to say it; else the notes say so and the file is run as if it were none.
     folders: as for `partner_path`.
     Raises ValueError for a preset that cannot run here, and for whatever is no checkpoint.
     """
@@ -73,7 +76,7 @@ def read_with_preset(
     folder = read_pipeline(path)
     given = {*given, "lora"} if loras else given  # at strength 0 too: so is the base alone asked for
     found = choose_preset(checkpoint, path, choice)
-    preset, notes = _settled(found, path, checkpoint.settings, asks=asks)
+    preset, notes = _settled(found, path, checkpoint, given)
     if preset is None:
         return with_folder(PresetReading(checkpoint, None, tuple(notes)), folder, given)
     refusal = obstacle(preset, path, (*given, *merged), folders)
@@ -209,30 +212,36 @@ def inspect_preset(path: Path, choice: str = AUTO, *, given: Collection[str] = (
 
 # ------------------------------------------------------------- what is taken --
 def _settled(
-    found: Recognition, path: Path, header: SamplingSettings, *, asks: bool
+    found: Recognition, path: Path, checkpoint: Checkpoint, given: Collection[str]
 ) -> tuple[Preset | None, list[str]]:
-    """Return the preset to run with, if one is certain or all that fit run alike, and a line about it."""
+    """Return the preset to run with, if one is certain or all that fit run alike, and a line about it.
+
+    Raises ValueError for a file that is one of several releases which run differently, unless something explicit says
+    how: they share their names and shapes with every network of a size, so that those alone decide it only where the
+    file has the containers of this family's trainers. A plain base model has none, and neither have most own files.
+    """
+    header = checkpoint.settings
     says_itself = header.causal is not None or header.bidirectional is not None
     if found.preset is not None:
         return found.preset, [] if found.by == "name" else [f"is run as {in_words(found.preset)}, by its {found.by}"]
     if not found.presets or says_itself:
         return None, []
-    names = choices_in_words(found.presets)
-    if found.by == "names and shapes":  # as every file of a size
+    names, is_named = choices_in_words(found.presets), found.by != "names and shapes"
+    is_familys = not FAMILY_CONTAINERS.isdisjoint(containers_in(checkpoint.key_shapes))
+    if not is_named and (not is_familys or not HOW_IT_RUNS.isdisjoint(given)):
         return None, [f"has the shapes of {names}, and nothing says which; it is run as if it were none of them"]
-    if len({_way_to_run(preset) for preset in found.presets}) == 1:
+    if is_named and len({_way_to_run(preset, given) for preset in found.presets}) == 1:
         return found.presets[0], [f"may be {names}, which run alike"]
-    question = f"may be {names}, which run differently"
-    refusals = [obstacle(preset) for preset in found.presets]
-    # Without its partner a file is another model, so that nothing goes on as if it were none of these.
-    if not asks and None in refusals and not any(preset.partner_files for preset in found.presets):
-        return None, [f"{question}; it is run as if it were none of them until preset says which"]
-    raise ValueError(f"{path}: {question}; say which by preset, or none of them by preset none")
+    sign = "may be" if is_named else "comes from a trainer of this family and may be"
+    raise ValueError(
+        f"{path}: {sign} {names}, which run differently; say which by preset, or none of them by preset none"
+    )
 
 
-def _way_to_run(preset: Preset) -> tuple[Any, ...]:
+def _way_to_run(preset: Preset, given: Collection[str]) -> tuple[Any, ...]:
+    """Return all by which two presets may differ in the picture, but for what is explicit."""
     names = ("is_causal", "policy", "weights", "lora", "twin", "guidance", "first_chunk_steps", *OPTIONS)
-    return (*(getattr(preset, name) for name in names), str(preset.policy_options))
+    return (*(getattr(preset, name) for name in names if name not in given), str(preset.policy_options))
 
 
 def in_words(preset: Preset) -> str:

@@ -220,10 +220,29 @@ def test_releases_that_run_differently_are_asked_about(tmp_path: Path) -> None:
     names = "causal-forcing-causal-cd, causal-forcing-framewise-causal-cd"
     with pytest.raises(ValueError, match=f"may be {names}, which run differently; say which"):
         read_with_preset(path)
-    reading = read_with_preset(path, asks=False)
-    assert reading.preset is None
-    assert names in reading.notes[0]
+    assert read_with_preset(path, "none").preset is None
     assert read_with_preset(path, "causal-forcing-causal-cd").preset is PRESETS["causal-forcing-causal-cd"]
+    (note,) = read_with_preset(path, given={"chunk"}).notes  # by which alone they differ
+    assert note == f"may be {names}, which run alike"
+
+
+def test_a_training_file_of_no_name_is_asked_about_and_a_plain_one_is_not(
+    tmp_path: Path, generate: Callable[..., dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its containers are those of the family's trainers, whose models run in many ways; a base model has none."""
+    stored = dict(read_checkpoint(written("causvid", tmp_path)).state_dict)
+    path = tmp_path / "model.pt"
+    torch.save({"generator": fakes.model(stored)}, path)
+    with pytest.raises(
+        Refused, match=r"may be self-forcing-dmd, .* which run differently; say which by preset, or none"
+    ):
+        generate(path)
+    for explicit in (["--preset", "none"], ["--chunk", "3"], ["--policy", "self-forcing"]):
+        assert "preset" not in generate(path, *explicit, frames=9)
+    assert "it is run as if it were none of them" in caplog.text
+    assert read_with_preset(path, given={"kind"}).preset is None
+    torch.save({"model": stored}, path)
+    assert "preset" not in generate(path, frames=9)
 
 
 def test_another_size_another_release_and_an_unread_picture_are_said(
