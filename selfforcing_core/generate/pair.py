@@ -61,7 +61,7 @@ def read_pair(
         raise ValueError("--boundary and --boundary-step both say which network is asked when; give one of them")
     low_path = folder.low_noise if request.low_noise is None else resolve_model(request.low_noise)
     if low_path is not None:
-        low = read_checkpoint(low_path, weights=request.weights)
+        low = read_checkpoint(low_path, weights=request.weights, loras=request.low_noise_lora)
         if not isinstance(low.config, WanConfig):
             raise ValueError(f"{low_path} is a {low.kind}, not a video model; give the low-noise network")
         assert isinstance(checkpoint.config, WanConfig)
@@ -74,6 +74,10 @@ def read_pair(
                 f"by their names {path.name} is not for high noise, or {low_path.name} not for low noise; give the "
                 "high-noise network as --model and the other as --low-noise, or rename them"
             )
+        if bool(request.lora) != bool(request.low_noise_lora):
+            option, noise = ("--lora", "high") if request.lora else ("--low-noise-lora", "low")
+            other = "--low-noise-lora" if request.lora else "--lora"
+            notes.append(f"has two networks; {option} is merged into that for {noise} noise alone (else {other} too)")
         return Pair(low)
     stored = None if checkpoint.steps is None else checkpoint.steps.boundary
     signs = {
@@ -81,6 +85,7 @@ def read_pair(
         "--boundary-step": request.boundary_step is not None,
         "--solver phased": request.solver == "phased",
         "--offload-expert": request.offload_expert,
+        "--low-noise-lora": bool(request.low_noise_lora),
         f"{request.model} says a boundary, which": stored is not None,
     }
     sign = next((sign for sign, is_there in signs.items() if is_there), None)

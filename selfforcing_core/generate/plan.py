@@ -185,7 +185,6 @@ def plan_request(
     _check_start(request, is_whole=is_whole, is_prefixed=is_prefixed)
     causal, steps, cfg = _settings(request, reading, notes, is_prefixed=is_prefixed)
     if pair is not None:
-        notes += ["has two networks; --lora is merged into that for high noise alone"] if request.lora else []
         steps = pair.divided(request, causal, _divided_by_count(request, preset, steps), notes)
     source = _source(request, config, fps)
     usual = _usual_size(request.model, preset)

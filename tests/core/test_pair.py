@@ -277,6 +277,24 @@ def test_a_boundary_that_is_counted_in_steps_stays_there_at_another_shift(
     assert [level >= plan.steps.boundary for level in levels] == [True, True, False, False]
 
 
+def test_each_of_two_networks_takes_its_own_lora(files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    key, up, down = "blocks.0.ffn.0", torch.ones(32, 1), torch.ones(1, 32)
+    save_file({f"{key}.lora_B.weight": up, f"{key}.lora_A.weight": down}, tmp_path / "lora.safetensors")
+    stored = {half: read_checkpoint(files / f"{half}.safetensors").state_dict for half in ("high", "low")}
+    for high, low in ((1.0, 0.5), (1.0, 0.0), (0.0, 0.5), (0.0, 0.0)):
+        options: dict[str, Any] = {"low_noise": str(files / "low.safetensors"), "boundary": 0.9}
+        options |= {"lora": ((tmp_path / "lora.safetensors", high),)} if high else {}
+        options |= {"low_noise_lora": ((tmp_path / "lora.safetensors", low),)} if low else {}
+        caplog.clear()
+        plan = planned(files, files / "high.safetensors", tmp_path, **options)
+        for half, checkpoint, strength in (("high", plan.checkpoint, high), ("low", plan.pair.low, low)):
+            assert torch.equal(checkpoint.state_dict[f"{key}.weight"], stored[half][f"{key}.weight"] + strength)
+        alone = {name for name in ("high", "low") if f"is merged into that for {name} noise alone" in caplog.text}
+        assert alone == ({"high"} if high > 0 == low else {"low"} if low > 0 == high else set())
+    with pytest.raises(ValueError, match="--low-noise-lora is for two networks"):
+        planned(files, files / "high.safetensors", tmp_path, low_noise_lora=((tmp_path / "lora.safetensors", 1.0),))
+
+
 # ----------------------------------------------------------------- refusals --
 @pytest.mark.parametrize(
     ("more", "message"),
