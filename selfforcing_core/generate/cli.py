@@ -103,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument("name", nargs="?", help="one of those that --list names")
     fetch.add_argument("--list", action="store_true", help="name what can be fetched, with licence and source")
     fetch.add_argument("--sizes", action="store_true", help="with --list: ask the hub for sizes")
+    fetch.add_argument("--only", default="", metavar="TEXT", help="part of the name, of a file in several versions")
     fetch.add_argument("--to", type=Path, default=DOWNLOADS, help="folder to put NAME/ into (default: models)")
     return parser
 
@@ -337,5 +338,5 @@ def _download(options: argparse.Namespace) -> None:
         return
     if not options.name:
         raise ValueError("name what to fetch; --list shows what there is")
-    for path in download(options.name, options.to):
+    for path in download(options.name, options.to, options.only):
         print_result(str(path))

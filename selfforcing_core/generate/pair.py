@@ -59,6 +59,8 @@ def read_pair(
     """
     if request.boundary is not None and request.boundary_step is not None:
         raise ValueError("--boundary and --boundary-step both say which network is asked when; give one of them")
+    if folder.high_noise is not None:
+        raise ValueError(f"{path} is the low-noise half of {path.parent}; give {folder.high_noise} as --model")
     low_path = folder.low_noise if request.low_noise is None else resolve_model(request.low_noise)
     if low_path is not None:
         low = read_checkpoint(low_path, weights=request.weights, loras=request.low_noise_lora)

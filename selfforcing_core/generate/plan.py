@@ -352,7 +352,7 @@ def _reading(request: Request, path: Path) -> PresetReading:
     given = {name for name in OPTIONS if getattr(request, name, None) is not None}
     if isinstance(request.steps, int) or request.warp_steps is not None:
         given.add("warp")  # a number of steps is a list that goes through the shift, whatever the preset's does
-    given |= {name for name in ("low_noise", "policy") if getattr(request, name) is not None}
+    given |= {"low_noise"} if request.low_noise is not None else set()
     choice = request.preset
     # By its name a release was fetched, whatever its file is called.
     if choice == AUTO and request.model in PRESETS and path != Path(request.model):

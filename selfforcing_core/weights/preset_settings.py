@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatch
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
@@ -32,9 +33,9 @@ AUTO, NONE = "auto", "none"
 PLAIN = "sf++"  # Self-Forcing++ changed the training; its cache is Self Forcing's
 POLICIES = (*policy.POLICIES, PLAIN)
 # What a run cannot do without, and the options that give it.
-OPTIONS = {name: f"--{name.replace('_', '-')}" for name in ("chunk", "window", "sink", "cache_source")}
+OPTIONS = {name: f"--{name.replace('_', '-')}" for name in ("chunk", "window", "sink", "policy", "cache_source")}
 OPTIONS |= {"steps": "--steps", "warp": "--warp-steps or --no-warp-steps", "shift": "--shift", "solver": "--solver"}
-HOW_IT_RUNS = {*OPTIONS, "policy", "kind"}  # explicit ones, of which each is an answer to what a file is
+HOW_IT_RUNS = {*OPTIONS, "kind"}  # explicit ones, of which each is an answer to what a file is
 # Of Self Forcing's trainer and those made from it; nothing else puts networks into them.
 FAMILY_CONTAINERS = {"generator", "generator_ema", "generator_lora"}
 MOST_NAMES = 6  # of presets in a line
@@ -240,7 +241,7 @@ def _settled(
 
 def _way_to_run(preset: Preset, given: Collection[str]) -> tuple[Any, ...]:
     """Return all by which two presets may differ in the picture, but for what is explicit."""
-    names = ("is_causal", "policy", "weights", "lora", "twin", "guidance", "first_chunk_steps", *OPTIONS)
+    names = ("is_causal", "weights", "lora", "twin", "guidance", "first_chunk_steps", *OPTIONS)
     return (*(getattr(preset, name) for name in names if name not in given), str(preset.policy_options))
 
 
@@ -268,6 +269,8 @@ def obstacle(
         return f"is {in_words(preset)}, which is not supported: {preset.unsupported}"
     if preset.name in missing_policies(POLICIES):
         return f"is {in_words(preset)}, whose cache policy {preset.policy!r} this version does not have"
+    if path is not None and "low_noise" not in given and (refusal := _half_refusal(preset, path, folders)):
+        return refusal
     needed = {"lora": preset.lora, "low_noise": preset.twin}
     partners = [each.file for name, each in needed.items() if each is not None and each.file and name not in given]
     absent = [file for file in partners if path is not None and partner_path(preset, path, file, folders) is None]
@@ -279,6 +282,21 @@ def obstacle(
     if preset.lora is not None and preset.lora.file is None and "lora" not in given:
         return f"is {in_words(preset)}, a base and a LoRA, whose file's name was not read; give it as --lora"
     return None
+
+
+def _half_refusal(preset: Preset, path: Path, folders: Sequence[Path]) -> str | None:
+    """Return what to do with the network for low noise of a release, where that is given as the model."""
+    twin = preset.twin and PurePath(preset.twin.file)
+    if twin is None:
+        return None
+    # Of a folder's file that is the folder's name, else the file's own.
+    place = path.absolute() if path.is_dir() or twin.name != "*" else path.absolute().parent
+    if not fnmatch(place.name.lower(), (twin.parent.name if twin.name == "*" else twin.name).lower()):
+        return None
+    first = preset.files[0].removesuffix("/*")
+    high = partner_path(preset, path, preset.files[0], folders)
+    do = f"give {high or first} as the model, beside which this one is found, or this one as --low-noise"
+    return f"is the low-noise half of {in_words(preset)}; {do}"
 
 
 def unable(preset: Preset, given: Collection[str] = ()) -> str | None:
@@ -331,7 +349,10 @@ def _words(path: Path) -> set[str]:
 
 def _said(header: SamplingSettings) -> tuple[str, ...]:
     """Return those of OPTIONS that a file's header says itself."""
-    in_header = {"steps": ("steps", "warp", "shift", "solver"), "causal": ("chunk", "window", "sink", "cache_source")}
+    in_header = {
+        "steps": ("steps", "warp", "shift", "solver"),
+        "causal": ("chunk", "window", "sink", "policy", "cache_source"),
+    }
     return tuple(name for part, names in in_header.items() if getattr(header, part) is not None for name in names)
 
 

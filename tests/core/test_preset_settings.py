@@ -51,11 +51,15 @@ RUNS: dict[str, tuple[int, tuple[float, ...], tuple[float, ...], str, tuple[int,
     "infinite-forcing": (3, WARPED, WARPED, "raw", (6, 1)),
     "reward-forcing": (3, WARPED, WARPED, "raw", (9, 3)),
     "causvid": (3, (1000, 757, 522), (1000, 757, 522), "raw", (21, 0)),
-    "streamdiffusionv2-t2v": (3, (1000, 750, 500, 250), (1000, 750, 500, 250), "raw", (21, 0)),
+    # [1000, 750, 500, 250] through a shift of 8: 8 s / (1 + 7 s)
+    "causvid-4step": (3, (1000, 960, 888.9, 727.3), (1000, 960, 888.9, 727.3), "raw", (21, 0)),
+    # its last step is the pass that writes
+    "streamdiffusionv2-t2v": (3, (1000, 750, 500, 250, 0), (1000, 750, 500, 250, 0), "raw", (21, 0)),
     "sfwan2.1": (3, WARPED, WARPED, "raw", (21, 0)),
 }
 # Whose file names tell them apart; the others have to be named.
-UNNAMED = ("longlive", "longlive-interactive", "streamdiffusionv2-t2v", "sfwan2.1", "lightx2v-i2v-14b")
+UNNAMED = ("longlive", "longlive-interactive", "streamdiffusionv2-t2v", "sfwan2.1", "lightx2v-i2v-14b", "causvid-4step")
+WRITTEN_BY_LAST_STEP = ("streamdiffusionv2-t2v",)
 
 
 class Refused(Exception):
@@ -141,9 +145,10 @@ def test_a_release_runs_as_its_source_says(
     path = written(name, tmp_path)
     named = ["--preset", name] if name in UNNAMED else []
     measured = generate(path, *named, frames=4 * 3 * chunk - 3)
+    commit = () if name in WRITTEN_BY_LAST_STEP else (BY_COMMIT,)
     expected = [
-        *((t, 0, chunk) for t in (*first, BY_COMMIT)),
-        *((t, chunk, 2 * chunk) for t in (*later, BY_COMMIT)),
+        *((t, 0, chunk) for t in (*first, *commit)),
+        *((t, chunk, 2 * chunk) for t in (*later, *commit)),
         *((t, 2 * chunk, 3 * chunk) for t in later),  # nothing follows that would see it
     ]
     assert [entry[:3] for entry in passes] == expected
@@ -286,7 +291,7 @@ def test_weights_are_those_of_the_preset_unless_others_are_asked_for(tmp_path: P
             "rolling-forcing .* cache policy 'rolling-forcing' this version does not have; preset none",
         ),
         ("krea", "krea .* cache policy 'krea'"),
-        ("self-forcing-10s", r"self-forcing-10s leaves chunk, .* open \(its configuration is not public"),
+        ("self-forcing-10s", r"self-forcing-10s leaves chunk, .* policy, .* open \(its .* is not public.*--policy"),
         ("causal-forcing-ar-diffusion", "leaves steps, warp, shift, solver open .* give --steps, --warp-steps or"),
         ("self-forcing-dmd-without-ema", "self-forcing-dmd is run with ema weights: .* has no ema weights"),
     ],
@@ -416,7 +421,34 @@ def test_a_header_of_a_later_version_is_named(tmp_path: Path) -> None:
     assert read_with_preset(path, "none").preset is None
 
 
+def test_a_low_noise_half_names_the_other_one_and_what_to_do(
+    tmp_path: Path, generate: Callable[..., dict[str, Any]]
+) -> None:
+    high = written("lightx2v-wan2.2-i2v", tmp_path)
+    low = high.parent / fakes.LIGHTX2V_PAIR[1]
+    with pytest.raises(Refused, match=f"is the low-noise half of .*; give {high} as the model") as caught:
+        generate(low)
+    assert str(caught.value).count("\n") == 1
+    high.unlink()
+    with pytest.raises(Refused, match=r"give wan2.2_i2v_A14b_high_noise_lightx2v_4step.* as the model"):
+        generate(low)
+    folder = written("causalwan2.2-i2v", tmp_path)
+    for half in (folder / "transformer_2", folder / "transformer_2/diffusion_pytorch_model.safetensors"):
+        for more in ([], ["--preset", "causalwan2.2-i2v"]):
+            with pytest.raises(Refused, match=f"low-noise half of .*; give {folder}/transformer as"):
+                generate(half, *more)
+    assert read_with_preset(low, given=("low_noise",)).preset is PRESETS["lightx2v-wan2.2-i2v"]
+
+
 # -------------------------------------------------------- inspect and convert --
+def test_a_lora_that_is_given_is_not_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = written("longlive-without-lora", tmp_path)
+    lora = written("longlive", tmp_path / "elsewhere").parent / "lora.pt"
+    for more, count in (([], 1), (["--lora", str(lora)], 0)):
+        assert main(["inspect", str(base), "--preset", "longlive", *more]) == 0
+        assert len(json.loads(capsys.readouterr().out)["preset"]["missing"]) == count
+
+
 @pytest.mark.parametrize("name", [*RUNS, "lightx2v-t2v-14b", "lightx2v-i2v-14b"])
 def test_a_release_goes_through_inspect_and_convert_and_back(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
