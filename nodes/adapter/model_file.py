@@ -18,7 +18,8 @@ import torch.nn as nn
 from ...selfforcing_core.config import FEW_STEP_SOLVERS, CausalConfig, StepConfig, WanConfig
 from ...selfforcing_core.weights.checkpoint import Checkpoint
 from ...selfforcing_core.weights.gguf_files import IN_COMFYUI, Packing
-from ...selfforcing_core.weights.lora_files import MergedWeights, Patch, comfyui_lora
+from ...selfforcing_core.weights.lora_files import MergedWeights, comfyui_lora
+from ...selfforcing_core.weights.lora_kinds import Patch
 from ...selfforcing_core.weights.scaled import FORMATS, FULL_PRECISION, Scale, ScaledWeights, count_numbers
 from . import host, page
 from .autoencoder import check_channels
