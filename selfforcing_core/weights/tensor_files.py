@@ -32,6 +32,7 @@ from .scaled import ScaledWeights, Storage, chosen_tensors, split_scales
 
 log = logging.getLogger(__name__)
 WEIGHTS = ("auto", "ema", "raw")
+SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 # A safetensors file is 8 bytes of its header's length, then the header, a JSON object.
 SAFETENSORS_MARK = slice(8, 9), b"{"
 ZIP_MARK, PICKLE_MARK = b"PK\x03\x04", b"\x80"  # torch's archive since 1.6, and the bare pickle of versions before
@@ -160,6 +161,9 @@ def _open(path: Path, weights: str) -> FileContents:
 
 # -------------------------------------------------------------- safetensors --
 def _open_safetensors(path: Path, weights: str) -> FileContents:
+    index = _index_of(path)
+    if index is not None:
+        return _open_shards(index, weights)
     tensors, header = _read_safetensors(path)
     return _with_shapes(_single_set(tensors, header, weights), tensors)
 
@@ -172,6 +176,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         # Damaged headers reach torch as sizes and types that it does not know, so that the error may be torch's own.
         raise ValueError(f"is a damaged or truncated safetensors file ({one_line(error)})") from error
+
+
+def _index_of(path: Path) -> Path | None:
+    """Return the index beside a shard, which stands for all of them: ComfyUI's list of models has no JSON files."""
+    stem, number, _ = path.name.rpartition("-of-")[0].rpartition("-")
+    index = path.parent / f"{stem}.safetensors.index.json"
+    return index if number and SHARD.search(path.name) and index.is_file() else None
 
 
 def _open_gguf(path: Path, weights: str) -> FileContents:

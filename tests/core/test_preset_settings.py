@@ -59,6 +59,7 @@ RUNS: dict[str, tuple[int, tuple[float, ...], tuple[float, ...], str, tuple[int,
 }
 # Whose file names tell them apart; the others have to be named.
 UNNAMED = ("longlive", "longlive-interactive", "streamdiffusionv2-t2v", "sfwan2.1", "lightx2v-i2v-14b", "causvid-4step")
+SHIFTS = {"causvid": 8, "causvid-4step": 8, "streamdiffusionv2-t2v": 8}  # others: 5
 WRITTEN_BY_LAST_STEP = ("streamdiffusionv2-t2v",)
 
 
@@ -154,7 +155,7 @@ def test_a_release_runs_as_its_source_says(
     assert [entry[:3] for entry in passes] == expected
     assert weights_of(passes[0][3], make_fake(name).networks) == weights
     assert (measured["causal"]["window"], measured["causal"]["sink"]) == (window, sink)
-    assert measured["preset"] == name
+    assert (measured["preset"], measured["steps"]["shift"]) == (name, SHIFTS.get(name, 5))
 
 
 def test_a_bidirectional_release_makes_all_frames_at_once(
