@@ -14,7 +14,7 @@ from ..selfforcing_core.weights.checkpoint import Checkpoint, read_checkpoint
 from ..selfforcing_core.weights.latent_space import LATENT_SPACES, WAN, WAN_UNSCALED, expect_latent_space
 from ..selfforcing_core.weights.preset_settings import AUTO as AUTO_PRESET
 from ..selfforcing_core.weights.preset_settings import NONE as NO_PRESET
-from ..selfforcing_core.weights.preset_settings import read_with_preset
+from ..selfforcing_core.weights.preset_settings import counted_boundary, read_with_preset
 from ..selfforcing_core.weights.presets import PRESETS, find_preset
 from .adapter import folders, host, page
 from .adapter.autoencoder import TAEHVAutoencoder
@@ -86,7 +86,10 @@ def load_model(
     """Return the MODEL of a file. ComfyUI calls this again, by its name for the last, for a copy on another device."""
     path = folders.file_of(unet_name, resolve_model, folders.MODEL_FOLDER)
     # Of two experts each is a MODEL of its own, and its twin another loader's.
-    reading = read_with_preset(path, preset, weights=weights, given=("low_noise",), asks=False)
+    given = ("low_noise",) if kind == "auto" else ("low_noise", "kind")
+    reading = read_with_preset(
+        path, preset, weights=weights, given=given, asks=False, folders=folders.partner_folders()
+    )
     _expect(reading.checkpoint, "wan", unet_name, "choose a video model")
     for note in reading.notes:
         page.show_text(f"the file {note}")
@@ -96,6 +99,7 @@ def load_model(
         dtype=WEIGHT_DTYPES[weight_dtype],
         is_fast_fp8=weight_dtype.endswith("_fast"),
         is_dynamic=not disable_dynamic,
+        boundary_step=counted_boundary(reading.preset),
     )
     # Later versions replay it where a MODEL is wanted on another device (Select Model Device); without it, it stays.
     model.cached_patcher_init = load_model, (unet_name, weight_dtype, weights, kind, preset)
@@ -204,8 +208,8 @@ class SelfForcingPatchModel(io.ComfyNode):
                 ),
                 _preset_input(
                     "Which release the weights are: what it is run with takes the place of kind, chunk and shift where "
-                    "they stand at their defaults. auto and none: the widgets alone, since a MODEL does not say what "
-                    "it was loaded from."
+                    "they stand at their defaults; chunk and shift say what nobody has read of it. auto and none: the "
+                    "widgets alone, since a MODEL does not say what it was loaded from."
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The same model, prepared.")],

@@ -70,6 +70,11 @@ def file_of(choice: str, bundled: Callable[[str], Path], *folders: str) -> Path:
     raise ValueError(f"{choice!r} is in none of models/{', models/'.join(folders)}; refresh the list and choose again")
 
 
+def partner_folders() -> list[Path]:
+    """Return where a file that belongs to a model may lie, first where the models do, into which both are fetched."""
+    return [Path(root) for name in (MODEL_FOLDER, "loras") for root in folder_paths.get_folder_paths(name)]
+
+
 def text_encoder_choices() -> list[str]:
     """Return subfolders of models/text_encoders in the layout of transformers, then the bundled text encoders."""
     return _in_order(_text_encoder_folders())

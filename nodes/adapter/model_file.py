@@ -18,7 +18,8 @@ import torch.nn as nn
 from ...selfforcing_core.config import FEW_STEP_SOLVERS, CausalConfig, StepConfig, WanConfig
 from ...selfforcing_core.weights.checkpoint import Checkpoint
 from ...selfforcing_core.weights.gguf_files import IN_COMFYUI, Packing
-from ...selfforcing_core.weights.lora_files import MergedWeights, Patch, comfyui_lora
+from ...selfforcing_core.weights.lora_files import MergedWeights, comfyui_lora
+from ...selfforcing_core.weights.lora_kinds import Patch
 from ...selfforcing_core.weights.scaled import FORMATS, FULL_PRECISION, Scale, ScaledWeights, count_numbers
 from . import host, page
 from .autoencoder import check_channels
@@ -42,13 +43,14 @@ def model_from_checkpoint(
     dtype: torch.dtype | None = None,
     is_fast_fp8: bool = False,
     is_dynamic: bool = True,
+    boundary_step: int = 0,
 ) -> Any:
     """Return a MODEL of ComfyUI from a checkpoint of kind "wan", prepared for our samplers.
 
     kind: CAUSAL, FEW_STEP, BASE, or "auto": what the file says, UNKNOWN (which is shown) where it says nothing. Another
     kind than the file's is used, and that is shown.
     dtype: None lets ComfyUI choose what the device likes. is_fast_fp8: ComfyUI's own float8 products.
-    is_dynamic: let ComfyUI bring weights in by pieces, where it can.
+    is_dynamic: let ComfyUI bring weights in by pieces, where it can. boundary_step: as in `Settings`.
     """
     assert isinstance(checkpoint.config, WanConfig)
     loras = []
@@ -100,6 +102,7 @@ def model_from_checkpoint(
         steps,
         guidance=checkpoint.guidance,
         latent_space=checkpoint.latent_space,
+        boundary_step=boundary_step,
     )
     note = kind_note(settings)
     if note is not None:

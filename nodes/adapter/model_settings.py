@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...selfforcing_core.config import FEW_STEP_SOLVERS, CausalConfig, StepConfig
 from ...selfforcing_core.schedule import TIMESTEPS, FlowSchedule
-from ...selfforcing_core.weights.preset_settings import in_words, preset_settings, unable
+from ...selfforcing_core.weights.preset_settings import counted_boundary, in_words, preset_settings, unable
 from ...selfforcing_core.weights.presets import Preset
 
 log = logging.getLogger(__name__)
@@ -19,6 +19,7 @@ LOW_NOISE = "selfforcing_low_noise"  # attachment of a MODEL for high noise: the
 KEY = "selfforcing"  # of our settings in model_options, and of a rollout's CausalPass in transformer_options
 CAUSAL, FEW_STEP, BASE, UNKNOWN = "causal", "few-step bidirectional", "base", "unknown"
 AUTO, SINK_AUTO, NOISE_AUTO = 0, -1, -1.0  # widget values that stand for the MODEL's own setting
+WIDGETS = ("chunk", "shift")  # of Patch Model, which say what a preset may leave open
 WARPS = {"auto": None, "shifted": True, "as listed": False}  # whether steps go through the shift
 
 
@@ -70,11 +71,12 @@ def kind_note(settings: Settings) -> str | None:
 def preset_behind_widgets(preset: Preset, widgets: Settings) -> tuple[Settings, list[str]]:
     """Return a preset's settings, those of widgets that stand elsewhere than at their defaults before it, and lines.
 
-    Raises ValueError for a preset that cannot run here or leaves something open.
+    What nobody has read of the release is as its widget says, wherever that stands. Raises ValueError for a preset that
+    cannot run here or leaves open what has no widget.
     """
-    refusal = unable(preset)
+    refusal = unable(preset, WIDGETS)
     if refusal is not None:
-        raise ValueError(f"the model {refusal}")
+        raise ValueError(refusal)
     settings = preset_settings(preset)
     usual = Settings(CAUSAL)
     kind = CAUSAL if settings.causal is not None else FEW_STEP
@@ -83,7 +85,8 @@ def preset_behind_widgets(preset: Preset, widgets: Settings) -> tuple[Settings, 
         "chunk": (widgets.causal.chunk, usual.causal.chunk, (settings.causal or usual.causal).chunk),
         "shift": (widgets.steps.shift, usual.steps.shift, settings.steps.shift),
     }
-    chosen = {name: own if own != default else read for name, (own, default, read) in values.items()}
+    unread = {name: preset.open_questions[name] for name in WIDGETS if name in preset.open_questions}
+    chosen = {name: own if own != default or name in unread else read for name, (own, default, read) in values.items()}
     notes = [f"the model is run as {in_words(preset)}: chunk {chosen['chunk']}, shift {chosen['shift']:g}"]
     if preset.lora is not None:  # what lies on a MODEL does not say where it came from
         notes.append(
@@ -93,11 +96,23 @@ def preset_behind_widgets(preset: Preset, widgets: Settings) -> tuple[Settings, 
     notes += [
         f"{preset.name} has {name} {read}; {own} is used"
         for name, (own, default, read) in values.items()
-        if own not in (default, read)
+        if own not in (default, read) and name not in unread
+    ]
+    notes += [
+        f"{preset.name} leaves {name} open ({why}); the widget's {chosen[name]:g} is used"
+        for name, why in unread.items()
     ]
     causal = replace(settings.causal or usual.causal, chunk=chosen["chunk"])
     steps = replace(settings.steps, shift=chosen["shift"])
-    return Settings(chosen["kind"], causal, steps, guidance=settings.guidance, latent_space=preset.latent_space), notes
+    behind = Settings(
+        chosen["kind"],
+        causal,
+        steps,
+        guidance=settings.guidance,
+        latent_space=preset.latent_space,
+        boundary_step=counted_boundary(preset),
+    )
+    return behind, notes
 
 
 def causal_settings(trained: CausalConfig, chunk: int, window: int, sink: int) -> CausalConfig:

@@ -103,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument("name", nargs="?", help="one of those that --list names")
     fetch.add_argument("--list", action="store_true", help="name what can be fetched, with licence and source")
     fetch.add_argument("--sizes", action="store_true", help="with --list: ask the hub for sizes")
+    fetch.add_argument("--only", default="", metavar="TEXT", help="part of the name, of a file in several versions")
     fetch.add_argument("--to", type=Path, default=DOWNLOADS, help="folder to put NAME/ into (default: models)")
     return parser
 
@@ -289,12 +290,14 @@ def _inspect(options: argparse.Namespace) -> None:
     from ..weights.bundles import resolve_model
     from ..weights.checkpoint import inspect_checkpoint
     from ..weights.checkpoint_header import LORA
+    from ..weights.pipeline_folder import inspect_pipeline
     from ..weights.preset_settings import inspect_preset
 
     path = resolve_model(options.file)
     found = inspect_checkpoint(path, loras=options.lora)
     if found["kind"] != LORA:
-        found["preset"] = inspect_preset(path, options.preset)
+        found["folder"] = inspect_pipeline(path)
+        found["preset"] = inspect_preset(path, options.preset, given=("lora",) if options.lora else ())
     print_result(json.dumps(found, indent=2))
 
 
@@ -335,5 +338,5 @@ def _download(options: argparse.Namespace) -> None:
         return
     if not options.name:
         raise ValueError("name what to fetch; --list shows what there is")
-    for path in download(options.name, options.to):
+    for path in download(options.name, options.to, options.only):
         print_result(str(path))

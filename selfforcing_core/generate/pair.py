@@ -26,7 +26,6 @@ class Pair:
     """The network for low noise, and where its part of the steps begins."""
 
     low: Checkpoint  # mapped, and emptied when its network is made
-    boundary: float | None  # what the folder says of it
 
     def divided(self, request: Request, causal: CausalConfig, steps: StepConfig, notes: list[str]) -> StepConfig:
         """Return the steps with their boundary: the request's, else what the files say.
@@ -35,9 +34,7 @@ class Pair:
         that do not go with two.
         """
         check_cache_source(causal)
-        stored = self.boundary if steps.boundary is None else steps.boundary
-        if self.boundary not in (None, stored):
-            notes.append(f"says boundary {self.boundary:g} in its model_index.json; {stored:.4g} is used")
+        stored = steps.boundary
         boundary = stored if request.boundary is None else request.boundary
         if request.boundary_step is not None:
             boundary = boundary_behind(steps, request.boundary_step)
@@ -62,9 +59,11 @@ def read_pair(
     """
     if request.boundary is not None and request.boundary_step is not None:
         raise ValueError("--boundary and --boundary-step both say which network is asked when; give one of them")
+    if folder.high_noise is not None:
+        raise ValueError(f"{path} is the low-noise half of {path.parent}; give {folder.high_noise} as --model")
     low_path = folder.low_noise if request.low_noise is None else resolve_model(request.low_noise)
     if low_path is not None:
-        low = read_checkpoint(low_path, weights=request.weights)
+        low = read_checkpoint(low_path, weights=request.weights, loras=request.low_noise_lora)
         if not isinstance(low.config, WanConfig):
             raise ValueError(f"{low_path} is a {low.kind}, not a video model; give the low-noise network")
         assert isinstance(checkpoint.config, WanConfig)
@@ -77,13 +76,18 @@ def read_pair(
                 f"by their names {path.name} is not for high noise, or {low_path.name} not for low noise; give the "
                 "high-noise network as --model and the other as --low-noise, or rename them"
             )
-        return Pair(low, folder.boundary)
-    stored = folder.boundary if checkpoint.steps is None else checkpoint.steps.boundary
+        if bool(request.lora) != bool(request.low_noise_lora):
+            option, noise = ("--lora", "high") if request.lora else ("--low-noise-lora", "low")
+            other = "--low-noise-lora" if request.lora else "--lora"
+            notes.append(f"has two networks; {option} is merged into that for {noise} noise alone (else {other} too)")
+        return Pair(low)
+    stored = None if checkpoint.steps is None else checkpoint.steps.boundary
     signs = {
         "--boundary": request.boundary is not None,
         "--boundary-step": request.boundary_step is not None,
         "--solver phased": request.solver == "phased",
         "--offload-expert": request.offload_expert,
+        "--low-noise-lora": bool(request.low_noise_lora),
         f"{request.model} says a boundary, which": stored is not None,
     }
     sign = next((sign for sign, is_there in signs.items() if is_there), None)

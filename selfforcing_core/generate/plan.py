@@ -38,8 +38,15 @@ from ..schedule import FlowSchedule
 from ..weights.bundles import is_bundle, resolve_model, resolve_taehv, resolve_text_encoder
 from ..weights.checkpoint import DTYPES, Checkpoint
 from ..weights.load import check_taehv
-from ..weights.pipeline_folder import PipelineFolder, read_pipeline
-from ..weights.preset_settings import AUTO, OPTIONS, PresetReading, partner_path, read_with_preset
+from ..weights.pipeline_folder import read_pipeline
+from ..weights.preset_settings import (
+    AUTO,
+    OPTIONS,
+    PresetReading,
+    counted_boundary,
+    partner_path,
+    read_with_preset,
+)
 from ..weights.presets import PRESETS, Preset
 from .pair import Pair, read_pair, takes_turns
 from .request import BUNDLE_SIZES, SAME, WAN_SIZE, PromptBatch, Request
@@ -158,7 +165,7 @@ def plan_request(
     text_encoder = resolve_text_encoder(request.text_encoder or request.model)
     taehv_path = resolve_taehv(request.taehv or request.model) if decoder == "taehv" else None
     folder = read_pipeline(model_path)
-    reading = _reading(request, model_path, folder)
+    reading = _reading(request, model_path)
     checkpoint, preset = reading.checkpoint, reading.preset
     config = checkpoint.config
     if not isinstance(config, WanConfig):
@@ -176,10 +183,8 @@ def plan_request(
     is_prefixed = request.image is not None and config.model_type == "t2v"
     is_whole = checkpoint.bidirectional is not None and request.chunk is None
     _check_start(request, is_whole=is_whole, is_prefixed=is_prefixed)
-    causal, steps, cfg = _settings(request, checkpoint, notes, is_prefixed=is_prefixed)
-    steps = _with_shift(request, reading, folder, steps, notes)
+    causal, steps, cfg = _settings(request, reading, notes, is_prefixed=is_prefixed)
     if pair is not None:
-        notes += ["has two networks; --lora is merged into that for high noise alone"] if request.lora else []
         steps = pair.divided(request, causal, _divided_by_count(request, preset, steps), notes)
     source = _source(request, config, fps)
     usual = _usual_size(request.model, preset)
@@ -342,12 +347,12 @@ def _decoder(request: Request) -> str:
 
 
 # ----------------------------------------------------------------- settings --
-def _reading(request: Request, path: Path, folder: PipelineFolder) -> PresetReading:
-    """Return the checkpoint of the model with the settings of its preset, which may leave some to its folder."""
+def _reading(request: Request, path: Path) -> PresetReading:
+    """Return the checkpoint of the model with the settings of its preset."""
     given = {name for name in OPTIONS if getattr(request, name, None) is not None}
     if isinstance(request.steps, int) or request.warp_steps is not None:
         given.add("warp")  # a number of steps is a list that goes through the shift, whatever the preset's does
-    given |= {name for name, value in (("shift", folder.shift), ("low_noise", request.low_noise)) if value is not None}
+    given |= {"low_noise"} if request.low_noise is not None else set()
     choice = request.preset
     # By its name a release was fetched, whatever its file is called.
     if choice == AUTO and request.model in PRESETS and path != Path(request.model):
@@ -366,16 +371,17 @@ def _check_start(request: Request, *, is_whole: bool, is_prefixed: bool) -> None
 
 
 def _settings(
-    request: Request, checkpoint: Checkpoint, notes: list[str], *, is_prefixed: bool
+    request: Request, reading: PresetReading, notes: list[str], *, is_prefixed: bool
 ) -> tuple[CausalConfig, StepConfig, float]:
     """Return the request's settings, where it has none the checkpoint's, where that has none the defaults."""
+    checkpoint = reading.checkpoint
     if (checkpoint.causal, checkpoint.bidirectional) == (None, None) and request.chunk is None:
         notes.append(
             "does not say how it was trained; it is sampled chunk by chunk, as Self Forcing's models are "
             f"(--chunk {CausalConfig.chunk}); a bidirectional one needs --chunk of all latent frames and --window -1"
         )
     causal_options = _causal_options(request, checkpoint, notes)
-    step_options = _step_options(request, checkpoint.steps, notes)
+    step_options = _step_options(request, checkpoint.steps, notes, has_folder_steps=reading.has_folder_steps)
     if None not in (request.cfg, checkpoint.guidance) and request.cfg != checkpoint.guidance:
         notes.append(f"says guidance {checkpoint.guidance:g}; --cfg {request.cfg:g} is used")
     cfg = float(_or(request.cfg, _or(checkpoint.guidance, 1.0)))
@@ -390,24 +396,10 @@ def _settings(
 
 def _divided_by_count(request: Request, preset: Preset | None, steps: StepConfig) -> StepConfig:
     """Return the steps with the boundary of a preset that counts them, at the noise which they have in this run."""
-    step = None if preset is None or preset.twin is None else preset.twin.boundary_step
-    if step is None or request.boundary is not None or request.boundary_step is not None:
+    step = counted_boundary(preset)
+    if not step or request.boundary is not None or request.boundary_step is not None:
         return steps
     return replace(steps, boundary=boundary_behind(steps, step))
-
-
-def _with_shift(
-    request: Request, reading: PresetReading, folder: PipelineFolder, steps: StepConfig, notes: list[str]
-) -> StepConfig:
-    """Return the steps with the shift of the folder's scheduler, unless request, preset or file says one."""
-    if folder.shift is None or folder.shift == steps.shift:
-        return steps
-    is_said = reading.checkpoint.steps is not None if reading.preset is None else reading.preset.shift is not None
-    if request.shift is None and not is_said:
-        notes.append(f"is sampled with shift {folder.shift:g}, as its scheduler_config.json says")
-        return replace(steps, shift=folder.shift)
-    notes.append(f"says shift {folder.shift:g} in its scheduler_config.json; {steps.shift:g} is used")
-    return steps
 
 
 def _given(request: Request, *names: str) -> dict[str, Any]:
@@ -433,8 +425,13 @@ def _causal_options(request: Request, checkpoint: Checkpoint, notes: list[str]) 
     return {"chunk": count, **options}
 
 
-def _step_options(request: Request, stored: StepConfig | None, notes: list[str]) -> dict[str, Any]:
-    """Return what takes the place of the checkpoint's noise levels, or of the defaults where it has none."""
+def _step_options(
+    request: Request, stored: StepConfig | None, notes: list[str], *, has_folder_steps: bool
+) -> dict[str, Any]:
+    """Return what takes the place of the checkpoint's noise levels, or of the defaults where it has none.
+
+    has_folder_steps: of the stored ones only the shift is what somebody said.
+    """
     options = _given(request, "shift", "solver", *STEP_LISTS)
     trained, is_warp_given = stored or StepConfig(), request.warp_steps is not None
     is_warped = _or(request.warp_steps, trained.warp)
@@ -444,7 +441,9 @@ def _step_options(request: Request, stored: StepConfig | None, notes: list[str])
         options[name] = even.steps if is_warped or is_warp_given else FlowSchedule(even).timesteps
     if options.get("first_chunk_steps") == ():
         options["first_chunk_steps"] = None
-    if stored is not None:
+    if stored is not None and has_folder_steps:
+        notes += _replaced(stored, {name: value for name, value in options.items() if name == "shift"})
+    elif stored is not None:
         notes += _replaced(stored, options)
         if "steps" in options and stored.first_chunk_steps and "first_chunk_steps" not in options:
             notes.append(f"says steps of its own for the first chunk, which are kept (else --first-chunk-steps {SAME})")

@@ -56,7 +56,7 @@ class LoraAction(Action):
             pair = file, float(*strengths or (1.0,))
         except (TypeError, ValueError):
             given = " ".join(values)
-            parser.error(f"--lora {given}: a file and at most one number can follow; 1 is the usual strength")
+            parser.error(f"{option_string} {given}: a file and at most one number can follow; 1 is the usual strength")
         setattr(namespace, self.dest, (*getattr(namespace, self.dest), pair))
 
 
@@ -95,6 +95,9 @@ class Request:
     boundary_step: int | None = _option(None, MODELS, "or how many of the steps are --model's")
     weights: str = _option("auto", MODELS, "of a training file", choices=["auto", "ema", "raw"])
     lora: tuple[tuple[str | Path, float], ...] = _option((), MODELS, LORA_HELP, **LORA_ARGUMENT)
+    low_noise_lora: tuple[tuple[str | Path, float], ...] = _option(
+        (), MODELS, "the same for the weights of --low-noise, which --lora does not reach", **LORA_ARGUMENT
+    )
     preset: str = _option(
         "auto",
         MODELS,

@@ -30,7 +30,15 @@ from .checkpoint_header import FileHeader, SamplingSettings, file_header, one_li
 from .keymap import describe_dialect, from_wan, stray_keys, wan_names
 from .latent_space import WAN, identify_latent_space
 from .lora_files import Lora, is_lora, merge, parse_lora, read_lora
-from .scaled import QUANTIZATION_ENTRY, ScaledWeights, Storage, count_numbers, stored_tensors, weight_shapes
+from .scaled import (
+    QUANTIZATION_ENTRY,
+    ScaledWeights,
+    Storage,
+    check_scales,
+    count_numbers,
+    stored_tensors,
+    weight_shapes,
+)
 from .tensor_files import FileContents, open_contents, without_fusions
 from .variants import family_of, not_supported, variant_among, variant_of_channels
 
@@ -239,6 +247,8 @@ def _understood(contents: FileContents, path: Path) -> Checkpoint:
     kind = _kind(shapes)
     if header.kind not in (None, kind):
         raise ValueError(f"header says {header.kind!r} but the tensors are those of a {kind!r}")
+    if kind == "wan":
+        check_scales(weights)
     config = _config(kind, shapes, header)
     difference = mismatch(wan_shapes(config) if isinstance(config, WanConfig) else taehv_shapes(config), shapes)
     if difference:

@@ -25,7 +25,7 @@ from .checkpoint_header import COMFYUI_KEY, HEADER_KEY, file_header, lora_header
 from .keymap import DIALECTS, DIFFUSERS, EMA_CONTAINERS, RAW_CONTAINERS, from_wan
 from .latent_space import LATENT_SPACES
 from .lora_files import comfyui_lora, is_lora, read_lora
-from .preset_settings import read_to_copy
+from .preset_settings import PresetReading, read_to_copy
 from .presets import PRESETS
 from .scaled import ScaledWeights
 
@@ -72,9 +72,10 @@ def convert(
     path = resolve_model(source)
     if is_lora(path):
         return _convert_lora(path, out, dtype, is_plain=kind == "safetensors" and not loras, overwrite=overwrite)
-    checkpoint, notes = read_to_copy(path, preset, weights=weights, loras=loras)
+    reading = read_to_copy(path, preset, weights=weights, loras=loras)
+    checkpoint, notes = reading.checkpoint, list(reading.notes)
     if isinstance(checkpoint.config, WanConfig):
-        checkpoint = _with_settings(checkpoint, causal, notes)
+        checkpoint = _with_settings(reading, causal, notes)
     elif kind == "folder" or dialect not in ("wan", USUAL_DIALECT[kind]):
         raise ValueError(f"{source} is a TAEHV, whose names have no dialects; write one file and leave --dialect out")
     if latent_space is not None:
@@ -116,13 +117,13 @@ def _check_place(out: Path, kind: str, overwrite: bool) -> None:
         check_writable(out, overwrite=overwrite)
 
 
-def _with_settings(checkpoint: Checkpoint, causal: bool | None, notes: list[str]) -> Checkpoint:
+def _with_settings(reading: PresetReading, causal: bool | None, notes: list[str]) -> Checkpoint:
     """Return the checkpoint with settings for generating chunk by chunk (`causal`) or all frames at once.
 
     None keeps those it has, and takes files of Self Forcing's trainer for causal; of a preset that cannot run here
     nothing is known. The preset gives way to another kind than its own.
     """
-    name = checkpoint.preset
+    checkpoint, name = reading.checkpoint, reading.checkpoint.preset
     if name is not None and causal not in (None, PRESETS[name].is_causal):
         notes.append(f"is {name}, which is {'bidirectional' if causal else 'causal'}; the copy is written as no preset")
         checkpoint = replace(checkpoint, preset=None)
@@ -130,7 +131,12 @@ def _with_settings(checkpoint: Checkpoint, causal: bool | None, notes: list[str]
         # Its trainer writes no header, and saves causal networks only.
         is_self_forcing = checkpoint.dialect.startswith("self-forcing") and checkpoint.bidirectional is None
         if checkpoint.causal is None and not (is_self_forcing and name is None):
-            return checkpoint
+            if not reading.has_folder_steps or checkpoint.steps is None:
+                return checkpoint
+            # A header has no shift without a list of steps, and nobody said that these are the model's.
+            shift = f"--shift {checkpoint.steps.shift:g}"
+            notes.append(f"says in its folder, and the copy does not, how it is sampled; give the copy {shift}")
+            return replace(checkpoint, steps=None)
     elif not causal:
         steps = checkpoint.steps
         if steps is not None and steps.first_chunk_steps is not None:

@@ -14,6 +14,8 @@ from typing import Any
 from .presets import APACHE, PRESETS, Preset
 
 DOWNLOADS = Path("models")  # where `download` puts what it fetches, unless another folder is given
+# Where the command is started in ComfyUI's node pack; a run elsewhere, as ComfyUI's own, looks there too.
+PACK = Path(__file__).resolve().parents[2]
 UNSTATED = "see the source's page"  # where no licence is known here
 
 
@@ -109,10 +111,11 @@ def file_sizes(release: Release) -> dict[str, int]:
     }
 
 
-def download(name: str, folder: Path) -> list[Path]:
+def download(name: str, folder: Path, only: str = "") -> list[Path]:
     """Fetch a release into `folder`/`name` and return its files; files that are there are kept, broken ones resumed.
 
-    Raises ValueError if the name is unknown, the disk too small, or the hub does not answer.
+    only: what is in the names of the wanted ones, where the hub has several versions of one file.
+    Raises ValueError if the name is unknown, the disk too small, or the hub does not answer, and for several versions.
     """
     from huggingface_hub import hf_hub_download
 
@@ -122,6 +125,7 @@ def download(name: str, folder: Path) -> list[Path]:
         raise ValueError(
             f"{release.source} has no file {' or '.join(release.files)} any more; look there for its place"
         )
+    sizes = _one_version(name, release, sizes, only)
     target = release_folder(name, folder)
     # A full disk would show only after hours. Files that are there are counted as whole.
     _check_space(folder, sum(size for file, size in sizes.items() if not (target / file).exists()))
@@ -132,6 +136,30 @@ def download(name: str, folder: Path) -> list[Path]:
         raise ValueError(
             f"{name}: the download stopped ({_short(error)}); run the same command again, it goes on where it was"
         ) from error
+
+
+def _one_version(name: str, release: Release, sizes: dict[str, int], only: str) -> dict[str, int]:
+    """Return the files to fetch: of each that a release has once, one. Raises ValueError where several may be meant."""
+    chosen = dict(sizes)
+    for pattern in (each for each in release.files if _is_one_file(each)):
+        versions = [file for file in sizes if fnmatch(file, pattern)]
+        fitting = [file for file in versions if only in file]
+        if len(versions) > 1 and len(fitting) != 1:
+            listed = ", ".join(f"{file} ({sizes[file] / 1e9:.1f} GB)" for file in sorted(fitting or versions))
+            raise ValueError(
+                f"{name}: {release.source} has {len(versions)} versions of one file, {len(fitting)} of them with "
+                f"{only!r} in the name: {listed}; say which by --only TEXT, a part of the name that the others lack"
+            )
+        for file in versions if len(versions) > 1 else ():
+            if file not in fitting:
+                del chosen[file]
+    return chosen
+
+
+def _is_one_file(pattern: str) -> bool:
+    """Return whether a pattern with a wildcard stands for one file of a release, not for shards or a folder."""
+    name = Path(pattern).name
+    return "*" in name and name != "*" and name not in SHARDS
 
 
 def downloaded_path(name: str, folder: Path = DOWNLOADS) -> Path:
@@ -155,6 +183,11 @@ def release_folder(name: str, folder: Path = DOWNLOADS) -> Path:
     release = find_release(name)
     same = (other for other, each in RELEASES.items() if (each.repo, each.files) == (release.repo, release.files))
     return folder / next(same)
+
+
+def download_folders() -> tuple[Path, ...]:
+    """Return the folders into which `download` puts releases where it is not told another."""
+    return tuple(dict.fromkeys((DOWNLOADS.absolute(), PACK / DOWNLOADS)))
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -164,7 +164,7 @@ def _with_points(flat: str) -> str:
     words, top, block = flat.split("_", 2), DIFFUSERS_TOP, DIFFUSERS_BLOCK
     is_block = len(words) == 3 and words[0] == "blocks" and words[1].isdecimal()
     head, path, table = (f"blocks.{words[1]}.", words[2], block) if is_block else ("", flat, top)
-    known = (*table, *table.values(), "patch_embedding")
+    known = (*table, *table.values(), "patch_embedding", *map(".".join, FUSED))
     return head + next((name for name in known if name.replace(".", "_") == path), path)
 
 

@@ -1,9 +1,9 @@
 """LoRA (arXiv 2106.09685) of any spelling, merged into the weights that it belongs to as they are read.
 
 A LoRA says of a matrix W that it becomes W + strength * alpha / rank * B A, with A and B of few rows and columns. Files
-of PEFT, kohya's trainers, diffusers, ComfyUI and our own differ in how they call W, A and B and in where alpha stands;
-some also add whole differences to norms and biases (`diff`, `diff_b`). What ComfyUI reads in such a file means the same
-here, number for number; what is no LoRA in this sense (DoRA, LoHa and others) is refused by name.
+of PEFT, kohya's trainers, LyCORIS, diffusers, ComfyUI and our own differ in how they call W, A and B and in where alpha
+stands; some hold other products, whole differences or weights (`lora_kinds`). What ComfyUI reads in such a file means
+the same here, number for number; what is not read is refused by name. What is for a text encoder is left out.
 
 The sum is made in float32 and rounded once, when a weight is asked for: so one weight at a time is wide, and no moment
 holds a network twice. A LoRA is taken off by reading the file again without it.
@@ -12,7 +12,8 @@ holds a network twice. A LoRA is taken off by reading the file again without it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 
 from .checkpoint_header import LORA, SamplingSettings, json_object, one_line, read_lora_header
-from .keymap import DIALECT_PREFIXES, lora_module
+from .keymap import DIALECT_PREFIXES, fused_parts, lora_module, to_wan
+from .lora_kinds import Decomposed, Difference, Generalised, Hadamard, Kronecker, LowRank, Patch, Product, Replacement
 from .scaled import ScaledWeights, weight_shapes
 from .tensor_files import open_lora
 
@@ -32,78 +34,39 @@ UPS = (
 )
 DOWNS = tuple(name.replace("lora_B", "lora_A").replace("up.", "down.") for name in UPS)
 DIFFS, BIAS_DIFFS, ALPHA = (".diff", ".w_norm"), (".diff_b", ".b_norm"), ".alpha"
-# Other ways to change few numbers of a matrix, by a part of their names.
+UP, DOWN = UPS[1], DOWNS[1]  # of the many names of each, the one that all are sorted under
+LOHA = (".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b")
+GLORA = (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight")
+LOKR = (".lokr_w1", ".lokr_w1_a", ".lokr_w1_b", ".lokr_w2", ".lokr_w2_a", ".lokr_w2_b")
+DORA, WHOLE = ".dora_scale", ".set_weight"
+# What is not read, by a part of its names.
 OTHER_KINDS = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
+    "lora_magnitude_vector": "PEFT's DoRA",  # which measures rows behind the change, where ComfyUI does it before
+    "hada_t": "LoHa of kernels",
+    "lokr_t2": "LoKr of kernels",
     "oft_": "OFT",
     "boft": "BOFT",
-    ".a1.weight": "GLoRA",
     "lora_mid": "LoCon with a matrix in the middle",
-    "set_weight": "a file of weights to set",
     "reshape_weight": "a file that changes shapes",
     "lora_embedding_": "LoRA of embeddings",
     "lora_B.bias": "LoRA with biases of its own",
     "lora_B.default.bias": "LoRA with biases of its own",
 }
+# Before the names of what is for a text encoder: kohya's, diffusers' and ComfyUI's.
+TEXT_ENCODERS = (
+    "lora_te_",
+    "lora_te1_",
+    "lora_te2_",
+    "lora_te3_",
+    "text_encoder.",
+    "text_encoder_2.",
+    "text_encoders.",
+)
 # Settings of PEFT by which the numbers mean something else.
 OTHER_SETTINGS = ("use_dora", "use_rslora", "alpha_pattern", "fan_in_fan_out", "modules_to_save")
 PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_ENTRY = "lora_adapter_metadata"  # a header entry: PEFT's settings, each below the name of its network
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """What is added to one weight as a product."""
-
-    up: Tensor  # B, a row for each of the weight's rows
-    down: Tensor  # A, a row for each rank
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        """Return how many rows A has."""
-        return self.down.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Return the rows and columns of the product; the axes of a kernel count as one."""
-        return self.up.shape[0], self.down[0].numel()
-
-    def fits(self, shape: Sequence[int]) -> bool:
-        """Return whether the product can be added to a weight of this shape."""
-        return len(shape) > 1 and self.shape == (shape[0], math.prod(shape[1:]))
-
-    def times(self, strength: float, shape: Sequence[int]) -> Tensor:
-        """Return what is to be added, float32."""
-        # In ComfyUI's order of products, so that its patched weights and these are bit-exact.
-        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
-        return product.reshape(*shape).mul_(strength * (self.alpha / self.rank))
-
-
-@dataclass(frozen=True)
-class Difference:
-    """What is added to one parameter as it stands."""
-
-    tensor: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Return the shape of the parameter that it fits."""
-        return tuple(self.tensor.shape)
-
-    def fits(self, shape: Sequence[int]) -> bool:
-        """Return whether it can be added to a parameter of this shape."""
-        return self.shape == tuple(shape)
-
-    def times(self, strength: float, shape: Sequence[int]) -> Tensor:
-        """Return what is to be added, float32."""
-        return strength * self.tensor.float()
-
-
-Patch = LowRank | Difference
+Parts = dict[str, dict[str, tuple[str, Tensor]]]  # role -> module -> key and tensor
 
 
 @dataclass(frozen=True)
@@ -118,19 +81,20 @@ class Lora:
 
     def summary(self) -> dict[str, Any]:
         """Return what it is, in plain JSON types."""
-        pairs = {name: patch for name, patch in self.patches.items() if isinstance(patch, LowRank)}
+        pairs = {name: patch for name, patch in self.patches.items() if isinstance(patch, (Product, Decomposed))}
         causal, steps, whole = self.settings.causal, self.settings.steps, self.settings.bidirectional
         # How wide the network is that it is for, where it changes an attention.
-        width = next((pair.down.shape[1] for name, pair in pairs.items() if name.endswith(".self_attn.q.weight")), None)
+        width = next((pair.shape[1] for name, pair in pairs.items() if name.endswith(".self_attn.q.weight")), None)
         return {
             "file": self.source,
             "kind": LORA,
             "base": self.base,
             "width": width,
+            "kinds": dict(Counter(patch.kind for patch in self.patches.values())),
             "pairs": len(pairs),
             "differences": len(self.patches) - len(pairs),
-            "ranks": sorted({pair.rank for pair in pairs.values()}),
-            "alphas": sorted({pair.alpha for pair in pairs.values()}),
+            "ranks": sorted({pair.rank for pair in pairs.values() if pair.rank is not None}),
+            "alphas": sorted({pair.alpha for pair in pairs.values() if pair.rank is not None}),
             "causal": causal.to_dict() if causal else None,
             "bidirectional": whole.to_dict() if whole else None,
             "steps": steps.to_dict() if steps else None,
@@ -162,7 +126,8 @@ def is_lora(path: str | Path) -> bool:
         contents = open_lora(Path(path))
     except ValueError:
         return False
-    return not contents.tensors and any(key.endswith((*UPS, *DOWNS)) for key in contents.lora)
+    endings = (*UPS, *DOWNS, *LOHA, *LOKR, *GLORA, DIFFS[0], BIAS_DIFFS[0], WHOLE)
+    return not contents.tensors and any(key.endswith(endings) for key in contents.lora)
 
 
 def parse_lora(
@@ -179,43 +144,126 @@ def parse_lora(
     Raises ValueError without the file's name.
     """
     base, settings = read_lora_header(header or {})
+    for_text = [key for key in tensors if key.startswith(TEXT_ENCODERS)]
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in for_text}
+    if for_text and not tensors:
+        raise ValueError(f"is a LoRA for a text encoder alone ({for_text[0]}), which is not read")
     _check_kind(tensors)
     parts = _parts(tensors)
-    known, notes = _known_alphas(parts["alpha"], peft or {}, alpha)
-    pairs = _pairs(parts, known)
-    guesses = {} if "" in known else {module: pair for module, pair in pairs.items() if module not in known}
+    known, notes = _known_alphas(parts[ALPHA], peft or {}, alpha)
+    products = _products(parts, known)
+    ranked = {module: product for module, product in products.items() if product.rank is not None}
+    guesses = {} if "" in known else {module: each for module, each in ranked.items() if module not in known}
     if guesses:
-        some = "" if len(guesses) == len(pairs) else f" for {len(guesses)} of its {len(pairs)} pairs"
-        ranks = " and ".join(map(str, sorted({pair.rank for pair in guesses.values()})))
+        some = "" if len(guesses) == len(ranked) else f" for {len(guesses)} of its {len(ranked)} pairs"
+        ranks = " and ".join(map(str, sorted({each.rank for each in guesses.values() if each.rank is not None})))
         notes.append(f"says no alpha{some}; it is taken for the rank ({ranks}), so that B A is added as it is")
-    patches: dict[str, Patch] = {f"{module}.weight": pair for module, pair in pairs.items()}
-    for module, (_, tensor) in parts["difference"].items():
-        # A block's modulation is a parameter of its own and no layer's weight.
-        name = module if module.rpartition(".")[2] == "modulation" else f"{module}.weight"
-        if name in patches:
-            raise ValueError(f"holds both a pair and a difference for {name}; keep one of them")
-        patches[name] = Difference(tensor)
-    patches |= {f"{module}.bias": Difference(tensor) for module, (_, tensor) in parts["bias"].items()}
+    if for_text:
+        notes.append(f"{len(for_text)} tensors for a text encoder are left out, the first is {for_text[0]}")
+    patches: dict[str, Patch] = {}
+    for name, patch in _named_patches(parts, products):
+        names = tuple(map(to_wan, fused_parts(name))) or (name,)
+        for index, part in enumerate(names):
+            if part in patches:
+                raise ValueError(f"holds both a pair and a difference for {part}; keep one of them")
+            patches[part] = patch.part(index, len(names)) if len(names) > 1 else patch
     if not patches:
         raise ValueError("holds no LoRA")
     _check_peft(peft or {}, patches.values())
     return Lora(source, patches, settings, base, tuple(f"{source}: {note}" for note in notes))
 
 
-def _pairs(parts: Mapping[str, Mapping[str, tuple[str, Tensor]]], alphas: Mapping[str, float]) -> dict[str, LowRank]:
-    """Return A and B of each module with its alpha; raise ValueError where one of them is missing or does not fit."""
-    pairs: dict[str, LowRank] = {}
-    for module, (key, up) in parts["up"].items():
-        if module not in parts["down"]:
-            raise ValueError(f"{key} has no A beside it: half of the LoRA is missing; download or save it again")
-        down = parts["down"][module][1]
-        if up.ndim < 2 or up.ndim != down.ndim or up.flatten(1).shape[1] != down.shape[0]:
-            raise ValueError(f"{key} of shape {list(up.shape)} and its A of shape {list(down.shape)} are no pair")
-        pairs[module] = LowRank(up, down, alphas.get(module, alphas.get("", float(down.shape[0]))))
-    for module, (key, _) in (*parts["down"].items(), *parts["alpha"].items()):
-        if module not in parts["up"]:
-            raise ValueError(f"{key} has no B beside it: half of the LoRA is missing; download or save it again")
-    return pairs
+def _named_patches(parts: Parts, products: Mapping[str, Product]) -> Iterator[tuple[str, Patch]]:
+    """Yield what is done to which parameter, whose name may be that of a fused projection."""
+    magnitudes = {module: tensor for module, (_, tensor) in parts[DORA].items()}
+    for module, product in products.items():
+        magnitude = magnitudes.get(module)
+        yield f"{module}.weight", product if magnitude is None else Decomposed(product, magnitude)
+    whole = {".diff": Difference, WHOLE: Replacement}
+    for role, make in whole.items():
+        for module, (_, tensor) in parts[role].items():
+            # A block's modulation is a parameter of its own and no layer's weight.
+            yield module if module.rpartition(".")[2] == "modulation" else f"{module}.weight", make(tensor)
+    for module, (_, tensor) in parts[".diff_b"].items():
+        yield f"{module}.bias", Difference(tensor)
+
+
+def _products(parts: Parts, alphas: Mapping[str, float]) -> dict[str, Product]:
+    """Return the product of each module with its alpha; raise ValueError where a part is missing or does not fit."""
+    products: dict[str, Product] = {}
+    for module in dict.fromkeys(module for role in (UP, DOWN, *LOHA, *LOKR, *GLORA) for module in parts[role]):
+        found = {role: parts[role][module] for role in parts if module in parts[role]}
+        makers = {LOHA: _loha, LOKR: _lokr, GLORA: _glora}
+        kinds = [(make, roles) for roles, make in makers.items() if any(role in found for role in roles)]
+        kinds += [(_pair, (UP, DOWN))] if UP in found or DOWN in found else []
+        if len(kinds) > 1:
+            raise ValueError(f"{next(iter(found.values()))[0]} is not the only change of {module}; keep one of them")
+        make, roles = kinds[0]
+        product = make({role: found[role] for role in roles if role in found}, 0.0)
+        products[module] = replace(product, alpha=alphas.get(module, alphas.get("", float(product.rank or 1))))
+    for role in (ALPHA, DORA):
+        for module, (key, _) in parts[role].items():
+            if module not in products:
+                raise ValueError(f"{key} has no B beside it: half of the LoRA is missing; download or save it again")
+    return products
+
+
+def _pair(found: Mapping[str, tuple[str, Tensor]], alpha: float) -> LowRank:
+    for role, other, letter in ((UP, DOWN, "A"), (DOWN, UP, "B")):
+        if other not in found:
+            key = found[role][0]
+            raise ValueError(f"{key} has no {letter} beside it: half of the LoRA is missing; download or save it again")
+    (key, up), (_, down) = found[UP], found[DOWN]
+    if up.ndim < 2 or up.ndim != down.ndim or up.flatten(1).shape[1] != down.shape[0]:
+        raise ValueError(f"{key} of shape {list(up.shape)} and its A of shape {list(down.shape)} are no pair")
+    return LowRank(up, down, alpha)
+
+
+def _loha(found: Mapping[str, tuple[str, Tensor]], alpha: float) -> Hadamard:
+    a1, b1, a2, b2 = _matrices(found, LOHA)
+    first, second = _chain(found, a1, b1), _chain(found, a2, b2)
+    if (a1.shape[0], b1.shape[1]) != (a2.shape[0], b2.shape[1]):
+        raise _no_pair(found)
+    return Hadamard(first, second, alpha)
+
+
+def _lokr(found: Mapping[str, tuple[str, Tensor]], alpha: float) -> Kronecker:
+    factors: list[tuple[Tensor, ...]] = []
+    for whole in (".lokr_w1", ".lokr_w2"):
+        matrices = _matrices(found, (whole,) if whole in found else (f"{whole}_a", f"{whole}_b"))
+        factors.append(matrices if len(matrices) == 1 else _chain(found, *matrices))
+    return Kronecker(factors[0], factors[1], alpha)
+
+
+def _glora(found: Mapping[str, tuple[str, Tensor]], alpha: float) -> Generalised:
+    a1, a2, b1, b2 = _matrices(found, GLORA)
+    product = Generalised(a1, a2, b1, b2, alpha)
+    for left, right in ((a2, a1), (b2, b1)) if product.is_older else ((a1, a2), (b1, b2)):
+        _chain(found, left, right)
+    return product
+
+
+def _matrices(found: Mapping[str, tuple[str, Tensor]], roles: Sequence[str]) -> tuple[Tensor, ...]:
+    """Return the matrices of these roles. Raises ValueError where one is missing or is no matrix."""
+    first = next(iter(found.values()))[0]
+    absent = next((role for role in roles if role not in found), None)
+    if absent is not None:
+        raise ValueError(f"{first} has no {absent[1:]} beside it: part of it is missing; download or save it again")
+    matrices = tuple(found[role][1] for role in roles)
+    if any(matrix.ndim != 2 for matrix in matrices):
+        raise _no_pair(found)
+    return matrices
+
+
+def _chain(found: Mapping[str, tuple[str, Tensor]], left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    if left.shape[1] != right.shape[0]:
+        raise _no_pair(found)
+    return left, right
+
+
+def _no_pair(found: Mapping[str, tuple[str, Tensor]]) -> ValueError:
+    shapes = ", ".join(f"{key.rpartition('.')[2]} {list(tensor.shape)}" for key, tensor in found.values())
+    return ValueError(f"{next(iter(found.values()))[0]} and what is beside it do not fit each other ({shapes})")
 
 
 def _check_kind(tensors: Mapping[str, Tensor]) -> None:
@@ -227,11 +275,12 @@ def _check_kind(tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{key} is {tensor.dtype}; only plain floating-point matrices are read")
 
 
-def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, tuple[str, Tensor]]]:
-    """Sort tensors by what they are of which module: {"up": {module: (key, tensor)}, ...}."""
-    endings = {"up": UPS, "down": DOWNS, "difference": DIFFS, "bias": BIAS_DIFFS, "alpha": (ALPHA,)}
+def _parts(tensors: Mapping[str, Tensor]) -> Parts:
+    """Sort tensors by what they are of which module: {".dora_scale": {module: (key, tensor)}, ...}."""
+    endings = {UP: UPS, DOWN: DOWNS, ".diff": DIFFS, ".diff_b": BIAS_DIFFS}
+    endings |= {name: (name,) for name in (ALPHA, *LOHA, *LOKR, *GLORA, DORA, WHOLE)}
     roles = {ending: role for role, names in endings.items() for ending in names}
-    parts: dict[str, dict[str, tuple[str, Tensor]]] = {role: {} for role in endings}
+    parts: Parts = {role: {} for role in endings}
     strangers: list[str] = []
     for key, tensor in tensors.items():
         ending = next((ending for ending in roles if key.endswith(ending)), None)
@@ -288,7 +337,7 @@ def _check_peft(settings: Mapping[str, Any], patches: Iterable[Patch]) -> None:
     other = next((name for name in OTHER_SETTINGS if settings.get(name)), None)
     if other is not None:
         raise ValueError(f"is trained with {other}, which is not read; use a plain LoRA, or a file with it merged")
-    ranks = {patch.rank for patch in patches if isinstance(patch, LowRank)}
+    ranks = {patch.rank for patch in patches if isinstance(patch, (Product, Decomposed)) and patch.rank is not None}
     if ranks and settings.get("r") is not None and settings["r"] not in ranks and not settings.get("rank_pattern"):
         raise ValueError(
             f"has rank {' and '.join(map(str, sorted(ranks)))}, but {PEFT_CONFIG} says {settings['r']}: it belongs to "
@@ -316,7 +365,7 @@ class MergedWeights(ScaledWeights):
             return weight
         total = weight.to(torch.float32, copy=True)  # the file's own pages are not written to
         for patch, strength in patches:
-            total += patch.times(strength, total.shape)
+            total = patch.applied(total, strength)
         return total.to(weight.dtype if weight.itemsize > 1 else torch.float32)
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
@@ -366,10 +415,7 @@ def comfyui_lora(patches: Mapping[str, Patch]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, patch in patches.items():
         key = DIALECT_PREFIXES["comfyui-diffusion-model"] + name.removesuffix(".weight")
-        if isinstance(patch, LowRank):
-            tensors |= {f"{key}.lora_up.weight": patch.up, f"{key}.lora_down.weight": patch.down}
-            tensors[f"{key}.alpha"] = torch.tensor(patch.alpha, dtype=torch.float64)
-        else:
-            ending = ".diff_b" if name.endswith(".bias") else ".diff"
-            tensors[key.removesuffix(".bias") + ending] = patch.tensor
+        for ending, tensor in patch.tensors().items():
+            is_bias = name.endswith(".bias")
+            tensors[f"{key.removesuffix('.bias')}{ending}_b" if is_bias else f"{key}{ending}"] = tensor
     return tensors

@@ -8,8 +8,10 @@ there is not, for a file that has to lie beside it, for a number that nobody has
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatch
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
@@ -18,12 +20,12 @@ from ..config import BidirectionalConfig, CausalConfig, StepConfig
 from ..experts import boundary_behind
 from .checkpoint import MERGED_ENTRY, Checkpoint, read_checkpoint, with_lora, with_loras
 from .checkpoint_header import SamplingSettings
-from .download import RELEASES, release_folder
+from .download import RELEASES, download_folders, release_folder
 from .keymap import EMA_CONTAINERS
 from .lora_files import read_lora
-from .pipeline_folder import LOW_NOISE_FOLDER, read_pipeline
+from .pipeline_folder import LOW_NOISE_FOLDER, PipelineFolder, read_pipeline
 from .presets import Preset, Twin, find_preset, missing_policies
-from .recognise import Recognition, containers_in, fits_release, recognise
+from .recognise import COMMON_NAMES, Recognition, containers_in, fits_release, recognise
 
 Loras = Sequence[tuple[str | Path, float]]  # files and strengths
 ConfigT = TypeVar("ConfigT", CausalConfig, StepConfig)
@@ -31,8 +33,11 @@ AUTO, NONE = "auto", "none"
 PLAIN = "sf++"  # Self-Forcing++ changed the training; its cache is Self Forcing's
 POLICIES = (*policy.POLICIES, PLAIN)
 # What a run cannot do without, and the options that give it.
-OPTIONS = {name: f"--{name.replace('_', '-')}" for name in ("chunk", "window", "sink", "cache_source")}
+OPTIONS = {name: f"--{name.replace('_', '-')}" for name in ("chunk", "window", "sink", "policy", "cache_source")}
 OPTIONS |= {"steps": "--steps", "warp": "--warp-steps or --no-warp-steps", "shift": "--shift", "solver": "--solver"}
+HOW_IT_RUNS = {*OPTIONS, "kind"}  # explicit ones, of which each is an answer to what a file is
+# Of Self Forcing's trainer and those made from it; nothing else puts networks into them.
+FAMILY_CONTAINERS = {"generator", "generator_ema", "generator_lora"}
 MOST_NAMES = 6  # of presets in a line
 
 
@@ -43,6 +48,8 @@ class PresetReading:
     checkpoint: Checkpoint
     preset: Preset | None
     notes: tuple[str, ...]  # what it is run as, and what gave way for that: sentences without the file as their subject
+    # Of its steps only shift and boundary are said, by a pipeline's folder; the others are the defaults.
+    has_folder_steps: bool = False
 
 
 def read_with_preset(
@@ -53,38 +60,72 @@ def read_with_preset(
     loras: Loras = (),
     given: Collection[str] = (),
     asks: bool = True,
+    folders: Sequence[Path] = (),
 ) -> PresetReading:
     """Return a checkpoint that is to be run, with the settings of its preset.
 
     choice: a preset's name, "none", or "auto", which recognises the file. weights, loras: as for `read_checkpoint`;
     weights "auto" are those of the preset, and where no LoRA is given, the preset's is merged. given: names of settings
-    that are explicit and need no preset. asks: where releases that run differently fit, or one of which not all was
-    read, raise ValueError with the way to say it; else the notes say so and the file is run as if it were none.
+    that are explicit and need no preset. asks: where a release fits of which not all was read, raise ValueError with
+    the way to say it; else the notes say so and the file is run as if it were none.
+    folders: as for `partner_path`.
     Raises ValueError for a preset that cannot run here, and for whatever is no checkpoint.
     """
     checkpoint = read_checkpoint(path, weights=weights)
     merged = _merged(checkpoint)
     checkpoint = with_loras(checkpoint, loras)
+    folder = read_pipeline(path)
     given = {*given, "lora"} if loras else given  # at strength 0 too: so is the base alone asked for
     found = choose_preset(checkpoint, path, choice)
-    preset, notes = _settled(found, path, checkpoint.settings, asks=asks)
+    preset, notes = _settled(found, path, checkpoint, given)
     if preset is None:
-        return PresetReading(checkpoint, None, tuple(notes))
-    refusal = obstacle(preset, path, (*given, *merged))
+        return with_folder(PresetReading(checkpoint, None, tuple(notes)), folder, given)
+    refusal = obstacle(preset, path, (*given, *merged), folders)
     if refusal is not None:
         raise ValueError(f"{path}: {refusal}{_way_out(found)}")
-    question = _open_question(preset, given)
+    question = _open_question(preset, {*given, *folder.says, *_said(checkpoint.settings)})
     if question is not None and (asks or choice != AUTO):
         raise ValueError(f"{path}: {question}")
     if question is not None:
-        return PresetReading(checkpoint, None, (*notes, f"is run as if it were no such file: {question}"))
+        notes.append(f"is run as if it were no such file: {question}")
+        return with_folder(PresetReading(checkpoint, None, tuple(notes)), folder, given)
     if not fits_release(preset, checkpoint.key_shapes):
         notes.append(f"does not have the shapes of {in_words(preset)}, as which it is run")
     checkpoint = _with_weights(checkpoint, path, preset, weights, notes, by=found.by, loras=loras)
     if not merged:
-        checkpoint = _with_own_lora(checkpoint, path, preset, loras, notes)
-    checkpoint, replaced = with_preset(checkpoint, preset)
-    return PresetReading(checkpoint, preset, (*notes, *replaced))
+        checkpoint = _with_own_lora(checkpoint, path, preset, loras, notes, folders=folders)
+    settled, replaced = with_preset(checkpoint, preset)
+    reading = PresetReading(settled, preset, (*notes, *replaced))
+    return with_folder(reading, folder, given, has_header=checkpoint.steps is not None)
+
+
+def with_folder(
+    reading: PresetReading, folder: PipelineFolder, given: Collection[str] = (), *, has_header: bool = False
+) -> PresetReading:
+    """Return a reading with the shift and the boundary that its pipeline's folder says, and lines about them.
+
+    They come behind explicit settings, the preset and the header. given: names of settings that are explicit.
+    has_header: the steps that a preset took the place of were those of a header.
+    """
+    checkpoint, preset, notes = reading.checkpoint, reading.preset, list(reading.notes)
+    is_said = has_header or (checkpoint.steps is not None if preset is None else preset.shift is not None)
+    steps = checkpoint.steps or StepConfig()
+    if folder.shift not in (None, steps.shift):
+        if is_said:
+            notes.append(f"says shift {folder.shift:g} in its scheduler_config.json; {steps.shift:g} is used")
+        else:
+            steps = replace(steps, shift=folder.shift)
+            if "shift" not in given:
+                notes.append(f"is sampled with shift {steps.shift:g}, as its scheduler_config.json says")
+    if folder.boundary is not None and (preset is None or preset.twin is not None):
+        if steps.boundary is None:
+            steps = replace(steps, boundary=folder.boundary)
+        elif steps.boundary != folder.boundary:
+            notes.append(f"says boundary {folder.boundary:g} in its model_index.json; {steps.boundary:.4g} is used")
+    if checkpoint.steps is None and not folder.says:
+        return reading
+    reading = replace(reading, notes=tuple(notes), has_folder_steps=checkpoint.steps is None)
+    return replace(reading, checkpoint=replace(checkpoint, steps=steps))
 
 
 def choose_preset(checkpoint: Checkpoint, path: Path, choice: str = AUTO) -> Recognition:
@@ -106,11 +147,8 @@ def choices_in_words(presets: Sequence[Preset]) -> str:
     return ", ".join(names[:MOST_NAMES]) + more
 
 
-def read_to_copy(
-    path: Path, choice: str = AUTO, *, weights: str = "auto", loras: Loras = ()
-) -> tuple[Checkpoint, list[str]]:
-    """Return a checkpoint that is to be written elsewhere, with its preset's name and settings, and lines
-    about them without the file as their subject.
+def read_to_copy(path: Path, choice: str = AUTO, *, weights: str = "auto", loras: Loras = ()) -> PresetReading:
+    """Return a checkpoint that is to be written elsewhere, with its preset's name and settings.
 
     A preset that cannot run here gives its name alone: whoever reads the copy refuses it, or has learnt to run it.
     """
@@ -118,32 +156,36 @@ def read_to_copy(
     merged = _merged(checkpoint)
     checkpoint = with_loras(checkpoint, loras)
     found = choose_preset(checkpoint, path, choice)
-    preset, notes = found.preset, []
-    if read_pipeline(path).low_noise is not None:
+    preset, notes, folder = found.preset, [], read_pipeline(path)
+    if folder.low_noise is not None:
         notes.append(f"holds a second network, {LOW_NOISE_FOLDER}, which is not part of the copy; convert it as well")
     says_itself = checkpoint.causal is not None or checkpoint.bidirectional is not None
     if preset is None:
         checkpoint = replace(checkpoint, preset=None)
         if found.presets and not says_itself:
             notes.append(f"may be {choices_in_words(found.presets)}; the copy says so if --preset names one")
-        return checkpoint, notes
+        return with_folder(PresetReading(checkpoint, None, tuple(notes)), folder)
     checkpoint = _with_weights(checkpoint, path, preset, weights, notes, by=found.by, loras=loras)
-    given = ("lora",) if loras else ()
-    lacks = obstacle(preset, path, (*given, *merged)) or _open_question(preset, ())
-    if lacks is None:
-        if not merged:
-            checkpoint = _with_own_lora(checkpoint, path, preset, loras, notes)
-        checkpoint, replaced = with_preset(checkpoint, preset)
-        notes += replaced
-    else:
-        notes.append(f"{lacks}; the copy says that it is {preset.name}, and nothing of settings")
     if found.by not in ("name", "header"):
         notes.insert(0, f"is written as {in_words(preset)}, by its {found.by}")
-    return replace(checkpoint, preset=preset.name), notes
+    given = ("lora",) if loras else ()
+    lacks = obstacle(preset, path, (*given, *merged))
+    lacks = lacks or _open_question(preset, {*folder.says, *_said(checkpoint.settings)})
+    if lacks is not None:
+        notes.append(f"{lacks}; the copy says that it is {preset.name}, and nothing of settings")
+        return PresetReading(replace(checkpoint, preset=preset.name), preset, tuple(notes))
+    if not merged:
+        checkpoint = _with_own_lora(checkpoint, path, preset, loras, notes)
+    settled, replaced = with_preset(checkpoint, preset)
+    reading = PresetReading(settled, preset, (*notes, *replaced))
+    return with_folder(reading, folder, has_header=checkpoint.steps is not None)
 
 
-def inspect_preset(path: Path, choice: str = AUTO) -> dict[str, Any] | None:
-    """Return which release a file is or may be and what keeps it from running, in plain JSON types; None for none."""
+def inspect_preset(path: Path, choice: str = AUTO, *, given: Collection[str] = ()) -> dict[str, Any] | None:
+    """Return which release a file is or may be and what keeps it from running, in plain JSON types; None for none.
+
+    given: as for `obstacle`.
+    """
     checkpoint = read_checkpoint(path)
     found = choose_preset(checkpoint, path, choice)
     if not found.presets:
@@ -152,8 +194,10 @@ def inspect_preset(path: Path, choice: str = AUTO) -> dict[str, Any] | None:
     entry: dict[str, Any] = {"name": preset and preset.name, "by": found.by}
     if preset is None:
         return {**entry, "may_be": [each.name for each in found.presets]}
-    settings = with_preset(checkpoint, preset)[0].settings
-    refusal = obstacle(preset, path, _merged(checkpoint))
+    folder, has_header = read_pipeline(path), checkpoint.steps is not None
+    reading = PresetReading(with_preset(checkpoint, preset)[0], preset, ())
+    settings = with_folder(reading, folder, has_header=has_header).checkpoint.settings
+    refusal = obstacle(preset, path, (*given, *_merged(checkpoint)))
     return {
         **entry,
         "title": preset.title,
@@ -163,36 +207,42 @@ def inspect_preset(path: Path, choice: str = AUTO) -> dict[str, Any] | None:
         "weights": preset.weights,
         "guidance": settings.guidance,
         "policy": preset.policy,
-        "missing": [f"{path} {refusal}"] if refusal else lacking(preset),
+        "missing": [f"{path} {refusal}"] if refusal else lacking(preset, (*folder.says, *_said(checkpoint.settings))),
     }
 
 
 # ------------------------------------------------------------- what is taken --
 def _settled(
-    found: Recognition, path: Path, header: SamplingSettings, *, asks: bool
+    found: Recognition, path: Path, checkpoint: Checkpoint, given: Collection[str]
 ) -> tuple[Preset | None, list[str]]:
-    """Return the preset to run with, if one is certain or all that fit run alike, and a line about it."""
+    """Return the preset to run with, if one is certain or all that fit run alike, and a line about it.
+
+    Raises ValueError for a file that is one of several releases which run differently, unless something explicit says
+    how: they share their names and shapes with every network of a size, so that those alone decide it only where the
+    file has the containers of this family's trainers. A plain base model has none, and neither have most own files.
+    """
+    header = checkpoint.settings
     says_itself = header.causal is not None or header.bidirectional is not None
     if found.preset is not None:
         return found.preset, [] if found.by == "name" else [f"is run as {in_words(found.preset)}, by its {found.by}"]
     if not found.presets or says_itself:
         return None, []
-    names = choices_in_words(found.presets)
-    if found.by == "names and shapes":  # as every file of a size
+    names, is_named = choices_in_words(found.presets), found.by != "names and shapes"
+    is_familys = not FAMILY_CONTAINERS.isdisjoint(containers_in(checkpoint.key_shapes))
+    if not is_named and (not is_familys or not HOW_IT_RUNS.isdisjoint(given)):
         return None, [f"has the shapes of {names}, and nothing says which; it is run as if it were none of them"]
-    if len({_way_to_run(preset) for preset in found.presets}) == 1:
+    if is_named and len({_way_to_run(preset, given) for preset in found.presets}) == 1:
         return found.presets[0], [f"may be {names}, which run alike"]
-    question = f"may be {names}, which run differently"
-    refusals = [obstacle(preset) for preset in found.presets]
-    # Without its partner a file is another model, so that nothing goes on as if it were none of these.
-    if not asks and None in refusals and not any(preset.partner_files for preset in found.presets):
-        return None, [f"{question}; it is run as if it were none of them until preset says which"]
-    raise ValueError(f"{path}: {question}; say which by preset, or none of them by preset none")
+    sign = "may be" if is_named else "comes from a trainer of this family and may be"
+    raise ValueError(
+        f"{path}: {sign} {names}, which run differently; say which by preset, or none of them by preset none"
+    )
 
 
-def _way_to_run(preset: Preset) -> tuple[Any, ...]:
-    names = ("is_causal", "policy", "weights", "lora", "twin", "guidance", "first_chunk_steps", *OPTIONS)
-    return (*(getattr(preset, name) for name in names), str(preset.policy_options))
+def _way_to_run(preset: Preset, given: Collection[str]) -> tuple[Any, ...]:
+    """Return all by which two presets may differ in the picture, but for what is explicit."""
+    names = ("is_causal", "weights", "lora", "twin", "guidance", "first_chunk_steps", *OPTIONS)
+    return (*(getattr(preset, name) for name in names if name not in given), str(preset.policy_options))
 
 
 def in_words(preset: Preset) -> str:
@@ -206,21 +256,27 @@ def _way_out(found: Recognition) -> str:
 
 
 # ----------------------------------------------------------- what is missing --
-def obstacle(preset: Preset, path: Path | None = None, given: Collection[str] = ()) -> str | None:
+def obstacle(
+    preset: Preset, path: Path | None = None, given: Collection[str] = (), folders: Sequence[Path] = ()
+) -> str | None:
     """Return why a preset cannot be run, with the remedy where there is one; None where it can.
 
     path: of the file or folder, beside which partner files have to lie; without it they are not looked for. given: may
-    name "low_noise", which then lies elsewhere, and "lora", which then is merged already.
+    name "low_noise", which then lies elsewhere, and "lora", which then is merged already. folders: as for
+    `partner_path`; the first of them is where the remedy puts what is missing.
     """
     if preset.unsupported is not None:
         return f"is {in_words(preset)}, which is not supported: {preset.unsupported}"
     if preset.name in missing_policies(POLICIES):
         return f"is {in_words(preset)}, whose cache policy {preset.policy!r} this version does not have"
+    if path is not None and "low_noise" not in given and (refusal := _half_refusal(preset, path, folders)):
+        return refusal
     needed = {"lora": preset.lora, "low_noise": preset.twin}
     partners = [each.file for name, each in needed.items() if each is not None and each.file and name not in given]
-    absent = [file for file in partners if path is not None and partner_path(preset, path, file) is None]
+    absent = [file for file in partners if path is not None and partner_path(preset, path, file, folders) is None]
     if absent:
-        remedy = f"fetch it with: python -m selfforcing_core download {preset.name}"
+        place = f" --to {shlex.quote(str(folders[0]))}" if folders else ""
+        remedy = f"fetch it with: python -m selfforcing_core download {preset.name}{place}"
         remedy = remedy if preset.name in RELEASES else "put it there"
         return f"is {in_words(preset)}, which needs {absent[0]} beside it; {remedy}"
     if preset.lora is not None and preset.lora.file is None and "lora" not in given:
@@ -228,21 +284,51 @@ def obstacle(preset: Preset, path: Path | None = None, given: Collection[str] = 
     return None
 
 
-def unable(preset: Preset) -> str | None:
-    """Return why a preset cannot be run as it is, wherever its files lie; None where it can."""
-    return obstacle(preset) or _open_question(preset, ())
+def _half_refusal(preset: Preset, path: Path, folders: Sequence[Path]) -> str | None:
+    """Return what to do with the network for low noise of a release, where that is given as the model."""
+    twin = preset.twin and PurePath(preset.twin.file)
+    if twin is None:
+        return None
+    # Of a folder's file that is the folder's name, else the file's own.
+    place = path.absolute() if path.is_dir() or twin.name != "*" else path.absolute().parent
+    if not fnmatch(place.name.lower(), (twin.parent.name if twin.name == "*" else twin.name).lower()):
+        return None
+    first = preset.files[0].removesuffix("/*")
+    high = partner_path(preset, path, preset.files[0], folders)
+    do = f"give {high or first} as the model, beside which this one is found, or this one as --low-noise"
+    return f"is the low-noise half of {in_words(preset)}; {do}"
 
 
-def partner_path(preset: Preset, path: Path, file: str) -> Path | None:
+def unable(preset: Preset, given: Collection[str] = ()) -> str | None:
+    """Return a sentence why a preset cannot be run, wherever its files lie; None where it can.
+
+    given: names of settings that are explicit.
+    """
+    refusal = obstacle(preset)
+    return _open_question(preset, given) if refusal is None else f"the model {refusal}"
+
+
+def counted_boundary(preset: Preset | None) -> int:
+    """Return how many of the steps are the high-noise network's where a release counts them, else 0."""
+    return 0 if preset is None or preset.twin is None else preset.twin.boundary_step or 0
+
+
+def partner_path(preset: Preset, path: Path, file: str, folders: Sequence[Path] = ()) -> Path | None:
     """Return the file or folder that belongs to a release's first one, which lies at `path`; None where it does not.
 
-    It lies where the repository has it, or beside the first one. Raises ValueError where several may be meant.
+    It lies where the repository has it, or beside the first one; else where `download` puts it, which may be one of
+    `folders`, or right in one of those if its name is no common one. Raises ValueError where several may be meant.
     """
     path, name = path.expanduser(), PurePath(file)
     depths = {len(PurePath(first).parts) for first in preset.files} | {1}
     roots = [path, *(path.parents[depth - 1] for depth in sorted(depths, reverse=True) if depth <= len(path.parents))]
-    is_folder = name.name == "*"
-    for root, pattern in ((root, pattern) for root in roots for pattern in (str(name), name.name)):
+    if preset.name in RELEASES:
+        roots += [release_folder(preset.name, folder) for folder in (*download_folders(), *folders)]
+    is_folder, is_own_name = name.name == "*", name.name not in COMMON_NAMES
+    patterns = [(root, pattern) for root in roots for pattern in (str(name), name.name)]
+    # lora.pt of one release would pass for that of another.
+    patterns += [(folder, name.name) for folder in folders if is_own_name]
+    for root, pattern in patterns:
         if is_folder and (root / name.parent).is_dir():
             return root / name.parent
         partners = [] if is_folder or not root.is_dir() else sorted(each for each in root.glob(pattern) if each != path)
@@ -261,6 +347,15 @@ def _words(path: Path) -> set[str]:
     return set(re.split(r"[_\W]+", path.stem.lower()))
 
 
+def _said(header: SamplingSettings) -> tuple[str, ...]:
+    """Return those of OPTIONS that a file's header says itself."""
+    in_header = {
+        "steps": ("steps", "warp", "shift", "solver"),
+        "causal": ("chunk", "window", "sink", "policy", "cache_source"),
+    }
+    return tuple(name for part, names in in_header.items() if getattr(header, part) is not None for name in names)
+
+
 def _open_settings(preset: Preset, given: Collection[str] = ()) -> list[str]:
     """Return the settings that a run needs, nobody has read, and are not given."""
     return [
@@ -277,14 +372,19 @@ def _open_question(preset: Preset, given: Collection[str]) -> str | None:
         return None
     reasons = "; ".join(dict.fromkeys(preset.open_questions[name] for name in names))
     options = ", ".join(OPTIONS[name] for name in names)
+    in_comfyui = "choose preset none and set them in Cache Options and Sigmas"
+    if set(names) <= {"chunk", "shift"}:
+        in_comfyui = "choose preset none here and this one in Patch Model (Self Forcing), which has widgets for them"
     return (
-        f"preset {preset.name} leaves {', '.join(names)} open ({reasons}); give {options}, or in ComfyUI choose preset "
-        "none and set them in Cache Options and Sigmas"
+        f"preset {preset.name} leaves {', '.join(names)} open ({reasons}); give {options}, or in ComfyUI {in_comfyui}"
     )
 
 
-def lacking(preset: Preset) -> list[str]:
-    """Return what keeps this version from running a preset, or what a user has to give for it, a line each."""
+def lacking(preset: Preset, given: Collection[str] = ()) -> list[str]:
+    """Return what keeps this version from running a preset, or what a user has to give for it, a line each.
+
+    given: names of settings that are known from elsewhere.
+    """
     if preset.unsupported is not None:
         return [f"not supported: {preset.unsupported}"]
     lines = []
@@ -293,7 +393,7 @@ def lacking(preset: Preset) -> list[str]:
     elif preset.lora is not None and preset.lora.file is None:
         lines.append("its LoRA, whose file's name was not read")
     names_by_reason: dict[str, list[str]] = {}
-    for name in _open_settings(preset):
+    for name in _open_settings(preset, given):
         names_by_reason.setdefault(preset.open_questions[name], []).append(OPTIONS[name])
     return [*lines, *(f"{', '.join(names)} to be given ({why})" for why, names in names_by_reason.items())]
 
@@ -348,7 +448,15 @@ def _merged(checkpoint: Checkpoint) -> tuple[str, ...]:
     return ("lora",) if MERGED_ENTRY in checkpoint.metadata else ()
 
 
-def _with_own_lora(checkpoint: Checkpoint, path: Path, preset: Preset, loras: Loras, notes: list[str]) -> Checkpoint:
+def _with_own_lora(
+    checkpoint: Checkpoint,
+    path: Path,
+    preset: Preset,
+    loras: Loras,
+    notes: list[str],
+    *,
+    folders: Sequence[Path] = (),
+) -> Checkpoint:
     """Return the checkpoint with the LoRA that belongs to its release, beside those that were given.
 
     Given itself, at whatever strength, it is not merged twice. Where it does not lie beside the file, what was given is
@@ -356,7 +464,7 @@ def _with_own_lora(checkpoint: Checkpoint, path: Path, preset: Preset, loras: Lo
     """
     if preset.lora is None or preset.lora.file is None:
         return checkpoint
-    file = partner_path(preset, path, preset.lora.file)
+    file = partner_path(preset, path, preset.lora.file, folders)
     if file is None:
         notes.append(f"has no {preset.lora.file} beside it; the LoRA that was given is taken for that of {preset.name}")
         return checkpoint

@@ -285,7 +285,8 @@ ROWS = (
          steps=(1000.0, 757.0, 522.0), shift=8.0, warp=False, containers=RAW, open_questions=PICTURE),
     _row("causvid-4step", "CausVid 1.3B in 4 steps", "tianweiy/CausVid",
          (), "tianweiy/CausVid configs/wan_causal_dmd_warp_4step_cfg2.yaml", containers=RAW,
-         open_questions=PICTURE | _open("8 as in CausVid's other configuration, or 5, was not read", "shift")),
+         shift=8.0, open_questions=PICTURE,
+         read_elsewhere={"shift": "the same file in its forks yitongdeng2/CausVid and ai4imaging/InstantViR"}),
     _row("streamdiffusionv2", "StreamDiffusionV2 1.3B, video to video", "jerryfeng/StreamDiffusionV2",
          ("wan_causal_dmd_v2v/model.pt",), f"{SDV2} configs/wan_causal_dmd_v2v.yaml",
          chunk=1, window=6, sink=3, policy="sdv2", policy_options={"adapt_sink_threshold": 0.2, "first_chunk": 2},
@@ -304,7 +305,9 @@ ROWS = (
          containers=RAW, open_questions=PICTURE, read_elsewhere=RING),
     _row("streamdiffusionv2-t2v", "StreamDiffusionV2 1.3B, text to video", "jerryfeng/StreamDiffusionV2",
          (), f"{SDV2} configs/wan_causal_dmd_t2v.yaml",
-         steps=QUARTERS, shift=8.0, warp=False, containers=RAW, open_questions=PICTURE),
+         steps=(*QUARTERS, 0.0), shift=8.0, warp=False, cache_source="last_step", containers=RAW,
+         open_questions=PICTURE,  # the pass at t = 0 is taken for text alone, and what it writes stays
+         read_elsewhere=_open(f"{SDV2} models/wan/causal_stream_inference.py:76-92,172-208", "steps", "cache_source")),
     # FastVideo, folders of diffusers
     _row("causalwan2.2-i2v", "CausalWan 2.2 A14B, image to video, two experts",
          "FastVideo/CausalWan2.2-I2V-A14B-Preview-Diffusers", ("transformer/*",),

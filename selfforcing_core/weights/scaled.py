@@ -4,8 +4,9 @@ Eight bits hold few magnitudes, so a writer divides a weight by a scale that fil
 layer the file has that scale as `scale_weight` or `weight_scale`, one number or one for every row; the product is
 computed again in float32. Other companions change nothing in it: `scale_input` and `input_scale` belong to products of
 8-bit activations, `comfy_quant` (and the header's `_quantization_metadata`) names the format, `scaled_fp8` marks a
-whole file. They are kept for ComfyUI, whose own layers compute with weights in 8 bits. A weight in 8-bit floating point
-without a scale is taken as it is, as in ComfyUI. Other ways to store a weight (`gguf_files`) are undone the same way.
+whole file. They are kept for ComfyUI, whose own layers compute with weights in 8 bits. A file in 8-bit floating point
+without any scale is a plain cast and taken as it is, as in ComfyUI; one that has lost some or all of its scales is
+refused. Other ways to store a weight (`gguf_files`) are undone the same way.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class ScaledWeights(MutableMapping[str, Tensor]):
         """Return a line that says how weights are stored and that they are widened."""
         kinds = ", ".join(sorted({scale.kind for scale in self.scales.values()}))
         plain = [name for name, x in self.stored.items() if x.dtype in FORMATS.values() and name not in self.scales]
-        # Not refused: nobody says that a writer scales every weight. A lost scale looks the same, and ruins the video.
+        # Not matrices of the blocks, of which `check_scales` has refused one without its scale.
         unscaled = f"; {len(plain)} more have none and are read as they stand, the first is {plain[0]}" if plain else ""
         return (
             f"{len(self.scales)} weights are stored in 8 bits or fewer with scales ({kinds}) and are widened as they "
@@ -145,6 +146,24 @@ def chosen_tensors(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> M
     return ScaledWeights(renamed, {new: weights.scales[old] for new, old in names.items() if old in weights.scales})
 
 
+def check_scales(weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where a matrix of a transformer's blocks is in 8 bits without a scale and others have theirs.
+
+    Writers scale all of these or none. Vectors and layers outside the blocks are narrowed without one here and there.
+    """
+    if not isinstance(weights, ScaledWeights):
+        return
+    matrices = [name for name, tensor in weights.stored.items() if name.startswith("blocks.") and tensor.ndim > 1]
+    narrow = [name for name in matrices if weights.stored[name].dtype in FORMATS.values()]
+    lost = [name for name in narrow if name not in weights.scales]
+    if lost and len(lost) < len(narrow):
+        kind = str(weights.stored[lost[0]].dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{lost[0]} is {kind} without a scale, while {len(narrow) - len(lost)} other weights have theirs: the file "
+            "has lost it, and the weight would be wrong by a factor; download or save the file again"
+        )
+
+
 # ------------------------------------------------------------------ reading --
 def split_scales(
     tensors: Mapping[str, Tensor], header: Mapping[str, str]
@@ -158,7 +177,7 @@ def split_scales(
     scales: dict[str, tuple[str, Tensor]] = {}  # by the name of the weight: key and value of the scale
     input_scales: dict[str, Tensor] = {}  # by layer
     formats = _header_formats(header)
-    is_full_precision = False
+    is_marked = is_full_precision = False
     for key, tensor in tensors.items():
         layer, _, leaf = key.rpartition(".")
         if leaf in SCALES:
@@ -174,11 +193,19 @@ def split_scales(
         elif leaf in INPUT_SCALES:
             input_scales[layer] = tensor
         elif leaf == FILE_MARK:
-            is_full_precision = tensor.numel() == 2  # ComfyUI's sign for it (comfy/utils.py, convert_old_quants)
+            is_marked, is_full_precision = (
+                True,
+                tensor.numel() == 2,
+            )  # ComfyUI's sign for it (comfy/utils.py, convert_old_quants)
         else:
             weights[key] = tensor
     for layer, options in formats.items():  # only now are all weights and scales of the file known
         _check_format(layer, options, weights.get(f"{layer}.weight"), f"{layer}.weight" in scales)
+    narrow = next((name for name, tensor in weights.items() if tensor.dtype in FORMATS.values()), None)
+    if is_marked and narrow is not None and not scales:
+        raise ValueError(
+            f"is marked as scaled ({FILE_MARK}) and has no scale, not even for {narrow}; download or save it again"
+        )
     fitting = {name: _fitting(key, scale, name, weights.get(name)) for name, (key, scale) in scales.items()}
     mark = {FULL_PRECISION: True} if is_full_precision else {}
     return weights, {

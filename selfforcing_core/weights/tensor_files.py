@@ -32,6 +32,7 @@ from .scaled import ScaledWeights, Storage, chosen_tensors, split_scales
 
 log = logging.getLogger(__name__)
 WEIGHTS = ("auto", "ema", "raw")
+SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 # A safetensors file is 8 bytes of its header's length, then the header, a JSON object.
 SAFETENSORS_MARK = slice(8, 9), b"{"
 ZIP_MARK, PICKLE_MARK = b"PK\x03\x04", b"\x80"  # torch's archive since 1.6, and the bare pickle of versions before
@@ -160,6 +161,9 @@ def _open(path: Path, weights: str) -> FileContents:
 
 # -------------------------------------------------------------- safetensors --
 def _open_safetensors(path: Path, weights: str) -> FileContents:
+    index = _index_of(path)
+    if index is not None:
+        return _open_shards(index, weights)
     tensors, header = _read_safetensors(path)
     return _with_shapes(_single_set(tensors, header, weights), tensors)
 
@@ -174,6 +178,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"is a damaged or truncated safetensors file ({one_line(error)})") from error
 
 
+def _index_of(path: Path) -> Path | None:
+    """Return the index beside a shard, which stands for all of them: ComfyUI's list of models has no JSON files."""
+    stem, number, _ = path.name.rpartition("-of-")[0].rpartition("-")
+    index = path.parent / f"{stem}.safetensors.index.json"
+    return index if number and SHARD.search(path.name) and index.is_file() else None
+
+
 def _open_gguf(path: Path, weights: str) -> FileContents:
     tensors, packings = gguf_files.read_gguf(path)
     shapes = {name: packings[name].size if name in packings else tuple(each.shape) for name, each in tensors.items()}
@@ -181,16 +192,17 @@ def _open_gguf(path: Path, weights: str) -> FileContents:
 
 
 def _open_folder(path: Path, weights: str) -> FileContents:
-    """Return a network in a folder: an index of shards, or one safetensors file; also below `transformer`."""
+    """Return a network in a folder: an index of shards, or one file; also below `transformer`."""
     folder = path / "transformer" if (path / "transformer").is_dir() else path  # where a pipeline of diffusers has it
-    for pattern, read in (("*.safetensors.index.json", _open_shards), ("*.safetensors", _open_safetensors)):
+    kinds = (("*.safetensors.index.json", _open_shards), ("*.safetensors", _open_safetensors), ("*.pt", _open))
+    for pattern, read in kinds:
         files = sorted(folder.glob(pattern))
         if len(files) == 1:
             contents = read(files[0], weights)
             return replace(contents, header=_diffusers_header(folder / "config.json") | contents.header)
         if files:
             raise ValueError(f"is a folder with {len(files)} files {pattern}; give one of them, or their index")
-    raise ValueError("is a folder without a safetensors file; give the checkpoint file")
+    raise ValueError("is a folder without a safetensors or .pt file; give the checkpoint file")
 
 
 def _diffusers_header(file: Path) -> dict[str, str]:

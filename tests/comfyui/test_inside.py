@@ -5,26 +5,42 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from selfforcing_core.config import CausalConfig, StepConfig
+from selfforcing_core.weights.preset_settings import read_with_preset
+from selfforcing_core.weights.presets import PRESETS
 from tests.comfyui.conftest import checkouts
 from tests.comfyui.host_server import ROOT, Checkout
+from tests.core.test_preset_settings import RUNS, SHIFTS, UNNAMED, WRITTEN_BY_LAST_STEP
 from tests.support import fakes
 
 WARPED = (1000, 937.5, 833.3, 625)
-# By fake: how many latent frames a chunk has, its timesteps (of the first chunk, if others), weights, shift, kind.
-RELEASES: dict[str, tuple[int, tuple[float, ...], tuple[float, ...], str, float, str]] = {
-    "self-forcing-dmd": (3, WARPED, WARPED, "ema", 5, "causal"),
-    "causal-forcing": (3, WARPED, WARPED, "raw", 5, "causal"),
-    "causal-forcing-framewise": (1, WARPED, WARPED, "ema", 5, "causal"),
-    "causal-forcing-pp-2step": (1, WARPED, (1000, 833.3), "ema", 5, "causal"),
-    "causvid": (3, (1000, 757, 522), (1000, 757, 522), "raw", 8, "causal"),
-    "streamdiffusionv2-t2v": (3, (1000, 750, 500, 250), (1000, 750, 500, 250), "raw", 8, "causal"),
-    "lightx2v-t2v-14b": (6, WARPED, WARPED, "raw", 5, "few-step bidirectional"),
-    "rolling-forcing": (3, (), (), "ema", 5, ""),
+# By fake: how many latent frames a chunk has, its timesteps (of the first chunk, if others), weights, shift, kind, and
+# what the cache holds. Written out from the sources, as in tests/core/test_preset_settings.py.
+CAUSAL, WHOLE = "causal", "few-step bidirectional"
+RELEASES: dict[str, tuple[int, tuple[float, ...], tuple[float, ...], str, float, str, tuple[int, int]]] = {
+    **{
+        name: (chunk, first, later, weights, SHIFTS.get(name, 5), CAUSAL, cache)
+        for name, (chunk, first, later, weights, cache) in RUNS.items()
+    },
+    "lightx2v-t2v-14b": (6, WARPED, WARPED, "raw", 5, WHOLE, (-1, 0)),
+    "lightx2v-i2v-14b": (6, WARPED, WARPED, "raw", 5, WHOLE, (-1, 0)),
+}
+# Of two networks: the passes of each chunk and of the whole video, and both sets of weights. 1000/850/.../125 through a
+# shift of 12, which the folder says, against 0.875; LightX2V's third step is the second network's first.
+PAIRS: dict[str, tuple[tuple[tuple[int, int], ...], tuple[float, ...], str]] = {
+    "causalwan2.2-i2v": (
+        ((0, 1), (1, 4), (4, 7)),
+        (1000, 985.5, 965.5, 936.2, 866.0, 819.9, 750.0, 631.6),
+        CAUSAL,
+    ),
+    "lightx2v-wan2.2-i2v": (((0, 6),), WARPED, WHOLE),
 }
 ROUNDING = 1e-5  # share of the values' spread; both sides compute in float32, in another order
 
@@ -34,14 +50,13 @@ def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     checkout: Checkout = request.param
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     folder = tmp_path_factory.mktemp("weights")
-    for name in RELEASES:
-        fakes.write_fake(fakes.make_fake(name), folder / "released" / name)
+    (folder / "released.json").write_text(json.dumps([written(name, folder / "released") for name in fakes.NAMES]))
     command = [checkout.python, Path(__file__).with_name("inside_checks.py"), ROOT, folder]
     process = subprocess.run(
         command, cwd=checkout.path, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert process.returncode == 0, process.stderr[-3000:]
-    return json.loads(process.stdout.splitlines()[-1])
+    return {"folder": str(folder), **json.loads(process.stdout.splitlines()[-1])}
 
 
 @pytest.fixture
@@ -53,29 +68,109 @@ def outcome(measured: dict[str, Any], request: pytest.FixtureRequest) -> Any:
     return result
 
 
+def written(name: str, folder: Path) -> dict[str, Any]:
+    """Write a fake and return how it is loaded: file and twin as ComfyUI's list names them, and the preset."""
+    fake = fakes.make_fake(name)
+    path = fakes.write_fake(fake, folder / name)
+    low = path.parent / fakes.LIGHTX2V_PAIR[1]
+    if path.is_dir():  # of a pipeline's folder that list has the files
+        path, low = (path / part / "diffusion_pytorch_model.safetensors" for part in ("transformer", "transformer_2"))
+    elif path.suffix == ".json":  # and of shards no index
+        path = min(path.parent.glob("*.safetensors"))
+    return {
+        "name": name,
+        "file": path.relative_to(folder).as_posix(),
+        "low": low.relative_to(folder).as_posix() if name in PAIRS else None,
+        "preset": preset_of(name),
+        "runs": name in RELEASES or name in PAIRS,
+    }
+
+
+def preset_of(name: str) -> str:
+    """Return the preset that a user has to choose for a fake, "auto" where Load Model recognises it."""
+    release = fakes.FLAWS[name][0] if name in fakes.FLAWS else name
+    is_named = release in UNNAMED or (release.startswith(("lightx2v", "causalwan")) and release != "lightx2v-t2v-14b")
+    return release if is_named and release in PRESETS else "auto"
+
+
 def test_released_files_run_by_their_presets(outcome: dict[str, Any]) -> None:
     """Six latent frames: the network is called as the release's source says, with its weights, and the node says so."""
     files = outcome["files"]
-    assert files.keys() == RELEASES.keys()
-    assert "rolling-forcing" in files.pop("rolling-forcing")["refusal"]
-    for name, file in files.items():
-        chunk, first, later, weights, shift, kind = RELEASES[name]
+    for name in RELEASES:
+        file, (chunk, first, later, weights, shift, kind, cache) = files[name], RELEASES[name]
+        assert "refusal" not in file, file["refusal"]
         expected: list[list[float]] = []
         for start in range(0, 6, chunk):
-            commit = (0,) if start + chunk < 6 else ()
+            commit = (0,) if start + chunk < 6 and name not in WRITTEN_BY_LAST_STEP else ()
             expected += [[t, start, start + chunk] for t in (*(later if start else first), *commit)]
-        assert file["calls"] == expected or kind != "causal", name
-        assert (file["kind"], file["shift"], file["cache"]) == (kind, shift, [21, 0] if kind == "causal" else [-1, 0])
-        assert file["sum"] == pytest.approx(
-            float(fakes.make_fake(name).networks[weights]["head.head.weight"].double().sum()), abs=1e-4
-        )
+        assert file["calls"] == expected or kind != CAUSAL, name
+        assert (file["kind"], file["shift"]) == (kind, shift), name
+        assert (file["causal"]["window"], file["causal"]["sink"]) == cache, name
+        assert file["sums"] == [sums_of(fakes.make_fake(name).networks[weights])], name
         says = [line for line in file["lines"] if f"run as {name} (" in line]
-        assert len(says) == (0 if name.startswith("streamdiffusion") else 1), file["lines"]
+        assert len(says) == (preset_of(name) == "auto"), file["lines"]
+    for name, (chunks, steps, kind) in PAIRS.items():
+        file = files[name]
+        assert "refusal" not in file, file["refusal"]
+        commits = [(0.0,) * 2] * (len(chunks) - 1) + [()]
+        calls = [[t, *chunk] for chunk, commit in zip(chunks, commits) for t in (*steps, *commit)]
+        assert file["calls"] == calls or kind != CAUSAL, name
+        assert file["kind"] == kind
+        networks = fakes.make_fake(name).networks
+        assert file["sums"] == [sums_of(networks["high"]), sums_of(networks["low"])]
+    # The list of models has the other folder beside it, as `download` names it: there its LoRA is found.
+    merged = fakes.make_fake("longlive").networks["merged"]
+    assert files["longlive-without-lora"]["sums"] == [sums_of(merged)]
+    steps = files["causalwan2.2-i2v"]["steps"]
+    assert (steps["solver"], steps["boundary"], steps["shift"]) == ("phased", 0.875, 12)
+    assert files["causalwan2.2-i2v"]["causal"]["independent_first_frame"]
+    assert files["lightx2v-wan2.2-i2v"]["boundary_step"] == 2
     patched = outcome["patched"]
     assert patched["default"] == [3, -1, 5, [1000, 750, 500, 250]]
     assert patched["preset"] == [3, 21, 8, [1000, 757, 522]]
     assert patched["explicit"] == [2, 21, 8, [1000, 757, 522]]
-    assert "cache policy 'rolling-forcing'" in patched["refusal"]
+    eights = [1000, 850, 700, 550, 350, 275, 200, 125]
+    assert (patched["open"], patched["given"]) == ([3, 21, 5, eights], [7, 21, 12, eights])
+    assert patched["experts"] == ["phased", True, 2]
+    assert "is matrix-game-2" in patched["refusals"]["matrix-game-2"]
+    assert "leaves steps, warp open" in patched["refusals"]["lightx2v-self-forcing-fp8"]
+
+
+def test_every_fake_is_loaded_as_the_command_line_reads_it(
+    measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, settings, lines and refusals are those of the core, of each release, dialect and broken file."""
+    for name, preset in fakes.tiny_presets().items():
+        monkeypatch.setitem(PRESETS, name, preset)
+    folder = Path(measured["folder"]) / "released"
+    for entry in json.loads((folder.parent / "released.json").read_text()):
+        file = measured["released_files_run_by_their_presets"]["files"][entry["name"]]
+        reading, refusal = None, ""
+        try:
+            reading = read_with_preset(
+                folder / entry["file"], entry["preset"], given=("low_noise",), asks=False, folders=[folder]
+            )
+        except ValueError as error:
+            refusal = str(error)
+        if reading is None:
+            # In ComfyUI a remedy puts what is missing into the first of its own folders.
+            assert file.get("refusal", "").startswith(refusal.partition(" --to ")[0]), (entry, file)
+            continue
+        checkpoint = reading.checkpoint
+        assert "refusal" not in file, file["refusal"]
+        assert file["causal"] == (checkpoint.causal or CausalConfig()).to_dict(), entry
+        assert file["steps"] == json.loads(json.dumps((checkpoint.steps or StepConfig()).to_dict())), entry
+        assert file["sums"][0] == sums_of(checkpoint.state_dict), entry
+        assert [line.removeprefix("the file ") for line in file["lines"] if line.startswith("the file ")][
+            : len(reading.notes)
+        ] == list(reading.notes), entry
+
+
+def sums_of(weights: Mapping[str, torch.Tensor]) -> Any:
+    """Return what shows which weights these are."""
+    return pytest.approx(
+        [float(weights[name].double().sum()) for name in ("head.head.weight", "blocks.0.ffn.0.weight")], abs=1e-3
+    )
 
 
 def test_the_hosts_model_gives_the_cores_video(outcome: dict[str, float]) -> None:

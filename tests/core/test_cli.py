@@ -285,7 +285,7 @@ def test_inspection_prints_json(random_models: list[str], capsys: pytest.Capture
     assert main(["inspect", random_models[1]]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["kind"], told["causal"]["window"], told["config"]["dim"]) == ("wan", 6, 32)
-    assert "folder without a safetensors file" in refusal(["inspect", str(ROOT)], capsys)
+    assert "folder without a safetensors or .pt file" in refusal(["inspect", str(ROOT)], capsys)
     assert "'absent.pt' is neither a bundle nor a path" in refusal(["inspect", "absent.pt"], capsys)
 
 

@@ -67,6 +67,32 @@ def test_what_belongs_to_a_release_comes_with_it(
     assert files == {"transformer/*", "transformer_2/*", "scheduler/*", "model_index.json"}
 
 
+def test_of_several_versions_one_is_asked_for(
+    hub: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each of a pair has them; a part of the names chooses one of each, and nothing else is fetched."""
+    stem = "wan2.2_i2v_A14b_{}_noise_lightx2v_4step{}.safetensors"
+    for half in ("high", "low"):
+        for version in ("", "_1030", "_720p"):
+            monkeypatch.setitem(REPO, stem.format(half, version), 2_000_000_000)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1e12))
+    command = ["download", "lightx2v-wan2.2-i2v", "--to", str(tmp_path)]
+    for more in ([], ["--only", "0"], ["--only", "fp8"]):
+        assert main([*command, *more]) == 2
+        line = capsys.readouterr().err
+        assert "has 3 versions of one file" in line
+        assert "4step_1030.safetensors (2.0 GB)" in line
+        assert "--only" in line
+        assert line.count("\n") == 1
+    assert not hub
+    for half in ("high", "low"):
+        REPO[stem.format(half, "_1030")] = 3
+    assert main([*command, "--only", "_1030"]) == 0
+    names = [Path(line).name for line in capsys.readouterr().out.splitlines()]
+    assert names == [stem.format("high", "_1030"), stem.format("low", "_1030")]
+    assert downloaded_path("lightx2v-wan2.2-i2v", tmp_path).name == names[0]
+
+
 def test_a_part_of_a_name_that_is_a_wildcard_finds_its_file(tmp_path: Path) -> None:
     folder = tmp_path / "lightx2v-wan2.2-i2v"
     folder.mkdir()

@@ -292,6 +292,122 @@ def test_no_moment_holds_the_weights_twice(base: Path, tmp_path: Path, monkeypat
     assert not weights.loras[0][0], "nothing of the LoRA is left either"  # type: ignore[attr-defined]
 
 
+# ----------------------------------------------------------------- its kin --
+def draw(name: str, *shape: int) -> Tensor:
+    return MAKER.draw(f"kin {name}", shape)
+
+
+LOHA = {
+    f"{Q}.hada_w{which}_{letter}": draw(f"{which}{letter}", *shape)
+    for which in (1, 2)
+    for letter, shape in (("a", (128, 2)), ("b", (2, 128)))
+}
+LOKR = {f"{Q}.lokr_w1": draw("w1", 4, 8), f"{Q}.lokr_w2_a": draw("w2a", 32, 2), f"{Q}.lokr_w2_b": draw("w2b", 2, 16)}
+GLORA_A = {f"{Q}.a1.weight": draw("a1", 128, 2), f"{Q}.a2.weight": draw("a2", 2, 128)}
+GLORA = GLORA_A | {f"{Q}.b1.weight": draw("b1", 128, 2), f"{Q}.b2.weight": draw("b2", 2, 128)}
+OLDER = {key: tensor.T for key, tensor in GLORA.items()}
+PAIR = {f"{Q}.lora_B.weight": draw("B", 128, 2), f"{Q}.lora_A.weight": draw("A", 2, 128)}
+ALPHA = {f"{Q}.alpha": torch.tensor(3.0)}
+W = BASE[f"{Q}.weight"]
+
+
+def by_rows(change: Tensor, strength: float = 1.0) -> Tensor:
+    total = (W + change) * (draw("rows", 128, 1) / W.norm(dim=1, keepdim=True))
+    return W + strength * (total - W)
+
+
+def by_columns(change: Tensor) -> Tensor:
+    return (W + change) * (draw("columns", 1, 128) / (W + change).norm(dim=0, keepdim=True))
+
+
+LOHA_CHANGE = (
+    1.5 * (LOHA[f"{Q}.hada_w1_a"] @ LOHA[f"{Q}.hada_w1_b"]) * (LOHA[f"{Q}.hada_w2_a"] @ LOHA[f"{Q}.hada_w2_b"])
+)
+PAIR_CHANGE = 1.5 * PAIR[f"{Q}.lora_B.weight"] @ PAIR[f"{Q}.lora_A.weight"]
+# Written out from the papers: what a file holds, and what becomes of the one weight that it changes, alpha 3 of rank 2.
+KIN: dict[str, tuple[dict[str, Tensor], Tensor]] = {
+    "LoHa": (LOHA | ALPHA, W + LOHA_CHANGE),
+    "LoKr": (
+        LOKR | ALPHA,
+        W + 1.5 * torch.kron(LOKR[f"{Q}.lokr_w1"], LOKR[f"{Q}.lokr_w2_a"] @ LOKR[f"{Q}.lokr_w2_b"]),
+    ),
+    # of two whole matrices alpha says nothing
+    "LoKr, whole": (
+        {f"{Q}.lokr_w1": draw("w1", 4, 8), f"{Q}.lokr_w2": draw("w2", 32, 16)} | ALPHA,
+        W + torch.kron(draw("w1", 4, 8), draw("w2", 32, 16)),
+    ),
+    "GLoRA": (
+        GLORA | ALPHA,
+        W + 1.5 * (W @ draw("a1", 128, 2) @ draw("a2", 2, 128) + draw("b1", 128, 2) @ draw("b2", 2, 128)),
+    ),
+    "GLoRA, older": (
+        OLDER | ALPHA,
+        W + 1.5 * (W @ draw("a2", 2, 128).T @ draw("a1", 128, 2).T + draw("b2", 2, 128).T @ draw("b1", 128, 2).T),
+    ),
+    "DoRA": (PAIR | ALPHA | {f"{Q}.dora_scale": draw("rows", 128, 1)}, by_rows(PAIR_CHANGE)),
+    "DoRA by columns": (PAIR | ALPHA | {f"{Q}.dora_scale": draw("columns", 1, 128)}, by_columns(PAIR_CHANGE)),
+    "DoRA of LoHa": (LOHA | ALPHA | {f"{Q}.dora_scale": draw("rows", 128, 1)}, by_rows(LOHA_CHANGE)),
+    "replacement": ({f"{Q}.set_weight": draw("set", 128, 128)}, draw("set", 128, 128)),
+}
+
+
+@pytest.mark.parametrize("kind", KIN)
+@pytest.mark.parametrize("head", ["diffusion_model.", "lora_unet_"])
+def test_the_kin_of_lora_are_what_their_papers_say(tmp_path: Path, base: Path, kind: str, head: str) -> None:
+    tensors, expected = KIN[kind]
+    if head == "lora_unet_":  # LyCORIS writes paths with underscores
+        tensors = {key.replace(Q, Q.replace(".", "_")): tensor for key, tensor in tensors.items()}
+    lora = written(tmp_path, {head + key: tensor for key, tensor in tensors.items()})
+    weights = read_checkpoint(base, loras=[(lora, 1.0)]).state_dict
+    torch.testing.assert_close(weights[f"{Q}.weight"], expected, atol=1e-5, rtol=1e-5)
+    assert_same(
+        {n: w for n, w in weights.items() if n != f"{Q}.weight"}, {n: w for n, w in BASE.items() if n != f"{Q}.weight"}
+    )
+    (name,) = read_lora(lora).summary()["kinds"]
+    assert name == kind.partition(",")[0].removesuffix(" by columns")
+    # what convert writes of it means the same
+    convert(lora, tmp_path / "copy.safetensors")
+    again = read_checkpoint(base, loras=[(tmp_path / "copy.safetensors", 1.0)]).state_dict
+    assert torch.equal(again[f"{Q}.weight"], weights[f"{Q}.weight"])
+
+
+def test_half_a_strength_is_half_the_way_but_for_a_replacement(tmp_path: Path, base: Path) -> None:
+    for kind, (tensors, expected) in KIN.items():
+        weights = read_checkpoint(base, loras=[(written(tmp_path, tensors), 0.5)]).state_dict
+        half = expected if kind == "replacement" else (W + expected) / 2
+        torch.testing.assert_close(weights[f"{Q}.weight"], half, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "LoHa", "DoRA", "difference", "replacement"])
+@pytest.mark.parametrize("fused", [f"{Q[:-1]}qkv", f"lora_unet_{Q[:-1]}qkv".replace(".", "_"), "blocks.0.attn1.to_qkv"])
+def test_a_fused_projections_lora_is_that_of_its_parts(tmp_path: Path, base: Path, kind: str, fused: str) -> None:
+    up, down, a2 = draw("B3", 384, 2), draw("A3", 2, 128), draw("C3", 384, 2)
+    whole = torch.cat([BASE[f"{Q[:-1]}{each}.weight"] for each in "qkv"])
+    pair = {f"{fused}.lora_B.weight": up, f"{fused}.lora_A.weight": down}
+    changed = (whole + up @ down) * (draw("R3", 384, 1) / whole.norm(dim=1, keepdim=True))
+    cases: dict[str, tuple[dict[str, Tensor], Tensor]] = {
+        "LoRA": (pair, whole + up @ down),
+        "LoHa": (
+            {f"{fused}.hada_w{n}_{x}": t for n, x, t in ((1, "a", up), (1, "b", down), (2, "a", a2), (2, "b", down))},
+            whole + (up @ down) * (a2 @ down),
+        ),
+        "DoRA": (pair | {f"{fused}.dora_scale": draw("R3", 384, 1)}, changed),
+        "difference": ({f"{fused}.diff": up @ down}, whole + up @ down),
+        "replacement": ({f"{fused}.set_weight": up @ down}, up @ down),
+    }
+    tensors, expected = cases[kind]
+    weights = read_checkpoint(base, loras=[(written(tmp_path, tensors), 1.0)]).state_dict
+    merged_rows = torch.cat([weights[f"{Q[:-1]}{each}.weight"] for each in "qkv"])
+    torch.testing.assert_close(merged_rows, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_for_a_text_encoder_is_left_out_by_name(tmp_path: Path, base: Path) -> None:
+    text = pair_of("lora_te_text_model_encoder_layers_0_mlp_fc1", 8, 8) | pair_of("text_encoders.umt5.q", 8, 8)
+    checkpoint = read_checkpoint(base, loras=[(written(tmp_path, kohya(PAIRS, RANK) | text), 1.0)])
+    assert_same(dict(checkpoint.state_dict), merged(BASE, PAIRS))
+    assert "4 tensors for a text encoder are left out, the first is lora_te_text_model_encoder_" in checkpoint.notes[1]
+
+
 # ------------------------------------------------------------------- refusals --
 def without(tensors: dict[str, Tensor], key: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if key not in name}
@@ -311,7 +427,22 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
     ),
     "more blocks": (pair_of("blocks.9.self_attn.q", 128, 128), "that this model does not have, the first is blocks.9."),
     "image layers": (peft(PAIRS) | pair_of("blocks.0.cross_attn.k_img", 128, 128), "1 of its 21 parts are for"),
-    "a text encoder's": (pair_of("lora_te_text_model_encoder", 8, 8), "lora_te_text_model_encoder"),
+    "a text encoder's": (pair_of("lora_te_text_model_encoder", 8, 8), "is a LoRA for a text encoder alone (lora_te_"),
+    "half a LoHa": ({f"{Q}.hada_w1_a": torch.zeros(128, 2)}, "has no hada_w1_b beside it"),
+    "half a LoKr": ({f"{Q}.lokr_w1": torch.zeros(2, 2)}, "has no lokr_w2_a beside it"),
+    "ranks of LoHa": (LOHA | {f"{Q}.hada_w2_b": torch.zeros(3, 128)}, "do not fit each other"),
+    "a kernel's LoHa": (LOHA | {f"{Q}.hada_t1": torch.zeros(2, 2, 1, 1)}, "is LoHa of kernels"),
+    "two kinds": (LOHA | pair_of(Q, 128, 128), f"is not the only change of {Q}"),
+    "magnitude alone": (peft(PAIRS) | {"head.head.dora_scale": torch.ones(4, 1)}, "dora_scale has no B beside it"),
+    "magnitude of another": (pair_of(Q, 128, 128) | {f"{Q}.dora_scale": torch.ones(128)}, "does not fit this model"),
+    "fused LoKr": (
+        {f"{Q[:-1]}qkv.lokr_w1": torch.zeros(3, 1), f"{Q[:-1]}qkv.lokr_w2": torch.zeros(128, 128)},
+        "holds LoKr for a fused projection",
+    ),
+    "fused and its part": (
+        pair_of(f"{Q[:-1]}qkv", 384, 128) | pair_of(Q, 128, 128),
+        "keep one of them",
+    ),
     "another part": (peft(PAIRS) | {f"{Q}.lora_C.weight": torch.zeros(2)}, "1 of its 41 tensors are of no known part"),
     "a whole network": (BASE, "is no LoRA that is read here"),
     "ranks": ({"q.lora_A.weight": torch.zeros(3, 8), "q.lora_B.weight": torch.zeros(8, 4)}, "[3, 8] are no pair"),

@@ -25,8 +25,9 @@ from selfforcing_core.roofline.meter import Recipe
 from selfforcing_core.schedule import FlowSchedule
 from selfforcing_core.weights.bundles import bundle_path
 from selfforcing_core.weights.checkpoint import read_checkpoint, save_checkpoint
-from selfforcing_core.weights.pipeline_folder import read_pipeline
-from selfforcing_core.weights.preset_settings import read_to_copy
+from selfforcing_core.weights.convert import convert
+from selfforcing_core.weights.pipeline_folder import PipelineFolder, read_pipeline
+from selfforcing_core.weights.preset_settings import read_to_copy, read_with_preset
 from selfforcing_core.weights.presets import PRESETS
 from tests.core.test_cli import refusal
 from tests.core.test_media import vae_weights
@@ -165,6 +166,58 @@ def test_a_pipelines_folder_brings_both_networks_their_boundary_and_shift(
     assert planned(files, folder, tmp_path, shift=8.0, boundary=0.9).steps.shift == 8
 
 
+def test_every_reader_of_a_pipelines_folder_follows_its_shift_and_boundary(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also for a file in it, which is all that ComfyUI's list of models can name."""
+    folder = pipeline(tmp_path / "model", "causalwan2.2-t2v")
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    for path in (folder, file, file.parent):
+        reading = read_with_preset(path, given=("low_noise",), asks=False)
+        assert reading.checkpoint.steps == StepConfig(boundary=0.875), path
+        assert read_pipeline(path).low_noise == folder / "transformer_2"
+    low = folder / "transformer_2"
+    assert (read_pipeline(low).low_noise, read_pipeline(low).high_noise) == (None, file.parent)
+    assert read_pipeline(tmp_path) == read_pipeline(files / "high.safetensors") == PipelineFolder()
+    told = inspected(folder, capsys)
+    assert (told["folder"]["shift"], told["folder"]["boundary"]) == (5, 0.875)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_presets_open_shift_is_its_folders_for_inspect_and_convert_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "causalwan2.2-i2v"
+    folder, copy = pipeline(tmp_path / "model", name), tmp_path / "copy.safetensors"
+    entry = inspected(folder, capsys, "--preset", name)["preset"]
+    assert (entry["steps"]["shift"], entry["steps"]["boundary"], entry["missing"]) == (12, 0.875, [])
+    assert main(["convert", str(folder), str(copy), "--preset", name]) == 0
+    assert "is sampled with shift 12, as its scheduler_config.json says" in caplog.text
+    copied = read_with_preset(copy, given=("low_noise",)).checkpoint
+    assert copied.settings == read_with_preset(folder, name).checkpoint.settings
+    assert copied.steps is not None
+    assert (copied.steps.shift, copied.steps.solver, copied.steps.boundary) == (12, "phased", 0.875)
+
+
+def test_a_copy_of_a_folder_that_is_no_release_says_what_it_cannot_keep(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = pipeline(tmp_path / "model", "causalwan2.2-i2v")
+    convert(folder, tmp_path / "copy.safetensors")
+    assert "give the copy --shift 12" in caplog.text
+    assert read_checkpoint(tmp_path / "copy.safetensors").steps is None
+    convert(folder, tmp_path / "causal.safetensors", causal=True)
+    steps = read_checkpoint(tmp_path / "causal.safetensors").steps
+    assert steps is not None
+    assert (steps.shift, steps.boundary) == (12, 0.875)
+
+
+def inspected(path: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["inspect", str(path), *more]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
 def planned(files: Path, model: Path, tmp_path: Path, **more: Any) -> Any:
     is_i2v = "i2v" in str(read_checkpoint(model).config.model_type)
     given: dict[str, Any] = {"image": files / "start.png", "vae": files / "vae.safetensors"} if is_i2v else {}
@@ -224,6 +277,24 @@ def test_a_boundary_that_is_counted_in_steps_stays_there_at_another_shift(
     assert [level >= plan.steps.boundary for level in levels] == [True, True, False, False]
 
 
+def test_each_of_two_networks_takes_its_own_lora(files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    key, up, down = "blocks.0.ffn.0", torch.ones(32, 1), torch.ones(1, 32)
+    save_file({f"{key}.lora_B.weight": up, f"{key}.lora_A.weight": down}, tmp_path / "lora.safetensors")
+    stored = {half: read_checkpoint(files / f"{half}.safetensors").state_dict for half in ("high", "low")}
+    for high, low in ((1.0, 0.5), (1.0, 0.0), (0.0, 0.5), (0.0, 0.0)):
+        options: dict[str, Any] = {"low_noise": str(files / "low.safetensors"), "boundary": 0.9}
+        options |= {"lora": ((tmp_path / "lora.safetensors", high),)} if high else {}
+        options |= {"low_noise_lora": ((tmp_path / "lora.safetensors", low),)} if low else {}
+        caplog.clear()
+        plan = planned(files, files / "high.safetensors", tmp_path, **options)
+        for half, checkpoint, strength in (("high", plan.checkpoint, high), ("low", plan.pair.low, low)):
+            assert torch.equal(checkpoint.state_dict[f"{key}.weight"], stored[half][f"{key}.weight"] + strength)
+        alone = {name for name in ("high", "low") if f"is merged into that for {name} noise alone" in caplog.text}
+        assert alone == ({"high"} if high > 0 == low else {"low"} if low > 0 == high else set())
+    with pytest.raises(ValueError, match="--low-noise-lora is for two networks"):
+        planned(files, files / "high.safetensors", tmp_path, low_noise_lora=((tmp_path / "lora.safetensors", 1.0),))
+
+
 # ----------------------------------------------------------------- refusals --
 @pytest.mark.parametrize(
     ("more", "message"),
@@ -270,7 +341,7 @@ def test_what_is_put_in_place_of_what_files_say_is_said(
     folder = pipeline(tmp_path / "model", "causalwan2.2-i2v")
     planned(files, folder, tmp_path, boundary=0.9, shift=8.0)
     assert "says boundary 0.875; 0.9 is used" in caplog.text
-    assert "says shift 12 in its scheduler_config.json; 8 is used" in caplog.text
+    assert "says shift 12; --shift 8 is used" in caplog.text
     caplog.clear()
     alone = files / "wan2.2_high_noise_14B.safetensors"
     alone.write_bytes((files / "high.safetensors").read_bytes())
@@ -280,9 +351,9 @@ def test_what_is_put_in_place_of_what_files_say_is_said(
 
 def test_a_copy_of_a_pipelines_folder_says_what_it_lacks(tmp_path: Path) -> None:
     folder = pipeline(tmp_path / "model", "causalwan2.2-i2v")
-    (note,) = [note for note in read_to_copy(folder)[1] if "second network" in note]
+    (note,) = [note for note in read_to_copy(folder).notes if "second network" in note]
     assert "transformer_2, which is not part of the copy" in note
-    assert not [note for note in read_to_copy(folder / "transformer_2")[1] if "second network" in note]
+    assert not [note for note in read_to_copy(folder / "transformer_2").notes if "second network" in note]
 
 
 def test_a_header_keeps_the_boundary(files: Path, tmp_path: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -20,7 +23,7 @@ from selfforcing_core.config import CausalConfig, StepConfig, TAEHVConfig
 from selfforcing_core.generate.cli import main
 from selfforcing_core.model import CausalWan
 from selfforcing_core.weights import preset_settings
-from selfforcing_core.weights.bundles import bundle_path
+from selfforcing_core.weights.bundles import bundle_path, resolve_model
 from selfforcing_core.weights.checkpoint import read_checkpoint, save_checkpoint
 from selfforcing_core.weights.convert import convert
 from selfforcing_core.weights.preset_settings import obstacle, partner_path, read_with_preset, unable
@@ -48,11 +51,16 @@ RUNS: dict[str, tuple[int, tuple[float, ...], tuple[float, ...], str, tuple[int,
     "infinite-forcing": (3, WARPED, WARPED, "raw", (6, 1)),
     "reward-forcing": (3, WARPED, WARPED, "raw", (9, 3)),
     "causvid": (3, (1000, 757, 522), (1000, 757, 522), "raw", (21, 0)),
-    "streamdiffusionv2-t2v": (3, (1000, 750, 500, 250), (1000, 750, 500, 250), "raw", (21, 0)),
+    # [1000, 750, 500, 250] through a shift of 8: 8 s / (1 + 7 s)
+    "causvid-4step": (3, (1000, 960, 888.9, 727.3), (1000, 960, 888.9, 727.3), "raw", (21, 0)),
+    # its last step is the pass that writes
+    "streamdiffusionv2-t2v": (3, (1000, 750, 500, 250, 0), (1000, 750, 500, 250, 0), "raw", (21, 0)),
     "sfwan2.1": (3, WARPED, WARPED, "raw", (21, 0)),
 }
 # Whose file names tell them apart; the others have to be named.
-UNNAMED = ("longlive", "longlive-interactive", "streamdiffusionv2-t2v", "sfwan2.1", "lightx2v-i2v-14b")
+UNNAMED = ("longlive", "longlive-interactive", "streamdiffusionv2-t2v", "sfwan2.1", "lightx2v-i2v-14b", "causvid-4step")
+SHIFTS = {"causvid": 8, "causvid-4step": 8, "streamdiffusionv2-t2v": 8}  # others: 5
+WRITTEN_BY_LAST_STEP = ("streamdiffusionv2-t2v",)
 
 
 class Refused(Exception):
@@ -138,15 +146,16 @@ def test_a_release_runs_as_its_source_says(
     path = written(name, tmp_path)
     named = ["--preset", name] if name in UNNAMED else []
     measured = generate(path, *named, frames=4 * 3 * chunk - 3)
+    commit = () if name in WRITTEN_BY_LAST_STEP else (BY_COMMIT,)
     expected = [
-        *((t, 0, chunk) for t in (*first, BY_COMMIT)),
-        *((t, chunk, 2 * chunk) for t in (*later, BY_COMMIT)),
+        *((t, 0, chunk) for t in (*first, *commit)),
+        *((t, chunk, 2 * chunk) for t in (*later, *commit)),
         *((t, 2 * chunk, 3 * chunk) for t in later),  # nothing follows that would see it
     ]
     assert [entry[:3] for entry in passes] == expected
     assert weights_of(passes[0][3], make_fake(name).networks) == weights
     assert (measured["causal"]["window"], measured["causal"]["sink"]) == (window, sink)
-    assert measured["preset"] == name
+    assert (measured["preset"], measured["steps"]["shift"]) == (name, SHIFTS.get(name, 5))
 
 
 def test_a_bidirectional_release_makes_all_frames_at_once(
@@ -217,10 +226,29 @@ def test_releases_that_run_differently_are_asked_about(tmp_path: Path) -> None:
     names = "causal-forcing-causal-cd, causal-forcing-framewise-causal-cd"
     with pytest.raises(ValueError, match=f"may be {names}, which run differently; say which"):
         read_with_preset(path)
-    reading = read_with_preset(path, asks=False)
-    assert reading.preset is None
-    assert names in reading.notes[0]
+    assert read_with_preset(path, "none").preset is None
     assert read_with_preset(path, "causal-forcing-causal-cd").preset is PRESETS["causal-forcing-causal-cd"]
+    (note,) = read_with_preset(path, given={"chunk"}).notes  # by which alone they differ
+    assert note == f"may be {names}, which run alike"
+
+
+def test_a_training_file_of_no_name_is_asked_about_and_a_plain_one_is_not(
+    tmp_path: Path, generate: Callable[..., dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its containers are those of the family's trainers, whose models run in many ways; a base model has none."""
+    stored = dict(read_checkpoint(written("causvid", tmp_path)).state_dict)
+    path = tmp_path / "model.pt"
+    torch.save({"generator": fakes.model(stored)}, path)
+    with pytest.raises(
+        Refused, match=r"may be self-forcing-dmd, .* which run differently; say which by preset, or none"
+    ):
+        generate(path)
+    for explicit in (["--preset", "none"], ["--chunk", "3"], ["--policy", "self-forcing"]):
+        assert "preset" not in generate(path, *explicit, frames=9)
+    assert "it is run as if it were none of them" in caplog.text
+    assert read_with_preset(path, given={"kind"}).preset is None
+    torch.save({"model": stored}, path)
+    assert "preset" not in generate(path, frames=9)
 
 
 def test_another_size_another_release_and_an_unread_picture_are_said(
@@ -264,7 +292,7 @@ def test_weights_are_those_of_the_preset_unless_others_are_asked_for(tmp_path: P
             "rolling-forcing .* cache policy 'rolling-forcing' this version does not have; preset none",
         ),
         ("krea", "krea .* cache policy 'krea'"),
-        ("self-forcing-10s", r"self-forcing-10s leaves chunk, .* open \(its configuration is not public"),
+        ("self-forcing-10s", r"self-forcing-10s leaves chunk, .* policy, .* open \(its .* is not public.*--policy"),
         ("causal-forcing-ar-diffusion", "leaves steps, warp, shift, solver open .* give --steps, --warp-steps or"),
         ("self-forcing-dmd-without-ema", "self-forcing-dmd is run with ema weights: .* has no ema weights"),
     ],
@@ -324,6 +352,67 @@ def test_a_partner_that_is_missing_comes_with_the_line_that_fetches_it(
     assert "beside it" not in (obstacle(PRESETS[name], whole) or "")
 
 
+@pytest.mark.parametrize("folder", ["models", "elsewhere"])
+def test_the_line_that_fetches_a_partner_is_all_that_is_missing(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base lies where it lay; what the command puts into its folder is found, in whatever folder that is."""
+    monkeypatch.chdir(tmp_path)
+    folders = [tmp_path / folder] if folder == "elsewhere" else []
+    fake, path = make_fake("longlive"), written("longlive-without-lora", tmp_path)
+    fetched_from(fake, monkeypatch)
+    with pytest.raises(ValueError, match="fetch it with: python -m selfforcing_core download") as caught:
+        read_with_preset(path, "longlive", folders=folders)
+    line = str(caught.value).partition("fetch it with: python -m selfforcing_core ")[2].partition(";")[0]
+    assert main(shlex.split(line)) == 0, capsys.readouterr().err
+    assert (tmp_path / folder / "longlive/models/lora.pt").is_file()
+    for name in ("longlive", "longlive-interactive"):  # which share their files
+        merged = read_with_preset(path, name, folders=folders).checkpoint.state_dict["blocks.0.ffn.0.weight"]
+        assert torch.equal(merged, fake.networks["merged"]["blocks.0.ffn.0.weight"])
+
+
+def test_a_partner_by_a_common_name_is_nobodys_own_in_a_folder_of_many(tmp_path: Path) -> None:
+    """lora.pt among a user's other LoRA may be that of any release; the twin's name is its own."""
+    loras, base = tmp_path / "loras", written("longlive-without-lora", tmp_path)
+    loras.mkdir()
+    (loras / "lora.pt").touch()
+    assert partner_path(PRESETS["longlive"], base, "models/lora.pt", [loras]) is None
+    high = written("lightx2v-wan2.2-i2v-without-twin", tmp_path)
+    twin = loras / fakes.LIGHTX2V_PAIR[1]
+    twin.touch()
+    preset = PRESETS["lightx2v-wan2.2-i2v"]
+    assert preset.twin is not None
+    assert partner_path(preset, high, preset.twin.file, [loras]) == twin
+
+
+def test_a_release_of_one_torch_file_in_a_folder_is_found_where_it_was_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fake = make_fake("streamdiffusionv2-14b")
+    with pytest.raises(ValueError, match="fetch it with: download streamdiffusionv2-14b"):
+        resolve_model("streamdiffusionv2-14b")
+    fetched_from(fake, monkeypatch)
+    assert main(["download", "streamdiffusionv2-14b"]) == 0
+    stored = read_checkpoint(resolve_model("streamdiffusionv2-14b")).state_dict
+    assert torch.equal(stored["head.head.weight"], fake.networks["raw"]["head.head.weight"])
+
+
+def fetched_from(fake: fakes.Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the hub have the files of a fake."""
+
+    class Api:
+        def model_info(self, repo: str, **_: Any) -> Any:
+            return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name, size=1) for name in fake.files])
+
+    def fetch(repo: str, file: str, *, local_dir: Path) -> str:
+        fakes.write_fake(replace(fake, files={file: fake.files[file]}), Path(local_dir))
+        return str(Path(local_dir) / file)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+
+
 def test_a_header_of_a_later_version_is_named(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(written("causvid", tmp_path))
     path = tmp_path / "m.safetensors"
@@ -333,7 +422,34 @@ def test_a_header_of_a_later_version_is_named(tmp_path: Path) -> None:
     assert read_with_preset(path, "none").preset is None
 
 
+def test_a_low_noise_half_names_the_other_one_and_what_to_do(
+    tmp_path: Path, generate: Callable[..., dict[str, Any]]
+) -> None:
+    high = written("lightx2v-wan2.2-i2v", tmp_path)
+    low = high.parent / fakes.LIGHTX2V_PAIR[1]
+    with pytest.raises(Refused, match=f"is the low-noise half of .*; give {high} as the model") as caught:
+        generate(low)
+    assert str(caught.value).count("\n") == 1
+    high.unlink()
+    with pytest.raises(Refused, match=r"give wan2.2_i2v_A14b_high_noise_lightx2v_4step.* as the model"):
+        generate(low)
+    folder = written("causalwan2.2-i2v", tmp_path)
+    for half in (folder / "transformer_2", folder / "transformer_2/diffusion_pytorch_model.safetensors"):
+        for more in ([], ["--preset", "causalwan2.2-i2v"]):
+            with pytest.raises(Refused, match=f"low-noise half of .*; give {folder}/transformer as"):
+                generate(half, *more)
+    assert read_with_preset(low, given=("low_noise",)).preset is PRESETS["lightx2v-wan2.2-i2v"]
+
+
 # -------------------------------------------------------- inspect and convert --
+def test_a_lora_that_is_given_is_not_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = written("longlive-without-lora", tmp_path)
+    lora = written("longlive", tmp_path / "elsewhere").parent / "lora.pt"
+    for more, count in (([], 1), (["--lora", str(lora)], 0)):
+        assert main(["inspect", str(base), "--preset", "longlive", *more]) == 0
+        assert len(json.loads(capsys.readouterr().out)["preset"]["missing"]) == count
+
+
 @pytest.mark.parametrize("name", [*RUNS, "lightx2v-t2v-14b", "lightx2v-i2v-14b"])
 def test_a_release_goes_through_inspect_and_convert_and_back(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -82,10 +82,10 @@ EXPECTED = {
     "longlive2": (8, 32, 8, "longlive2", (999, 937, 833, 624), 5, RAW_LIST, "raw"),
     "krea": (3, 6, None, "krea", (1000, 937, 833, 625, 0), 5, RAW_LIST, "as stored"),
     "causvid": (3, 21, 0, "self-forcing", (1000, 757, 522), 8, RAW_LIST, "as stored"),
-    "causvid-4step": (3, 21, 0, "self-forcing", FAMILY_STEPS, None, True, "as stored"),
+    "causvid-4step": (3, 21, 0, "self-forcing", FAMILY_STEPS, 8, True, "as stored"),
     "streamdiffusionv2": (1, 6, 3, "sdv2", (700, 500, 400, 200), 8, RAW_LIST, "as stored"),
     "streamdiffusionv2-fast": (1, 5, 2, "sdv2", (700, 500, 400, 200), 8, RAW_LIST, "as stored"),
-    "streamdiffusionv2-t2v": (3, 21, 0, "self-forcing", FAMILY_STEPS, 8, RAW_LIST, "as stored"),
+    "streamdiffusionv2-t2v": (3, 21, 0, "self-forcing", (*FAMILY_STEPS, 0), 8, RAW_LIST, "as stored"),
     "causalwan2.2-i2v": (3, 21, 0, "self-forcing", (1000, 850, 700, 550, 350, 275, 200, 125), None, True, "as stored"),
     "sfwan2.1": (3, 21, 0, "self-forcing", FAMILY_STEPS, 5, True, "as stored"),
     "lightx2v-t2v-14b": (None, None, None, None, FAMILY_STEPS, 5, True, "as stored"),
@@ -134,6 +134,7 @@ def test_what_only_some_releases_have() -> None:
         "streamdiffusionv2",
         "streamdiffusionv2-fast",
         "streamdiffusionv2-14b",
+        "streamdiffusionv2-t2v",
     }
     assert {name for name, preset in PRESETS.items() if preset.independent_first_frame} == {
         "longlive2-i2v",

@@ -109,15 +109,25 @@ def test_inspection_of_a_scaled_file_tells_what_is_stored(tmp_path: Path) -> Non
     assert "widened" in summary["notes"][0]
 
 
-def test_a_weight_in_8_bits_without_a_scale_is_what_it_says(tmp_path: Path) -> None:
-    """As ComfyUI reads a layer that its writer did not scale."""
-    stored, _, exact = scaled("weight_scale")
-    name = "blocks.0.ffn.0.weight"
-    del stored["blocks.0.ffn.0.weight_scale"]
-    save_file(stored, tmp_path / "m.safetensors")
-    weights = read_checkpoint(tmp_path / "m.safetensors").state_dict
-    assert torch.equal(weights[name].float(), stored[name].float())
-    assert torch.equal(weights["blocks.1.ffn.0.weight"], exact["blocks.1.ffn.0.weight"])
+def test_a_file_that_has_lost_a_scale_is_refused_and_a_plain_cast_is_what_it_says(tmp_path: Path) -> None:
+    """Also one that has lost them all and says that it had some; a vector may be narrowed without one."""
+    stored, _, _ = scaled("scale_weight")
+    path, stored["blocks.0.norm3.bias"] = (
+        tmp_path / "m.safetensors",
+        stored["blocks.0.norm3.bias"].to(torch.float8_e4m3fn),
+    )
+    save_file(stored, path)
+    assert "1 more have none and are read as they stand" in read_checkpoint(path).notes[0]
+    save_file({name: tensor for name, tensor in stored.items() if name != "blocks.0.ffn.0.scale_weight"}, path)
+    with pytest.raises(ValueError, match=r"blocks.0.ffn.0.weight is float8_e4m3fn without a scale, while 19 other"):
+        read_checkpoint(path)
+    plain = {name: tensor for name, tensor in stored.items() if "scale" not in name}
+    save_file({**plain, "scaled_fp8": stored["scaled_fp8"]}, path)
+    with pytest.raises(ValueError, match=r"is marked as scaled .* and has no scale"):
+        read_checkpoint(path)
+    save_file(plain, path)
+    weights = read_checkpoint(path).state_dict
+    assert all(torch.equal(weights[name].float(), tensor.float()) for name, tensor in plain.items())
 
 
 def test_tensors_of_other_networks_are_multiplied_too(tmp_path: Path) -> None:
@@ -228,13 +238,3 @@ def test_a_scaled_network_needs_no_more_than_its_bfloat16_form_and_a_layer(tmp_p
         model, _ = load_model(tmp_path / "m.safetensors", dtype=torch.bfloat16)
     assert sum(parameter.nbytes for parameter in model.parameters()) == wide
     assert wide <= copies.peak < wide + layer
-
-
-def test_a_weight_in_8_bits_without_its_scale_is_said(tmp_path: Path) -> None:
-    """Read as it stands: not every writer scales every weight, but a lost scale looks the same."""
-    stored, header, _ = scaled("scale_weight")
-    key = next(key for key in stored if key.endswith(".scale_weight"))
-    del stored[key]
-    save_file(stored, tmp_path / "a.safetensors", header)
-    (note,) = (note for note in read_checkpoint(tmp_path / "a.safetensors").notes if "have none" in note)
-    assert f"1 more have none and are read as they stand, the first is {key.removesuffix('scale_weight')}weight" in note

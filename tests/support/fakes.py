@@ -576,6 +576,13 @@ def without_a_weight(fake: Fake) -> Fake:
     return replace(fake, files={fake.path: SafetensorsFile(tensors)}, networks={}, run=())
 
 
+def without_a_scale(fake: Fake) -> Fake:
+    """Return a file in 8 bits where a weight has lost its scale."""
+    tensors = dict(fake.files[fake.path].tensors)
+    del tensors["blocks.0.ffn.0.scale_weight"]
+    return replace(fake, files={fake.path: SafetensorsFile(tensors)}, networks={}, run=())
+
+
 def without_a_shard(fake: Fake) -> Fake:
     """Return a network of which only the first shard was fetched."""
     files = {name: contents for name, contents in fake.files.items() if "00002-of-" not in name}
@@ -589,6 +596,7 @@ FLAWS: dict[str, tuple[str, Callable[[Fake], Fake]]] = {
     "lightx2v-wan2.2-i2v-without-twin": ("lightx2v-wan2.2-i2v", without_file(LIGHTX2V_PAIR[1])),
     "self-forcing-dmd-without-ema": ("self-forcing-dmd", without_average),
     "comfyui-fp8-scaled-without-weight": ("comfyui-fp8-scaled", without_a_weight),
+    "comfyui-fp8-scaled-without-scale": ("comfyui-fp8-scaled", without_a_scale),
     "shards-without-second": ("shards", without_a_shard),
 }
 NAMES = (*RELEASES, *DIALECTS, *FLAWS)
