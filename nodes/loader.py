@@ -9,6 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from ..selfforcing_core.config import CACHE_SOURCES, CausalConfig, StepConfig
+from ..selfforcing_core.policy import POLICIES, cache_policy
 from ..selfforcing_core.weights.bundles import resolve_model, resolve_taehv
 from ..selfforcing_core.weights.checkpoint import Checkpoint, read_checkpoint
 from ..selfforcing_core.weights.latent_space import LATENT_SPACES, WAN, WAN_UNSCALED, expect_latent_space
@@ -26,9 +27,11 @@ from .adapter.model_settings import (
     CAUSAL,
     FEW_STEP,
     NOISE_AUTO,
+    POLICY_AUTO,
     SINK_AUTO,
     Settings,
     causal_settings,
+    chosen_policy,
     preset_behind_widgets,
     settings_of,
 )
@@ -291,6 +294,21 @@ class SelfForcingCacheOptions(io.ComfyNode):
                     tooltip="What of a finished chunk stays in the cache. clean: one more pass over it; last_step: "
                     "what its last denoising step wrote, one pass fewer, for models trained so. auto: as trained.",
                 ),
+                io.Combo.Input(
+                    "policy",
+                    options=[POLICY_AUTO, *POLICIES],
+                    default=POLICY_AUTO,
+                    optional=True,
+                    tooltip="What the cache keeps of a long video, at which positions, and what a new prompt does to "
+                    "it. auto: as the model says. Any other runs too, on weights that were not trained for it; "
+                    "docs/policies.md says what each does.",
+                ),
+                io.String.Input(
+                    "policy_settings",
+                    default="",
+                    optional=True,
+                    tooltip="Other numbers of the policy, as on the command line: 'kept=4,cut_at=60'. Empty: its own.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The model with these settings.")],
         )
@@ -306,9 +324,17 @@ class SelfForcingCacheOptions(io.ComfyNode):
         cache_dtype: str,
         cache_device: str,
         cache_source: str = "auto",
+        policy: str = POLICY_AUTO,
+        policy_settings: str = "",
     ) -> io.NodeOutput:
         settings = settings_of(model)
-        causal = causal_settings(settings.causal, chunk, window, sink)
+        chosen = chosen_policy(settings.causal, policy, policy_settings)
+        causal = causal_settings(settings.causal, chunk, window, sink, chosen)
+        if cache_policy(chosen).name != cache_policy(settings.causal.policy).name:
+            page.show_text(
+                f"the model says policy {settings.causal.policy}; {chosen} is used, which these weights were not "
+                "trained for"
+            )
         if context_noise != NOISE_AUTO:
             causal = replace(causal, context_noise=context_noise)
         if cache_source != "auto":

@@ -7,10 +7,13 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..selfforcing_core.prompt_schedule import HISTORIES, Entry, parse_schedule, schedule_note
+from ..selfforcing_core.policy import HISTORIES
+from ..selfforcing_core.prompt_schedule import Entry, parse_schedule, schedule_note
 from .adapter import folders, host, page
 from .adapter.guider_prompts import READER, ClipReader, PromptStart, Reader, SeedStart
 from .text_encode import TextReader
+
+AS_POLICY = "as the policy says"  # of the widget history; workflows store it
 
 
 class SelfForcingPromptSchedule(io.ComfyNode):
@@ -31,17 +34,21 @@ class SelfForcingPromptSchedule(io.ComfyNode):
                     multiline=True,
                     default="0s: a red square moving left slowly\n1.5s: a blue square moving left slowly",
                     tooltip="One prompt per line, each behind the second from which it holds: '0s: ...', '3s: ...'. "
-                    "The chunk in which the moment lies is the first that follows the new prompt. In brackets behind "
-                    "a time: recode or keep in place of the widget history, and a seed for the noise from there on: "
-                    "'3s [keep, seed 7]: ...'; '6s [seed own]:' goes back to the sampler's seed; '0s [24 fps]: ...' "
-                    "replaces the widget fps. The streaming samplers put out such a text of all that was done by hand.",
+                    "The chunk in which the moment lies is the first that follows the new prompt. Behind a time: a "
+                    "word in place of the widget history ('3s cut: ...'), the chunks over which the prompt becomes the "
+                    "next ('3s blend 4: ...'), and in brackets a seed for the noise from there on: '3s [keep, seed 7]: "
+                    "...'; '6s [seed own]:' goes back to the sampler's seed; '0s [24 fps]: ...' replaces the widget "
+                    "fps. The streaming samplers put out such a text of all that was done by hand.",
                 ),
                 io.Combo.Input(
                     "history",
-                    options=list(HISTORIES),
-                    tooltip="What becomes of the frames so far where the prompt changes. recode: those in the window "
-                    "are written into the KV cache again under the new prompt, which takes one pass per chunk; keep: "
-                    "they stay as they are, and the change is slower.",
+                    options=[AS_POLICY, *HISTORIES],
+                    default=AS_POLICY,
+                    tooltip="What becomes of the frames so far where the prompt changes, unless the text says it: as "
+                    "the model's cache policy says, or by one of these words. recode: those in the window are written "
+                    "into the KV cache again under the new prompt, one pass per chunk; recache: in one pass for all "
+                    "(recache_sink: the sink too); keep: they stay, and the change is slower; flush: all but sink and "
+                    "last frames are forgotten; cut: so too, and the next chunk stands far from them.",
                 ),
                 io.Float.Input(
                     "fps",
@@ -105,6 +112,7 @@ class SelfForcingPromptSchedule(io.ComfyNode):
 def _times(entry: Entry, entries: Sequence[Entry], history: str, fps: float) -> dict[str, Any]:
     """Return when a prompt holds; the first also carries the seeds of all entries."""
     if entry is not entries[0]:
-        return {PromptStart.KEY: PromptStart(entry.seconds, fps, entry.history or history)}
+        transition = entry.transition(None if history == AS_POLICY else history)
+        return {PromptStart.KEY: PromptStart(entry.seconds, fps, transition.history, transition.blend)}
     seeds = tuple(SeedStart(each.seconds, fps, each.seed) for each in entries if each.seed is not None)
     return {SeedStart.KEY: seeds} if seeds else {}

@@ -2,10 +2,13 @@
 
 0s: a red square moving left
 3s: a blue circle moving left
+6s cut: a green triangle
+9s blend 4: a white square
 
-Behind a time, in brackets: recode or keep (what becomes of the frames so far), a seed for the noise from there on, and
-quoted, for a prompt as a JSON string. "4.5s [keep, seed 7]: a prompt"; "6s [seed own]:" goes back to the run's seed.
-"0s [24 fps]: a prompt" says which frames per second all times refer to.
+Behind a time, in words or in brackets: what becomes of the frames so far (policy.HISTORIES; else as run or policy say),
+blend and a number of chunks over which the prompt becomes the next, a seed for the noise from there on, and quoted, for
+a prompt as a JSON string. "4.5s [keep, seed 7]: a prompt"; "6s [seed own]:" goes back to the run's seed. "0s [24 fps]:
+a prompt" says which frames per second all times refer to.
 """
 
 from __future__ import annotations
@@ -15,20 +18,38 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from .geometry import TEMPORAL_FACTOR, pixel_frames
 from .policy import HISTORIES
 
 OWN_SEED = -1  # of an entry that goes back to the seed of the run
 QUOTED = "quoted"
-RULE = "recode, keep, seed NUMBER, seed own, quoted or, at 0s, NUMBER fps"
+BLEND = "blend"
+LEAST_BLEND, MOST_BLEND = 2, 9999  # chunks; with one the prompt would change at once
+RULE = f"{', '.join(HISTORIES)}, blend CHUNKS, seed NUMBER, seed own, quoted or, at 0s, NUMBER fps"
 # A time at the beginning of a line or behind a semicolon; blanks and punctuation of every keyboard.
 _BLANKS = r"[^\S\n\r]*"
-_TIME = rf"(?:^|[\n\r;\uff1b]){_BLANKS}(\d+(?:\.\d+)?){_BLANKS}s{_BLANKS}"
-_OPTION = rf"(?:{'|'.join((*HISTORIES, QUOTED))}|seed{_BLANKS}(?:own|\d{{1,20}})|\d{{1,9}}(?:\.\d{{1,9}})?{_BLANKS}fps)"
+_BLANK = r"[^\S\n\r]+"
+_TIME = rf"(?:^|[\n\r;\uff1b]){_BLANKS}(\d+(?:\.\d+)?){_BLANKS}s"
+_OPTION = (
+    rf"(?:{'|'.join((*HISTORIES, QUOTED))}|{BLEND}{_BLANKS}\d{{1,4}}|seed{_BLANKS}(?:own|\d{{1,20}})"
+    rf"|\d{{1,9}}(?:\.\d{{1,9}})?{_BLANKS}fps)\b"
+)
+_WORDS = rf"{_BLANK}({_OPTION}(?:(?:{_BLANK}|{_BLANKS},{_BLANKS}){_OPTION})*)"
 _OPTIONS = rf"\[{_BLANKS}({_OPTION}(?:{_BLANKS},{_BLANKS}{_OPTION})*){_BLANKS}\]"
-_MARK = re.compile(rf"{_TIME}(?:{_OPTIONS}{_BLANKS})?[:\uff1a]")
-_NEARLY = re.compile(rf"{_TIME}\[[^\]\n\r]*\]{_BLANKS}[:\uff1a]")  # a mark, but for what the brackets hold
+_MARK = re.compile(rf"{_TIME}(?:{_WORDS})?{_BLANKS}(?:{_OPTIONS}{_BLANKS})?[:\uff1a]")
+# A mark, but for what the brackets hold, or for a word in front of the colon that nearly is one of the options.
+_NEARLY = re.compile(rf"{_TIME}{_BLANKS}(?:\[[^\]\n\r]*\]|([A-Za-z_]+)[^:\n\r;\[]{{0,20}}){_BLANKS}[:\uff1a]")
+
+
+@dataclass(frozen=True)
+class Transition:
+    """How a prompt takes the place of the one before."""
+
+    history: str | None = None  # what becomes of the frames so far (policy.HISTORIES); None is what the policy says
+    # Chunks over which the embeddings go from one to the other; the frames so far are kept until the last of them.
+    blend: int = 1
 
 
 @dataclass(frozen=True)
@@ -40,6 +61,11 @@ class Entry:
     history: str | None = None  # what becomes of the frames so far; None is what the run says
     seed: int | None = None  # of the noise from there on; OWN_SEED is the run's, None goes on with the one before
     fps: float | None = None  # of the first entry alone: frames per second of all times; None is the video's
+    blend: int = 1  # chunks over which the prompt before becomes this one; 1 is at once
+
+    def transition(self, history: str | None) -> Transition:
+        """Return how the prompt takes its place in a run that says `history`, where the entry says nothing."""
+        return Transition(self.history or history, self.blend)
 
 
 def parse_schedule(text: str) -> tuple[Entry, ...]:
@@ -63,10 +89,12 @@ def parse_schedule(text: str) -> tuple[Entry, ...]:
     empty = [entry for entry in entries if not entry.prompt and (entry.seed is None or entry is entries[0])]
     if empty:
         raise ValueError(f"the schedule has no prompt at {empty[0].seconds:g}s; write one behind the colon")
-    idle = [entry for entry in entries if entry.history and (not entry.prompt or entry is entries[0])]
+    changed = [entry for entry in entries if entry.history or entry.blend != 1]
+    idle = [entry for entry in changed if not entry.prompt or entry is entries[0]]
     if idle:
         raise ValueError(
-            f"the schedule says {idle[0].history} at {idle[0].seconds:g}s, where no prompt changes; leave that out"
+            f"the schedule says {' '.join(_transition_words(idle[0]))} at {idle[0].seconds:g}s, where no prompt "
+            "changes; leave that out"
         )
     if any(entry.fps is not None for entry in entries[1:]) or entries[0].fps == 0:
         raise ValueError("the schedule says fps at another time than 0s, or 0 fps; say it once, at 0s, and above 0")
@@ -74,21 +102,30 @@ def parse_schedule(text: str) -> tuple[Entry, ...]:
 
 
 def _entry(mark: re.Match[str], prompt: str) -> Entry:
-    """Return a mark's entry. Raises ValueError for options that contradict, seeds beyond 64 bits, and broken quotes."""
-    seconds, options = float(mark[1]), re.split(rf"{_BLANKS},{_BLANKS}", mark[2] or "")
+    """Return a mark's entry. Raises ValueError for options that contradict or are out of range, and broken quotes."""
+    seconds = float(mark[1])
+    options = re.findall(_OPTION, f"{mark[2] or ''} {mark[3] or ''}")
     histories = [option for option in options if option in HISTORIES]
+    blends = [int(option[len(BLEND) :]) for option in options if option.startswith(BLEND)]
     seeds = [option[len("seed") :].strip() for option in options if option.startswith("seed")]
     rates = [float(option[: -len("fps")]) for option in options if option.endswith("fps")]
-    if max(len(histories), len(seeds), len(rates)) > 1:
+    if max(len(histories), len(blends), len(seeds), len(rates)) > 1:
         raise ValueError(
-            f"the schedule says [{mark[2]}] at {seconds:g}s; use one of recode and keep, one seed, one fps"
+            f"the schedule says [{', '.join(options)}] at {seconds:g}s; use one of {', '.join(HISTORIES)}, one blend, "
+            "one seed, one fps"
+        )
+    if blends and blends[0] < LEAST_BLEND:
+        raise ValueError(
+            f"the schedule says blend {blends[0]} at {seconds:g}s; use {LEAST_BLEND} chunks or more, or leave it out, "
+            "so that the prompt changes at once"
         )
     seed = None if not seeds else OWN_SEED if seeds[0] == "own" else int(seeds[0])
     if seed is not None and seed >= 2**64:
         raise ValueError(f"the schedule has seed {seed} at {seconds:g}s; use a whole number below 2**64")
     if QUOTED in options:
         prompt = _unquoted(prompt, seconds)
-    return Entry(seconds, prompt, histories[0] if histories else None, seed, rates[0] if rates else None)
+    history, rate, blend = next(iter(histories), None), next(iter(rates), None), next(iter(blends), 1)
+    return Entry(seconds, prompt, history, seed, rate, blend)
 
 
 def _unquoted(text: str, seconds: float) -> str:
@@ -107,7 +144,7 @@ def schedule_text(entries: Sequence[Entry]) -> str:
 
 
 def _line(entry: Entry) -> str:
-    options, prompt = [entry.history] if entry.history else [], entry.prompt
+    words, options, prompt = _transition_words(entry), [], entry.prompt
     if entry.seed is not None:
         options.append("seed own" if entry.seed == OWN_SEED else f"seed {entry.seed}")
     if entry.fps is not None:
@@ -116,8 +153,14 @@ def _line(entry: Entry) -> str:
     if prompt != prompt.strip() or _MARK.search(f"-{prompt}"):
         options.append(QUOTED)
         prompt = json.dumps(prompt, ensure_ascii=False).replace(";", "\\u003b").replace("\uff1b", "\\uff1b")
-    brackets = f" [{', '.join(options)}]" if options else ""
-    return f"{_decimal(entry.seconds)}s{brackets}: {prompt}".rstrip(" ")
+    # a change alone reads best in words; with anything else all of it stands in brackets
+    said = f" [{', '.join([*words, *options])}]" if options else "".join(f" {word}" for word in words)
+    return f"{_decimal(entry.seconds)}s{said}: {prompt}".rstrip(" ")
+
+
+def _transition_words(entry: Entry) -> list[str]:
+    blend = [f"{BLEND} {entry.blend}"] if entry.blend != 1 else []
+    return ([entry.history] if entry.history else []) + blend
 
 
 def _decimal(value: float) -> str:
@@ -135,11 +178,18 @@ def schedule_note(text: str) -> str | None:
 
 
 def _option_note(text: str) -> str | None:
-    near = next((mark[0] for mark in _NEARLY.finditer(text) if not _MARK.fullmatch(mark[0])), None)
+    near = next((mark for mark in _NEARLY.finditer(text) if _is_slip(mark)), None)
     if near is None:
         return None
-    time = near.strip(" \t\r\n;\uff1b")
-    return f"{time!a} is read as a part of the prompt; brackets behind a time hold {RULE}"
+    time = near[0].strip(" \t\r\n;\uff1b")
+    return f"{time!a} is read as a part of the prompt; words or brackets behind a time hold {RULE}"
+
+
+def _is_slip(mark: re.Match[str]) -> bool:
+    """Return whether this is no mark, but may have been meant as one: "3s [late]:", "3s Cut:", and not "3s later:"."""
+    if _MARK.fullmatch(mark[0]):
+        return False
+    return mark[2] is None or bool(get_close_matches(mark[2].lower(), (*HISTORIES, BLEND, "seed", QUOTED), cutoff=0.75))
 
 
 def _is_name(marks: Sequence[re.Match[str]], text: str) -> bool:

@@ -148,6 +148,7 @@ class DmdArgs(TrainArgs):
     latent_frames: int = 21  # of the clip that teacher and critic see
     max_latent_frames: int = 0  # longest rollout; longer ones than latent_frames are judged by their end; 0: as it
     sink: int = 0  # first latent frames that never leave the window
+    policy: str = "self-forcing"  # what the student's cache keeps and at which positions, as --policy of generate
     steps: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])  # timesteps, noisiest first
     first_chunk_steps: list[float] = field(default_factory=list)  # of the chunk that begins a clip; empty: as steps
     shift: float = 5.0  # of the noise levels: higher ones get more of the steps

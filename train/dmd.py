@@ -14,6 +14,7 @@ import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from selfforcing_core.codecs.image import fit_image
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig, WanConfig
 from selfforcing_core.geometry import SPATIAL_FACTOR, VideoGeometry, chunk_lengths, pixel_frames
+from selfforcing_core.policy import SELF_FORCING, cache_policy
 from selfforcing_core.roofline.work import Work
 from selfforcing_core.schedule import TIMESTEPS, nearest_sigma, sigma_table
 from train import distributed, engine, finite
@@ -43,6 +45,9 @@ from train.validation import Sampling
 log = logging.getLogger(__name__)
 CRITIC, TEACHER = "critic", "teacher"  # the reference's fake score and real score
 FIRST_FRAMES = ("generated", "clips", "pictures")
+# What a policy may say for its cache to be followed chunk by chunk in training as in sampling; a clip's prompt never
+# changes, so that what happens then does not matter.
+TRAINED_BY = ("name", "is_rebased", "sink_average", "means", "replays", "history", "kept", "cut_at")
 WARM_MOMENTUM = 0.9  # beta1 of the adversarial heads while they learn alone
 
 
@@ -67,7 +72,7 @@ def check(args: DmdArgs, processes: int) -> None:
             raise ValueError(f"{name} {getattr(args, name)} is not a number from 0 on; give one that is")
     if not 0.01 <= args.score_shift <= 100:
         raise ValueError(f"score_shift {args.score_shift} is not between 0.01 and 100; the reference's is 5")
-    causal_of(args)
+    _check_policy(args)
     engine.check_chunks(args)
     _check_geometry(args, args.latent_frames, args.chunk or args.latent_frames)
     if args.max_latent_frames:
@@ -78,6 +83,22 @@ def check(args: DmdArgs, processes: int) -> None:
     for name, betas in (("betas", args.betas), ("betas_critic", args.betas_critic or args.betas)):
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"{name} {list(betas)} are not two numbers in [0, 1); use for instance [0.0, 0.999]")
+
+
+def _check_policy(args: DmdArgs) -> None:
+    """Raise ValueError for a cache policy that a student's clip cannot follow."""
+    causal_of(args)
+    policy = cache_policy(args.policy)
+    others = [
+        field.name
+        for field in fields(policy)
+        if field.name not in TRAINED_BY and getattr(policy, field.name) != getattr(SELF_FORCING, field.name)
+    ]
+    if others:
+        raise ValueError(
+            f"policy {policy.name} is not trained here: the student's clips do not follow its {', '.join(others)}; use "
+            "one that keeps window, sink and averages"
+        )
 
 
 def _check_geometry(args: DmdArgs, latent_frames: int, chunk: int) -> None:
@@ -167,7 +188,10 @@ def causal_of(args: DmdArgs) -> CausalConfig:
     """Return how the student's clips are cut into chunks, and what it sees of earlier ones."""
     chunk = args.chunk or args.latent_frames
     first, noise = args.independent_first_frame, args.context_noise
-    return CausalConfig(chunk, args.window, args.sink, first, noise, args.cache_source)
+    causal = CausalConfig(chunk, args.window, args.sink, first, noise, args.cache_source, args.policy)
+    if not args.chunk and cache_policy(args.policy) != SELF_FORCING:
+        raise ValueError(f"policy {args.policy} is of a cache, which chunk=0 has none of; use chunks, or leave it out")
+    return causal
 
 
 def steps_of(args: DmdArgs) -> StepConfig:

@@ -21,6 +21,17 @@ const NO_TEXT = "Nothing on the server can read a new prompt for this run; conne
 const FINISH = "End after this chunk and keep what was made: it goes on to the other nodes.";
 const NO_FINISH = "This server cannot end a run early; restart it after an update.";
 const COPY = "Copy as Prompt Schedule";
+const AS_POLICY = "as the policy says";
+/** What a new prompt may do to the frames so far, in the words of Prompt Schedule, with what each means. */
+const HISTORIES = {
+  recode: "The frames so far are read again under the new prompt, chunk by chunk.",
+  keep: "The frames so far stay as they are; the change is slower.",
+  recache: "The window is read again in one pass.",
+  recache_sink: "The window is read again in one pass, its first frames as the sink.",
+  flush: "All but the sink and the last frames are forgotten.",
+  cut: "They are forgotten, and the next chunk stands far from them: a hard cut.",
+};
+const MAX_BLEND = 9999; // chunks; the server's bound
 const HOLD = {
   held: "Held: click to go on.",
   asked: "Holds after this chunk; click to go on.",
@@ -44,6 +55,19 @@ export function stillWaiting(sent, news) {
 }
 
 /**
+ * What is sent for a new prompt; without a history the run's cache policy says it.
+ * @param {string} text
+ * @param {string} history a word of HISTORIES; "": none
+ * @param {string} blend chunks over which the prompt becomes this one; "": at once
+ * @returns {Command | null} null for a blend that is no number of chunks
+ */
+export function promptCommand(text, history, blend) {
+  const chunks = blend === "" ? 1 : Number(blend);
+  if (!Number.isInteger(chunks) || chunks < 1 || chunks > MAX_BLEND) return null;
+  return { action: "prompt", text, ...(history ? { history } : {}), ...(chunks > 1 ? { blend: chunks } : {}) };
+}
+
+/**
  * Copy text where the page may use the clipboard, and also where it may not.
  * @param {string} text
  * @param {HTMLElement} place
@@ -59,8 +83,12 @@ async function copy(text, place) {
 }
 
 function build() {
-  const history = make("input", { type: "checkbox", "data-action": "history" });
-  history.checked = true;
+  const history = make(
+    "select",
+    { "data-action": "history", "aria-label": "What becomes of the frames so far" },
+    make("option", { value: "" }, AS_POLICY),
+    ...Object.entries(HISTORIES).map(([word, meaning]) => make("option", { value: word, title: meaning }, word)),
+  );
   return {
     prompt: make("textarea", {
       rows: "2",
@@ -69,14 +97,16 @@ function build() {
       "data-capture-wheel": "true",
     }),
     history,
-    historyLabel: make(
-      "label",
-      {
-        title: "On: the frames so far are read again under the new prompt. Off: they are kept, the change is slower.",
-      },
-      history,
-      "rewrite history",
-    ),
+    blend: make("input", {
+      type: "number",
+      min: "1",
+      max: String(MAX_BLEND),
+      step: "1",
+      "data-action": "blend",
+      "aria-label": "Chunks of the blend",
+      placeholder: "blend",
+      title: "Chunks over which the prompt before becomes this one; empty: at once.",
+    }),
     send: button("prompt", "", "Send"),
     hold: button("hold", "", "Hold"),
     goOn: button("go_on", "", "Go on"),
@@ -117,8 +147,8 @@ export class Desk {
   /** @param {Orders} orders */
   constructor(orders) {
     this.orders = orders;
-    const { prompt, historyLabel, send, hold, goOn, reroll, seed, useSeed, stop, finish, list } = this.parts;
-    const write = box("write", prompt, box("row", historyLabel, box("gap"), send));
+    const { prompt, history, blend, send, hold, goOn, reroll, seed, useSeed, stop, finish, list } = this.parts;
+    const write = box("write", prompt, box("row", history, blend, box("gap"), send));
     const takes = box("group", hold, goOn, reroll);
     const seeds = box("group", seed, useSeed);
     const ends = box("group", stop, finish);
@@ -133,8 +163,9 @@ export class Desk {
   }
 
   #listen() {
-    const { prompt, send, hold, goOn, reroll, useSeed, stop, finish } = this.parts;
+    const { prompt, send, history, hold, goOn, reroll, useSeed, stop, finish } = this.parts;
     send.onclick = () => this.#sendPrompt();
+    history.onchange = () => this.#draw();
     prompt.onkeydown = (event) => {
       // Enter also ends the composition of a character; that one sends nothing.
       if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
@@ -180,10 +211,11 @@ export class Desk {
 
   // ------------------------------------------------------------------- orders --
   async #sendPrompt() {
-    const { prompt, history } = this.parts;
+    const { prompt, history, blend } = this.parts;
     const text = prompt.value.trim();
     if (!text) return this.orders.fail("The prompt is empty; write what happens next.");
-    const command = { action: "prompt", text, history: history.checked ? "recode" : "keep" };
+    const command = blend.validity.badInput ? null : promptCommand(text, history.value, blend.value);
+    if (!command) return this.orders.fail(`A blend is a whole number of chunks from 1 to ${MAX_BLEND}.`);
     const sent = { text, chunk: this.message?.chunk ?? 0 };
     this.sent = [...this.sent, sent]; // at once: the chunk that follows it may be quicker than the answer
     prompt.value = "";
@@ -251,10 +283,12 @@ export class Desk {
 
   /** @param {boolean} running @param {boolean} canPrompt */
   #drawPrompt(running, canPrompt) {
-    const { prompt, send, history } = this.parts;
+    const { prompt, send, history, blend } = this.parts;
     const why = !running ? NOT_RUNNING : canPrompt ? "" : NO_TEXT;
     prompt.disabled = running && !canPrompt; // the first prompt may be written before the run begins
-    send.disabled = history.disabled = why !== "";
+    send.disabled = history.disabled = blend.disabled = why !== "";
+    const meaning = Object.entries(HISTORIES).find(([word]) => word === history.value)?.[1];
+    explain(history, `What becomes of the frames so far. ${meaning ?? "The model's cache policy says it."}`);
     prompt.placeholder = running && !canPrompt ? NO_TEXT : "What happens next";
     explain(prompt, why || "Enter sends; Shift and Enter begin a new line.");
     explain(send, why || "The next chunk follows this prompt (Enter).");

@@ -144,7 +144,7 @@ export class Panel {
     // The canvas below has shortcuts on plain keys and drags nodes; what is meant for a control ends here.
     for (const type of ["keydown", "keyup", "keypress", "pointerdown", "mousedown", "dblclick", "copy", "paste", "cut"])
       this.element.addEventListener(type, (event) => {
-        const control = event.target instanceof Element && event.target.closest("input, textarea, button, label, a");
+        const control = event.target instanceof Element && event.target.closest("input, textarea, select, button, label, a");
         const shortcut = event instanceof KeyboardEvent && control instanceof HTMLButtonElement;
         if (control && !(shortcut && ![" ", "Enter"].includes(event.key))) event.stopPropagation();
       });

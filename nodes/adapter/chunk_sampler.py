@@ -25,6 +25,7 @@ from ...selfforcing_core.guided import Guided
 from ...selfforcing_core.history import is_past_known
 from ...selfforcing_core.kv_cache import KVCache
 from ...selfforcing_core.noise import NoiseSource, SeededNoise
+from ...selfforcing_core.policy import cache_policy
 from ...selfforcing_core.rollout import Chunk, rollout
 from ...selfforcing_core.schedule import least_sigma
 from ...selfforcing_core.snapshot import Snapshot
@@ -249,7 +250,13 @@ def sample_chunks(
         # A snapshot holds keys and values; to compute them again under another prompt takes the latents behind them.
         fixed_frames = 0 if snapshot is None or is_past_known(snapshot, causal) else resumed_at
         prompts = GuiderTimeline(
-            network, later_prompts, lengths, run.steering, fixed_frames=fixed_frames, resumed_at=resumed_at
+            network,
+            later_prompts,
+            lengths,
+            run.steering,
+            policy=cache_policy(causal.policy),
+            fixed_frames=fixed_frames,
+            resumed_at=resumed_at,
         )
     with memory_explained(network, causal, shape, batch):
         caches = None if run.is_whole else network.allocate(shape, causal)

@@ -6,18 +6,21 @@ A CONDITIONING may carry, in the options beside its embeddings, from when it hol
 from __future__ import annotations
 
 import uuid
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import comfy.conds
 
+from ...selfforcing_core.blending import Blending, blend_embeds
 from ...selfforcing_core.conditioning import Conditioning
 from ...selfforcing_core.config import WanConfig
 from ...selfforcing_core.history import PromptChange
-from ...selfforcing_core.policy import RECACHE, RECACHE_SINK, RECODE, cache_policy
-from ...selfforcing_core.prompt_schedule import Entry, start_frames
+from ...selfforcing_core.policy import KEEP, RECACHE, RECACHE_SINK, RECODE, CachePolicy
+from ...selfforcing_core.prompt_schedule import Entry, Transition, start_frames
+from . import page
 
 UNKNOWN_PAST = "the state that this run goes on from does not hold what was written into the cache"
 # Options beside the embeddings travel with them through ComfyUI's nodes, which copy what they do not know.
@@ -51,7 +54,8 @@ class PromptStart:
     KEY: ClassVar[str] = "selfforcing_moment"
     seconds: float  # of the video
     fps: float  # at which these seconds are read
-    history: str  # one of HISTORIES
+    history: str | None  # one of HISTORIES; None is what the policy says
+    blend: int = 1  # chunks over which the prompt before becomes this one
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Timeline:
     """
 
     first: str = ""  # the text from the beginning on
-    prompts: Mapping[int, tuple[str, str]] = field(default_factory=dict)  # later texts, and what becomes of history
+    prompts: Mapping[int, tuple[str, Transition]] = field(default_factory=dict)  # later texts, and how they begin
     seeds: Mapping[int, int] = field(default_factory=dict)  # of the noise from there on
 
 
@@ -105,7 +109,10 @@ def timeline_of(positive: list[Any], lengths: Sequence[int]) -> Timeline:
             later[options[PromptStart.KEY]] = _text_of(embeddings, options)
     starts = sorted(later, key=lambda start: start.seconds)
     seeds = _seed_starts([options for _, options in positive])
-    prompts = {frame: (later[start], start.history) for frame, start in zip(_starts(starts, lengths), starts)}
+    prompts = {
+        frame: (later[start], Transition(start.history, start.blend))
+        for frame, start in zip(_starts(starts, lengths), starts)
+    }
     texts = {_text_of(embeddings, options) for embeddings, options in positive if PromptStart.KEY not in options}
     first = texts.pop() if len(texts) == 1 else ""
     return Timeline(first, prompts, _seeds_by_start(seeds, lengths))
@@ -167,12 +174,12 @@ def scheduled_seeds(guider: Any, lengths: Sequence[int]) -> dict[int, int]:
 class PromptSource(Protocol):
     """What somebody types while the video is made."""
 
-    def read_prompt(self, check: Callable[[list[Any]], None]) -> tuple[list[Any], str] | None:
-        """Return the CONDITIONING of a prompt that passes `check`, and what becomes of the history; None without."""
+    def read_prompt(self, check: Callable[[list[Any]], None]) -> tuple[list[Any], Transition] | None:
+        """Return the CONDITIONING of a prompt that passes `check`, and how it is to begin; None without."""
         ...
 
-    def took_prompt(self, start_frame: int, history: str) -> None:
-        """Note that the prompt that was read holds from here on, and what becomes of the history."""
+    def took_prompt(self, start_frame: int, transition: Transition) -> None:
+        """Note that the prompt that was read begins here, and how."""
         ...
 
     def say(self, message: str) -> None:
@@ -300,74 +307,122 @@ class GuiderTimeline:
         lengths: tuple[int, ...],
         typed: PromptSource | None,
         *,
+        policy: CachePolicy,
         fixed_frames: int = 0,
         resumed_at: int = 0,
     ) -> None:
         entries = [Entry(0, ""), *(Entry(start.seconds, "") for start, _ in later)]
         starts = start_frames(entries, lengths, later[0][0].fps) if later else [0]
         self.network, self.typed, self.can_recode = network, typed, not fixed_frames
-        self.resumed_at, self.recoded_at = resumed_at, 0
+        self.resumed_at = resumed_at
+        self.rewritten = 0, KEEP  # the chunk before which the history was last changed, and how
         self.at_frame = dict(zip(starts[1:], later))
+        chunk_starts = [sum(lengths[:index]) for index in range(len(lengths))]
+        first = network.guider.conds.get("positive", [])
+        self.blending: Blending[list[GuiderConditioning]] = Blending(first, chunk_starts, _blend_prompts)
+        self.policy = policy
+        counts = {len(conditionings) for conditionings in (first, *(each for _, each in later))}
         for frame, (start, _) in self.at_frame.items():
-            policy = cache_policy(network.settings.causal.policy)
-            if policy.remembers and start.history in WRITTEN_AGAIN:
-                policy.with_history(start.history)  # refused now, not when the prompt's time has come
-            if frame >= fixed_frames > 0 and start.history in WRITTEN_AGAIN:
-                raise ValueError(
-                    f"the prompt at {start.seconds:g}s is to recode history, but {UNKNOWN_PAST}; use history 'keep'"
-                )
+            self._check_start(start, is_past_fixed=frame >= fixed_frames > 0, is_paired=len(counts) == 1)
+        if resumed_at:
+            # The state's last chunk may not be in the cache yet, and is written under the prompt it was made with.
+            step = self._scheduled(max(start for start in chunk_starts if start < resumed_at))
+            if step is not None:
+                network.guider.conds["positive"] = step[0]
+
+    def _check_start(self, start: PromptStart, *, is_past_fixed: bool, is_paired: bool) -> None:
+        """Raise ValueError, now and not when its time has come, for a prompt that cannot begin as it is to."""
+        policy = self.policy
+        history = policy.with_history(start.history).history if policy.remembers else start.history or policy.history
+        if is_past_fixed and history in WRITTEN_AGAIN:
+            raise ValueError(
+                f"the prompt at {start.seconds:g}s is to {history} history, but {UNKNOWN_PAST}; use history 'keep'"
+            )
+        if start.blend > 1 and not is_paired:
+            raise ValueError(
+                f"the prompt at {start.seconds:g}s is to blend, but prompts of this schedule are combined of different "
+                "numbers of entries; give each the same number, or leave blend out"
+            )
+        if start.history == RECODE != policy.history:
+            # Workflows of before the policies have stored this word, which was the widget's first.
+            page.show_text(
+                f"the prompt at {start.seconds:g}s says history 'recode', which is used; policy {policy.name} would "
+                f"say {policy.history!r}: choose 'as the policy says' for that"
+            )
 
     def at(self, start_frame: int) -> PromptChange | None:
         """Put the prompts that hold from this frame on into the guider; to the rollout all of them look alike."""
-        scheduled = self._scheduled(start_frame)
+        step = self._scheduled(start_frame)
         if self.typed is not None:
             with self.network.kept_loaded():  # reading it brings in the text encoder
                 typed_prompt = self.typed.read_prompt(
                     lambda conditioning: _check_text(conditioning[0][0], self.network.config)
                 )
             if typed_prompt is not None:
-                conditioning, history = typed_prompt
-                history = self._possible(history, start_frame)
-                self.typed.took_prompt(start_frame, history)
+                conditioning, transition = typed_prompt
+                transition = replace(transition, history=self._possible(transition, start_frame))
+                self.typed.took_prompt(start_frame, transition)
                 embeddings = conditioning[0][0]
-                current = self.network.guider.conds["positive"]
-                return self._change([_with_text(each, embeddings) for each in current], history, start_frame)
-        if scheduled is not None:
-            conditionings, history = scheduled
-            return self._change(conditionings, history, start_frame)
-        return None
+                prompts = [_with_text(each, embeddings) for each in self.blending.current]
+                self.blending.change(prompts, transition)
+                step = self.blending.step()
+        return None if step is None else self._change(*step, start_frame)
 
-    def _scheduled(self, start_frame: int) -> tuple[list[GuiderConditioning], str] | None:
-        """Return the prompt whose time has come, or came in frames that this run did not make, and its history."""
-        due = sorted(frame for frame in self.at_frame if frame <= start_frame)
-        due_prompts = [(frame, *self.at_frame.pop(frame)) for frame in due]
-        if not due_prompts:
-            return None
-        frame, start, conditionings = due_prompts[-1]  # of several, as after resuming, only the last still holds
-        return conditionings, "keep" if frame < self.resumed_at else start.history  # the past was made under it
+    def _scheduled(self, start_frame: int) -> tuple[list[GuiderConditioning], str | None] | None:
+        """Return the prompt that begins here, or began in frames that this run did not make, and its history."""
+        blending, latest = self.blending, None
+        skipped = blending.starts[bisect_right(blending.starts, blending.chunk) :]
+        for start in [start for start in skipped if start < start_frame] + [start_frame]:
+            blending.begin(start)
+            if start in self.at_frame:
+                moment, conditionings = self.at_frame.pop(start)
+                blending.change(conditionings, Transition(moment.history, moment.blend))
+            step = blending.step()
+            if step is not None:  # of several, as after resuming, only the last still holds
+                latest = step if start >= self.resumed_at else (step[0], KEEP)  # the past was made under it
+        return latest
 
-    def _possible(self, history: str, start_frame: int) -> str:
+    def _possible(self, transition: Transition, start_frame: int) -> str:
         """Return what can become of the history for a typed prompt; say so where it is not what was asked for."""
         assert self.typed is not None
-        policy = cache_policy(self.network.settings.causal.policy)
-        if history == RECODE != policy.history and not policy.remembers:
+        policy, history = self.policy, transition.history or self.policy.history
+        if transition.history == RECODE != policy.history and not policy.remembers:
             self.typed.say(f"history 'recode' is used; its policy {policy.name} would say {policy.history!r}")
         if history in WRITTEN_AGAIN and policy.remembers:
             self.typed.say(f"the new prompt holds from here on, with history '{policy.history}', as its policy says")
             return policy.history
-        if history == "recode" and not self.can_recode:
+        if history in WRITTEN_AGAIN and not self.can_recode:
             self.typed.say(f"the new prompt holds from here on, with history 'keep': {UNKNOWN_PAST}")
-            return "keep"
-        if history == "keep" and start_frame == self.recoded_at > 0:
-            self.typed.say("the new prompt recodes history too: the one that this chunk was first made with did")
-            return "recode"
-        return history
+            return KEEP
+        return self._as_rewritten(history, start_frame) if transition.blend == 1 else history
 
-    def _change(self, conditionings: list[GuiderConditioning], history: str, start_frame: int) -> PromptChange:
-        if history == "recode":
-            self.recoded_at = start_frame
+    def _as_rewritten(self, history: str, start_frame: int) -> str:
+        """Return another history where that of this chunk was changed for an attempt that was thrown away."""
+        frame, former = self.rewritten
+        if history != KEEP or frame != start_frame or former == KEEP:
+            return history
+        if self.typed is not None:
+            self.typed.say(f"the new prompt {former}s history too: the one that this chunk was first made with did")
+        return former
+
+    def _change(self, conditionings: list[GuiderConditioning], history: str | None, start_frame: int) -> PromptChange:
+        history = self._as_rewritten(history or self.policy.history, start_frame)
+        if start_frame > 0:  # before the first chunk there is no history
+            self.rewritten = start_frame, history
         self.network.guider.conds["positive"] = conditionings
         return PromptChange(self.network.renew(), history)
+
+
+def _blend_prompts(
+    one: list[GuiderConditioning], other: list[GuiderConditioning], weight: float
+) -> list[GuiderConditioning]:
+    return [_with_text(new, blend_embeds(_words(old), _words(new), weight)) for old, new in zip(one, other)]
+
+
+def _words(conditioning: GuiderConditioning) -> Any:
+    """Return a prompt's embeddings, as ComfyUI prepared them where it did."""
+    prepared = conditioning["model_conds"].get("c_crossattn")
+    return conditioning["cross_attn"] if prepared is None else prepared.cond
 
 
 def _with_text(conditioning: GuiderConditioning, text: Any) -> GuiderConditioning:

@@ -23,7 +23,8 @@ from aiohttp import web
 from torch import Tensor
 
 from ...selfforcing_core.geometry import pixel_frames
-from ...selfforcing_core.prompt_schedule import HISTORIES
+from ...selfforcing_core.policy import HISTORIES
+from ...selfforcing_core.prompt_schedule import MOST_BLEND, Transition
 from . import host, page
 from .figures import Figures
 from .guider_prompts import Reader
@@ -183,15 +184,15 @@ class Live:
             self._count()
         return seed
 
-    def read_prompt(self, check: Callable[[list[Any]], None]) -> tuple[list[Any], str] | None:
-        """Return the CONDITIONING of the prompt that was typed and what becomes of the history; None if there is none.
+    def read_prompt(self, check: Callable[[list[Any]], None]) -> tuple[list[Any], Transition] | None:
+        """Return the CONDITIONING of the prompt that was typed and how it is to begin; None if there is none.
 
         One that cannot be read, or that `check` refuses, is said to be refused and is none.
         """
         typed = self.steering.take_prompt()
         if typed is None or self.reader is None:
             return None
-        text, history = typed
+        text, transition = typed
         try:
             conditioning = self.reader(text)
             check(conditioning)
@@ -203,12 +204,12 @@ class Live:
             return None
         self._count()
         self.read_text = text
-        return conditioning, history
+        return conditioning, transition
 
-    def took_prompt(self, start_frame: int, history: str) -> None:
-        """Note that the prompt that was read last holds from this chunk on."""
+    def took_prompt(self, start_frame: int, transition: Transition) -> None:
+        """Note that the prompt that was read last begins with this chunk."""
         self.record.use(start_frame, None)
-        self.record.prompt(start_frame, self.read_text, history)
+        self.record.prompt(start_frame, self.read_text, transition)
         self._tell_schedule()
 
     def _tell_schedule(self) -> None:
@@ -278,17 +279,22 @@ class Live:
             self.viewer.tell(frame)
             self.steering.changed.notify_all()
 
-    def _typed(self, message: dict[str, Any]) -> tuple[str, str]:
-        text, history = message.get("text"), message.get("history", HISTORIES[0])
+    def _typed(self, message: dict[str, Any]) -> tuple[str, Transition]:
+        text, history = message.get("text"), message.get("history")  # without one, the policy says
         if self.reader is None:
             raise ValueError("nothing here can read a new prompt; connect clip to the sampler")
         if not isinstance(text, str) or not text.strip() or len(text) > PROMPT_LETTERS:
             raise ValueError(f"a prompt is 1 to {PROMPT_LETTERS} letters")
         if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError("the prompt holds NUL or half a character, which no file can keep; leave it out")
-        if history not in HISTORIES:
-            raise ValueError(f"history {str(history)[:40]!r} is unknown; use {' or '.join(HISTORIES)}")
-        return text.strip(), history
+        if history is not None and history not in HISTORIES:
+            raise ValueError(
+                f"history {str(history)[:40]!r} is unknown; use {' or '.join(HISTORIES)}, or none: as the policy says"
+            )
+        blend = _whole(message, "blend") if "blend" in message else 1
+        if not 1 <= blend <= MOST_BLEND:
+            raise ValueError(f"blend {blend} is a number of chunks; use 1 to {MOST_BLEND}")
+        return text.strip(), Transition(history, blend)
 
 
 def open_live(

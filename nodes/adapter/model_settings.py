@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...selfforcing_core.config import FEW_STEP_SOLVERS, CausalConfig, StepConfig
+from ...selfforcing_core.policy import cache_policy
 from ...selfforcing_core.schedule import TIMESTEPS, FlowSchedule
 from ...selfforcing_core.weights.preset_settings import counted_boundary, in_words, preset_settings, unable
 from ...selfforcing_core.weights.presets import Preset
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 LOW_NOISE = "selfforcing_low_noise"  # attachment of a MODEL for high noise: the one for low noise
 KEY = "selfforcing"  # of our settings in model_options, and of a rollout's CausalPass in transformer_options
 CAUSAL, FEW_STEP, BASE, UNKNOWN = "causal", "few-step bidirectional", "base", "unknown"
-AUTO, SINK_AUTO, NOISE_AUTO = 0, -1, -1.0  # widget values that stand for the MODEL's own setting
+AUTO, SINK_AUTO, NOISE_AUTO, POLICY_AUTO = 0, -1, -1.0, "auto"  # widget values that stand for the MODEL's own setting
 WIDGETS = ("chunk", "shift")  # of Patch Model, which say what a preset may leave open
 WARPS = {"auto": None, "shifted": True, "as listed": False}  # whether steps go through the shift
 
@@ -115,13 +116,25 @@ def preset_behind_widgets(preset: Preset, widgets: Settings) -> tuple[Settings, 
     return behind, notes
 
 
-def causal_settings(trained: CausalConfig, chunk: int, window: int, sink: int) -> CausalConfig:
-    """Return the widgets' values, the MODEL's own where they say auto; log what they replace."""
+def chosen_policy(trained: CausalConfig, name: str, options: str) -> str:
+    """Return what widgets say of the cache policy: POLICY_AUTO is the MODEL's own; options: "key=value,..." or nothing.
+
+    Raises ValueError for options that the policy does not have.
+    """
+    text = ",".join(part for part in (trained.policy if name == POLICY_AUTO else name, options.strip()) if part)
+    cache_policy(text)
+    return text
+
+
+def causal_settings(
+    trained: CausalConfig, chunk: int, window: int, sink: int, policy: str | None = None
+) -> CausalConfig:
+    """Return the widgets' values, the MODEL's own where they say auto or None; log what they replace."""
     widgets = (("chunk", chunk, AUTO), ("window", window, AUTO), ("sink", sink, SINK_AUTO))
     overrides = {name: value for name, value, auto in widgets if value not in (auto, getattr(trained, name))}
     for name, value in overrides.items():
         log.info("the model's own %s is %d; %d is used", name, getattr(trained, name), value)
-    return replace(trained, **overrides)
+    return replace(trained, **overrides, policy=policy or trained.policy)
 
 
 def shift_of(patcher: Any, shift: float = AUTO) -> float:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 
+from ...selfforcing_core.prompt_schedule import Transition
+
 
 class PageSteering:
     """The wishes of the page that steers a run. `changed` is the lock, and tells whoever waits of each new wish."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self.prompt: tuple[str, str] | None = None  # typed text and history, until the sampling thread reads them
+        self.prompt: tuple[str, Transition] | None = None  # what was typed, until the sampling thread reads it
         self.seed: int | None = None  # of the chunks that have not begun; None is the run's own
         self.is_reseeded = False  # since the last chunk began
         self.chunk_start = -1  # first latent frame of the chunk being made
@@ -22,10 +24,10 @@ class PageSteering:
         self.is_finishing = False  # the present chunk is the last
 
     # ------------------------------------------------------ the server's loop --
-    def type_prompt(self, text: str, history: str) -> None:
-        """Let a prompt hold as soon as the next chunk begins; of several the last."""
+    def type_prompt(self, text: str, transition: Transition) -> None:
+        """Let a prompt begin with the next chunk; of several the last."""
         with self.changed:
-            self.prompt = text, history
+            self.prompt = text, transition
             self.changed.notify_all()
 
     def reseed(self, seed: int) -> None:
@@ -62,8 +64,8 @@ class PageSteering:
             self.changed.notify_all()
 
     # ---------------------------------------------------- the sampling thread --
-    def take_prompt(self) -> tuple[str, str] | None:
-        """Return the typed text and history, once; None if nothing was typed."""
+    def take_prompt(self) -> tuple[str, Transition] | None:
+        """Return the typed text and how it is to begin, once; None if nothing was typed."""
         with self.changed:
             prompt, self.prompt = self.prompt, None
             return prompt

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...selfforcing_core.geometry import pixel_frames
-from ...selfforcing_core.prompt_schedule import OWN_SEED, Entry, moment_of, schedule_text, seed_at
+from ...selfforcing_core.prompt_schedule import OWN_SEED, Entry, Transition, moment_of, schedule_text, seed_at
 from .guider_prompts import Timeline
 
 USUAL_FPS = 16.0  # of Wan; a schedule in other frames per second says so
@@ -22,20 +22,21 @@ class SteeringRecord:
     def __init__(self, timeline: Timeline, lengths: Sequence[int], fps: float) -> None:
         self.timeline, self.fps = timeline, fps
         self.starts = [sum(lengths[:index]) for index in range(len(lengths))]
-        self.prompts = dict(timeline.prompts)  # later ones, and what becomes of the history, by their first chunk
+        self.prompts = dict(timeline.prompts)  # later ones, and how they begin, by their first chunk
         # A seed is kept for each chunk and not from a chunk on: re-rolling one leaves those behind it as they are.
         self.seeds: dict[int, int] = {}  # by hand: of every chunk that had one
         self.first = timeline.first
         self.events: list[dict[str, Any]] = []
         self.latest = self.starts[-1]  # the last chunk that was begun; a run that nobody follows makes them all
 
-    def prompt(self, start: int, text: str, history: str) -> None:
-        """Note that a typed prompt holds from this chunk on; of several for one chunk the last."""
+    def prompt(self, start: int, text: str, transition: Transition) -> None:
+        """Note that a typed prompt begins with this chunk; of several for one chunk the last."""
         if start == 0:
             self.first = text
         else:
-            self.prompts[start] = (text, history)
-        self._note("prompt", start, text=_shortened(text), history=history)
+            self.prompts[start] = (text, transition)
+        blend = {"blend": transition.blend} if transition.blend > 1 else {}
+        self._note("prompt", start, text=_shortened(text), history=transition.history, **blend)
 
     def seed(self, start: int, seed: int) -> None:
         """Note that another seed holds from this chunk on."""
@@ -60,11 +61,13 @@ class SteeringRecord:
         rate = None if self.fps == USUAL_FPS else self.fps
         for start in (start for start in self.starts if start <= self.latest):
             seed = self.seeds.get(start, seed_at(self.timeline.seeds, start))
-            prompt, history = (self.first, None) if start == 0 else self.prompts.get(start, ("", None))
+            is_changed = start in self.prompts
+            prompt, transition = self.prompts[start] if is_changed else (self.first if start == 0 else "", Transition())
             # A seed of the text holds until the next one, so it is written where it changes, and undone by "own".
             new_seed = None if seed == previous_seed else OWN_SEED if seed is None else seed
-            if start == 0 or history is not None or new_seed is not None:
-                entries.append(Entry(moment_of(start, self.fps), prompt, history, new_seed, None if start else rate))
+            if start == 0 or is_changed or new_seed is not None:
+                moment, fps = moment_of(start, self.fps), None if start else rate
+                entries.append(Entry(moment, prompt, transition.history, new_seed, fps, transition.blend))
             previous_seed = seed
         return schedule_text(entries)
 

@@ -32,7 +32,7 @@ from ..geometry import (
     pixel_frames,
 )
 from ..policy import CachePolicy, cache_policy
-from ..prompt_schedule import parse_schedule, schedule_note, start_frames
+from ..prompt_schedule import Transition, parse_schedule, schedule_note, start_frames
 from ..roofline.meter import Recipe
 from ..schedule import FlowSchedule
 from ..weights.bundles import is_bundle, resolve_model, resolve_taehv, resolve_text_encoder
@@ -64,7 +64,7 @@ class Timeline:
     """The prompts and seeds of a batch's videos by the latent frames from which they hold."""
 
     prompts: tuple[str, ...]  # every one that is encoded, the first frame's first
-    later: dict[int, tuple[str, str]]  # each later prompt, and what it does to the frames so far (HISTORIES)
+    later: dict[int, tuple[str, Transition]]  # each later prompt, and how it takes its place; with the policy's word
     seeds: dict[int, int]  # of the noise; OWN_SEED goes back to the request's
     has_times: bool  # another prompt or seed holds from a later moment on
 
@@ -310,13 +310,27 @@ def _timeline(request: Request, text: str, lengths: Sequence[int], fps: float, p
     if note is not None:
         log.warning("%s", note)
     later = {
-        start: (entry.prompt, policy.with_history(entry.history or request.history).history)
+        start: (entry.prompt, _as_policy_says(entry.transition(request.history), policy))
         for start, entry in zip(starts[1:], entries[1:])
         if entry.prompt  # one without goes on with the prompt before
     }
+    for start, (prompt, transition) in later.items():
+        chunks_left = sum(sum(lengths[:index]) >= start for index in range(len(lengths)))
+        if transition.blend > chunks_left:
+            log.warning(
+                "the prompt %a is blended in over %d chunks, but the video ends after %d of them; it is not reached",
+                prompt,
+                transition.blend,
+                chunks_left,
+            )
     seeds = {start: entry.seed for start, entry in zip(starts, entries) if entry.seed is not None}
     prompts = dict.fromkeys([entries[0].prompt, *(prompt for prompt, _ in later.values())])
     return Timeline(tuple(prompts), later, seeds, has_times=len(entries) > 1)
+
+
+def _as_policy_says(transition: Transition, policy: CachePolicy) -> Transition:
+    """Return it with the policy's history where none was asked for. Raises ValueError for one it cannot follow."""
+    return replace(transition, history=policy.with_history(transition.history).history)
 
 
 def _check_companions(request: Request, config: WanConfig, decoder: str, *, is_own: bool) -> None:

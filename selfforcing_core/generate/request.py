@@ -73,7 +73,10 @@ class Request:
     """
 
     prompt: str = _option(
-        MISSING, SHOWN, "what the video shows; '0s: a red square; 3s: a blue circle' changes it on the way"
+        MISSING,
+        SHOWN,
+        "what the video shows; '0s: a red square; 3s: a blue circle' changes it on the way, '3s cut: ...' (or another "
+        "word of --history) with that history, '3s blend 4: ...' over 4 chunks",
     )
     out: Path = _option(
         MISSING,
@@ -116,7 +119,8 @@ class Request:
         None,
         SHOWN,
         "where the prompt changes: recode writes the frames so far into the cache again under the new one, recache in "
-        "one pass, keep leaves them, flush forgets all but sink and last frames (default: the policy's; recode)",
+        "one pass, keep leaves them, flush forgets all but sink and last frames, cut does and puts the next chunk far "
+        "away; a word in the schedule wins (default: as the policy says)",
         choices=HISTORIES,
     )
     negative: str = _option("", SHOWN, "what to keep away from, with --cfg")

@@ -13,7 +13,7 @@ import gc
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..attention import MeasuredKernels, attention_kernel
+from ..blending import Blending, blend_conditionings
 from ..codecs.embedding_folder import EmbeddingFolder
 from ..codecs.image import first_frame_condition, fit_image
 from ..codecs.taehv import TAEHV, StreamingDecoder, StreamingEncoder
@@ -237,7 +238,7 @@ class Run:
             text: Conditioning(self._rows(self.embeddings[text], count), image, clip)
             for text in dict.fromkeys([*timeline.prompts, *guided])
         }
-        later = {start: PromptChange(conditionings[text], history) for start, (text, history) in timeline.later.items()}
+        later = _changes(timeline, conditionings, plan.extent.chunk_lengths)
         negative = None if plan.cfg == 1 else conditionings[plan.request.negative]
         seeded = functools.partial(SeededNoise, first_row=batch.first_row, first_frame=plan.extent.first_frame)
         return rollout(
@@ -289,6 +290,26 @@ class Run:
             if self.plan.request.latents is not None and not is_kept_already:
                 kept.append(chunk.latents_BTCHW[0].cpu())
             yield chunk
+
+
+def _changes(
+    timeline: Timeline, conditionings: Mapping[str, Conditioning], lengths: Sequence[int]
+) -> dict[int, PromptChange]:
+    """Return what changes by the first latent frame of each chunk that does not go on with the prompt before."""
+    if not timeline.later:
+        return {}
+    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    blending = Blending(conditionings[timeline.prompts[0]], starts, blend_conditionings)
+    changes: dict[int, PromptChange] = {}
+    for start in starts:
+        blending.begin(start)
+        if start in timeline.later:
+            text, transition = timeline.later[start]
+            blending.change(conditionings[text], transition)
+        step = blending.step()
+        if step is not None:
+            changes[start] = PromptChange(*step)
+    return changes
 
 
 def _speed(seconds: list[float], frames: int) -> dict[str, Any]:

@@ -120,7 +120,8 @@ second prompt. Repeat as often as you like: the window keeps time and memory per
     "tiny_prompt_schedule": """## The prompt changes while the video is made
 
 A red square becomes a blue one at 2.1 seconds. The chunk in which the moment lies is the first that follows the new
-prompt; with history *recode* the frames so far are written into the KV cache again under it.
+prompt. What becomes of the frames so far is left to the model's cache policy (*history*): here they are written into
+the KV cache again under the new prompt.
 
 The tiny model is bundled: nothing to download.""",
     "tiny_endless": """## As long as you like, written to disk while it is made

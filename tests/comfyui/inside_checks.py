@@ -47,6 +47,7 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     inside_runs.interrupts,
     inside_runs.states,
     inside_runs.a_prompt_typed_into_a_resumed_run,
+    inside_runs.a_prompt_becomes_the_next_over_chunks,
     inside_rollout.the_hosts_own_causal_sampler,
     inside_patches.what_is_set_on_the_forward_pass_is_followed,
     inside_patches.modules_and_prompts_of_others_are_followed,

@@ -162,22 +162,22 @@ def states() -> dict[str, Any]:
 class Hand:
     """Somebody who types a prompt before the chunk that begins at `at`."""
 
-    def __init__(self, at: int, history: str) -> None:
-        self.at, self.history, self.said, self.chunk = at, history, [], -1
+    def __init__(self, at: int, history: str | None, blend: int = 1) -> None:
+        self.at, self.history, self.blend, self.said, self.chunk = at, history, blend, [], -1
 
     def seed_at(self, start_frame: int) -> None:
         return None
 
-    def read_prompt(self, check: Callable[[list[Any]], None]) -> tuple[list[Any], str] | None:
+    def read_prompt(self, check: Callable[[list[Any]], None]) -> tuple[list[Any], Any] | None:
         self.chunk += 1
         if self.chunk != self.at:
             return None
         conditioning = [[text(3), {}]]
         check(conditioning)
-        return conditioning, self.history
+        return conditioning, core["prompt_schedule"].Transition(self.history, self.blend)
 
-    def took_prompt(self, start_frame: int, history: str) -> None:
-        self.took = start_frame, history
+    def took_prompt(self, start_frame: int, transition: Any) -> None:
+        self.took = start_frame, transition
 
     def say(self, message: str) -> None:
         self.said.append(message)
@@ -218,6 +218,59 @@ def a_prompt_typed_into_a_resumed_run() -> dict[str, Any]:
         "said": {history: hand.said for history, hand in hands.items()},
         "is_kept": bool(torch.equal(*videos)),
         "refused": [refusal(2.2), refusal(0.8)],
+    }
+
+
+def a_prompt_becomes_the_next_over_chunks() -> dict[str, Any]:
+    """Blend over three of four chunks by a schedule, by hand and in a run that goes on from the middle of it."""
+    net = network()
+    patcher, frames = loaded(saved("t2v", net)), 12
+    long = {"samples": torch.zeros(1, CHANNELS, frames, HEIGHT, WIDTH)}
+    transition = core["prompt_schedule"].Transition("keep", 3)
+    starts, first, other = range(0, frames, 3), *(core["conditioning"].Conditioning(text(seed)) for seed in (1, 3))
+    blending = core["blending"].Blending(first, starts, core["blending"].blend_conditionings)
+    changes = {}
+    for start in starts:
+        blending.begin(start)
+        if start == 3:
+            blending.change(other, transition)
+        step = blending.step()
+        if step is not None:
+            changes[start] = core["history"].PromptChange(*step)
+    chunks = core["rollout"].rollout(
+        core["guided"].Guided(net, first),
+        noise=core["noise"].SeededNoise(5),
+        latent_shape=(frames, CHANNELS, HEIGHT, WIDTH),
+        causal=CausalConfig(chunk=3),
+        steps=STEPS,
+        prompt_at=changes.get,
+    )
+    expected = torch.cat([chunk.latents_BTCHW for chunk in chunks], 1)
+    moment = part("guider_prompts").PromptStart
+
+    def scheduled(latent: Any, **run: Any) -> Any:
+        guider = comfy.samplers.CFGGuider(patcher)
+        later = moment(0.8, 16.0, "keep", 3)
+        guider.inner_set_conds({"positive": [[text(1), {}], [text(3), {moment.KEY: later}]]})
+        guider.set_cfg(1.0)
+        noise = guided_network.SeededGraphNoise(5, (3,) * (latent["samples"].shape[2] // 3)).generate_noise(latent)
+        raw = guider.sample(
+            noise,
+            latent["samples"],
+            chunk_sampler.ChunkSampler(chunk_sampler.Run(**run)),
+            model_settings.sigmas_of(patcher, 0, 0.0)[0],
+            disable_pbar=True,
+            seed=5,
+        )
+        return patcher.model.process_latent_in(raw).transpose(1, 2)
+
+    whole, holder, hand = scheduled(long), chunk_sampler.SnapshotHolder(), Hand(1, "keep", 3)
+    scheduled({"samples": torch.zeros(1, CHANNELS, 9, HEIGHT, WIDTH)}, keep=holder)
+    return {
+        "off_core": apart(whole, expected),
+        "is_resumed": bool(torch.equal(scheduled(long, resume=holder), whole)),
+        "off_by_hand": apart(sampled(patcher, latent=long, steering=hand), whole),
+        "took": [hand.took[0], hand.took[1].history, hand.took[1].blend],
     }
 
 

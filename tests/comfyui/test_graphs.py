@@ -222,6 +222,11 @@ def test_cache_options_change_what_a_chunk_sees(stocked: Server) -> None:
     assert (run(window=6) - plain)[:, :, 6:].abs().max() > 0
     assert not torch.equal(run(context_noise=500.0), plain)
     assert not torch.equal(run(cache_dtype="float8_e4m3fn"), plain)
+    sunk = run(window=6, sink=3)
+    assert torch.equal(run(window=6, sink=3, policy="lingbot2"), sunk), "a plain window and sink"
+    assert not torch.equal(run(window=6, sink=3, policy="infinity-rope"), sunk)
+    reward = run(window=6, sink=3, policy="reward")
+    assert not torch.equal(run(window=6, sink=3, policy="reward", policy_settings="sink_average=0"), reward)
 
 
 def test_a_saved_state_goes_on_as_if_the_run_had_not_ended(stocked: Server) -> None:

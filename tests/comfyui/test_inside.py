@@ -346,6 +346,13 @@ def test_a_prompt_typed_into_a_resumed_run(outcome: dict[str, Any]) -> None:
     assert not earlier, "its moment lies before the state's end"
 
 
+def test_a_prompt_becomes_the_next_over_chunks(outcome: dict[str, Any]) -> None:
+    assert outcome["off_core"] < ROUNDING
+    assert outcome["is_resumed"], "from a state in the middle of the blend"
+    assert outcome["off_by_hand"] < ROUNDING
+    assert outcome["took"] == [3, "keep", 3]
+
+
 def test_the_hosts_own_causal_sampler(outcome: float | None) -> None:
     if outcome is None:
         pytest.skip("this version of ComfyUI has no causal sampler of its own")

@@ -28,7 +28,7 @@ INPUT_ORDER = {
     "SelfForcingPatchModel": {"required": ["model", "kind", "chunk", "shift"], "optional": ["preset"]},
     "SelfForcingCacheOptions": {
         "required": ["model", "chunk", "window", "sink", "context_noise", "cache_dtype", "cache_device"],
-        "optional": ["cache_source"],
+        "optional": ["cache_source", "policy", "policy_settings"],
     },
     "SelfForcingSampler": {"optional": ["state", "keep_state", "first_chunk_sigmas"]},
     "SelfForcingFewStepSampler": {},

@@ -23,9 +23,11 @@ from selfforcing_core.guided import Guided, new_caches
 from selfforcing_core.history import PromptChange
 from selfforcing_core.kv_cache import KVCache
 from selfforcing_core.noise import ScheduledNoise, SeededNoise
+from selfforcing_core.policy import HISTORIES
 from selfforcing_core.prompt_schedule import (
     OWN_SEED,
     Entry,
+    Transition,
     moment_of,
     parse_schedule,
     schedule_note,
@@ -68,6 +70,10 @@ def test_a_text_with_times_is_a_schedule_and_any_other_a_prompt() -> None:
         (f"0s: a; 3s [seed {2**64}]: b", "below 2"),
         ("0s: a; 3s [quoted]: b", "no JSON string"),
         ("0s: a; 3s [quoted]: 7", "no JSON string"),
+        ("0s: a; 3s blend 1: b", "use 2 chunks or more"),
+        ("0s: a; 3s blend 2 [blend 3]: b", "one blend"),
+        ("0s: a; 3s cut [flush]: b", r"\[cut, flush\] at 3s; use one of"),
+        ("0s blend 4: a; 3s: b", "blend 4 at 0s, where no prompt changes"),
         ("0s: a; 3s [24 fps]: b", "fps at another time than 0s"),
         ("0s [0 fps]: a", "or 0 fps"),
         ("0s [24 fps, 25 fps]: a", "one fps"),
@@ -98,7 +104,18 @@ def test_a_time_that_is_read_as_words_is_said(text: str, time: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["a", "", "at 3s: late", "a: b; c", "0s: a", "0s: a; 3s: b", "0s: a clock, 3s: late", "10 seconds: long"]
+    "text",
+    [
+        "a",
+        "",
+        "at 3s: late",
+        "0s: a; 3s later: b",
+        "a: b; c",
+        "0s: a",
+        "0s: a; 3s: b",
+        "0s: a clock, 3s: late",
+        "10 seconds: long",
+    ],
 )
 def test_nothing_is_said_of_texts_that_are_clear(text: str) -> None:
     assert schedule_note(text) is None
@@ -133,6 +150,38 @@ def test_times_may_bring_a_history_and_a_seed() -> None:
     assert schedule_note(text) is None
 
 
+def test_words_behind_a_time_say_the_same_as_brackets() -> None:
+    text = (
+        "0s 24 fps: a\n1s cut: b\n2s flush : c; 3s blend 4: d\n"
+        "4s keep, blend 2 [seed 7]: e; 5s recache_sink seed own: f"
+    )
+    expected = (
+        Entry(0, "a", fps=24),
+        Entry(1, "b", "cut"),
+        Entry(2, "c", "flush"),
+        Entry(3, "d", blend=4),
+        Entry(4, "e", "keep", 7, blend=2),
+        Entry(5, "f", "recache_sink", OWN_SEED),
+    )
+    assert parse_schedule(text) == expected
+    assert schedule_text(expected).split("\n")[1:4] == ["1s cut: b", "2s flush: c", "3s blend 4: d"]
+    bracketed = "0s: a; 1s [cut]: b; 2s [blend 4, keep]: c"
+    assert parse_schedule(bracketed) == parse_schedule("0s: a; 1s cut: b; 2s blend 4 keep: c")
+
+
+@pytest.mark.parametrize("words", ["Cut", "blend", "blned 4", "recoded", "flush!", "Keep"])
+def test_words_that_are_nearly_options_are_words_and_that_is_said(words: str) -> None:
+    text = f"0s: a\n3s {words}: b"
+    assert parse_schedule(text) == (Entry(0, f"a\n3s {words}: b"),)
+    assert f"'3s {words}:' is read as a part of the prompt" in str(schedule_note(text))
+
+
+def test_the_explicit_word_wins() -> None:
+    assert Entry(3, "b").transition(None) == Transition(None, 1)
+    assert Entry(3, "b").transition("keep") == Transition("keep", 1)
+    assert Entry(3, "b", "cut", blend=2).transition("keep") == Transition("cut", 2)
+
+
 @pytest.mark.parametrize("brackets", ["[late]", "[sed 7]", "[seed]", "[seed -1]", "[seed 7 keep]", "[]", "[Keep]"])
 def test_other_brackets_behind_a_time_are_words_as_they_were_and_that_is_said(brackets: str) -> None:
     text = f"0s: a\n3s {brackets}: b"
@@ -140,19 +189,45 @@ def test_other_brackets_behind_a_time_are_words_as_they_were_and_that_is_said(br
     assert f"'3s {brackets}:' is read as a part of the prompt" in str(schedule_note(text))
 
 
-PIECES = ["a", " ", ";", "\uff1b", "\n", "\r", "3s:", "0s [keep]: ", '"', "\\", "[", "\u2028"]
+PIECES = [
+    "a",
+    " ",
+    ";",
+    "\uff1b",
+    "\n",
+    "\r",
+    "3s:",
+    "3s",
+    " cut",
+    " blend 4",
+    ":",
+    "0s [keep]: ",
+    '"',
+    "\\",
+    "[",
+    "\u2028",
+]
 PROMPTS = st.lists(st.sampled_from(PIECES)).map("".join)
 
 
 @given(
-    st.lists(st.tuples(PROMPTS, st.sampled_from(["keep", "recode"]), st.sampled_from([None, OWN_SEED, 0, 2**64 - 1])))
+    st.lists(
+        st.tuples(
+            PROMPTS,
+            st.sampled_from([None, *HISTORIES]),
+            st.sampled_from([None, OWN_SEED, 0, 2**64 - 1]),
+            st.sampled_from([1, 2, 9999]),
+        )
+    )
 )
-def test_a_schedule_that_is_written_is_read_as_it_was(later: list[tuple[str, str, int | None]]) -> None:
+def test_a_schedule_that_is_written_is_read_as_it_was(later: list[tuple[str, str | None, int | None, int]]) -> None:
     """Whatever the prompts hold: line ends, marks of their own, blanks at their ends."""
     entries = [Entry(0, " a; 3s: b\n", fps=23.976)]
-    for number, (prompt, history, seed) in enumerate(later, 1):
-        if prompt or seed is not None:
-            entries.append(Entry(number / 16, prompt, history if prompt else None, seed))
+    for number, (prompt, history, seed, blend) in enumerate(later, 1):
+        if prompt:
+            entries.append(Entry(number / 16, prompt, history, seed, blend=blend))
+        elif seed is not None:
+            entries.append(Entry(number / 16, "", None, seed))
     assert parse_schedule(schedule_text(entries)) == tuple(entries)
 
 

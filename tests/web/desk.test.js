@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 
-import { stillWaiting } from "../../web/desk.js";
+import { promptCommand, stillWaiting } from "../../web/desk.js";
 import { clock } from "../../web/elements.js";
 import { nearestMark, placeOf } from "../../web/timeline.js";
 import { sayStatus } from "../../web/words.js";
@@ -21,6 +21,13 @@ test("a sent prompt waits until its chunk is made, and those that it replaced go
 test("a long prompt is known again by its beginning, which is all that the server tells", () => {
   const text = "a storm rises over the bay ".repeat(20);
   assert.deepEqual(stillWaiting([{ text, chunk: 0 }], [prompt(`${text.slice(0, 117)}...`)]), []);
+});
+
+test("a prompt leaves to the policy what nobody chose", () => {
+  assert.deepEqual(promptCommand("a", "", ""), { action: "prompt", text: "a" });
+  assert.deepEqual(promptCommand("a", "cut", "1"), { action: "prompt", text: "a", history: "cut" });
+  assert.deepEqual(promptCommand("a", "", "4"), { action: "prompt", text: "a", blend: 4 });
+  for (const blend of ["0", "1.5", "-1", "10000"]) assert.equal(promptCommand("a", "", blend), null);
 });
 
 test("places are written as players write them", () => {

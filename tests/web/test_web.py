@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from selfforcing_core.policy import HISTORIES
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKS = ROOT / "tests" / "web"
@@ -19,6 +22,12 @@ def run(*command: str | Path, cwd: Path = ROOT, seconds: int = 120) -> subproces
     return subprocess.run(
         [str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=seconds, check=False
     )
+
+
+def test_the_players_words_are_the_policies() -> None:
+    words = re.search(r"const HISTORIES = \{(.*?)\};", (ROOT / "web" / "desk.js").read_text(encoding="utf-8"), re.S)
+    assert words is not None
+    assert tuple(re.findall(r"^ +(\w+):", words[1], re.M)) == HISTORIES
 
 
 @pytest.fixture(scope="module")
