@@ -34,7 +34,10 @@ MERGING_DEVICES = ("cpu",)
 
 
 def attend(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask_LS: Tensor | None = None) -> Tensor:
-    """Return softmax(q k^T / sqrt(K)) v, [B, L, N, K]. `mask_LS` is True where a query may look."""
+    """Return softmax(q k^T / sqrt(K)) v, [B, L, N, K].
+
+    mask_LS: True where a query may look, or what is added to the scores; one row is that of every query.
+    """
     # context variables are not seen by compiled code, which could not stop to measure either
     is_compiling = torch.compiler.is_compiling()
     replacement = None if is_compiling else _replacement.get()

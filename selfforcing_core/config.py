@@ -133,11 +133,25 @@ class CausalConfig(_JsonConfig):
         if policy.sink_average is not None and self.sink != self.chunk:
             # one frame enters one slot: with another number the published code keeps no sink at all
             raise ValueError(f"policy {policy.name} averages chunks into the sink; use sink {self.chunk}, as the chunk")
+        if (policy.is_joint or policy.recomputes) and self.cache_source == "last_step":
+            raise ValueError(f"policy {policy.name} writes clean frames alone; use cache_source clean")
+        if policy.recomputes and (self.sink or self.window == self.chunk):
+            raise ValueError(
+                f"policy {policy.name} computes the frames before a chunk again, of which none is a sink; use sink 0 "
+                f"and window -1 or more than {self.chunk}"
+            )
         if policy.replays and (self.sink or self.window % self.chunk or self.window == -1 or self.context_noise):
             raise ValueError(
                 f"policy {policy.name} replays whole clean chunks; use sink 0, context_noise 0 and a window that is a "
                 f"multiple of {self.chunk}"
             )
+
+    def cache_frames(self, num_frames: int) -> int:
+        """Return how many latent frames a cache holds for a video of this length."""
+        if not -1 < self.window < num_frames:
+            return num_frames
+        # a chunk that is written sees a whole window, which no longer has the sink in it, and a joint pass needs both
+        return self.window + (self.sink if cache_policy(self.policy).is_joint else 0)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types; the usual policy is left out, so that older versions read such files."""

@@ -7,7 +7,7 @@ Y image-feature width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def new_caches(
     # a window as long as the video never evicts, and then nothing has to be kept from eviction
     policy = cache_policy(causal.policy)
     evicts = -1 < causal.window < num_frames
-    capacity, sink = (causal.window, causal.sink) if evicts else (num_frames, 0)
+    capacity, sink = causal.cache_frames(num_frames), causal.sink if evicts else 0
     if not evicts and policy != SELF_FORCING:
         sink = min(causal.sink, num_frames - 1)  # a change of the prompt may take the rest away
     caches = [
@@ -49,7 +49,7 @@ def new_caches(
     rows, columns = height // model.config.patch_size[1], width // model.config.patch_size[2]
     for cache in caches:
         cache.follow(policy, (rows, columns))
-        cache.keeps_all = not evicts
+        cache.keeps_all = not evicts and not policy.recomputes
     return caches
 
 
@@ -63,6 +63,8 @@ class Guided:
     model: called as `CausalWan.forward`, or Experts, of which each pass asks one. negative, guidance: classifier-free
     guidance, negative + guidance * (positive - negative), each with a cache of its own; 1 leaves the negative out.
     caches: from `new_caches`, to use again; a rollout resets them, and makes its own where there are none.
+    encode_first: where there is an autoencoder, called with the number of a finished latent frame; returns its last
+    picture encoded as the first one of a video, [B or 1, 1, C, H, W]. Policies ask it that compute their window again.
     """
 
     def __init__(
@@ -73,8 +75,9 @@ class Guided:
         negative: Conditioning | None = None,
         guidance: float = 1.0,
         caches: Sequence[KVCache] | None = None,
+        encode_first: Callable[[int], Tensor] | None = None,
     ) -> None:
-        self.model, self.guidance = model, guidance
+        self.model, self.guidance, self.encode_first = model, guidance, encode_first
         self.conditionings = [conditioning] if negative is None or guidance == 1 else [conditioning, negative]
         count = len(self.conditionings) * self.num_networks
         self.caches: list[KVCache | None] = [None] * count if caches is None else list(caches)
@@ -121,16 +124,30 @@ class Guided:
         # the one place that decides: a pass that carries gradient writes nothing, any other writes as it goes
         with torch.set_grad_enabled(with_gradient):
             index = self.model.index_at(timestep) if isinstance(self.model, Experts) else 0
-            flows = self._evaluate(index, x_BTCHW, timestep, start_frame, writes=not with_gradient)
-            # classifier-free guidance (arXiv 2207.12598), in the usual meaning: at 1 the prompt alone is left
-            return flows[0] if len(flows) == 1 else flows[1] + self.guidance * (flows[0] - flows[1])
+            timesteps = _timesteps(x_BTCHW, timestep)
+            return self._guided(self._evaluate(index, x_BTCHW, timesteps, start_frame, writes=not with_gradient))
+
+    def joint_flow(self, chunks: Sequence[tuple[Tensor, float]], start_frame: int) -> Tensor:
+        """Return the flow of chunks [B, T, C, H, W] that follow each other, each at a timestep of its own, in one pass.
+
+        They see each other and the caches, into which nothing is written.
+        """
+        assert self.num_networks == 1, "one of two networks would be asked for all of these timesteps"
+        with torch.no_grad():
+            timesteps = torch.cat([_timesteps(*chunk) for chunk in chunks], 1)
+            x_BTCHW = torch.cat([x for x, _ in chunks], 1)
+            return self._guided(self._evaluate(0, x_BTCHW, timesteps, start_frame, writes=False))
+
+    def _guided(self, flows: list[Tensor]) -> Tensor:
+        # classifier-free guidance (arXiv 2207.12598), in the usual meaning: at 1 the prompt alone is left
+        return flows[0] if len(flows) == 1 else flows[1] + self.guidance * (flows[0] - flows[1])
 
     def commit(self, x_BTCHW: Tensor, timestep: float, start_frame: int) -> None:
         """Write a finished chunk into every cache."""
         with torch.no_grad():
             # of two experts each reads the past by its own keys and values, whichever of them made the chunk
             for index in self.model.in_turn() if isinstance(self.model, Experts) else (0,):
-                self._evaluate(index, x_BTCHW, timestep, start_frame, writes=True)
+                self._evaluate(index, x_BTCHW, _timesteps(x_BTCHW, timestep), start_frame, writes=True)
 
     def change_prompt(self, conditioning: Conditioning) -> None:
         """Follow another prompt from the next pass on; what was kept of the former one's text is dropped."""
@@ -140,21 +157,19 @@ class Guided:
                 cache.cross = {}
 
     def _evaluate(
-        self, index: int, x_BTCHW: Tensor, timestep: float, start_frame: int, *, writes: bool
+        self, index: int, x_BTCHW: Tensor, timesteps_BT: Tensor, start_frame: int, *, writes: bool
     ) -> list[Tensor]:
         """Return the flow under each conditioning, by one of the networks."""
         network = self.model.network(index) if isinstance(self.model, Experts) else self.model
         count = len(self.conditionings)
         caches = self.caches[index * count : (index + 1) * count]
-        # one for each frame, since the network may be shown frames of different noise levels (Diffusion Forcing)
-        timesteps = torch.full(x_BTCHW.shape[:2], timestep, dtype=torch.float32, device=x_BTCHW.device)
         flows = []
         for conditioning, cache in zip(self.conditionings, caches):
             image = conditioning.frames(start_frame, x_BTCHW.shape[1])
             images = {} if image is None else {"image_BTCHW": image, "clip_BIY": conditioning.clip_BIY}
             flow = network(
                 x_BTCHW,
-                timesteps,
+                timesteps_BT,
                 conditioning.prompt_embeds_BPE,
                 cache=cache,
                 start_frame=start_frame,
@@ -164,3 +179,8 @@ class Guided:
             # the sampler's own arithmetic is float32, whatever the network computes in
             flows.append(flow.to(x_BTCHW.dtype))
         return flows
+
+
+def _timesteps(x_BTCHW: Tensor, timestep: float) -> Tensor:
+    # one for each frame, since the network may be shown frames of different noise levels (Diffusion Forcing)
+    return torch.full(x_BTCHW.shape[:2], timestep, dtype=torch.float32, device=x_BTCHW.device)

@@ -5,6 +5,7 @@ Letters: B batch, T latent frames, C latent channels, H W latent size.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,9 @@ from .config import CausalConfig
 from .guided import Guided
 from .policy import CUT, FLUSH, HISTORIES, RECACHE, RECACHE_SINK, RECODE, cache_policy
 from .snapshot import Snapshot
+
+log = logging.getLogger(__name__)
+CONTEXT, FIRST = "context", "first"  # names of latents in a snapshot: the frames of the window, and the first of all
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ PromptAt = Callable[[int], PromptChange | None]
 
 def is_past_known(resume: Snapshot, causal: CausalConfig) -> bool:
     """Return whether a rollout that goes on from there can write its history again, as history "recode" does."""
-    return resume.video_BTCHW is not None and causal.cache_source != "last_step"
+    return CONTEXT in resume.latents or (resume.video_BTCHW is not None and causal.cache_source != "last_step")
 
 
 class History:
@@ -54,14 +58,24 @@ class History:
         self.ring = causal.window - causal.sink - self.policy.num_means if evicts else sum(lengths)
         self.window = causal.window if evicts else sum(lengths)
         self.chunks: list[tuple[int, Tensor, float]] = []  # start frame, what was written, at which timestep
+        self.first_BTCHW: Tensor | None = None  # frame 0, where the policy computes its window again
+        self.context = self.window - causal.chunk  # frames before a chunk that such a policy computes again
         self.is_known = True
+        if self.policy.recomputes and not self.policy.keeps_first and guided.encode_first is None and evicts:
+            log.warning(
+                "policy %s begins its window with the video's first frame: without an autoencoder in the rollout, no "
+                "later picture can be encoded as a first one",
+                self.policy.name,
+            )
 
     def add(self, start_frame: int, x_BTCHW: Tensor, timestep: float) -> None:
         """Remember a finished chunk, in place of an earlier one there; forget those that it did not see.
 
-        Where no prompt can change, nothing is ever written again and nothing is remembered.
+        Where nothing is ever written again, nothing is remembered.
         """
-        if self.prompt_at is None:
+        if start_frame == 0:
+            self.first_BTCHW = x_BTCHW[:, :1] if self.policy.recomputes else None
+        if self.prompt_at is None and not self.policy.recomputes:
             return
         # `start < start_frame` leaves out the first version of a chunk that is generated once more
         self.chunks = [
@@ -74,7 +88,17 @@ class History:
     def add_video(self, snapshot: Snapshot, lengths: tuple[int, ...]) -> None:
         """Remember the chunks before a snapshot, if it holds them as they were written."""
         self.is_known = is_past_known(snapshot, self.causal)
-        if not self.is_known or self.prompt_at is None:
+        if self.policy.recomputes and not self.is_known:
+            raise ValueError(
+                f"the snapshot does not hold the clean frames that policy {self.policy.name} computes its window from; "
+                "resume with the policy it was saved with"
+            )
+        if CONTEXT in snapshot.latents:
+            context_BTCHW = snapshot.latents[CONTEXT].to(self.guided.device)
+            self.chunks = [(snapshot.end_frame - context_BTCHW.shape[1], context_BTCHW, self.causal.context_noise)]
+            self.first_BTCHW = snapshot.latents[FIRST].to(self.guided.device)
+            return
+        if not self.is_known or (self.prompt_at is None and not self.policy.recomputes):
             return
         assert snapshot.video_BTCHW is not None
         starts = [sum(lengths[:index]) for index in range(len(lengths))]
@@ -85,15 +109,22 @@ class History:
     def follow_prompt(self, start_frame: int, latent_shape: tuple[int, int, int, int]) -> None:
         """Ask for the prompt that holds from here on; where it is another one, write the past again under it if asked.
 
-        Raises ValueError if its conditioning does not fit the network or the video.
+        Under a policy that computes its window again before every chunk, this is when. Raises ValueError if the
+        prompt's conditioning does not fit the network or the video.
         """
         change = None if self.prompt_at is None else self.prompt_at(start_frame)
-        if change is None:
-            return
+        if self.policy.recomputes and self.policy.is_late:
+            self.compute_window(start_frame)
+        if change is not None:
+            self._follow(change, start_frame, latent_shape)
+        if self.policy.recomputes and not self.policy.is_late:
+            self.compute_window(start_frame)
+
+    def _follow(self, change: PromptChange, start_frame: int, latent_shape: tuple[int, int, int, int]) -> None:
         change.conditioning.check(self.guided.model.config, latent_shape)
         self.guided.change_prompt(change.conditioning)
         history = self.policy.with_history(change.history).history
-        if start_frame == 0:  # before the first chunk there is nothing to write again
+        if start_frame == 0 or self.policy.recomputes:  # nothing to write again, or it is done for every chunk
             return
         if history == RECODE:
             self.write_again(start_frame)
@@ -101,6 +132,48 @@ class History:
             self.write_jointly(start_frame, moves_sink=history == RECACHE_SINK)
         elif history in (FLUSH, CUT):
             self.forget_window(start_frame, is_cut=history == CUT)
+
+    def compute_window(self, end_frame: int) -> None:
+        """Write the window before a chunk into empty caches, from its clean frames (Krea Realtime).
+
+        Its first frame is no longer the video's, and is read as if it were: encoded again as a first frame.
+        """
+        if end_frame == 0:
+            return
+        first, chunk = max(0, end_frame - self.context), self.causal.chunk
+        x_BTCHW = self._frames(first, end_frame)
+        if first > 0:
+            x_BTCHW = torch.cat([self._first_of_window(first, end_frame), x_BTCHW[:, 1:]], 1)
+        for cache in self.guided.caches:
+            assert cache is not None
+            cache.begin_again(first)
+        for start in range(first, end_frame, chunk):  # each sees itself and those before it, counted from the first
+            part_BTCHW = x_BTCHW[:, start - first : start - first + chunk]
+            self.guided.commit(part_BTCHW, self.causal.context_noise, start)
+        for cache in self.guided.caches:
+            assert cache is not None
+            cache.bias = self.policy.bias  # of denoising passes alone
+
+    def _frames(self, first: int, end_frame: int) -> Tensor:
+        """Return clean frames [first, end_frame) of those that are remembered."""
+        parts = [(start, x) for start, x, _ in self.chunks if start < end_frame and start + x.shape[1] > first]
+        return torch.cat([x for _, x in parts], 1)[:, first - parts[0][0] : end_frame - parts[0][0]]
+
+    def _first_of_window(self, first: int, end_frame: int) -> Tensor:
+        assert self.first_BTCHW is not None
+        # one chunk longer than it stands in the window, the video's own first frame is shown, as published
+        is_own = self.policy.keeps_first or end_frame - self.causal.chunk < self.context
+        if is_own or self.guided.encode_first is None:
+            return self.first_BTCHW
+        encoded_BTCHW = self.guided.encode_first(first).to(self.first_BTCHW)
+        return encoded_BTCHW.expand_as(self.first_BTCHW)
+
+    def latents(self, end_frame: int) -> dict[str, Tensor]:
+        """Return what a snapshot after a chunk needs to compute the window again, by name."""
+        if not self.policy.recomputes:
+            return {}
+        assert self.first_BTCHW is not None
+        return {CONTEXT: self._frames(max(0, end_frame - self.context), end_frame), FIRST: self.first_BTCHW}
 
     def forget_window(self, end_frame: int, *, is_cut: bool) -> None:
         """Keep the sink and the last frames (Infinity-RoPE's flush); behind a cut the next chunk stands far away."""

@@ -12,6 +12,7 @@ Letters: B batch, L query tokens (those of the staged chunk), S cached tokens, N
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .config import WanConfig
-from .memory import Memory, new_memory
+from .memory import Memory, PulledSink, new_memory
 from .policy import SELF_FORCING, CachePolicy
 from .rope import PLAIN, Axes, apply_rotary, rotary_table, time_turn
 
@@ -81,7 +82,8 @@ class Past:
     v_BSNK: Tensor
     k_scale: Tensor | None
     v_scale: Tensor | None
-    staged: tuple[tuple[int, int, int], ...]  # where the chunk's own slots are: offset in it, slot, length, in tokens
+    # what is not the past: the chunk's own slots, and hidden ones; offset in the chunk, slot, length, in tokens
+    staged: tuple[tuple[int, int, int], ...]
     num_visible: int  # tokens of the buffers in use
 
     def __call__(self, k_BLNK: Tensor, v_BLNK: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,6 +201,11 @@ class KVCache:
         """Empty the cache; the next staged frame is frame 0. Nothing is freed or cleared."""
         self.start_frame = self.end_frame = 0
         self.writes = True  # in the staged pass
+        self.keeps_text = True  # in the staged pass: what it computes of the prompt serves later ones
+        self.looks_at: int | None = None  # the first frame of a staged pass that stands behind what is in the cache
+        self.bias = 1.0  # factor on the weights of past frames but the first one
+        self._hidden: list[tuple[int, int, int]] = []  # slots in use that the staged pass does not see, as pieces
+        self._mask: Tensor | None = None
         self.base = self.head  # the frame in the ring's first slot; later than that after `restart`
         self.sink_start = 0  # the frame in the first slot of all
         # What each slot shows and where it stands, on the time axis: -1 nothing, -2 no frame but an average.
@@ -237,6 +244,12 @@ class KVCache:
         self.slot_frames[self.head :] = [-1] * (self.capacity - self.head)
         self.cross = {}
         self._aim([])
+
+    def begin_again(self, base: int) -> None:
+        """Empty the cache but for the text; frame `base` comes next, before anything is biased."""
+        cross = self.cross
+        self.restart(base)
+        self.cross = cross
 
     def jump_to(self, place: int) -> None:
         """Let the next new chunk stand `place` frames behind the first visible one, until the chunk after it begins."""
@@ -321,8 +334,12 @@ class KVCache:
         """Declare the frames that the next forward pass evaluates: the staged ones again, or those that follow.
 
         writes: put their keys and values into the cache; else the pass only reads the past, may carry gradient, and
-        leaves nothing behind, so that a pass that writes has to follow.
+        leaves nothing behind, so that a pass that writes has to follow. Under a policy of joint passes it may stand
+        over frames of several chunks, none of which is staged by that.
         """
+        if self.policy.is_joint and not writes:
+            self._look(start_frame, num_frames)
+            return
         # a longer chunk would come round the ring and overwrite its own beginning
         most = self.capacity - (self.head if start_frame > self.sink_start else 0)
         assert num_frames <= most, f"{num_frames} frames do not fit a ring of {self.capacity}"
@@ -331,15 +348,30 @@ class KVCache:
         is_ring_empty = self.end_frame == self.sink_start + self.head
         follows = start_frame == (self.base if is_ring_empty else self.end_frame)
         assert is_again or follows, f"frame {start_frame} does not follow {self.end_frame}"
-        self.writes = writes
+        self.writes = self.keeps_text = writes
         if not is_again:
             self._advance(start_frame, num_frames)
             self._aim(self._pieces(start_frame, num_frames))
 
+    def _look(self, start_frame: int, num_frames: int) -> None:
+        """Let a pass stand behind the latest chunk: it sees sink and last frames, of a window its own ones included."""
+        assert start_frame == self.end_frame, f"frame {start_frame} does not follow {self.end_frame}"
+        self.writes, self.keeps_text, self.looks_at = False, True, start_frame
+        self._staged, self._hidden = [], []
+        if self.keeps_all:
+            return
+        room = self.capacity - 2 * self.sink - num_frames  # the capacity is a window and the sink once more
+        assert room >= 0, f"{num_frames} frames and the sink do not fit a window of {self.capacity - self.sink}"
+        oldest = max(self.base, start_frame - (self.capacity - self.head))
+        first = max(self.base, start_frame - room)
+        assert isinstance(self.memory, PulledSink)
+        self.memory.move(first - self.sink)
+        self._hidden = self._pieces(oldest, first - oldest)
+
     @property
     def position(self) -> int:
         """Return where the first staged frame stands on the time axis."""
-        return self.start_frame + int(self.jump)
+        return self.start_frame + int(self.jump) if self.looks_at is None else self.looks_at
 
     def _advance(self, start_frame: int, num_frames: int) -> None:
         """Move on to a new chunk: the one before is final, and what it overwrites goes to the policy's memory."""
@@ -351,6 +383,11 @@ class KVCache:
         if self.memory is not None:
             self.memory.advance([(frame, slot) for frame, slot in evicted], window_start)
         self.start_frame, self.end_frame, self.jump = start_frame, end_frame, 0.0
+        self.looks_at = None
+        if self.policy.is_joint and not self.keeps_all:
+            # a chunk that is written sees the last frames as they came, of which the sink's are some at first
+            num_hidden = min(max(0, end_frame - self.sink_start - (self.capacity - self.sink)), self.sink)
+            self._hidden = [(0, 0, num_hidden * self.tokens_per_frame)]
         for frame, slot in zip(range(start_frame, end_frame), slots):
             self.slot_frames[slot] = frame
         if self.next_jump_to is not None:
@@ -410,8 +447,9 @@ class KVCache:
         self._staged = pieces
         buffers = (self.k, self.v, self.k_scale, self.v_scale)
         self._slots = tuple([] if buffer is None else _slots(buffer, pieces) for buffer in buffers)
-        num_visible = self._num_visible()
-        self._views = self.k[:, :, :num_visible].unbind(), self.v[:, :, :num_visible].unbind()
+        self._mask = None
+        visible = slice(self._hidden[0][2] if self._hidden else 0, self._num_visible())
+        self._views = self.k[:, :, visible].unbind(), self.v[:, :, visible].unbind()
 
     def update(self, layer: int, k_BLNK: Tensor, v_BLNK: Tensor) -> tuple[Tensor, Tensor]:
         """Add the staged chunk's keys and values; return all visible ones, [B, S, N, K].
@@ -466,11 +504,26 @@ class KVCache:
         """
         k_scale = None if self.k_scale is None else self.k_scale[layer]
         v_scale = None if self.v_scale is None else self.v_scale[layer]
-        return Past(self.k[layer], self.v[layer], k_scale, v_scale, tuple(self._staged), self._num_visible())
+        hidden = (*self._staged, *self._hidden)
+        return Past(self.k[layer], self.v[layer], k_scale, v_scale, hidden, self._num_visible())
+
+    def mask(self, like: Tensor) -> Tensor | None:
+        """Return what is added to the scores of the visible tokens, [1, S] in the type and on the device of `like`.
+
+        None where nothing is. Tokens are in the order of `update`.
+        """
+        if self.bias == 1:
+            return None
+        if self._mask is None or self._mask.dtype != like.dtype:
+            num_visible, own = self._num_visible(), sum(length for _, _, length in self._staged)
+            self._mask = like.new_zeros(1, num_visible)
+            # a factor on a weight is a summand in the exponent
+            self._mask[:, self.tokens_per_frame : num_visible - own] = math.log(self.bias)
+        return self._mask
 
     def cross_kv(self, layer: int, compute: Callable[[], Any]) -> Any:
         """Return a layer's keys and values of the prompt: kept from first use on, afresh in a pass that only reads."""
-        if not self.writes:  # gradient has to reach the weights that make them
+        if not self.keeps_text:  # gradient has to reach the weights that make them
             return compute()
         if layer not in self.cross:
             self.cross[layer] = compute()
@@ -478,7 +531,7 @@ class KVCache:
 
     def has_cross(self) -> bool:
         """Return whether the staged pass finds the prompt in the cache, and need not embed it."""
-        return len(self.cross) == self.k.shape[0] and self.writes
+        return len(self.cross) == self.k.shape[0] and self.keeps_text
 
     def frames(self) -> tuple[int, ...]:
         """Return the absolute numbers of the visible frames, those of memory slots as -2, oldest first."""

@@ -31,6 +31,7 @@ class Ring(Protocol):
     sink: int
     head: int
     sink_start: int
+    base: int
     head_dim: int
     axes: Axes
     tokens_per_frame: int
@@ -104,6 +105,28 @@ class MovingSink(Memory):
             self.tensors["sink_v"][:, :, place].lerp_(v, 1 - self.average)
 
 
+class PulledSink(Memory):
+    """The sink as it was written, for passes that see it in different places (Rolling Forcing, section 3.3).
+
+    Chunks that are denoised together see it right before the frames that they see of the past; one that is written
+    sees it where it was.
+    """
+
+    def advance(self, evicted: Evicted, window_start: int) -> None:
+        if window_start == self.cache.base:  # later it is hidden from a pass that writes
+            self.move(self.cache.sink_start)
+
+    def move(self, place: int) -> None:
+        """Let the first frame of the sink stand at this place."""
+        cache, count = self.cache, self.cache.sink
+        if not count or cache.slot_frames[count - 1] < 0 or place == cache.slot_positions[0]:
+            return
+        if not self.tensors:
+            self.tensors = {"sink_k": cache.read_slots(0, count)[0]}
+        k = self._turned(self.tensors["sink_k"], place - cache.sink_start)
+        cache.write_slots(0, k, None, [place + slot for slot in range(count)])
+
+
 class Means(MovingSink):
     """Behind the sink, a slow and a fast moving average of what left, each one frame of equal tokens (MemRoPE)."""
 
@@ -168,6 +191,8 @@ def new_memory(cache: Ring) -> Memory | None:
     policy = cache.policy
     if policy.replays:
         return Replay(cache)
+    if policy.is_joint:
+        return PulledSink(cache)
     if policy.means is not None:
         return Means(cache, policy.means)
     if policy.is_rebased or policy.sink_average is not None:

@@ -175,7 +175,7 @@ class _Block(nn.Module):
         if recompute is not None:  # not what attention sees: until the backward pass, other frames may lie there
             before, after = functools.partial(recompute, before), functools.partial(recompute, after)
         q, k, v, later = before(x_GQD, e_G61D, rotary)
-        attended_BLNK = attend(q, k, v, mask_LS) if cache is None else _attend_cached(q, k, v, cache, layer)
+        attended_BLNK = attend(q, k, v, mask_LS) if cache is None else _attend_cached(q, k, v, cache, layer, mask_LS)
         return after(x_GQD, later, attended_BLNK, self._keys_values(context, cache, layer))
 
     def _whole(
@@ -227,12 +227,17 @@ class _Block(nn.Module):
         return compute() if cache is None else cache.cross_kv(layer, compute)
 
 
-def _attend_cached(q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, cache: KVCache, layer: int) -> Tensor:
-    """Attend to the staged chunk itself and to what the cache shows of the past; no mask, for the rest is not there."""
-    if cache.writes and cache.by_segments and cache.converts(k_BLNK):
+def _attend_cached(
+    q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, cache: KVCache, layer: int, mask_LS: Tensor | None
+) -> Tensor:
+    """Attend to the staged chunk itself and to what the cache shows of the past; what is not seen is not there.
+
+    mask_LS: added to the scores, where a policy wants some frames to weigh less.
+    """
+    if mask_LS is None and cache.writes and cache.by_segments and cache.converts(k_BLNK):
         cache.write(layer, k_BLNK, v_BLNK)
         return attend_segments(q_BLNK, cache.past(layer).segments(k_BLNK, v_BLNK))
-    return attend(q_BLNK, *cache.update(layer, k_BLNK, v_BLNK))
+    return attend(q_BLNK, *cache.update(layer, k_BLNK, v_BLNK), mask_LS)
 
 
 class _Head(nn.Module):
@@ -392,6 +397,8 @@ class CausalWan(nn.Module):
         is_known = cache is not None and cache.has_cross()
         context = None if is_known else self._embed_context(prompt_embeds_BPE, clip_BIY)
         mask_LS = None if mask_TT is None else expand_frames(mask_TT.to(x.device), rows * columns)
+        if cache is not None:
+            mask_LS = cache.mask(x)
         for layer, block in enumerate(self.blocks):
             x = block(x, e_G61D, context, rotary, cache, layer, mask_LS)
         # only the noisy copy is predicted

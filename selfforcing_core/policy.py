@@ -34,10 +34,18 @@ class CachePolicy:
     sink_average: float | None = None  # share of the old in the moving average that evicted frames enter the sink by
     means: tuple[float, float] | None = None  # share of the new in a slow and a fast average, one frame of cache each
     replays: bool = False  # early frames take the places of older ones, walked to and fro
+    # as many chunks as there are steps are denoised together, one step apart, and the sink stands before what they see
+    is_joint: bool = False
+    recomputes: bool = False  # before every chunk the window is computed again from its clean latents
+    keeps_first: bool = False  # with that: the window begins with the video's first frame, and not with one read again
+    is_late: bool = False  # with that: it is computed under the prompt of the chunk before, as published
+    bias: float = 1.0  # factor on attention's weights of past frames but the first one, where a chunk is denoised
 
     def __post_init__(self) -> None:
         if self.history not in HISTORIES:
             raise ValueError(f"history {self.history!r} is unknown; use {', '.join(HISTORIES)}")
+        if self.history not in self.histories:
+            self._refuse_history()
         if self.remembers and self.history in (RECODE, RECACHE, RECACHE_SINK):
             raise ValueError(
                 f"policy {self.name} cannot {self.history}: it remembers frames that are gone, which nothing "
@@ -48,6 +56,24 @@ class CachePolicy:
             raise ValueError(f"shares of averages {[share for share in shares if share is not None]} leave [0, 1]")
         if self.kept < 0 or self.cut_at < 0:
             raise ValueError(f"kept {self.kept} and cut_at {self.cut_at} are counts of frames; use 0 or more")
+        if not self.bias > 0:
+            raise ValueError(f"bias {self.bias} is no factor above 0; use 1 for none")
+        if self.bias != 1 and not self.recomputes:
+            raise ValueError(f"policy {self.name} has no bias; use it with krea or krea-bias")
+
+    def _refuse_history(self) -> None:
+        """Raise ValueError for a word that only some policies cannot follow."""
+        reason = "denoises several chunks together, whose past stays as it was written"
+        if self.recomputes:
+            reason = "computes its window again before every chunk, under the prompt that then holds"
+        raise ValueError(f"policy {self.name} cannot {self.history}: it {reason}; use {', '.join(self.histories)}")
+
+    @property
+    def histories(self) -> tuple[str, ...]:
+        """Return the words that the policy can follow at a change of the prompt."""
+        if self.recomputes:
+            return (RECODE,)  # which costs nothing more here
+        return (KEEP,) if self.is_joint else HISTORIES
 
     @property
     def num_means(self) -> int:
@@ -81,6 +107,9 @@ _TABLE = (
     CachePolicy("reward", is_rebased=True, history=KEEP, sink_average=0.999),
     CachePolicy("memrope", is_rebased=True, history=KEEP, means=(0.01, 0.1)),
     CachePolicy("rolling-sink", history=KEEP, replays=True),
+    CachePolicy("rolling-forcing", history=KEEP, is_joint=True),
+    CachePolicy("krea", recomputes=True),
+    CachePolicy("krea-bias", recomputes=True, bias=0.3),
 )
 POLICIES: Mapping[str, CachePolicy] = {policy.name: policy for policy in _TABLE}
 
@@ -111,11 +140,20 @@ def _shares(text: str) -> tuple[float, float]:
     return slow, fast
 
 
+def _truth(text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise ValueError("use yes or no")
+    return text == "yes"
+
+
 _READERS: Mapping[str, Callable[[str], Any]] = {
     "history": str,
     "kept": int,
     "cut_at": int,
     "sink_average": float,
     "means": _shares,
+    "keeps_first": _truth,
+    "is_late": _truth,
+    "bias": float,
 }
 assert set(_READERS) < {field.name for field in fields(CachePolicy)}

@@ -24,7 +24,9 @@ from torch import Tensor
 from .config import CausalConfig, StepConfig
 from .geometry import chunk_lengths
 from .guided import Guided
+from .history import CONTEXT as CONTEXT_FRAMES
 from .history import History, PromptAt
+from .joint import AHEAD, JointWindow, new_window
 from .noise import CONTEXT, NoiseSource
 from .schedule import FlowSchedule, add_noise, x0_from_flow
 from .snapshot import Snapshot
@@ -95,11 +97,12 @@ def rollout(
     is_cached = len(lengths) > 1 or commit_last or isinstance(start, Snapshot)
     guided = guided.opened(latent_shape, causal, is_cached=is_cached)
     history = History(guided, causal, lengths, prompt_at)
+    window = new_window(guided, causal, steps, noise, latent_shape, trains=backprop is not None)
     # chunks before a snapshot are in the caches already
-    first = _resume(guided, history, start, lengths) if isinstance(start, Snapshot) else 0
+    first = _resume(guided, history, window, start, lengths) if isinstance(start, Snapshot) else 0
     # by chunk: the one that begins the video may have steps of its own, all others share theirs
     schedules = FlowSchedule(steps.of_chunk(0)), FlowSchedule(steps.of_chunk(1))
-    denoiser = _Denoiser(guided, schedules, steps, causal, noise, latent_shape, on_step, backprop)
+    denoiser = _Denoiser(guided, history, window, schedules, steps, causal, noise, latent_shape, on_step, backprop)
 
     for index, (start_frame, end_frame) in list(enumerate(_spans(lengths)))[first:]:
         is_wanted: bool | None = True
@@ -107,13 +110,12 @@ def rollout(
             if index < len(given):
                 finished = given[index]
             else:
-                history.follow_prompt(start_frame, latent_shape)
                 finished = denoiser.denoise(index, index - len(given), start_frame, end_frame)
             # what later chunks see is the clean chunk; after the last one nobody looks, which saves a pass
             if not finished.is_written and (commit_last or end_frame < latent_shape[0]):
                 finished = denoiser.commit(finished, index, start_frame)
             history.add(start_frame, finished.context_BTCHW, finished.timestep)
-            take = functools.partial(_snapshot, guided, start_frame, end_frame, finished)
+            take = functools.partial(_snapshot, denoiser, start_frame, end_frame, finished)
             is_wanted = yield Chunk(index, start_frame, finished.latents_BTCHW, index < len(given), take)
 
 
@@ -132,6 +134,8 @@ class _Denoiser:
     """What stays the same from one denoised chunk to the next."""
 
     guided: Guided
+    history: History
+    window: JointWindow | None  # of chunks that are denoised together
     schedules: tuple[FlowSchedule, FlowSchedule]  # of chunk 0, and of every later one
     steps: StepConfig
     causal: CausalConfig
@@ -142,6 +146,11 @@ class _Denoiser:
 
     def denoise(self, index: int, generated: int, start_frame: int, end_frame: int) -> _Finished:
         """Return a chunk that is denoised from pure noise; `generated` counts those without the given ones."""
+        if self.window is not None:
+            return self._denoised_jointly(self.window, index, start_frame)
+        if self.history.policy.recomputes and start_frame > 0 and self.on_step is not None:
+            self.on_step(index, CONTEXT)  # the window before the chunk is written, in place of the chunk behind it
+        self.history.follow_prompt(start_frame, self.latent_shape)
         # Of a prefix, chunk 0 is given: what follows sees frames, as no chunk does that its own steps are for.
         schedule, causal, backprop = self.schedules[min(index, 1)], self.causal, self.backprop
         shape = (self.guided.batch, end_frame - start_frame, *self.latent_shape[1:])
@@ -156,8 +165,23 @@ class _Denoiser:
             context = add_noise(x0_BTCHW.detach(), self.noise.draw(start_frame, CONTEXT, shape).to(x0_BTCHW), sigma)
         return _Finished(x0_BTCHW, context, timestep, is_written)
 
+    def _denoised_jointly(self, window: JointWindow, index: int, start_frame: int) -> _Finished:
+        """Return the oldest chunk on the way, after as many passes as it still takes."""
+        window.expect(start_frame)
+        x0_BTCHW: Tensor | None = None
+        while x0_BTCHW is None:
+            if window.has_room:  # a prompt holds from the pass on in which its chunk comes in
+                self.history.follow_prompt(window.next_frame, self.latent_shape)
+                window.enter()
+            if self.on_step is not None:
+                self.on_step(index, window.step)
+            x0_BTCHW = window.advance()
+        return _Finished(x0_BTCHW, x0_BTCHW, self.causal.context_noise, is_written=False)
+
     def commit(self, finished: _Finished, index: int, start_frame: int) -> _Finished:
         """Write a chunk into the cache by a pass of its own, over the keys of its noisy self."""
+        if self.history.policy.recomputes:  # it is written as often as it is seen, before the chunks that see it
+            return replace(finished, is_written=True)
         # the latest denoising pass wrote keys and values of the chunk as it was then, still noisy
         if self.on_step is not None:
             self.on_step(index, CONTEXT)
@@ -196,21 +220,30 @@ class _Denoiser:
 
 
 def _snapshot(
-    guided: Guided, start_frame: int, end_frame: int, finished: _Finished, device: torch.device | None
+    denoiser: _Denoiser, start_frame: int, end_frame: int, finished: _Finished, device: torch.device | None
 ) -> Snapshot:
     """Return the rollout's state after a chunk; one that is not in the caches goes with it."""
+    guided, latents = denoiser.guided, denoiser.history.latents(end_frame)
+    if latents:  # from which the caches are computed again
+        latents = {name: x.to(device) for name, x in latents.items()}
+        return Snapshot(start_frame, end_frame, (), num_networks=guided.num_networks, latents=latents)
     caches = [cache for cache in guided.caches if cache is not None]
     # an expert that no step of the chunk has asked has not seen it yet
     assert all(cache.start_frame <= start_frame for cache in caches), "too late, the next chunk was already asked for"
     states = tuple(cache.snapshot(device) for cache in caches)
     snapshot = Snapshot(start_frame, end_frame, states, num_networks=guided.num_networks)
+    if denoiser.window is not None:
+        ahead = {name: x.to(device) for name, x in denoiser.window.latents().items()}
+        snapshot = replace(snapshot, latents=ahead, steps_ahead=denoiser.window.steps())
     if finished.is_written:
         return snapshot
     return replace(snapshot, pending_BTCHW=finished.context_BTCHW, pending_timestep=finished.timestep)
 
 
-def _resume(guided: Guided, history: History, snapshot: Snapshot, lengths: tuple[int, ...]) -> int:
-    """Put caches and history where the snapshot was taken, and return the index of the next chunk."""
+def _resume(
+    guided: Guided, history: History, window: JointWindow | None, snapshot: Snapshot, lengths: tuple[int, ...]
+) -> int:
+    """Put caches, history and chunks on the way where the snapshot was taken; return the index of the next chunk."""
     ends = _ends(lengths)
     if snapshot.end_frame not in ends[:-1]:
         raise ValueError(
@@ -229,13 +262,23 @@ def _resume(guided: Guided, history: History, snapshot: Snapshot, lengths: tuple
                 *counts
             )
         )
+    first = ends.index(snapshot.end_frame) + 1
+    history.add_video(snapshot, lengths[:first])
+    if history.policy.recomputes:  # nothing of what caches hold is read
+        return first
+    for name, word in ((CONTEXT_FRAMES, "recomputes"), (AHEAD, "is_joint")):
+        if name in snapshot.latents and not getattr(history.policy, word):
+            raise ValueError(
+                f"the snapshot was taken under another policy than {history.policy.name}; resume with the policy it "
+                "was saved with"
+            )
     for cache, state in zip(guided.caches, snapshot.caches):
         assert cache is not None
         cache.restore(state)
+    if window is not None:
+        window.restore(snapshot)
     if snapshot.pending_BTCHW is not None:  # the end of its own video, where nobody was to see it
         guided.commit(snapshot.pending_BTCHW.to(guided.device), snapshot.pending_timestep, snapshot.start_frame)
-    first = ends.index(snapshot.end_frame) + 1
-    history.add_video(snapshot, lengths[:first])
     return first
 
 

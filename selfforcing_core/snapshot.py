@@ -6,7 +6,8 @@ Letters: B batch, T latent frames, C channels, H W latent size.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ HEADER_KEY = "selfforcing.snapshot"
 # 2: the numbers of the caches have scales; 3: half of the caches are another network's; 4: frames stand elsewhere than
 # at their own number, or a policy remembers more. Readers of 1 would see none of it.
 HEADER_FORMAT, SCALED_FORMAT, EXPERTS_FORMAT, POLICY_FORMAT = HEADER_FORMATS = 1, 2, 3, 4
-MEMORY = "memory."  # before the names of what a policy remembers
+MEMORY = "memory."  # before the names of what a policy remembers in a cache
+LATENTS = "latents."  # before the names of what it remembers beside them
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Snapshot:
     pending_timestep: float = 0.0  # at which it is to be written
     video_BTCHW: Tensor | None = None  # all clean latents up to end_frame, where somebody kept them
     num_networks: int = 1  # 2 for experts
+    latents: Mapping[str, Tensor] = field(default_factory=dict)  # beside the caches: of some policies, by name
+    steps_ahead: tuple[int, ...] = ()  # taken by each chunk that was begun together with the finished one
 
     @property
     def num_bytes(self) -> int:
@@ -52,20 +56,22 @@ class Snapshot:
             for state in self.caches
         )
         pending, video = (None if x is None else x.to(device) for x in (self.pending_BTCHW, self.video_BTCHW))
-        return replace(self, caches=caches, pending_BTCHW=pending, video_BTCHW=video)
+        latents = {name: x.to(device) for name, x in self.latents.items()}
+        return replace(self, caches=caches, pending_BTCHW=pending, video_BTCHW=video, latents=latents)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, complete or not at all. Raises ValueError if the path cannot be written."""
-        header = {
-            "format": max(
-                EXPERTS_FORMAT if self.num_networks > 1 else HEADER_FORMAT, *(_format(state) for state in self.caches)
-            ),
+        own_format = POLICY_FORMAT if self.latents else EXPERTS_FORMAT if self.num_networks > 1 else HEADER_FORMAT
+        header: dict[str, Any] = {
+            "format": max([own_format, *(_format(state) for state in self.caches)]),
             "start_frame": self.start_frame,
             "end_frame": self.end_frame,
             "pending_timestep": self.pending_timestep,
             "caches": [_cursors(state) for state in self.caches],
             "num_networks": self.num_networks,
         }
+        if self.steps_ahead:
+            header["steps_ahead"] = self.steps_ahead
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self._tensors().items()}
         with replacing(path) as temporary:
             save_file(tensors, temporary, {HEADER_KEY: json.dumps(header)})
@@ -104,11 +110,14 @@ class Snapshot:
             header["pending_timestep"],
             tensors.get("video"),
             header.get("num_networks", 1),
+            {name.removeprefix(LATENTS): x for name, x in tensors.items() if name.startswith(LATENTS)},
+            tuple(header.get("steps_ahead", ())),
         )
 
     def _tensors(self) -> dict[str, Tensor]:
         latents = {"pending": self.pending_BTCHW, "video": self.video_BTCHW}
         tensors = {name: tensor for name, tensor in latents.items() if tensor is not None}
+        tensors |= {f"{LATENTS}{name}": tensor for name, tensor in self.latents.items()}
         for index, state in enumerate(self.caches):
             tensors |= {f"cache{index}.{name}": tensor for name, tensor in _tensors_of(state).items()}
         return tensors

@@ -41,6 +41,9 @@ SMALL = {
     "reward": CausalConfig(2, 6, 2),
     "memrope": CausalConfig(2, 8, 2),
     "rolling-sink": CausalConfig(2, 6, 0),
+    "rolling-forcing": CausalConfig(2, 8, 2),
+    "krea": CausalConfig(2, 4, 0),
+    "krea-bias": CausalConfig(2, 6, 0),
 }
 
 
@@ -77,8 +80,9 @@ def test_every_policy_is_tried_here() -> None:
     assert set(SMALL) == set(POLICIES)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"rolling-forcing", "krea-bias"}))
 def test_without_eviction_every_policy_is_the_baseline(name: str) -> None:
+    """The two left out differ from the first chunks on; see test_windows.py."""
     causal = replace(config(name), window=-1 if name != "rolling-sink" else 12)
     assert torch.equal(video(causal, 8), video(CausalConfig(2), 8))
 
