@@ -45,7 +45,8 @@ def write_video(
 ) -> int:
     """Write frames to a file and return their number; the file appears when it is complete, or not at all.
 
-    frames: [V,R,H,W], [1,V,R,H,W], or an iterable of such chunks, which is consumed one chunk at a time.
+    frames: [V,R,H,W], [1,V,R,H,W], or an iterable of such chunks, which is consumed one chunk at a time; in [0, 1], or
+    in integers of as many bits as the format has.
     metadata: entries for the container; values that are not text are stored as JSON. sound: what is heard with it.
     codec: of FORMATS, by default what the ending stands for (H.264 in .mp4, .mov and .mkv); quality: its own number.
     Raises ValueError for sizes that the codec cannot hold (most halve both sides), for chunks that differ in size, for
@@ -122,7 +123,7 @@ class _Writer:
             self.stream.width, self.stream.height = width, height
         elif (width, height) != (self.stream.width, self.stream.height):
             raise ValueError(f"a chunk of {width}x{height} follows frames of {self.stream.width}x{self.stream.height}")
-        for image in _to_integers(frames_VRHW, self.format.bits):
+        for image in _images(frames_VRHW, self.format.bits):
             self.file.mux(self.stream.encode(_coded(image, self.format)))
             self.count += 1
             if self.track is not None:
@@ -260,16 +261,25 @@ class VideoStream:
         self.close()
 
 
-def _to_integers(frames_VRHW: Tensor, bits: int = 8) -> np.ndarray:
-    """Return frames [V,R,H,W] in [0, 1] as uint8 or uint16 [V,H,W,R] on the CPU."""
-    scaled = frames_VRHW.detach().float().clamp(0, 1) * (2**bits - 1)
-    integers = scaled.round().to(torch.uint8 if bits == 8 else torch.int32)
-    images = integers.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    return images if bits == 8 else images.astype(np.uint16)  # torch computes little in uint16
+def to_integers(frames: Tensor, bits: int) -> Tensor:
+    """Return frames in [0, 1] as integers of this many bits, uint8 or (torch computes little in uint16) int32.
+
+    Where they lie: of what a device hands over, integers of 8 bits are a quarter. Integers come back as they are.
+    """
+    if not frames.is_floating_point():
+        return frames
+    scaled = frames.detach().float().clamp(0, 1) * (2**bits - 1)
+    return scaled.round().to(torch.uint8 if bits == 8 else torch.int32)
+
+
+def _images(frames_VRHW: Tensor, bits: int = 8) -> np.ndarray:
+    """Return frames [V,R,H,W], in [0, 1] or in integers of this many bits, as uint8 or uint16 [V,H,W,R] on the CPU."""
+    images = to_integers(frames_VRHW, bits).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return images if bits == 8 else images.astype(np.uint16)
 
 
 def write_contact_sheet(path: str | Path, frames_VRHW: Tensor, columns: int = 8, overwrite: bool = False) -> None:
-    """Write frames [V,R,H,W] in [0, 1] as one PNG, in rows of `columns` from left to right, top to bottom.
+    """Write frames [V,R,H,W], in [0, 1] or uint8, as one PNG, in rows of `columns` from left to right, top to bottom.
 
     Raises ValueError for no frames and for a path that cannot be written, or exists while `overwrite` is off.
     """
@@ -277,7 +287,7 @@ def write_contact_sheet(path: str | Path, frames_VRHW: Tensor, columns: int = 8,
         raise ValueError(
             f"frames {list(frames_VRHW.shape)} in {columns} columns make no sheet; give [V, 3, H, W], V > 0"
         )
-    images = _to_integers(frames_VRHW)
+    images = _images(frames_VRHW)
     count, height, width, _ = images.shape
     columns = min(columns, count)
     sheet = Image.new("RGB", (columns * width, -(-count // columns) * height), "white")

@@ -282,7 +282,8 @@ def _in_words(measured: dict[str, Any]) -> str:
         f"first frame after {measured['seconds_to_first_frame']:.2f} s, "
         f"{measured['seconds_per_chunk']:.2f} s per chunk, "
         f"{measured['generated_fps']:.1f} FPS ({measured['generated_fps_includes']}: "
-        f"{measured['seconds_loading']:.2f} s and {measured['seconds_writing']:.2f} s){limit}"
+        f"{measured['seconds_loading']:.2f} s and {measured['seconds_writing']:.2f} s; with it "
+        f"{measured['written_fps']:.1f} FPS){limit}"
     )
 
 

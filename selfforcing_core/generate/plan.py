@@ -109,6 +109,7 @@ class Plan:
     image_RHW: Tensor | None  # the first frame, in its own size
     is_prefixed_by_image: bool  # it enters as the first frame in the cache; image-to-video models get it as channels
     sound: Sound | None  # of the file; None where that has none
+    file_bits: int  # of each colour of a pixel in the images that its format takes
 
     def recipe(self, batch: int) -> Recipe:
         """Return what is computed for `batch` videos."""
@@ -240,6 +241,7 @@ def plan_request(
         image_RHW=image_RHW,
         is_prefixed_by_image=is_prefixed,
         sound=sound,
+        file_bits=file_format.bits,
     )
     if pair is None:
         return plan

@@ -28,6 +28,7 @@ from ..codecs.embedding_folder import EmbeddingFolder
 from ..codecs.image import first_frame_condition, fit_image
 from ..codecs.taehv import TAEHV, StreamingDecoder, StreamingEncoder
 from ..codecs.text import encoder_bytes
+from ..codecs.video import to_integers
 from ..codecs.wan_vae import StreamingWanDecoder, WanVAE, load_wan_vae
 from ..conditioning import Conditioning
 from ..experts import Experts, TakingTurns
@@ -41,6 +42,7 @@ from ..roofline.meter import Meter
 from ..weights.checkpoint import Checkpoint
 from ..weights.float8 import store_in_float8
 from ..weights.load import build_model, build_taehv, build_text_encoder, check_channels
+from .beside import consume_beside
 from .plan import Plan, Timeline, plan_request
 from .request import PromptBatch, Request
 from .start import (
@@ -54,7 +56,7 @@ from .start import (
 from .write import batch_settings, write_batch
 
 log = logging.getLogger(__name__)
-FPS_INCLUDES = "text encoding, denoising, cache passes and decoding; not loading the models or writing the file"
+FPS_INCLUDES = "text encoding, denoising, cache passes and decoding; not loading the models or waiting for the file"
 Kernel = Callable[[], AbstractContextManager[None]]
 
 
@@ -193,11 +195,13 @@ class Run:
         meter = self._meter(len(batch.outs))
         if meter is not None and self.show_progress:
             log.warning("%s", _prediction_in_words(meter))
-        watch = Stopwatch()
+        watch, start = Stopwatch(), time.perf_counter()
         frames = self._frames(self._rollout(batch, timeline), self._decoder(), len(batch.outs), watch)
         settings = batch_settings(plan, batch, timeline)
-        write_batch(plan, batch, frames, settings)
+        # beside the rollout, which no card is to wait for: encoding takes the processor, and a disk may be slow
+        consume_beside(functools.partial(write_batch, plan, batch, settings), frames)
         watch.lap("writing")
+        seconds_in_all = time.perf_counter() - start
         # What stands before the first chunk is waited for with it.
         first, *later = watch.laps["chunk"]
         seconds = [watch.seconds("start") + first, *later]
@@ -208,6 +212,7 @@ class Run:
             **_speed(seconds, plan.extent.generated_frames * len(batch.outs)),
             "seconds_loading": self.watch.seconds("loading"),
             "seconds_writing": watch.seconds("writing"),
+            "written_fps": plan.extent.generated_frames * len(batch.outs) / seconds_in_all,
         }
         return [
             {"out": str(out), "sheet": str(sheet) if sheet else None, **settings, **measurements, **roofline}
@@ -257,7 +262,7 @@ class Run:
         return _Cast(StreamingWanDecoder(coder) if isinstance(coder, WanVAE) else StreamingDecoder(coder), self.plan)
 
     def _frames(self, chunks: Iterator[Chunk], decoder: _Cast, count: int, watch: Stopwatch) -> Iterator[Tensor]:
-        """Yield frames [B, V, R, H, W] of `count` videos on the CPU, as soon as they are there.
+        """Yield frames [B, V, R, H, W] of `count` videos on the CPU, as integers for their files, when they are there.
 
         What the start shows comes first, then chunk by chunk; the latents are written last, if they are asked for.
         Raises ValueError for a chunk with numbers that are NaN or Inf.
@@ -270,7 +275,7 @@ class Run:
             watch.lap("writing")
             for name, frames in frames_of(self.start, watched, decoder, self.plan.causal.chunk):
                 # What the start brings along is one row, which all videos begin with.
-                frames = frames.float().cpu().expand(count, *[-1] * 4)
+                frames = to_integers(frames, self.plan.file_bits).cpu().expand(count, *[-1] * 4)
                 watch.lap(name)
                 yield frames
                 watch.lap("writing")

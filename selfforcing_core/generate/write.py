@@ -21,8 +21,8 @@ from .request import PromptBatch, Request
 SHEET_FRAMES = 32  # at most, so that a sheet of a long video stays a picture that one can look at
 
 
-def write_batch(plan: Plan, batch: PromptBatch, chunks: Iterator[Tensor], settings: dict[str, Any]) -> None:
-    """Write one file per row of the chunks [B, V, R, H, W], in [0, 1], and the contact sheet that is asked for.
+def write_batch(plan: Plan, batch: PromptBatch, settings: dict[str, Any], chunks: Iterator[Tensor]) -> None:
+    """Write one file per row of the chunks [B, V, R, H, W], in their files' integers, and the contact sheet asked for.
 
     A single video is written while it is made, several from memory when they are complete. settings: of
     `batch_settings`; they are stored in each file. Raises ValueError for a file that cannot be written.
