@@ -37,8 +37,7 @@ PRELOADED = [
     "train.ode",
     "train.trajectories",
     *("torch.distributed.checkpoint.state_dict_saver", "torch.distributed.checkpoint.state_dict_loader"),
-    *("torch._dynamo", "transformers.models.umt5.modeling_umt5", "transformers.models.auto"),
-    *("transformers.modeling_utils", "transformers.tokenization_utils_tokenizers", "ftfy"),
+    *("torch._dynamo", "transformers.models.auto", "transformers.tokenization_utils_tokenizers", "ftfy"),
 ]
 
 
