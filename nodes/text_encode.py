@@ -32,8 +32,7 @@ def _load(folder: Path, fingerprint: str) -> _Loaded:
     device, offload = memory.text_encoder_device(), memory.text_encoder_offload_device()
     # One encoder only: full-size ones take 11 GB in 16 bits.
     encoder = TextEncoder.from_folder(folder, dtype=_dtype(folder, device))
-    # ComfyUI writes `device` on what it manages, which transformers forbids on its models: hence the wrapping.
-    return _Loaded(encoder, host.patcher_of(torch.nn.Sequential(encoder.model), device, offload, dynamic=False))
+    return _Loaded(encoder, host.patcher_of(encoder.model, device, offload, dynamic=False))
 
 
 def _dtype(folder: Path, device: torch.device) -> torch.dtype:
@@ -56,7 +55,7 @@ class TextReader:
     def __call__(self, text: str) -> list[Any]:
         folder = folders.text_encoder_folder(self.text_encoder)
         loaded = _load(folder, folders.fingerprint(folder))
-        host.load([loaded.patcher], whole=True)  # its layers are transformers', which ComfyUI cannot cast one by one
+        host.load([loaded.patcher], whole=True)  # its layers are torch's, which ComfyUI cannot cast one by one
         return with_words(text, [[host.to_graph(loaded.encoder.encode([text])), {READER: self}]])
 
 

@@ -5,13 +5,14 @@ Letters: B batch, T latent frames, C latent channels, H W latent size, P text to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn import Module
+from torch.optim import Optimizer
 
 from selfforcing_core.codecs.image import MASK_CHANNELS
 from selfforcing_core.conditioning import Conditioning
@@ -22,6 +23,7 @@ from train.args import OdeArgs
 from train.data import Row
 from train.distributed import World
 from train.engine import Trainer
+from train.live_bytes import LiveBytes
 from train.networks import Source
 from train.update_cost import config_of, latent_shape, sizes_of
 
@@ -119,16 +121,6 @@ class _DryDraws:
         return torch.zeros(shape)
 
 
-class _Tracker(MemTracker):
-    """Torch's, without its books per module: those know neither frozen weights nor networks that are called twice."""
-
-    def _ignore(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    # Torch registers these four by name; what they would note is not asked for.
-    _pre_fw_hook = _post_fw_hook = _pre_bw_hook = _post_bw_hook = _ignore
-
-
 def tracked(trainer: Trainer) -> dict[str, int]:
     """Return the peak bytes of this process in an update of each role that is trained, everything included.
 
@@ -143,12 +135,22 @@ def tracked(trainer: Trainer) -> dict[str, int]:
     optimisers = [role.optimiser for role in trainer.roles.values()]
     peaks = {}
     for name in trainer.roles:
-        # External: what was there before the tracker, which only sees what is allocated inside.
-        tracker = _Tracker()
-        tracker.track_external(*dict.fromkeys(modules), *optimisers, *trainer.ema.values())
-        with tracker:
+        with LiveBytes(trainer.world.device.type, _held(modules, optimisers, trainer.ema.values())) as counter:
             trainer.accumulate(name)
             trainer.apply(name)
-        snapshot = tracker.get_tracker_snapshot("peak").items()
-        peaks[name] = next(size["Total"] for device, size in snapshot if device.type == trainer.world.device.type)
+        peaks[name] = counter.peak
     return peaks
+
+
+def _held(modules: Iterable[Module], optimisers: Iterable[Optimizer], averages: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield what is there before an update: parameters with their gradients, buffers, moments and the average."""
+    for module in modules:
+        yield from module.buffers()
+        for parameter in module.parameters():
+            yield parameter
+            if parameter.grad is not None:
+                yield parameter.grad
+    for optimiser in optimisers:
+        for moments in optimiser.state.values():
+            yield from (value for value in moments.values() if isinstance(value, Tensor))
+    yield from averages

@@ -517,8 +517,8 @@ def _steps(
 
 @functools.cache
 def measured_card(device: torch.device, dtype: torch.dtype) -> Card:
-    """Return what this device can do, measured once per process: it takes two seconds, and does not change."""
-    return devices.measured_card(device, dtype)
+    """Return what this device can do, measured once per process: it does not change, and a run waits for it."""
+    return devices.measured_card(device, dtype, seconds=0.5)
 
 
 def _all_cards(world: distributed.World, dtype: torch.dtype) -> Card:

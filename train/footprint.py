@@ -1,7 +1,7 @@
 """What a run will take, known before anything is allocated: counts, bytes and hours.
 
 Bytes per process: the real training step runs on tensors without memory (torch's FakeTensorMode, a process group that
-sends nothing) under torch's MemTracker. Time: arithmetic and traffic in closed form over what a card attains.
+sends nothing), whose bytes are counted. Time: arithmetic and traffic in closed form over what a card attains.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def _fresh_processes() -> BaseContext:
     if "forkserver" not in get_all_start_methods():  # Windows
         return get_context("spawn")
     context = get_context("forkserver")
-    # Torch's tracker and what it needs take many seconds to import: once for all processes of all calls. Nothing else
+    # What tensors without memory need takes seconds to import: once for all processes of all calls. Nothing else
     # is done in the server, so that what is copied from it holds no tensor, and no thread that a copy would lack. No
     # command is among what is loaded: runpy warns of one that is there before it is run.
-    context.set_forkserver_preload(["train.footprint", "train.dry_supply"])
+    context.set_forkserver_preload(["train.footprint", "train.dry_supply", "torch._dynamo"])
     return context
 
 

@@ -1,7 +1,7 @@
 """What a run will take, known before anything is allocated: python -m train.plan config=self_forcing_dmd
 
 Bytes per process: the real training step runs on tensors without memory (torch's FakeTensorMode, a process group that
-sends nothing) under torch's MemTracker. Time: arithmetic and traffic in closed form over what a card attains. Networks
+sends nothing), whose bytes are counted. Time: arithmetic and traffic in closed form over what a card attains. Networks
 have the sizes named by `size`, `teacher_size` and `critic_size`, so no file is read. processes=64 says how many the
 run will have, stage=ode or stage=diffusion that it is one of the stages before the distillation.
 """

@@ -1,6 +1,7 @@
-"""Prompts to embeddings by a UMT5 encoder of transformers, read from its own folders, Wan's files and ComfyUI's.
+"""Prompts to embeddings by a UMT5 encoder, read from folders of transformers, Wan's files and ComfyUI's.
 
-transformers is imported inside the functions that need it, so that importing this module stays cheap.
+Tokenizers are those of transformers, which is imported inside the functions that need it, so that importing this module
+stays cheap.
 
 Letters: B batch, P text tokens (at most 512 for Wan), E text width (4096 for Wan).
 """
@@ -15,17 +16,19 @@ import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..weights.checkpoint_header import json_object
 from ..weights.scaled import chosen_tensors, count_numbers, stored_tensors
 from ..weights.tensor_files import below_prefix, read_tensors
-from .umt5_layout import umt5_from_wan_state_dict, umt5_key_from_wan, wan_umt5_shapes
+from .umt5 import EPSILON, MAX_DISTANCE, UMT5Encoder, umt5_from_wan_state_dict
+from .umt5_layout import umt5_key_from_wan, wan_umt5_shapes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +59,7 @@ class TextEncoder:
     tokenizer: appends the end token itself. text_len: the rows P that the video model was trained with.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: UMT5EncoderModel, *, text_len: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: UMT5Encoder, *, text_len: int) -> None:
         if text_len < 1:
             raise ValueError(f"text_len {text_len} must be at least 1; Wan models use {WAN_TEXT_LEN}")
         self.tokenizer = tokenizer
@@ -78,9 +81,9 @@ class TextEncoder:
         Raises ValueError where the folder does not hold a UMT5 encoder and its tokenizer.
         """
         folder = Path(path)
-        config = _read_config(folder)
+        weights = _folder_weights(folder)
         tokenizer = _load_tokenizer(folder)
-        model = _load_model(folder, config, dtype, device)
+        model = _built(weights, folder, dtype, device)
         return cls(tokenizer, model, text_len=text_len or _own_text_len(tokenizer))
 
     @classmethod
@@ -104,20 +107,17 @@ class TextEncoder:
             tokenizer = _tokenizer_from_bytes(stored_tokenizer, path)
         else:
             raise ValueError(f"{path} has no tokenizer beside it; put google/umt5-xxl/tokenizer.json into its folder")
-        try:
-            model = umt5_from_wan_state_dict(tensors, dtype=dtype, device=device)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        model = _built(tensors, path, dtype, device)
         return cls(tokenizer, model, text_len=_own_text_len(tokenizer))
 
     @property
     def text_dim(self) -> int:
         """Return the width E of the embeddings."""
-        return int(self.model.config.d_model)
+        return self.model.text_dim
 
     def to(self, device: torch.device | str) -> TextEncoder:
         """Move the network to a device and return self."""
-        self.model.to(device)  # type: ignore[arg-type]
+        self.model.to(device)
         return self
 
     @torch.no_grad()
@@ -133,7 +133,7 @@ class TextEncoder:
         if not prompts:
             raise ValueError("there are no prompts to encode; give at least one (an empty string is allowed)")
         ids, mask = self._tokens([clean_prompt(prompt) for prompt in prompts])
-        embeddings_BPE = embed_tokens(self.model, ids, mask)
+        embeddings_BPE = self.model.embed(ids, mask)
         # The reference computes P rows of every prompt and zeroes those past its end. The mask keeps those rows out of
         # the others, so only as many as the longest prompt has are computed.
         return torch.nn.functional.pad(embeddings_BPE, (0, 0, 0, self.text_len - embeddings_BPE.shape[1]))
@@ -145,7 +145,7 @@ class TextEncoder:
         batch = self.tokenizer(
             prompts, padding="longest", truncation=True, max_length=self.text_len, return_tensors="pt"
         )
-        device = self.model.shared.weight.device
+        device = self.model.token_embedding.weight.device
         return batch["input_ids"].to(device), batch["attention_mask"].to(device)
 
     def _warn_if_cut(self, prompt: str) -> None:
@@ -155,13 +155,6 @@ class TextEncoder:
         # The last of the text_len places is the end token's.
         lost = self.tokenizer.decode(ids[self.text_len - 1 :], skip_special_tokens=True)
         log.warning("prompt of %d tokens cut to %d; the model does not see: %a", len(ids), self.text_len, lost)
-
-
-def embed_tokens(model: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """Return the encoder's output [B, P, E] with zeros in the rows where mask is 0. ids, mask: integers [B, P]."""
-    # Wan's cross-attention has no mask: it attends to the padding too, and was trained with zeros there.
-    hidden_BPE = model(input_ids=ids, attention_mask=mask).last_hidden_state
-    return hidden_BPE.masked_fill(mask.eq(0).unsqueeze(-1), 0.0)
 
 
 def _own_text_len(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -215,17 +208,35 @@ def _tokenizer_from_bytes(data: bytes, path: Path) -> PreTrainedTokenizerBase:
             raise ValueError(f"{path} holds a damaged tokenizer ({_first_line(error)[:200]}); {remedy}") from error
 
 
-def _read_config(folder: Path) -> UMT5Config:
-    from transformers import UMT5Config
+# What the computation of `umt5` takes for granted; a config.json that leaves an entry out means the same.
+_COMPUTED = {
+    "layer_norm_epsilon": EPSILON,
+    "relative_attention_max_distance": MAX_DISTANCE,
+    "feed_forward_proj": "gated-gelu",
+}
 
+
+def _folder_weights(folder: Path) -> Mapping[str, Tensor]:
+    """Return the weights of a folder as transformers saves it, under Wan's names, if they are a UMT5 encoder's."""
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} is not a text encoder folder: it needs config.json, model.safetensors and tokenizer.json"
         )
-    config = UMT5Config.from_pretrained(str(folder), local_files_only=True)
-    if config.model_type != "umt5":
-        raise ValueError(f"{folder} holds a {config.model_type!r} model; a text encoder must be of type 'umt5'")
-    return config
+    try:
+        config = json_object((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} has no usable config.json: {_first_line(error)}") from error
+    if config.get("model_type") != "umt5":
+        raise ValueError(f"{folder} holds a {config.get('model_type')!r} model; a text encoder must be of type 'umt5'")
+    for name, value in _COMPUTED.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{folder} is an encoder with {name} {config[name]!r}; use one with {value!r}, as Wan's")
+    files = [folder / name for name in ("model.safetensors", "model.safetensors.index.json")]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise ValueError(f"{folder} has no usable UMT5 weights: it needs model.safetensors, or that of an index")
+    weights, _ = _read_encoder(file)
+    return weights
 
 
 def encoder_bytes(path: Path, dtype: torch.dtype) -> int:
@@ -233,35 +244,17 @@ def encoder_bytes(path: Path, dtype: torch.dtype) -> int:
 
     Raises ValueError where `path` holds no text encoder.
     """
-    if path.is_file():
-        tensors, _ = _read_encoder(path, is_quiet=True)
-        return dtype.itemsize * count_numbers(tensors)
-    from transformers import UMT5EncoderModel
-
-    config = _read_config(path)
-    with torch.device("meta"):
-        return dtype.itemsize * sum(weight.numel() for weight in UMT5EncoderModel(config).parameters())
+    tensors = _read_encoder(path, is_quiet=True)[0] if path.is_file() else _folder_weights(path)
+    return dtype.itemsize * count_numbers(tensors)
 
 
-def _load_model(
-    folder: Path, config: UMT5Config, dtype: torch.dtype, device: torch.device | str | None
-) -> UMT5EncoderModel:
-    from transformers import UMT5EncoderModel
-    from transformers.utils import logging as transformers_logging
-
-    # transformers' bar would be drawn into ours, and say nothing: the file is mapped in an instant.
-    had_progress_bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+def _built(
+    weights: Mapping[str, Tensor], place: Path, dtype: torch.dtype, device: torch.device | str | None
+) -> UMT5Encoder:
     try:
-        model: Any = UMT5EncoderModel.from_pretrained(
-            str(folder), config=config, torch_dtype=dtype, local_files_only=True, use_safetensors=True
-        )
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{folder} has no usable UMT5 weights (model.safetensors): {_first_line(error)}") from error
-    finally:
-        if had_progress_bar:
-            transformers_logging.enable_progress_bar()
-    return model if device is None else model.to(device)
+        return umt5_from_wan_state_dict(weights, dtype=dtype, device=device)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
 
 
 def _first_line(error: BaseException) -> str:

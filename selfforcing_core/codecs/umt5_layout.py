@@ -1,22 +1,15 @@
-"""Wan's own UMT5 files for transformers: names, shapes and sizes of their parameters, and the network with them.
+"""What the parameters of Wan's text encoder are called in its own files and elsewhere, their shapes and sizes.
 
 Wan's repositories keep the encoder of google/umt5-xxl under names of their own (github.com/Wan-Video/Wan2.1,
-wan/modules/t5.py); transformers computes the same function under others.
+wan/modules/t5.py); transformers and llama.cpp have others.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from ..weights.scaled import weight_shapes
-
-if TYPE_CHECKING:
-    from transformers import UMT5Config, UMT5EncoderModel
+NUM_BUCKETS = 32  # of distances between tokens; of every T5
 
 # Patterns of Wan's names, and what transformers has in their place. In a block, layer 0 is attention, layer 1 the gated
 # feed-forward network.
@@ -57,35 +50,15 @@ def umt5_key_from_wan(key: str, *, is_gguf: bool = False) -> str:
     raise ValueError(f"{key!r} is not a parameter of Wan's UMT5 encoder (expected names like blocks.0.attn.q.weight)")
 
 
-def umt5_config(
-    *, vocab: int, dim: int, dim_attn: int, dim_ffn: int, num_heads: int, num_layers: int, num_buckets: int = 32
-) -> UMT5Config:
-    """Return transformers' configuration of a Wan UMT5 encoder, from sizes under Wan's names.
-
-    Raises ValueError where the heads do not divide the width of the attention.
-    """
-    from transformers import UMT5Config
-
-    if dim_attn % num_heads:
-        raise ValueError(f"dim_attn {dim_attn} is not a multiple of num_heads {num_heads}; Wan's encoder has 64 heads")
-    return UMT5Config(
-        vocab_size=vocab,
-        d_model=dim,
-        d_kv=dim_attn // num_heads,
-        d_ff=dim_ffn,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        relative_attention_num_buckets=num_buckets,
-        relative_attention_max_distance=128,  # of every T5; the shapes do not show it
-        feed_forward_proj="gated-gelu",  # the tanh approximation, as in Wan's t5.py
-        layer_norm_epsilon=1e-6,  # of Wan's T5LayerNorm
-        pad_token_id=0,  # as in google/umt5-xxl's tokenizer
-        eos_token_id=1,
-    )
-
-
 def wan_umt5_shapes(
-    *, vocab: int, dim: int, dim_attn: int, dim_ffn: int, num_heads: int, num_layers: int, num_buckets: int = 32
+    *,
+    vocab: int,
+    dim: int,
+    dim_attn: int,
+    dim_ffn: int,
+    num_heads: int,
+    num_layers: int,
+    num_buckets: int = NUM_BUCKETS,
 ) -> dict[str, tuple[int, ...]]:
     """Map every parameter of an original Wan UMT5 encoder to its shape."""
     # T5 has no biases, and norms without a shift.
@@ -130,42 +103,9 @@ def wan_umt5_sizes(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
     }
 
 
-def umt5_from_wan_state_dict(
-    state_dict: Mapping[str, Tensor],
-    *,
-    num_heads: int | None = None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> UMT5EncoderModel:
-    """Build transformers' encoder from weights under Wan's names (those of models_t5_umt5-xxl-enc-*.pth).
-
-    All sizes come from the shapes; `num_heads`, when given, must agree. dtype and device default to the tensors' own.
-    Call it as `model(input_ids=..., attention_mask=...).last_hidden_state`, or through `text.embed_tokens`.
-    Raises ValueError for missing, unexpected or misshapen parameters.
-    """
-    from transformers import UMT5EncoderModel
-
-    shapes = weight_shapes(state_dict)
-    sizes = wan_umt5_sizes(shapes)
-    if num_heads is not None and num_heads != sizes["num_heads"]:
-        raise ValueError(
-            f"num_heads {num_heads} was given, but the position table has {sizes['num_heads']} heads; leave it out"
-        )
-    _check_shapes(shapes, wan_umt5_shapes(**sizes))
-    with torch.device("meta"):  # else 5.7 billion numbers would get initial values in vain
-        model = UMT5EncoderModel(umt5_config(**sizes))
-    renamed: dict[str, Any] = {
-        umt5_key_from_wan(key): tensor.to(device=device, dtype=dtype) for key, tensor in state_dict.items()
-    }
-    # transformers' module has its one embedding table under two names.
-    renamed["encoder.embed_tokens.weight"] = renamed["shared.weight"]
-    model.load_state_dict(renamed, assign=True)
-    # Assigned twice, they would be two parameters of one tensor, and `to` would make two copies of it.
-    model.encoder.embed_tokens.weight = model.shared.weight
-    return model.eval().requires_grad_(False)
-
-
-def _check_shapes(shapes: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> None:
+def check_umt5_shapes(shapes: Mapping[str, Sequence[int]], sizes: Mapping[str, int]) -> None:
+    """Raise ValueError unless these are the shapes of all parameters of an encoder of these sizes, and of no others."""
+    expected = wan_umt5_shapes(**sizes)
     missing = sorted(set(expected) - set(shapes))
     unexpected = sorted(set(shapes) - set(expected))
     if missing or unexpected:

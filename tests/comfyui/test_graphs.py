@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
-from selfforcing_core.codecs.umt5_layout import umt5_config
 from selfforcing_core.config import WanConfig
 from selfforcing_core.shapes import wan_shapes
 from selfforcing_core.weights.checkpoint import read_checkpoint, save_checkpoint
 from selfforcing_core.weights.latent_space import WAN
 from tests.comfyui.graphs import SAMPLER, Prompt, add, fresh_seed, latents_of, read_mp4, tiny_prompt
 from tests.comfyui.host_server import ROOT, Server, failure
+from train.tiny.text import umt5_config
 
 SIZES = {"dim": 256, "ffn_dim": 256, "num_heads": 2, "num_layers": 2}
 T2V, I2V = WanConfig(**SIZES), WanConfig(**SIZES, in_dim=36, model_type="i2v")

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
-from selfforcing_core.codecs.umt5_layout import umt5_config
 from selfforcing_core.config import StepConfig
 from selfforcing_core.weights.checkpoint import read_checkpoint, save_checkpoint
 from tests.comfyui.graphs import (
@@ -30,6 +29,7 @@ from tests.comfyui.graphs import (
     tiny_prompt,
 )
 from tests.comfyui.host_server import ROOT, Server, failure
+from train.tiny.text import umt5_config
 
 BUNDLE = ROOT / "assets" / "tiny"
 

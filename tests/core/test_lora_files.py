@@ -261,31 +261,35 @@ def test_8_bits_without_scales_are_widened_where_a_lora_changes_them(tmp_path: P
 
 
 def _storages() -> dict[int, int]:
-    """Return the bytes of every tensor's memory that is alive, by its address."""
+    """Return the bytes of every tensor's memory that is alive and no older than `gc.freeze`, by its address."""
     alive = (each.untyped_storage() for each in gc.get_objects() if type(each) in (Tensor, torch.nn.Parameter))
     return {each.data_ptr(): each.nbytes() for each in alive if each.device.type == "cpu"}
 
 
-def test_no_moment_holds_the_weights_twice(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_moment_holds_the_weights_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """Of all tensors alive while a network is built, merged ones, originals and temporaries, those of real memory."""
     contents = {"generator": BASE, "generator_lora": peft(PAIRS)}
-    known = _storages().keys()  # of the base, the LoRA and tests before, but not what is read below
     torch.save(contents, tmp_path / "both.pt", _use_new_zipfile_serialization=False)  # a bare pickle cannot be mapped
-    checkpoint = read_checkpoint(tmp_path / "both.pt")
-    weights = checkpoint.state_dict
     total = sum(weight.nbytes for weight in BASE.values())
     lora = sum(tensor.nbytes for tensor in peft(PAIRS).values())
     largest = max(weight.nbytes for weight in BASE.values())
     peaks: list[int] = []
+    gc.freeze()  # the base, the LoRA and a million objects of tests before, but not what is read below
+    request.addfinalizer(gc.unfreeze)
+    checkpoint = read_checkpoint(tmp_path / "both.pt")
+    weights = checkpoint.state_dict
     plain = type(weights).__getitem__
 
     def watched(self: Any, name: str) -> Tensor:
         tensor = plain(self, name)
-        peaks.append(sum(size for pointer, size in _storages().items() if pointer not in known))
+        peaks.append(sum(_storages().values()))
         return tensor
 
     monkeypatch.setattr(type(weights), "__getitem__", watched)
     network = build_model(checkpoint)
+    assert min(peaks) > total / 2, "what is alive was found"
     assert_same(dict(network.state_dict()), merged(BASE, PAIRS))
     assert len(peaks) == len(BASE)
     assert max(peaks) <= total + lora + 2 * largest

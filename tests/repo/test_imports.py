@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,9 @@ RELATIVE_REACH = {"": {"nodes", "selfforcing_core"}, "nodes": {"nodes", "selffor
 HOST = {"folder_paths", "server", "execution", "node_helpers", "latent_preview"}
 TRAINING_ONLY = {"omegaconf", "lmdb"}
 OPTIONAL_KERNELS = {"flash_attn", "flash_attn_interface", "xformers", "sageattention", "sageattn3"}
+
+
+parsed = functools.cache(ast.parse)  # every rule looks at every source
 
 
 def imported(tree: ast.AST, inside_function: bool = False) -> Iterator[tuple[int, int, str, bool]]:
@@ -35,7 +39,7 @@ def violations(path: str, source: str) -> list[str]:
     folders = path.split("/")[:-1]
     room = folders[0] if folders else ""
     broken = []
-    for line, level, name, inside_function in imported(ast.parse(source)):
+    for line, level, name, inside_function in imported(parsed(source)):
         if level:
             target = [*folders[: len(folders) + 1 - level], *name.split(".")]
             if level > len(folders) + 1 or target[0] not in RELATIVE_REACH.get(room, {room}):
@@ -77,7 +81,7 @@ def arrows(files: Mapping[str, str]) -> dict[str, set[str]]:
 
     found: dict[str, set[str]] = {path: set() for path in files}
     for path, source in files.items():
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(parsed(source)):
             if isinstance(node, ast.Import):
                 names = [alias.name.replace(".", "/") for alias in node.names]
             elif isinstance(node, ast.ImportFrom):

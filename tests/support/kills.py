@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from tests.support.forks import PRELOADED
+from tests.support.forks import PRELOADED, measure_no_device
 from tests.support.training import numbers, run_settings
 from train import run_checkpoints
 from train.dmd import main as train
@@ -107,6 +107,7 @@ def main() -> int:
     args = parser.parse_args()
     for name in PRELOADED:  # otherwise half of the kills would hit an import
         importlib.import_module(name)
+    measure_no_device()  # likewise
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(kill(args.count, args.steps, args.seed, Path(folder))))
     return 0

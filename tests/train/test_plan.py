@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from selfforcing_core.config import NETWORK_SIZES, WanConfig
@@ -25,12 +26,14 @@ from train.diffusion import FlowMatching
 from train.dmd import Distillation
 from train.dry_supply import tracked
 from train.footprint import kept_bytes, peak_bytes
+from train.live_bytes import LiveBytes
 from train.ode import Regression
 from train.update_cost import config_of, parameters
 
 TINY = {"student": "tiny", "teacher": "tiny", "critic": "tiny"}
-SHARED = ["batch_size=6", "micro_batch=3", "width=64", "height=64", "dtype=float32"]
-SETTINGS = ["config=debug_cpu", *SHARED]
+# Two parts of an update, since the second adds to gradients; few clips and large frames, since every operator costs.
+SHARED = ["batch_size=4", "micro_batch=2", "width=96", "height=64", "dtype=float32"]
+SETTINGS = ["config=debug_cpu", *SHARED, "steps=[1000,500]"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,6 +46,34 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("network")
     sizes = {key: value for key, value in NETWORK_SIZES["tiny"].to_dict().items() if key != "patch_size"}
     return write_network(folder / "tiny.safetensors", 0, **sizes)
+
+
+def test_live_bytes_are_those_of_torchs_tracker() -> None:
+    """In sums with views, growth and shrinking in place, and gradients; torch's books per module take far longer."""
+    first, last = torch.nn.Linear(64, 256), torch.nn.Linear(256, 1)
+    network = torch.nn.Sequential(first, torch.nn.GELU(), last)
+    optimiser = torch.optim.Adam(network.parameters())
+
+    def update() -> None:
+        batch = torch.ones(512, 64)
+        network(batch.view(2, 256, 64).transpose(0, 1)).sum().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        freed = torch.ones(1000)
+        freed.untyped_storage().resize_(0)
+        freed.untyped_storage().resize_(40_000)
+        torch.cat([freed[:1], *torch.ones(7, 11)])
+
+    update()  # so that the moments are there
+    moments = [value for state in optimiser.state.values() for value in state.values()]
+    tracker = MemTracker()
+    tracker.track_external(network, optimiser)
+    with tracker:
+        update()
+    with LiveBytes("cpu", [*network.parameters(), *moments]) as live:
+        update()
+    assert live.peak == tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    assert live.current == sum(tensor.nbytes for tensor in [*network.parameters(), *moments])
 
 
 @pytest.mark.parametrize("more", [[], ["lora_rank=8", "activation_checkpointing=true"]])
@@ -77,7 +108,7 @@ def test_predicted_peak_bytes_of_the_stages_before_are_the_tracked_ones(
     predicted = peak_bytes(parse(kind, shared), 1, make)
     writer = DatabaseWriter(tmp_path / "clips")
     for name in "abc":
-        writer.add(f"clip {name}", torch.zeros(3, 6, 16, 8, 8))
+        writer.add(f"clip {name}", torch.zeros(3, 6, 16, 8, 12))
     writer.close()
     args = parse(kind, [*shared, f"network={network}", f"data={tmp_path / 'clips'}"])
     try:
@@ -101,7 +132,7 @@ def test_predicted_peak_bytes_of_the_stages_before_are_the_tracked_ones(
 )
 def test_every_kind_of_distillation_can_be_watched(more: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(footprint, "WATCHED", (2,))  # how it goes on with more layers is what the tests above are about
-    args = parse(DmdArgs, [*SETTINGS, "batch_size=4", "micro_batch=2", *more])  # two parts, but fewer clips to follow
+    args = parse(DmdArgs, [*SETTINGS, "batch_size=2", "micro_batch=1", *more])
     assert peak_bytes(args, 1, Distillation)["student"] > kept_bytes(args, 1, dict.fromkeys(TINY, 4))
 
 

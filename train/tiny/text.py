@@ -25,13 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from selfforcing_core.codecs.text import TextEncoder
-from selfforcing_core.codecs.umt5_layout import umt5_config
+from selfforcing_core.codecs.umt5 import EPSILON, MAX_DISTANCE, umt5_from_wan_state_dict
+from selfforcing_core.codecs.umt5_layout import NUM_BUCKETS, umt5_key_from_wan, wan_umt5_shapes
 from selfforcing_core.generate.cli import Parser
 from train.tiny.world import ATTRIBUTES, combinations, heldout
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import UMT5EncoderModel
+    from transformers import UMT5Config, UMT5EncoderModel
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as Wan's tokenizer has them
 SPECIAL = {"pad_token": PAD, "eos_token": EOS, "unk_token": UNKNOWN}
@@ -164,8 +165,28 @@ def reading_loss(readers: Readers, hidden_BPE: Tensor, ids_BP: Tensor, mask_BP: 
     return torch.stack(losses).sum()
 
 
+def umt5_config(*, vocab: int, dim: int, dim_attn: int, dim_ffn: int, num_heads: int, num_layers: int) -> UMT5Config:
+    """Return transformers' configuration of an encoder like Wan's, from sizes under Wan's names."""
+    from transformers import UMT5Config
+
+    return UMT5Config(
+        vocab_size=vocab,
+        d_model=dim,
+        d_kv=dim_attn // num_heads,
+        d_ff=dim_ffn,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        relative_attention_num_buckets=NUM_BUCKETS,
+        relative_attention_max_distance=MAX_DISTANCE,
+        feed_forward_proj="gated-gelu",  # the tanh approximation, as in Wan's t5.py
+        layer_norm_epsilon=EPSILON,
+        pad_token_id=0,  # as in google/umt5-xxl's tokenizer
+        eos_token_id=1,
+    )
+
+
 def build_encoder(recipe: TextTraining) -> UMT5EncoderModel:
-    """Build a UMT5 encoder with random weights.
+    """Build a UMT5 encoder with random weights, of transformers, whose initial values suit its training.
 
     Its final norm's gain stays 1, so that every row has a root mean square of 1, whatever training does.
     """
@@ -277,7 +298,11 @@ def evaluation_sets(pool: list[Words]) -> dict[str, tuple[list[str], list[Words]
 
 def rounding_error(model: UMT5EncoderModel, saved: TextEncoder, captions: list[str]) -> float:
     """Return the relative error of the saved encoder's rows against the trained one's."""
-    trained = TextEncoder(saved.tokenizer, model, text_len=saved.text_len)
+    parameters = dict(model.named_parameters())
+    sizes = dict.fromkeys(("vocab", "dim", "dim_attn", "dim_ffn", "num_heads"), 1)  # names do not depend on them
+    names = wan_umt5_shapes(**sizes, num_layers=model.config.num_layers)
+    weights = {name: parameters[umt5_key_from_wan(name)] for name in names}
+    trained = TextEncoder(saved.tokenizer, umt5_from_wan_state_dict(weights), text_len=saved.text_len)
     exact = trained.encode(captions)
     return float((saved.encode(captions) - exact).norm() / exact.norm())
 
