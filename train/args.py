@@ -140,7 +140,7 @@ class DmdArgs(TrainArgs):
     image_width: int = 0
     negative_prompt: str = ""  # what the teacher's guidance keeps away from
     vae: str = ""  # Wan VAE: for image-to-video, and to make a long clip's window start like a video
-    clip: str = ""  # image encoder, for image-to-video
+    clip: str = ""  # image encoder, for image-to-video of Wan 2.1; that of Wan 2.2 reads channels alone
 
     # rollout
     width: int = 832  # pixels

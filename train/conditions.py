@@ -94,13 +94,13 @@ class Prompts:
 
 
 class Pictures:
-    """First frames as Wan's image-to-video networks read them: condition channels and CLIP features."""
+    """First frames as Wan's image-to-video networks read them: condition channels and, where they do, CLIP features."""
 
     def __init__(self, vae: WanVAE, clip: str, size: tuple[int, int, int], args: NetworkArgs, world: World) -> None:
         self.vae, self.world, self.dtype = vae, world, getattr(torch, args.dtype)
         self.width, self.height, self.latent_frames = size
         narrow = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
-        self.clip = load_clip(clip, dtype=narrow, device=world.device)
+        self.clip = load_clip(clip, dtype=narrow, device=world.device) if clip else None  # Wan 2.2 has no layers for it
 
     def condition(self, text: Conditioning, images_RHW: Sequence[Tensor]) -> Conditioning:
         """Return the conditioning of texts with their pictures, in [-1, 1] and of any size."""
@@ -109,4 +109,5 @@ class Pictures:
         images = torch.stack(fitted).to(self.world.device)
         channels = first_frame_condition(self.vae, images, self.latent_frames)
         like = {"device": self.world.device, "dtype": self.dtype}
-        return Conditioning(text.prompt_embeds_BPE, channels.to(**like), self.clip.encode(images).to(**like))
+        clip = None if self.clip is None else self.clip.encode(images).to(**like)
+        return Conditioning(text.prompt_embeds_BPE, channels.to(**like), clip)

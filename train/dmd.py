@@ -230,7 +230,7 @@ def check_networks(configs: Mapping[str, WanConfig]) -> None:
     """Raise ValueError for a teacher or critic that cannot judge the student's clips."""
     student = configs[STUDENT]
     for role, config in configs.items():
-        for name in ("model_type", "in_dim", "out_dim", "text_dim"):
+        for name in ("model_type", "in_dim", "image_features", "out_dim", "text_dim"):
             if getattr(config, name) != getattr(student, name):
                 raise ValueError(
                     f"the {role}'s {name} is {getattr(config, name)}, the student's {getattr(student, name)}; all "
@@ -257,8 +257,6 @@ class Distillation(Trainer):
         config = self.supply.checkpoint(STUDENT, sources[STUDENT]).config
         assert isinstance(config, WanConfig)
         if config.model_type == "i2v":
-            if not config.reads_clip:
-                raise ValueError("an image-to-video student that reads no CLIP features (Wan 2.2) is not trained here")
             check_pictures(args)
         height, width = args.height // SPATIAL_FACTOR, args.width // SPATIAL_FACTOR
         self.latent_shape = (args.latent_frames, config.out_dim, height, width)
@@ -266,7 +264,8 @@ class Distillation(Trainer):
         if args.data:
             self._check_rows(self.shuffled.data.shape[1:])
         self.vae = self.supply.vae()
-        self.pictures = self.supply.pictures(self.vae) if config.model_type == "i2v" else None
+        is_image = config.model_type == "i2v"
+        self.pictures = self.supply.pictures(self.vae, reads_clip=config.reads_clip) if is_image else None
         self.built = built = build(sources, [STUDENT, CRITIC], args, world, self.supply.checkpoint)
         check_networks({role: each.config for role, each in built.items()})
         network, steps, sigma = built[STUDENT].network, steps_of(args), context_sigma_of(args)

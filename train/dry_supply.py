@@ -49,8 +49,8 @@ class DrySupply:
     def vae(self) -> _DryEncoders:
         return _DryEncoders(self.shape)
 
-    def pictures(self, vae: _DryEncoders) -> _DryEncoders:
-        return vae
+    def pictures(self, vae: _DryEncoders, *, reads_clip: bool) -> _DryEncoders:
+        return replace(vae, reads_clip=reads_clip)
 
     def draws(self, step: int, purpose: str) -> _DryDraws:
         return _DryDraws()
@@ -83,6 +83,7 @@ class _DryEncoders:
     """VAE and CLIP. Latents are their own pixels, which are not counted either."""
 
     shape: tuple[int, int, int, int]
+    reads_clip: bool = True
 
     def decode(self, latents_BTCHW: Tensor) -> Tensor:
         return latents_BTCHW
@@ -93,7 +94,8 @@ class _DryEncoders:
     def condition(self, text: Conditioning, images: Sequence[Tensor]) -> Conditioning:
         embeds_BPE, (frames, channels, *size) = text.prompt_embeds_BPE, self.shape
         image = torch.zeros(len(embeds_BPE), frames, MASK_CHANNELS + channels, *size).to(embeds_BPE)
-        return Conditioning(embeds_BPE, image, torch.zeros(len(embeds_BPE), CLIP_TOKENS, CLIP_DIM).to(embeds_BPE))
+        clip = torch.zeros(len(embeds_BPE), CLIP_TOKENS, CLIP_DIM).to(embeds_BPE)
+        return Conditioning(embeds_BPE, image, clip if self.reads_clip else None)
 
 
 class _DryDraws:

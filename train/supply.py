@@ -61,11 +61,16 @@ class FileSupply:
         narrow = torch.bfloat16 if self.args.dtype == "bfloat16" else torch.float32
         return load_wan_vae(self.args.vae, dtype=narrow, device=self.world.device)
 
-    def pictures(self, vae: WanVAE | None) -> Pictures:
-        """Return what encodes the pictures of an image-to-video network."""
+    def pictures(self, vae: WanVAE | None, *, reads_clip: bool) -> Pictures:
+        """Return what encodes the pictures of an image-to-video network; its channels alone without `reads_clip`."""
         args = self.args
-        if vae is None or not args.clip or not args.data:
-            raise ValueError("an image-to-video student needs vae=..., clip=... and data=... with pictures")
+        if vae is None or not args.data or (reads_clip and not args.clip):
+            encoders = "vae=..., clip=..." if reads_clip else "vae=..."
+            raise ValueError(f"an image-to-video student needs {encoders} and data=... with pictures")
+        if args.clip and not reads_clip:
+            raise ValueError(
+                "this image-to-video student reads its picture in channels alone (as Wan 2.2); leave clip out"
+            )
         return Pictures(vae, args.clip, (args.width, args.height, args.latent_frames), args, self.world)
 
     def draws(self, step: int, purpose: str) -> Draws:

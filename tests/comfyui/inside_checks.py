@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path.cwd()))  # ComfyUI's own `nodes` comes first
 import inside  # before torch and ComfyUI: it sets the command line that they read
 import inside_codecs
 import inside_experts
+import inside_lora
 import inside_patches
 import inside_player
 import inside_presets
@@ -55,6 +56,7 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     inside_patches.what_cannot_be_followed_is_refused,
     inside_rollout.a_loras_modulation_is_the_merged_network,
     inside_rollout.a_file_with_base_and_lora_is_the_merged_network,
+    inside_lora.lora_and_its_kin_are_as_in_the_host,
     inside_rollout.first_and_last_frame_models_are_not_made_causal,
     inside_rollout.a_scaled_8_bit_file_is_the_network_it_stands_for,
     inside_experts.two_models_give_the_cores_video,

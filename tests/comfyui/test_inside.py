@@ -464,6 +464,12 @@ def test_a_file_with_base_and_lora_is_the_merged_network(outcome: dict[str, Any]
     assert max(outcome["video"], outcome["on_top"]) < ROUNDING < outcome["matters"] / 100
 
 
+def test_lora_and_its_kin_are_as_in_the_host(outcome: dict[str, list[float]]) -> None:
+    """Every kind at three strengths, and in a MODEL of ours: the same float32 weight as ComfyUI's loader makes."""
+    assert len(outcome) == 17 * 4
+    assert all(distance == 0 < changed for distance, changed in outcome.values()), outcome
+
+
 def test_first_and_last_frame_models_are_not_made_causal(outcome: dict[str, str]) -> None:
     assert "img_emb.emb_pos" in outcome["causal"]
     assert outcome["unknown"] == outcome["causal"]

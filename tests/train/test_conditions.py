@@ -63,11 +63,14 @@ def test_kept_embeddings_are_those_of_the_encoder(settings: list[str], tmp_path:
     assert numbers(tmp_path / "plain") == numbers(tmp_path / "first") == numbers(tmp_path / "second")
 
 
-@pytest.mark.parametrize("more", [["chunk=0"], ["lora_rank=2"]])
+@pytest.mark.parametrize(("more", "reads_clip"), [(["chunk=0"], True), (["lora_rank=2"], True), ([], False)])
 def test_image_to_video_students_see_the_pictures(
-    settings: list[str], encoders: list[str], tmp_path: Path, more: list[str]
+    settings: list[str], encoders: list[str], tmp_path: Path, more: list[str], reads_clip: bool
 ) -> None:
-    network = write_network(tmp_path / "i2v.safetensors", 0, in_dim=36, model_type="i2v")
+    """In channels and by CLIP's features, or, as Wan 2.2, in channels alone."""
+    kind = {"in_dim": 36, "model_type": "i2v", "image_features": reads_clip}
+    network = write_network(tmp_path / "i2v.safetensors", 0, **kind)
+    encoders = encoders if reads_clip else [each for each in encoders if not each.startswith("clip=")]
     data = write_database(tmp_path / "clips")
     options = [*settings, *encoders, *more, f"student={network}", f"teacher={network}", f"data={data}", "save_every=0"]
     assert main([*options, "sample_every=2", "decoder=tiny", f"logdir={tmp_path / 'run'}"]) == 0
@@ -83,6 +86,21 @@ def test_image_to_video_needs_pictures(
     options = [*settings, f"student={network}", f"teacher={network}", f"logdir={tmp_path / 'run'}"]
     assert main(options) == 2
     assert "an image-to-video student needs vae=" in capsys.readouterr().err
+
+
+def test_a_student_without_layers_for_clip_takes_none(
+    settings: list[str], encoders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor a teacher that has them: both are shown the same."""
+    kinds = {name: {"in_dim": 36, "model_type": "i2v", "image_features": name == "2.1"} for name in ("2.1", "2.2")}
+    networks = {name: write_network(tmp_path / f"{name}.safetensors", 0, **kinds[name]) for name in kinds}
+    data = write_database(tmp_path / "clips")
+    options = [*settings, f"student={networks['2.2']}", f"data={data}", f"logdir={tmp_path / 'run'}"]
+    assert main([*options, *encoders, f"teacher={networks['2.2']}"]) == 2
+    assert "reads its picture in channels alone (as Wan 2.2); leave clip out" in capsys.readouterr().err
+    without = [each for each in encoders if not each.startswith("clip=")]
+    assert main([*options, *without, f"teacher={networks['2.1']}"]) == 2
+    assert "image_features is True, the student's False" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", ["max_latent_frames=8", "sample_frames=6"])
