@@ -82,8 +82,8 @@ class CachePolicy:
 
     @property
     def remembers(self) -> bool:
-        """Return whether the policy keeps something of frames that have left the window."""
-        return self.sink_average is not None or self.means is not None or self.replays
+        """Return whether the cache shows what nothing writes again, above all of frames that have left the window."""
+        return self.sink_average is not None or self.means is not None or self.replays or self.is_joint
 
     def with_history(self, history: str | None) -> CachePolicy:
         """Return the policy with another answer to a change of the prompt; None leaves its own.

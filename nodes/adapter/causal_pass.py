@@ -47,16 +47,19 @@ class CausalPass:
         self.is_watched = is_watched
         self.start_frame: int | None = None  # of the chunk being evaluated; None: ComfyUI's own forward pass
         self.num_frames = 0  # latent frames of that chunk
-        self.timestep_B: Tensor | None = None  # of the call, where ComfyUI's, which it makes of sigma, is another
+        self.writes = True  # whether that evaluation goes into the caches
+        # Of the call's frames, where ComfyUI's timesteps, which it makes of sigma, are others.
+        self.timesteps_BT: Tensor | None = None
         # Every conditioning has a cache: from the second block on, keys and values of the video depend on the text.
         self.evaluated: set[int] = set()  # caches of the conditionings that the latest call came to
         self._prompts: dict[int, tuple[Tensor, Tensor | None]] = {}  # from which a cache's text was made
         self._shared: SharedNetwork | None = None  # made when it is first asked for, and then kept
         self._is_compiled = False
 
-    def begin_call(self, start_frame: int, num_frames: int) -> None:
+    def begin_call(self, start_frame: int, num_frames: int, *, writes: bool) -> None:
         """Note that the guider is about to be asked for these frames."""
         self.start_frame, self.num_frames, self.evaluated = start_frame, num_frames, set()
+        self.writes, self.timesteps_BT = writes, None
 
     def share(self, native: nn.Module, options: dict[str, Any]) -> SharedNetwork:
         """Return our network over ComfyUI's modules. Raises ValueError where they carry what ours would ignore."""
@@ -111,7 +114,12 @@ class CausalPass:
         # As in ComfyUI, features that come with a prompt are not read by networks without layers for them.
         reads_clip = clip_BIY is not None and shared.network.config.reads_clip
         clips = clip_BIY.chunk(count) if reads_clip else [None] * count
-        timesteps = t_B.chunk(count) if self.timestep_B is None else [self.timestep_B] * count
+        # one timestep for all frames of a chunk, as ComfyUI makes it, or those of chunks at different noise
+        timesteps = (
+            [t.float()[:, None].expand(-1, x_BCTHW.shape[2]) for t in t_B.chunk(count)]
+            if self.timesteps_BT is None
+            else [self.timesteps_BT] * count
+        )
         rows = zip(ids, x_BCTHW.chunk(count), timesteps, context_BPE.chunk(count), clips)
         for row, (identity, x, t, context, clip) in enumerate(rows):
             cache = self._cache_for(identity, x)
@@ -121,11 +129,12 @@ class CausalPass:
                 flows.append(
                     shared(
                         rearrange(x, "b c t h w -> b t c h w"),
-                        t.float()[:, None].expand(-1, x.shape[2]),  # one timestep for all frames of the chunk
+                        t,
                         context[:, : shared.network.config.text_len],
                         clip_BIY=clip,
                         cache=cache,
                         start_frame=self.start_frame,
+                        writes=self.writes,
                     )
                 )
         return rearrange(torch.cat(flows), "b t c h w -> b c t h w")

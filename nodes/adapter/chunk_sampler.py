@@ -125,8 +125,11 @@ class ChunkSampler(comfy.samplers.KSAMPLER):
 
     def frames_at_once(self, guider: Any, noise_shape: tuple[int, ...]) -> int:
         """Return the latent frames of the largest evaluation, for which ComfyUI is to estimate its memory."""
-        frames = noise_shape[2]
-        return frames if self.run.is_whole else min(frames, self._causal(guider).chunk)
+        frames, causal = noise_shape[2], self._causal(guider)
+        if self.run.is_whole or not cache_policy(causal.policy).is_joint:
+            return frames if self.run.is_whole else min(frames, causal.chunk)
+        # As many chunks together as there are steps, which are not known here: at most what the window has room for.
+        return frames if causal.window == -1 else min(frames, causal.window - causal.sink)
 
     def extra_bytes(self, guider: Any, noise_shape: tuple[int, ...]) -> float:
         """Return what ComfyUI's memory estimate does not know of such a run: above all its caches."""
@@ -141,17 +144,16 @@ class ChunkSampler(comfy.samplers.KSAMPLER):
         The past of a layer is joined with the new keys and values where the two are of different types.
         """
         settings, model = settings_of(guider.model_patcher), guider.model_patcher.model
-        config, window, computed = config_of(model.diffusion_model), self._causal(guider).window, compute_dtype(model)
+        config, computed = config_of(model.diffusion_model), compute_dtype(model)
         batch, _, frames, height, width = noise_shape
         stored = settings.cache_dtype or computed
 
-        # All frames where the window has no end (-1); the sink is within the window.
         def size(config: WanConfig, dtype: torch.dtype) -> int:
             return KVCache.num_bytes(
                 config,
                 batch=batch,
                 tokens_per_frame=tokens_per_frame(height, width),
-                capacity=frames if window == -1 else min(frames, window),
+                capacity=self._causal(guider).cache_frames(frames),
                 dtype=dtype,
             )
 
@@ -218,7 +220,9 @@ def sample_chunks(
         causal = CausalConfig(chunk=frames)  # the same loop: a video of one chunk
     steps = _steps(guider.model_patcher, sigmas, run)
     lengths = chunk_lengths(frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
-    chunk_shape = (*noise_BCTHW.shape[:2], max(lengths), *noise_BCTHW.shape[3:])
+    policy = cache_policy(causal.policy)
+    at_once = min(frames, max(lengths) * (len(steps.steps) if policy.is_joint else 1))
+    chunk_shape = (*noise_BCTHW.shape[:2], at_once, *noise_BCTHW.shape[3:])
     at_zero = least_sigma(steps.shift) if 0 in (steps.steps[-1], steps.of_chunk(0).steps[-1]) else 0.0
     networks = [GuidedNetwork(*each, settings, chunk_shape, run.working_bytes, at_zero) for each in guiders]
     network: Any = networks[0]
@@ -283,8 +287,13 @@ def _num_calls(
 ) -> int:
     """Return how many passes a run takes behind known frames; a pass writes each of their chunks unless a state has."""
     given = sum(end <= num_known for end in itertools.accumulate(lengths))
+    policy = cache_policy(causal.policy)
     # One more pass writes each clean chunk into the cache; nothing reads what the last one would write.
     writes = causal.cache_source == "clean"
+    if policy.is_joint:  # every pass takes a step of all chunks on the way, and the first one comes in alone
+        return (len(steps.steps) - 1 + 2 * (len(lengths) - given) - 1) + (0 if is_written else given)
+    if policy.recomputes:  # before each chunk but the video's first
+        return sum(len(steps.of_chunk(index).steps) + (index > 0) for index in range(given, len(lengths)))
     made = sum(len(steps.of_chunk(index).steps) + writes for index in range(given, len(lengths))) - writes
     return made + (0 if is_written else given)
 

@@ -169,16 +169,17 @@ class GuidedNetwork:
         start_frame: int = 0,
         writes: bool = True,
     ) -> Tensor:
-        assert writes, "ComfyUI samples without gradient, where every pass writes into the cache"
+        # All frames of a chunk have the same noise level; of several chunks the last has the most.
+        sigma_B = timesteps_BT[:, -1] / TIMESTEPS
         if self.causal_pass is not None:
-            self.causal_pass.begin_call(start_frame, x_BTCHW.shape[1])
-        sigma_B = timesteps_BT[:, 0] / TIMESTEPS  # all frames of a chunk have the same noise level
-        if self.least_sigma:
+            self.causal_pass.begin_call(start_frame, x_BTCHW.shape[1], writes=writes)
+        if self.least_sigma or not writes:
             # At sigma 0 the guider's x0 would be x, whatever the network says: it is asked at the noise that x has,
-            # and the network gets its timestep beside it.
+            # and the network gets its timestep beside it. So it does where chunks of different noise are asked for:
+            # the guider's x0 at the noise of one of them implies the flow of each.
             assert self.causal_pass is not None
-            self.causal_pass.timestep_B = timesteps_BT[:, 0]
-            sigma_B = sigma_B.masked_fill(sigma_B == 0, self.least_sigma)
+            self.causal_pass.timesteps_BT = timesteps_BT
+            sigma_B = sigma_B.masked_fill(sigma_B == 0, self.least_sigma) if self.least_sigma else sigma_B
         x0_BCTHW = self.guider(
             rearrange(x_BTCHW, "b t c h w -> b c t h w"),
             sigma_B,
@@ -260,7 +261,7 @@ def memory_explained(network: CachedNetwork, causal: CausalConfig, shape: Latent
 def _remedies(network: CachedNetwork, causal: CausalConfig, shape: LatentShape, batch: int) -> str:
     frames, _, height, width = shape
     config, count = network.config, network.num_caches
-    capacity = frames if causal.window == -1 else min(frames, causal.window)
+    capacity = causal.cache_frames(frames)
     small = min(capacity, causal.sink + 2 * causal.chunk)  # the least with a past: sink, one chunk before, this one
 
     def size(capacity: int, dtype: torch.dtype) -> int:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from ..attention import MeasuredKernels, attention_kernel
 from ..blending import Blending, blend_conditionings
 from ..codecs.embedding_folder import EmbeddingFolder
+from ..codecs.first_picture import FirstPictures
 from ..codecs.image import first_frame_condition, fit_image
 from ..codecs.taehv import TAEHV, StreamingDecoder, StreamingEncoder
 from ..codecs.text import encoder_bytes
@@ -36,6 +37,7 @@ from ..geometry import TEMPORAL_FACTOR
 from ..guided import Guided
 from ..history import PromptChange
 from ..noise import ScheduledNoise, SeededNoise
+from ..policy import cache_policy
 from ..rollout import Chunk, rollout
 from ..roofline.device import measured_card
 from ..roofline.meter import Meter
@@ -46,6 +48,7 @@ from .beside import consume_beside
 from .plan import Plan, Timeline, plan_request
 from .request import PromptBatch, Request
 from .start import (
+    Decoder,
     Start,
     frames_of,
     start_from_image,
@@ -196,7 +199,9 @@ class Run:
         if meter is not None and self.show_progress:
             log.warning("%s", _prediction_in_words(meter))
         watch, start = Stopwatch(), time.perf_counter()
-        frames = self._frames(self._rollout(batch, timeline), self._decoder(), len(batch.outs), watch)
+        decoder = self._decoder()
+        chunks = self._rollout(batch, timeline, decoder.encode_first if isinstance(decoder, FirstPictures) else None)
+        frames = self._frames(chunks, decoder, len(batch.outs), watch)
         settings = batch_settings(plan, batch, timeline)
         # beside the rollout, which no card is to wait for: encoding takes the processor, and a disk may be slow
         consume_beside(functools.partial(write_batch, plan, batch, settings), frames)
@@ -234,7 +239,9 @@ class Run:
             return None
         return tensor.to(self.plan.device, self.plan.dtype).expand(count, *[-1] * (tensor.ndim - 1))
 
-    def _rollout(self, batch: PromptBatch, timeline: Timeline) -> Iterator[Chunk]:
+    def _rollout(
+        self, batch: PromptBatch, timeline: Timeline, encode_first: Callable[[int], Tensor] | None
+    ) -> Iterator[Chunk]:
         """Return the chunks of a batch, of which nothing is computed before they are asked for."""
         plan, count = self.plan, len(batch.outs)
         guided = [] if plan.cfg == 1 else [plan.request.negative]
@@ -247,7 +254,13 @@ class Run:
         negative = None if plan.cfg == 1 else conditionings[plan.request.negative]
         seeded = functools.partial(SeededNoise, first_row=batch.first_row, first_frame=plan.extent.first_frame)
         return rollout(
-            Guided(self.model, conditionings[timeline.prompts[0]], negative=negative, guidance=plan.cfg),
+            Guided(
+                self.model,
+                conditionings[timeline.prompts[0]],
+                negative=negative,
+                guidance=plan.cfg,
+                encode_first=encode_first,
+            ),
             noise=ScheduledNoise(seeded(plan.request.seed), timeline.seeds, seeded),
             latent_shape=plan.latent_shape,
             causal=plan.causal,
@@ -256,12 +269,18 @@ class Run:
             start=self.start.prefix_BTCHW,
         )
 
-    def _decoder(self) -> _Cast:
-        """Return a decoder of one video, which is decoded in a stream."""
-        coder = self.autoencoder
-        return _Cast(StreamingWanDecoder(coder) if isinstance(coder, WanVAE) else StreamingDecoder(coder), self.plan)
+    def _decoder(self) -> _Cast | FirstPictures:
+        """Return a decoder of one video, which is decoded in a stream, and of which a policy may read pictures."""
+        coder, plan = self.autoencoder, self.plan
+        decoder = _Cast(StreamingWanDecoder(coder) if isinstance(coder, WanVAE) else StreamingDecoder(coder), plan)
+        policy = cache_policy(plan.causal.policy)
+        if not policy.recomputes or policy.keeps_first or plan.causal.window == -1:
+            return decoder
+        shown = 0 if self.start.shown_BTCHW is None else self.start.shown_BTCHW.shape[1] - self.start.latent_frames
+        back = plan.causal.window - plan.causal.chunk
+        return FirstPictures(decoder, _OnDevice(coder, plan).encode, back=back, first_frame=shown)
 
-    def _frames(self, chunks: Iterator[Chunk], decoder: _Cast, count: int, watch: Stopwatch) -> Iterator[Tensor]:
+    def _frames(self, chunks: Iterator[Chunk], decoder: Decoder, count: int, watch: Stopwatch) -> Iterator[Tensor]:
         """Yield frames [B, V, R, H, W] of `count` videos on the CPU, as integers for their files, when they are there.
 
         What the start shows comes first, then chunk by chunk; the latents are written last, if they are asked for.

@@ -45,13 +45,25 @@ FIRST = {"first_chunk_steps": (1000.0, 750.0, 500.0)}
 
 
 def the_hosts_model_gives_the_cores_video() -> dict[str, float]:
-    """Compare the two with one prompt; with two in one batch; with two that ComfyUI cannot batch; with a window."""
+    """Compare the two with one prompt; with two in one batch; with two that ComfyUI cannot batch; by policies."""
     net = network()
     patcher = loaded(saved("t2v", net))
     # One frame a chunk, a sink, and a past that is written with noise: all that a cache can do otherwise.
     window = CausalConfig(chunk=1, window=3, sink=1, context_noise=100.0)
     windowed = causal_model.with_settings(patcher, model_settings.Settings("causal", window, STEPS))
+    # Passes over chunks of different noise, which leave the caches as they are; and passes that write them anew.
+    joint, again = (
+        CausalConfig(chunk=1, window=5, sink=1, policy="rolling-forcing"),
+        CausalConfig(chunk=1, window=3, policy="krea-bias"),
+    )
+    by_policy: dict[str, float] = {}
+    for name, causal in (("joint", joint), ("again", again)):
+        each = causal_model.with_settings(patcher, model_settings.Settings("causal", causal, STEPS))
+        by_policy[name] = apart(sampled(each, chunk=1), core_rollout(net, causal=causal))
+        guided = apart(sampled(each, chunk=1, cfg=3.0), core_rollout(net, causal=causal, guidance=3.0))
+        by_policy[f"{name}_cfg"] = guided
     return {
+        **by_policy,
         "plain": apart(sampled(patcher), core_rollout(net)),
         "cfg": apart(sampled(patcher, cfg=3.0), core_rollout(net, guidance=3.0)),
         "cfg_split": apart(sampled(patcher, cfg=3.0, rows=9), core_rollout(net, guidance=3.0, rows=9)),

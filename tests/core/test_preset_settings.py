@@ -57,6 +57,7 @@ RUNS: dict[str, tuple[int, tuple[float, ...], tuple[float, ...], str, tuple[int,
     "streamdiffusionv2-t2v": (3, (1000, 750, 500, 250, 0), (1000, 750, 500, 250, 0), "raw", (21, 0)),
     "sfwan2.1": (3, WARPED, WARPED, "raw", (21, 0)),
 }
+WINDOWED = ("rolling-forcing", "krea")  # whose passes are of another kind
 # Whose file names tell them apart; the others have to be named.
 UNNAMED = ("longlive", "longlive-interactive", "streamdiffusionv2-t2v", "sfwan2.1", "lightx2v-i2v-14b", "causvid-4step")
 SHIFTS = {"causvid": 8, "causvid-4step": 8, "streamdiffusionv2-t2v": 8}  # others: 5
@@ -134,7 +135,35 @@ def weights_of(network: CausalWan, networks: dict[str, fakes.Weights]) -> str:
 # ---------------------------------------------------------------------- runs --
 def test_every_release_that_runs_is_in_the_table() -> None:
     runnable = {name for name, preset in PRESETS.items() if unable(preset) is None and preset.is_causal}
-    assert runnable == RUNS.keys()
+    assert runnable == {*RUNS, *WINDOWED}
+
+
+def test_a_release_of_another_kind_of_window_runs_as_its_source_says(
+    tmp_path: Path, passes: list[Any], generate: Callable[..., dict[str, Any]]
+) -> None:
+    """Rolling Forcing: all chunks on the way in a pass, each a step behind the one before. Krea: no commit."""
+    measured = generate(written("rolling-forcing", tmp_path), frames=4 * 15 - 3)  # five chunks
+    # [1000, 800, 600, 400, 200] through a shift of 5
+    listed = (1000, 952.4, 882.4, 769.2, 555.6)
+    coming_in = [(listed[index], 0, 3 * index + 3) for index in range(5)]
+    going_out = [(listed[4], 3 * index, 15) for index in range(1, 5)]
+    commits = [(BY_COMMIT, 3 * index, 3 * index + 3) for index in range(4)]
+    expected = [*coming_in, *(entry for pair in zip(commits, going_out) for entry in pair)]
+    assert [entry[:3] for entry in passes] == expected
+    assert measured["causal"] == {**measured["causal"], "policy": "rolling-forcing", "window": 21, "sink": 3}
+    assert weights_of(passes[0][3], make_fake("rolling-forcing").networks) == "ema"
+    passes.clear()
+    measured = generate(written("krea", tmp_path), frames=4 * 9 - 3)  # three chunks
+    steps = (1000, 937, 833, 625, 0)
+    expected = [
+        *((t, 0, 3) for t in steps),
+        (0, 0, 3),
+        *((t, 3, 6) for t in steps),
+        (0, 3, 6),
+        *((t, 6, 9) for t in steps),
+    ]
+    assert [entry[:3] for entry in passes] == expected
+    assert measured["causal"] == {**measured["causal"], "policy": "krea", "window": 6, "sink": 0}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -287,11 +316,6 @@ def test_weights_are_those_of_the_preset_unless_others_are_asked_for(tmp_path: P
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        (
-            "rolling-forcing",
-            "rolling-forcing .* cache policy 'rolling-forcing' this version does not have; preset none",
-        ),
-        ("krea", "krea .* cache policy 'krea'"),
         ("self-forcing-10s", r"self-forcing-10s leaves chunk, .* policy, .* open \(its .* is not public.*--policy"),
         ("causal-forcing-ar-diffusion", "leaves steps, warp, shift, solver open .* give --steps, --warp-steps or"),
         ("self-forcing-dmd-without-ema", "self-forcing-dmd is run with ema weights: .* has no ema weights"),
@@ -304,6 +328,16 @@ def test_what_cannot_run_as_released_is_one_line(
         generate(written(name, tmp_path))
     assert str(caught.value).count("\n") == 1
     assert not (tmp_path / "a.mp4").exists()
+
+
+def test_a_release_of_a_policy_that_there_is_not_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generate: Callable[..., dict[str, Any]]
+) -> None:
+    monkeypatch.setattr(preset_settings, "POLICIES", ("self-forcing",))
+    sentence = "rolling-forcing .* cache policy 'rolling-forcing' this version does not have; preset none"
+    with pytest.raises(Refused, match=sentence) as caught:
+        generate(written("rolling-forcing", tmp_path))
+    assert str(caught.value).count("\n") == 1
 
 
 def test_open_settings_are_asked_for_only_where_they_are_not_given(tmp_path: Path) -> None:
@@ -475,9 +509,10 @@ def test_a_release_goes_through_inspect_and_convert_and_back(
 
 
 def test_a_copy_of_what_cannot_run_says_what_it_is_and_nothing_else(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = tmp_path / "copy.safetensors"
+    monkeypatch.setattr(preset_settings, "POLICIES", ("self-forcing",))
     with caplog.at_level(logging.WARNING):
         convert(written("rolling-forcing", tmp_path), copy)
     assert "cache policy 'rolling-forcing'" in caplog.text
@@ -501,7 +536,9 @@ def test_the_command_lists_every_preset_with_what_is_missing(
     assert main(["presets", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["self-forcing-dmd"]["missing"] == []
-    assert rows["rolling-forcing"]["missing"][0] == "cache policy rolling-forcing"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preset_settings, "POLICIES", ("self-forcing",))
+        assert "cache policy rolling-forcing" in preset_settings.lacking(PRESETS["rolling-forcing"])
     assert "not supported" in rows["matrix-game-2"]["missing"][0]
     assert "--steps" in rows["causal-forcing-ar-diffusion"]["missing"][0]
     assert rows["causvid"]["sources"]["steps"] == "tianweiy/CausVid configs/wan_causal_dmd.yaml"

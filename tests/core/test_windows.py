@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from selfforcing_core.codecs.first_picture import FirstPictures
 from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.experts import Experts
 from selfforcing_core.guided import Guided
@@ -316,6 +317,28 @@ def test_the_window_begins_with_a_picture_encoded_again(caplog: pytest.LogCaptur
         assert not torch.equal(video(KREA, 12), with_pictures)
         assert "policy krea begins its window with the video's first frame" in caplog.text
     assert torch.equal(video(KREA, 12), video(replace(KREA, policy="krea,keeps_first=yes"), 12))
+
+
+@pytest.mark.parametrize("shown", [0, 2])
+def test_a_decoder_encodes_the_last_picture_of_a_frame(shown: int) -> None:
+    """In a stream of one latent frame, then chunks of two, two frames back; `shown` were decoded before the first."""
+
+    class Numbered:
+        """Decodes to pictures that hold their own number: latent frame 3 is pictures 9 to 12."""
+
+        def __init__(self) -> None:
+            self.count = 0
+
+        def decode(self, latents_BTCHW: Tensor) -> Tensor:
+            first, self.count = self.count, self.count + latents_BTCHW.shape[1]
+            numbers = range(max(0, 4 * first - 3), 4 * self.count - 3)
+            return torch.tensor(numbers, dtype=torch.float32)[None, :, None, None, None]
+
+    pictures = FirstPictures(Numbered(), lambda frames: -frames, back=2, first_frame=shown)
+    for end in (1, 3, 5, 7):
+        pictures.decode(torch.zeros(1, 1 if end == 1 else 2, *FRAME))
+        if end > 1:
+            assert pictures.encode_first(end - 2 - shown).item() == -4 * (end - 2)
 
 
 def test_without_a_bias_the_biased_policy_is_the_other() -> None:
