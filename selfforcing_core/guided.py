@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,9 +37,10 @@ def new_caches(
     # a window as long as the video never evicts, and then nothing has to be kept from eviction
     policy = cache_policy(causal.policy)
     evicts = -1 < causal.window < num_frames
-    capacity, sink = (causal.window, causal.sink) if evicts else (num_frames, 0)
+    capacity, sink = causal.cache_frames(num_frames), causal.sink if evicts else 0
     if not evicts and policy != SELF_FORCING:
         sink = min(causal.sink, num_frames - 1)  # a change of the prompt may take the rest away
+        policy = replace(policy, bank=0, refresh_below=None)  # nothing has to be chosen where nothing leaves
     caches = [
         network.new_cache(
             batch=embeds.shape[0], latent_height=height, latent_width=width, capacity=capacity, sink=sink, like=embeds

@@ -55,6 +55,7 @@ class History:
         self.window = causal.window if evicts else sum(lengths)
         self.chunks: list[tuple[int, Tensor, float]] = []  # start frame, what was written, at which timestep
         self.is_known = True
+        self.begun: int | None = None  # where the chunk begins that was asked for last
 
     def add(self, start_frame: int, x_BTCHW: Tensor, timestep: float) -> None:
         """Remember a finished chunk, in place of an earlier one there; forget those that it did not see.
@@ -87,6 +88,11 @@ class History:
 
         Raises ValueError if its conditioning does not fit the network or the video.
         """
+        caches = [cache for cache in self.guided.caches if cache is not None]
+        if start_frame == self.begun:  # it is made once more
+            for cache in caches:
+                cache.undo(start_frame)
+        self.begun = start_frame
         change = None if self.prompt_at is None else self.prompt_at(start_frame)
         if change is None:
             return
@@ -95,11 +101,15 @@ class History:
         history = self.policy.with_history(change.history).history
         if start_frame == 0:  # before the first chunk there is nothing to write again
             return
+        for cache in caches:
+            cache.close(start_frame)
+            if history == CUT:
+                cache.begin_shot(start_frame)
         if history == RECODE:
             self.write_again(start_frame)
         elif history in (RECACHE, RECACHE_SINK):
             self.write_jointly(start_frame, moves_sink=history == RECACHE_SINK)
-        elif history in (FLUSH, CUT):
+        elif history in (FLUSH, CUT) and self.policy.shot_offset is None:
             self.forget_window(start_frame, is_cut=history == CUT)
 
     def forget_window(self, end_frame: int, *, is_cut: bool) -> None:

@@ -229,6 +229,7 @@ class _Block(nn.Module):
 
 def _attend_cached(q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, cache: KVCache, layer: int) -> Tensor:
     """Attend to the staged chunk itself and to what the cache shows of the past; no mask, for the rest is not there."""
+    k_BLNK = cache.own_keys(k_BLNK)
     if cache.writes and cache.by_segments and cache.converts(k_BLNK):
         cache.write(layer, k_BLNK, v_BLNK)
         return attend_segments(q_BLNK, cache.past(layer).segments(k_BLNK, v_BLNK))

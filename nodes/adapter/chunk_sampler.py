@@ -140,17 +140,16 @@ class ChunkSampler(comfy.samplers.KSAMPLER):
         The past of a layer is joined with the new keys and values where the two are of different types.
         """
         settings, model = settings_of(guider.model_patcher), guider.model_patcher.model
-        config, window, computed = config_of(model.diffusion_model), self._causal(guider).window, compute_dtype(model)
+        config, causal, computed = config_of(model.diffusion_model), self._causal(guider), compute_dtype(model)
         batch, _, frames, height, width = noise_shape
         stored = settings.cache_dtype or computed
 
-        # All frames where the window has no end (-1); the sink is within the window.
         def size(config: WanConfig, dtype: torch.dtype) -> int:
             return KVCache.num_bytes(
                 config,
                 batch=batch,
                 tokens_per_frame=tokens_per_frame(height, width),
-                capacity=frames if window == -1 else min(frames, window),
+                capacity=causal.cache_frames(frames),
                 dtype=dtype,
             )
 

@@ -260,7 +260,7 @@ def memory_explained(network: CachedNetwork, causal: CausalConfig, shape: Latent
 def _remedies(network: CachedNetwork, causal: CausalConfig, shape: LatentShape, batch: int) -> str:
     frames, _, height, width = shape
     config, count = network.config, network.num_caches
-    capacity = frames if causal.window == -1 else min(frames, causal.window)
+    capacity = causal.cache_frames(frames)
     small = min(capacity, causal.sink + 2 * causal.chunk)  # the least with a past: sink, one chunk before, this one
 
     def size(capacity: int, dtype: torch.dtype) -> int:
