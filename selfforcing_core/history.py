@@ -67,6 +67,7 @@ class History:
                 "later picture can be encoded as a first one",
                 self.policy.name,
             )
+        self.begun: int | None = None  # where the chunk begins that was asked for last
 
     def add(self, start_frame: int, x_BTCHW: Tensor, timestep: float) -> None:
         """Remember a finished chunk, in place of an earlier one there; forget those that it did not see.
@@ -112,6 +113,10 @@ class History:
         Under a policy that computes its window again before every chunk, this is when. Raises ValueError if the
         prompt's conditioning does not fit the network or the video.
         """
+        for cache in self.guided.caches if start_frame == self.begun else ():  # it is made once more
+            if cache is not None:
+                cache.undo(start_frame)
+        self.begun = start_frame
         change = None if self.prompt_at is None else self.prompt_at(start_frame)
         if self.policy.recomputes and self.policy.is_late:
             self.compute_window(start_frame)
@@ -126,11 +131,16 @@ class History:
         history = self.policy.with_history(change.history).history
         if start_frame == 0 or self.policy.recomputes:  # nothing to write again, or it is done for every chunk
             return
+        for cache in self.guided.caches:
+            if cache is not None:
+                cache.close(start_frame)
+                if history == CUT:
+                    cache.begin_shot(start_frame)
         if history == RECODE:
             self.write_again(start_frame)
         elif history in (RECACHE, RECACHE_SINK):
             self.write_jointly(start_frame, moves_sink=history == RECACHE_SINK)
-        elif history in (FLUSH, CUT):
+        elif history in (FLUSH, CUT) and self.policy.shot_offset is None:
             self.forget_window(start_frame, is_cut=history == CUT)
 
     def compute_window(self, end_frame: int) -> None:

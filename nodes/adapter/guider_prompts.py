@@ -333,7 +333,7 @@ class GuiderTimeline:
     def _check_start(self, start: PromptStart, *, is_past_fixed: bool, is_paired: bool) -> None:
         """Raise ValueError, now and not when its time has come, for a prompt that cannot begin as it is to."""
         policy = self.policy
-        history = policy.with_history(start.history).history if policy.remembers else start.history or policy.history
+        history = policy.with_history(start.history).history
         if is_past_fixed and history in WRITTEN_AGAIN:
             raise ValueError(
                 f"the prompt at {start.seconds:g}s is to {history} history, but {UNKNOWN_PAST}; use history 'keep'"
@@ -386,9 +386,9 @@ class GuiderTimeline:
         """Return what can become of the history for a typed prompt; say so where it is not what was asked for."""
         assert self.typed is not None
         policy, history = self.policy, transition.history or self.policy.history
-        if transition.history == RECODE != policy.history and not policy.remembers:
+        if transition.history == RECODE != policy.history and RECODE in policy.histories:
             self.typed.say(f"history 'recode' is used; its policy {policy.name} would say {policy.history!r}")
-        if history in WRITTEN_AGAIN and policy.remembers:
+        if history not in policy.histories:
             self.typed.say(f"the new prompt holds from here on, with history '{policy.history}', as its policy says")
             return policy.history
         if history in WRITTEN_AGAIN and not self.can_recode:
