@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,7 +39,10 @@ def new_caches(
     evicts = -1 < causal.window < num_frames
     capacity, sink = (causal.window, causal.sink) if evicts else (num_frames, 0)
     if not evicts and policy != SELF_FORCING:
-        sink = min(causal.sink, num_frames - 1)  # a change of the prompt may take the rest away
+        if policy.num_means > num_frames - causal.chunk:  # so short that nothing to average ever leaves
+            policy = replace(policy, means=None)
+        # a change of the prompt may take the rest away, and then a chunk has to find room behind what stays
+        sink = min(causal.sink, num_frames - causal.chunk - policy.num_means)
     caches = [
         network.new_cache(
             batch=embeds.shape[0], latent_height=height, latent_width=width, capacity=capacity, sink=sink, like=embeds
