@@ -203,9 +203,9 @@ def table(report: dict[str, Any], source: str) -> str:
         f"{number} videos of {times} times the training length by the bundled tiny model, trained for none of these,",
         f"read back with the detector of its world ({where}).",
         "Colour and shape: share of frames that agree with the caption, of the whole video and of its last training",
-        "length; background: videos whose ground is still the caption's at the end, and how far a channel of its colour",
-        "went (0 to 1); diversity: how far two videos of a caption are apart at the end, 1 as real ones. Seconds of one",
-        "CPU thread a chunk, without the decoder; megabytes of the cache, in float32. With so few videos, shares a tenth",
+        "length; background: videos whose ground is still the caption's at the end, and how far a channel of it went",
+        "(0 to 1); diversity: how far two videos of a caption are apart at the end, 1 as real ones. Seconds of one CPU",
+        "thread a chunk, without the decoder; megabytes of the cache, in float32. With so few videos, shares a tenth",
         "apart may be chance.",
         "",
         "| policy | chunk, window, sink | colour | at the end | shape | at the end | background | drift | diversity | "
