@@ -142,7 +142,7 @@ def cost(maker: Maker, causal: CausalConfig, chunks: int, *, steps: StepConfig |
         held.append(sum(vars(held_bytes(cache)).values()))
         is_finite &= bool(chunk.latents_BTCHW.isfinite().all())
         start = time.process_time()
-    full = 2 * causal.window // causal.chunk + 2  # from when the ring came round twice
+    full = min(2 * causal.window // causal.chunk + 2, chunks - 1)  # from when the ring came round twice
     block = max(1, (chunks - full) // 10)
     first, last = (statistics.median(part) for part in (seconds[full : full + block], seconds[-block:]))
     return {
