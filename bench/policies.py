@@ -54,13 +54,14 @@ SIDE, CHANNELS = 8, 16  # of the tiny model's latents
 SIZES = ((3, 9, 3), (3, 9, 0), (3, 9, 1), (1, 9, 3), (3, 12, 3), (3, 15, 3))
 
 
-def sizes_for(name: str, config: WanConfig) -> CausalConfig:
-    """Return the first of SIZES that a policy runs with. Raises ValueError, its own, if there is none."""
+def sizes_for(name: str, config: WanConfig, steps: StepConfig) -> CausalConfig:
+    """Return the first of SIZES that a policy runs with in these steps. Raises ValueError, its own, if there is none."""
     refusal = ValueError(f"policy {name} takes none of {SIZES}")
     for chunk, window, sink in SIZES:
         try:
             causal = CausalConfig(chunk, window, sink, policy=name)
-            planned_bytes(config, causal, (12 * chunk, CHANNELS, SIDE, SIDE))  # some refuse only when they begin
+            # some refuse only when they begin
+            planned_bytes(config, causal, (12 * chunk, CHANNELS, SIDE, SIDE), steps=steps)
         except ValueError as error:
             refusal = error
         else:
@@ -164,7 +165,7 @@ def measure(maker: Maker, names: list[str], captions: int, times: int) -> tuple[
     diversity = pair_differences(real)
     rows, firsts = {}, {}
     for name in names:
-        causal = sizes_for(name, maker.model.config)
+        causal = sizes_for(name, maker.model.config, maker.steps)
         videos = maker.frames(causal, texts, times * LATENT_FRAMES)
         spent = cost(maker, causal, max(4, times * LATENT_FRAMES // causal.chunk))
         spent = {key: spent[key] for key in ("cpu_seconds_per_chunk", "cache_bytes")}
@@ -179,7 +180,7 @@ def endure(maker: Maker, names: list[str], chunks: int) -> dict[str, Any]:
     """Return for each policy whether so many chunks cost what the first ones did."""
     rows = {}
     for name in names:
-        causal = sizes_for(name, maker.model.config)
+        causal = sizes_for(name, maker.model.config, maker.steps)
         steps = maker.steps if causal.policy == "rolling-forcing" else replace(maker.steps, steps=(1000.0,))
         rows[name] = {**_sizes(causal), **cost(maker, causal, chunks, steps=steps)}
         print(name, rows[name], flush=True)
@@ -241,10 +242,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--docs", action="store_true", help="write table and contact sheet into docs/")
     parser.add_argument("--out", type=Path, help="file to write")
     args = parser.parse_args(arguments)
-    if args.pictures:
-        draw({name: sizes_for(name, load_model("tiny")[0].config) for name in args.policies})
-        return
     maker = Maker()
+    if args.pictures:
+        draw({name: sizes_for(name, maker.model.config, maker.steps) for name in args.policies})
+        return
     if args.chunks:
         print(write(endure(maker, args.policies, args.chunks), args.out))
         return

@@ -28,7 +28,7 @@ FOLDER = ROOT / "docs" / "policies"
 SHEET = ROOT / "docs" / "policies.webp"
 CHUNKS = 9  # of a picture
 CELL, LEFT, TOP = 14, 96, 58  # pixels: of a frame; beside and above the cells
-STEPS = StepConfig((1000.0, 500.0, 250.0))
+STEPS = StepConfig((1000.0, 750.0, 500.0, 250.0))  # as many as the tiny model has
 SMALLEST = WanConfig(32, 32, 2, 1, in_dim=4, out_dim=4, text_dim=8, text_len=4, freq_dim=16)
 # Text and lines are read on a light page and on a dark one, since the picture brings its own ground.
 COLOURS = {"own": "#2f6fbb", "past": "#a9c7ea", "sink": "#e39a3b", "moved": "#c8693f", "average": "#8a63b8"}

@@ -14,7 +14,7 @@ from ..kv_cache import KVCache
 from ..model import CausalWan
 from ..rollout import rollout
 
-STEPS = StepConfig((1000.0, 500.0))  # what a policy remembers does not depend on the noise levels
+STEPS = StepConfig((1000.0, 500.0))  # what a policy remembers does not depend on the noise levels, nor on their number
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ def planned_bytes(
     batch: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     cache_dtype: torch.dtype | None = None,
+    steps: StepConfig = STEPS,
 ) -> CacheBytes:
     """Return the bytes of one cache of a video of `latent_shape` (T, C, H, W) at its largest.
 
@@ -62,7 +63,7 @@ def planned_bytes(
     (cache,) = new_caches(model, conditioning, 1, shape, causal)
     with torch.no_grad():
         guided = Guided(model, conditioning, caches=[cache])
-        for _ in rollout(guided, noise=_NoNoise(batch), latent_shape=shape, causal=causal, steps=STEPS):
+        for _ in rollout(guided, noise=_NoNoise(batch), latent_shape=shape, causal=causal, steps=steps):
             pass
     held = held_bytes(cache)
     return CacheBytes(held.ring * layers, held.memory * layers)

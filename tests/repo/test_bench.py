@@ -92,4 +92,4 @@ def test_every_policy_is_measured_in_a_size_that_it_takes(tmp_path: Path) -> Non
     assert "| `infinite` | 3, 9, 3 |" in table(report, "bench/results/x.json")
     contact_sheet(videos, tmp_path / "sheet.webp")
     assert (tmp_path / "sheet.webp").stat().st_size < 10**6
-    assert all(sizes_for(name, maker.model.config).policy == name for name in POLICIES)
+    assert all(sizes_for(name, maker.model.config, maker.steps).policy == name for name in POLICIES)
