@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .conditioning import Conditioning
-from .policy import KEEP
+from .policy import KEEP, CachePolicy
 from .prompt_schedule import Transition
 
 Prompt = TypeVar("Prompt")
@@ -36,6 +36,15 @@ def blend_conditionings(one: Conditioning, other: Conditioning, weight: float) -
     return replace(other, prompt_embeds_BPE=blend_embeds(one.prompt_embeds_BPE, other.prompt_embeds_BPE, weight))
 
 
+def history_on_the_way(policy: CachePolicy) -> str | None:
+    """Return what becomes of the frames so far while a prompt becomes the next: kept, unless the policy cannot."""
+    try:
+        policy.with_history(KEEP)
+    except ValueError:
+        return None  # such a policy says it for every change
+    return KEEP
+
+
 class Blending(Generic[Prompt]):
     """Which prompt holds for which chunk, where some become the next over several chunks.
 
@@ -43,11 +52,18 @@ class Blending(Generic[Prompt]):
     changed then goes on from what held before the chunk, as if it had been changed so at first.
 
     first: the prompt from the beginning on. starts: the first latent frames of all chunks. mix(one, other, weight):
-    what lies between two prompts.
+    what lies between two prompts. on_the_way: what becomes of the frames so far in a chunk between them.
     """
 
-    def __init__(self, first: Prompt, starts: Sequence[int], mix: Callable[[Prompt, Prompt, float], Prompt]) -> None:
-        self.starts, self.mix = list(starts), mix
+    def __init__(
+        self,
+        first: Prompt,
+        starts: Sequence[int],
+        mix: Callable[[Prompt, Prompt, float], Prompt],
+        *,
+        on_the_way: str | None = KEEP,
+    ) -> None:
+        self.starts, self.mix, self.on_the_way = list(starts), mix, on_the_way
         self.before = self.current = first  # what held before the chunk that was begun last, and what holds
         self.chunk = -1  # that chunk's first latent frame
         self.steps: dict[int, tuple[Prompt, str | None]] = {}  # what is still to come of the latest change
@@ -66,7 +82,7 @@ class Blending(Generic[Prompt]):
         index = self.starts.index(self.chunk)
         last = transition.blend - 1
         self.steps = {
-            start: (self.mix(self.before, prompt, step / last) if step else self.before, KEEP)
+            start: (self.mix(self.before, prompt, step / last) if step else self.before, self.on_the_way)
             for step, start in enumerate(self.starts[index : index + last])
         }
         if index + last < len(self.starts):  # else the video ends on the way

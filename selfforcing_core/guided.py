@@ -39,8 +39,12 @@ def new_caches(
     evicts = -1 < causal.window < num_frames
     capacity, sink = causal.cache_frames(num_frames), causal.sink if evicts else 0
     if not evicts and policy != SELF_FORCING:
-        sink = min(causal.sink, num_frames - 1)  # a change of the prompt may take the rest away
-        policy = replace(policy, bank=0, refresh_below=None)  # nothing has to be chosen where nothing leaves
+        # nothing has to be chosen where nothing leaves
+        policy = replace(policy, bank=0, refresh_below=None)
+        if policy.num_means > num_frames - causal.chunk:  # so short that nothing to average ever leaves
+            policy = replace(policy, means=None)
+        # a change of the prompt may take the rest away, and then a chunk has to find room behind what stays
+        sink = min(causal.sink, num_frames - causal.chunk - policy.num_means)
     caches = [
         network.new_cache(
             batch=embeds.shape[0], latent_height=height, latent_width=width, capacity=capacity, sink=sink, like=embeds

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 
 import comfy.conds
 
-from ...selfforcing_core.blending import Blending, blend_embeds
+from ...selfforcing_core.blending import Blending, blend_embeds, history_on_the_way
 from ...selfforcing_core.conditioning import Conditioning
 from ...selfforcing_core.config import WanConfig
 from ...selfforcing_core.history import PromptChange
@@ -319,7 +319,9 @@ class GuiderTimeline:
         self.at_frame = dict(zip(starts[1:], later))
         chunk_starts = [sum(lengths[:index]) for index in range(len(lengths))]
         first = network.guider.conds.get("positive", [])
-        self.blending: Blending[list[GuiderConditioning]] = Blending(first, chunk_starts, _blend_prompts)
+        self.blending: Blending[list[GuiderConditioning]] = Blending(
+            first, chunk_starts, _blend_prompts, on_the_way=history_on_the_way(policy)
+        )
         self.policy = policy
         counts = {len(conditionings) for conditionings in (first, *(each for _, each in later))}
         for frame, (start, _) in self.at_frame.items():
@@ -332,8 +334,7 @@ class GuiderTimeline:
 
     def _check_start(self, start: PromptStart, *, is_past_fixed: bool, is_paired: bool) -> None:
         """Raise ValueError, now and not when its time has come, for a prompt that cannot begin as it is to."""
-        policy = self.policy
-        history = policy.with_history(start.history).history
+        policy, history = self.policy, self.policy.with_history(start.history).history
         if is_past_fixed and history in WRITTEN_AGAIN:
             raise ValueError(
                 f"the prompt at {start.seconds:g}s is to {history} history, but {UNKNOWN_PAST}; use history 'keep'"
@@ -385,12 +386,14 @@ class GuiderTimeline:
     def _possible(self, transition: Transition, start_frame: int) -> str:
         """Return what can become of the history for a typed prompt; say so where it is not what was asked for."""
         assert self.typed is not None
-        policy, history = self.policy, transition.history or self.policy.history
-        if transition.history == RECODE != policy.history and RECODE in policy.histories:
-            self.typed.say(f"history 'recode' is used; its policy {policy.name} would say {policy.history!r}")
-        if history not in policy.histories:
-            self.typed.say(f"the new prompt holds from here on, with history '{policy.history}', as its policy says")
+        policy = self.policy
+        try:
+            history = policy.with_history(transition.history).history
+        except ValueError as error:  # a long run does not end because of a word chosen in its player
+            self.typed.say(f"the new prompt holds from here on, with history '{policy.history}': {error}")
             return policy.history
+        if transition.history == RECODE != policy.history:
+            self.typed.say(f"history 'recode' is used; its policy {policy.name} would say {policy.history!r}")
         if history in WRITTEN_AGAIN and not self.can_recode:
             self.typed.say(f"the new prompt holds from here on, with history 'keep': {UNKNOWN_PAST}")
             return KEEP

@@ -31,9 +31,10 @@ from ..geometry import (
     latent_frames,
     pixel_frames,
 )
-from ..policy import CachePolicy, cache_policy
+from ..policy import SELF_FORCING, CachePolicy, cache_policy
 from ..prompt_schedule import Transition, parse_schedule, schedule_note, start_frames
 from ..roofline.meter import Recipe
+from ..roofline.policy_bytes import planned_bytes
 from ..schedule import FlowSchedule
 from ..weights.bundles import is_bundle, resolve_model, resolve_taehv, resolve_text_encoder
 from ..weights.checkpoint import DTYPES, Checkpoint
@@ -130,7 +131,27 @@ class Plan:
             cache_bytes=self.cache_dtype.itemsize,
             activation_bytes=number_bytes,
             writes=self.causal.cache_source == "clean",
+            policy_bytes=self._policy_bytes(batch),
         )
+
+    def _policy_bytes(self, batch: int) -> int:
+        """Return what the policy of the cache takes beside the window, in one cache; see `Recipe`."""
+        if self.causal.policy == SELF_FORCING.name or len(self.extent.chunk_lengths) == 1:
+            return 0
+        policies = self.causal, replace(self.causal, policy=SELF_FORCING.name)
+        own, plain = (
+            planned_bytes(
+                self.config,
+                causal,
+                self.latent_shape,
+                batch=batch,
+                dtype=self.dtype,
+                cache_dtype=self.cache_dtype,
+                steps=self.steps,
+            )
+            for causal in policies
+        )
+        return own.ring + own.memory - plain.ring
 
     def memory_in_words(self, text_bytes: int) -> str:
         """Return what the device will have to hold, counted before anything is loaded.

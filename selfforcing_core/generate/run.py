@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..attention import MeasuredKernels, attention_kernel
-from ..blending import Blending, blend_conditionings
+from ..blending import Blending, blend_conditionings, history_on_the_way
 from ..codecs.embedding_folder import EmbeddingFolder
 from ..codecs.first_picture import FirstPictures
 from ..codecs.image import first_frame_condition, fit_image
@@ -37,7 +37,7 @@ from ..geometry import TEMPORAL_FACTOR
 from ..guided import Guided
 from ..history import PromptChange
 from ..noise import ScheduledNoise, SeededNoise
-from ..policy import cache_policy
+from ..policy import CachePolicy, cache_policy
 from ..rollout import Chunk, rollout
 from ..roofline.device import measured_card
 from ..roofline.meter import Meter
@@ -250,7 +250,7 @@ class Run:
             text: Conditioning(self._rows(self.embeddings[text], count), image, clip)
             for text in dict.fromkeys([*timeline.prompts, *guided])
         }
-        later = _changes(timeline, conditionings, plan.extent.chunk_lengths)
+        later = _changes(timeline, conditionings, plan.extent.chunk_lengths, cache_policy(plan.causal.policy))
         negative = None if plan.cfg == 1 else conditionings[plan.request.negative]
         seeded = functools.partial(SeededNoise, first_row=batch.first_row, first_frame=plan.extent.first_frame)
         return rollout(
@@ -317,13 +317,14 @@ class Run:
 
 
 def _changes(
-    timeline: Timeline, conditionings: Mapping[str, Conditioning], lengths: Sequence[int]
+    timeline: Timeline, conditionings: Mapping[str, Conditioning], lengths: Sequence[int], policy: CachePolicy
 ) -> dict[int, PromptChange]:
     """Return what changes by the first latent frame of each chunk that does not go on with the prompt before."""
     if not timeline.later:
         return {}
     starts = [sum(lengths[:index]) for index in range(len(lengths))]
-    blending = Blending(conditionings[timeline.prompts[0]], starts, blend_conditionings)
+    first, on_the_way = conditionings[timeline.prompts[0]], history_on_the_way(policy)
+    blending = Blending(first, starts, blend_conditionings, on_the_way=on_the_way)
     changes: dict[int, PromptChange] = {}
     for start in starts:
         blending.begin(start)

@@ -43,6 +43,7 @@ class Recipe:
     weight_bytes: int = 2  # of one number, as in `pass_work`
     cache_bytes: int = 2
     activation_bytes: int = 2
+    policy_bytes: int = 0  # what the cache's policy keeps beside the window, in one cache of all videos
     taehv: TAEHVConfig = field(default_factory=TAEHVConfig)
 
     @property
@@ -107,6 +108,7 @@ class Recipe:
         cached = 2 * config.num_layers * self.batch * config.dim * (1 + self.guided) * self.networks
         # A single chunk is never read back, so nothing is cached.
         caches = cached * cached_frames * self.tokens_per_frame * self.cache_bytes if len(self.lengths) > 1 else 0
+        caches += self.policy_bytes * (1 + self.guided) * self.networks
         network = int(rows * (2 * config.ffn_dim + ALIVE * config.dim) * self.activation_bytes)
         # Frame by frame, 8 x 8 pixels for each latent one; those of a chunk wait for each other.
         frames, pixels = max(self.lengths) * TEMPORAL_FACTOR, self.batch * 64 * self.latent_height * self.latent_width

@@ -465,7 +465,20 @@ def malformed(generator: random.Random, run: str, client: str) -> bytes:
         return generator.randbytes(generator.randrange(200))
     if kind == 1:
         return b"[" * generator.choice([1, 50, 5000, 70000])
-    names = ["run", "action", "client", "number", "seed", "text", "history", "frame", "shown", "prompt_id", "extra"]
+    names = [
+        "run",
+        "action",
+        "client",
+        "number",
+        "seed",
+        "text",
+        "history",
+        "blend",
+        "frame",
+        "shown",
+        "prompt_id",
+        "extra",
+    ]
     body = {name: generator.choice(values) for name in names if generator.random() < 0.7}
     if kind == 3:
         body |= {"run": run, "client": client}

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from bench import rollout as bench
 from bench.needs import needs
-from selfforcing_core.config import NETWORK_SIZES, WanConfig
+from bench.policies import Maker, endure, measure, sizes_for, table
+from bench.policy_pictures import COLOURS, contact_sheet, picture, seen_by_chunks
+from selfforcing_core.config import NETWORK_SIZES, CausalConfig, WanConfig
+from selfforcing_core.memory import AVERAGE
+from selfforcing_core.policy import POLICIES
 
 TINY = bench.Case(WanConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=16, text_len=8), 4, 4, 6, 2, 0.5)
 
@@ -62,3 +68,28 @@ def test_what_a_card_must_hold_is_counted_as_the_command_line_counts_it() -> Non
     assert halved["gigabytes"]["weights"] == pytest.approx(case["gigabytes"]["weights"] / 2, abs=0.01)
     assert needs("t2v-1.3b", 832, 480, 81, 9, 2)["gigabytes_together"] < case["gigabytes_together"]
     assert case["fps_at_most"]["rtx-4090"] < case["fps_at_most"]["h100"]
+
+
+def test_policies_are_drawn_from_the_cache_itself() -> None:
+    """The sink stands before the window, averages behind it, and the chunk sees as many frames as its window."""
+    causal = CausalConfig(3, 9, 3, policy="memrope")
+    last = seen_by_chunks(causal, 5)[-1]
+    assert last.slots == ((0, 6), (1, 7), (2, 8), (AVERAGE, 9), (AVERAGE, 10), (11, 11), (12, 12), (13, 13), (14, 14))
+    drawn = picture("memrope", causal)
+    assert drawn.count(COLOURS["average"]) == 2 * 6 + 1, "in every chunk that evicts, and in the legend"
+    ElementTree.fromstring(drawn)
+
+
+def test_every_policy_is_measured_in_a_size_that_it_takes(tmp_path: Path) -> None:
+    """The short form of the long commands: finite, of equal size, and a row of the table for each."""
+    maker = Maker()
+    rows = endure(maker, ["self-forcing", "reward", "rolling-sink"], 14)["policies"]
+    for name, row in rows.items():
+        assert row["is_finite"], name
+        assert row["bytes_grow"] == 0, name
+    report, videos = measure(maker, ["infinite"], 1, 2)
+    assert 0 <= report["policies"]["infinite"]["last_colour"] <= 1
+    assert "| `infinite` | 3, 9, 3 |" in table(report, "bench/results/x.json")
+    contact_sheet(videos, tmp_path / "sheet.webp")
+    assert (tmp_path / "sheet.webp").stat().st_size < 10**6
+    assert all(sizes_for(name, maker.model.config, maker.steps).policy == name for name in POLICIES)

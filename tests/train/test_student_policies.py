@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from train.args import DmdArgs
 from train.roles import Student
 
 STEPS = StepConfig((1000.0, 500.0))
-PLAIN = {"student": "tiny", "teacher": "tiny", "text_encoder": "tiny", "prompts": "p", "logdir": "run"}
+PLAIN: dict[str, Any] = {"student": "tiny", "teacher": "tiny", "text_encoder": "tiny", "prompts": "p", "logdir": "run"}
 
 
 def is_trained(name: str) -> bool:

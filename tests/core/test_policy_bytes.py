@@ -1,0 +1,57 @@
+"""What a policy takes is known before anything is allocated."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from selfforcing_core.config import CausalConfig, WanConfig
+from selfforcing_core.guided import Guided, new_caches
+from selfforcing_core.noise import SeededNoise
+from selfforcing_core.rollout import rollout
+from selfforcing_core.roofline.policy_bytes import CacheBytes, held_bytes, planned_bytes
+from selfforcing_core.weights.presets import PRESETS
+from tests.core.test_policies import SMALL, STEPS
+from tests.support.tiny_wan import CONFIG, FRAME, random_text, random_wan
+
+WAN_1_3B = WanConfig(1536, 8960, 12, 30)
+
+
+def allocated(causal: CausalConfig, frames: int, dtype: Any) -> CacheBytes:
+    model, text = random_wan(dtype=torch.float32), random_text(dtype=torch.float32)
+    model.cache_dtype = dtype
+    (cache,) = new_caches(model, text, 1, (frames, *FRAME), causal)
+    with torch.no_grad():
+        guided = Guided(model, text, caches=[cache])
+        for _ in rollout(
+            guided, noise=SeededNoise(0), latent_shape=(frames, *FRAME), causal=causal, steps=STEPS, commit_last=True
+        ):
+            pass
+    return held_bytes(cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("name", SMALL)
+def test_planned_bytes_are_those_that_a_run_allocates(name: str, dtype: torch.dtype) -> None:
+    causal = replace(SMALL[name], policy=name)
+    batch = random_text().prompt_embeds_BPE.shape[0]
+    for frames in (4, 24):  # shorter than any window, and past its first two rounds
+        planned = planned_bytes(CONFIG, causal, (frames, *FRAME), batch=batch, dtype=torch.float32, cache_dtype=dtype)
+        assert planned == allocated(causal, frames, dtype)
+
+
+def test_a_moving_sink_of_wan_costs_its_keys_once_more() -> None:
+    """In float32, at 480x832; counted in less time than a chunk takes."""
+    preset = PRESETS["infinite-forcing"]
+    assert preset.window is not None
+    assert preset.sink is not None
+    causal = CausalConfig(3, preset.window, preset.sink, policy="infinite")
+    start = time.perf_counter()
+    planned = planned_bytes(WAN_1_3B, causal, (243, 16, 60, 104))
+    assert time.perf_counter() - start < 10
+    frame = 30 * 1560 * 1536
+    assert planned == CacheBytes(2 * 2 * preset.window * frame, 4 * preset.sink * frame)
