@@ -13,7 +13,6 @@ Letters: B batch, T latent frames, C latent channels, H W latent size.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
@@ -112,11 +111,11 @@ def rollout(
             else:
                 finished = denoiser.denoise(index, index - len(given), start_frame, end_frame)
             # what later chunks see is the clean chunk; after the last one nobody looks, which saves a pass
-            if not finished.is_written and (commit_last or end_frame < latent_shape[0]):
-                finished = denoiser.commit(finished, index, start_frame)
-            history.add(start_frame, finished.context_BTCHW, finished.timestep)
-            take = functools.partial(_snapshot, denoiser, start_frame, end_frame, finished)
-            is_wanted = yield Chunk(index, start_frame, finished.latents_BTCHW, index < len(given), take)
+            is_seen = commit_last or end_frame < latent_shape[0]
+            latest = _Latest(denoiser, index, start_frame, end_frame, finished, is_seen)
+            # handed out before the pass that writes it, which nobody has to wait for
+            is_wanted = yield Chunk(index, start_frame, finished.latents_BTCHW, index < len(given), latest.snapshot)
+        latest.settle()
 
 
 @dataclass(frozen=True)
@@ -219,25 +218,49 @@ class _Denoiser:
         return 0.0 if exit_step == len(schedule.timesteps) - 1 else schedule.sigmas[-1]
 
 
-def _snapshot(
-    denoiser: _Denoiser, start_frame: int, end_frame: int, finished: _Finished, device: torch.device | None
-) -> Snapshot:
-    """Return the rollout's state after a chunk; one that is not in the caches goes with it."""
-    guided, latents = denoiser.guided, denoiser.history.latents(end_frame)
-    if latents:  # from which the caches are computed again
-        latents = {name: x.to(device) for name, x in latents.items()}
-        return Snapshot(start_frame, end_frame, (), num_networks=guided.num_networks, latents=latents)
-    caches = [cache for cache in guided.caches if cache is not None]
-    # an expert that no step of the chunk has asked has not seen it yet
-    assert all(cache.start_frame <= start_frame for cache in caches), "too late, the next chunk was already asked for"
-    states = tuple(cache.snapshot(device) for cache in caches)
-    snapshot = Snapshot(start_frame, end_frame, states, num_networks=guided.num_networks)
-    if denoiser.window is not None:
-        ahead = {name: x.to(device) for name, x in denoiser.window.latents().items()}
-        snapshot = replace(snapshot, latents=ahead, steps_ahead=denoiser.window.steps())
-    if finished.is_written:
-        return snapshot
-    return replace(snapshot, pending_BTCHW=finished.context_BTCHW, pending_timestep=finished.timestep)
+@dataclass
+class _Latest:
+    """The chunk that was handed out last, until it is in caches and history."""
+
+    denoiser: _Denoiser
+    index: int
+    start_frame: int
+    end_frame: int
+    finished: _Finished
+    is_seen: bool  # by later chunks, so that it has to be written
+    is_settled: bool = False
+
+    def settle(self) -> None:
+        """Write the chunk for those behind it, and remember it, unless that was done."""
+        if self.is_settled:
+            return
+        if self.is_seen and not self.finished.is_written:
+            self.finished = self.denoiser.commit(self.finished, self.index, self.start_frame)
+        self.denoiser.history.add(self.start_frame, self.finished.context_BTCHW, self.finished.timestep)
+        self.is_settled = True
+
+    def snapshot(self, device: torch.device | None) -> Snapshot:
+        """Return the rollout's state after the chunk; where nothing will see it, it goes along as it is to be written.
+
+        What its caches hold is final: the pass that writes the chunk is made now, if it was not yet.
+        """
+        caches = [cache for cache in self.denoiser.guided.caches if cache is not None]
+        # an expert that no step of the chunk has asked has not seen it yet
+        assert all(cache.start_frame <= self.start_frame for cache in caches), "too late, the next chunk was asked for"
+        self.settle()
+        denoiser, finished = self.denoiser, self.finished
+        guided, latents = denoiser.guided, denoiser.history.latents(self.end_frame)
+        if latents:  # from which the caches are computed again
+            latents = {name: x.to(device) for name, x in latents.items()}
+            return Snapshot(self.start_frame, self.end_frame, (), num_networks=guided.num_networks, latents=latents)
+        states = tuple(cache.snapshot(device) for cache in caches)
+        snapshot = Snapshot(self.start_frame, self.end_frame, states, num_networks=guided.num_networks)
+        if denoiser.window is not None:
+            ahead = {name: x.to(device) for name, x in denoiser.window.latents().items()}
+            snapshot = replace(snapshot, latents=ahead, steps_ahead=denoiser.window.steps())
+        if finished.is_written:
+            return snapshot
+        return replace(snapshot, pending_BTCHW=finished.context_BTCHW, pending_timestep=finished.timestep)
 
 
 def _resume(

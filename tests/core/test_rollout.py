@@ -239,6 +239,43 @@ def test_the_last_clean_pass_is_saved_unless_asked_for() -> None:
     assert seen[-1] == (1, CONTEXT)
 
 
+@pytest.mark.parametrize("is_snapshot_taken", [False, True])
+def test_a_chunk_is_handed_out_before_the_pass_that_writes_it(is_snapshot_taken: bool) -> None:
+    """With four steps after 4, 9 and 14 passes; a snapshot asks for that pass at once, which is not made twice."""
+    passes: list[int] = []
+    chunks = rollout(
+        Guided(random_wan(), random_text()),
+        noise=SeededNoise(1),
+        latent_shape=(6, *FRAME),
+        causal=CausalConfig(2),
+        steps=StepConfig(),
+        on_step=lambda chunk, step: passes.append(step),
+    )
+    handed_out = []
+    for chunk in chunks:
+        handed_out.append(len(passes))
+        if is_snapshot_taken:
+            chunk.snapshot()
+    assert handed_out == [4, 9, 14]
+    assert passes == 2 * [0, 1, 2, 3, CONTEXT] + [0, 1, 2, 3]
+
+
+def test_a_chunk_that_is_made_again_is_written_once() -> None:
+    passes: list[int] = []
+    chunks = rollout(
+        Guided(random_wan(), random_text()),
+        noise=SeededNoise(1),
+        latent_shape=(4, *FRAME),
+        causal=CausalConfig(2),
+        steps=StepConfig((1000.0, 500.0)),
+        on_step=lambda chunk, step: passes.append(step),
+    )
+    first = next(chunks)
+    assert torch.equal(chunks.send(True).latents_BTCHW, first.latents_BTCHW)
+    next(chunks)
+    assert passes == [0, 1, 0, 1, CONTEXT, 0, 1]
+
+
 def test_a_row_does_not_depend_on_the_batch_around_it() -> None:
     model = random_wan()
     both = random_text(batch=2)
