@@ -29,6 +29,7 @@ from .adapter.model_settings import (
     SINK_AUTO,
     Settings,
     causal_settings,
+    own_settings,
     preset_behind_widgets,
     settings_of,
 )
@@ -220,7 +221,7 @@ class SelfForcingPatchModel(io.ComfyNode):
         # A MODEL of another loader brings nothing of its training along: the widgets have to say it.
         settings = Settings(kind, CausalConfig(chunk=chunk), StepConfig(shift=shift))
         if preset not in (AUTO_PRESET, NO_PRESET):
-            settings, notes = preset_behind_widgets(find_preset(preset), settings)
+            settings, notes = preset_behind_widgets(find_preset(preset), settings, own_settings(model))
             for note in notes:
                 page.show_text(note)
         return io.NodeOutput(host.with_shift(with_settings(model, settings), settings.steps.shift))
