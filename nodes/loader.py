@@ -153,8 +153,9 @@ class SelfForcingModelLoader(io.ComfyNode):
                 ),
                 _preset_input(
                     "Which release the file is: its chunk, window, sink, steps, shift and weights take the place of "
-                    "what the file says. auto: recognised by header, names and shapes, which the node says; none: as "
-                    "the file says. Widgets of this and later nodes come before it."
+                    "what the file says. auto: recognised by header, names and shapes, which the node says; a training "
+                    "file that may be several is asked about, unless kind says how it runs. none: as the file says. "
+                    "Widgets of this and later nodes come before it."
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model: an ordinary MODEL that our samplers can run too.")],
