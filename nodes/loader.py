@@ -32,6 +32,7 @@ from .adapter.model_settings import (
     Settings,
     causal_settings,
     chosen_policy,
+    own_settings,
     preset_behind_widgets,
     settings_of,
 )
@@ -155,8 +156,9 @@ class SelfForcingModelLoader(io.ComfyNode):
                 ),
                 _preset_input(
                     "Which release the file is: its chunk, window, sink, steps, shift and weights take the place of "
-                    "what the file says. auto: recognised by header, names and shapes, which the node says; none: as "
-                    "the file says. Widgets of this and later nodes come before it."
+                    "what the file says. auto: recognised by header, names and shapes, which the node says; a training "
+                    "file that may be several is asked about, unless kind says how it runs. none: as the file says. "
+                    "Widgets of this and later nodes come before it."
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model: an ordinary MODEL that our samplers can run too.")],
@@ -223,7 +225,7 @@ class SelfForcingPatchModel(io.ComfyNode):
         # A MODEL of another loader brings nothing of its training along: the widgets have to say it.
         settings = Settings(kind, CausalConfig(chunk=chunk), StepConfig(shift=shift))
         if preset not in (AUTO_PRESET, NO_PRESET):
-            settings, notes = preset_behind_widgets(find_preset(preset), settings)
+            settings, notes = preset_behind_widgets(find_preset(preset), settings, own_settings(model))
             for note in notes:
                 page.show_text(note)
         return io.NodeOutput(host.with_shift(with_settings(model, settings), settings.steps.shift))

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...selfforcing_core.config import FEW_STEP_SOLVERS, CausalConfig, StepConfig
 from ...selfforcing_core.policy import cache_policy
 from ...selfforcing_core.schedule import TIMESTEPS, FlowSchedule
+from ...selfforcing_core.weights.checkpoint_header import SamplingSettings
 from ...selfforcing_core.weights.preset_settings import counted_boundary, in_words, preset_settings, unable
 from ...selfforcing_core.weights.presets import Preset
 
@@ -40,14 +41,20 @@ class Settings:
 
 def settings_of(patcher: Any) -> Settings:
     """Return what our loader or patch node left on a MODEL. Raises ValueError for a MODEL that neither has seen."""
-    # model_options travel with a MODEL through every node that clones it: LoRA loaders, ModelSamplingSD3 and so on.
-    settings = patcher.model_options.get(KEY)
-    if isinstance(settings, Settings):
+    settings = own_settings(patcher)
+    if settings is not None:
         return settings
     raise ValueError(
         f"this model ({type(patcher.model).__name__}) is not prepared to generate chunk by chunk; load it with the "
         "node Load Model (Self Forcing), or put Patch Model (Self Forcing) behind its loader"
     )
+
+
+def own_settings(patcher: Any) -> Settings | None:
+    """Return what our loader or patch node left on a MODEL; None for a MODEL that neither has seen."""
+    # model_options travel with a MODEL through every node that clones it: LoRA loaders, ModelSamplingSD3 and so on.
+    settings = patcher.model_options.get(KEY)
+    return settings if isinstance(settings, Settings) else None
 
 
 def low_noise_of(patcher: Any) -> Any:
@@ -69,16 +76,18 @@ def kind_note(settings: Settings) -> str | None:
     return None
 
 
-def preset_behind_widgets(preset: Preset, widgets: Settings) -> tuple[Settings, list[str]]:
+def preset_behind_widgets(preset: Preset, widgets: Settings, own: Settings | None) -> tuple[Settings, list[str]]:
     """Return a preset's settings, those of widgets that stand elsewhere than at their defaults before it, and lines.
 
-    What nobody has read of the release is as its widget says, wherever that stands. Raises ValueError for a preset that
-    cannot run here or leaves open what has no widget.
+    What nobody has read of the release is as its widget says, or as the MODEL does where that stands at its default.
+    own: what a loader or patch node of ours has left on the MODEL. Raises ValueError for a preset that cannot run here
+    or leaves open what has no widget.
     """
     refusal = unable(preset, WIDGETS)
     if refusal is not None:
         raise ValueError(refusal)
-    settings = preset_settings(preset)
+    settings = preset_settings(preset, None if own is None else SamplingSettings(own.causal, own.steps))
+    assert settings.steps is not None
     usual = Settings(CAUSAL)
     kind = CAUSAL if settings.causal is not None else FEW_STEP
     values: dict[str, tuple[Any, Any, Any]] = {  # the widget's, its default, the preset's
@@ -87,7 +96,7 @@ def preset_behind_widgets(preset: Preset, widgets: Settings) -> tuple[Settings, 
         "shift": (widgets.steps.shift, usual.steps.shift, settings.steps.shift),
     }
     unread = {name: preset.open_questions[name] for name in WIDGETS if name in preset.open_questions}
-    chosen = {name: own if own != default or name in unread else read for name, (own, default, read) in values.items()}
+    chosen = {name: value if value != default else read for name, (value, default, read) in values.items()}
     notes = [f"the model is run as {in_words(preset)}: chunk {chosen['chunk']}, shift {chosen['shift']:g}"]
     if preset.lora is not None:  # what lies on a MODEL does not say where it came from
         notes.append(
@@ -95,12 +104,12 @@ def preset_behind_widgets(preset: Preset, widgets: Settings) -> tuple[Settings, 
             "it is another model"
         )
     notes += [
-        f"{preset.name} has {name} {read}; {own} is used"
-        for name, (own, default, read) in values.items()
-        if own not in (default, read) and name not in unread
+        f"{preset.name} has {name} {read}; {value} is used"
+        for name, (value, default, read) in values.items()
+        if value not in (default, read) and name not in unread
     ]
     notes += [
-        f"{preset.name} leaves {name} open ({why}); the widget's {chosen[name]:g} is used"
+        f"{preset.name} leaves {name} open ({why}); {chosen[name]:g} is used, as the widget or the model's file says"
         for name, why in unread.items()
     ]
     causal = replace(settings.causal or usual.causal, chunk=chosen["chunk"])

@@ -39,7 +39,8 @@ LOHA = (".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b")
 GLORA = (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight")
 LOKR = (".lokr_w1", ".lokr_w1_a", ".lokr_w1_b", ".lokr_w2", ".lokr_w2_a", ".lokr_w2_b")
 DORA, WHOLE = ".dora_scale", ".set_weight"
-# What is not read, by a part of its names.
+# What is not read, by a part of its names. OFT and BOFT turn a weight, and their readers differ: ComfyUI's multiplies
+# by the strength twice and leaves the rescale of OFT out. Networks of Wan have no kernels of two axes.
 OTHER_KINDS = {
     "lora_magnitude_vector": "PEFT's DoRA",  # which measures rows behind the change, where ComfyUI does it before
     "hada_t": "LoHa of kernels",

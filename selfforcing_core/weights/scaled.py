@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, MutableMapping
+import re
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -206,6 +207,7 @@ def split_scales(
         raise ValueError(
             f"is marked as scaled ({FILE_MARK}) and has no scale, not even for {narrow}; download or save it again"
         )
+    _check_siblings(weights, scales)
     fitting = {name: _fitting(key, scale, name, weights.get(name)) for name, (key, scale) in scales.items()}
     mark = {FULL_PRECISION: True} if is_full_precision else {}
     return weights, {
@@ -219,6 +221,17 @@ def split_scales(
         # Some writers leave a scale of 1 beside layers that they did not narrow.
         if weights[name].dtype in FORMATS.values()
     }
+
+
+def _check_siblings(weights: Mapping[str, Tensor], scales: Collection[str]) -> None:
+    """Raise ValueError for a weight in 8 bits without a scale, where the same layer of another block has one."""
+    kinds = {re.sub(r"\d+", "#", name) for name in scales}
+    for name, tensor in weights.items():
+        if tensor.dtype in FORMATS.values() and name not in scales and re.sub(r"\d+", "#", name) in kinds:
+            raise ValueError(
+                f"{name} is {str(tensor.dtype).removeprefix('torch.')} without a scale, which the same layer of other "
+                "blocks has: the file has lost it, and the weight would be wrong by a factor; download or save it again"
+            )
 
 
 def _refuse_nvfp4(tensors: Mapping[str, Tensor]) -> None:

@@ -110,6 +110,10 @@ def _sample(patcher: Any, settings: Any) -> None:
     )
 
 
+# Load Model's widgets: without a preset the folder's shift is its MODEL's, and 9 here.
+PIPELINE = ("causalwan2.2-t2v/transformer/diffusion_pytorch_model.safetensors", "float32", "auto", "auto", "none")
+
+
 def _patched() -> dict[str, Any]:
     """Return how Patch Model prepares a MODEL that another loader might have given."""
     patcher = loader.load_model("causvid/autoregressive_checkpoint/model.pt", "float32", "auto", "auto", "none")
@@ -121,6 +125,7 @@ def _patched() -> dict[str, Any]:
         # what the release leaves open is as the widgets say, wherever they stand
         "open": execute(patcher, "causal", 3, 5.0, "causalwan2.2-t2v"),
         "given": execute(patcher, "causal", 7, 12.0, "causalwan2.2-t2v"),
+        "folder": execute(loader.load_model(*PIPELINE), "causal", 7, 5.0, "causalwan2.2-t2v"),
         "counted": execute(patcher, "causal", 3, 5.0, "lightx2v-wan2.2-i2v"),
     }
     settings = {name: model_settings.settings_of(output.args[0]) for name, output in prepared.items()}

@@ -51,6 +51,8 @@ def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     folder = tmp_path_factory.mktemp("weights")
     (folder / "released.json").write_text(json.dumps([written(name, folder / "released") for name in fakes.NAMES]))
+    scheduler = folder / "released/causalwan2.2-t2v/scheduler/scheduler_config.json"
+    scheduler.write_text(json.dumps({"shift": 9.0}))  # another than the default of widgets
     command = [checkout.python, Path(__file__).with_name("inside_checks.py"), ROOT, folder]
     process = subprocess.run(
         command, cwd=checkout.path, env=environment, capture_output=True, text=True, timeout=900, check=False
@@ -131,6 +133,7 @@ def test_released_files_run_by_their_presets(outcome: dict[str, Any]) -> None:
     assert patched["explicit"] == [2, 21, 8, [1000, 757, 522]]
     eights = [1000, 850, 700, 550, 350, 275, 200, 125]
     assert (patched["open"], patched["given"]) == ([3, 21, 5, eights], [7, 21, 12, eights])
+    assert patched["folder"][:3] == [7, 21, 9]
     assert patched["experts"] == ["phased", True, 2]
     assert "is matrix-game-2" in patched["refusals"]["matrix-game-2"]
     assert "leaves steps, warp open" in patched["refusals"]["lightx2v-self-forcing-fp8"]

@@ -119,7 +119,17 @@ def test_a_file_that_has_lost_a_scale_is_refused_and_a_plain_cast_is_what_it_say
     save_file(stored, path)
     assert "1 more have none and are read as they stand" in read_checkpoint(path).notes[0]
     save_file({name: tensor for name, tensor in stored.items() if name != "blocks.0.ffn.0.scale_weight"}, path)
-    with pytest.raises(ValueError, match=r"blocks.0.ffn.0.weight is float8_e4m3fn without a scale, while 19 other"):
+    with pytest.raises(
+        ValueError, match=r"blocks.0.ffn.0.weight is float8_e4m3fn without a scale, which the same layer"
+    ):
+        read_checkpoint(path)
+    both = {
+        name: tensor
+        for name, tensor in stored.items()
+        if not name.endswith(("ffn.0.scale_weight", "ffn.2.scale_weight"))
+    }
+    save_file(both, path)
+    with pytest.raises(ValueError, match=r"blocks.0.ffn.0.weight is float8_e4m3fn without a scale, while 16 other"):
         read_checkpoint(path)
     plain = {name: tensor for name, tensor in stored.items() if "scale" not in name}
     save_file({**plain, "scaled_fp8": stored["scaled_fp8"]}, path)
@@ -128,6 +138,19 @@ def test_a_file_that_has_lost_a_scale_is_refused_and_a_plain_cast_is_what_it_say
     save_file(plain, path)
     weights = read_checkpoint(path).state_dict
     assert all(torch.equal(weights[name].float(), tensor.float()) for name, tensor in plain.items())
+
+
+def test_a_lost_scale_of_another_network_is_refused_too(tmp_path: Path) -> None:
+    """Text encoders have no blocks of ours; a layer that has none in any block was stored so."""
+    weight, scale = torch.randn(4, 4).to(torch.float8_e4m3fn), torch.tensor([3.0])
+    stored = {f"block.{index}.{name}.weight": weight.clone() for index in (0, 1) for name in ("q", "bias")}
+    save_file({**stored, "block.0.q.scale_weight": scale}, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=r"block.1.q.weight is float8_e4m3fn without a scale"):
+        read_tensors(tmp_path / "m.safetensors")
+    save_file(
+        {**stored, "block.0.q.scale_weight": scale, "block.1.q.scale_weight": scale.clone()}, tmp_path / "m.safetensors"
+    )
+    assert torch.equal(read_tensors(tmp_path / "m.safetensors")["block.1.bias.weight"].float(), weight.float())
 
 
 def test_tensors_of_other_networks_are_multiplied_too(tmp_path: Path) -> None:
