@@ -17,7 +17,8 @@ settings.load_profile("reproducible")
 # Files of several processes or many seconds, the longest first, so that none of them is begun when everything else is
 # done. Those that fork from tests.support.forks stand together: they fall to one worker, whose server (seconds) serves
 # all.
-FIRST = ("plan", "train", "learning", "lora", "resume", "make_data", "conditions", "export", "losses", "generate")
+FORKING = ("train", "plan", "resume", "lora", "learning", "conditions", "make_data", "export", "losses")
+FIRST = (*FORKING, "update_cost", "generate", "video_formats", "cli")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

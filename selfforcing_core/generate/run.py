@@ -28,7 +28,7 @@ from ..codecs.embedding_folder import EmbeddingFolder
 from ..codecs.first_picture import FirstPictures
 from ..codecs.image import first_frame_condition, fit_image
 from ..codecs.taehv import TAEHV, StreamingDecoder, StreamingEncoder
-from ..codecs.text import encoder_bytes
+from ..codecs.text import TextEncoder, encoder_bytes
 from ..codecs.video import to_integers
 from ..codecs.wan_vae import StreamingWanDecoder, WanVAE, load_wan_vae
 from ..conditioning import Conditioning
@@ -133,6 +133,7 @@ class _PromptEncoding:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.dtype = torch.bfloat16 if plan.dtype == torch.float16 else plan.dtype  # float16 overflows inside UMT5
+        self.has_loaded = False  # whether an encoder was needed
 
     @functools.cached_property
     def folder(self) -> EmbeddingFolder | None:
@@ -153,8 +154,12 @@ class _PromptEncoding:
     def encoded(self, watch: Stopwatch) -> dict[str, Tensor]:
         """Return the embeddings [1, P, E] of each prompt on the CPU without their zero rows."""
         path, device = self.plan.text_encoder, self.plan.device
+
         # Not before a prompt needs it: of kept embeddings a single damaged file may be the only reason.
-        load = functools.cache(lambda: build_text_encoder(path, dtype=self.dtype, device=device))
+        @functools.cache
+        def load() -> TextEncoder:
+            self.has_loaded = True
+            return build_text_encoder(path, dtype=self.dtype, device=device)
 
         def encode(text: str) -> Tensor:
             return _trimmed(load().encode([text])).cpu()[0]
@@ -183,7 +188,8 @@ class Run:
         self.show_progress = show_progress
         self.watch = Stopwatch()
         self.embeddings = prompts.encoded(self.watch)  # of every prompt, [1, P, E] on the CPU
-        gc.collect()  # the text encoder may sit in a cycle of references, and has to go before the model comes
+        if prompts.has_loaded:
+            gc.collect()  # the text encoder may sit in a cycle of references, and has to go before the model comes
         self.autoencoder = _load_autoencoder(plan)
         self.start, self.image, self.clip = _start(plan, self.autoencoder)
         self.model = _load_model(plan)

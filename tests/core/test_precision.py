@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from selfforcing_core import model as model_module
@@ -21,6 +20,7 @@ from selfforcing_core.noise import SeededNoise
 from selfforcing_core.rollout import BackpropSpec, rollout
 from selfforcing_core.snapshot import HEADER_KEY, Snapshot
 from selfforcing_core.weights.float8 import FLOAT8, store_in_float8
+from tests.support.operators import EveryOperator
 from tests.support.tiny_wan import CONFIG, FRAME, random_text, random_wan
 
 
@@ -172,7 +172,7 @@ def test_compiled_blocks_on_an_eight_bit_cache_are_bit_exact() -> None:
         assert torch.equal(found, expected)
 
 
-class _Float64Off(TorchDispatchMode):
+class _Float64Off(EveryOperator):
     """Notices operators that make float64 or complex128 numbers on a device."""
 
     def __init__(self, device: str) -> None:

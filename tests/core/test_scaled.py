@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfforcing_core.config import WanConfig
 from selfforcing_core.shapes import wan_shapes
@@ -23,6 +22,7 @@ from selfforcing_core.weights.checkpoint import inspect_checkpoint, read_checkpo
 from selfforcing_core.weights.convert import convert
 from selfforcing_core.weights.load import load_model
 from selfforcing_core.weights.tensor_files import read_tensors
+from tests.support.operators import EveryOperator
 
 WAN = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, text_dim=8, freq_dim=16)
 FORMS = ("scale_weight", "weight_scale", "per row", "comfy_quant", "header", "e5m2", "int8")
@@ -232,7 +232,7 @@ def test_a_scaled_file_is_widened_one_weight_at_a_time(tmp_path: Path) -> None:
     assert summed == pytest.approx(total)
 
 
-class Copies(TorchDispatchMode):
+class Copies(EveryOperator):
     """Counts the bytes of the tensors that conversions make, and the most that there are at a time."""
 
     def __init__(self) -> None:

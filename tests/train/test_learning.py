@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from selfforcing_core import model
@@ -22,6 +21,7 @@ from selfforcing_core.codecs.wan_vae import WanVAE, new_network
 from selfforcing_core.config import WanConfig
 from selfforcing_core.weights.checkpoint import read_checkpoint, save_checkpoint
 from tests.support.forks import finish, ranks
+from tests.support.operators import EveryOperator
 from tests.support.training import numbers, run_settings, write_database, write_network
 from train import check_data, diffusion, distributed, dmd, finite, ode
 from train.args import DiffusionArgs, DmdArgs, OdeArgs, parse
@@ -67,7 +67,7 @@ def write_rows(folder: Path, count: int, bad: tuple[int, ...] = (), states: int 
 COPIES = ("aten::copy_", "aten::_to_copy")
 
 
-class OneDevice(TorchDispatchMode):
+class OneDevice(EveryOperator):
     """As an accelerator, which torch's "meta" is not quite: an operator with tensors of two devices raises."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -28,12 +28,12 @@ CONFIG_NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return run_settings(tmp_path_factory.mktemp("networks"))
+    return [*run_settings(tmp_path_factory.mktemp("networks")), "micro_batch=3"]
 
 
 @pytest.fixture(scope="module")
 def whole(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four steps in one process, clip by clip."""
+    """Four steps in one process, each in two parts."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     run([*settings, f"logdir={folder}"])
     return folder
@@ -41,7 +41,7 @@ def whole(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.mark.parametrize(
     ("processes", "more"),
-    [(1, ["micro_batch=6"]), (2, ["micro_batch=3"]), (3, ["micro_batch=1"]), (2, ["micro_batch=3", "shard_group=1"])],
+    [(1, ["micro_batch=6"]), (2, []), (3, ["micro_batch=1"]), (2, ["shard_group=1"])],
 )
 def test_numbers_do_not_depend_on_processes_or_parts(
     settings: list[str], whole: Path, tmp_path: Path, processes: int, more: list[str]
@@ -86,9 +86,7 @@ def test_a_run_that_was_killed_goes_on_bit_exactly(settings: list[str], whole: P
 def test_a_run_may_go_on_with_another_number_of_processes(settings: list[str], whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "grown"
     assert main([*settings, "micro_batch=6", "max_steps=2", f"logdir={folder}"]) == 0
-    process = launch([*settings, "micro_batch=3", f"logdir={folder}"], 2)  # torchrun itself
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-3000:]
+    run([*settings, f"logdir={folder}"], 2)
     for found, expected in zip(numbers(folder), numbers(whole), strict=True):
         assert found == pytest.approx(expected, rel=1e-10, abs=1e-10)
 
@@ -108,7 +106,7 @@ def test_a_run_that_is_asked_to_stop_saves_first(settings: list[str], tmp_path: 
 
 def test_a_lost_process_ends_all_with_one_message(settings: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "lost"
-    process = launch([*settings, "max_steps=1000", f"logdir={folder}"], 2)
+    process = launch([*settings, "max_steps=1000", f"logdir={folder}"], 2)  # torchrun itself
     deadline = time.monotonic() + 200
     while not (folder / "checkpoints/step_000002").is_dir() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -182,7 +180,7 @@ def test_stages_before_the_distillation_take_text_to_video_networks(
 
 def test_flow_matching_does_not_depend_on_processes(clips: list[str], tmp_path: Path) -> None:
     assert diffusion.main([*clips, "micro_batch=6", f"logdir={tmp_path / 'one'}"]) == 0
-    run([*clips, f"logdir={tmp_path / 'two'}"], 2, "train.diffusion")
+    run([*clips, "micro_batch=1", f"logdir={tmp_path / 'two'}"], 2, "train.diffusion")
     for found, expected in zip(numbers(tmp_path / "two"), numbers(tmp_path / "one")):
         assert found == pytest.approx(expected, rel=1e-10, abs=1e-10)
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from selfforcing_core.attention import attention_kernel
@@ -18,6 +17,7 @@ from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import WanConfig
 from selfforcing_core.roofline.device import Card
 from selfforcing_core.roofline.work import Work, pass_work
+from tests.support.operators import EveryOperator
 from tests.support.training import write_network
 from train import distributed, engine, update_cost
 from train.args import DiffusionArgs, DmdArgs, OdeArgs, parse
@@ -67,14 +67,10 @@ def world() -> Iterator[distributed.World]:
     dist.destroy_process_group()
 
 
-class Operators(TorchDispatchMode):
+class Operators(EveryOperator):
     """Counts by torch's own formulas, without the books per module of its FlopCounterMode, which cost twice the run."""
 
     flops = 0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled, and torch's guard against it takes longer than the count
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
