@@ -72,7 +72,7 @@ class CachePolicy:
     def histories(self) -> tuple[str, ...]:
         """Return the words that the policy can follow at a change of the prompt."""
         if self.recomputes:
-            return (RECODE,)  # which costs nothing more here
+            return (RECODE, KEEP)  # the same here: frames stay, and their keys are never kept
         return (KEEP,) if self.is_joint else HISTORIES
 
     @property

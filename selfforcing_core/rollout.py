@@ -41,6 +41,7 @@ class Chunk:
     start_frame: int
     latents_BTCHW: Tensor  # clean, float32
     is_given: bool = False  # rather than generated
+    is_final: bool = False  # so that it cannot be generated once more
     take: Callable[[torch.device | None], Snapshot] | None = field(default=None, repr=False, compare=False)
 
     def snapshot(self, device: torch.device | None = None) -> Snapshot:
@@ -103,7 +104,6 @@ def rollout(
     # by chunk: the one that begins the video may have steps of its own, all others share theirs
     schedules = FlowSchedule(steps.of_chunk(0)), FlowSchedule(steps.of_chunk(1))
     denoiser = _Denoiser(guided, history, window, schedules, steps, causal, noise, latent_shape, on_step, backprop)
-
     for index, (start_frame, end_frame) in list(enumerate(_spans(lengths)))[first:]:
         is_wanted: bool | None = True
         while is_wanted:  # again, where whoever iterates sends True
@@ -116,7 +116,8 @@ def rollout(
                 finished = denoiser.commit(finished, index, start_frame)
             history.add(start_frame, finished.context_BTCHW, finished.timestep)
             take = functools.partial(_snapshot, denoiser, start_frame, end_frame, finished)
-            is_wanted = yield Chunk(index, start_frame, finished.latents_BTCHW, index < len(given), take)
+            kind = index < len(given), window is not None
+            is_wanted = yield Chunk(index, start_frame, finished.latents_BTCHW, *kind, take)
 
 
 @dataclass(frozen=True)
