@@ -122,6 +122,7 @@ class Plan:
             cache_bytes=self.cache_dtype.itemsize,
             activation_bytes=number_bytes,
             writes=self.causal.cache_source == "clean",
+            is_joint=cache_policy(self.causal.policy).is_joint,
         )
 
     def memory_in_words(self, text_bytes: int) -> str:

@@ -95,7 +95,7 @@ def _patched() -> dict[str, Any]:
         for name, each in settings.items()
     }
     try:
-        execute(patcher, "causal", 3, 5.0, "rolling-forcing")
+        execute(patcher, "causal", 3, 5.0, "matrix-game-2")
     except ValueError as error:
         results["refusal"] = str(error)
     return results

@@ -24,7 +24,6 @@ RELEASES: dict[str, tuple[int, tuple[float, ...], tuple[float, ...], str, float,
     "causvid": (3, (1000, 757, 522), (1000, 757, 522), "raw", 8, "causal"),
     "streamdiffusionv2-t2v": (3, (1000, 750, 500, 250), (1000, 750, 500, 250), "raw", 8, "causal"),
     "lightx2v-t2v-14b": (6, WARPED, WARPED, "raw", 5, "few-step bidirectional"),
-    "rolling-forcing": (3, (), (), "ema", 5, ""),
 }
 ROUNDING = 1e-5  # share of the values' spread; both sides compute in float32, in another order
 
@@ -57,7 +56,6 @@ def test_released_files_run_by_their_presets(outcome: dict[str, Any]) -> None:
     """Six latent frames: the network is called as the release's source says, with its weights, and the node says so."""
     files = outcome["files"]
     assert files.keys() == RELEASES.keys()
-    assert "rolling-forcing" in files.pop("rolling-forcing")["refusal"]
     for name, file in files.items():
         chunk, first, later, weights, shift, kind = RELEASES[name]
         expected: list[list[float]] = []
@@ -75,7 +73,7 @@ def test_released_files_run_by_their_presets(outcome: dict[str, Any]) -> None:
     assert patched["default"] == [3, -1, 5, [1000, 750, 500, 250]]
     assert patched["preset"] == [3, 21, 8, [1000, 757, 522]]
     assert patched["explicit"] == [2, 21, 8, [1000, 757, 522]]
-    assert "cache policy 'rolling-forcing'" in patched["refusal"]
+    assert "is matrix-game-2" in patched["refusal"]
 
 
 def test_the_hosts_model_gives_the_cores_video(outcome: dict[str, float]) -> None:
