@@ -84,7 +84,7 @@ class CachePolicy:
     def histories(self) -> tuple[str, ...]:
         """Return what a change of the prompt may do to the frames so far."""
         if self.recomputes:
-            return (RECODE,)  # which costs nothing more here
+            return (RECODE, KEEP)  # the same here: frames stay, and their keys are never kept
         if self.is_joint or self.refresh_below is not None:
             return (KEEP,)
         if self.shot_offset is not None:

@@ -40,6 +40,7 @@ class Chunk:
     start_frame: int
     latents_BTCHW: Tensor  # clean, float32
     is_given: bool = False  # rather than generated
+    is_final: bool = False  # so that it cannot be generated once more
     take: Callable[[torch.device | None], Snapshot] | None = field(default=None, repr=False, compare=False)
 
     def snapshot(self, device: torch.device | None = None) -> Snapshot:
@@ -102,7 +103,6 @@ def rollout(
     # by chunk: the one that begins the video may have steps of its own, all others share theirs
     schedules = FlowSchedule(steps.of_chunk(0)), FlowSchedule(steps.of_chunk(1))
     denoiser = _Denoiser(guided, history, window, schedules, steps, causal, noise, latent_shape, on_step, backprop)
-
     for index, (start_frame, end_frame) in list(enumerate(_spans(lengths)))[first:]:
         is_wanted: bool | None = True
         while is_wanted:  # again, where whoever iterates sends True
@@ -114,7 +114,8 @@ def rollout(
             is_seen = commit_last or end_frame < latent_shape[0]
             latest = _Latest(denoiser, index, start_frame, end_frame, finished, is_seen)
             # handed out before the pass that writes it, which nobody has to wait for
-            is_wanted = yield Chunk(index, start_frame, finished.latents_BTCHW, index < len(given), latest.snapshot)
+            kind = index < len(given), window is not None
+            is_wanted = yield Chunk(index, start_frame, finished.latents_BTCHW, *kind, latest.snapshot)
         latest.settle()
 
 

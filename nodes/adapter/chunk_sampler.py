@@ -221,6 +221,11 @@ def sample_chunks(
     steps = _steps(guider.model_patcher, sigmas, run)
     lengths = chunk_lengths(frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
     policy = cache_policy(causal.policy)
+    if policy.recomputes and not policy.keeps_first and -1 < causal.window < frames:
+        page.show_text(
+            f"policy {policy.name} reads the video's first frame as that of its window: decoding is another node's, so "
+            "that no later picture can be encoded as one"
+        )
     at_once = min(frames, max(lengths) * (len(steps.steps) if policy.is_joint else 1))
     chunk_shape = (*noise_BCTHW.shape[:2], at_once, *noise_BCTHW.shape[3:])
     at_zero = least_sigma(steps.shift) if 0 in (steps.steps[-1], steps.of_chunk(0).steps[-1]) else 0.0

@@ -119,10 +119,11 @@ class Live:
         self.outbox.put(frames, is_again=self.is_again, chunk=chunk, stats=self.figures.stats(rate))
         self.is_again = False
 
-    def wants_again(self, *, can_hold: bool = True, is_last: bool = False) -> bool:
+    def wants_again(self, *, can_hold: bool = True, is_last: bool = False, is_final: bool = False) -> bool:
         """Wait while the chunk that was just shown is held, or far ahead; return whether it is to be made once more.
 
-        can_hold: it was made, not given. is_last: nothing follows, so nothing can be ahead.
+        can_hold: it was made, not given. is_last: nothing follows, so nothing can be ahead. is_final: its policy makes
+        no chunk once more, which is said where it is asked for.
         """
         wait_start, steering = time.perf_counter(), self.steering
         with steering.changed:
@@ -131,6 +132,9 @@ class Live:
             self._wait(can_hold=can_hold, is_last=is_last)
             self.outbox.put(state="sampling")  # before what else there is to tell, which nobody is to take for a hold
             self.is_again = steering.next_seed is not None and not steering.is_finishing
+            if self.is_again and is_final:
+                self.say("this model's cache policy denoises chunks together, and makes none of them once more")
+                self.is_again = False
             if self.is_again:
                 self._roll_again(wait_start)
             self.figures.go_on(wait_start)

@@ -122,7 +122,7 @@ class StreamProgress(host.ProgressBar):
         else:
             frames_BVRHW = self.stream.decode(chunk.latents_BTCHW, is_last=self.is_finished)
         self._show(frames_BVRHW, chunk)
-        if self._wants_again(frames_BVRHW, may_repeat):
+        if self._wants_again(frames_BVRHW, may_repeat, is_final=chunk.is_final):
             if self.stream is not None:
                 self.stream.restore(decoder_state)
             self.back_to(self.calls_at_accept)  # the bar goes back too: its total does not count what is thrown away
@@ -134,12 +134,12 @@ class StreamProgress(host.ProgressBar):
             self._flush(chunk)
         return False
 
-    def _wants_again(self, frames_BVRHW: Tensor, may_repeat: bool) -> bool:
+    def _wants_again(self, frames_BVRHW: Tensor, may_repeat: bool, *, is_final: bool) -> bool:
         """Wait as long as the page wishes; keep the chunk that waits where the run is interrupted."""
         if self.live is None:
             return False
         try:
-            return self.live.wants_again(can_hold=may_repeat, is_last=self.is_finished)
+            return self.live.wants_again(can_hold=may_repeat, is_last=self.is_finished, is_final=is_final)
         except host.Interrupted:
             # It was whole and on screen: a file that is written on the way is to hold it.
             self._accept(frames_BVRHW)

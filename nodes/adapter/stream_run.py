@@ -23,6 +23,7 @@ from ...selfforcing_core.geometry import (
     rounded_side,
     whole_chunks,
 )
+from ...selfforcing_core.policy import cache_policy
 from ...selfforcing_core.roofline.meter import Meter, Recipe
 from . import host, page
 from .autoencoder import check_latent, check_space
@@ -225,6 +226,7 @@ def _recipe(
         first_chunk_steps=len(first_sigmas) - 1,
         window=causal.window,
         writes=causal.cache_source == "clean",
+        is_joint=cache_policy(causal.policy).is_joint,
         decoder="none",
         guided=inputs.cfg != 1,
         batch=samples_BCTHW.shape[0],

@@ -132,6 +132,7 @@ class Plan:
             activation_bytes=number_bytes,
             writes=self.causal.cache_source == "clean",
             policy_bytes=self._policy_bytes(batch),
+            is_joint=cache_policy(self.causal.policy).is_joint,
         )
 
     def _policy_bytes(self, batch: int) -> int:

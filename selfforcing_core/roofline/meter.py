@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,7 @@ class Recipe:
     steps: int = 4  # denoising passes of a chunk
     first_chunk_steps: int | None = None  # those of chunk 0; None: as every chunk
     window: int = -1  # latent frames in the cache, -1 for all
+    is_joint: bool = False  # whether as many chunks as there are steps are denoised together, one pass a step
     decoder: str = "taehv"  # "taehv", "vae" or "none"
     writes: bool = True  # whether a clean pass, which writes the cache, follows each chunk but the last
     commit_last: bool = False  # whether one follows the last chunk too
@@ -56,14 +58,15 @@ class Recipe:
         """Return the latent frame behind each chunk."""
         return list(itertools.accumulate(self.lengths))
 
-    def a_pass(self, chunk: int) -> Work:
-        """Return one pass of a chunk, at the cache's length there."""
-        end = self._ends[chunk]
+    def a_pass(self, chunk: int, together: int = 1) -> Work:
+        """Return one pass of a chunk, and of those denoised together with it, at the cache's length there."""
+        lengths = self.lengths[chunk : chunk + together]
+        end = self._ends[chunk + len(lengths) - 1]
         # Earlier chunks see less: until the window is full, a chunk costs more than the one before.
         visible = end if self.window == -1 else min(end, self.window)
         return pass_work(
             self.config,
-            self.lengths[chunk] * self.tokens_per_frame,
+            sum(lengths) * self.tokens_per_frame,
             visible * self.tokens_per_frame,
             batch=self.batch,
             weight_bytes=self.weight_bytes,
@@ -82,6 +85,10 @@ class Recipe:
     def until_shown(self, chunk: int) -> Work:
         """Return the work from a chunk's noise to its frames."""
         steps = self.steps if chunk or self.first_chunk_steps is None else self.first_chunk_steps
+        if self.is_joint:  # chunks come in one by one before the first is finished, and then with every pass
+            counts = range(1, steps + 1) if chunk == 0 else (steps,)
+            passes = (self.a_pass(chunk, count) * (1 + self.guided) for count in counts)
+            return functools.reduce(operator.add, passes) + self.decode(chunk)
         return self.a_pass(chunk) * (steps * (1 + self.guided)) + self.decode(chunk)
 
     def chunk(self, chunk: int) -> Work:
@@ -100,7 +107,8 @@ class Recipe:
         The last is the larger of two peaks: a block's feed-forward layer with what is alive beside it, and the last
         stage of the decoder.
         """
-        config, rows = self.config, self.batch * max(self.lengths) * self.tokens_per_frame
+        at_once = min(sum(self.lengths), max(self.lengths) * (self.steps if self.is_joint else 1))
+        config, rows = self.config, self.batch * at_once * self.tokens_per_frame
         numbers = sum(math.prod(shape) for shape in wan_shapes(config).values())
         cached_frames = sum(self.lengths) if self.window == -1 else min(sum(self.lengths), self.window)
         # Keys and values of one token in all layers; guidance has a second cache, for the negative prompt, and so has

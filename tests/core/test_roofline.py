@@ -104,6 +104,11 @@ def test_windows_clean_passes_and_guidance_are_counted() -> None:
     assert chunk(0, writes=False) == 4 * pass_flops(CONFIG, 72, 72) + decode
     assert chunk(0, guided=True, decoder="none") == 10 * pass_flops(CONFIG, 72, 72)
     assert chunk(0, batch=2, decoder="none") == 10 * pass_flops(CONFIG, 72, 72)
+    # Chunks denoised together: one by one they come in, then a pass finishes one; each is written by one of its own.
+    joint = sum(pass_flops(CONFIG, 72 * count, 72 * count) for count in (1, 2, 3, 3))  # the video has no fourth
+    assert chunk(0, is_joint=True, decoder="none") == joint + pass_flops(CONFIG, 72, 72)
+    ending = pass_flops(CONFIG, 144, 216) + pass_flops(CONFIG, 72, 144)
+    assert chunk(1, is_joint=True, decoder="none") == ending
 
 
 def test_a_run_at_the_limit_has_all_of_it() -> None:
