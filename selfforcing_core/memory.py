@@ -36,6 +36,7 @@ class Ring(Protocol):
     tokens_per_frame: int
     slot_frames: list[int]
     slot_positions: list[float]
+    writes: bool
     k: Tensor
     v: Tensor
     k_scale: Tensor | None
