@@ -181,7 +181,7 @@ def test_positions_fall_back_and_have_no_end() -> None:
 
 
 def test_a_pass_with_gradient_has_no_slot_to_choose() -> None:
-    with pytest.raises(ValueError, match="policy sdv2 chooses where to write .* train with another policy"):
+    with pytest.raises(ValueError, match=r"policy sdv2 chooses where to write .* train with another policy"):
         video(SDV2, 8, backprop=BackpropSpec([1] * 8))
 
 

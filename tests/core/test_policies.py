@@ -24,6 +24,7 @@ from selfforcing_core.policy import CUT, FLUSH, HISTORIES, POLICIES, RECACHE, RE
 from selfforcing_core.rollout import rollout
 from tests.support.golden_fixture import FOLDER
 from tests.support.golden_rings import LATENTS, POLICY_OF
+from tests.support.host_reads import NoHostReads
 from tests.support.tiny_wan import CONFIG, FRAME, guided, random_text, random_wan
 
 STEPS = StepConfig((1000.0, 500.0))
@@ -273,6 +274,20 @@ def test_resuming_is_bit_exact_after_every_chunk(name: str, dtype: torch.dtype |
             text = {"text": change.conditioning} if end > 8 else {}
             rest = video(causal, 20, start=again, prompt_at=prompt_at, model=model, **text)
             assert torch.equal(rest, latents[:, end:]), f"after frame {end}"
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_no_policy_reads_a_tensor_back(name: str) -> None:
+    """Neither in a chunk, nor at a change of the prompt, nor where a chunk is made once more."""
+    causal = replace(config(name.partition(",")[0]), policy=name)
+    history = CUT if CUT in cache_policy(name).histories else None
+    change = PromptChange(random_text(seed=1, dtype=torch.float32), history)
+    chunks = start(causal, 20, prompt_at=lambda frame: change if frame in (8, 12) else None)
+    with torch.no_grad():
+        first = next(chunks)
+        with NoHostReads():
+            rest = [chunks.send(True) if chunk.index == 6 else chunk for chunk in chunks]
+    assert len([first, *rest]) == 20 // causal.chunk
 
 
 @pytest.mark.parametrize("history", [FLUSH, CUT, RECACHE, RECACHE_SINK])
