@@ -41,10 +41,10 @@ def video(causal: CausalConfig, frames: int, **options: object) -> Tensor:
         return torch.cat([chunk.latents_BTCHW for chunk in chunks], 1)
 
 
-def ring(causal: CausalConfig, batch: int = 1) -> KVCache:
+def ring(causal: CausalConfig, batch: int = 1, dtype: torch.dtype = torch.float64) -> KVCache:
     """Return an empty cache of one token a frame, to be staged without a network."""
     capacity = causal.cache_frames(10**7)
-    cache = KVCache(CONFIG, batch=batch, tokens_per_frame=1, capacity=capacity, sink=causal.sink, dtype=torch.float64)
+    cache = KVCache(CONFIG, batch=batch, tokens_per_frame=1, capacity=capacity, sink=causal.sink, dtype=dtype)
     cache.follow(cache_policy(causal.policy), (1, 1))
     return cache
 
@@ -169,6 +169,27 @@ def _move_on(queues: dict[tuple[int, int], list[int]], sink: int) -> None:
     for queue in queues.values():
         slot = queue.pop(0)
         queue += [slot] if slot >= sink else []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("reading", ["", ",published=yes"])
+def test_an_attempt_that_is_made_once_more_leaves_nothing_in_its_slots(reading: str, dtype: torch.dtype) -> None:
+    causal = CausalConfig(1, 5, 2, policy=f"sdv2,refresh_below=0{reading}")
+    for seed in range(8):
+        once, twice = ring(causal, batch=2, dtype=dtype), ring(causal, batch=2, dtype=dtype)
+        generator = torch.Generator().manual_seed(seed)
+        for frame in range(16):
+            passes = [random_keys(generator, 2, 1) for _ in range(4)]
+            for x in passes[:2]:
+                write(twice, frame, x, x)
+            twice.undo(frame)
+            for cache in (once, twice):
+                for x in passes[2:]:
+                    write(cache, frame, x, x)
+            visible = once._num_visible()
+            for buffers in ((once.k, twice.k), (once.v, twice.v)):
+                first, second = (buffer[:, :, :visible].to(torch.float64) for buffer in buffers)
+                assert torch.equal(first, second), f"frame {frame}"
 
 
 def test_positions_fall_back_and_have_no_end() -> None:
