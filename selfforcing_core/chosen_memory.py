@@ -70,7 +70,7 @@ class FrameBank(Memory):
         if start < self.closed or end <= start:
             return
         self.closed = end
-        index = -(-start // (end - start))  # of the chunk; a first frame of its own is chunk 0
+        index = -(-(start - cache.sink_start) // (end - start))  # of the chunk; a first frame of its own is chunk 0
         enters = index % policy.record_every == 0
         if not enters and not policy.bank_follows and not policy.is_published:
             return
@@ -168,6 +168,11 @@ class RefreshedSink(Memory):
         self._save(is_overwriting=self.is_chosen(cache.end_frame))
 
     def begin_pass(self) -> None:
+        if not self.cache.writes:
+            raise ValueError(
+                f"policy {self.cache.policy.name} chooses where to write in every pass, and one with gradient writes "
+                "nothing; train with another policy"
+            )
         is_chosen = self.is_chosen(self.cache.start_frame)
         if self.is_due:
             self._pop()

@@ -3,7 +3,7 @@
 The cache calls `advance` once for every new chunk, before its first pass: what is about to be evicted is still there,
 and the chunk before is final. Nothing here is read back to Python.
 
-Letters: B batch, S cached tokens, N heads, K head width.
+Letters: B batch, L query tokens (those of the staged chunk), S cached tokens, N heads, K head width, P text tokens.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Ring(Protocol):
     tokens_per_frame: int
     slot_frames: list[int]
     slot_positions: list[float]
+    writes: bool
     k: Tensor
     v: Tensor
     k_scale: Tensor | None

@@ -269,6 +269,8 @@ def obstacle(
         return f"is {in_words(preset)}, which is not supported: {preset.unsupported}"
     if preset.name in missing_policies(POLICIES):
         return f"is {in_words(preset)}, whose cache policy {preset.policy!r} this version does not have"
+    if preset.task == "v2v":  # its steps begin at 700, where pure noise is no input that it knows
+        return f"is {in_words(preset)}, which changes a given video, as no command or node here does"
     if path is not None and "low_noise" not in given and (refusal := _half_refusal(preset, path, folders)):
         return refusal
     needed = {"lora": preset.lora, "low_noise": preset.twin}
@@ -390,6 +392,8 @@ def lacking(preset: Preset, given: Collection[str] = ()) -> list[str]:
     lines = []
     if preset.name in missing_policies(POLICIES):
         lines.append(f"cache policy {preset.policy}")
+    elif preset.task == "v2v":
+        lines.append("a way to change a given video")
     elif preset.lora is not None and preset.lora.file is None:
         lines.append("its LoRA, whose file's name was not read")
     names_by_reason: dict[str, list[str]] = {}

@@ -20,7 +20,7 @@ from selfforcing_core.guided import Guided
 from selfforcing_core.kv_cache import KVCache
 from selfforcing_core.noise import SeededNoise
 from selfforcing_core.rollout import rollout
-from tests.core.test_rollout import NoHostReads
+from tests.support.host_reads import NoHostReads
 from tests.support.operators import EveryOperator
 from tests.support.tiny_wan import FRAME, random_text, random_wan
 
