@@ -55,7 +55,7 @@ SIZES = ((3, 9, 3), (3, 9, 0), (3, 9, 1), (1, 9, 3), (3, 12, 3), (3, 15, 3))
 
 
 def sizes_for(name: str, config: WanConfig, steps: StepConfig) -> CausalConfig:
-    """Return the first of SIZES that a policy runs with in these steps. Raises ValueError, its own, if there is none."""
+    """Return the first of SIZES that a policy runs with in these steps. Raises its own ValueError if there is none."""
     refusal = ValueError(f"policy {name} takes none of {SIZES}")
     for chunk, window, sink in SIZES:
         try:
