@@ -1,6 +1,6 @@
 """Pictures of cache policies: which frames a chunk sees, drawn from the cache, and videos beside each other.
 
-Letters: V video frames, R RGB, H W height and width.
+Letters: B batch, T latent frames, C latent channels, V video frames, R RGB, H W height and width.
 """
 
 from __future__ import annotations

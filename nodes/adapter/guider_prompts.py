@@ -361,7 +361,9 @@ class GuiderTimeline:
                 )
             if typed_prompt is not None:
                 conditioning, transition = typed_prompt
-                transition = replace(transition, history=self._possible(transition, start_frame))
+                # before the first chunk there is no prompt to blend from
+                blend = transition.blend if start_frame else 1
+                transition = replace(transition, history=self._possible(transition, start_frame), blend=blend)
                 self.typed.took_prompt(start_frame, transition)
                 embeddings = conditioning[0][0]
                 prompts = [_with_text(each, embeddings) for each in self.blending.current]
@@ -405,7 +407,7 @@ class GuiderTimeline:
         if history != KEEP or frame != start_frame or former == KEEP:
             return history
         if self.typed is not None:
-            self.typed.say(f"the new prompt {former}s history too: the one that this chunk was first made with did")
+            self.typed.say(f"history {former!r} is used, as of the prompt that this chunk was first made with")
         return former
 
     def _change(self, conditionings: list[GuiderConditioning], history: str | None, start_frame: int) -> PromptChange:

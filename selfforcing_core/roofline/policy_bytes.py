@@ -1,4 +1,7 @@
-"""The bytes of a cache and of what its policy remembers beside it, before anything is allocated."""
+"""The bytes of a cache and of what its policy remembers beside it, before anything is allocated.
+
+Letters: B batch, P text tokens, E text width.
+"""
 
 from __future__ import annotations
 
