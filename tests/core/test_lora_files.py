@@ -266,9 +266,7 @@ def _storages() -> dict[int, int]:
     return {each.data_ptr(): each.nbytes() for each in alive if each.device.type == "cpu"}
 
 
-def test_no_moment_holds_the_weights_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
+def test_no_moment_holds_the_weights_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all tensors alive while a network is built, merged ones, originals and temporaries, those of real memory."""
     contents = {"generator": BASE, "generator_lora": peft(PAIRS)}
     torch.save(contents, tmp_path / "both.pt", _use_new_zipfile_serialization=False)  # a bare pickle cannot be mapped
@@ -277,7 +275,6 @@ def test_no_moment_holds_the_weights_twice(
     largest = max(weight.nbytes for weight in BASE.values())
     peaks: list[int] = []
     gc.freeze()  # the base, the LoRA and a million objects of tests before, but not what is read below
-    request.addfinalizer(gc.unfreeze)
     checkpoint = read_checkpoint(tmp_path / "both.pt")
     weights = checkpoint.state_dict
     plain = type(weights).__getitem__
