@@ -357,9 +357,8 @@ class KVCache:
                 self.slot_positions[self.slot_of(frame)] = frame
         if self.memory is not None:
             self.memory.restore({name: x.to(self.k.device, copy=True) for name, x in state.memory.items()})
-        slots = self._slots_of_staged()
-        self._place(slots)
-        self._aim(self._pieces(slots))
+        self._place(self._slots_of_staged())
+        self._aim(self._pieces(state.start_frame, state.end_frame - state.start_frame))
 
     def stage(self, start_frame: int, num_frames: int, *, writes: bool = True) -> None:
         """Declare the frames that the next forward pass evaluates: the staged ones again, or those that follow.
@@ -382,7 +381,7 @@ class KVCache:
         self.writes = self.keeps_text = writes
         if not is_again:
             self._advance(start_frame, num_frames)
-            self._aim(self._pieces(self._slots_of_staged()))
+            self._aim(self._pieces(start_frame, num_frames))
         if self.memory is not None:
             self.memory.begin_pass()
 
@@ -441,11 +440,13 @@ class KVCache:
         missing = self.capacity - self._num_visible() // self.tokens_per_frame
         self.lead = missing if self.policy.is_published and is_flushed else 0
 
+    def _is_chosen(self, start_frame: int) -> bool:
+        return self.memory is not None and self.memory.is_chosen(start_frame)
+
     def _slots_of_staged(self) -> list[int]:
         """Return where the staged chunk lies; an empty list where the device chose."""
-        if self.memory is not None and self.memory.is_chosen(self.start_frame):
-            return []
-        return [self.slot_of(frame) for frame in range(self.start_frame, self.end_frame)]
+        frames = range(self.start_frame, self.end_frame)
+        return [] if self._is_chosen(self.start_frame) else [self.slot_of(frame) for frame in frames]
 
     def _settle(self) -> None:
         """Turn a chunk that jumped back to its own number, since later chunks follow it there."""
@@ -634,10 +635,11 @@ class KVCache:
             return self.slot_frames.index(frame)
         return self.head + (frame - self.base) % (self.capacity - self.head)
 
-    def _pieces(self, slots: Sequence[int]) -> list[tuple[int, int, int]]:
+    def _pieces(self, start_frame: int, num_frames: int) -> list[tuple[int, int, int]]:
         """Return contiguous runs of slots: offset in the chunk, offset in the buffer, and length, in tokens."""
         runs: list[tuple[int, int, int]] = []
-        for offset, slot in enumerate(slots):
+        for offset in range(0 if self._is_chosen(start_frame) else num_frames):
+            slot = self.slot_of(start_frame + offset)
             if runs and runs[-1][1] + runs[-1][2] == slot:
                 runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + 1)
             else:
