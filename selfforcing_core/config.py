@@ -140,6 +140,13 @@ class CausalConfig(_JsonConfig):
                 f"policy {policy.name} computes the frames before a chunk again, of which none is a sink; use sink 0 "
                 f"and window -1 or more than {self.chunk}"
             )
+        if policy.refresh_below is not None and (self.chunk != 1 or not self.sink):
+            raise ValueError(
+                f"policy {policy.name} compares frame by frame with a sink; use chunk 1 and sink 1 or more"
+            )
+        least += min(self.sink, self.chunk)  # of a shot's frames that stay
+        if policy.shot_offset is not None and -1 < self.window < least:
+            raise ValueError(f"window {self.window} has no room for policy {policy.name}; use {least} or more")
         if policy.replays and (self.sink or self.window % self.chunk or self.window == -1 or self.context_noise):
             raise ValueError(
                 f"policy {policy.name} replays whole clean chunks; use sink 0, context_noise 0 and a window that is a "
@@ -150,8 +157,10 @@ class CausalConfig(_JsonConfig):
         """Return how many latent frames a cache holds for a video of this length."""
         if not -1 < self.window < num_frames:
             return num_frames
-        # a chunk that is written sees a whole window, which no longer has the sink in it, and a joint pass needs both
-        return self.window + (self.sink if cache_policy(self.policy).is_joint else 0)
+        # What a policy holds beside the window: a bank; or the sink once more, since a chunk that is written sees a
+        # whole window without it, and a joint pass needs both.
+        policy = cache_policy(self.policy)
+        return self.window + policy.bank + (self.sink if policy.is_joint else 0)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types; the usual policy is left out, so that older versions read such files."""
@@ -198,6 +207,8 @@ class StepConfig(_JsonConfig):
     first_chunk_steps: tuple[float, ...] | None = None
     # of two networks that take turns: the share of noise at and above which the one for high noise is asked
     boundary: float | None = None
+    # the network is told whole timesteps, 833 of 833.1, while sigma keeps its fraction (Wan's own UniPC, LongLive 2)
+    is_whole: bool = False
 
     @classmethod
     def even(cls, count: int, *, shift: float, solver: str = "euler") -> StepConfig:
@@ -223,8 +234,8 @@ class StepConfig(_JsonConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, as earlier versions wrote and read them where what they do not know says nothing."""
-        later = ("first_chunk_steps", "boundary")
-        return {key: value for key, value in super().to_dict().items() if value is not None or key not in later}
+        later = {"first_chunk_steps": None, "boundary": None, "is_whole": False}
+        return {key: value for key, value in super().to_dict().items() if key not in later or value != later[key]}
 
     def of_chunk(self, index: int) -> StepConfig:
         """Return the same with `steps` as this chunk of a video takes them, and no others."""

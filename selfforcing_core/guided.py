@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ def new_caches(
     capacity, sink = causal.cache_frames(num_frames), causal.sink if evicts else 0
     if not evicts and policy != SELF_FORCING:
         sink = min(causal.sink, num_frames - 1)  # a change of the prompt may take the rest away
+        policy = replace(policy, bank=0, refresh_below=None)  # nothing has to be chosen where nothing leaves
     caches = [
         network.new_cache(
             batch=embeds.shape[0], latent_height=height, latent_width=width, capacity=capacity, sink=sink, like=embeds

@@ -15,6 +15,7 @@ from torch import Tensor
 from .conditioning import Conditioning
 from .config import CausalConfig
 from .guided import Guided
+from .kv_cache import KVCache
 from .policy import CUT, FLUSH, HISTORIES, RECACHE, RECACHE_SINK, RECODE, cache_policy
 from .snapshot import Snapshot
 
@@ -67,6 +68,7 @@ class History:
                 "later picture can be encoded as a first one",
                 self.policy.name,
             )
+        self.begun: int | None = None  # where the chunk begins that was asked for last
 
     def add(self, start_frame: int, x_BTCHW: Tensor, timestep: float) -> None:
         """Remember a finished chunk, in place of an earlier one there; forget those that it did not see.
@@ -112,25 +114,40 @@ class History:
         Under a policy that computes its window again before every chunk, this is when. Raises ValueError if the
         prompt's conditioning does not fit the network or the video.
         """
+        caches = [cache for cache in self.guided.caches if cache is not None]
+        if start_frame == self.begun:  # it is made once more
+            for cache in caches:
+                cache.undo(start_frame)
+        self.begun = start_frame
         change = None if self.prompt_at is None else self.prompt_at(start_frame)
-        if self.policy.recomputes and self.policy.is_late:
+        if self.policy.recomputes and self.policy.is_published:
             self.compute_window(start_frame)
         if change is not None:
-            self._follow(change, start_frame, latent_shape)
-        if self.policy.recomputes and not self.policy.is_late:
+            self._follow(change, caches, start_frame, latent_shape)
+        if self.policy.recomputes and not self.policy.is_published:
             self.compute_window(start_frame)
 
-    def _follow(self, change: PromptChange, start_frame: int, latent_shape: tuple[int, int, int, int]) -> None:
+    def _follow(
+        self,
+        change: PromptChange,
+        caches: list[KVCache],
+        start_frame: int,
+        latent_shape: tuple[int, int, int, int],
+    ) -> None:
         change.conditioning.check(self.guided.model.config, latent_shape)
         self.guided.change_prompt(change.conditioning)
         history = self.policy.with_history(change.history).history
         if start_frame == 0 or self.policy.recomputes:  # nothing to write again, or it is done for every chunk
             return
+        for cache in caches:
+            cache.close(start_frame)
+            if history == CUT:
+                cache.begin_shot(start_frame)
         if history == RECODE:
             self.write_again(start_frame)
         elif history in (RECACHE, RECACHE_SINK):
             self.write_jointly(start_frame, moves_sink=history == RECACHE_SINK)
-        elif history in (FLUSH, CUT):
+        elif history in (FLUSH, CUT) and self.policy.shot_offset is None:
             self.forget_window(start_frame, is_cut=history == CUT)
 
     def compute_window(self, end_frame: int) -> None:

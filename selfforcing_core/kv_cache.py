@@ -20,34 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .chosen_memory import chosen_memory
 from .config import WanConfig
 from .memory import Memory, PulledSink, new_memory
 from .policy import SELF_FORCING, CachePolicy
+from .quantised import LARGEST, SCALE_DTYPE, dequantise, quantise
 from .rope import PLAIN, Axes, apply_rotary, rotary_table, time_turn
-
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest number of each type that is stored with scales
-SCALE_DTYPE = torch.bfloat16  # numbers are divided by the scale as stored, so its own rounding is no error
-
-
-def quantise(x_BLNK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Round to a type of LARGEST; return the numbers and their scales, [B, L, N, 1]: one for each token and head."""
-    wide = x_BLNK.float()
-    # One scale for all heads would be set by the head with the largest keys, and the others would lose their digits.
-    # The smallest normal number, for a token of zeros, keeps the division finite.
-    scale = (wide.abs().amax(-1, keepdim=True) / LARGEST[dtype]).clamp_min(torch.finfo(SCALE_DTYPE).tiny)
-    scale = scale.to(SCALE_DTYPE)
-    # the rounded scale may be the smaller one, and then the largest number comes out above what the type holds
-    scaled = (wide / scale).clamp_(-LARGEST[dtype], LARGEST[dtype])
-    return (scaled if dtype.is_floating_point else scaled.round_()).to(dtype), scale
-
-
-def dequantise(stored_BSNK: Tensor, scale_BSN1: Tensor | None, like: Tensor) -> Tensor:
-    """Return stored numbers times their scale, if there is one, in the type and on the device of `like`."""
-    if scale_BSN1 is None:
-        return stored_BSNK.to(like)
-    # moved before it is widened: over a bus, one byte a number is a quarter of float32
-    return stored_BSNK.to(like.device).to(like.dtype).mul_(scale_BSN1.to(like))
-
 
 # for each contiguous run of the staged chunk: offset in it, length, and every layer's view of its slots
 Slots = list[tuple[int, int, tuple[Tensor, ...]]]
@@ -85,6 +63,9 @@ class Past:
     # what is not the past: the chunk's own slots, and hidden ones; offset in the chunk, slot, length, in tokens
     staged: tuple[tuple[int, int, int], ...]
     num_visible: int  # tokens of the buffers in use
+    bank: tuple[int, int] = (0, 0)  # where frames of earlier times lie, behind the ring, in tokens
+    # where the device chose a slot for the chunk's one frame: its number for each row, and the tokens of a frame
+    chosen: tuple[Tensor, int] | None = None
 
     def __call__(self, k_BLNK: Tensor, v_BLNK: Tensor) -> tuple[Tensor, Tensor]:
         """Return all visible keys and values: those of the past, without gradient, then the new ones."""
@@ -97,6 +78,9 @@ class Past:
 
         Each piece is made when it is asked for; let go of it before asking for the next.
         """
+        if self.chosen is not None:  # nobody here knows where a piece without the chunk's own frame would end
+            yield self(k_BLNK, v_BLNK)
+            return
         yield k_BLNK, v_BLNK  # exact, and as they are: nothing of a chunk is read back from its own rounded copy
         step = k_BLNK.shape[1] if num_tokens is None else num_tokens
         for start, end in self._runs():
@@ -114,9 +98,15 @@ class Past:
         for _, slot, length in sorted(self.staged, key=lambda piece: piece[1]):
             runs.append((edge, slot))
             edge = slot + length
-        return [(start, end) for start, end in [*runs, (edge, self.num_visible)] if start < end]
+        return [(start, end) for start, end in [*runs, (edge, self.num_visible), self.bank] if start < end]
 
     def _joined(self, buffer: Tensor, scale: Tensor | None, new_BLNK: Tensor) -> Tensor:
+        if self.chosen is not None:
+            slot_B, tokens = self.chosen
+            whole = self._piece(buffer, scale, slice(0, self.num_visible), new_BLNK).clone()
+            rows = torch.arange(whole.shape[0], device=whole.device)
+            whole.unflatten(1, (-1, tokens))[rows, slot_B.to(whole.device)] = new_BLNK  # exact, as in any other cache
+            return whole
         parts = [self._piece(buffer, scale, slice(*run), new_BLNK) for run in self._runs()]
         return torch.cat([*parts, new_BLNK], 1)
 
@@ -152,6 +142,7 @@ class KVCache:
     ) -> None:
         assert 0 <= sink < capacity, f"sink {sink} leaves no room in a cache of {capacity} frames"
         self.tokens_per_frame, self.capacity, self.sink = tokens_per_frame, capacity, sink
+        self.num_slots = capacity  # the capacity, and behind it what a policy shows beside the window
         self.by_segments = by_segments
         self.head_dim, self.grid = config.head_dim, (1, tokens_per_frame)
         self.axes: Axes = PLAIN  # scale and shift of positions, by which the network turns
@@ -192,13 +183,18 @@ class KVCache:
         """
         assert grid[0] * grid[1] == self.tokens_per_frame, f"{grid} are not {self.tokens_per_frame} tokens"
         self.policy, self.grid = policy, grid
-        self.head = self.sink + policy.num_means
+        self.head, self.capacity = self.sink + policy.num_means, self.num_slots - policy.bank
         assert self.head < self.capacity, f"{self.head} frames that stay leave no room in a cache of {self.capacity}"
-        self.memory = new_memory(self)
+        self.memory = chosen_memory(self) or new_memory(self)
         self.reset()
 
     def reset(self) -> None:
         """Empty the cache; the next staged frame is frame 0. Nothing is freed or cleared."""
+        if self.memory is not None:
+            self.memory.reset()
+        self._empty()
+
+    def _empty(self) -> None:
         self.start_frame = self.end_frame = 0
         self.writes = True  # in the staged pass
         self.keeps_text = True  # in the staged pass: what it computes of the prompt serves later ones
@@ -212,15 +208,17 @@ class KVCache:
         self.slot_frames = [-1] * self.capacity
         self.slot_positions: list[float] = [0.0] * self.capacity
         self.jump = 0.0  # how far the staged chunk stands from its own number
+        self.offset = 0.0  # the same, where it stays there
+        self.lead = 0  # how far the staged chunk's queries stand before its own keys
         self.next_jump_to: int | None = None
-        if self.memory is not None:
-            self.memory.reset()
         self.cross: dict[int, Any] = {}  # by layer; of the prompt, which does not change from pass to pass
         self._aim([])
 
     def restart(self, base: int, *, sink_start: int = 0) -> None:
         """Empty the cache; the sink begins with frame `sink_start`, and the ring behind it with frame `base`."""
-        self.reset()
+        if self.memory is not None:
+            self.memory.restart()
+        self._empty()
         self.sink_start = self.start_frame = self.end_frame = sink_start
         self.base = max(base, sink_start + self.head)
 
@@ -251,17 +249,37 @@ class KVCache:
         self.restart(base)
         self.cross = cross
 
+    def close(self, end_frame: int) -> None:
+        """Let the policy take what it keeps of the frames before `end_frame`: the chunk there is final."""
+        if self.memory is not None:
+            self.memory.close(end_frame)
+
+    def undo(self, start_frame: int) -> None:
+        """Go back to before the first pass of the chunk there, if it is staged: it is to be made once more."""
+        if self.memory is not None and self.start_frame == start_frame < self.end_frame:
+            self.memory.undo()
+            self._place(self._slots_of_staged())
+
+    def begin_shot(self, start_frame: int) -> None:
+        """Let the chunk there be the first one of a shot."""
+        if self.memory is not None:
+            self.memory.begin_shot(start_frame)
+            if self.start_frame == start_frame < self.end_frame:  # it is made once more
+                self._place(self._slots_of_staged())
+
     def jump_to(self, place: int) -> None:
         """Let the next new chunk stand `place` frames behind the first visible one, until the chunk after it begins."""
         self.next_jump_to = place
 
     def snapshot(self, device: torch.device | None = None) -> CacheState:
         """Copy what the cache holds, to this device or where it lies. The text's keys and values are not part of it."""
-        num_visible = self._num_visible()
+        num_visible, (bank, bank_end) = self._num_visible(), self._bank()
 
         def copy(buffer: Tensor) -> Tensor:
-            target = torch.empty_like(buffer[:, :, :num_visible], device=device)
-            _copy_layers(buffer[:, :, :num_visible], target)
+            used = buffer[:, :, : num_visible + bank_end - bank]
+            target = torch.empty_like(used, device=device)
+            _copy_layers(buffer[:, :, :num_visible], target[:, :, :num_visible])
+            _copy_layers(buffer[:, :, bank:bank_end], target[:, :, num_visible:])
             return target
 
         return CacheState(
@@ -279,7 +297,7 @@ class KVCache:
             tuple(self.slot_frames[: num_visible // self.tokens_per_frame]),
             tuple(self.slot_positions[: num_visible // self.tokens_per_frame]),
             self.policy.name,
-            {} if self.memory is None else {name: x.to(device, copy=True) for name, x in self.memory.tensors.items()},
+            {} if self.memory is None else {name: x.to(device, copy=True) for name, x in self.memory.state().items()},
         )
 
     def restore(self, state: CacheState) -> None:
@@ -305,15 +323,26 @@ class KVCache:
                 f"{self.sink}; resume with the window and sink it was saved with"
             )
         num_tokens = state.k.shape[2] if is_moved else min(state.end_frame, self.capacity) * self.tokens_per_frame
-        target = self.k[:, :, :num_tokens]
+        # behind the frames that came in turn, those of a bank
+        num_banked = max(0, num_tokens - len(state.slot_frames) * self.tokens_per_frame) if state.slot_frames else 0
+        num_tokens -= num_banked
+        target = self.k[:, :, : num_tokens + num_banked]
         if target.shape != state.k.shape:
             raise ValueError(
                 f"the saved cache has keys of shape {tuple(state.k.shape)}, this one {tuple(target.shape)}; resume "
                 "with the model, size and batch it was saved with"
             )
         self.reset()
-        self._put_back(self.k, self.k_scale, state.k, state.k_scale)
-        self._put_back(self.v, self.v_scale, state.v, state.v_scale)
+        bank, end = self.capacity * self.tokens_per_frame, num_tokens + num_banked
+        pairs = (self.k, self.k_scale, state.k, state.k_scale), (self.v, self.v_scale, state.v, state.v_scale)
+        for first, used in ((0, slice(0, num_tokens)), (bank, slice(num_tokens, end))):
+            for buffer, scales, saved, saved_scales in pairs:
+                self._put_back(
+                    buffer[:, :, first:],
+                    None if scales is None else scales[:, :, first:],
+                    saved[:, :, used],
+                    None if saved_scales is None else saved_scales[:, :, used],
+                )
         self.start_frame, self.end_frame = state.start_frame, state.end_frame
         self.base = state.base if is_moved else self.head
         self.sink_start, self.jump = state.sink_start, state.jump
@@ -327,8 +356,10 @@ class KVCache:
                 self.slot_frames[self.slot_of(frame)] = frame
                 self.slot_positions[self.slot_of(frame)] = frame
         if self.memory is not None:
-            self.memory.tensors = {name: x.to(self.k.device, copy=True) for name, x in state.memory.items()}
-        self._aim(self._pieces(state.start_frame, state.end_frame - state.start_frame))
+            self.memory.restore({name: x.to(self.k.device, copy=True) for name, x in state.memory.items()})
+        slots = self._slots_of_staged()
+        self._place(slots)
+        self._aim(self._pieces(slots))
 
     def stage(self, start_frame: int, num_frames: int, *, writes: bool = True) -> None:
         """Declare the frames that the next forward pass evaluates: the staged ones again, or those that follow.
@@ -351,7 +382,9 @@ class KVCache:
         self.writes = self.keeps_text = writes
         if not is_again:
             self._advance(start_frame, num_frames)
-            self._aim(self._pieces(start_frame, num_frames))
+            self._aim(self._pieces(self._slots_of_staged()))
+        if self.memory is not None:
+            self.memory.begin_pass()
 
     def _look(self, start_frame: int, num_frames: int) -> None:
         """Let a pass stand behind the latest chunk: it sees sink and last frames, of a window its own ones included."""
@@ -366,18 +399,21 @@ class KVCache:
         first = max(self.base, start_frame - room)
         assert isinstance(self.memory, PulledSink)
         self.memory.move(first - self.sink)
-        self._hidden = self._pieces(oldest, first - oldest)
+        self._hidden = self._pieces([self.slot_of(frame) for frame in range(oldest, first)])
 
     @property
     def position(self) -> int:
         """Return where the first staged frame stands on the time axis."""
-        return self.start_frame + int(self.jump) if self.looks_at is None else self.looks_at
+        if self.looks_at is not None:
+            return self.looks_at
+        return self.start_frame + int(self.jump + self.offset) + self.lead
 
     def _advance(self, start_frame: int, num_frames: int) -> None:
         """Move on to a new chunk: the one before is final, and what it overwrites goes to the policy's memory."""
         self._settle()
         end_frame = start_frame + num_frames
-        slots = [self.slot_of(frame) for frame in range(start_frame, end_frame)]
+        frames = range(start_frame, end_frame)
+        slots = [*map(self.slot_of, frames)] if self.memory is None else self.memory.place(frames)
         evicted = sorted((self.slot_frames[slot], slot) for slot in slots if self.slot_frames[slot] >= 0)
         window_start = max(self.base, end_frame - (self.capacity - self.head))
         if self.memory is not None:
@@ -388,13 +424,28 @@ class KVCache:
             # a chunk that is written sees the last frames as they came, of which the sink's are some at first
             num_hidden = min(max(0, end_frame - self.sink_start - (self.capacity - self.sink)), self.sink)
             self._hidden = [(0, 0, num_hidden * self.tokens_per_frame)]
-        for frame, slot in zip(range(start_frame, end_frame), slots):
+        for frame, slot in zip(frames, slots):
             self.slot_frames[slot] = frame
         if self.next_jump_to is not None:
             first = self.slot_positions[0] if self.head and self.slot_frames[0] != start_frame else window_start
             self.jump, self.next_jump_to = self.next_jump_to - (start_frame - first), None
-        for frame, slot in zip(range(start_frame, end_frame), slots):
-            self.slot_positions[slot] = frame + self.jump
+        self._place(slots)
+
+    def _place(self, slots: Sequence[int]) -> None:
+        """Say where the staged chunk stands, which lies in these slots."""
+        self.offset = 0.0 if self.memory is None else self.memory.offset(self.start_frame)
+        for frame, slot in zip(range(self.start_frame, self.end_frame), slots):
+            self.slot_positions[slot] = frame + self.offset + self.jump
+        # Behind a flush Infinity-RoPE's public code has queries at the end of a window that is not full yet.
+        is_flushed = self.policy.is_rebased and self.base > self.sink_start + self.head and not self.jump
+        missing = self.capacity - self._num_visible() // self.tokens_per_frame
+        self.lead = missing if self.policy.is_published and is_flushed else 0
+
+    def _slots_of_staged(self) -> list[int]:
+        """Return where the staged chunk lies; an empty list where the device chose."""
+        if self.memory is not None and self.memory.is_chosen(self.start_frame):
+            return []
+        return [self.slot_of(frame) for frame in range(self.start_frame, self.end_frame)]
 
     def _settle(self) -> None:
         """Turn a chunk that jumped back to its own number, since later chunks follow it there."""
@@ -448,7 +499,12 @@ class KVCache:
         buffers = (self.k, self.v, self.k_scale, self.v_scale)
         self._slots = tuple([] if buffer is None else _slots(buffer, pieces) for buffer in buffers)
         self._mask = None
-        visible = slice(self._hidden[0][2] if self._hidden else 0, self._num_visible())
+        num_visible, (bank, bank_end) = self._num_visible(), self._bank()
+        # until the ring is full, what lies between it and the bank is not there yet
+        self._is_split = num_visible < bank < bank_end
+        if num_visible == bank:
+            num_visible = bank_end
+        visible = slice(self._hidden[0][2] if self._hidden else 0, num_visible)
         self._views = self.k[:, :, visible].unbind(), self.v[:, :, visible].unbind()
 
     def update(self, layer: int, k_BLNK: Tensor, v_BLNK: Tensor) -> tuple[Tensor, Tensor]:
@@ -461,7 +517,7 @@ class KVCache:
         """
         if self.writes:
             self.write(layer, k_BLNK, v_BLNK)
-        if not self.writes or self.converts(k_BLNK):
+        if not self.writes or self._is_split or self.converts(k_BLNK):
             return self.past(layer)(k_BLNK, v_BLNK)
         return self._views[0][layer].to(k_BLNK), self._views[1][layer].to(v_BLNK)
 
@@ -469,9 +525,17 @@ class KVCache:
         """Put the staged chunk's keys and values in their slots."""
         # a gradient that went on through the buffer would reach the next chunk's loss, and keep this one's graph alive
         assert not k_BLNK.requires_grad, "a pass that writes carries no gradient"
+        if self.memory is not None and self.memory.write(layer, k_BLNK, v_BLNK):
+            return
         k_slots, v_slots, k_scales, v_scales = self._slots
         self._put(layer, k_slots, k_scales, k_BLNK)
         self._put(layer, v_slots, v_scales, v_BLNK)
+
+    def own_keys(self, k_BLNK: Tensor) -> Tensor:
+        """Return the staged chunk's keys, which were turned as its queries, at the place where they stand."""
+        if not self.lead:
+            return k_BLNK
+        return apply_rotary(k_BLNK, time_turn(self.head_dim, -self.lead, k_BLNK.device, self.axes))
 
     def _put(self, layer: int, slots: Slots, scales: Slots, new_BLNK: Tensor) -> None:
         if scales:
@@ -504,8 +568,17 @@ class KVCache:
         """
         k_scale = None if self.k_scale is None else self.k_scale[layer]
         v_scale = None if self.v_scale is None else self.v_scale[layer]
-        hidden = (*self._staged, *self._hidden)
-        return Past(self.k[layer], self.v[layer], k_scale, v_scale, hidden, self._num_visible())
+        chosen = None if self.memory is None else self.memory.slot_in(layer)
+        return Past(
+            self.k[layer],
+            self.v[layer],
+            k_scale,
+            v_scale,
+            (*self._staged, *self._hidden),
+            self._num_visible(),
+            self._bank(),
+            None if chosen is None else (chosen, self.tokens_per_frame),
+        )
 
     def mask(self, like: Tensor) -> Tensor | None:
         """Return what is added to the scores of the visible tokens, [1, S] in the type and on the device of `like`.
@@ -527,6 +600,8 @@ class KVCache:
             return compute()
         if layer not in self.cross:
             self.cross[layer] = compute()
+            if self.memory is not None:
+                self.memory.read_text(layer, self.cross[layer][0][0])
         return self.cross[layer]
 
     def has_cross(self) -> bool:
@@ -545,18 +620,24 @@ class KVCache:
         )
         return min(frames, self.capacity) * self.tokens_per_frame
 
+    def _bank(self) -> tuple[int, int]:
+        """Return where frames of earlier times lie, in tokens."""
+        count = 0 if self.memory is None else self.memory.num_banked
+        return self.capacity * self.tokens_per_frame, (self.capacity + count) * self.tokens_per_frame
+
     def slot_of(self, frame: int) -> int:
         """Return the slot of a frame that is visible or comes next."""
         # no frame ever moves: the one that comes next takes the slot of the one that leaves
         if frame < self.sink_start + self.head:
             return frame - self.sink_start
+        if self.memory is not None and self.memory.is_placing:
+            return self.slot_frames.index(frame)
         return self.head + (frame - self.base) % (self.capacity - self.head)
 
-    def _pieces(self, start_frame: int, num_frames: int) -> list[tuple[int, int, int]]:
+    def _pieces(self, slots: Sequence[int]) -> list[tuple[int, int, int]]:
         """Return contiguous runs of slots: offset in the chunk, offset in the buffer, and length, in tokens."""
         runs: list[tuple[int, int, int]] = []
-        for offset in range(num_frames):
-            slot = self.slot_of(start_frame + offset)
+        for offset, slot in enumerate(slots):
             if runs and runs[-1][1] + runs[-1][2] == slot:
                 runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + 1)
             else:

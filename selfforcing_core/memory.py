@@ -3,7 +3,7 @@
 The cache calls `advance` once for every new chunk, before its first pass: what is about to be evicted is still there,
 and the chunk before is final. Nothing here is read back to Python.
 
-Letters: B batch, S cached tokens, N heads, K head width.
+Letters: B batch, L query tokens (those of the staged chunk), S cached tokens, N heads, K head width, P text tokens.
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ class Ring(Protocol):
     tokens_per_frame: int
     slot_frames: list[int]
     slot_positions: list[float]
+    writes: bool
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
 
     def slot_of(self, frame: int) -> int: ...
     def table(self, position: int) -> Tensor: ...
@@ -60,6 +65,58 @@ class Memory:
     def advance(self, evicted: Evicted, window_start: int) -> None:
         """Follow the ring to its next chunk. window_start: the oldest frame of the ring that stays visible."""
         raise NotImplementedError
+
+    # What a policy may do beyond that; by default the ring goes its way.
+
+    num_banked = 0  # frames in use behind the ring
+    is_placing = False  # whether it is for the memory to say in which slot a frame lies
+
+    def restart(self) -> None:
+        """Follow the cache, which is to be written again from some frame on."""
+        self.reset()
+
+    def close(self, end_frame: int) -> None:
+        """Take what is kept of the frames before `end_frame`, which are final, before the prompt changes."""
+
+    def undo(self) -> None:
+        """Go back to before the first pass of the staged chunk."""
+
+    def begin_pass(self) -> None:
+        """Follow the ring to another pass over the staged chunk."""
+
+    def begin_shot(self, start_frame: int) -> None:
+        """Let the chunk there be the first one of a shot."""
+
+    def read_text(self, layer: int, k_BPNK: Tensor) -> None:
+        """Learn a layer's keys of a new prompt."""
+
+    def place(self, frames: Sequence[int]) -> list[int]:
+        """Return the slots for the frames of a new chunk, before `advance`; an empty list where the device chooses."""
+        return [self.cache.slot_of(frame) for frame in frames]
+
+    def offset(self, start_frame: int) -> float:
+        """Return how far the chunk there stands from its own number."""
+        return 0.0
+
+    def is_chosen(self, start_frame: int) -> bool:
+        """Return whether the device chooses where the chunk there lies."""
+        return False
+
+    def slot_in(self, layer: int) -> Tensor | None:
+        """Return the slot of the staged chunk's frame for each row, [B], where the device chose it."""
+        return None
+
+    def write(self, layer: int, k_BLNK: Tensor, v_BLNK: Tensor) -> bool:
+        """Write the staged chunk where the device chose, and return True; False leaves it to the ring."""
+        return False
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that a snapshot has to hold; nothing while all frames lie where they came."""
+        return self.tensors
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Hold again what `state` returned."""
+        self.tensors = state
 
     def _turned(self, k_BSNK: Tensor, num_frames: float) -> Tensor:
         cache = self.cache

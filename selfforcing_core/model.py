@@ -234,6 +234,7 @@ def _attend_cached(
 
     mask_LS: added to the scores, where a policy wants some frames to weigh less.
     """
+    k_BLNK = cache.own_keys(k_BLNK)
     if mask_LS is None and cache.writes and cache.by_segments and cache.converts(k_BLNK):
         cache.write(layer, k_BLNK, v_BLNK)
         return attend_segments(q_BLNK, cache.past(layer).segments(k_BLNK, v_BLNK))

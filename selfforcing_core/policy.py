@@ -38,42 +38,36 @@ class CachePolicy:
     is_joint: bool = False
     recomputes: bool = False  # before every chunk the window is computed again from its clean latents
     keeps_first: bool = False  # with that: the window begins with the video's first frame, and not with one read again
-    is_late: bool = False  # with that: it is computed under the prompt of the chunk before, as published
     bias: float = 1.0  # factor on attention's weights of past frames but the first one, where a chunk is denoised
+    bank: int = 0  # frames beside the window, which each layer keeps by their likeness to the prompt
+    record_every: int = 3  # chunks from the one whose first frame enters the bank to the next of them
+    bank_follows: bool = False  # in between, the bank's newest frame is the first one of the latest chunk
+    refresh_below: float | None = None  # a frame of the sink that is less like the newest one makes room for it
+    reset_at: int = 0  # where positions fall back to the end of the first window; 0: nowhere
+    shot_offset: int | None = None  # a cut begins a shot, so much farther on, whose first frames stay until the next
+    is_published: bool = False  # as the public code reads the method where that is a slip (docs/policies.md)
 
     def __post_init__(self) -> None:
         if self.history not in HISTORIES:
             raise ValueError(f"history {self.history!r} is unknown; use {', '.join(HISTORIES)}")
         if self.history not in self.histories:
-            self._refuse_history()
-        if self.remembers and self.history in (RECODE, RECACHE, RECACHE_SINK):
-            raise ValueError(
-                f"policy {self.name} cannot {self.history}: it remembers frames that are gone, which nothing "
-                f"writes again; use {KEEP}, {FLUSH} or {CUT}"
-            )
+            raise ValueError(f"policy {self.name} cannot {self.history}: {self._reason}; use {_either(self.histories)}")
         shares = [self.sink_average, *(self.means or ())]
         if any(share is not None and not 0 <= share <= 1 for share in shares):
             raise ValueError(f"shares of averages {[share for share in shares if share is not None]} leave [0, 1]")
-        if self.kept < 0 or self.cut_at < 0:
-            raise ValueError(f"kept {self.kept} and cut_at {self.cut_at} are counts of frames; use 0 or more")
+        if min(self.kept, self.cut_at, self.bank, self.reset_at, self.shot_offset or 0) < 0:
+            raise ValueError(
+                f"kept {self.kept}, cut_at {self.cut_at}, bank {self.bank}, reset_at {self.reset_at} and shot_offset "
+                f"{self.shot_offset} are counts of frames; use 0 or more"
+            )
+        if self.record_every < 1:
+            raise ValueError(f"record_every {self.record_every} is a count of chunks; use 1 or more")
+        if self.is_published and self.name not in SLIPS:
+            raise ValueError(f"policy {self.name} is read as published anyway; published=yes is for {_either(SLIPS)}")
         if not self.bias > 0:
             raise ValueError(f"bias {self.bias} is no factor above 0; use 1 for none")
         if self.bias != 1 and not self.recomputes:
             raise ValueError(f"policy {self.name} has no bias; use it with krea or krea-bias")
-
-    def _refuse_history(self) -> None:
-        """Raise ValueError for a word that only some policies cannot follow."""
-        reason = "denoises several chunks together, whose past stays as it was written"
-        if self.recomputes:
-            reason = "computes its window again before every chunk, under the prompt that then holds"
-        raise ValueError(f"policy {self.name} cannot {self.history}: it {reason}; use {', '.join(self.histories)}")
-
-    @property
-    def histories(self) -> tuple[str, ...]:
-        """Return the words that the policy can follow at a change of the prompt."""
-        if self.recomputes:
-            return (RECODE, KEEP)  # the same here: frames stay, and their keys are never kept
-        return (KEEP,) if self.is_joint else HISTORIES
 
     @property
     def num_means(self) -> int:
@@ -85,6 +79,33 @@ class CachePolicy:
         """Return whether the cache shows what nothing writes again, above all of frames that have left the window."""
         return self.sink_average is not None or self.means is not None or self.replays or self.is_joint
 
+    @property
+    def histories(self) -> tuple[str, ...]:
+        """Return what a change of the prompt may do to the frames so far."""
+        if self.refresh_below is not None:
+            return (KEEP,)
+        if self.shot_offset is not None:
+            return KEEP, CUT
+        if self.recomputes:
+            return RECODE, KEEP  # the same here: frames stay, and their keys are never kept
+        if self.is_joint:
+            return (KEEP,)
+        if self.bank:
+            return RECACHE, KEEP, FLUSH, CUT
+        return (KEEP, FLUSH, CUT) if self.remembers else HISTORIES
+
+    @property
+    def _reason(self) -> str:
+        if self.refresh_below is not None:
+            return "each layer has chosen for itself which frames it holds, and where"
+        if self.shot_offset is not None:
+            return "the first frames of a shot stay where they are until the next shot"
+        if self.recomputes:
+            return "it computes its window again before every chunk, under the prompt that then holds"
+        if self.is_joint:
+            return "it denoises several chunks together, whose past stays as it was written"
+        return "it remembers frames that are gone, which nothing writes again"
+
     def with_history(self, history: str | None) -> CachePolicy:
         """Return the policy with another answer to a change of the prompt; None leaves its own.
 
@@ -93,6 +114,15 @@ class CachePolicy:
         return self if history is None else replace(self, history=history)
 
 
+def _either(words: tuple[str, ...]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+# Policies whose public code differs from what their method says: behind a flush it puts queries at the window's end
+# though the window is not full; a full bank chooses again at every chunk, and so fills with copies of its newest frame;
+# of each frame the keys of its first step stay, not those of the last; a window is computed under the former prompt.
+SLIPS = ("infinity-rope", "memflow", "sdv2", "krea", "krea-bias")
 # Where each was read: docs/policies.md.
 SELF_FORCING = CachePolicy()
 _TABLE = (
@@ -110,6 +140,10 @@ _TABLE = (
     CachePolicy("rolling-forcing", history=KEEP, is_joint=True),
     CachePolicy("krea", recomputes=True),
     CachePolicy("krea-bias", recomputes=True, bias=0.3),
+    CachePolicy("memflow", history=RECACHE, bank=3),
+    CachePolicy("memflow-plain", history=KEEP, bank=3, bank_follows=True),
+    CachePolicy("sdv2", history=KEEP, refresh_below=0.2, reset_at=50),
+    CachePolicy("longlive2", history=KEEP, shot_offset=8),
 )
 POLICIES: Mapping[str, CachePolicy] = {policy.name: policy for policy in _TABLE}
 
@@ -129,7 +163,7 @@ def cache_policy(text: str) -> CachePolicy:
         if key not in _READERS or not sign:
             raise ValueError(f"policy {name} has no setting {setting!r}; use {'=..., '.join(_READERS)}=...")
         try:
-            values[key] = _READERS[key](value)
+            values[FIELD_OF.get(key, key)] = _READERS[key](value)
         except ValueError as error:
             raise ValueError(f"policy {name}: {key}={value} cannot be read ({error})") from error
     return replace(POLICIES[name], **values)
@@ -140,20 +174,27 @@ def _shares(text: str) -> tuple[float, float]:
     return slow, fast
 
 
-def _truth(text: str) -> bool:
+def _is_yes(text: str) -> bool:
     if text not in ("yes", "no"):
-        raise ValueError("use yes or no")
+        raise ValueError("say yes or no")
     return text == "yes"
 
 
+# A setting and the field that it is, where the two are called differently.
+FIELD_OF = {"published": "is_published"}
 _READERS: Mapping[str, Callable[[str], Any]] = {
     "history": str,
     "kept": int,
     "cut_at": int,
     "sink_average": float,
     "means": _shares,
-    "keeps_first": _truth,
-    "is_late": _truth,
+    "keeps_first": _is_yes,
     "bias": float,
+    "bank": int,
+    "record_every": int,
+    "refresh_below": float,
+    "reset_at": int,
+    "shot_offset": int,
+    "published": _is_yes,
 }
-assert set(_READERS) < {field.name for field in fields(CachePolicy)}
+assert {FIELD_OF.get(key, key) for key in _READERS} < {field.name for field in fields(CachePolicy)}

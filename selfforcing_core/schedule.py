@@ -112,3 +112,5 @@ class FlowSchedule:
         if steps.sigma == "table":
             listed = torch.tensor(self.timesteps, dtype=torch.float64)
             self.sigmas = tuple(nearest_sigma(listed, sigma_table(steps.shift)).tolist())
+        if steps.is_whole:
+            self.timesteps = tuple(float(int(timestep)) for timestep in self.timesteps)

@@ -144,7 +144,7 @@ class ChunkSampler(comfy.samplers.KSAMPLER):
         The past of a layer is joined with the new keys and values where the two are of different types.
         """
         settings, model = settings_of(guider.model_patcher), guider.model_patcher.model
-        config, computed = config_of(model.diffusion_model), compute_dtype(model)
+        config, causal, computed = config_of(model.diffusion_model), self._causal(guider), compute_dtype(model)
         batch, _, frames, height, width = noise_shape
         stored = settings.cache_dtype or computed
 
@@ -153,7 +153,7 @@ class ChunkSampler(comfy.samplers.KSAMPLER):
                 config,
                 batch=batch,
                 tokens_per_frame=tokens_per_frame(height, width),
-                capacity=self._causal(guider).cache_frames(frames),
+                capacity=causal.cache_frames(frames),
                 dtype=dtype,
             )
 

@@ -310,8 +310,7 @@ class GuiderTimeline:
         self.at_frame = dict(zip(starts[1:], later))
         for frame, (start, _) in self.at_frame.items():
             policy = cache_policy(network.settings.causal.policy)
-            if policy.remembers and start.history in WRITTEN_AGAIN:
-                policy.with_history(start.history)  # refused now, not when the prompt's time has come
+            policy.with_history(start.history)  # refused now, not when the prompt's time has come
             if frame >= fixed_frames > 0 and start.history in WRITTEN_AGAIN:
                 raise ValueError(
                     f"the prompt at {start.seconds:g}s is to recode history, but {UNKNOWN_PAST}; use history 'keep'"
@@ -350,9 +349,9 @@ class GuiderTimeline:
         """Return what can become of the history for a typed prompt; say so where it is not what was asked for."""
         assert self.typed is not None
         policy = cache_policy(self.network.settings.causal.policy)
-        if history == RECODE != policy.history and not policy.remembers:
+        if history == RECODE != policy.history and RECODE in policy.histories:
             self.typed.say(f"history 'recode' is used; its policy {policy.name} would say {policy.history!r}")
-        if history in WRITTEN_AGAIN and policy.remembers:
+        if history not in policy.histories:
             self.typed.say(f"the new prompt holds from here on, with history '{policy.history}', as its policy says")
             return policy.history
         if history == "recode" and not self.can_recode:

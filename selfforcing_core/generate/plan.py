@@ -112,7 +112,7 @@ class Plan:
             *self.latent_shape[-2:],
             steps=len(self.steps.steps),
             first_chunk_steps=len(self.steps.of_chunk(0).steps),
-            window=self.causal.window,
+            window=self.causal.cache_frames(self.latent_shape[0]),
             decoder=self.decoder,
             guided=self.cfg != 1,
             batch=batch,

@@ -216,6 +216,8 @@ def obstacle(preset: Preset, path: Path | None = None, given: Collection[str] = 
         return f"is {in_words(preset)}, which is not supported: {preset.unsupported}"
     if preset.name in missing_policies(POLICIES):
         return f"is {in_words(preset)}, whose cache policy {preset.policy!r} this version does not have"
+    if preset.task == "v2v":  # its steps begin at 700, where pure noise is no input that it knows
+        return f"is {in_words(preset)}, which changes a given video, as no command or node here does"
     needed = {"lora": preset.lora, "low_noise": preset.twin}
     partners = [each.file for name, each in needed.items() if each is not None and each.file and name not in given]
     absent = [file for file in partners if path is not None and partner_path(preset, path, file) is None]
@@ -290,6 +292,8 @@ def lacking(preset: Preset) -> list[str]:
     lines = []
     if preset.name in missing_policies(POLICIES):
         lines.append(f"cache policy {preset.policy}")
+    elif preset.task == "v2v":
+        lines.append("a way to change a given video")
     elif preset.lora is not None and preset.lora.file is None:
         lines.append("its LoRA, whose file's name was not read")
     names_by_reason: dict[str, list[str]] = {}

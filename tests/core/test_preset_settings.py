@@ -45,6 +45,7 @@ RUNS: dict[str, tuple[int, tuple[float, ...], tuple[float, ...], str, tuple[int,
     "causal-forcing-framewise-causal-cd": (1, WARPED, WARPED, "raw", (21, 0)),
     "longlive": (3, WARPED, WARPED, "merged", (12, 3)),
     "longlive-interactive": (3, WARPED, WARPED, "merged", (12, 3)),
+    "memflow": (3, WARPED, WARPED, "merged", (12, 3)),
     "infinite-forcing": (3, WARPED, WARPED, "raw", (6, 1)),
     "reward-forcing": (3, WARPED, WARPED, "raw", (9, 3)),
     "causvid": (3, (1000, 757, 522), (1000, 757, 522), "raw", (21, 0)),
@@ -423,6 +424,7 @@ def test_the_command_lists_every_preset_with_what_is_missing(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preset_settings, "POLICIES", ("self-forcing",))
         assert "cache policy rolling-forcing" in preset_settings.lacking(PRESETS["rolling-forcing"])
+    assert rows["streamdiffusionv2"]["missing"][0] == "a way to change a given video"
     assert "not supported" in rows["matrix-game-2"]["missing"][0]
     assert "--steps" in rows["causal-forcing-ar-diffusion"]["missing"][0]
     assert rows["causvid"]["sources"]["steps"] == "tianweiy/CausVid configs/wan_causal_dmd.yaml"

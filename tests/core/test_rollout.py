@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig, StepConfig
@@ -24,6 +23,7 @@ from selfforcing_core.noise import CONTEXT, SeededNoise
 from selfforcing_core.rollout import BackpropSpec, Chunk, rollout
 from selfforcing_core.schedule import FlowSchedule, add_noise, x0_from_flow
 from tests.support.golden_fixture import GivenNoise
+from tests.support.host_reads import NoHostReads
 from tests.support.tiny_wan import FRAME, guided, ordered, random_text, random_wan
 
 STEPS = StepConfig((1000.0, 500.0))
@@ -152,18 +152,6 @@ def test_rollout_with_gradients_gives_the_same_video() -> None:
     plan = BackpropSpec([len(STEPS.steps) - 1] * 4)
     with_gradient = video(model, 8, CausalConfig(2, window=5, sink=1), backprop=plan)
     torch.testing.assert_close(with_gradient, video(model, 8, CausalConfig(2, window=5, sink=1)))
-
-
-class NoHostReads(TorchDispatchMode):
-    """Raises when a tensor's value is read back to the host."""
-
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "equal")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in self.FORBIDDEN:
-            raise AssertionError(f"{name} reads a tensor back to the host")
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("sigma", ["exact", "table"])

@@ -45,7 +45,7 @@ POLICY_OF: dict[str, Callable[[dict[str, Any]], str]] = {
     "rolling_sink": _plain("rolling-sink"),
     "flashdreams_long": _plain("flashdreams"),
 }
-# Where a file holds two readings, the one that is ours.
+# Where a file holds two readings, the one that is ours; the other one is told as published=yes.
 LATENTS = {"infinity_rope_wide": "latents_query_at_tail"}
 
 
@@ -66,9 +66,16 @@ class Watched:
 
 
 def check_ring(fixture: Fixture) -> None:
-    """Compare latents, flows, and of every call which frames it saw at which distance."""
+    """Compare latents, flows, and of every call which frames it saw at which distance, in each reading."""
+    policy = POLICY_OF[fixture.meta["preset"]](fixture.meta["policy"])
+    other = LATENTS.get(fixture.meta["preset"])
+    if other is not None:
+        _check_reading(fixture, policy, other)
+    _check_reading(fixture, policy if other is None else f"{policy},published=yes", "latents")
+
+
+def _check_reading(fixture: Fixture, policy: str, main: str) -> None:
     meta, pipeline = fixture.meta, fixture.meta["pipeline"]
-    policy = POLICY_OF[meta["preset"]](meta["policy"])
     chunk, sink = pipeline["num_frame_per_block"], pipeline["sink"]
     causal = CausalConfig(chunk, pipeline["window"], sink, context_noise=pipeline["context_noise"], policy=policy)
     listed = tuple(map(float, pipeline["denoising_step_list"]))
@@ -99,7 +106,6 @@ def check_ring(fixture: Fixture) -> None:
         prompt_at=prompt_at,
     )
     latents = torch.cat([each.latents_BTCHW for each in chunks], 1)
-    main = LATENTS.get(meta["preset"], "latents")
     fixture.check(main, latents)
     assert len(model.calls) == len(meta["calls"]), "another number of network calls"
     for name, call in zip(meta["calls"], model.calls):
