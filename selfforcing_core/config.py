@@ -157,7 +157,8 @@ class CausalConfig(_JsonConfig):
         """Return how many latent frames a cache holds for a video of this length."""
         if not -1 < self.window < num_frames:
             return num_frames
-        # a chunk that is written sees a whole window, which no longer has the sink in it, and a joint pass needs both
+        # What a policy holds beside the window: a bank; or the sink once more, since a chunk that is written sees a
+        # whole window without it, and a joint pass needs both.
         policy = cache_policy(self.policy)
         return self.window + policy.bank + (self.sink if policy.is_joint else 0)
 

@@ -118,11 +118,11 @@ class History:
                 cache.undo(start_frame)
         self.begun = start_frame
         change = None if self.prompt_at is None else self.prompt_at(start_frame)
-        if self.policy.recomputes and self.policy.is_late:
+        if self.policy.recomputes and self.policy.is_published:
             self.compute_window(start_frame)
         if change is not None:
             self._follow(change, start_frame, latent_shape)
-        if self.policy.recomputes and not self.policy.is_late:
+        if self.policy.recomputes and not self.policy.is_published:
             self.compute_window(start_frame)
 
     def _follow(self, change: PromptChange, start_frame: int, latent_shape: tuple[int, int, int, int]) -> None:

@@ -98,6 +98,7 @@ class JointWindow:
         self.chunks: list[_OnTheWay] = []
         self.start_frame = 0  # of the oldest
         self.next_frame = 0  # of the chunk that comes in next
+        self.unasked: list[int] = []  # first frames of chunks that came in before this rollout
 
     @property
     def has_room(self) -> bool:
@@ -166,6 +167,7 @@ class JointWindow:
                 f"{len(self.schedule.timesteps)}; resume with the steps it was saved with"
             )
         self.start_frame, self.next_frame = snapshot.end_frame, snapshot.end_frame + sum(lengths)
+        self.unasked = starts
         for start, x_BTCHW, step in zip(starts, ahead_BTCHW.to(self.guided.device).split(lengths, 1), steps):
             self.chunks.append(_OnTheWay(x_BTCHW, step, self._drawn(start)[1]))
 

@@ -398,7 +398,7 @@ class KVCache:
         first = max(self.base, start_frame - room)
         assert isinstance(self.memory, PulledSink)
         self.memory.move(first - self.sink)
-        self._hidden = self._pieces([self.slot_of(frame) for frame in range(oldest, first)])
+        self._hidden = self._pieces(oldest, first - oldest)
 
     @property
     def position(self) -> int:

@@ -38,7 +38,6 @@ class CachePolicy:
     is_joint: bool = False
     recomputes: bool = False  # before every chunk the window is computed again from its clean latents
     keeps_first: bool = False  # with that: the window begins with the video's first frame, and not with one read again
-    is_late: bool = False  # with that: it is computed under the prompt of the chunk before, as published
     bias: float = 1.0  # factor on attention's weights of past frames but the first one, where a chunk is denoised
     bank: int = 0  # frames beside the window, which each layer keeps by their likeness to the prompt
     record_every: int = 3  # chunks from the one whose first frame enters the bank to the next of them
@@ -89,6 +88,10 @@ class CachePolicy:
             return (KEEP,)
         if self.shot_offset is not None:
             return KEEP, CUT
+        if self.recomputes:
+            return RECODE, KEEP  # the same here: frames stay, and their keys are never kept
+        if self.is_joint:
+            return (KEEP,)
         if self.bank:
             return RECACHE, KEEP, FLUSH, CUT
         return (KEEP, FLUSH, CUT) if self.remembers else HISTORIES
@@ -103,6 +106,10 @@ class CachePolicy:
             return "each layer has chosen for itself which frames it holds, and where"
         if self.shot_offset is not None:
             return "the first frames of a shot stay where they are until the next shot"
+        if self.recomputes:
+            return "it computes its window again before every chunk, under the prompt that then holds"
+        if self.is_joint:
+            return "it denoises several chunks together, whose past stays as it was written"
         return "it remembers frames that are gone, which nothing writes again"
 
     def with_history(self, history: str | None) -> CachePolicy:
@@ -120,8 +127,8 @@ def _either(words: tuple[str, ...]) -> str:
 
 # Policies whose public code differs from what their method says: behind a flush it puts queries at the window's end
 # though the window is not full; a full bank chooses again at every chunk, and so fills with copies of its newest frame;
-# of each frame the keys of its first step stay, not those of the last.
-SLIPS = ("infinity-rope", "memflow", "sdv2")
+# of each frame the keys of its first step stay, not those of the last; a window is computed under the former prompt.
+SLIPS = ("infinity-rope", "memflow", "sdv2", "krea", "krea-bias")
 # Where each was read: docs/policies.md.
 SELF_FORCING = CachePolicy()
 _TABLE = (
@@ -188,7 +195,6 @@ _READERS: Mapping[str, Callable[[str], Any]] = {
     "sink_average": float,
     "means": _shares,
     "keeps_first": _is_yes,
-    "is_late": _is_yes,
     "bias": float,
     "bank": int,
     "record_every": int,

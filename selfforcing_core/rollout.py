@@ -168,6 +168,8 @@ class _Denoiser:
     def _denoised_jointly(self, window: JointWindow, index: int, start_frame: int) -> _Finished:
         """Return the oldest chunk on the way, after as many passes as it still takes."""
         window.expect(start_frame)
+        while window.unasked:  # the prompt that holds may have begun with one of the chunks that a snapshot brings
+            self.history.follow_prompt(window.unasked.pop(0), self.latent_shape)
         x0_BTCHW: Tensor | None = None
         while x0_BTCHW is None:
             if window.has_room:  # a prompt holds from the pass on in which its chunk comes in

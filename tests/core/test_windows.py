@@ -367,7 +367,7 @@ def test_a_bias_is_a_factor_on_the_weights_of_the_past_but_its_first_frame(write
     ("text", "words"),
     [
         ("krea-bias,bias=0", "bias 0.0 is no factor above 0"),
-        ("krea,is_late=1", "is_late=1 cannot be read .use yes or no"),
+        ("krea,published=1", "published=1 cannot be read .use yes or no"),
         ("infinite,bias=0.5", "policy infinite has no bias"),
     ],
 )

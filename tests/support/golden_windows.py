@@ -96,9 +96,9 @@ def check_rolling_forcing(fixture: Fixture) -> None:
 
 # What a file holds -> the settings by which it is read, beside the bias.
 READINGS = {
-    "latents": "is_late=yes",
-    "prompt_first.latents": "is_late=no",
-    "keep_first.latents": "is_late=yes,keeps_first=yes",
+    "latents": "published=yes",
+    "prompt_first.latents": "published=no",
+    "keep_first.latents": "published=yes,keeps_first=yes",
 }
 
 
