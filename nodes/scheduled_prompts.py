@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..selfforcing_core.policy import HISTORIES
-from ..selfforcing_core.prompt_schedule import Entry, parse_schedule, schedule_note
+from ..selfforcing_core.prompt_schedule import TimedPrompt, parse_schedule, schedule_note
 from .adapter import folders, host, page
 from .adapter.guider_prompts import READER, ClipReader, PromptStart, Reader, SeedStart
 from .text_encode import TextReader
@@ -109,7 +109,7 @@ class SelfForcingPromptSchedule(io.ComfyNode):
         return folders.fingerprint(folders.text_encoder_folder(text_encoder)) if text_encoder else ""
 
 
-def _times(entry: Entry, entries: Sequence[Entry], history: str, fps: float) -> dict[str, Any]:
+def _times(entry: TimedPrompt, entries: Sequence[TimedPrompt], history: str, fps: float) -> dict[str, Any]:
     """Return when a prompt holds; the first also carries the seeds of all entries."""
     if entry is not entries[0]:
         transition = entry.transition(None if history == AS_POLICY else history)

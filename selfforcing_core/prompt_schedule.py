@@ -53,7 +53,7 @@ class Transition:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TimedPrompt:
     """A prompt, and from when on it holds."""
 
     seconds: float  # of the video
@@ -68,7 +68,7 @@ class Entry:
         return Transition(self.history or history, self.blend)
 
 
-def parse_schedule(text: str) -> tuple[Entry, ...]:
+def parse_schedule(text: str) -> tuple[TimedPrompt, ...]:
     """Return the entries of a text.
 
     One that does not begin with a time, or whose only time is not 0, is a single prompt. Entries are separated by lines
@@ -78,7 +78,7 @@ def parse_schedule(text: str) -> tuple[Entry, ...]:
     stripped = text.strip()
     marks = list(_MARK.finditer(stripped))
     if not marks or marks[0].start() != 0 or _is_name(marks, stripped):
-        return (Entry(0.0, text),)
+        return (TimedPrompt(0.0, text),)
     ends = [mark.start() for mark in marks[1:]] + [len(stripped)]
     entries = tuple(_entry(mark, stripped[mark.end() : end].strip()) for mark, end in zip(marks, ends))
     if entries[0].seconds != 0:
@@ -101,7 +101,7 @@ def parse_schedule(text: str) -> tuple[Entry, ...]:
     return entries
 
 
-def _entry(mark: re.Match[str], prompt: str) -> Entry:
+def _entry(mark: re.Match[str], prompt: str) -> TimedPrompt:
     """Return a mark's entry. Raises ValueError for options that contradict or are out of range, and broken quotes."""
     seconds = float(mark[1])
     options = re.findall(_OPTION, f"{mark[2] or ''} {mark[3] or ''}")
@@ -125,7 +125,7 @@ def _entry(mark: re.Match[str], prompt: str) -> Entry:
     if QUOTED in options:
         prompt = _unquoted(prompt, seconds)
     history, rate, blend = next(iter(histories), None), next(iter(rates), None), next(iter(blends), 1)
-    return Entry(seconds, prompt, history, seed, rate, blend)
+    return TimedPrompt(seconds, prompt, history, seed, rate, blend)
 
 
 def _unquoted(text: str, seconds: float) -> str:
@@ -138,12 +138,12 @@ def _unquoted(text: str, seconds: float) -> str:
     return prompt
 
 
-def schedule_text(entries: Sequence[Entry]) -> str:
+def schedule_text(entries: Sequence[TimedPrompt]) -> str:
     """Return the text that `parse_schedule` reads as these entries; times and fps have up to six decimals."""
     return "\n".join(_line(entry) for entry in entries)
 
 
-def _line(entry: Entry) -> str:
+def _line(entry: TimedPrompt) -> str:
     words, options, prompt = _transition_words(entry), [], entry.prompt
     if entry.seed is not None:
         options.append("seed own" if entry.seed == OWN_SEED else f"seed {entry.seed}")
@@ -158,7 +158,7 @@ def _line(entry: Entry) -> str:
     return f"{_decimal(entry.seconds)}s{said}: {prompt}".rstrip(" ")
 
 
-def _transition_words(entry: Entry) -> list[str]:
+def _transition_words(entry: TimedPrompt) -> list[str]:
     blend = [f"{BLEND} {entry.blend}"] if entry.blend != 1 else []
     return ([entry.history] if entry.history else []) + blend
 
@@ -197,7 +197,7 @@ def _is_name(marks: Sequence[re.Match[str]], text: str) -> bool:
     return len(marks) == 1 and float(marks[0][1]) != 0 and bool(text[marks[0].end() :].strip())
 
 
-def start_frames(entries: Sequence[Entry], lengths: Sequence[int], fps: float) -> list[int]:
+def start_frames(entries: Sequence[TimedPrompt], lengths: Sequence[int], fps: float) -> list[int]:
     """Return the first latent frame of the chunk in which each entry's moment lies; `lengths`: of all chunks.
 
     Raises ValueError for a moment behind the video's end, and for two that lie in the same chunk.

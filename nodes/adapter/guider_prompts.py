@@ -19,7 +19,7 @@ from ...selfforcing_core.conditioning import Conditioning
 from ...selfforcing_core.config import WanConfig
 from ...selfforcing_core.history import PromptChange
 from ...selfforcing_core.policy import KEEP, RECACHE, RECACHE_SINK, RECODE, CachePolicy
-from ...selfforcing_core.prompt_schedule import Entry, Transition, start_frames
+from ...selfforcing_core.prompt_schedule import TimedPrompt, Transition, start_frames
 from . import page
 
 UNKNOWN_PAST = "the state that this run goes on from does not hold what was written into the cache"
@@ -151,7 +151,7 @@ def _literal(prompt: dict[str, Any], value: Any) -> str:
 
 
 def _starts(times: Sequence[PromptStart] | Sequence[SeedStart], lengths: Sequence[int]) -> list[int]:
-    entries = [Entry(each.seconds, "") for each in times]
+    entries = [TimedPrompt(each.seconds, "") for each in times]
     return start_frames(entries, lengths, times[0].fps) if times else []
 
 
@@ -311,7 +311,7 @@ class GuiderTimeline:
         fixed_frames: int = 0,
         resumed_at: int = 0,
     ) -> None:
-        entries = [Entry(0, ""), *(Entry(start.seconds, "") for start, _ in later)]
+        entries = [TimedPrompt(0, ""), *(TimedPrompt(start.seconds, "") for start, _ in later)]
         starts = start_frames(entries, lengths, later[0][0].fps) if later else [0]
         self.network, self.typed, self.can_recode = network, typed, not fixed_frames
         self.resumed_at = resumed_at

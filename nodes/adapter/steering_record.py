@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...selfforcing_core.geometry import pixel_frames
-from ...selfforcing_core.prompt_schedule import OWN_SEED, Entry, Transition, moment_of, schedule_text, seed_at
+from ...selfforcing_core.prompt_schedule import OWN_SEED, TimedPrompt, Transition, moment_of, schedule_text, seed_at
 from .guider_prompts import Timeline
 
 USUAL_FPS = 16.0  # of Wan; a schedule in other frames per second says so
@@ -67,7 +67,7 @@ class SteeringRecord:
             new_seed = None if seed == previous_seed else OWN_SEED if seed is None else seed
             if start == 0 or is_changed or new_seed is not None:
                 moment, fps = moment_of(start, self.fps), None if start else rate
-                entries.append(Entry(moment, prompt, transition.history, new_seed, fps, transition.blend))
+                entries.append(TimedPrompt(moment, prompt, transition.history, new_seed, fps, transition.blend))
             previous_seed = seed
         return schedule_text(entries)
 

@@ -26,7 +26,7 @@ from selfforcing_core.noise import ScheduledNoise, SeededNoise
 from selfforcing_core.policy import HISTORIES
 from selfforcing_core.prompt_schedule import (
     OWN_SEED,
-    Entry,
+    TimedPrompt,
     Transition,
     moment_of,
     parse_schedule,
@@ -45,11 +45,11 @@ STEPS = StepConfig((1000.0, 500.0))
 
 # -------------------------------------------------------------------- text --
 def test_a_text_with_times_is_a_schedule_and_any_other_a_prompt() -> None:
-    expected = (Entry(0, "a red square"), Entry(3.5, "a blue circle: round"))
+    expected = (TimedPrompt(0, "a red square"), TimedPrompt(3.5, "a blue circle: round"))
     assert parse_schedule("0s: a red square\n 3.5s: a blue circle: round\n") == expected
     assert parse_schedule("0 s : a red square ;3.5s:a blue circle: round") == expected
     for plain in ("a clock says 3s: late", "0: zero", "a; b", "", "10 seconds: long"):
-        assert parse_schedule(plain) == (Entry(0, plain),)
+        assert parse_schedule(plain) == (TimedPrompt(0, plain),)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_what_is_wrong_with_a_schedule_is_said(text: str, words: str) -> None:
 )
 def test_a_time_that_is_read_as_words_is_said(text: str, time: str) -> None:
     """One time alone that is not 0, and times behind other words."""
-    assert parse_schedule(text) == (Entry(0, text),)
+    assert parse_schedule(text) == (TimedPrompt(0, text),)
     note = schedule_note(text)
     assert note is not None
     assert note.startswith(repr(time))
@@ -132,7 +132,7 @@ def test_schedules_of_every_keyboard_are_read(text: str) -> None:
 
 def test_a_separator_that_is_no_line_end_begins_no_entry() -> None:
     text = "0s: a\u20283s: b"
-    assert parse_schedule(text) == (Entry(0, "a\u20283s: b"),)
+    assert parse_schedule(text) == (TimedPrompt(0, "a\u20283s: b"),)
 
 
 def test_times_may_bring_a_history_and_a_seed() -> None:
@@ -140,12 +140,12 @@ def test_times_may_bring_a_history_and_a_seed() -> None:
         "0s [seed 5]: a\n1s[keep]: b\n2s [ keep , seed 7 ] : c\n3s [seed own]:\n4.5s [recode,seed 8]: d; 6s [seed 9]:"
     )
     assert parse_schedule(text) == (
-        Entry(0, "a", None, 5),
-        Entry(1, "b", "keep"),
-        Entry(2, "c", "keep", 7),
-        Entry(3, "", None, OWN_SEED),
-        Entry(4.5, "d", "recode", 8),
-        Entry(6, "", None, 9),
+        TimedPrompt(0, "a", None, 5),
+        TimedPrompt(1, "b", "keep"),
+        TimedPrompt(2, "c", "keep", 7),
+        TimedPrompt(3, "", None, OWN_SEED),
+        TimedPrompt(4.5, "d", "recode", 8),
+        TimedPrompt(6, "", None, 9),
     )
     assert schedule_note(text) is None
 
@@ -156,12 +156,12 @@ def test_words_behind_a_time_say_the_same_as_brackets() -> None:
         "4s keep, blend 2 [seed 7]: e; 5s recache_sink seed own: f"
     )
     expected = (
-        Entry(0, "a", fps=24),
-        Entry(1, "b", "cut"),
-        Entry(2, "c", "flush"),
-        Entry(3, "d", blend=4),
-        Entry(4, "e", "keep", 7, blend=2),
-        Entry(5, "f", "recache_sink", OWN_SEED),
+        TimedPrompt(0, "a", fps=24),
+        TimedPrompt(1, "b", "cut"),
+        TimedPrompt(2, "c", "flush"),
+        TimedPrompt(3, "d", blend=4),
+        TimedPrompt(4, "e", "keep", 7, blend=2),
+        TimedPrompt(5, "f", "recache_sink", OWN_SEED),
     )
     assert parse_schedule(text) == expected
     assert schedule_text(expected).split("\n")[1:4] == ["1s cut: b", "2s flush: c", "3s blend 4: d"]
@@ -172,20 +172,20 @@ def test_words_behind_a_time_say_the_same_as_brackets() -> None:
 @pytest.mark.parametrize("words", ["Cut", "blend", "blned 4", "recoded", "flush!", "Keep"])
 def test_words_that_are_nearly_options_are_words_and_that_is_said(words: str) -> None:
     text = f"0s: a\n3s {words}: b"
-    assert parse_schedule(text) == (Entry(0, f"a\n3s {words}: b"),)
+    assert parse_schedule(text) == (TimedPrompt(0, f"a\n3s {words}: b"),)
     assert f"'3s {words}:' is read as a part of the prompt" in str(schedule_note(text))
 
 
 def test_the_explicit_word_wins() -> None:
-    assert Entry(3, "b").transition(None) == Transition(None, 1)
-    assert Entry(3, "b").transition("keep") == Transition("keep", 1)
-    assert Entry(3, "b", "cut", blend=2).transition("keep") == Transition("cut", 2)
+    assert TimedPrompt(3, "b").transition(None) == Transition(None, 1)
+    assert TimedPrompt(3, "b").transition("keep") == Transition("keep", 1)
+    assert TimedPrompt(3, "b", "cut", blend=2).transition("keep") == Transition("cut", 2)
 
 
 @pytest.mark.parametrize("brackets", ["[late]", "[sed 7]", "[seed]", "[seed -1]", "[seed 7 keep]", "[]", "[Keep]"])
 def test_other_brackets_behind_a_time_are_words_as_they_were_and_that_is_said(brackets: str) -> None:
     text = f"0s: a\n3s {brackets}: b"
-    assert parse_schedule(text) == (Entry(0, f"a\n3s {brackets}: b"),)
+    assert parse_schedule(text) == (TimedPrompt(0, f"a\n3s {brackets}: b"),)
     assert f"'3s {brackets}:' is read as a part of the prompt" in str(schedule_note(text))
 
 
@@ -222,12 +222,12 @@ PROMPTS = st.lists(st.sampled_from(PIECES)).map("".join)
 )
 def test_a_schedule_that_is_written_is_read_as_it_was(later: list[tuple[str, str | None, int | None, int]]) -> None:
     """Whatever the prompts hold: line ends, marks of their own, blanks at their ends."""
-    entries = [Entry(0, " a; 3s: b\n", fps=23.976)]
+    entries = [TimedPrompt(0, " a; 3s: b\n", fps=23.976)]
     for number, (prompt, history, seed, blend) in enumerate(later, 1):
         if prompt:
-            entries.append(Entry(number / 16, prompt, history, seed, blend=blend))
+            entries.append(TimedPrompt(number / 16, prompt, history, seed, blend=blend))
         elif seed is not None:
-            entries.append(Entry(number / 16, "", None, seed))
+            entries.append(TimedPrompt(number / 16, "", None, seed))
     assert parse_schedule(schedule_text(entries)) == tuple(entries)
 
 
@@ -236,7 +236,7 @@ def test_a_schedule_that_is_written_is_read_as_it_was(later: list[tuple[str, str
 )
 def test_the_written_moment_of_a_chunk_is_found_in_it(chunk: int, index: int, fps: float) -> None:
     lengths = (chunk,) * (index + 1)
-    text = schedule_text([Entry(0, "a"), Entry(moment_of(chunk * index, fps), "a")])
+    text = schedule_text([TimedPrompt(0, "a"), TimedPrompt(moment_of(chunk * index, fps), "a")])
     *_, entry = parse_schedule(text)
     assert start_frames([entry], lengths, fps) == [chunk * index]
     assert entry.seconds - pixel_frames(chunk * index) / fps < 0.003
@@ -259,11 +259,11 @@ def test_a_moment_belongs_to_the_chunk_in_which_it_lies() -> None:
     lengths = (3, 3, 3)  # of 9, 12 and 12 frames
     moments = [(0, 0), (8 / 16, 0), (9 / 16, 3), (20 / 16, 3), (21 / 16, 6), (32 / 16, 6)]
     for seconds, start in moments:
-        assert start_frames([Entry(seconds, "a")], lengths, 16) == [start]
+        assert start_frames([TimedPrompt(seconds, "a")], lengths, 16) == [start]
     with pytest.raises(ValueError, match=r"the video ends at 2\.0625s"):
-        start_frames([Entry(0, "a"), Entry(33 / 16, "b")], lengths, 16)
+        start_frames([TimedPrompt(0, "a"), TimedPrompt(33 / 16, "b")], lengths, 16)
     with pytest.raises(ValueError, match=r"leave 0\.75s between"):
-        start_frames([Entry(0, "a"), Entry(0.6, "b"), Entry(1, "c")], lengths, 16)
+        start_frames([TimedPrompt(0, "a"), TimedPrompt(0.6, "b"), TimedPrompt(1, "c")], lengths, 16)
 
 
 # ------------------------------------------------------------------- cache --
