@@ -150,13 +150,13 @@ def text_encoders() -> dict[str, Any]:
             encoder = text_nodes._load(folder, "").encoder
             text_nodes._load.cache_clear()
             embeds = text_nodes.TextReader("tiny" + folders.BUNDLE_MARK)(sentence)[0][0]
-            calls[name] = [str(encoder.model.shared.weight.dtype), apart(embeds, exact), str(embeds.dtype)]
+            calls[name] = [str(encoder.model.token_embedding.weight.dtype), apart(embeds, exact), str(embeds.dtype)]
     finally:
         text_nodes.SMALL, comfy.model_management.text_encoder_dtype = original, chosen
         text_nodes._load.cache_clear()
     small = text_nodes._load(folder, "").encoder
     sys.path.insert(0, str(BROKEN))
-    return {**calls, "small": str(small.model.shared.weight.dtype)}
+    return {**calls, "small": str(small.model.token_embedding.weight.dtype)}
 
 
 def random_taehv() -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """Kill a run again and again and see that it becomes what it would have been.
 
-    python -m tests.support.kills --count 100
+    python -m tests.support.kills --count 100 --out bench/results/kills.json
 
 Each time the run is started with the same command and killed (SIGKILL) at a random moment, often in the middle of a
 save; in the end it is left alone. Its weights, average, optimisers and log must equal those of a run that nobody
@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+from bench.report import now, write
+from bench.rollout import hardware
 from tests.support.forks import PRELOADED, measure_no_device
 from tests.support.training import numbers, run_settings
 from train import run_checkpoints
@@ -104,12 +106,21 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--steps", type=int, default=8, help="of the run; it is saved after each")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="file for the report")
     args = parser.parse_args()
     for name in PRELOADED:  # otherwise half of the kills would hit an import
         importlib.import_module(name)
     measure_no_device()  # likewise
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(kill(args.count, args.steps, args.seed, Path(folder))))
+        counts = kill(args.count, args.steps, args.seed, Path(folder))
+    if args.out is not None:
+        what = (
+            f"a run of {args.steps} steps, saved after each, killed at random moments; every run that reached its end"
+        )
+        what += " equals the undisturbed one bit-exactly (weights, average, optimisers, log)"
+        command = " ".join(["python -m tests.support.kills", *sys.argv[1:]])
+        write({"what": what, "command": command, "hardware": hardware(), "when": now(), **counts}, args.out)
+    print(json.dumps(counts))
     return 0
 
 
