@@ -48,7 +48,8 @@ class SamplingSettings:
         if self.bidirectional is not None or self.guidance is not None:
             bidirectional = self.bidirectional.to_dict() if self.bidirectional else None
             entries |= {"format": 2, "bidirectional": bidirectional, "guidance": self.guidance}
-        later = () if self.steps is None else (self.steps.first_chunk_steps, self.steps.boundary)
+        steps = self.steps
+        later = () if steps is None else (steps.first_chunk_steps, steps.boundary, steps.is_whole or None)
         if self.steps is not None and (any(value is not None for value in later) or self.steps.steps[-1] == 0):
             entries["format"] = 3
         if self.preset is not None:  # earlier versions pass over it, and read the settings

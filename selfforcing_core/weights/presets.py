@@ -71,6 +71,7 @@ class Preset:
     shift: float | None = 5.0
     warp: bool | None = True  # the list goes through the shift before use; else it is written as the network sees it
     solver: str | None = "renoise"
+    is_whole: bool | None = None  # the network is told whole timesteps; None: as they are
     cache_source: str | None = "clean"  # the pass at t = 0; else "last_step"
     independent_first_frame: bool = False
     guidance: float | None = None  # None: nothing was read, and distilled networks are called once a step
@@ -116,7 +117,7 @@ NUMBERS = (
     *("weights", "fps", "native_size", "latent_space", "sizes"),
 )
 # What only some releases have.
-EXTRAS = ("first_chunk_steps", "guidance", "policy_options", "lora", "twin", "licence")
+EXTRAS = ("first_chunk_steps", "is_whole", "guidance", "policy_options", "lora", "twin", "licence")
 # Written into the code of Self Forcing and not into its configurations; its descendants kept them.
 FAMILY = {
     "fps": "guandeh17/Self-Forcing inference.py",
@@ -263,12 +264,13 @@ ROWS = (
          steps=(1000.0, 937.0, 833.0, 625.0, 0.0), warp=False,  # the last is a pass at t = 0
          read_elsewhere={"shift": "krea-ai/realtime-video release_server.py"}, open_questions=PICTURE,
          not_used=_open("the cache is computed from clean latents before every chunk", "sink", "cache_source")),
-    # LongLive 2: the steps are UniPC's own for 4 of them and shift 5, cut to integers as its code does
+    # LongLive 2: UniPC's own steps for 4 of them, from 0.999 down; cut to integers behind the shift, as its code does
     *(_row(name, title, None, files, f"NVlabs/LongLive configs/{config}", chunk=8, window=32, sink=8,
            policy="longlive2", policy_options={"multi_shot_sink": True, "multi_shot_rope_offset": 8},
-           steps=(999.0, 937.0, 833.0, 624.0), warp=False, solver="unipc", guidance=1.0, fps=24.0,
+           steps=(999.0, 749.25, 499.5, 249.75), is_whole=True, solver="unipc", guidance=1.0, fps=24.0,
            native_size=(704, 1280), latent_space="wan2.2", sizes=SIZES_5B, weights="raw",
-           read_elsewhere=_open("NVlabs/LongLive pipeline/causal_diffusion_inference.py", *STEPPING, "cache_source")
+           read_elsewhere=_open("NVlabs/LongLive pipeline/causal_diffusion_inference.py", *STEPPING, "is_whole",
+                                "cache_source")
            | _open("NVlabs/LongLive configs/inference.yaml", "fps", "native_size", "latent_space"), **more)
       for name, title, files, config, more in (
           ("longlive2", "LongLive 2 5B, shots", ("model_bf16.pt",), "inference.yaml:2-43",

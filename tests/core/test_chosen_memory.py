@@ -22,6 +22,7 @@ from selfforcing_core.noise import SeededNoise
 from selfforcing_core.policy import cache_policy
 from selfforcing_core.rollout import BackpropSpec, rollout
 from selfforcing_core.schedule import FlowSchedule
+from selfforcing_core.weights.checkpoint_header import SamplingSettings
 from tests.support.tiny_wan import CONFIG, FRAME, guided, random_text, random_wan
 
 STEPS = StepConfig((1000.0, 500.0))
@@ -301,4 +302,7 @@ def test_whole_timesteps_leave_their_noise_as_it_is() -> None:
     assert schedule.timesteps == (999.0, 937.0, 833.0, 624.0)
     assert schedule.sigmas == FlowSchedule(replace(steps, is_whole=False)).sigmas
     assert "is_whole" not in StepConfig().to_dict()
+    assert SamplingSettings(steps=steps).to_entries(None)["format"] == 3, (
+        "of which earlier versions say that it is newer"
+    )
     assert StepConfig.from_dict(steps.to_dict()) == steps

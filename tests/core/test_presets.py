@@ -12,9 +12,11 @@ import pytest
 from safetensors.torch import save_file
 
 from selfforcing_core.config import NETWORK_SIZES, CausalConfig, StepConfig
+from selfforcing_core.schedule import FlowSchedule
 from selfforcing_core.weights.checkpoint_header import HEADER_KEY
 from selfforcing_core.weights.download import RELEASES
 from selfforcing_core.weights.latent_space import LATENT_SPACES
+from selfforcing_core.weights.preset_settings import preset_settings
 from selfforcing_core.weights.presets import EXTRAS, NUMBERS, PRESETS, Preset, find_preset, missing_policies
 from selfforcing_core.weights.recognise import FINGERPRINTS, fingerprint, recognise
 from tests.support import fakes
@@ -79,7 +81,7 @@ EXPECTED = {
     "infinite-forcing": (3, 6, 1, "infinite", FAMILY_STEPS, 5, True, None),
     "longlive": (3, 12, 3, "longlive", FAMILY_STEPS, 5, True, "raw"),
     "memflow": (3, 12, 3, "memflow", FAMILY_STEPS, 5, True, "raw"),
-    "longlive2": (8, 32, 8, "longlive2", (999, 937, 833, 624), 5, RAW_LIST, "raw"),
+    "longlive2": (8, 32, 8, "longlive2", (999, 749.25, 499.5, 249.75), 5, True, "raw"),
     "krea": (3, 6, None, "krea", (1000, 937, 833, 625, 0), 5, RAW_LIST, "as stored"),
     "causvid": (3, 21, 0, "self-forcing", (1000, 757, 522), 8, RAW_LIST, "as stored"),
     "causvid-4step": (3, 21, 0, "self-forcing", FAMILY_STEPS, None, True, "as stored"),
@@ -141,6 +143,10 @@ def test_what_only_some_releases_have() -> None:
         "causalwan2.2-t2v",
     }
     assert (PRESETS["longlive2"].fps, PRESETS["longlive2"].native_size) == (24, (704, 1280))
+    longlive2 = preset_settings(PRESETS["longlive2"]).steps
+    assert longlive2 is not None
+    assert FlowSchedule(longlive2).timesteps == (999, 937, 833, 624)
+    assert {name for name, preset in PRESETS.items() if preset.is_whole} == set(ROWS["LongLive 2"])
     assert PRESETS["longlive"].policy_options != PRESETS["longlive-interactive"].policy_options
 
 
@@ -172,6 +178,7 @@ def test_numbers_agree_with_each_other(preset: Preset) -> None:
         if steps is not None:
             noisy = steps[:-1] if steps[-1] == 0 else steps  # Krea's last pass is at t = 0
             StepConfig(noisy, preset.shift or 5.0, warp=bool(preset.warp), solver=preset.solver or "renoise")
+    assert preset.is_whole in (True, None)
     assert preset.policy in POLICIES | {None}
     assert preset.weights in ("ema", "raw", "as stored", None)
     assert preset.task in ("t2v", "i2v", "v2v")
