@@ -207,7 +207,7 @@ def table(report: dict[str, Any], source: str) -> str:
         "length; background: videos whose ground is still the caption's at the end, and how far a channel of it went",
         "(0 to 1); diversity: how far two videos of a caption are apart at the end, 1 as real ones. Seconds of one CPU",
         "thread a chunk, without the decoder; megabytes of the cache, in float32. With so few videos, shares a tenth",
-        "apart may be chance.",
+        "apart may be chance. Policies that differ at a change of the prompt alone make the same videos here.",
         "",
         "| policy | chunk, window, sink | colour | at the end | shape | at the end | background | drift | diversity | "
         "s a chunk | MB |",
@@ -216,7 +216,7 @@ def table(report: dict[str, Any], source: str) -> str:
     for name, row in report["policies"].items():
         shares = ("colour", "last_colour", "shape", "last_shape", "last_background")
         cells = [f"{row[share]:.2f}" for share in shares]
-        cells += [f"{row['background_drift']:.3f}", f"{row['diversity']:.2f}"]
+        cells += [f"{row['background_drift']:.4f}", f"{row['diversity']:.2f}"]
         sizes = f"{row['chunk']}, {row['window']}, {row['sink']}"
         cost_cells = [f"{row['cpu_seconds_per_chunk']:.3f}", f"{row['cache_bytes'] / 1e6:.1f}"]
         lines.append(f"| `{name}` | {' | '.join([sizes, *cells, *cost_cells])} |")
