@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.endless import resident_bytes
 from bench.policy_pictures import SHEET, contact_sheet, draw
 from bench.report import now, write
 from bench.rollout import hardware
@@ -137,10 +138,11 @@ def _ground(videos_BVRHW: Tensor) -> Tensor:
 def cost(maker: Maker, causal: CausalConfig, chunks: int, *, steps: StepConfig | None = None) -> dict[str, Any]:
     """Return seconds of the CPU per chunk and bytes of the cache of one video, and whether all numbers are finite."""
     video, cache = maker.chunks(causal, ["a red square moving left slowly"], chunks * causal.chunk, steps=steps)
-    seconds, held, is_finite, start = [], [], True, time.process_time()
+    seconds, held, resident, is_finite, start = [], [], [], True, time.process_time()
     for chunk in video:
         seconds.append(time.process_time() - start)
         held.append(sum(vars(held_bytes(cache)).values()))
+        resident.append(resident_bytes())
         is_finite &= bool(chunk.latents_BTCHW.isfinite().all())
         start = time.process_time()
     full = min(2 * causal.window // causal.chunk + 2, chunks - 1)  # from when the ring came round twice
@@ -152,6 +154,7 @@ def cost(maker: Maker, causal: CausalConfig, chunks: int, *, steps: StepConfig |
         "last_tenth_over_first": last / first,
         "cache_bytes": held[-1],
         "bytes_grow": held[-1] - held[full],
+        "resident_memory_grows": resident[-1] / resident[full] - 1,
         "is_finite": is_finite,
     }
 
