@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.endless import resident_bytes
 from bench.policy_pictures import SHEET, contact_sheet, draw
 from bench.report import now, write
 from bench.rollout import hardware
@@ -137,10 +138,11 @@ def _ground(videos_BVRHW: Tensor) -> Tensor:
 def cost(maker: Maker, causal: CausalConfig, chunks: int, *, steps: StepConfig | None = None) -> dict[str, Any]:
     """Return seconds of the CPU per chunk and bytes of the cache of one video, and whether all numbers are finite."""
     video, cache = maker.chunks(causal, ["a red square moving left slowly"], chunks * causal.chunk, steps=steps)
-    seconds, held, is_finite, start = [], [], True, time.process_time()
+    seconds, held, resident, is_finite, start = [], [], [], True, time.process_time()
     for chunk in video:
         seconds.append(time.process_time() - start)
         held.append(sum(vars(held_bytes(cache)).values()))
+        resident.append(resident_bytes())
         is_finite &= bool(chunk.latents_BTCHW.isfinite().all())
         start = time.process_time()
     full = min(2 * causal.window // causal.chunk + 2, chunks - 1)  # from when the ring came round twice
@@ -152,6 +154,7 @@ def cost(maker: Maker, causal: CausalConfig, chunks: int, *, steps: StepConfig |
         "last_tenth_over_first": last / first,
         "cache_bytes": held[-1],
         "bytes_grow": held[-1] - held[full],
+        "resident_memory_grows": resident[-1] / resident[full] - 1,
         "is_finite": is_finite,
     }
 
@@ -207,7 +210,7 @@ def table(report: dict[str, Any], source: str) -> str:
         "length; background: videos whose ground is still the caption's at the end, and how far a channel of it went",
         "(0 to 1); diversity: how far two videos of a caption are apart at the end, 1 as real ones. Seconds of one CPU",
         "thread a chunk, without the decoder; megabytes of the cache, in float32. With so few videos, shares a tenth",
-        "apart may be chance.",
+        "apart may be chance. Policies that differ at a change of the prompt alone make the same videos here.",
         "",
         "| policy | chunk, window, sink | colour | at the end | shape | at the end | background | drift | diversity | "
         "s a chunk | MB |",
@@ -216,7 +219,7 @@ def table(report: dict[str, Any], source: str) -> str:
     for name, row in report["policies"].items():
         shares = ("colour", "last_colour", "shape", "last_shape", "last_background")
         cells = [f"{row[share]:.2f}" for share in shares]
-        cells += [f"{row['background_drift']:.3f}", f"{row['diversity']:.2f}"]
+        cells += [f"{row['background_drift']:.4f}", f"{row['diversity']:.2f}"]
         sizes = f"{row['chunk']}, {row['window']}, {row['sink']}"
         cost_cells = [f"{row['cpu_seconds_per_chunk']:.3f}", f"{row['cache_bytes'] / 1e6:.1f}"]
         lines.append(f"| `{name}` | {' | '.join([sizes, *cells, *cost_cells])} |")
