@@ -95,9 +95,9 @@ class _CrossAttention(_SelfAttention):
     All text_len rows are attended to, the zeros behind a shorter text too: Wan was trained without a mask.
     """
 
-    def __init__(self, config: WanConfig, operations: Any, **factory: Any) -> None:
+    def __init__(self, config: WanConfig, operations: Any, *, reads_clip: bool, **factory: Any) -> None:
         super().__init__(config, operations, **factory)
-        if config.reads_clip:
+        if reads_clip:
             self.k_img = operations.Linear(config.dim, config.dim, **factory)
             self.v_img = operations.Linear(config.dim, config.dim, **factory)
             self.norm_k_img = operations.RMSNorm(config.dim, eps=config.eps, **factory)
@@ -141,13 +141,13 @@ class _Block(nn.Module):
 
     recompute: Any = None  # torch's checkpoint function, where activations are not kept for the backward pass
 
-    def __init__(self, config: WanConfig, operations: Any, **factory: Any) -> None:
+    def __init__(self, config: WanConfig, operations: Any, *, reads_clip: bool, **factory: Any) -> None:
         super().__init__()
         self.eps = config.eps
         self.self_attn = _SelfAttention(config, operations, **factory)
         # the only norm of a block that has parameters, since the two others are modulated
         self.norm3 = operations.LayerNorm(config.dim, eps=config.eps, **factory)
-        self.cross_attn = _CrossAttention(config, operations, **factory)
+        self.cross_attn = _CrossAttention(config, operations, reads_clip=reads_clip, **factory)
         self.ffn = nn.ModuleDict(  # in the checkpoints' numbers, where the activation between them is 1
             {
                 "0": operations.Linear(config.dim, config.ffn_dim, **factory),
@@ -300,9 +300,12 @@ class CausalWan(nn.Module):
         )
         # six vectors for all blocks, to each of which a block adds its own `modulation`
         self.time_projection = nn.Sequential(nn.SiLU(), operations.Linear(dim, 6 * dim, **factory))
-        if config.reads_clip:
+        reads_clip = config.reads_clip
+        if reads_clip:
             self.img_emb = _ImageEmbedding(config, operations, **factory)
-        self.blocks = nn.ModuleList(_Block(config, operations, **factory) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(
+            _Block(config, operations, reads_clip=reads_clip, **factory) for _ in range(config.num_layers)
+        )
         self.head = _Head(config, operations, **factory)
 
     def compile_blocks(self, **options: Any) -> CausalWan:

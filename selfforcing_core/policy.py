@@ -9,6 +9,7 @@ the window never turns, and a video has no last position.
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -154,6 +155,7 @@ _TABLE = (
 POLICIES: Mapping[str, CachePolicy] = {policy.name: policy for policy in _TABLE}
 
 
+@functools.cache
 def cache_policy(text: str) -> CachePolicy:
     """Return the policy of "NAME" or "NAME,key=value,...".
 

@@ -210,7 +210,10 @@ def start_frames(entries: Sequence[TimedPrompt], lengths: Sequence[int], fps: fl
         latent = 0 if frame == 0 else 1 + (frame - 1) // TEMPORAL_FACTOR
         if latent >= sum(lengths):
             seconds = (1 + TEMPORAL_FACTOR * (sum(lengths) - 1)) / fps
-            raise ValueError(f"the schedule has a prompt at {entry.seconds:g}s, but the video ends at {seconds:g}s")
+            raise ValueError(
+                f"the schedule has a prompt at {entry.seconds:g}s, but the video ends at {seconds:g}s; leave it out, "
+                "or make a longer video"
+            )
         start = max(begin for begin in starts if begin <= latent)
         if entry_starts and entry_starts[-1] == start:
             raise ValueError(

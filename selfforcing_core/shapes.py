@@ -21,7 +21,7 @@ MEMORY_BLOCKS = 3  # of each stage of TAEHV, in encoder and decoder
 
 def wan_shapes(config: WanConfig) -> dict[str, Shape]:
     """Return every parameter of a Wan transformer of this config; causal and bidirectional networks have the same."""
-    D = config.dim
+    D, reads_clip = config.dim, config.reads_clip
     # What the blocks share: the way in for latents, text and time, and the way out.
     shapes: dict[str, Shape] = {
         "patch_embedding.weight": (D, config.in_dim, *config.patch_size),
@@ -34,17 +34,16 @@ def wan_shapes(config: WanConfig) -> dict[str, Shape]:
         "head.modulation": (1, 2, D),  # shift and scale, added to the time embedding's
         **_linear("head.head", config.out_dim * math.prod(config.patch_size), D),
     }
-    if config.reads_clip:  # image features to the model width: norm, linear, GELU, linear, norm
+    if reads_clip:  # image features to the model width: norm, linear, GELU, linear, norm
         shapes |= _norm("img_emb.proj.0", CLIP_DIM) | _linear("img_emb.proj.1", CLIP_DIM, CLIP_DIM)
         shapes |= _linear("img_emb.proj.3", D, CLIP_DIM) | _norm("img_emb.proj.4", D)
-    block = _wan_block(config)
+    block = _wan_block(D, config.ffn_dim, reads_clip=reads_clip)
     for index in range(config.num_layers):
         shapes |= {f"blocks.{index}.{name}": shape for name, shape in block.items()}
     return shapes
 
 
-def _wan_block(config: WanConfig) -> dict[str, Shape]:
-    D = config.dim
+def _wan_block(D: int, ffn_dim: int, *, reads_clip: bool) -> dict[str, Shape]:
     # norm3 stands before cross-attention, which nothing modulates; the other two norms have no weights.
     shapes: dict[str, Shape] = {"modulation": (1, 6, D), **_norm("norm3", D)}
     for attention in ("self_attn", "cross_attn"):
@@ -52,10 +51,10 @@ def _wan_block(config: WanConfig) -> dict[str, Shape]:
             shapes |= _linear(f"{attention}.{projection}", D, D)
         # RMS norms over all heads at once, not over each head.
         shapes |= {f"{attention}.norm_q.weight": (D,), f"{attention}.norm_k.weight": (D,)}
-    if config.reads_clip:  # the image's tokens have keys and values of their own beside the text's
+    if reads_clip:  # the image's tokens have keys and values of their own beside the text's
         shapes |= _linear("cross_attn.k_img", D, D) | _linear("cross_attn.v_img", D, D)
         shapes |= {"cross_attn.norm_k_img.weight": (D,)}
-    return shapes | _linear("ffn.0", config.ffn_dim, D) | _linear("ffn.2", D, config.ffn_dim)
+    return shapes | _linear("ffn.0", ffn_dim, D) | _linear("ffn.2", D, ffn_dim)
 
 
 def _linear(name: str, out_width: int, in_width: int) -> dict[str, Shape]:

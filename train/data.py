@@ -63,7 +63,7 @@ class ClipDatabase:
         self.path = path
         self.shards = [_Shard(folder, image_size) for folder in folders]
         if not len(self):
-            raise ValueError(f"{path}: holds no row")
+            raise ValueError(f"{path}: holds no row; make it with train.make_lmdb or train.make_latents")
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -271,7 +271,9 @@ class DatabaseWriter:
     def add(self, prompt: str, latents: Tensor, image_HWR: Tensor | None = None) -> None:
         """Add a row. image_HWR: uint8. Raises ValueError if its latents have another shape than those before."""
         if self.count and tuple(latents.shape) != self.shape:
-            raise ValueError(f"latents of shape {tuple(latents.shape)} among others of {self.shape}")
+            raise ValueError(
+                f"latents of shape {tuple(latents.shape)} among others of {self.shape}; keep one size in a database"
+            )
         self.shape = tuple(latents.shape)
         entries = {
             # float16 as in the reference: latents lie within a few units of 0, where its steps are below 0.004

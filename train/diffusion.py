@@ -34,7 +34,10 @@ def check(args: DiffusionArgs, processes: int) -> None:
     if args.forcing not in ("teacher", "diffusion", "none"):
         raise ValueError(f"forcing {args.forcing!r} is unknown; use teacher, diffusion or none")
     if (args.forcing == "none") != (args.chunk == 0):
-        raise ValueError(f"forcing {args.forcing} with chunk {args.chunk}: bidirectional training is none with chunk 0")
+        raise ValueError(
+            f"forcing {args.forcing} with chunk {args.chunk} do not fit; use none with chunk 0 (bidirectional), or a "
+            "forcing with chunks"
+        )
     steps_of(args)
     if not 0 < args.guidance < float("inf"):
         raise ValueError(f"guidance {args.guidance} is not a positive number; 1 is none, Wan's own is 5")

@@ -83,7 +83,7 @@ def check(args: TrainArgs, processes: int, needed: Sequence[str]) -> None:
         )
     for name, low, high in RANGES:
         if not low <= getattr(args, name) <= high:
-            raise ValueError(f"{name} {getattr(args, name)} is not between {low:g} and {high:g}")
+            raise ValueError(f"{name} {getattr(args, name)} is out of range; use {low:g} to {high:g}")
     if args.keep_last < 1:
         raise ValueError(f"keep_last {args.keep_last} would leave no checkpoint to go on from; use 1 or more")
     if args.lora_rank < 0:

@@ -86,10 +86,10 @@ def encode(
             counts["with_cuts"] += bool(findings.cuts)
             # A model learns a cut as motion; some databases are of cut films, so that the user decides.
             if skip_cuts and findings.cuts:
-                raise ValueError(f"{video}: has cuts")
+                raise ValueError(f"{video}: has cuts, which skip_cuts leaves out")
             latents = vae.encode(frames[None])
             if not latents.isfinite().all():
-                raise ValueError(f"{video}: has latents with NaN or Inf")
+                raise ValueError(f"{video}: has latents with NaN or Inf; encode in float32")
         except ValueError as error:
             log.warning("%s; left out", error)
             counts["left_out"] += 1

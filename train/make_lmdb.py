@@ -34,7 +34,7 @@ def files_of(folder: Path) -> list[Path]:
     """List the .pt files of a folder and of those below it, in the order of their paths."""
     files = sorted(folder.rglob("*.pt"))
     if not files:
-        raise ValueError(f"{folder}: holds no .pt file")
+        raise ValueError(f"{folder}: holds no .pt file; give the folder that a teacher's trajectories were written to")
     return files
 
 

@@ -288,7 +288,8 @@ class Live:
         if self.reader is None:
             raise ValueError("nothing here can read a new prompt; connect clip to the sampler")
         if not isinstance(text, str) or not text.strip() or len(text) > PROMPT_LETTERS:
-            raise ValueError(f"a prompt is 1 to {PROMPT_LETTERS} letters")
+            count = len(text.strip()) if isinstance(text, str) else "no"
+            raise ValueError(f"a prompt of {count} letters cannot be followed; write 1 to {PROMPT_LETTERS}")
         if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError("the prompt holds NUL or half a character, which no file can keep; leave it out")
         if history is not None and history not in HISTORIES:
@@ -345,7 +346,7 @@ async def _answer(request: web.Request) -> web.Response:
         async for part in request.content.iter_chunked(COMMAND_BYTES):
             body += part
             if len(body) > COMMAND_BYTES:
-                raise ValueError(f"a command is at most {COMMAND_BYTES} bytes")
+                raise ValueError(f"a command of more than {COMMAND_BYTES} bytes is not read; send less")
         message = _parsed(body)
         live = _named(message)
         if live is None and message.get("action") in ("ack", "shown"):  # of the last message: the run is gone by then
@@ -394,9 +395,9 @@ def _parsed(body: bytes) -> dict[str, Any]:
     try:
         message = json.loads(body)
     except (ValueError, RecursionError) as error:  # the latter of "[" a few thousand times
-        raise ValueError("a command is a JSON object") from error
+        raise ValueError(f"{body[:40]!r} is no command; send a JSON object") from error
     if not isinstance(message, dict):
-        raise ValueError("a command is a JSON object")
+        raise ValueError(f"{body[:40]!r} is no command; send a JSON object")
     return message
 
 

@@ -161,7 +161,9 @@ def clip_from_tensors(
     for key, value in expected.items():
         name = key.removeprefix(prefix)
         if name not in tensors or tensors[name].shape != value.shape:
-            raise ValueError(f"is not a complete CLIP image encoder: {name} is missing or has another shape")
+            raise ValueError(
+                f"is not a complete CLIP image encoder: {name} is missing or has another shape; use clip_vision_h"
+            )
     weights = {key: tensors[key.removeprefix(prefix)].to(device=device, dtype=dtype) for key in expected}
     model.load_state_dict(weights, assign=True, strict=False)
     # Position numbers are a buffer that no file needs to hold; the one of the meta device has no values.

@@ -91,7 +91,7 @@ def sound_of(path: str | Path) -> tuple[Sound, float]:
         for packet in _packets(file, track, Path(path)):
             end = (packet.pts + (packet.duration or 0)) * packet.time_base
     if end is None:
-        raise ValueError(f"{path}: holds no sound that can be read")
+        raise ValueError(f"{path}: holds no sound that can be read; convert it, or leave the sound out")
     return Sound(Path(path), begin, end - begin), float(end - begin)
 
 
@@ -102,7 +102,7 @@ def _open(path: str | Path) -> Any:
         raise ValueError(f"{path}: cannot be read as a sound ({error.strerror})") from error
     if not file.streams.audio:
         file.close()
-        raise ValueError(f"{path}: holds no sound")
+        raise ValueError(f"{path}: holds no sound; give a file with a sound track, or leave the sound out")
     return file
 
 

@@ -67,7 +67,7 @@ def write_video(
         writer.finish()
         stack.close()  # the container writes its end before entries are put in
         if writer.count == 0:
-            raise ValueError("a video needs at least one frame")
+            raise ValueError(f"{path}: 0 frames make no video; give one or more")
         if writer.keeps_no_entries:
             put_entries(temporary, metadata or {})
     return writer.count

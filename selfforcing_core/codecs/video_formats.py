@@ -100,7 +100,10 @@ class VideoFormat:
                 f"use {width - odd_x}x{height - odd_y} or {width + odd_x}x{height + odd_y}"
             )
         if width < self.least_width:
-            raise ValueError(f"frames of {width}x{height}: {self.title} needs a width of {self.least_width} or more")
+            raise ValueError(
+                f"frames of {width}x{height}: {self.title} needs a width of {self.least_width} or more; use a larger "
+                "size or another format"
+            )
 
     def check_fps(self, fps: float) -> None:
         """Raise ValueError for a rate that is not positive, or that players of this format do not keep up."""

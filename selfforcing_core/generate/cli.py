@@ -333,9 +333,11 @@ def _download(options: argparse.Namespace) -> None:
     from ..weights.download import download, list_releases
 
     if options.list:
-        for row in list_releases(with_sizes=options.sizes):
-            size = f"  {row['bytes'] / 1e9:.2f} GB" if row.get("bytes") else ""
-            print_result(f"{row['name']:26}{row['title']}{size}\n{'':26}{row['licence']}, {row['source']}")
+        rows = list_releases(with_sizes=options.sizes)
+        width = max(len(row["name"]) for row in rows) + 2
+        for row in rows:
+            size = f"  {row['bytes'] / 1e9:.2f} GB" if row.get("bytes") else "  size unknown" if options.sizes else ""
+            print_result(f"{row['name']:{width}}{row['title']}{size}\n{'':{width}}{row['licence']}, {row['source']}")
         return
     if not options.name:
         raise ValueError("name what to fetch; --list shows what there is")

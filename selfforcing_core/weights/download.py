@@ -5,6 +5,7 @@ Downloads go through huggingface_hub: resumable, checked, with progress. Sizes c
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -13,6 +14,7 @@ from typing import Any
 
 from .presets import APACHE, PRESETS, Preset
 
+log = logging.getLogger(__name__)
 DOWNLOADS = Path("models")  # where `download` puts what it fetches, unless another folder is given
 # Where the command is started in ComfyUI's node pack; a run elsewhere, as ComfyUI's own, looks there too.
 PACK = Path(__file__).resolve().parents[2]
@@ -85,13 +87,19 @@ def find_release(name: str) -> Release:
 
 
 def list_releases(*, with_sizes: bool = False) -> list[dict[str, Any]]:
-    """Return the releases as rows of JSON types; with sizes, the hub is asked for each."""
-    rows = []
+    """Return the releases as rows of JSON types; with sizes, the hub is asked, or a line says that it cannot be."""
+    rows, is_reached = [], with_sizes
     for name, release in RELEASES.items():
         row: dict[str, Any] = {"name": name, "title": release.title}
         row |= {"licence": release.licence, "source": release.source}
-        if with_sizes:  # None where the repository has none of the files any more
-            row["bytes"] = sum(size_of.values()) if (size_of := file_sizes(release)) else None
+        if with_sizes:
+            row["bytes"] = None  # unknown, and also where the repository has none of the files any more
+        if is_reached:
+            try:
+                row["bytes"] = sum(file_sizes(release).values()) or None
+            except ValueError as error:  # without a connection the list is there all the same
+                log.warning("%s; sizes stay unknown", error)
+                is_reached = False
         rows.append(row)
     return rows
 

@@ -148,7 +148,9 @@ def parse_lora(
     for_text = [key for key in tensors if key.startswith(TEXT_ENCODERS)]
     tensors = {key: tensor for key, tensor in tensors.items() if key not in for_text}
     if for_text and not tensors:
-        raise ValueError(f"is a LoRA for a text encoder alone ({for_text[0]}), which is not read")
+        raise ValueError(
+            f"is a LoRA for a text encoder alone ({for_text[0]}), which is not read; give one for the video model"
+        )
     _check_kind(tensors)
     parts = _parts(tensors)
     known, notes = _known_alphas(parts[ALPHA], peft or {}, alpha)
@@ -169,7 +171,7 @@ def parse_lora(
                 raise ValueError(f"holds both a pair and a difference for {part}; keep one of them")
             patches[part] = patch.part(index, len(names)) if len(names) > 1 else patch
     if not patches:
-        raise ValueError("holds no LoRA")
+        raise ValueError("holds no LoRA; give a file with lora_A / lora_B, lora_down / lora_up or their kin")
     _check_peft(peft or {}, patches.values())
     return Lora(source, patches, settings, base, tuple(f"{source}: {note}" for note in notes))
 

@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 
 from selfforcing_core.generate.cli import main
+from selfforcing_core.weights import download as download_module
 from selfforcing_core.weights.download import (
     RELEASES,
     download,
@@ -115,6 +116,25 @@ def test_sizes_are_those_of_the_hub(hub: list[str]) -> None:
     assert sizes["taehv"] == 3
     assert sizes["clip"] is None
     assert not hub, "asking for sizes fetches nothing"
+
+
+def test_the_list_is_there_without_a_connection(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line says why no size is known, and the hub is asked no more; every name ends in a space."""
+    asked: list[str] = []
+
+    def refuse(release: Any) -> dict[str, int]:
+        asked.append(release.repo)
+        raise ValueError("the hub cannot be asked (offline); check the connection")
+
+    monkeypatch.setattr(download_module, "file_sizes", refuse)
+    assert main(["download", "--list", "--sizes"]) == 0
+    shown = capsys.readouterr().out.splitlines()[::2]
+    assert [line.split()[0] for line in shown] == list(RELEASES)
+    assert all(line.endswith("size unknown") for line in shown)
+    assert len(asked) == 1
+    assert caplog.text.count("sizes stay unknown") == 1
 
 
 def test_listing_names_licence_and_source_without_a_network(

@@ -5,10 +5,12 @@ Who imports whom is in tests/repo/test_imports.py: nodes and train never meet, m
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import pytest
 
+from selfforcing_core.rollout import rollout
 from tests.support.house import (
     ALPHABET,
     COMMENTS_GOAL,
@@ -23,9 +25,11 @@ from tests.support.house import (
     read_sources,
     shape_suffix,
 )
+from tests.support.trace import hops
 
 # They only go down, towards none.
 MAX_FORMAT_SKIPS = 14
+MAX_HOPS = 144  # from file to file before the first line of the rollout; docs/decisions.md says what they are
 
 SOURCES = read_sources(ROOT)
 BROKEN = [violation for rule in RULES.values() for violation in rule(SOURCES)]
@@ -51,6 +55,18 @@ def test_no_rule_finds_anything_outside_the_files() -> None:
     known = {source.path for source in SOURCES}
     violations = [violation for violation in BROKEN if violation.path not in known]
     assert not violations, lines(violations)
+
+
+def test_a_run_goes_from_file_to_file_no_more_often_than_before() -> None:
+    entered = hops()
+    assert len(entered) <= MAX_HOPS, "\n".join(f"{name} {function}" for name, function in entered)
+    assert {"generate/plan.py", "weights/checkpoint.py", "model.py"} <= {name for name, _ in entered}
+
+
+def test_the_rollout_fits_on_a_page() -> None:
+    """So that it reads like algorithm 1."""
+    assert len(inspect.getsource(rollout).splitlines()) <= 50
+    assert len(inspect.signature(rollout).parameters) <= 10
 
 
 def test_formatting_is_overruled_no_more_often_than_before() -> None:

@@ -473,8 +473,8 @@ def test_regression_averages_over_the_counted_frames_of_the_whole_batch(
         ("guidance=inf", "guidance inf is not a number from 0 on"),
         ("guidance_critic=-3", "guidance_critic -3.0 is not a number from 0 on"),
         ("score_shift=0", "score_shift 0.0 is not between 0.01 and 100"),
-        ("lr=-1", "lr -1.0 is not between 0 and"),
-        ("ema_decay=2", "ema_decay 2.0 is not between 0 and 1"),
+        ("lr=-1", "lr -1.0 is out of range; use 0 to"),
+        ("ema_decay=2", "ema_decay 2.0 is out of range; use 0 to 1"),
         ("steps=[]", "steps is empty"),
     ],
 )

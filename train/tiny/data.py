@@ -56,7 +56,6 @@ class Batch:
 
     latents_BTCHW: Tensor
     prompt_embeds_BPE: Tensor
-    labels_B: Tensor  # of `make_clips`
 
 
 class Clips:
@@ -75,7 +74,7 @@ class Clips:
         shifts = torch.randint(self.latents.shape[-1], (size, 2), generator=self.generator).tolist()
         clips = [self.latents[row, :num_frames].float().roll(shift, (-2, -1)) for row, shift in zip(rows, shifts)]
         labels = self.labels[rows]
-        return Batch(torch.stack(clips), self.captions.draw(labels, self.generator), labels)
+        return Batch(torch.stack(clips), self.captions.draw(labels, self.generator))
 
 
 class CaptionTable:
