@@ -91,9 +91,7 @@ def load_model(
     path = folders.file_of(unet_name, resolve_model, folders.MODEL_FOLDER)
     # Of two experts each is a MODEL of its own, and its twin another loader's.
     given = ("low_noise",) if kind == "auto" else ("low_noise", "kind")
-    reading = read_with_preset(
-        path, preset, weights=weights, given=given, asks=False, folders=folders.partner_folders()
-    )
+    reading = read_with_preset(path, preset, weights=weights, given=given, folders=folders.partner_folders())
     _expect(reading.checkpoint, "wan", unet_name, "choose a video model")
     for note in reading.notes:
         page.show_text(f"the file {note}")

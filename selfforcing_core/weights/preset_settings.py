@@ -35,6 +35,9 @@ POLICIES = (*policy.POLICIES, PLAIN)
 # What a run cannot do without, and the options that give it.
 OPTIONS = {name: f"--{name.replace('_', '-')}" for name in ("chunk", "window", "sink", "policy", "cache_source")}
 OPTIONS |= {"steps": "--steps", "warp": "--warp-steps or --no-warp-steps", "shift": "--shift", "solver": "--solver"}
+# The nodes of ComfyUI that set them, beside a preset; no node sets a solver.
+NODES = dict.fromkeys(("window", "sink", "policy", "cache_source"), "Cache Options")
+NODES |= {"chunk": "Patch Model", "shift": "Patch Model", "steps": "Sigmas", "warp": "Sigmas"}
 HOW_IT_RUNS = {*OPTIONS, "kind"}  # explicit ones, of which each is an answer to what a file is
 # Of Self Forcing's trainer and those made from it; nothing else puts networks into them.
 FAMILY_CONTAINERS = {"generator", "generator_ema", "generator_lora"}
@@ -59,17 +62,15 @@ def read_with_preset(
     weights: str = "auto",
     loras: Loras = (),
     given: Collection[str] = (),
-    asks: bool = True,
     folders: Sequence[Path] = (),
 ) -> PresetReading:
     """Return a checkpoint that is to be run, with the settings of its preset.
 
     choice: a preset's name, "none", or "auto", which recognises the file. weights, loras: as for `read_checkpoint`;
     weights "auto" are those of the preset, and where no LoRA is given, the preset's is merged. given: names of settings
-    that are explicit and need no preset. asks: where a release fits of which not all was read, raise ValueError with
-    the way to say it; else the notes say so and the file is run as if it were none.
-    folders: as for `partner_path`.
-    Raises ValueError for a preset that cannot run here, and for whatever is no checkpoint.
+    that are explicit and need no preset. folders: as for `partner_path`.
+    Raises ValueError for a preset that cannot run here or leaves open what is not given, naming where to say it, and
+    for whatever is no checkpoint.
     """
     checkpoint = read_checkpoint(path, weights=weights)
     merged = _merged(checkpoint)
@@ -84,11 +85,8 @@ def read_with_preset(
     if refusal is not None:
         raise ValueError(f"{path}: {refusal}{_way_out(found)}")
     question = _open_question(preset, {*given, *folder.says, *_said(checkpoint.settings)})
-    if question is not None and (asks or choice != AUTO):
-        raise ValueError(f"{path}: {question}")
     if question is not None:
-        notes.append(f"is run as if it were no such file: {question}")
-        return with_folder(PresetReading(checkpoint, None, tuple(notes)), folder, given)
+        raise ValueError(f"{path}: {question}{_way_out(found)}")
     if not fits_release(preset, checkpoint.key_shapes):
         notes.append(f"does not have the shapes of {in_words(preset)}, as which it is run")
     checkpoint = _with_weights(checkpoint, path, preset, weights, notes, by=found.by, loras=loras)
@@ -374,12 +372,23 @@ def _open_question(preset: Preset, given: Collection[str]) -> str | None:
         return None
     reasons = "; ".join(dict.fromkeys(preset.open_questions[name] for name in names))
     options = ", ".join(OPTIONS[name] for name in names)
-    in_comfyui = "choose preset none and set them in Cache Options and Sigmas"
-    if set(names) <= {"chunk", "shift"}:
-        in_comfyui = "choose preset none here and this one in Patch Model (Self Forcing), which has widgets for them"
     return (
-        f"preset {preset.name} leaves {', '.join(names)} open ({reasons}); give {options}, or in ComfyUI {in_comfyui}"
+        f"preset {preset.name} leaves {', '.join(names)} open ({reasons}); give {options}, or in ComfyUI "
+        f"{_in_comfyui(names)}"
     )
+
+
+def _in_comfyui(names: Sequence[str]) -> str:
+    """Return what to do in ComfyUI about settings that a preset leaves open."""
+    if "solver" in names:
+        return "run it on the command line, since no node sets a solver"
+    if set(names) <= {"chunk", "shift"}:
+        return "choose preset none here and this one in Patch Model, which has widgets for them"
+    nodes: dict[str, list[str]] = {}
+    for name in names:
+        nodes.setdefault(NODES[name], []).append(name)
+    places = ", ".join(f"{' and '.join(each)} in {node}" for node, each in nodes.items())
+    return f"choose preset none, set {places}, and what docs/models.md says of it likewise"
 
 
 def lacking(preset: Preset, given: Collection[str] = ()) -> list[str]:

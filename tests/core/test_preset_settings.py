@@ -349,6 +349,22 @@ def test_open_settings_are_asked_for_only_where_they_are_not_given(tmp_path: Pat
     assert reading.preset is not None
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("self-forcing-10s", "run it on the command line, since no node sets a solver"),
+        ("causal-forcing-longvideo", "set window and sink in Cache Options, steps in Sigmas, and what"),
+        ("causal-forcing-ar-diffusion", "run it on the command line"),
+    ],
+)
+def test_a_recognised_release_is_never_run_as_another_model(name: str, remedy: str, tmp_path: Path) -> None:
+    """As Load Model reads it, where nothing is explicit; preset none is what runs it as whatever it is."""
+    path = written(name, tmp_path)
+    with pytest.raises(ValueError, match=rf"leaves .* in ComfyUI .*{remedy}.*; preset none runs it by its header"):
+        read_with_preset(path, given=("low_noise",))
+    assert read_with_preset(path, "none").preset is None
+
+
 def test_what_is_open_is_given_on_the_command_line(
     tmp_path: Path, passes: list[Any], generate: Callable[..., dict[str, Any]]
 ) -> None:
