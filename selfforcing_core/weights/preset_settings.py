@@ -18,16 +18,17 @@ from typing import Any, TypeVar
 from .. import policy
 from ..config import BidirectionalConfig, CausalConfig, StepConfig
 from ..experts import boundary_behind
-from .checkpoint import MERGED_ENTRY, Checkpoint, read_checkpoint, with_lora, with_loras
+from .checkpoint import MERGED_ENTRY, Checkpoint, read_checkpoint, with_lora
 from .checkpoint_header import SamplingSettings
 from .download import RELEASES, download_folders, release_folder
 from .keymap import EMA_CONTAINERS
-from .lora_files import read_lora
+from .lora_files import Lora, read_lora
 from .pipeline_folder import LOW_NOISE_FOLDER, PipelineFolder, read_pipeline
 from .presets import Preset, Twin, find_preset, missing_policies
 from .recognise import COMMON_NAMES, Recognition, containers_in, fits_release, recognise
 
 Loras = Sequence[tuple[str | Path, float]]  # files and strengths
+ReadLoras = Sequence[tuple[Lora, float]]
 ConfigT = TypeVar("ConfigT", CausalConfig, StepConfig)
 AUTO, NONE = "auto", "none"
 PLAIN = "sf++"  # Self-Forcing++ changed the training; its cache is Self Forcing's
@@ -72,16 +73,15 @@ def read_with_preset(
     Raises ValueError for a preset that cannot run here or leaves open what is not given, naming where to say it, and
     for whatever is no checkpoint.
     """
-    checkpoint = read_checkpoint(path, weights=weights)
-    merged = _merged(checkpoint)
-    checkpoint = with_loras(checkpoint, loras)
+    base = read_checkpoint(path, weights=weights)
+    merged, given_loras = _merged(base), [(read_lora(file), strength) for file, strength in loras]
+    checkpoint = _with_given(base, given_loras)
     folder = read_pipeline(path)
-    given = {*given, "lora"} if loras else given  # at strength 0 too: so is the base alone asked for
     found = choose_preset(checkpoint, path, choice)
     preset, notes = _settled(found, path, checkpoint, given)
     if preset is None:
         return with_folder(PresetReading(checkpoint, None, tuple(notes)), folder, given)
-    refusal = obstacle(preset, path, (*given, *merged), folders)
+    refusal = obstacle(preset, path, (*given, *merged, *_as_own(preset, given_loras)), folders)
     if refusal is not None:
         raise ValueError(f"{path}: {refusal}{_way_out(found)}")
     question = _open_question(preset, {*given, *folder.says, *_said(checkpoint.settings)})
@@ -89,9 +89,9 @@ def read_with_preset(
         raise ValueError(f"{path}: {question}{_way_out(found)}")
     if not fits_release(preset, checkpoint.key_shapes):
         notes.append(f"does not have the shapes of {in_words(preset)}, as which it is run")
-    checkpoint = _with_weights(checkpoint, path, preset, weights, notes, by=found.by, loras=loras)
-    if not merged:
-        checkpoint = _with_own_lora(checkpoint, path, preset, loras, notes, folders=folders)
+    base = _with_weights(base, path, preset, weights, notes, by=found.by)
+    base = _with_own_lora(base, path, preset, given_loras, notes, folders=folders)
+    checkpoint = _with_given(base, given_loras)  # on top: some kinds of LoRA are no sums, and ComfyUI's order is this
     settled, replaced = with_preset(checkpoint, preset)
     reading = PresetReading(settled, preset, (*notes, *replaced))
     return with_folder(reading, folder, given, has_header=checkpoint.steps is not None)
@@ -150,9 +150,9 @@ def read_to_copy(path: Path, choice: str = AUTO, *, weights: str = "auto", loras
 
     A preset that cannot run here gives its name alone: whoever reads the copy refuses it, or has learnt to run it.
     """
-    checkpoint = read_checkpoint(path, weights=weights)
-    merged = _merged(checkpoint)
-    checkpoint = with_loras(checkpoint, loras)
+    base = read_checkpoint(path, weights=weights)
+    merged, given_loras = _merged(base), [(read_lora(file), strength) for file, strength in loras]
+    checkpoint = _with_given(base, given_loras)
     found = choose_preset(checkpoint, path, choice)
     preset, notes, folder = found.preset, [], read_pipeline(path)
     if folder.low_noise is not None:
@@ -163,26 +163,25 @@ def read_to_copy(path: Path, choice: str = AUTO, *, weights: str = "auto", loras
         if found.presets and not says_itself:
             notes.append(f"may be {choices_in_words(found.presets)}; the copy says so if --preset names one")
         return with_folder(PresetReading(checkpoint, None, tuple(notes)), folder)
-    checkpoint = _with_weights(checkpoint, path, preset, weights, notes, by=found.by, loras=loras)
+    base = _with_weights(base, path, preset, weights, notes, by=found.by)
+    checkpoint = _with_given(base, given_loras)
     if found.by not in ("name", "header"):
         notes.insert(0, f"is written as {in_words(preset)}, by its {found.by}")
-    given = ("lora",) if loras else ()
-    lacks = obstacle(preset, path, (*given, *merged))
+    lacks = obstacle(preset, path, (*merged, *_as_own(preset, given_loras)))
     lacks = lacks or _open_question(preset, {*folder.says, *_said(checkpoint.settings)})
     if lacks is not None:
         notes.append(f"{lacks}; the copy says that it is {preset.name}, and nothing of settings")
         return PresetReading(replace(checkpoint, preset=preset.name), preset, tuple(notes))
-    if not merged:
-        checkpoint = _with_own_lora(checkpoint, path, preset, loras, notes)
+    checkpoint = _with_given(_with_own_lora(base, path, preset, given_loras, notes), given_loras)
     settled, replaced = with_preset(checkpoint, preset)
     reading = PresetReading(settled, preset, (*notes, *replaced))
     return with_folder(reading, folder, has_header=checkpoint.steps is not None)
 
 
-def inspect_preset(path: Path, choice: str = AUTO, *, given: Collection[str] = ()) -> dict[str, Any] | None:
+def inspect_preset(path: Path, choice: str = AUTO, *, loras: Loras = ()) -> dict[str, Any] | None:
     """Return which release a file is or may be and what keeps it from running, in plain JSON types; None for none.
 
-    given: as for `obstacle`.
+    loras: what is to be merged, which may be the preset's own.
     """
     checkpoint = read_checkpoint(path)
     found = choose_preset(checkpoint, path, choice)
@@ -195,7 +194,8 @@ def inspect_preset(path: Path, choice: str = AUTO, *, given: Collection[str] = (
     folder, has_header = read_pipeline(path), checkpoint.steps is not None
     reading = PresetReading(with_preset(checkpoint, preset)[0], preset, ())
     settings = with_folder(reading, folder, has_header=has_header).checkpoint.settings
-    refusal = obstacle(preset, path, (*given, *_merged(checkpoint)))
+    given_loras = [(read_lora(file), strength) for file, strength in loras]
+    refusal = obstacle(preset, path, (*_merged(checkpoint), *_as_own(preset, given_loras)))
     return {
         **entry,
         "title": preset.title,
@@ -431,7 +431,6 @@ def _with_weights(
     notes: list[str],
     *,
     by: str | None,
-    loras: Loras,
 ) -> Checkpoint:
     """Return the checkpoint with the set of weights that the preset is run with, as far as the file has several.
 
@@ -451,7 +450,7 @@ def _with_weights(
             notes.append(f"does not say whether it holds the average, with which {preset.name} is run")
         return checkpoint
     try:
-        return read_checkpoint(path, weights=preset.weights, loras=loras)
+        return read_checkpoint(path, weights=preset.weights)
     except ValueError as error:
         raise ValueError(f"preset {preset.name} is run with {preset.weights} weights: {error}") from error
 
@@ -461,29 +460,56 @@ def _merged(checkpoint: Checkpoint) -> tuple[str, ...]:
     return ("lora",) if MERGED_ENTRY in checkpoint.metadata else ()
 
 
+def _with_given(checkpoint: Checkpoint, given_loras: ReadLoras) -> Checkpoint:
+    """Return the checkpoint with the LoRA that were given merged, in their order."""
+    for lora, strength in given_loras:
+        checkpoint = with_lora(checkpoint, lora, strength)
+    return checkpoint
+
+
+def _is_own(preset: Preset, lora: Lora) -> bool:
+    """Return whether a LoRA may be the preset's, by the name of its file or by its rank."""
+    if preset.lora is None:
+        return False
+    is_named = preset.lora.file is not None and Path(lora.source).name == PurePath(preset.lora.file).name
+    return is_named or lora.summary()["ranks"] == [preset.lora.rank]
+
+
+def _as_own(preset: Preset, given_loras: ReadLoras) -> tuple[str, ...]:
+    """Return "lora" where one of those that were given may be the preset's, and is added at all."""
+    return ("lora",) if any(strength and _is_own(preset, lora) for lora, strength in given_loras) else ()
+
+
 def _with_own_lora(
     checkpoint: Checkpoint,
     path: Path,
     preset: Preset,
-    loras: Loras,
+    given_loras: ReadLoras,
     notes: list[str],
     *,
     folders: Sequence[Path] = (),
 ) -> Checkpoint:
-    """Return the checkpoint with the LoRA that belongs to its release, beside those that were given.
+    """Return the checkpoint with the LoRA that belongs to its release, unless that was given or is merged already.
 
-    Given itself, at whatever strength, it is not merged twice. Where it does not lie beside the file, what was given is
-    taken for it, which a line says.
+    Given itself, at whatever strength, it is not merged twice. Where it does not lie beside the file, a given one that
+    may be it is taken for it; where it is there and a given one may be it once more, a line says so.
     """
     if preset.lora is None or preset.lora.file is None:
         return checkpoint
-    file = partner_path(preset, path, preset.lora.file, folders)
-    if file is None:
+    is_merged = bool(_merged(checkpoint))
+    file = None if is_merged else partner_path(preset, path, preset.lora.file, folders)
+    if file is None and not is_merged:
         notes.append(f"has no {preset.lora.file} beside it; the LoRA that was given is taken for that of {preset.name}")
         return checkpoint
-    if any(Path(lora).resolve() == file.resolve() for lora, _ in loras):
+    if file is not None and any(Path(lora.source).resolve() == file.resolve() for lora, _ in given_loras):
         return checkpoint
-    return with_lora(checkpoint, read_lora(file, alpha=preset.lora.alpha))
+    again = [lora.source for lora, strength in given_loras if strength and _is_own(preset, lora)]
+    if again:
+        notes.append(
+            f"has the LoRA of {preset.name} already; {again[0]} is added on top of it, the same once more "
+            "if it is that one (then leave it out)"
+        )
+    return checkpoint if file is None else with_lora(checkpoint, read_lora(file, alpha=preset.lora.alpha))
 
 
 def with_preset(checkpoint: Checkpoint, preset: Preset) -> tuple[Checkpoint, list[str]]:

@@ -422,6 +422,49 @@ def test_the_line_that_fetches_a_partner_is_all_that_is_missing(
         assert torch.equal(merged, fake.networks["merged"]["blocks.0.ffn.0.weight"])
 
 
+STYLED = "blocks.0.ffn.0.weight"
+
+
+def style(path: Path, **tensors: torch.Tensor) -> Path:
+    """Write a LoRA of a rank that no release has; else these parts of it."""
+    parts = tensors or {"lora_down.weight": torch.ones(2, 128), "lora_up.weight": torch.ones(256, 2)}
+    save_file({f"diffusion_model.{STYLED.removesuffix('.weight')}.{name}": each for name, each in parts.items()}, path)
+    return path
+
+
+def test_another_lora_or_one_of_no_strength_is_not_a_presets_own(
+    tmp_path: Path, generate: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = written("longlive-without-lora", tmp_path)
+    own = written("longlive", tmp_path / "whole").parent / "lora.pt"
+    for file, strength in ((style(tmp_path / "style.safetensors"), "1"), (own, "0")):
+        with pytest.raises(Refused, match=r"needs models/lora\.pt beside it; fetch it with: .* download longlive"):
+            generate(base, "--preset", "longlive", "--lora", str(file), strength)
+        assert main(["inspect", str(base), "--preset", "longlive", "--lora", str(file), strength]) == 0
+        assert len(json.loads(capsys.readouterr().out)["preset"]["missing"]) == 1
+    assert generate(base, "--preset", "longlive", "--lora", str(own), frames=9)["preset"] == "longlive"
+
+
+def test_a_presets_own_lora_that_is_given_once_more_is_said(tmp_path: Path) -> None:
+    path, lora = written("longlive-one-file", tmp_path), written("longlive", tmp_path).parent / "lora.pt"
+    reading = read_with_preset(path, "longlive", loras=[(lora, 1.0)])
+    assert any("has the LoRA of longlive already; " in note and str(lora) in note for note in reading.notes)
+    plain = read_with_preset(path, "longlive", loras=[(style(tmp_path / "style.safetensors"), 1.0)])
+    assert not any("already" in note for note in plain.notes)
+
+
+def test_a_presets_own_lora_is_merged_before_those_that_are_given(tmp_path: Path) -> None:
+    """As ComfyUI does, whose loader has it already: of what replaces a weight nothing else is left."""
+    path, whole = written("longlive", tmp_path), torch.full((256, 128), 0.5)
+    lora = style(tmp_path / "style.safetensors", set_weight=whole)
+    for reading in (
+        read_with_preset(path, "longlive", loras=[(lora, 1.0)]),
+        preset_settings.read_to_copy(path, "longlive", loras=[(lora, 1.0)]),
+    ):
+        assert torch.equal(reading.checkpoint.state_dict[STYLED].float(), whole)
+        assert [Path(each["file"]).name for each in reading.checkpoint.loras] == ["lora.pt", "style.safetensors"]
+
+
 def test_a_partner_by_a_common_name_is_nobodys_own_in_a_folder_of_many(tmp_path: Path) -> None:
     """lora.pt among a user's other LoRA may be that of any release; the twin's name is its own."""
     loras, base = tmp_path / "loras", written("longlive-without-lora", tmp_path)
