@@ -390,6 +390,9 @@ def _reading(request: Request, path: Path) -> PresetReading:
     given = {name for name in OPTIONS if getattr(request, name, None) is not None}
     if isinstance(request.steps, int) or request.warp_steps is not None:
         given.add("warp")  # a number of steps is a list that goes through the shift, whatever the preset's does
+    given -= {"weights"} if request.weights == AUTO else set()
+    given |= {"guidance"} if request.cfg is not None else set()
+    given |= {"boundary"} if request.boundary_step is not None else set()
     given |= {"low_noise"} if request.low_noise is not None else set()
     choice = request.preset
     # By its name a release was fetched, whatever its file is called.

@@ -21,7 +21,7 @@ from ..experts import boundary_behind
 from .checkpoint import MERGED_ENTRY, Checkpoint, read_checkpoint, with_lora
 from .checkpoint_header import SamplingSettings
 from .download import RELEASES, download_folders, release_folder
-from .keymap import EMA_CONTAINERS
+from .keymap import EMA_CONTAINERS, LORA_CONTAINERS
 from .lora_files import Lora, read_lora
 from .pipeline_folder import LOW_NOISE_FOLDER, PipelineFolder, read_pipeline
 from .presets import Preset, Twin, find_preset, missing_policies
@@ -36,10 +36,14 @@ POLICIES = (*policy.POLICIES, PLAIN)
 # What a run cannot do without, and the options that give it.
 OPTIONS = {name: f"--{name.replace('_', '-')}" for name in ("chunk", "window", "sink", "policy", "cache_source")}
 OPTIONS |= {"steps": "--steps", "warp": "--warp-steps or --no-warp-steps", "shift": "--shift", "solver": "--solver"}
+# Explicit ones, of which each is an answer to what a file is.
+HOW_IT_RUNS = {*OPTIONS, "kind"}
+OPTIONS |= {"guidance": "--cfg", "weights": "--weights ema or raw", "boundary": "--boundary or --boundary-step"}
+OPEN_BY = {"boundary": "twin.boundary"}  # where a preset's open questions have another name for it
 # The nodes of ComfyUI that set them, beside a preset; no node sets a solver.
 NODES = dict.fromkeys(("window", "sink", "policy", "cache_source"), "Cache Options")
 NODES |= {"chunk": "Patch Model", "shift": "Patch Model", "steps": "Sigmas", "warp": "Sigmas"}
-HOW_IT_RUNS = {*OPTIONS, "kind"}  # explicit ones, of which each is an answer to what a file is
+NODES |= {"guidance": "the guider or sampler, by its cfg", "weights": "Load Model", "boundary": "Two Experts"}
 # Of Self Forcing's trainer and those made from it; nothing else puts networks into them.
 FAMILY_CONTAINERS = {"generator", "generator_ema", "generator_lora"}
 MOST_NAMES = 6  # of presets in a line
@@ -84,7 +88,8 @@ def read_with_preset(
     refusal = obstacle(preset, path, (*given, *merged, *_as_own(preset, given_loras)), folders)
     if refusal is not None:
         raise ValueError(f"{path}: {refusal}{_way_out(found)}")
-    question = _open_question(preset, {*given, *folder.says, *_said(checkpoint.settings)})
+    known = {*given, *folder.says, *_said(checkpoint.settings), *_only_set(base)}
+    question = _open_question(preset, known | ({"weights"} if weights != AUTO else set()))
     if question is not None:
         raise ValueError(f"{path}: {question}{_way_out(found)}")
     if not fits_release(preset, checkpoint.key_shapes):
@@ -168,7 +173,7 @@ def read_to_copy(path: Path, choice: str = AUTO, *, weights: str = "auto", loras
     if found.by not in ("name", "header"):
         notes.insert(0, f"is written as {in_words(preset)}, by its {found.by}")
     lacks = obstacle(preset, path, (*merged, *_as_own(preset, given_loras)))
-    lacks = lacks or _open_question(preset, {*folder.says, *_said(checkpoint.settings)})
+    lacks = lacks or _open_question(preset, {*folder.says, *_said(checkpoint.settings), "weights"})
     if lacks is not None:
         notes.append(f"{lacks}; the copy says that it is {preset.name}, and nothing of settings")
         return PresetReading(replace(checkpoint, preset=preset.name), preset, tuple(notes))
@@ -195,6 +200,7 @@ def inspect_preset(path: Path, choice: str = AUTO, *, loras: Loras = ()) -> dict
     reading = PresetReading(with_preset(checkpoint, preset)[0], preset, ())
     settings = with_folder(reading, folder, has_header=has_header).checkpoint.settings
     given_loras = [(read_lora(file), strength) for file, strength in loras]
+    known = (*folder.says, *_said(checkpoint.settings), *_only_set(checkpoint))
     refusal = obstacle(preset, path, (*_merged(checkpoint), *_as_own(preset, given_loras)))
     return {
         **entry,
@@ -205,7 +211,7 @@ def inspect_preset(path: Path, choice: str = AUTO, *, loras: Loras = ()) -> dict
         "weights": preset.weights,
         "guidance": settings.guidance,
         "policy": preset.policy,
-        "missing": [f"{path} {refusal}"] if refusal else lacking(preset, (*folder.says, *_said(checkpoint.settings))),
+        "missing": [f"{path} {refusal}"] if refusal else lacking(preset, known),
     }
 
 
@@ -240,7 +246,7 @@ def _settled(
 def _way_to_run(preset: Preset, given: Collection[str]) -> tuple[Any, ...]:
     """Return all by which two presets may differ in the picture, but for what is explicit."""
     names = ("is_causal", "weights", "lora", "twin", "guidance", "first_chunk_steps", *OPTIONS)
-    return (*(getattr(preset, name) for name in names if name not in given), str(preset.policy_options))
+    return (*(getattr(preset, name, None) for name in names if name not in given), str(preset.policy_options))
 
 
 def in_words(preset: Preset) -> str:
@@ -302,10 +308,10 @@ def _half_refusal(preset: Preset, path: Path, folders: Sequence[Path]) -> str | 
 def unable(preset: Preset, given: Collection[str] = ()) -> str | None:
     """Return a sentence why a preset cannot be run, wherever its files lie; None where it can.
 
-    given: names of settings that are explicit.
+    given: names of settings that are explicit. Which weights are meant is asked of a file that holds both alone.
     """
     refusal = obstacle(preset)
-    return _open_question(preset, given) if refusal is None else f"the model {refusal}"
+    return _open_question(preset, {*given, "weights"}) if refusal is None else f"the model {refusal}"
 
 
 def counted_boundary(preset: Preset | None) -> int:
@@ -353,16 +359,25 @@ def _said(header: SamplingSettings) -> tuple[str, ...]:
         "steps": ("steps", "warp", "shift", "solver"),
         "causal": ("chunk", "window", "sink", "policy", "cache_source"),
     }
-    return tuple(name for part, names in in_header.items() if getattr(header, part) is not None for name in names)
+    said = [name for part, names in in_header.items() if getattr(header, part) is not None for name in names]
+    said += ["guidance"] if header.guidance is not None else []
+    said += ["boundary"] if header.steps is not None and header.steps.boundary is not None else []
+    return tuple(said)
+
+
+def _only_set(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return "weights" where the file holds one set of them, so that nobody has to choose."""
+    containers = containers_in(checkpoint.key_shapes) - {*LORA_CONTAINERS}
+    return () if len({each in EMA_CONTAINERS for each in containers}) > 1 else ("weights",)
 
 
 def _open_settings(preset: Preset, given: Collection[str] = ()) -> list[str]:
     """Return the settings that a run needs, nobody has read, and are not given."""
-    return [
-        name
-        for name in OPTIONS
-        if getattr(preset, name) is None and name in preset.open_questions and name not in given
-    ]
+    return [name for name in OPTIONS if name not in given and _open_by(name) in preset.open_questions]
+
+
+def _open_by(name: str) -> str:
+    return OPEN_BY.get(name, name)
 
 
 def _open_question(preset: Preset, given: Collection[str]) -> str | None:
@@ -370,7 +385,7 @@ def _open_question(preset: Preset, given: Collection[str]) -> str | None:
     names = _open_settings(preset, given)
     if not names:
         return None
-    reasons = "; ".join(dict.fromkeys(preset.open_questions[name] for name in names))
+    reasons = "; ".join(dict.fromkeys(preset.open_questions[_open_by(name)] for name in names))
     options = ", ".join(OPTIONS[name] for name in names)
     return (
         f"preset {preset.name} leaves {', '.join(names)} open ({reasons}); give {options}, or in ComfyUI "
@@ -407,7 +422,7 @@ def lacking(preset: Preset, given: Collection[str] = ()) -> list[str]:
         lines.append("its LoRA, whose file's name was not read")
     names_by_reason: dict[str, list[str]] = {}
     for name in _open_settings(preset, given):
-        names_by_reason.setdefault(preset.open_questions[name], []).append(OPTIONS[name])
+        names_by_reason.setdefault(preset.open_questions[_open_by(name)], []).append(OPTIONS[name])
     return [*lines, *(f"{', '.join(names)} to be given ({why})" for why, names in names_by_reason.items())]
 
 
@@ -437,8 +452,8 @@ def _with_weights(
     Raises ValueError where it has sets, and this one is not among them.
     """
     containers = containers_in(checkpoint.key_shapes)
-    if preset.weights is None and asked == "auto" and len({each in EMA_CONTAINERS for each in containers}) > 1:
-        raise ValueError(f"{path}: which weights {preset.name} is run with was not read; choose weights ema or raw")
+    if preset.weights is None and asked == "auto" and not _only_set(checkpoint):
+        raise ValueError(f"{path}: which weights {preset.name} is run with was not read; give {OPTIONS['weights']}")
     if preset.weights not in ("ema", "raw") or by == "header":  # the copy has been made of the right ones
         return checkpoint
     if asked != "auto":

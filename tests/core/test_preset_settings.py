@@ -318,7 +318,7 @@ def test_weights_are_those_of_the_preset_unless_others_are_asked_for(tmp_path: P
     ("name", "sentence"),
     [
         ("self-forcing-10s", r"self-forcing-10s leaves chunk, .* policy, .* open \(its .* is not public.*--policy"),
-        ("causal-forcing-ar-diffusion", "leaves steps, warp, shift, solver open .* give --steps, --warp-steps or"),
+        ("causal-forcing-ar-diffusion", r"leaves steps, warp, shift, solver, guidance open .* give --steps, .* --cfg"),
         ("self-forcing-dmd-without-ema", "self-forcing-dmd is run with ema weights: .* has no ema weights"),
     ],
 )
@@ -372,7 +372,8 @@ def test_what_is_open_is_given_on_the_command_line(
     generate(written("lightx2v-self-forcing-fp8", tmp_path), *fp8, "--warp-steps", frames=9)
     assert [entry[0] for entry in passes] == [1000, 833.3]
     passes.clear()
-    open_ones = ("--steps", "2", "--shift", "5", "--solver", "euler")  # a number of steps goes through the shift
+    # a number of steps goes through the shift
+    open_ones = ("--steps", "2", "--shift", "5", "--solver", "euler", "--cfg", "1")
     generate(written("causal-forcing-ar-diffusion", tmp_path), *open_ones, frames=9)
     assert [entry[0] for entry in passes] == [1000, 833.3]
 
@@ -420,6 +421,24 @@ def test_the_line_that_fetches_a_partner_is_all_that_is_missing(
     for name in ("longlive", "longlive-interactive"):  # which share their files
         merged = read_with_preset(path, name, folders=folders).checkpoint.state_dict["blocks.0.ffn.0.weight"]
         assert torch.equal(merged, fake.networks["merged"]["blocks.0.ffn.0.weight"])
+
+
+def test_every_open_setting_is_asked_for_at_once(
+    tmp_path: Path, generate: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `presets` and `inspect` list is all that a run needs: weights of a file with both, and a boundary, too."""
+    path = written("self-forcing-10s", tmp_path)
+    answers = "--chunk 3 --window 21 --sink 0 --policy self-forcing --cache-source clean --steps 2 --warp-steps"
+    answers += " --shift 5 --solver renoise"
+    with pytest.raises(Refused, match=r"leaves weights open .* give --weights ema or raw"):
+        generate(path, *answers.split(), frames=9)
+    assert generate(path, *answers.split(), "--weights", "raw", frames=9)["preset"] == "self-forcing-10s"
+    assert main(["inspect", str(path)]) == 0
+    (line,) = json.loads(capsys.readouterr().out)["preset"]["missing"]
+    assert "--weights ema or raw" in line
+    (line,) = [line for line in preset_settings.lacking(PRESETS["causalwan2.2-t2v"]) if "--boundary" in line]
+    assert "read the folder" in line
+    assert not any("--boundary" in line for line in preset_settings.lacking(PRESETS["causalwan2.2-t2v"], ("boundary",)))
 
 
 STYLED = "blocks.0.ffn.0.weight"
