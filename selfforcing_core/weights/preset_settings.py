@@ -58,6 +58,8 @@ class PresetReading:
     notes: tuple[str, ...]  # what it is run as, and what gave way for that: sentences without the file as their subject
     # Of its steps only shift and boundary are said, by a pipeline's folder; the others are the defaults.
     has_folder_steps: bool = False
+    # Settings that the preset leaves open and no header says: what the checkpoint has there nobody has said.
+    unsaid: frozenset[str] = frozenset()
 
 
 def read_with_preset(
@@ -88,7 +90,8 @@ def read_with_preset(
     refusal = obstacle(preset, path, (*given, *merged, *_as_own(preset, given_loras)), folders)
     if refusal is not None:
         raise ValueError(f"{path}: {refusal}{_way_out(found)}")
-    known = {*given, *folder.says, *_said(checkpoint.settings), *_only_set(base)}
+    header = checkpoint.settings
+    known = {*given, *folder.says, *_said(header), *_only_set(base)}
     question = _open_question(preset, known | ({"weights"} if weights != AUTO else set()))
     if question is not None:
         raise ValueError(f"{path}: {question}{_way_out(found)}")
@@ -98,7 +101,9 @@ def read_with_preset(
     base = _with_own_lora(base, path, preset, given_loras, notes, folders=folders)
     checkpoint = _with_given(base, given_loras)  # on top: some kinds of LoRA are no sums, and ComfyUI's order is this
     settled, replaced = with_preset(checkpoint, preset)
-    reading = PresetReading(settled, preset, (*notes, *replaced))
+    is_said = {*folder.says, *_said(header)}
+    unsaid = frozenset(name for name in preset.open_questions if name not in is_said)
+    reading = PresetReading(settled, preset, (*notes, *replaced), unsaid=unsaid)
     return with_folder(reading, folder, given, has_header=checkpoint.steps is not None)
 
 

@@ -441,6 +441,20 @@ def test_every_open_setting_is_asked_for_at_once(
     assert not any("--boundary" in line for line in preset_settings.lacking(PRESETS["causalwan2.2-t2v"], ("boundary",)))
 
 
+def test_what_nobody_has_said_is_not_said_to_give_way(
+    tmp_path: Path, generate: Callable[..., dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = written("causal-forcing-longvideo", tmp_path)
+    generate(path, "--window", "21", "--sink", "3", "--steps", "1000,500,250,100", "--shift", "6", frames=4 * 12 - 3)
+    assert "says shift 5; --shift 6 is used" in caplog.text
+    assert not any(f"says {name}" in caplog.text for name in ("window", "sink", "steps"))
+    caplog.clear()
+    fp8 = written("lightx2v-self-forcing-fp8", tmp_path)
+    more = ("--preset", "lightx2v-self-forcing-fp8", "--steps", "1000,500", "--no-warp-steps")
+    generate(fp8, *more, frames=9)
+    assert not any(f"says {name}" in caplog.text for name in ("steps", "that its steps"))
+
+
 STYLED = "blocks.0.ffn.0.weight"
 
 
