@@ -23,7 +23,7 @@ from .checkpoint_header import SamplingSettings
 from .download import RELEASES, download_folders, release_folder
 from .keymap import EMA_CONTAINERS, LORA_CONTAINERS
 from .lora_files import Lora, read_lora
-from .pipeline_folder import LOW_NOISE_FOLDER, PipelineFolder, read_pipeline
+from .pipeline_folder import HIGH_NOISE_FOLDER, LOW_NOISE_FOLDER, PipelineFolder, read_pipeline
 from .presets import Preset, Twin, find_preset, missing_policies
 from .recognise import COMMON_NAMES, Recognition, containers_in, fits_release, recognise
 
@@ -41,11 +41,13 @@ HOW_IT_RUNS = {*OPTIONS, "kind"}
 OPTIONS |= {"guidance": "--cfg", "weights": "--weights ema or raw", "boundary": "--boundary or --boundary-step"}
 OPEN_BY = {"boundary": "twin.boundary"}  # where a preset's open questions have another name for it
 # The nodes of ComfyUI that set them, beside a preset; no node sets a solver.
-NODES = dict.fromkeys(("window", "sink", "policy", "cache_source"), "Cache Options")
+NODES: dict[str, str] = dict.fromkeys(("window", "sink", "policy", "cache_source"), "Cache Options")
 NODES |= {"chunk": "Patch Model", "shift": "Patch Model", "steps": "Sigmas", "warp": "Sigmas"}
 NODES |= {"guidance": "the guider or sampler, by its cfg", "weights": "Load Model", "boundary": "Two Experts"}
 # Of Self Forcing's trainer and those made from it; nothing else puts networks into them.
 FAMILY_CONTAINERS = {"generator", "generator_ema", "generator_lora"}
+WIDTHS_ASKED = (36,)  # input channels of image-to-video networks
+CAUSAL_CLASS = "Causal"  # in the names of FastVideo's pipelines for them; diffusers has none
 MOST_NAMES = 6  # of presets in a line
 
 
@@ -143,9 +145,26 @@ def choose_preset(checkpoint: Checkpoint, path: Path, choice: str = AUTO) -> Rec
     if choice != AUTO:
         return Recognition((find_preset(choice),), "name")
     try:
-        return recognise(checkpoint.key_shapes, path, checkpoint.metadata)
+        return _by_folder(recognise(checkpoint.key_shapes, path, checkpoint.metadata), read_pipeline(path))
     except ValueError as error:  # a header that names a preset of a later version
         raise ValueError(f"{path}: {error}; preset none runs it by its header") from error
+
+
+def _by_folder(found: Recognition, folder: PipelineFolder) -> Recognition:
+    """Return which of the releases that fit by shapes a pipeline's folder leaves: those of as many networks.
+
+    Of a class for causal networks (FastVideo's) they are those that were released as folders; the only one is certain.
+    """
+    if found.by != "names and shapes" or folder.pipeline is None:
+        return found
+    is_causal = CAUSAL_CLASS in folder.pipeline
+    fitting = [
+        preset
+        for preset in found.presets
+        if any(each.startswith(f"{LOW_NOISE_FOLDER}/") for each in preset.partner_files) == folder.has_two
+        and (not is_causal or any(each.startswith(f"{HIGH_NOISE_FOLDER}/") for each in preset.files))
+    ]
+    return Recognition(tuple(fitting), "pipeline's class" if is_causal and fitting else found.by)
 
 
 def choices_in_words(presets: Sequence[Preset]) -> str:
@@ -227,8 +246,9 @@ def _settled(
     """Return the preset to run with, if one is certain or all that fit run alike, and a line about it.
 
     Raises ValueError for a file that is one of several releases which run differently, unless something explicit says
-    how: they share their names and shapes with every network of a size, so that those alone decide it only where the
-    file has the containers of this family's trainers. A plain base model has none, and neither have most own files.
+    how: they share their names and shapes with every network of a size, so that those alone ask only where the file has
+    the containers of this family's trainers, two networks, or a picture's channels, whose releases run least alike. A
+    plain base model of text to video has none, and neither have most own files.
     """
     header = checkpoint.settings
     says_itself = header.causal is not None or header.bidirectional is not None
@@ -238,14 +258,20 @@ def _settled(
         return None, []
     names, is_named = choices_in_words(found.presets), found.by != "names and shapes"
     is_familys = not FAMILY_CONTAINERS.isdisjoint(containers_in(checkpoint.key_shapes))
-    if not is_named and (not is_familys or not HOW_IT_RUNS.isdisjoint(given)):
+    folder, width = read_pipeline(path), getattr(checkpoint.config, "in_dim", 0)
+    has_two = folder.has_two
+    # The network for low noise alone is refused behind this, with the way to the other one.
+    is_half = folder.high_noise is not None and "low_noise" not in given
+    is_asked = is_familys or (not is_half and (has_two or width in WIDTHS_ASKED))
+    if not is_named and (not is_asked or not HOW_IT_RUNS.isdisjoint(given)):
         return None, [f"has the shapes of {names}, and nothing says which; it is run as if it were none of them"]
     if is_named and len({_way_to_run(preset, given) for preset in found.presets}) == 1:
         return found.presets[0], [f"may be {names}, which run alike"]
-    sign = "may be" if is_named else "comes from a trainer of this family and may be"
-    raise ValueError(
-        f"{path}: {sign} {names}, which run differently; say which by preset, or none of them by preset none"
-    )
+    sign = "" if is_named else f"has {width} input channels and "
+    sign = "is one of two networks and " if has_two and not is_named else sign
+    sign = "comes from a trainer of this family and " if is_familys and not is_named else sign
+    differ = ", which run differently" if len(found.presets) > 1 else " or a base model"
+    raise ValueError(f"{path}: {sign}may be {names}{differ}; say which by preset, or none of them by preset none")
 
 
 def _way_to_run(preset: Preset, given: Collection[str]) -> tuple[Any, ...]:

@@ -455,6 +455,33 @@ def test_what_nobody_has_said_is_not_said_to_give_way(
     assert not any(f"says {name}" in caplog.text for name in ("steps", "that its steps"))
 
 
+def test_a_folder_of_two_networks_is_asked_about_or_known_by_its_class(
+    tmp_path: Path, generate: Callable[..., dict[str, Any]]
+) -> None:
+    folder = written("causalwan2.2-t2v", tmp_path)
+    with pytest.raises(Refused, match=r"is one of two networks and may be causalwan2\.2-t2v or a base model; say"):
+        generate(folder)
+    assert "preset" not in generate(folder, "--preset", "none")
+    assert "preset" not in generate(folder, "--chunk", "3", frames=21)
+    index = folder / "model_index.json"
+    index.write_text(json.dumps({"_class_name": "WanCausalDMDPipeline", "boundary_ratio": 0.875}))
+    with pytest.raises(Refused, match=r"preset causalwan2\.2-t2v leaves chunk open"):
+        generate(folder)
+    measured = generate(folder, "--chunk", "3", frames=13)
+    assert (measured["preset"], measured["steps"]["solver"]) == ("causalwan2.2-t2v", "phased")
+    single = written("sfwan2.1", tmp_path)
+    (single / "model_index.json").write_text(json.dumps({"_class_name": "WanCausalDMDPipeline"}))
+    reading = read_with_preset(single)
+    assert (reading.preset, reading.notes[0].endswith("by its pipeline's class")) == (PRESETS["sfwan2.1"], True)
+
+
+def test_a_network_with_a_pictures_channels_is_asked_about(tmp_path: Path) -> None:
+    path = written("wan2.2-i2v-alone", tmp_path)
+    with pytest.raises(ValueError, match=r"has 36 input channels and may be .*lightx2v-wan2\.2-i2v.*; say which"):
+        read_with_preset(path, given=("low_noise",))
+    assert read_with_preset(path, given=("low_noise", "kind")).preset is None
+
+
 STYLED = "blocks.0.ffn.0.weight"
 
 
