@@ -27,7 +27,15 @@ from torch import Tensor
 from ..shapes import Shape
 from . import gguf_files
 from .checkpoint_header import LORA, comfyui_header, json_object, one_line
-from .keymap import EMA_CONTAINERS, LORA_CONTAINERS, RAW_CONTAINERS, fused_parts, prefix_before, split_container
+from .keymap import (
+    EMA_CONTAINERS,
+    LORA_CONTAINERS,
+    RAW_CONTAINERS,
+    fused_parts,
+    prefix_before,
+    split_container,
+    to_wan,
+)
 from .scaled import ScaledWeights, Storage, chosen_tensors, split_scales
 
 log = logging.getLogger(__name__)
@@ -344,6 +352,13 @@ def _by_prefix(tensors: dict[str, Tensor], place: str, weights: str) -> list[_Ca
         return [_Candidate(place.rstrip("."), weights, tensors)]
     if others and all(container in LORA_CONTAINERS for container in sets):
         sets[""], others = {key: tensors[key] for key in others}, []  # what the LoRA belongs on
+    averages = [names for container, names in sets.items() if container in EMA_CONTAINERS]
+    if others and len(averages) == len(sets) and {*map(to_wan, averages[0])} <= {*map(to_wan, others)}:
+        # The average stands beside the network itself, whose names have no container, or "model." alone.
+        sets["model" if all(key.startswith("model.") for key in others) else "names without a prefix"] = {
+            key: tensors[key] for key in others
+        }
+        others = []
     left_out = f"{len(others)} tensors beside the network are left out, the first is {others[0]}" if others else ""
     kinds: dict[str, str] = {**dict.fromkeys(EMA_CONTAINERS, "ema"), **dict.fromkeys(LORA_CONTAINERS, LORA)}
     return [
