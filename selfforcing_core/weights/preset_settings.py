@@ -76,8 +76,9 @@ def read_with_preset(
     """Return a checkpoint that is to be run, with the settings of its preset.
 
     choice: a preset's name, "none", or "auto", which recognises the file. weights, loras: as for `read_checkpoint`;
-    weights "auto" are those of the preset, and where no LoRA is given, the preset's is merged. given: names of settings
-    that are explicit and need no preset. folders: as for `partner_path`.
+    weights "auto" are those of the preset, whose LoRA is merged before those that are given, unless it is one of them
+    or in the file already. given: names of settings that are explicit and need no preset. folders: as for
+    `partner_path`.
     Raises ValueError for a preset that cannot run here or leaves open what is not given, naming where to say it, and
     for whatever is no checkpoint.
     """
@@ -264,7 +265,9 @@ def _settled(
     is_half = folder.high_noise is not None and "low_noise" not in given
     is_asked = is_familys or (not is_half and (has_two or width in WIDTHS_ASKED))
     if not is_named and (not is_asked or not HOW_IT_RUNS.isdisjoint(given)):
-        return None, [f"has the shapes of {names}, and nothing says which; it is run as if it were none of them"]
+        unsaid = "which; it is run as if it were none of them"
+        unsaid = unsaid if len(found.presets) > 1 else "that it is this one; it is run as if it were not"
+        return None, [f"has the shapes of {names}, and nothing says {unsaid}"]
     if is_named and len({_way_to_run(preset, given) for preset in found.presets}) == 1:
         return found.presets[0], [f"may be {names}, which run alike"]
     sign = "" if is_named else f"has {width} input channels and "
@@ -619,5 +622,7 @@ def _replaced(stored: SamplingSettings, settings: SamplingSettings, preset: Pres
 
 
 def _value(value: Any) -> str:
+    if value is None:  # of the first chunk's steps
+        return "same"
     listed = value if isinstance(value, tuple) else (value,)
     return ",".join(f"{item:g}" if type(item) in (int, float) else str(item) for item in listed)

@@ -110,7 +110,7 @@ def open_contents(path: Path, weights: str) -> FileContents:
         )
     if contents.lora and weights == "auto" and len(contents.available) > 1:
         raise ValueError(
-            "holds a LoRA beside raw and averaged weights; ask for weights='raw' or 'ema' to merge it into"
+            f"holds a LoRA beside raw and averaged weights; say which it is merged into: {_ask('raw', 'ema')}"
         )
     if contents.scales:
         return contents
@@ -310,7 +310,7 @@ def _single_set(tensors: dict[str, Tensor], header: dict[str, str], weights: str
 
 def _one_set(tensors: dict[str, Tensor], header: dict[str, str], weights: str) -> FileContents:
     if weights == "ema":
-        raise ValueError("holds one set of weights and does not say that it is an average; ask for weights='auto'")
+        raise ValueError(f"holds one set of weights and does not say that it is an average; {_ask('auto')}")
     return FileContents(tensors, header, "raw", ("raw",))
 
 
@@ -386,7 +386,7 @@ def _chosen(candidates: list[_Candidate], header: dict[str, str], weights: str) 
     fitting = [candidate for candidate in candidates if candidate.weights == kind]
     if not fitting:
         names = ", ".join(candidate.place for candidate in candidates)
-        raise ValueError(f"has no {kind} weights, only {names}; ask for weights={available[0]!r}")
+        raise ValueError(f"has no {kind} weights, only {names}; {_ask(available[0])}")
     if any(not _is_same(fitting[0].tensors, candidate.tensors) for candidate in fitting[1:]):
         names = " and ".join(candidate.place for candidate in fitting)
         raise ValueError(f"holds more than one set of {kind} weights, {names}; save the one that is meant alone")
@@ -397,6 +397,11 @@ def _chosen(candidates: list[_Candidate], header: dict[str, str], weights: str) 
     if candidate.left_out:
         notes.append(candidate.left_out)
     return FileContents(candidate.tensors, header, kind, available, tuple(notes), lora=lora)
+
+
+def _ask(*weights: str) -> str:
+    """Return how to ask for one of these sets, in the words of the command line and of the widget."""
+    return f"use --weights {' or '.join(weights)} (in ComfyUI: weights in Load Model)"
 
 
 def _is_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

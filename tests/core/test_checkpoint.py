@@ -135,7 +135,7 @@ def test_torch_file_without_an_average_gives_its_only_weights(tmp_path: Path, co
     weights = prefixed(weights_of(WAN), "model.") if container else weights_of(WAN)
     torch.save({container: weights} if container else OrderedDict(weights), tmp_path / "m.pt")
     assert_same(read_checkpoint(tmp_path / "m.pt").state_dict, weights_of(WAN))
-    assert "weights=" in refusal(tmp_path / "m.pt", weights="ema")
+    assert "use --weights " in refusal(tmp_path / "m.pt", weights="ema")
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_inspection_is_json_and_complete(tmp_path: Path) -> None:
     half = {name: tensor.half() for name, tensor in weights_of(WAN).items()}
     save_checkpoint(file, half, WAN, causal=CausalConfig(), steps=StepConfig())
     told = json.loads(json.dumps(inspect_checkpoint(file)))
-    assert (told["kind"], told["dialect"], told["dtype"], told["weights"]) == ("wan", "wan", "float16", ["raw"])
+    assert (told["kind"], told["dialect"], told["dtype"], told["weights"]) == ("wan", "wan", "float16", ["as stored"])
     assert told["weight_bytes"] == sum(tensor.nbytes for tensor in load_file(file).values())
     assert told["parameters"] == sum(tensor.numel() for tensor in half.values())
     assert WanConfig.from_dict(told["config"]) == WAN

@@ -28,6 +28,7 @@ from selfforcing_core.weights.checkpoint import read_checkpoint, save_checkpoint
 from selfforcing_core.weights.convert import convert
 from selfforcing_core.weights.preset_settings import obstacle, partner_path, read_with_preset, unable
 from selfforcing_core.weights.presets import PRESETS
+from selfforcing_core.weights.recognise import Recognition
 from tests.support import fakes
 
 make_fake = cache(fakes.make_fake)
@@ -480,6 +481,28 @@ def test_a_network_with_a_pictures_channels_is_asked_about(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"has 36 input channels and may be .*lightx2v-wan2\.2-i2v.*; say which"):
         read_with_preset(path, given=("low_noise",))
     assert read_with_preset(path, given=("low_noise", "kind")).preset is None
+
+
+def test_lines_speak_in_the_words_of_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = read_checkpoint(written("causvid", tmp_path))
+    steps, path = StepConfig(first_chunk_steps=(1000.0, 500.0)), tmp_path / "m.safetensors"
+    save_checkpoint(path, dict(checkpoint.state_dict), checkpoint.config, causal=CausalConfig(), steps=steps)
+    assert "says first chunk steps 1000,500; causvid's same is used" in read_with_preset(path, "causvid").notes
+    with pytest.raises(ValueError, match=r"no ema weights, .*; use --weights raw \(in ComfyUI: weights in Load"):
+        read_checkpoint(written("causal-forcing", tmp_path), weights="ema")
+    average, copy = written("self-forcing-dmd", tmp_path), tmp_path / "copy.safetensors"
+    assert main(["convert", str(average), str(copy)]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(copy)]) == 0
+    assert json.loads(capsys.readouterr().out)["weights"] == ["as stored"], "which are the average"
+    assert main(["inspect", str(average)]) == 0
+    assert json.loads(capsys.readouterr().out)["weights"] == ["raw", "ema"]
+    with pytest.MonkeyPatch.context() as patch:
+        only = Recognition((PRESETS["causvid"],), "names and shapes")
+        patch.setattr(preset_settings, "recognise", lambda *_: only)
+        plain = tmp_path / "mine.safetensors"
+        save_file(dict(checkpoint.state_dict), plain)
+        assert "nothing says that it is this one; it is run as if it were not" in read_with_preset(plain).notes[0]
 
 
 STYLED = "blocks.0.ffn.0.weight"
