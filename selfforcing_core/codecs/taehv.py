@@ -39,6 +39,9 @@ class _Clamp(nn.Module):
 class _UnscaledClamp(_Clamp):
     """The limit of a decoder whose own latents are unscaled, behind normalised ones."""
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, mean_C: Tensor, deviation_C: Tensor) -> None:
         super().__init__()
         # They go along to devices and types, and are no weights of a file.

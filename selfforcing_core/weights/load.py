@@ -135,12 +135,11 @@ def check_taehv(
         raise ValueError(f"{path} is a {taehv.kind}, not a TAEHV; choose a file such as taew2_1")
     # A file that is known to be unscaled stays so, whatever the user said of it; it is scaled when it is built.
     decoded = WAN if taehv.latent_space == WAN_UNSCALED else said or taehv.latent_space
-    is_expected = latent_space is not None and not (is_own and decoded is None)
-    if is_expected and decoded is not None:  # first, since the space says more than a number of channels
-        expect_latent_space(decoded, taehv.config, latent_space, path, say)
+    if None not in (decoded, latent_space):  # first, since the space says more than a number of channels
+        expect_latent_space(decoded, taehv.config, str(latent_space), path, say)
     check_channels(channels, taehv.config.latent_channels, "TAEHV", path)
-    if is_expected:
-        expect_latent_space(decoded, taehv.config, latent_space, path, say)
+    if latent_space is not None and decoded is None and not is_own:
+        expect_latent_space(None, taehv.config, latent_space, path, say)
     return taehv
 
 
