@@ -27,6 +27,7 @@ from .adapter.model_settings import (
     CAUSAL,
     FEW_STEP,
     NOISE_AUTO,
+    OF_LATER_NODES,
     POLICY_AUTO,
     SINK_AUTO,
     Settings,
@@ -90,10 +91,8 @@ def load_model(
     """Return the MODEL of a file. ComfyUI calls this again, by its name for the last, for a copy on another device."""
     path = folders.file_of(unet_name, resolve_model, folders.MODEL_FOLDER)
     # Of two experts each is a MODEL of its own, and its twin another loader's.
-    given = ("low_noise",) if kind == "auto" else ("low_noise", "kind")
-    reading = read_with_preset(
-        path, preset, weights=weights, given=given, asks=False, folders=folders.partner_folders()
-    )
+    given = ("low_noise", *OF_LATER_NODES, *(("kind",) if kind != "auto" else ()))
+    reading = read_with_preset(path, preset, weights=weights, given=given, folders=folders.partner_folders())
     _expect(reading.checkpoint, "wan", unet_name, "choose a video model")
     for note in reading.notes:
         page.show_text(f"the file {note}")

@@ -130,10 +130,9 @@ def _quantised(weights: ScaledWeights, dtype: torch.dtype | None, *, is_fast_fp8
     """
     reason = _widened_because(weights, dtype)
     if reason is not None:
-        log.warning(
-            "%d weights in 8 bits are widened to the model's number type, which takes twice the memory or more: %s",
-            len(weights.scales),
-            reason,
+        page.show_text(
+            f"{len(weights.scales)} weights in 8 bits are widened to the model's number type, which takes twice the "
+            f"memory or more: {reason}"
         )
         return None
     state: dict[str, Any] = {}

@@ -22,6 +22,7 @@ KEY = "selfforcing"  # of our settings in model_options, and of a rollout's Caus
 CAUSAL, FEW_STEP, BASE, UNKNOWN = "causal", "few-step bidirectional", "base", "unknown"
 AUTO, SINK_AUTO, NOISE_AUTO, POLICY_AUTO = 0, -1, -1.0, "auto"  # widget values that stand for the MODEL's own setting
 WIDGETS = ("chunk", "shift")  # of Patch Model, which say what a preset may leave open
+OF_LATER_NODES = ("guidance", "boundary")  # what a guider and Two Experts say
 WARPS = {"auto": None, "shifted": True, "as listed": False}  # whether steps go through the shift
 
 
@@ -83,7 +84,7 @@ def preset_behind_widgets(preset: Preset, widgets: Settings, own: Settings | Non
     own: what a loader or patch node of ours has left on the MODEL. Raises ValueError for a preset that cannot run here
     or leaves open what has no widget.
     """
-    refusal = unable(preset, WIDGETS)
+    refusal = unable(preset, (*WIDGETS, *OF_LATER_NODES))
     if refusal is not None:
         raise ValueError(refusal)
     settings = preset_settings(preset, None if own is None else SamplingSettings(own.causal, own.steps))

@@ -36,6 +36,22 @@ class _Clamp(nn.Module):
         return torch.tanh(x / 3) * 3
 
 
+class _UnscaledClamp(_Clamp):
+    """The limit of a decoder whose own latents are unscaled, behind normalised ones."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, mean_C: Tensor, deviation_C: Tensor) -> None:
+        super().__init__()
+        # They go along to devices and types, and are no weights of a file.
+        self.register_buffer("mean", mean_C[:, None, None], persistent=False)
+        self.register_buffer("deviation", deviation_C[:, None, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.deviation + self.mean)
+
+
 class _MemBlock(nn.Module):
     """A residual block that reads each frame together with the one before it."""
 
@@ -265,6 +281,21 @@ class TAEHV(nn.Module):
                 self.decoder[place] = _FoldedGrowth(upsample, layer, conv, operations)  # type: ignore[arg-type]
                 # the layers behind keep their numbers, and with them the names of their weights
                 self.decoder[place - 1], self.decoder[place + 1] = nn.Identity(), nn.Identity()
+        return self
+
+    def take_normalised(self, mean: Sequence[float], deviation: Sequence[float]) -> TAEHV:
+        """Let weights whose latents are unscaled take and give normalised ones, for good; returns self.
+
+        mean, deviation: of each latent channel.
+        """
+        conv = self.encoder[-1]
+        assert isinstance(conv, nn.Conv2d)
+        assert conv.bias is not None
+        mean_C, deviation_C = (conv.bias.new_tensor(values) for values in (mean, deviation))
+        self.decoder[0] = _UnscaledClamp(mean_C, deviation_C)
+        # New parameters: the old ones may be the file's own pages.
+        conv.weight = nn.Parameter(conv.weight / deviation_C[:, None, None, None], requires_grad=False)
+        conv.bias = nn.Parameter((conv.bias - mean_C) / deviation_C, requires_grad=False)
         return self
 
     def encode(self, frames_BVRHW: Tensor) -> Tensor:

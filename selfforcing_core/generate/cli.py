@@ -298,7 +298,7 @@ def _inspect(options: argparse.Namespace) -> None:
     found = inspect_checkpoint(path, loras=options.lora)
     if found["kind"] != LORA:
         found["folder"] = inspect_pipeline(path)
-        found["preset"] = inspect_preset(path, options.preset, given=("lora",) if options.lora else ())
+        found["preset"] = inspect_preset(path, options.preset, loras=options.lora)
     print_result(json.dumps(found, indent=2))
 
 

@@ -6,7 +6,7 @@ Letters: R RGB, H W height and width in pixels, T latent frames, C latent channe
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -390,6 +390,9 @@ def _reading(request: Request, path: Path) -> PresetReading:
     given = {name for name in OPTIONS if getattr(request, name, None) is not None}
     if isinstance(request.steps, int) or request.warp_steps is not None:
         given.add("warp")  # a number of steps is a list that goes through the shift, whatever the preset's does
+    given -= {"weights"} if request.weights == AUTO else set()
+    given |= {"guidance"} if request.cfg is not None else set()
+    given |= {"boundary"} if request.boundary_step is not None else set()
     given |= {"low_noise"} if request.low_noise is not None else set()
     choice = request.preset
     # By its name a release was fetched, whatever its file is called.
@@ -418,8 +421,10 @@ def _settings(
             "does not say how it was trained; it is sampled chunk by chunk, as Self Forcing's models are "
             f"(--chunk {CausalConfig.chunk}); a bidirectional one needs --chunk of all latent frames and --window -1"
         )
-    causal_options = _causal_options(request, checkpoint, notes)
-    step_options = _step_options(request, checkpoint.steps, notes, has_folder_steps=reading.has_folder_steps)
+    causal_options = _causal_options(request, checkpoint, notes, unsaid=reading.unsaid)
+    # Of a pipeline's folder alone only the shift is what somebody said.
+    unsaid = reading.unsaid | ({*STEP_LISTS, "solver", "warp"} if reading.has_folder_steps else set())
+    step_options = _step_options(request, checkpoint.steps, notes, unsaid=unsaid)
     if None not in (request.cfg, checkpoint.guidance) and request.cfg != checkpoint.guidance:
         notes.append(f"says guidance {checkpoint.guidance:g}; --cfg {request.cfg:g} is used")
     cfg = float(_or(request.cfg, _or(checkpoint.guidance, 1.0)))
@@ -445,11 +450,16 @@ def _given(request: Request, *names: str) -> dict[str, Any]:
     return {name: getattr(request, name) for name in names if getattr(request, name) is not None}
 
 
-def _causal_options(request: Request, checkpoint: Checkpoint, notes: list[str]) -> dict[str, Any]:
-    """Return what takes the place of the checkpoint's causal settings, or of the defaults where it has none."""
+def _causal_options(
+    request: Request, checkpoint: Checkpoint, notes: list[str], *, unsaid: Collection[str]
+) -> dict[str, Any]:
+    """Return what takes the place of the checkpoint's causal settings, or of the defaults where it has none.
+
+    unsaid: those of the stored ones that nobody has said.
+    """
     options = _given(request, "chunk", "window", "sink", "policy", "cache_source")
     if checkpoint.bidirectional is None:
-        notes += _replaced(checkpoint.causal, options) if checkpoint.causal else []
+        notes += _replaced(checkpoint.causal, options, unsaid) if checkpoint.causal else []
         return options
     if "chunk" in options:
         notes.append(f"says that it is bidirectional; --chunk {options['chunk']} is used")
@@ -464,11 +474,11 @@ def _causal_options(request: Request, checkpoint: Checkpoint, notes: list[str]) 
 
 
 def _step_options(
-    request: Request, stored: StepConfig | None, notes: list[str], *, has_folder_steps: bool
+    request: Request, stored: StepConfig | None, notes: list[str], *, unsaid: Collection[str]
 ) -> dict[str, Any]:
     """Return what takes the place of the checkpoint's noise levels, or of the defaults where it has none.
 
-    has_folder_steps: of the stored ones only the shift is what somebody said.
+    unsaid: those of the stored ones that nobody has said.
     """
     options = _given(request, "shift", "solver", *STEP_LISTS)
     trained, is_warp_given = stored or StepConfig(), request.warp_steps is not None
@@ -479,13 +489,11 @@ def _step_options(
         options[name] = even.steps if is_warped or is_warp_given else FlowSchedule(even).timesteps
     if options.get("first_chunk_steps") == ():
         options["first_chunk_steps"] = None
-    if stored is not None and has_folder_steps:
-        notes += _replaced(stored, {name: value for name, value in options.items() if name == "shift"})
-    elif stored is not None:
-        notes += _replaced(stored, options)
+    if stored is not None:
+        notes += _replaced(stored, options, unsaid)
         if "steps" in options and stored.first_chunk_steps and "first_chunk_steps" not in options:
             notes.append(f"says steps of its own for the first chunk, which are kept (else --first-chunk-steps {SAME})")
-        if is_warp_given and is_warped != stored.warp:
+        if is_warp_given and is_warped != stored.warp and "warp" not in unsaid:
             says = "go through the shift" if stored.warp else "are what the model sees"
             notes.append(f"says that its steps {says}; --{'' if is_warped else 'no-'}warp-steps is used")
     if is_warp_given:
@@ -499,8 +507,8 @@ def _step_options(
     return options
 
 
-def _replaced(stored: CausalConfig | StepConfig, options: dict[str, Any]) -> list[str]:
-    """Return a line for every setting that another value was given for."""
+def _replaced(stored: CausalConfig | StepConfig, options: dict[str, Any], unsaid: Collection[str]) -> list[str]:
+    """Return a line for every setting that somebody has said and another value was given for."""
 
     def words(value: Any) -> str:
         if value is None:  # of the first chunk's steps
@@ -512,7 +520,7 @@ def _replaced(stored: CausalConfig | StepConfig, options: dict[str, Any]) -> lis
         f"says {name.replace('_', ' ')} {words(getattr(stored, name))}; "
         f"--{name.replace('_', '-')} {words(value)} is used"
         for name, value in options.items()
-        if value != getattr(stored, name)
+        if value != getattr(stored, name) and name not in unsaid
     ]
 
 

@@ -389,7 +389,7 @@ def _load_autoencoder(plan: Plan) -> TAEHV | WanVAE:
         return build_taehv(plan.taehv, dtype=plan.dtype, device=plan.device)
     assert plan.request.vae is not None
     vae = load_wan_vae(plan.request.vae, dtype=plan.dtype, device=plan.device)
-    check_channels(plan.config.out_dim, vae.latent_channels, "VAE")
+    check_channels(plan.config.out_dim, vae.latent_channels, "VAE", plan.request.vae)
     return vae
 
 

@@ -27,7 +27,7 @@ from ..atomic import replacing
 from ..config import BidirectionalConfig, CausalConfig, StepConfig, TAEHVConfig, WanConfig
 from ..shapes import Shape, Shapes, mismatch, taehv_config, taehv_shapes, wan_config, wan_shapes
 from .checkpoint_header import FileHeader, SamplingSettings, file_header, one_line, read_header
-from .keymap import describe_dialect, from_wan, stray_keys, wan_names
+from .keymap import CONTAINERS, describe_dialect, from_wan, stray_keys, wan_names
 from .latent_space import WAN, identify_latent_space
 from .lora_files import Lora, is_lora, merge, parse_lora, read_lora
 from .scaled import (
@@ -177,6 +177,8 @@ def inspect_checkpoint(path: str | Path, *, loras: Sequence[tuple[str | Path, fl
         return read_lora(path).summary()
     checkpoint = with_loras(checkpoint, loras)
     stored = stored_tensors(checkpoint.state_dict)
+    has_containers = any(key.partition(".")[0] in CONTAINERS - {"model", "module"} for key in checkpoint.key_shapes)
+    has_containers = has_containers or len(contents.available) > 1
     return {
         "file": str(path),
         "weight_bytes": sum(tensor.nbytes for tensor in stored.values()),
@@ -186,7 +188,8 @@ def inspect_checkpoint(path: str | Path, *, loras: Sequence[tuple[str | Path, fl
         "dtype": _most_common(stored),
         "tensors": len(stored),
         "parameters": count_numbers(checkpoint.state_dict),
-        "weights": list(contents.available),
+        # Without containers nothing says whether they are an average, as in a copy of one set.
+        "weights": list(contents.available) if has_containers else ["as stored"],
         "latent_space": checkpoint.latent_space,
         "causal": checkpoint.causal.to_dict() if checkpoint.causal else None,
         "bidirectional": checkpoint.bidirectional.to_dict() if checkpoint.bidirectional else None,

@@ -17,6 +17,15 @@ WAN = "wan2.1"
 # Distilled from Wan's own VAE without the scaling of its latents by mean and deviation (github.com/ModelTC/LightX2V,
 # which tells it by the file's name, as ComfyUI does); its shapes are those of taew2_1.
 WAN_UNSCALED = "wan2.1 unscaled"
+# Of each channel of Wan 2.1's latents (github.com/Wan-Video/Wan2.1 wan/modules/vae.py): what scales them, and how.
+WAN_MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+WAN_DEVIATION = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
 BY_NAME = {"lighttaew2_1": WAN_UNSCALED}  # by the beginning of the file's name, in small letters
 # (latent channels, patch size) -> the latent spaces of released files with these shapes
 BY_SHAPE = {

@@ -18,7 +18,7 @@ from ..config import TAEHVConfig
 from ..model import CausalWan
 from .bundles import resolve_model, resolve_taehv, resolve_text_encoder
 from .checkpoint import Checkpoint, read_checkpoint
-from .latent_space import WAN_UNSCALED, expect_latent_space
+from .latent_space import WAN, WAN_DEVIATION, WAN_MEAN, WAN_UNSCALED, expect_latent_space
 
 if TYPE_CHECKING:
     from ..codecs.text import TextEncoder  # a text encoder needs more than the others; only who loads one imports it
@@ -104,8 +104,14 @@ def build_taehv(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> TAEHV:
-    """Return the tiny video autoencoder of a checkpoint, folded, for inference; arguments as for `build_model`."""
-    return _filled(TAEHV, checkpoint, operations, dtype, device).fold(operations)
+    """Return the tiny video autoencoder of a checkpoint, folded, for inference; arguments as for `build_model`.
+
+    It takes and gives normalised latents, also where those of its file are Wan 2.1's without their scaling.
+    """
+    taehv = _filled(TAEHV, checkpoint, operations, dtype, device)
+    if checkpoint.latent_space == WAN_UNSCALED:
+        taehv.take_normalised(WAN_MEAN, WAN_DEVIATION)
+    return taehv.fold(operations)
 
 
 # ------------------------------------------------------------------- checks --
@@ -127,19 +133,21 @@ def check_taehv(
     taehv = read_checkpoint(path)
     if not isinstance(taehv.config, TAEHVConfig):
         raise ValueError(f"{path} is a {taehv.kind}, not a TAEHV; choose a file such as taew2_1")
-    check_channels(channels, taehv.config.latent_channels, "TAEHV")
-    # A file that is known to be unscaled stays so, whatever the user said of it: its scaling is not ours.
-    decoded = WAN_UNSCALED if taehv.latent_space == WAN_UNSCALED else said or taehv.latent_space
-    if latent_space is not None and not (is_own and decoded is None):
-        expect_latent_space(decoded, taehv.config, latent_space, path, say)
+    # A file that is known to be unscaled stays so, whatever the user said of it; it is scaled when it is built.
+    decoded = WAN if taehv.latent_space == WAN_UNSCALED else said or taehv.latent_space
+    if None not in (decoded, latent_space):  # first, since the space says more than a number of channels
+        expect_latent_space(decoded, taehv.config, str(latent_space), path, say)
+    check_channels(channels, taehv.config.latent_channels, "TAEHV", path)
+    if latent_space is not None and decoded is None and not is_own:
+        expect_latent_space(None, taehv.config, latent_space, path, say)
     return taehv
 
 
-def check_channels(channels: int, decoded: int, what: str) -> None:
+def check_channels(channels: int, decoded: int, what: str, path: str | Path) -> None:
     """Raise ValueError unless the decoder called `what` takes as many channels as the model makes."""
     if decoded != channels:
         raise ValueError(
-            f"the model makes latents of {channels} channels, the {what} decodes {decoded}; "
+            f"{path}: the model makes latents of {channels} channels, this {what} decodes {decoded}; "
             f"use the {what} that belongs to the model"
         )
 

@@ -23,6 +23,12 @@ class PipelineFolder:
     high_noise: Path | None = None  # the folder of the network for high noise, where the path is that for low noise
     boundary: float | None = None  # share of noise from which on the other one is asked
     shift: float | None = None  # of the steps
+    pipeline: str | None = None  # the class that it is of
+
+    @property
+    def has_two(self) -> bool:
+        """Return whether two networks lie in it."""
+        return self.low_noise is not None or self.high_noise is not None
 
     @property
     def says(self) -> tuple[str, ...]:
@@ -45,6 +51,7 @@ def read_pipeline(path: Path) -> PipelineFolder:
         other if other.is_dir() and is_low else None,
         _number(root / "model_index.json", BOUNDARY_KEYS),
         _number(root / "scheduler" / "scheduler_config.json", SHIFT_KEYS),
+        _class_name(root / "model_index.json"),
     )
 
 
@@ -67,13 +74,23 @@ def _network_folder(path: Path) -> Path | None:
 
 def _number(file: Path, keys: tuple[str, ...]) -> float | None:
     """Return the first of these entries that a JSON file has."""
-    try:
-        entries: dict[str, Any] = json_object(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:  # UnicodeDecodeError is one
-        raise ValueError(f"{file}: cannot be read ({error}); download it again") from error
+    entries = _entries(file)
     key = next((key for key in keys if entries.get(key) is not None), None)
     if key is None:
         return None
     if type(entries[key]) not in (int, float):  # bool is a subclass of int
         raise ValueError(f"{file}: {key} is {entries[key]!r}, not a number; download it again")
     return float(entries[key])
+
+
+def _class_name(file: Path) -> str | None:
+    name = _entries(file).get("_class_name")
+    return None if name is None else str(name)
+
+
+def _entries(file: Path) -> dict[str, Any]:
+    """Return what a JSON file holds; nothing where there is none."""
+    try:
+        return json_object(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is one
+        raise ValueError(f"{file}: cannot be read ({error}); download it again") from error

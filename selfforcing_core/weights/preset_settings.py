@@ -18,16 +18,17 @@ from typing import Any, TypeVar
 from .. import policy
 from ..config import BidirectionalConfig, CausalConfig, StepConfig
 from ..experts import boundary_behind
-from .checkpoint import MERGED_ENTRY, Checkpoint, read_checkpoint, with_lora, with_loras
+from .checkpoint import MERGED_ENTRY, Checkpoint, read_checkpoint, with_lora
 from .checkpoint_header import SamplingSettings
 from .download import RELEASES, download_folders, release_folder
-from .keymap import EMA_CONTAINERS
-from .lora_files import read_lora
-from .pipeline_folder import LOW_NOISE_FOLDER, PipelineFolder, read_pipeline
+from .keymap import EMA_CONTAINERS, LORA_CONTAINERS
+from .lora_files import Lora, read_lora
+from .pipeline_folder import HIGH_NOISE_FOLDER, LOW_NOISE_FOLDER, PipelineFolder, read_pipeline
 from .presets import Preset, Twin, find_preset, missing_policies
 from .recognise import COMMON_NAMES, Recognition, containers_in, fits_release, recognise
 
 Loras = Sequence[tuple[str | Path, float]]  # files and strengths
+ReadLoras = Sequence[tuple[Lora, float]]
 ConfigT = TypeVar("ConfigT", CausalConfig, StepConfig)
 AUTO, NONE = "auto", "none"
 PLAIN = "sf++"  # Self-Forcing++ changed the training; its cache is Self Forcing's
@@ -35,9 +36,18 @@ POLICIES = (*policy.POLICIES, PLAIN)
 # What a run cannot do without, and the options that give it.
 OPTIONS = {name: f"--{name.replace('_', '-')}" for name in ("chunk", "window", "sink", "policy", "cache_source")}
 OPTIONS |= {"steps": "--steps", "warp": "--warp-steps or --no-warp-steps", "shift": "--shift", "solver": "--solver"}
-HOW_IT_RUNS = {*OPTIONS, "kind"}  # explicit ones, of which each is an answer to what a file is
+# Explicit ones, of which each is an answer to what a file is.
+HOW_IT_RUNS = {*OPTIONS, "kind"}
+OPTIONS |= {"guidance": "--cfg", "weights": "--weights ema or raw", "boundary": "--boundary or --boundary-step"}
+OPEN_BY = {"boundary": "twin.boundary"}  # where a preset's open questions have another name for it
+# The nodes of ComfyUI that set them, beside a preset; no node sets a solver.
+NODES: dict[str, str] = dict.fromkeys(("window", "sink", "policy", "cache_source"), "Cache Options")
+NODES |= {"chunk": "Patch Model", "shift": "Patch Model", "steps": "Sigmas", "warp": "Sigmas"}
+NODES |= {"guidance": "the guider or sampler, by its cfg", "weights": "Load Model", "boundary": "Two Experts"}
 # Of Self Forcing's trainer and those made from it; nothing else puts networks into them.
 FAMILY_CONTAINERS = {"generator", "generator_ema", "generator_lora"}
+WIDTHS_ASKED = (36,)  # input channels of image-to-video networks
+CAUSAL_CLASS = "Causal"  # in the names of FastVideo's pipelines for them; diffusers has none
 MOST_NAMES = 6  # of presets in a line
 
 
@@ -50,6 +60,8 @@ class PresetReading:
     notes: tuple[str, ...]  # what it is run as, and what gave way for that: sentences without the file as their subject
     # Of its steps only shift and boundary are said, by a pipeline's folder; the others are the defaults.
     has_folder_steps: bool = False
+    # Settings that the preset leaves open and no header says: what the checkpoint has there nobody has said.
+    unsaid: frozenset[str] = frozenset()
 
 
 def read_with_preset(
@@ -59,43 +71,42 @@ def read_with_preset(
     weights: str = "auto",
     loras: Loras = (),
     given: Collection[str] = (),
-    asks: bool = True,
     folders: Sequence[Path] = (),
 ) -> PresetReading:
     """Return a checkpoint that is to be run, with the settings of its preset.
 
     choice: a preset's name, "none", or "auto", which recognises the file. weights, loras: as for `read_checkpoint`;
-    weights "auto" are those of the preset, and where no LoRA is given, the preset's is merged. given: names of settings
-    that are explicit and need no preset. asks: where a release fits of which not all was read, raise ValueError with
-    the way to say it; else the notes say so and the file is run as if it were none.
-    folders: as for `partner_path`.
-    Raises ValueError for a preset that cannot run here, and for whatever is no checkpoint.
+    weights "auto" are those of the preset, whose LoRA is merged before those that are given, unless it is one of them
+    or in the file already. given: names of settings that are explicit and need no preset. folders: as for
+    `partner_path`.
+    Raises ValueError for a preset that cannot run here or leaves open what is not given, naming where to say it, and
+    for whatever is no checkpoint.
     """
-    checkpoint = read_checkpoint(path, weights=weights)
-    merged = _merged(checkpoint)
-    checkpoint = with_loras(checkpoint, loras)
+    base = read_checkpoint(path, weights=weights)
+    merged, given_loras = _merged(base), [(read_lora(file), strength) for file, strength in loras]
+    checkpoint = _with_given(base, given_loras)
     folder = read_pipeline(path)
-    given = {*given, "lora"} if loras else given  # at strength 0 too: so is the base alone asked for
     found = choose_preset(checkpoint, path, choice)
     preset, notes = _settled(found, path, checkpoint, given)
     if preset is None:
         return with_folder(PresetReading(checkpoint, None, tuple(notes)), folder, given)
-    refusal = obstacle(preset, path, (*given, *merged), folders)
+    refusal = obstacle(preset, path, (*given, *merged, *_as_own(preset, given_loras)), folders)
     if refusal is not None:
         raise ValueError(f"{path}: {refusal}{_way_out(found)}")
-    question = _open_question(preset, {*given, *folder.says, *_said(checkpoint.settings)})
-    if question is not None and (asks or choice != AUTO):
-        raise ValueError(f"{path}: {question}")
+    header = checkpoint.settings
+    known = {*given, *folder.says, *_said(header), *_only_set(base)}
+    question = _open_question(preset, known | ({"weights"} if weights != AUTO else set()))
     if question is not None:
-        notes.append(f"is run as if it were no such file: {question}")
-        return with_folder(PresetReading(checkpoint, None, tuple(notes)), folder, given)
+        raise ValueError(f"{path}: {question}{_way_out(found)}")
     if not fits_release(preset, checkpoint.key_shapes):
         notes.append(f"does not have the shapes of {in_words(preset)}, as which it is run")
-    checkpoint = _with_weights(checkpoint, path, preset, weights, notes, by=found.by, loras=loras)
-    if not merged:
-        checkpoint = _with_own_lora(checkpoint, path, preset, loras, notes, folders=folders)
+    base = _with_weights(base, path, preset, weights, notes, by=found.by)
+    base = _with_own_lora(base, path, preset, given_loras, notes, folders=folders)
+    checkpoint = _with_given(base, given_loras)  # on top: some kinds of LoRA are no sums, and ComfyUI's order is this
     settled, replaced = with_preset(checkpoint, preset)
-    reading = PresetReading(settled, preset, (*notes, *replaced))
+    is_said = {*folder.says, *_said(header)}
+    unsaid = frozenset(name for name in preset.open_questions if name not in is_said)
+    reading = PresetReading(settled, preset, (*notes, *replaced), unsaid=unsaid)
     return with_folder(reading, folder, given, has_header=checkpoint.steps is not None)
 
 
@@ -135,9 +146,26 @@ def choose_preset(checkpoint: Checkpoint, path: Path, choice: str = AUTO) -> Rec
     if choice != AUTO:
         return Recognition((find_preset(choice),), "name")
     try:
-        return recognise(checkpoint.key_shapes, path, checkpoint.metadata)
+        return _by_folder(recognise(checkpoint.key_shapes, path, checkpoint.metadata), read_pipeline(path))
     except ValueError as error:  # a header that names a preset of a later version
         raise ValueError(f"{path}: {error}; preset none runs it by its header") from error
+
+
+def _by_folder(found: Recognition, folder: PipelineFolder) -> Recognition:
+    """Return which of the releases that fit by shapes a pipeline's folder leaves: those of as many networks.
+
+    Of a class for causal networks (FastVideo's) they are those that were released as folders; the only one is certain.
+    """
+    if found.by != "names and shapes" or folder.pipeline is None:
+        return found
+    is_causal = CAUSAL_CLASS in folder.pipeline
+    fitting = [
+        preset
+        for preset in found.presets
+        if any(each.startswith(f"{LOW_NOISE_FOLDER}/") for each in preset.partner_files) == folder.has_two
+        and (not is_causal or any(each.startswith(f"{HIGH_NOISE_FOLDER}/") for each in preset.files))
+    ]
+    return Recognition(tuple(fitting), "pipeline's class" if is_causal and fitting else found.by)
 
 
 def choices_in_words(presets: Sequence[Preset]) -> str:
@@ -152,9 +180,9 @@ def read_to_copy(path: Path, choice: str = AUTO, *, weights: str = "auto", loras
 
     A preset that cannot run here gives its name alone: whoever reads the copy refuses it, or has learnt to run it.
     """
-    checkpoint = read_checkpoint(path, weights=weights)
-    merged = _merged(checkpoint)
-    checkpoint = with_loras(checkpoint, loras)
+    base = read_checkpoint(path, weights=weights)
+    merged, given_loras = _merged(base), [(read_lora(file), strength) for file, strength in loras]
+    checkpoint = _with_given(base, given_loras)
     found = choose_preset(checkpoint, path, choice)
     preset, notes, folder = found.preset, [], read_pipeline(path)
     if folder.low_noise is not None:
@@ -165,26 +193,25 @@ def read_to_copy(path: Path, choice: str = AUTO, *, weights: str = "auto", loras
         if found.presets and not says_itself:
             notes.append(f"may be {choices_in_words(found.presets)}; the copy says so if --preset names one")
         return with_folder(PresetReading(checkpoint, None, tuple(notes)), folder)
-    checkpoint = _with_weights(checkpoint, path, preset, weights, notes, by=found.by, loras=loras)
+    base = _with_weights(base, path, preset, weights, notes, by=found.by)
+    checkpoint = _with_given(base, given_loras)
     if found.by not in ("name", "header"):
         notes.insert(0, f"is written as {in_words(preset)}, by its {found.by}")
-    given = ("lora",) if loras else ()
-    lacks = obstacle(preset, path, (*given, *merged))
-    lacks = lacks or _open_question(preset, {*folder.says, *_said(checkpoint.settings)})
+    lacks = obstacle(preset, path, (*merged, *_as_own(preset, given_loras)))
+    lacks = lacks or _open_question(preset, {*folder.says, *_said(checkpoint.settings), "weights"})
     if lacks is not None:
         notes.append(f"{lacks}; the copy says that it is {preset.name}, and nothing of settings")
         return PresetReading(replace(checkpoint, preset=preset.name), preset, tuple(notes))
-    if not merged:
-        checkpoint = _with_own_lora(checkpoint, path, preset, loras, notes)
+    checkpoint = _with_given(_with_own_lora(base, path, preset, given_loras, notes), given_loras)
     settled, replaced = with_preset(checkpoint, preset)
     reading = PresetReading(settled, preset, (*notes, *replaced))
     return with_folder(reading, folder, has_header=checkpoint.steps is not None)
 
 
-def inspect_preset(path: Path, choice: str = AUTO, *, given: Collection[str] = ()) -> dict[str, Any] | None:
+def inspect_preset(path: Path, choice: str = AUTO, *, loras: Loras = ()) -> dict[str, Any] | None:
     """Return which release a file is or may be and what keeps it from running, in plain JSON types; None for none.
 
-    given: as for `obstacle`.
+    loras: what is to be merged, which may be the preset's own.
     """
     checkpoint = read_checkpoint(path)
     found = choose_preset(checkpoint, path, choice)
@@ -197,7 +224,9 @@ def inspect_preset(path: Path, choice: str = AUTO, *, given: Collection[str] = (
     folder, has_header = read_pipeline(path), checkpoint.steps is not None
     reading = PresetReading(with_preset(checkpoint, preset)[0], preset, ())
     settings = with_folder(reading, folder, has_header=has_header).checkpoint.settings
-    refusal = obstacle(preset, path, (*given, *_merged(checkpoint)))
+    given_loras = [(read_lora(file), strength) for file, strength in loras]
+    known = (*folder.says, *_said(checkpoint.settings), *_only_set(checkpoint))
+    refusal = obstacle(preset, path, (*_merged(checkpoint), *_as_own(preset, given_loras)))
     return {
         **entry,
         "title": preset.title,
@@ -207,7 +236,7 @@ def inspect_preset(path: Path, choice: str = AUTO, *, given: Collection[str] = (
         "weights": preset.weights,
         "guidance": settings.guidance,
         "policy": preset.policy,
-        "missing": [f"{path} {refusal}"] if refusal else lacking(preset, (*folder.says, *_said(checkpoint.settings))),
+        "missing": [f"{path} {refusal}"] if refusal else lacking(preset, known),
     }
 
 
@@ -218,8 +247,9 @@ def _settled(
     """Return the preset to run with, if one is certain or all that fit run alike, and a line about it.
 
     Raises ValueError for a file that is one of several releases which run differently, unless something explicit says
-    how: they share their names and shapes with every network of a size, so that those alone decide it only where the
-    file has the containers of this family's trainers. A plain base model has none, and neither have most own files.
+    how: they share their names and shapes with every network of a size, so that those alone ask only where the file has
+    the containers of this family's trainers, two networks, or a picture's channels, whose releases run least alike. A
+    plain base model of text to video has none, and neither have most own files.
     """
     header = checkpoint.settings
     says_itself = header.causal is not None or header.bidirectional is not None
@@ -229,20 +259,28 @@ def _settled(
         return None, []
     names, is_named = choices_in_words(found.presets), found.by != "names and shapes"
     is_familys = not FAMILY_CONTAINERS.isdisjoint(containers_in(checkpoint.key_shapes))
-    if not is_named and (not is_familys or not HOW_IT_RUNS.isdisjoint(given)):
-        return None, [f"has the shapes of {names}, and nothing says which; it is run as if it were none of them"]
+    folder, width = read_pipeline(path), getattr(checkpoint.config, "in_dim", 0)
+    has_two = folder.has_two
+    # The network for low noise alone is refused behind this, with the way to the other one.
+    is_half = folder.high_noise is not None and "low_noise" not in given
+    is_asked = is_familys or (not is_half and (has_two or width in WIDTHS_ASKED))
+    if not is_named and (not is_asked or not HOW_IT_RUNS.isdisjoint(given)):
+        unsaid = "which; it is run as if it were none of them"
+        unsaid = unsaid if len(found.presets) > 1 else "that it is this one; it is run as if it were not"
+        return None, [f"has the shapes of {names}, and nothing says {unsaid}"]
     if is_named and len({_way_to_run(preset, given) for preset in found.presets}) == 1:
         return found.presets[0], [f"may be {names}, which run alike"]
-    sign = "may be" if is_named else "comes from a trainer of this family and may be"
-    raise ValueError(
-        f"{path}: {sign} {names}, which run differently; say which by preset, or none of them by preset none"
-    )
+    sign = "" if is_named else f"has {width} input channels and "
+    sign = "is one of two networks and " if has_two and not is_named else sign
+    sign = "comes from a trainer of this family and " if is_familys and not is_named else sign
+    differ = ", which run differently" if len(found.presets) > 1 else " or a base model"
+    raise ValueError(f"{path}: {sign}may be {names}{differ}; say which by preset, or none of them by preset none")
 
 
 def _way_to_run(preset: Preset, given: Collection[str]) -> tuple[Any, ...]:
     """Return all by which two presets may differ in the picture, but for what is explicit."""
     names = ("is_causal", "weights", "lora", "twin", "guidance", "first_chunk_steps", *OPTIONS)
-    return (*(getattr(preset, name) for name in names if name not in given), str(preset.policy_options))
+    return (*(getattr(preset, name, None) for name in names if name not in given), str(preset.policy_options))
 
 
 def in_words(preset: Preset) -> str:
@@ -304,10 +342,10 @@ def _half_refusal(preset: Preset, path: Path, folders: Sequence[Path]) -> str | 
 def unable(preset: Preset, given: Collection[str] = ()) -> str | None:
     """Return a sentence why a preset cannot be run, wherever its files lie; None where it can.
 
-    given: names of settings that are explicit.
+    given: names of settings that are explicit. Which weights are meant is asked of a file that holds both alone.
     """
     refusal = obstacle(preset)
-    return _open_question(preset, given) if refusal is None else f"the model {refusal}"
+    return _open_question(preset, {*given, "weights"}) if refusal is None else f"the model {refusal}"
 
 
 def counted_boundary(preset: Preset | None) -> int:
@@ -355,16 +393,25 @@ def _said(header: SamplingSettings) -> tuple[str, ...]:
         "steps": ("steps", "warp", "shift", "solver"),
         "causal": ("chunk", "window", "sink", "policy", "cache_source"),
     }
-    return tuple(name for part, names in in_header.items() if getattr(header, part) is not None for name in names)
+    said = [name for part, names in in_header.items() if getattr(header, part) is not None for name in names]
+    said += ["guidance"] if header.guidance is not None else []
+    said += ["boundary"] if header.steps is not None and header.steps.boundary is not None else []
+    return tuple(said)
+
+
+def _only_set(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return "weights" where the file holds one set of them, so that nobody has to choose."""
+    containers = containers_in(checkpoint.key_shapes) - {*LORA_CONTAINERS}
+    return () if len({each in EMA_CONTAINERS for each in containers}) > 1 else ("weights",)
 
 
 def _open_settings(preset: Preset, given: Collection[str] = ()) -> list[str]:
     """Return the settings that a run needs, nobody has read, and are not given."""
-    return [
-        name
-        for name in OPTIONS
-        if getattr(preset, name) is None and name in preset.open_questions and name not in given
-    ]
+    return [name for name in OPTIONS if name not in given and _open_by(name) in preset.open_questions]
+
+
+def _open_by(name: str) -> str:
+    return OPEN_BY.get(name, name)
 
 
 def _open_question(preset: Preset, given: Collection[str]) -> str | None:
@@ -372,14 +419,25 @@ def _open_question(preset: Preset, given: Collection[str]) -> str | None:
     names = _open_settings(preset, given)
     if not names:
         return None
-    reasons = "; ".join(dict.fromkeys(preset.open_questions[name] for name in names))
+    reasons = "; ".join(dict.fromkeys(preset.open_questions[_open_by(name)] for name in names))
     options = ", ".join(OPTIONS[name] for name in names)
-    in_comfyui = "choose preset none and set them in Cache Options and Sigmas"
-    if set(names) <= {"chunk", "shift"}:
-        in_comfyui = "choose preset none here and this one in Patch Model (Self Forcing), which has widgets for them"
     return (
-        f"preset {preset.name} leaves {', '.join(names)} open ({reasons}); give {options}, or in ComfyUI {in_comfyui}"
+        f"preset {preset.name} leaves {', '.join(names)} open ({reasons}); give {options}, or in ComfyUI "
+        f"{_in_comfyui(names)}"
     )
+
+
+def _in_comfyui(names: Sequence[str]) -> str:
+    """Return what to do in ComfyUI about settings that a preset leaves open."""
+    if "solver" in names:
+        return "run it on the command line, since no node sets a solver"
+    if set(names) <= {"chunk", "shift"}:
+        return "choose preset none here and this one in Patch Model, which has widgets for them"
+    nodes: dict[str, list[str]] = {}
+    for name in names:
+        nodes.setdefault(NODES[name], []).append(name)
+    places = ", ".join(f"{' and '.join(each)} in {node}" for node, each in nodes.items())
+    return f"choose preset none, set {places}, and what docs/models.md says of it likewise"
 
 
 def lacking(preset: Preset, given: Collection[str] = ()) -> list[str]:
@@ -398,7 +456,7 @@ def lacking(preset: Preset, given: Collection[str] = ()) -> list[str]:
         lines.append("its LoRA, whose file's name was not read")
     names_by_reason: dict[str, list[str]] = {}
     for name in _open_settings(preset, given):
-        names_by_reason.setdefault(preset.open_questions[name], []).append(OPTIONS[name])
+        names_by_reason.setdefault(preset.open_questions[_open_by(name)], []).append(OPTIONS[name])
     return [*lines, *(f"{', '.join(names)} to be given ({why})" for why, names in names_by_reason.items())]
 
 
@@ -422,15 +480,14 @@ def _with_weights(
     notes: list[str],
     *,
     by: str | None,
-    loras: Loras,
 ) -> Checkpoint:
     """Return the checkpoint with the set of weights that the preset is run with, as far as the file has several.
 
     Raises ValueError where it has sets, and this one is not among them.
     """
     containers = containers_in(checkpoint.key_shapes)
-    if preset.weights is None and asked == "auto" and len({each in EMA_CONTAINERS for each in containers}) > 1:
-        raise ValueError(f"{path}: which weights {preset.name} is run with was not read; choose weights ema or raw")
+    if preset.weights is None and asked == "auto" and not _only_set(checkpoint):
+        raise ValueError(f"{path}: which weights {preset.name} is run with was not read; give {OPTIONS['weights']}")
     if preset.weights not in ("ema", "raw") or by == "header":  # the copy has been made of the right ones
         return checkpoint
     if asked != "auto":
@@ -442,7 +499,7 @@ def _with_weights(
             notes.append(f"does not say whether it holds the average, with which {preset.name} is run")
         return checkpoint
     try:
-        return read_checkpoint(path, weights=preset.weights, loras=loras)
+        return read_checkpoint(path, weights=preset.weights)
     except ValueError as error:
         raise ValueError(f"preset {preset.name} is run with {preset.weights} weights: {error}") from error
 
@@ -452,29 +509,56 @@ def _merged(checkpoint: Checkpoint) -> tuple[str, ...]:
     return ("lora",) if MERGED_ENTRY in checkpoint.metadata else ()
 
 
+def _with_given(checkpoint: Checkpoint, given_loras: ReadLoras) -> Checkpoint:
+    """Return the checkpoint with the LoRA that were given merged, in their order."""
+    for lora, strength in given_loras:
+        checkpoint = with_lora(checkpoint, lora, strength)
+    return checkpoint
+
+
+def _is_own(preset: Preset, lora: Lora) -> bool:
+    """Return whether a LoRA may be the preset's, by the name of its file or by its rank."""
+    if preset.lora is None:
+        return False
+    is_named = preset.lora.file is not None and Path(lora.source).name == PurePath(preset.lora.file).name
+    return is_named or lora.summary()["ranks"] == [preset.lora.rank]
+
+
+def _as_own(preset: Preset, given_loras: ReadLoras) -> tuple[str, ...]:
+    """Return "lora" where one of those that were given may be the preset's, and is added at all."""
+    return ("lora",) if any(strength and _is_own(preset, lora) for lora, strength in given_loras) else ()
+
+
 def _with_own_lora(
     checkpoint: Checkpoint,
     path: Path,
     preset: Preset,
-    loras: Loras,
+    given_loras: ReadLoras,
     notes: list[str],
     *,
     folders: Sequence[Path] = (),
 ) -> Checkpoint:
-    """Return the checkpoint with the LoRA that belongs to its release, beside those that were given.
+    """Return the checkpoint with the LoRA that belongs to its release, unless that was given or is merged already.
 
-    Given itself, at whatever strength, it is not merged twice. Where it does not lie beside the file, what was given is
-    taken for it, which a line says.
+    Given itself, at whatever strength, it is not merged twice. Where it does not lie beside the file, a given one that
+    may be it is taken for it; where it is there and a given one may be it once more, a line says so.
     """
     if preset.lora is None or preset.lora.file is None:
         return checkpoint
-    file = partner_path(preset, path, preset.lora.file, folders)
-    if file is None:
+    is_merged = bool(_merged(checkpoint))
+    file = None if is_merged else partner_path(preset, path, preset.lora.file, folders)
+    if file is None and not is_merged:
         notes.append(f"has no {preset.lora.file} beside it; the LoRA that was given is taken for that of {preset.name}")
         return checkpoint
-    if any(Path(lora).resolve() == file.resolve() for lora, _ in loras):
+    if file is not None and any(Path(lora.source).resolve() == file.resolve() for lora, _ in given_loras):
         return checkpoint
-    return with_lora(checkpoint, read_lora(file, alpha=preset.lora.alpha))
+    again = [lora.source for lora, strength in given_loras if strength and _is_own(preset, lora)]
+    if again:
+        notes.append(
+            f"has the LoRA of {preset.name} already; {again[0]} is added on top of it, the same once more "
+            "if it is that one (then leave it out)"
+        )
+    return checkpoint if file is None else with_lora(checkpoint, read_lora(file, alpha=preset.lora.alpha))
 
 
 def with_preset(checkpoint: Checkpoint, preset: Preset) -> tuple[Checkpoint, list[str]]:
@@ -538,5 +622,7 @@ def _replaced(stored: SamplingSettings, settings: SamplingSettings, preset: Pres
 
 
 def _value(value: Any) -> str:
+    if value is None:  # of the first chunk's steps
+        return "same"
     listed = value if isinstance(value, tuple) else (value,)
     return ",".join(f"{item:g}" if type(item) in (int, float) else str(item) for item in listed)

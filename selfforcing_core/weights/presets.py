@@ -177,7 +177,7 @@ RING = _open(f"{SDV2} models/wan/causal_model.py:255-380", "policy_options", "ca
 INDICES = _open("given as indices 0, 179, 358, 679 of a table that was not read", "steps", "warp")
 PHASED = _open(f"{FASTVIDEO}/pipelines/stages/causal_denoising.py:268-305", "solver")
 SCHEDULER_CONFIG = _open("12 by its class, 5 by the examples; the folder's scheduler_config.json decides", "shift")
-MANY_STEPS = _open("many steps with guidance; which was not read", *STEPPING, "shift")
+MANY_STEPS = _open("many steps with guidance; which was not read", *STEPPING, "shift", "guidance")
 
 
 # ------------------------------------------------------------------- table --

@@ -27,7 +27,15 @@ from torch import Tensor
 from ..shapes import Shape
 from . import gguf_files
 from .checkpoint_header import LORA, comfyui_header, json_object, one_line
-from .keymap import EMA_CONTAINERS, LORA_CONTAINERS, RAW_CONTAINERS, fused_parts, prefix_before, split_container
+from .keymap import (
+    EMA_CONTAINERS,
+    LORA_CONTAINERS,
+    RAW_CONTAINERS,
+    fused_parts,
+    prefix_before,
+    split_container,
+    to_wan,
+)
 from .scaled import ScaledWeights, Storage, chosen_tensors, split_scales
 
 log = logging.getLogger(__name__)
@@ -102,7 +110,7 @@ def open_contents(path: Path, weights: str) -> FileContents:
         )
     if contents.lora and weights == "auto" and len(contents.available) > 1:
         raise ValueError(
-            "holds a LoRA beside raw and averaged weights; ask for weights='raw' or 'ema' to merge it into"
+            f"holds a LoRA beside raw and averaged weights; say which it is merged into: {_ask('raw', 'ema')}"
         )
     if contents.scales:
         return contents
@@ -302,7 +310,7 @@ def _single_set(tensors: dict[str, Tensor], header: dict[str, str], weights: str
 
 def _one_set(tensors: dict[str, Tensor], header: dict[str, str], weights: str) -> FileContents:
     if weights == "ema":
-        raise ValueError("holds one set of weights and does not say that it is an average; ask for weights='auto'")
+        raise ValueError(f"holds one set of weights and does not say that it is an average; {_ask('auto')}")
     return FileContents(tensors, header, "raw", ("raw",))
 
 
@@ -344,6 +352,13 @@ def _by_prefix(tensors: dict[str, Tensor], place: str, weights: str) -> list[_Ca
         return [_Candidate(place.rstrip("."), weights, tensors)]
     if others and all(container in LORA_CONTAINERS for container in sets):
         sets[""], others = {key: tensors[key] for key in others}, []  # what the LoRA belongs on
+    averages = [names for container, names in sets.items() if container in EMA_CONTAINERS]
+    if others and len(averages) == len(sets) and {*map(to_wan, averages[0])} <= {*map(to_wan, others)}:
+        # The average stands beside the network itself, whose names have no container, or "model." alone.
+        sets["model" if all(key.startswith("model.") for key in others) else "names without a prefix"] = {
+            key: tensors[key] for key in others
+        }
+        others = []
     left_out = f"{len(others)} tensors beside the network are left out, the first is {others[0]}" if others else ""
     kinds: dict[str, str] = {**dict.fromkeys(EMA_CONTAINERS, "ema"), **dict.fromkeys(LORA_CONTAINERS, LORA)}
     return [
@@ -371,7 +386,7 @@ def _chosen(candidates: list[_Candidate], header: dict[str, str], weights: str) 
     fitting = [candidate for candidate in candidates if candidate.weights == kind]
     if not fitting:
         names = ", ".join(candidate.place for candidate in candidates)
-        raise ValueError(f"has no {kind} weights, only {names}; ask for weights={available[0]!r}")
+        raise ValueError(f"has no {kind} weights, only {names}; {_ask(available[0])}")
     if any(not _is_same(fitting[0].tensors, candidate.tensors) for candidate in fitting[1:]):
         names = " and ".join(candidate.place for candidate in fitting)
         raise ValueError(f"holds more than one set of {kind} weights, {names}; save the one that is meant alone")
@@ -382,6 +397,11 @@ def _chosen(candidates: list[_Candidate], header: dict[str, str], weights: str) 
     if candidate.left_out:
         notes.append(candidate.left_out)
     return FileContents(candidate.tensors, header, kind, available, tuple(notes), lora=lora)
+
+
+def _ask(*weights: str) -> str:
+    """Return how to ask for one of these sets, in the words of the command line and of the widget."""
+    return f"use --weights {' or '.join(weights)} (in ComfyUI: weights in Load Model)"
 
 
 def _is_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

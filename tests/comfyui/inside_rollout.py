@@ -482,11 +482,12 @@ def _kept_in_8_bits(stored: dict[str, torch.Tensor], expected: torch.Tensor) -> 
         path = FOLDER / f"kept {form}.safetensors"
         save_file(tensors, path)
         lines: list[str] = []
-        warning, model_file.log.warning = model_file.log.warning, lambda line, *args, at=lines: at.append(line % args)
+        log = model_file.page.log  # of the lines that nodes show
+        warning, log.warning = log.warning, lambda line, *args, at=lines: at.append(line % args)
         try:
             patcher = loaded(path, dtype=None)
         finally:
-            model_file.log.warning = warning
+            log.warning = warning
         weight = patcher.model.diffusion_model.blocks[0].ffn[0].weight
         kept[form] = {
             "is_8_bit": bool(getattr(weight, "_qdata", weight).dtype == torch.float8_e4m3fn),
@@ -513,11 +514,12 @@ def a_scaled_8_bit_file_is_the_network_it_stands_for() -> dict[str, Any]:
     net.load_state_dict(exact)
     expected = core_rollout(net)
     lines: list[str] = []
-    warning, model_file.log.warning = model_file.log.warning, lambda line, *args: lines.append(line % args)
+    log = model_file.page.log
+    warning, log.warning = log.warning, lambda line, *args: lines.append(line % args)
     try:
         own = loaded(path)
     finally:
-        model_file.log.warning = warning
+        log.warning = warning
     narrow = loaded(path, dtype=torch.bfloat16)
     has_layers, kept = _kept_in_8_bits(stored, expected)
     return {

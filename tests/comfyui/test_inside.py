@@ -150,9 +150,8 @@ def test_every_fake_is_loaded_as_the_command_line_reads_it(
         file = measured["released_files_run_by_their_presets"]["files"][entry["name"]]
         reading, refusal = None, ""
         try:
-            reading = read_with_preset(
-                folder / entry["file"], entry["preset"], given=("low_noise",), asks=False, folders=[folder]
-            )
+            given = ("low_noise", "guidance", "boundary")
+            reading = read_with_preset(folder / entry["file"], entry["preset"], given=given, folders=[folder])
         except ValueError as error:
             refusal = str(error)
         if reading is None:

@@ -135,7 +135,7 @@ def test_torch_file_without_an_average_gives_its_only_weights(tmp_path: Path, co
     weights = prefixed(weights_of(WAN), "model.") if container else weights_of(WAN)
     torch.save({container: weights} if container else OrderedDict(weights), tmp_path / "m.pt")
     assert_same(read_checkpoint(tmp_path / "m.pt").state_dict, weights_of(WAN))
-    assert "weights=" in refusal(tmp_path / "m.pt", weights="ema")
+    assert "use --weights " in refusal(tmp_path / "m.pt", weights="ema")
 
 
 @pytest.mark.parametrize(
@@ -208,6 +208,24 @@ def test_an_average_that_is_not_there_yet_is_no_set_of_weights(tmp_path: Path) -
     assert "has no ema weights" in refusal(tmp_path / "m.pt", weights="ema")
 
 
+@pytest.mark.parametrize("prefix", ["model.", ""])
+@pytest.mark.parametrize("average", ["ema.", "model_ema."])
+@pytest.mark.parametrize("form", ["pt", "safetensors"])
+def test_raw_weights_beside_an_average_in_a_flat_file_are_reached(
+    tmp_path: Path, prefix: str, average: str, form: str
+) -> None:
+    raw, ema, path = weights_of(WAN, 1), weights_of(WAN, 2), tmp_path / f"m.{form}"
+    flat = prefixed(raw, prefix) | prefixed(ema, average)
+    save_file(flat, path) if form == "safetensors" else torch.save(flat, path)
+    found = read_checkpoint(path)
+    assert_same(found.state_dict, ema)
+    assert any("weights 'raw' are the others" in note for note in found.notes)
+    assert_same(read_checkpoint(path, weights="raw").state_dict, raw)
+    strays = prefixed(ema, average) | {"critic.weight": torch.zeros(2)}
+    torch.save(strays, tmp_path / "strays.pt")
+    assert any("left out, the first is critic.weight" in note for note in read_checkpoint(tmp_path / "strays.pt").notes)
+
+
 @pytest.mark.parametrize("name", ["freqs", "model.freqs", "module.model.freqs", "rope.freqs_cos"])
 def test_known_stray_tables_are_left_out_by_name_and_others_refused(tmp_path: Path, name: str) -> None:
     table = torch.zeros(1024, 64, dtype=torch.complex64)
@@ -240,7 +258,7 @@ def test_inspection_is_json_and_complete(tmp_path: Path) -> None:
     half = {name: tensor.half() for name, tensor in weights_of(WAN).items()}
     save_checkpoint(file, half, WAN, causal=CausalConfig(), steps=StepConfig())
     told = json.loads(json.dumps(inspect_checkpoint(file)))
-    assert (told["kind"], told["dialect"], told["dtype"], told["weights"]) == ("wan", "wan", "float16", ["raw"])
+    assert (told["kind"], told["dialect"], told["dtype"], told["weights"]) == ("wan", "wan", "float16", ["as stored"])
     assert told["weight_bytes"] == sum(tensor.nbytes for tensor in load_file(file).values())
     assert told["parameters"] == sum(tensor.numel() for tensor in half.values())
     assert WanConfig.from_dict(told["config"]) == WAN

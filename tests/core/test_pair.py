@@ -173,7 +173,7 @@ def test_every_reader_of_a_pipelines_folder_follows_its_shift_and_boundary(
     folder = pipeline(tmp_path / "model", "causalwan2.2-t2v")
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     for path in (folder, file, file.parent):
-        reading = read_with_preset(path, given=("low_noise",), asks=False)
+        reading = read_with_preset(path, given=("low_noise",))
         assert reading.checkpoint.steps == StepConfig(boundary=0.875), path
         assert read_pipeline(path).low_noise == folder / "transformer_2"
     low = folder / "transformer_2"

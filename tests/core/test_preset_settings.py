@@ -28,6 +28,7 @@ from selfforcing_core.weights.checkpoint import read_checkpoint, save_checkpoint
 from selfforcing_core.weights.convert import convert
 from selfforcing_core.weights.preset_settings import obstacle, partner_path, read_with_preset, unable
 from selfforcing_core.weights.presets import PRESETS
+from selfforcing_core.weights.recognise import Recognition
 from tests.support import fakes
 
 make_fake = cache(fakes.make_fake)
@@ -318,7 +319,7 @@ def test_weights_are_those_of_the_preset_unless_others_are_asked_for(tmp_path: P
     ("name", "sentence"),
     [
         ("self-forcing-10s", r"self-forcing-10s leaves chunk, .* policy, .* open \(its .* is not public.*--policy"),
-        ("causal-forcing-ar-diffusion", "leaves steps, warp, shift, solver open .* give --steps, --warp-steps or"),
+        ("causal-forcing-ar-diffusion", r"leaves steps, warp, shift, solver, guidance open .* give --steps, .* --cfg"),
         ("self-forcing-dmd-without-ema", "self-forcing-dmd is run with ema weights: .* has no ema weights"),
     ],
 )
@@ -349,6 +350,22 @@ def test_open_settings_are_asked_for_only_where_they_are_not_given(tmp_path: Pat
     assert reading.preset is not None
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("self-forcing-10s", "run it on the command line, since no node sets a solver"),
+        ("causal-forcing-longvideo", "set window and sink in Cache Options, steps in Sigmas, and what"),
+        ("causal-forcing-ar-diffusion", "run it on the command line"),
+    ],
+)
+def test_a_recognised_release_is_never_run_as_another_model(name: str, remedy: str, tmp_path: Path) -> None:
+    """As Load Model reads it, where nothing is explicit; preset none is what runs it as whatever it is."""
+    path = written(name, tmp_path)
+    with pytest.raises(ValueError, match=rf"leaves .* in ComfyUI .*{remedy}.*; preset none runs it by its header"):
+        read_with_preset(path, given=("low_noise",))
+    assert read_with_preset(path, "none").preset is None
+
+
 def test_what_is_open_is_given_on_the_command_line(
     tmp_path: Path, passes: list[Any], generate: Callable[..., dict[str, Any]]
 ) -> None:
@@ -356,7 +373,8 @@ def test_what_is_open_is_given_on_the_command_line(
     generate(written("lightx2v-self-forcing-fp8", tmp_path), *fp8, "--warp-steps", frames=9)
     assert [entry[0] for entry in passes] == [1000, 833.3]
     passes.clear()
-    open_ones = ("--steps", "2", "--shift", "5", "--solver", "euler")  # a number of steps goes through the shift
+    # a number of steps goes through the shift
+    open_ones = ("--steps", "2", "--shift", "5", "--solver", "euler", "--cfg", "1")
     generate(written("causal-forcing-ar-diffusion", tmp_path), *open_ones, frames=9)
     assert [entry[0] for entry in passes] == [1000, 833.3]
 
@@ -404,6 +422,130 @@ def test_the_line_that_fetches_a_partner_is_all_that_is_missing(
     for name in ("longlive", "longlive-interactive"):  # which share their files
         merged = read_with_preset(path, name, folders=folders).checkpoint.state_dict["blocks.0.ffn.0.weight"]
         assert torch.equal(merged, fake.networks["merged"]["blocks.0.ffn.0.weight"])
+
+
+def test_every_open_setting_is_asked_for_at_once(
+    tmp_path: Path, generate: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `presets` and `inspect` list is all that a run needs: weights of a file with both, and a boundary, too."""
+    path = written("self-forcing-10s", tmp_path)
+    answers = "--chunk 3 --window 21 --sink 0 --policy self-forcing --cache-source clean --steps 2 --warp-steps"
+    answers += " --shift 5 --solver renoise"
+    with pytest.raises(Refused, match=r"leaves weights open .* give --weights ema or raw"):
+        generate(path, *answers.split(), frames=9)
+    assert generate(path, *answers.split(), "--weights", "raw", frames=9)["preset"] == "self-forcing-10s"
+    assert main(["inspect", str(path)]) == 0
+    (line,) = json.loads(capsys.readouterr().out)["preset"]["missing"]
+    assert "--weights ema or raw" in line
+    (line,) = [line for line in preset_settings.lacking(PRESETS["causalwan2.2-t2v"]) if "--boundary" in line]
+    assert "read the folder" in line
+    assert not any("--boundary" in line for line in preset_settings.lacking(PRESETS["causalwan2.2-t2v"], ("boundary",)))
+
+
+def test_what_nobody_has_said_is_not_said_to_give_way(
+    tmp_path: Path, generate: Callable[..., dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = written("causal-forcing-longvideo", tmp_path)
+    generate(path, "--window", "21", "--sink", "3", "--steps", "1000,500,250,100", "--shift", "6", frames=4 * 12 - 3)
+    assert "says shift 5; --shift 6 is used" in caplog.text
+    assert not any(f"says {name}" in caplog.text for name in ("window", "sink", "steps"))
+    caplog.clear()
+    fp8 = written("lightx2v-self-forcing-fp8", tmp_path)
+    more = ("--preset", "lightx2v-self-forcing-fp8", "--steps", "1000,500", "--no-warp-steps")
+    generate(fp8, *more, frames=9)
+    assert not any(f"says {name}" in caplog.text for name in ("steps", "that its steps"))
+
+
+def test_a_folder_of_two_networks_is_asked_about_or_known_by_its_class(
+    tmp_path: Path, generate: Callable[..., dict[str, Any]]
+) -> None:
+    folder = written("causalwan2.2-t2v", tmp_path)
+    with pytest.raises(Refused, match=r"is one of two networks and may be causalwan2\.2-t2v or a base model; say"):
+        generate(folder)
+    assert "preset" not in generate(folder, "--preset", "none")
+    assert "preset" not in generate(folder, "--chunk", "3", frames=21)
+    index = folder / "model_index.json"
+    index.write_text(json.dumps({"_class_name": "WanCausalDMDPipeline", "boundary_ratio": 0.875}))
+    with pytest.raises(Refused, match=r"preset causalwan2\.2-t2v leaves chunk open"):
+        generate(folder)
+    measured = generate(folder, "--chunk", "3", frames=13)
+    assert (measured["preset"], measured["steps"]["solver"]) == ("causalwan2.2-t2v", "phased")
+    single = written("sfwan2.1", tmp_path)
+    (single / "model_index.json").write_text(json.dumps({"_class_name": "WanCausalDMDPipeline"}))
+    reading = read_with_preset(single)
+    assert (reading.preset, reading.notes[0].endswith("by its pipeline's class")) == (PRESETS["sfwan2.1"], True)
+
+
+def test_a_network_with_a_pictures_channels_is_asked_about(tmp_path: Path) -> None:
+    path = written("wan2.2-i2v-alone", tmp_path)
+    with pytest.raises(ValueError, match=r"has 36 input channels and may be .*lightx2v-wan2\.2-i2v.*; say which"):
+        read_with_preset(path, given=("low_noise",))
+    assert read_with_preset(path, given=("low_noise", "kind")).preset is None
+
+
+def test_lines_speak_in_the_words_of_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = read_checkpoint(written("causvid", tmp_path))
+    steps, path = StepConfig(first_chunk_steps=(1000.0, 500.0)), tmp_path / "m.safetensors"
+    save_checkpoint(path, dict(checkpoint.state_dict), checkpoint.config, causal=CausalConfig(), steps=steps)
+    assert "says first chunk steps 1000,500; causvid's same is used" in read_with_preset(path, "causvid").notes
+    with pytest.raises(ValueError, match=r"no ema weights, .*; use --weights raw \(in ComfyUI: weights in Load"):
+        read_checkpoint(written("causal-forcing", tmp_path), weights="ema")
+    average, copy = written("self-forcing-dmd", tmp_path), tmp_path / "copy.safetensors"
+    assert main(["convert", str(average), str(copy)]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(copy)]) == 0
+    assert json.loads(capsys.readouterr().out)["weights"] == ["as stored"], "which are the average"
+    assert main(["inspect", str(average)]) == 0
+    assert json.loads(capsys.readouterr().out)["weights"] == ["raw", "ema"]
+    with pytest.MonkeyPatch.context() as patch:
+        only = Recognition((PRESETS["causvid"],), "names and shapes")
+        patch.setattr(preset_settings, "recognise", lambda *_: only)
+        plain = tmp_path / "mine.safetensors"
+        save_file(dict(checkpoint.state_dict), plain)
+        assert "nothing says that it is this one; it is run as if it were not" in read_with_preset(plain).notes[0]
+
+
+STYLED = "blocks.0.ffn.0.weight"
+
+
+def style(path: Path, **tensors: torch.Tensor) -> Path:
+    """Write a LoRA of a rank that no release has; else these parts of it."""
+    parts = tensors or {"lora_down.weight": torch.ones(2, 128), "lora_up.weight": torch.ones(256, 2)}
+    save_file({f"diffusion_model.{STYLED.removesuffix('.weight')}.{name}": each for name, each in parts.items()}, path)
+    return path
+
+
+def test_another_lora_or_one_of_no_strength_is_not_a_presets_own(
+    tmp_path: Path, generate: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = written("longlive-without-lora", tmp_path)
+    own = written("longlive", tmp_path / "whole").parent / "lora.pt"
+    for file, strength in ((style(tmp_path / "style.safetensors"), "1"), (own, "0")):
+        with pytest.raises(Refused, match=r"needs models/lora\.pt beside it; fetch it with: .* download longlive"):
+            generate(base, "--preset", "longlive", "--lora", str(file), strength)
+        assert main(["inspect", str(base), "--preset", "longlive", "--lora", str(file), strength]) == 0
+        assert len(json.loads(capsys.readouterr().out)["preset"]["missing"]) == 1
+    assert generate(base, "--preset", "longlive", "--lora", str(own), frames=9)["preset"] == "longlive"
+
+
+def test_a_presets_own_lora_that_is_given_once_more_is_said(tmp_path: Path) -> None:
+    path, lora = written("longlive-one-file", tmp_path), written("longlive", tmp_path).parent / "lora.pt"
+    reading = read_with_preset(path, "longlive", loras=[(lora, 1.0)])
+    assert any("has the LoRA of longlive already; " in note and str(lora) in note for note in reading.notes)
+    plain = read_with_preset(path, "longlive", loras=[(style(tmp_path / "style.safetensors"), 1.0)])
+    assert not any("already" in note for note in plain.notes)
+
+
+def test_a_presets_own_lora_is_merged_before_those_that_are_given(tmp_path: Path) -> None:
+    """As ComfyUI does, whose loader has it already: of what replaces a weight nothing else is left."""
+    path, whole = written("longlive", tmp_path), torch.full((256, 128), 0.5)
+    lora = style(tmp_path / "style.safetensors", set_weight=whole)
+    for reading in (
+        read_with_preset(path, "longlive", loras=[(lora, 1.0)]),
+        preset_settings.read_to_copy(path, "longlive", loras=[(lora, 1.0)]),
+    ):
+        assert torch.equal(reading.checkpoint.state_dict[STYLED].float(), whole)
+        assert [Path(each["file"]).name for each in reading.checkpoint.loras] == ["lora.pt", "style.safetensors"]
 
 
 def test_a_partner_by_a_common_name_is_nobodys_own_in_a_folder_of_many(tmp_path: Path) -> None:

@@ -159,6 +159,7 @@ def test_every_number_is_read_or_an_open_question(preset: Preset) -> None:
         assert len(reasons) == (getattr(preset, name) is None), name
         assert all(len(reason) > 10 for reason in reasons)
     others = {"files": preset.files, "twin.boundary": preset.twin and preset.twin.boundary}
+    others |= {"guidance": preset.guidance}
     for name in set(preset.open_questions) - set(NUMBERS):
         assert not others[name], name
 
