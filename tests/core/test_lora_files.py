@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +37,7 @@ from tests.support.fakes import (
     tiny_presets,
     write_fake,
 )
+from tests.support.loading_memory import loading_memory
 
 WAN = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, text_dim=8, freq_dim=16)
 MAKER = Maker(1, WAN)
@@ -612,20 +611,6 @@ def test_fakes_cover_every_linear_of_the_blocks() -> None:
     assert {f"{name}.weight" for name in PAIRS} == set(linears)
 
 
-WATCHED = """
-import json, sys, torch
-from bench.loading import Watch
-from selfforcing_core.weights.load import load_model
-torch.set_num_threads(1)
-before = Watch().stop()["anonymous_bytes"]
-watch = Watch()
-model, _ = load_model(sys.argv[1], dtype=getattr(torch, sys.argv[3]), loras=[(sys.argv[2], 1.0)])
-peak = watch.stop()["anonymous_bytes"]
-still = Watch().stop()["anonymous_bytes"]
-print(json.dumps([peak - before, still - before, sum(weight.nbytes for weight in model.parameters())]))
-"""
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc (Linux)")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_merged_network_leaves_nothing_in_memory_but_its_weights(tmp_path: Path, dtype: str) -> None:
@@ -641,16 +626,8 @@ def test_a_merged_network_leaves_nothing_in_memory_but_its_weights(tmp_path: Pat
         lora[f"{module}lora_A.weight"] = torch.full((128, columns), 0.01, dtype=torch.bfloat16)
         lora[f"{module}lora_B.weight"] = torch.full((rows, 128), 0.01, dtype=torch.bfloat16)
     save_file(lora, tmp_path / "lora.safetensors")
-    command = [
-        sys.executable,
-        "-c",
-        WATCHED,
-        str(tmp_path / "m.safetensors"),
-        str(tmp_path / "lora.safetensors"),
-        dtype,
-    ]
-    process = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    peak, still, weights = json.loads(process.stdout)
+    peak, still = loading_memory(tmp_path / "m.safetensors", dtype, tmp_path / "lora.safetensors")
+    weights = sum(math.prod(shape) for shape in shapes.values()) * getattr(torch, dtype).itemsize
     largest = 4 * max(math.prod(shape) for shape in matrices.values())  # one in float32
     assert peak < weights + 4 * largest, "a weight, what is added to it, and what the allocator keeps for a while"
     assert still < weights + 2 * largest
