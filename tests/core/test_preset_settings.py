@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from selfforcing_core.codecs.taehv import TAEHV
 from selfforcing_core.config import CausalConfig, StepConfig, TAEHVConfig
 from selfforcing_core.generate.cli import main
+from selfforcing_core.kv_cache import KVCache
+from selfforcing_core.memory import AVERAGE
 from selfforcing_core.model import CausalWan
 from selfforcing_core.weights import preset_settings
 from selfforcing_core.weights.bundles import bundle_path, resolve_model
@@ -59,6 +61,26 @@ RUNS: dict[str, tuple[int, tuple[float, ...], tuple[float, ...], str, tuple[int,
     "sfwan2.1": (3, WARPED, WARPED, "raw", (21, 0)),
 }
 WINDOWED = ("rolling-forcing", "krea")  # whose passes are of another kind
+# Of which not all was read: the options that then have to be given, and the run as above.
+INDICES = ("--steps", "1000,750,500,250", "--warp-steps")
+UNREAD = ("--chunk", "3", "--window", "21", "--sink", "0", "--policy", "self-forcing", "--cache-source", "clean")
+GIVEN: dict[str, tuple[tuple[str, ...], tuple[Any, ...]]] = {
+    "lightx2v-self-forcing-14b": (INDICES, (3, WARPED, WARPED, "raw", (21, 0))),
+    "lightx2v-self-forcing-fp8": (INDICES, (3, WARPED, WARPED, "raw", (21, 0))),
+    "self-forcing-10s": (
+        (*INDICES, *UNREAD, "--shift", "5", "--solver", "renoise", "--weights", "ema"),
+        (3, WARPED, WARPED, "ema", (21, 0)),
+    ),
+}
+# How many chunks were made, and which frame the last one sees at which distance from its own first frame: by absolute
+# positions the sink stays behind, by positions counted in the cache it stands right before the window.
+SEEN: dict[str, tuple[int, dict[int, int]]] = {
+    "self-forcing-dmd": (8, {frame - 21: frame for frame in range(3, 24)}),
+    "causal-forcing-framewise": (22, {frame - 21: frame for frame in range(1, 22)}),
+    "longlive": (5, {-12: 0, -11: 1, -10: 2} | {frame - 12: frame for frame in range(6, 15)}),
+    "infinite-forcing": (5, {-3: 0, -2: 10, -1: 11, 0: 12, 1: 13, 2: 14}),
+    "reward-forcing": (5, dict.fromkeys((-6, -5, -4), AVERAGE) | {frame - 12: frame for frame in range(9, 15)}),
+}
 # Whose file names tell them apart; the others have to be named.
 UNNAMED = ("longlive", "longlive-interactive", "streamdiffusionv2-t2v", "sfwan2.1", "lightx2v-i2v-14b", "causvid-4step")
 SHIFTS = {"causvid": 8, "causvid-4step": 8, "streamdiffusionv2-t2v": 8}  # others: 5
@@ -167,15 +189,15 @@ def test_a_release_of_another_kind_of_window_runs_as_its_source_says(
     assert measured["causal"] == {**measured["causal"], "policy": "krea", "window": 6, "sink": 0}
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [*RUNS, *GIVEN])
 def test_a_release_runs_as_its_source_says(
     name: str, tmp_path: Path, passes: list[Any], generate: Callable[..., dict[str, Any]]
 ) -> None:
     """Three chunks: what the network is called with is the source's list, chunk by chunk, and nothing else."""
-    chunk, first, later, weights, (window, sink) = RUNS[name]
+    options, (chunk, first, later, weights, (window, sink)) = GIVEN[name] if name in GIVEN else ((), RUNS[name])
     path = written(name, tmp_path)
-    named = ["--preset", name] if name in UNNAMED else []
-    measured = generate(path, *named, frames=4 * 3 * chunk - 3)
+    named = ["--preset", name] if name in (*UNNAMED, *GIVEN) else []
+    measured = generate(path, *named, *options, frames=4 * 3 * chunk - 3)
     commit = () if name in WRITTEN_BY_LAST_STEP else (BY_COMMIT,)
     expected = [
         *((t, 0, chunk) for t in (*first, *commit)),
@@ -183,9 +205,31 @@ def test_a_release_runs_as_its_source_says(
         *((t, 2 * chunk, 3 * chunk) for t in later),  # nothing follows that would see it
     ]
     assert [entry[:3] for entry in passes] == expected
+    assert all(entry[3] is passes[0][3] for entry in passes)
     assert weights_of(passes[0][3], make_fake(name).networks) == weights
     assert (measured["causal"]["window"], measured["causal"]["sink"]) == (window, sink)
     assert (measured["preset"], measured["steps"]["shift"]) == (name, SHIFTS.get(name, 5))
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_frames_stand_where_the_releases_source_puts_them(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generate: Callable[..., dict[str, Any]]
+) -> None:
+    """Of every frame that a network's last pass sees: the position that its keys are turned to, beside the queries'."""
+    stood: list[dict[int, float]] = []
+    forward = CausalWan.forward
+
+    def logged(self: CausalWan, *inputs: Any, cache: KVCache, **more: Any) -> torch.Tensor:
+        result = forward(self, *inputs, cache=cache, **more)
+        slots = range(len(cache.frames()))
+        stood.append({cache.slot_positions[slot] - cache.position: cache.slot_frames[slot] for slot in slots})
+        return result
+
+    monkeypatch.setattr(CausalWan, "forward", logged)
+    num_chunks, seen = SEEN[name]
+    named = ["--preset", name] if name in UNNAMED else []
+    generate(written(name, tmp_path), *named, frames=4 * num_chunks * RUNS[name][0] - 3)
+    assert stood[-1] == seen
 
 
 def test_a_bidirectional_release_makes_all_frames_at_once(
