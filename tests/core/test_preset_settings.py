@@ -189,6 +189,19 @@ def test_a_release_of_another_kind_of_window_runs_as_its_source_says(
     assert measured["causal"] == {**measured["causal"], "policy": "krea", "window": 6, "sink": 0}
 
 
+def test_another_joint_window_than_the_releases_own_is_said(
+    tmp_path: Path, generate: Callable[..., dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of 12 frames, which with chunks of 3 are 4 steps; which steps was not read, so that any number may be given."""
+    given = ("--preset", "causal-forcing-longvideo", "--window", "21", "--sink", "3", "--steps")
+    path = written("causal-forcing-longvideo", tmp_path)
+    line = "was trained with 12 frames denoised together; 5 steps and chunks of 3 make 15: give 4 steps for its own"
+    generate(path, *given, "1000,750,500,250", frames=45)
+    assert "denoised together" not in caplog.text
+    generate(path, *given, "1000,800,600,400,200", frames=57)
+    assert line in caplog.text
+
+
 @pytest.mark.parametrize("name", [*RUNS, *GIVEN])
 def test_a_release_runs_as_its_source_says(
     name: str, tmp_path: Path, passes: list[Any], generate: Callable[..., dict[str, Any]]
