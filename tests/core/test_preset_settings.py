@@ -229,7 +229,7 @@ def test_frames_stand_where_the_releases_source_puts_them(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generate: Callable[..., dict[str, Any]]
 ) -> None:
     """Of every frame that a network's last pass sees: the position that its keys are turned to, beside the queries'."""
-    stood: list[dict[int, float]] = []
+    stood: list[dict[float, int]] = []
     forward = CausalWan.forward
 
     def logged(self: CausalWan, *inputs: Any, cache: KVCache, **more: Any) -> torch.Tensor:
