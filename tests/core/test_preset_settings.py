@@ -16,6 +16,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from selfforcing_core.codecs.taehv import TAEHV
@@ -30,7 +31,9 @@ from selfforcing_core.weights.checkpoint import read_checkpoint, save_checkpoint
 from selfforcing_core.weights.convert import convert
 from selfforcing_core.weights.preset_settings import obstacle, partner_path, read_with_preset, unable
 from selfforcing_core.weights.presets import PRESETS
+from tests.core.test_media import vae_weights
 from tests.support import fakes
+from tests.support.golden_media import clip_shapes
 
 make_fake = cache(fakes.make_fake)
 WARPED, BY_COMMIT = (1000, 937.5, 833.3, 625), 0
@@ -250,6 +253,21 @@ def test_a_bidirectional_release_makes_all_frames_at_once(
 ) -> None:
     generate(written("lightx2v-t2v-14b", tmp_path), frames=9)
     assert [entry[:3] for entry in passes] == [(t, 0, 3) for t in WARPED]
+
+
+def test_a_bidirectional_release_with_a_picture_makes_all_frames_at_once(
+    tmp_path: Path, passes: list[Any], generate: Callable[..., dict[str, Any]]
+) -> None:
+    save_file(vae_weights(), tmp_path / "vae.safetensors")
+    sizes = {"image_size": 28, "patch_size": 14, "dim": 1280, "mlp_ratio": 1, "out_dim": 8, "num_layers": 2}
+    save_file({name: torch.ones(shape) for name, shape in clip_shapes(sizes).items()}, tmp_path / "clip.safetensors")
+    Image.new("RGB", (40, 30)).save(tmp_path / "start.png")
+    more = ["--image", str(tmp_path / "start.png"), "--preset", "lightx2v-i2v-14b"]
+    more += [word for name in ("vae", "clip") for word in (f"--{name}", str(tmp_path / f"{name}.safetensors"))]
+    measured = generate(written("lightx2v-i2v-14b", tmp_path), *more, frames=9)
+    assert [entry[:3] for entry in passes] == [(t, 0, 3) for t in WARPED]
+    assert {weights_of(entry[3], make_fake("lightx2v-i2v-14b").networks) for entry in passes} == {"raw"}
+    assert measured["preset"] == "lightx2v-i2v-14b"
 
 
 def test_a_preset_brings_size_and_rate_where_none_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
