@@ -214,6 +214,7 @@ def plan_request(
     extent = _extent(request, causal, source, usual, is_whole=is_whole, is_prefixed=is_prefixed)
     size = extent.geometry
     notes += _not_read(request, preset, size, fps)
+    notes += _joint_remark(preset, causal, steps)
     latent_shape = (size.latent_frames, config.out_dim, size.latent_height, size.latent_width)
     # Only now is the size known: it may be that of the video that is extended.
     file_format.check_size(size.width, size.height)
@@ -586,6 +587,20 @@ def _not_read(request: Request, preset: Preset | None, size: VideoGeometry, fps:
     names = [name for name, number in read.items() if number is None and not is_given[name]]
     words = f"{size.width}x{size.height} at {fps:g} frames a second"
     return [f"has no {' and '.join(names)} that was read; it makes {words}"] if names else []
+
+
+def _joint_remark(preset: Preset | None, causal: CausalConfig | None, steps: StepConfig) -> list[str]:
+    """Return a line where other frames are denoised together than those that a preset was trained with."""
+    trained = None if preset is None else preset.policy_options.get("joint_frames")
+    if preset is None or trained is None or causal is None or causal.policy != preset.policy:
+        return []
+    frames = len(steps.steps) * causal.chunk  # a chunk for each step
+    if frames == trained:
+        return []
+    return [
+        f"was trained with {trained} frames denoised together; {len(steps.steps)} steps and chunks of {causal.chunk} "
+        f"make {frames}: give {trained // causal.chunk} steps for its own"
+    ]
 
 
 def _usual_size(model: str, preset: Preset | None) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from tests.support.fakes import (
     tiny_presets,
     write_fake,
 )
+from tests.support.loading_memory import loading_memory
 
 WAN = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, text_dim=8, freq_dim=16)
 MAKER = Maker(1, WAN)
@@ -605,3 +607,25 @@ def test_generate_makes_the_video_of_the_merged_network(tmp_path: Path, capsys: 
 def test_fakes_cover_every_linear_of_the_blocks() -> None:
     linears = [name for name, shape in wan_shapes(WAN).items() if name.startswith("blocks.") and len(shape) == 2]
     assert {f"{name}.weight" for name in PAIRS} == set(linears)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc (Linux)")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_merged_network_leaves_nothing_in_memory_but_its_weights(tmp_path: Path, dtype: str) -> None:
+    """Matrices between which the allocator would keep what they pass through; measured in a process of its own."""
+    config = WanConfig(dim=768, ffn_dim=4480, num_heads=6, num_layers=14, text_dim=8, freq_dim=16)
+    shapes = wan_shapes(config)
+    state = {name: torch.full(shape, 0.01, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    save_checkpoint(tmp_path / "m.safetensors", state, config)
+    matrices = {name: shape for name, shape in shapes.items() if name.startswith("blocks.") and len(shape) == 2}
+    lora = {}
+    for name, (rows, columns) in matrices.items():
+        module = name.removesuffix("weight")
+        lora[f"{module}lora_A.weight"] = torch.full((128, columns), 0.01, dtype=torch.bfloat16)
+        lora[f"{module}lora_B.weight"] = torch.full((rows, 128), 0.01, dtype=torch.bfloat16)
+    save_file(lora, tmp_path / "lora.safetensors")
+    peak, still = loading_memory(tmp_path / "m.safetensors", dtype, tmp_path / "lora.safetensors")
+    weights = sum(math.prod(shape) for shape in shapes.values()) * getattr(torch, dtype).itemsize
+    largest = 4 * max(math.prod(shape) for shape in matrices.values())  # one in float32
+    assert peak < weights + 4 * largest, "a weight, what is added to it, and what the allocator keeps for a while"
+    assert still < weights + 2 * largest

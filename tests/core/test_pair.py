@@ -427,6 +427,25 @@ def test_causalwan_runs_as_its_preset_and_its_folder_say(
 
 
 @pytest.mark.usefixtures("tiny")
+def test_causalwan_for_text_runs_with_the_chunk_that_is_given(
+    files: Path, tmp_path: Path, passes: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its steps go through a shift of 5, which the fake's folder says as its boundary of 0.875."""
+    folder = pipeline(tmp_path / "model", "causalwan2.2-t2v")
+    more = ["--preset", "causalwan2.2-t2v", "--chunk", 3, "--frames", 25]
+    assert main(command(files, folder, tmp_path, *more)) == 0, capsys.readouterr().err
+    told = json.loads(capsys.readouterr().out)
+    assert (told["steps"]["boundary"], told["steps"]["solver"], told["steps"]["shift"]) == (0.875, "phased", 5)
+    high, low = (1000.0, 965.9, 921.1), (859.4, 729.2, 654.8, 555.6, 416.7)
+    expected = []
+    for start, end in ((0, 1), (1, 4), (4, 7)):
+        expected += [(t, start, end, "high") for t in high] + [(t, start, end, "low") for t in low]
+        if end < 7:
+            expected += [(0.0, start, end, "low"), (0.0, start, end, "high")]
+    assert named(passes, make_fake("causalwan2.2-t2v").networks) == expected
+
+
+@pytest.mark.usefixtures("tiny")
 def test_a_presets_twin_is_found_beside_its_file(
     files: Path, tmp_path: Path, passes: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,11 +16,14 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from selfforcing_core.codecs.taehv import TAEHV
 from selfforcing_core.config import CausalConfig, StepConfig, TAEHVConfig
 from selfforcing_core.generate.cli import main
+from selfforcing_core.kv_cache import KVCache
+from selfforcing_core.memory import AVERAGE
 from selfforcing_core.model import CausalWan
 from selfforcing_core.weights import preset_settings
 from selfforcing_core.weights.bundles import bundle_path, resolve_model
@@ -29,7 +32,9 @@ from selfforcing_core.weights.convert import convert
 from selfforcing_core.weights.preset_settings import obstacle, partner_path, read_with_preset, unable
 from selfforcing_core.weights.presets import PRESETS
 from selfforcing_core.weights.recognise import Recognition
+from tests.core.test_media import vae_weights
 from tests.support import fakes
+from tests.support.golden_media import clip_shapes
 
 make_fake = cache(fakes.make_fake)
 WARPED, BY_COMMIT = (1000, 937.5, 833.3, 625), 0
@@ -60,6 +65,26 @@ RUNS: dict[str, tuple[int, tuple[float, ...], tuple[float, ...], str, tuple[int,
     "sfwan2.1": (3, WARPED, WARPED, "raw", (21, 0)),
 }
 WINDOWED = ("rolling-forcing", "krea")  # whose passes are of another kind
+# Of which not all was read: the options that then have to be given, and the run as above.
+INDICES = ("--steps", "1000,750,500,250", "--warp-steps")
+UNREAD = ("--chunk", "3", "--window", "21", "--sink", "0", "--policy", "self-forcing", "--cache-source", "clean")
+GIVEN: dict[str, tuple[tuple[str, ...], tuple[Any, ...]]] = {
+    "lightx2v-self-forcing-14b": (INDICES, (3, WARPED, WARPED, "raw", (21, 0))),
+    "lightx2v-self-forcing-fp8": (INDICES, (3, WARPED, WARPED, "raw", (21, 0))),
+    "self-forcing-10s": (
+        (*INDICES, *UNREAD, "--shift", "5", "--solver", "renoise", "--weights", "ema"),
+        (3, WARPED, WARPED, "ema", (21, 0)),
+    ),
+}
+# How many chunks were made, and which frame the last one sees at which distance from its own first frame: by absolute
+# positions the sink stays behind, by positions counted in the cache it stands right before the window.
+SEEN: dict[str, tuple[int, dict[int, int]]] = {
+    "self-forcing-dmd": (8, {frame - 21: frame for frame in range(3, 24)}),
+    "causal-forcing-framewise": (22, {frame - 21: frame for frame in range(1, 22)}),
+    "longlive": (5, {-12: 0, -11: 1, -10: 2} | {frame - 12: frame for frame in range(6, 15)}),
+    "infinite-forcing": (5, {-3: 0, -2: 10, -1: 11, 0: 12, 1: 13, 2: 14}),
+    "reward-forcing": (5, dict.fromkeys((-6, -5, -4), AVERAGE) | {frame - 12: frame for frame in range(9, 15)}),
+}
 # Whose file names tell them apart; the others have to be named.
 UNNAMED = ("longlive", "longlive-interactive", "streamdiffusionv2-t2v", "sfwan2.1", "lightx2v-i2v-14b", "causvid-4step")
 SHIFTS = {"causvid": 8, "causvid-4step": 8, "streamdiffusionv2-t2v": 8}  # others: 5
@@ -168,15 +193,28 @@ def test_a_release_of_another_kind_of_window_runs_as_its_source_says(
     assert measured["causal"] == {**measured["causal"], "policy": "krea", "window": 6, "sink": 0}
 
 
-@pytest.mark.parametrize("name", RUNS)
+def test_another_joint_window_than_the_releases_own_is_said(
+    tmp_path: Path, generate: Callable[..., dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of 12 frames, which with chunks of 3 are 4 steps; which steps was not read, so that any number may be given."""
+    given = ("--preset", "causal-forcing-longvideo", "--window", "21", "--sink", "3", "--steps")
+    path = written("causal-forcing-longvideo", tmp_path)
+    line = "was trained with 12 frames denoised together; 5 steps and chunks of 3 make 15: give 4 steps for its own"
+    generate(path, *given, "1000,750,500,250", frames=45)
+    assert "denoised together" not in caplog.text
+    generate(path, *given, "1000,800,600,400,200", frames=57)
+    assert line in caplog.text
+
+
+@pytest.mark.parametrize("name", [*RUNS, *GIVEN])
 def test_a_release_runs_as_its_source_says(
     name: str, tmp_path: Path, passes: list[Any], generate: Callable[..., dict[str, Any]]
 ) -> None:
     """Three chunks: what the network is called with is the source's list, chunk by chunk, and nothing else."""
-    chunk, first, later, weights, (window, sink) = RUNS[name]
+    options, (chunk, first, later, weights, (window, sink)) = GIVEN[name] if name in GIVEN else ((), RUNS[name])
     path = written(name, tmp_path)
-    named = ["--preset", name] if name in UNNAMED else []
-    measured = generate(path, *named, frames=4 * 3 * chunk - 3)
+    named = ["--preset", name] if name in (*UNNAMED, *GIVEN) else []
+    measured = generate(path, *named, *options, frames=4 * 3 * chunk - 3)
     commit = () if name in WRITTEN_BY_LAST_STEP else (BY_COMMIT,)
     expected = [
         *((t, 0, chunk) for t in (*first, *commit)),
@@ -184,9 +222,31 @@ def test_a_release_runs_as_its_source_says(
         *((t, 2 * chunk, 3 * chunk) for t in later),  # nothing follows that would see it
     ]
     assert [entry[:3] for entry in passes] == expected
+    assert all(entry[3] is passes[0][3] for entry in passes)
     assert weights_of(passes[0][3], make_fake(name).networks) == weights
     assert (measured["causal"]["window"], measured["causal"]["sink"]) == (window, sink)
     assert (measured["preset"], measured["steps"]["shift"]) == (name, SHIFTS.get(name, 5))
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_frames_stand_where_the_releases_source_puts_them(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generate: Callable[..., dict[str, Any]]
+) -> None:
+    """Of every frame that a network's last pass sees: the position that its keys are turned to, beside the queries'."""
+    stood: list[dict[float, int]] = []
+    forward = CausalWan.forward
+
+    def logged(self: CausalWan, *inputs: Any, cache: KVCache, **more: Any) -> torch.Tensor:
+        result = forward(self, *inputs, cache=cache, **more)
+        slots = range(len(cache.frames()))
+        stood.append({cache.slot_positions[slot] - cache.position: cache.slot_frames[slot] for slot in slots})
+        return result
+
+    monkeypatch.setattr(CausalWan, "forward", logged)
+    num_chunks, seen = SEEN[name]
+    named = ["--preset", name] if name in UNNAMED else []
+    generate(written(name, tmp_path), *named, frames=4 * num_chunks * RUNS[name][0] - 3)
+    assert stood[-1] == seen
 
 
 def test_a_bidirectional_release_makes_all_frames_at_once(
@@ -194,6 +254,21 @@ def test_a_bidirectional_release_makes_all_frames_at_once(
 ) -> None:
     generate(written("lightx2v-t2v-14b", tmp_path), frames=9)
     assert [entry[:3] for entry in passes] == [(t, 0, 3) for t in WARPED]
+
+
+def test_a_bidirectional_release_with_a_picture_makes_all_frames_at_once(
+    tmp_path: Path, passes: list[Any], generate: Callable[..., dict[str, Any]]
+) -> None:
+    save_file(vae_weights(), tmp_path / "vae.safetensors")
+    sizes = {"image_size": 28, "patch_size": 14, "dim": 1280, "mlp_ratio": 1, "out_dim": 8, "num_layers": 2}
+    save_file({name: torch.ones(shape) for name, shape in clip_shapes(sizes).items()}, tmp_path / "clip.safetensors")
+    Image.new("RGB", (40, 30)).save(tmp_path / "start.png")
+    more = ["--image", str(tmp_path / "start.png"), "--preset", "lightx2v-i2v-14b"]
+    more += [word for name in ("vae", "clip") for word in (f"--{name}", str(tmp_path / f"{name}.safetensors"))]
+    measured = generate(written("lightx2v-i2v-14b", tmp_path), *more, frames=9)
+    assert [entry[:3] for entry in passes] == [(t, 0, 3) for t in WARPED]
+    assert {weights_of(entry[3], make_fake("lightx2v-i2v-14b").networks) for entry in passes} == {"raw"}
+    assert measured["preset"] == "lightx2v-i2v-14b"
 
 
 def test_a_preset_brings_size_and_rate_where_none_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, asdict, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import save_file
 
 from selfforcing_core.config import NETWORK_SIZES, CausalConfig, StepConfig
+from selfforcing_core.policy import RECACHE, RECACHE_SINK, CachePolicy, cache_policy
 from selfforcing_core.schedule import FlowSchedule
 from selfforcing_core.weights.checkpoint_header import HEADER_KEY
 from selfforcing_core.weights.download import RELEASES
 from selfforcing_core.weights.latent_space import LATENT_SPACES
-from selfforcing_core.weights.preset_settings import preset_settings
+from selfforcing_core.weights.preset_settings import PLAIN, preset_settings
 from selfforcing_core.weights.presets import EXTRAS, NUMBERS, PRESETS, Preset, find_preset, missing_policies
 from selfforcing_core.weights.recognise import FINGERPRINTS, fingerprint, recognise
 from tests.support import fakes
@@ -193,6 +196,40 @@ def test_numbers_agree_with_each_other(preset: Preset) -> None:
         assert 0 < preset.twin.boundary < 1
     assert re.fullmatch(r"[a-z0-9.-]+", preset.name)
     assert preset.repository is None or re.fullmatch(r"[\w.-]+/[\w.-]+", preset.repository)
+
+
+# By the word of its source: what each number of a policy is in the table of policies, or in the preset itself.
+OPTIONS_ARE: dict[str, Callable[[Preset, CachePolicy], Any]] = {
+    "sink_decay": lambda _, policy: policy.sink_average,
+    "bank": lambda _, policy: policy.bank,
+    "record_every": lambda _, policy: policy.record_every,
+    "adapt_sink_threshold": lambda _, policy: policy.refresh_below,
+    "multi_shot_sink": lambda _, policy: policy.shot_offset is not None,
+    "multi_shot_rope_offset": lambda _, policy: policy.shot_offset,
+    # A change of the prompt writes the window again, and the sink with it only where it is no global one.
+    "global_sink": lambda _, policy: {RECACHE: True, RECACHE_SINK: False}[policy.history],
+    "context_frames": lambda preset, _: (preset.window or 0) - (preset.chunk or 0),
+    "cache_frames": lambda preset, _: (preset.window or 0) + (preset.sink or 0),
+    "joint_frames": lambda preset, _: len(preset.steps or ()) * (preset.chunk or 0),
+    "caches": lambda preset, _: 1 if preset.twin is None else 2,
+}
+# Of what is not run here: a first chunk of another length, which only a given video has.
+ONLY_OF_VIDEO_TO_VIDEO = {"first_chunk"}
+
+
+@each_preset
+def test_numbers_of_a_policy_are_those_that_it_runs_with(preset: Preset) -> None:
+    """They are told where a preset is listed; the policy's own record is what runs."""
+    if preset.unsupported is not None and not set(preset.policy_options) <= OPTIONS_ARE.keys():
+        return  # a network of another kind, whose cache is not ours
+    policy = cache_policy("self-forcing" if preset.policy in (None, PLAIN) else preset.policy)
+    open_ones = {"joint_frames"} if "steps" in preset.open_questions else set()  # a line says it at the run
+    other = ONLY_OF_VIDEO_TO_VIDEO if preset.task == "v2v" else set()
+    names = set(preset.policy_options) - open_ones - other
+    assert {name: OPTIONS_ARE[name](preset, policy) for name in names} == {
+        name: preset.policy_options[name] for name in names
+    }
+    assert policy.is_joint == ("joint_frames" in preset.policy_options)
 
 
 @each_preset

@@ -22,6 +22,7 @@ from selfforcing_core.weights.checkpoint import inspect_checkpoint, read_checkpo
 from selfforcing_core.weights.convert import convert
 from selfforcing_core.weights.load import load_model
 from selfforcing_core.weights.tensor_files import read_tensors
+from tests.support.loading_memory import loading_memory
 from tests.support.operators import EveryOperator
 
 WAN = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, text_dim=8, freq_dim=16)
@@ -261,3 +262,21 @@ def test_a_scaled_network_needs_no_more_than_its_bfloat16_form_and_a_layer(tmp_p
         model, _ = load_model(tmp_path / "m.safetensors", dtype=torch.bfloat16)
     assert sum(parameter.nbytes for parameter in model.parameters()) == wide
     assert wide <= copies.peak < wide + layer
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc (Linux)")
+def test_blocks_of_14b_in_8_bits_take_their_bfloat16_form_and_less_than_a_block_in_memory(tmp_path: Path) -> None:
+    """Two blocks of real size, by what the process holds."""
+    shapes = wan_shapes(WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=2))
+    stored: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        is_scaled = name.startswith("blocks.") and len(shape) == 2
+        stored[name] = torch.zeros(shape, dtype=torch.float8_e4m3fn if is_scaled else torch.bfloat16)
+        if is_scaled:
+            stored[f"{name.removesuffix('weight')}scale_weight"] = torch.tensor(0.5)
+    save_file(stored, tmp_path / "m.safetensors")
+    wide = 2 * sum(math.prod(shape) for name, shape in shapes.items() if f"{name[:-6]}scale_weight" in stored)
+    del stored  # the others stay mapped from the file
+    peak, still = loading_memory(tmp_path / "m.safetensors", "bfloat16")
+    assert peak < wide + wide // 2
+    assert wide <= still < wide + wide // 20
