@@ -1,0 +1,65 @@
+"""What Rolling Sink shows again is what its slots say, wherever the frames that it shows began.
+
+Letters: B batch, T latent frames, L query tokens, N heads, K head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from selfforcing_core.history import PromptChange
+from selfforcing_core.kv_cache import KVCache
+from tests.core.test_policies import config, ring, start, video
+from tests.support.tiny_wan import CONFIG, random_text
+
+
+def stage_numbered(cache: KVCache, start_frame: int, num_frames: int) -> None:
+    """Stage a chunk whose keys are turned ones and whose values are the numbers of their frames."""
+    cache.stage(start_frame, num_frames)
+    shape = 1, num_frames, CONFIG.num_heads, CONFIG.head_dim
+    frames_L = torch.arange(start_frame, start_frame + num_frames, dtype=torch.float64)
+    k_BLNK = torch.cat([turned(cache, frame) for frame in range(start_frame, start_frame + num_frames)], 1)
+    for layer in range(CONFIG.num_layers):
+        cache.write(layer, k_BLNK, frames_L.view(1, -1, 1, 1).expand(shape).contiguous())
+
+
+def turned(cache: KVCache, position: float) -> torch.Tensor:
+    """Return keys of ones, turned by a position, [B, L, N, K]."""
+    pairs = cache.table(int(position)).to(torch.complex128).reshape(1, 1, 1, -1)
+    pairs = pairs * torch.complex(torch.tensor(1.0), torch.tensor(1.0)).to(torch.complex128)
+    return torch.view_as_real(pairs.expand(1, 1, CONFIG.num_heads, -1)).flatten(-2)
+
+
+@pytest.mark.parametrize("kept", [0, 2, 3])
+@pytest.mark.parametrize("flushes", [(), (4,), (4, 22), (6,), (20,)])
+def test_a_replayed_frame_is_the_one_that_its_slot_names(flushes: tuple[int, ...], kept: int) -> None:
+    cache = ring(config("rolling-sink"))
+    for first in range(0, 60, 2):
+        if first in flushes:
+            cache.forget_window(first, kept)
+        stage_numbered(cache, first, 2)
+        for slot, frame in enumerate(cache.slot_frames):
+            if frame < 0:
+                continue
+            assert cache.v[0, 0, slot, 0, 0] == frame, f"chunk at {first}, slot {slot}"
+            k_NK = turned(cache, cache.slot_positions[slot])[0, 0]
+            torch.testing.assert_close(cache.k[0, 0, slot], k_NK, msg=f"chunk at {first}, slot {slot}")
+    assert min(cache.slot_frames) < 12  # it does replay
+
+
+@pytest.mark.parametrize("word", ["flush", "cut"])
+def test_a_replay_behind_a_flush_resumes_bit_exact(word: str) -> None:
+    causal, other = config("rolling-sink"), random_text(seed=9, dtype=torch.float32)
+
+    def prompt_at(frame: int) -> Any:
+        return PromptChange(other, word) if frame == 4 else None
+
+    with torch.no_grad():
+        chunks = [(chunk, chunk.snapshot()) for chunk in start(causal, 24, prompt_at=prompt_at)]
+    whole = torch.cat([chunk.latents_BTCHW for chunk, _ in chunks], 1)
+    for index in (4, 7):
+        rest = video(causal, 24, text=other, start=chunks[index][1])
+        assert torch.equal(rest, whole[:, chunks[index][1].end_frame :])
