@@ -58,6 +58,10 @@ class Memory:
         self.cache = cache
         self.tensors: dict[str, Tensor] = {}
 
+    def num_bytes(self) -> int:
+        """Return the bytes of all that is kept, a snapshot's part of it and the rest."""
+        return sum(x.nbytes for x in self.tensors.values())
+
     def reset(self) -> None:
         """Forget everything; called when the cache is emptied."""
         self.tensors = {}
