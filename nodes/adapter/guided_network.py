@@ -276,8 +276,8 @@ def _remedies(network: CachedNetwork, causal: CausalConfig, shape: LatentShape, 
     cache_bytes = ring_bytes + policy_bytes
     remembered = f", {policy_bytes} of them what policy {causal.policy} remembers" if policy_bytes else ""
     return (
-        f"out of memory while generating; the KV cache alone takes {cache_bytes} bytes{remembered}. In Cache Options (Self "
-        f"Forcing): window {small} saves {saved_by_window} bytes, cache_dtype float8_e4m3fn {saved_by_dtype}, "
+        f"out of memory while generating; the KV cache alone takes {cache_bytes} bytes{remembered}. In Cache Options "
+        f"(Self Forcing): window {small} saves {saved_by_window} bytes, cache_dtype float8_e4m3fn {saved_by_dtype}, "
         f"cache_device cpu {cache_bytes}; "
         "a smaller width and height save in proportion"
     )
