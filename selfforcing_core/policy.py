@@ -123,6 +123,17 @@ class CachePolicy:
             return "the first frames of a shot stay where they are until the next shot"
         return "it remembers frames that are gone, which nothing writes again"
 
+    @property
+    def memory_text(self) -> str:
+        """Return name and settings that decide what a cache holds: those that differ from the policy's own.
+
+        What a later change of the prompt does is none of them.
+        """
+        values = {key: getattr(self, FIELD_OF.get(key, key)) for key in _READERS if key not in _OF_CHANGES}
+        usual = POLICIES[self.name]
+        others = [f"{key}={x}" for key, x in values.items() if x != getattr(usual, FIELD_OF.get(key, key))]
+        return ",".join([self.name, *others])
+
     def with_history(self, history: str | None) -> CachePolicy:
         """Return the policy with another answer to a change of the prompt; None leaves its own.
 
@@ -202,6 +213,7 @@ def _is_yes(text: str) -> bool:
 
 # A setting and the field that it is, where the two are called differently.
 FIELD_OF = {"published": "is_published"}
+_OF_CHANGES = ("history", "kept", "cut_at")
 _READERS: Mapping[str, Callable[[str], Any]] = {
     "history": str,
     "kept": int,

@@ -1,10 +1,11 @@
-"""What Rolling Sink shows again is what its slots say, wherever the frames that it shows began.
+"""What a policy remembers is what it says: replayed frames those of their slots, a resumed state that of its settings.
 
 Letters: B batch, T latent frames, L query tokens, N heads, K head width.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,3 +64,37 @@ def test_a_replay_behind_a_flush_resumes_bit_exact(word: str) -> None:
     for index in (4, 7):
         rest = video(causal, 24, text=other, start=chunks[index][1])
         assert torch.equal(rest, whole[:, chunks[index][1].end_frame :])
+
+
+@pytest.mark.parametrize("window", [4, 8])
+def test_a_window_that_is_computed_again_resumes_at_its_own_length(window: int) -> None:
+    causal = config("krea", window=6)
+    with torch.no_grad():
+        state = next(each.snapshot() for index, each in enumerate(start(causal, 12)) if index == 4)
+    with pytest.raises(ValueError, match=f"holds the 4 clean frames .* window {window} takes .*resume with the window"):
+        video(config("krea", window=window), 12, start=state)
+
+
+@pytest.mark.parametrize(
+    ("saved", "other"),
+    [
+        ("reward", "reward,sink_average=0.5"),
+        ("reward,sink_average=0.5", "reward"),
+        ("krea", "krea,keeps_first=yes"),
+        ("krea-bias", "krea"),
+        ("memrope", "memrope,means=0.5/0.9"),
+        ("memflow,bank=3", "memflow,bank=2"),
+    ],
+)
+def test_a_state_is_resumed_under_the_settings_it_was_saved_with(saved: str, other: str) -> None:
+    causal = config(saved.partition(",")[0])
+    with torch.no_grad():
+        chunks = start(replace(causal, policy=saved), 16)
+        state = next(each.snapshot() for index, each in enumerate(chunks) if index == 5)
+    with pytest.raises(ValueError, match="resume with the policy and the settings it was saved with"):
+        video(replace(causal, policy=other), 16, start=state)
+    # what a later change of the prompt does is no part of what was saved
+    again = f"{saved},history=keep"
+    assert torch.equal(
+        video(replace(causal, policy=again), 16, start=state), video(replace(causal, policy=saved), 16, start=state)
+    )
