@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.history import PromptChange
+from selfforcing_core.joint import check_joint
 from selfforcing_core.kv_cache import KVCache
 from tests.core.test_policies import config, ring, start, video
 from tests.support.tiny_wan import CONFIG, random_text
@@ -98,3 +100,12 @@ def test_a_state_is_resumed_under_the_settings_it_was_saved_with(saved: str, oth
     assert torch.equal(
         video(replace(causal, policy=again), 16, start=state), video(replace(causal, policy=saved), 16, start=state)
     )
+
+
+def test_a_window_without_room_for_joint_chunks_is_refused_before_anything_runs() -> None:
+    steps = StepConfig((1000.0, 750.0, 500.0, 250.0))
+    causal = CausalConfig(2, 8, 2, policy="rolling-forcing")
+    with pytest.raises(ValueError, match="window 8 has no room for 8 frames and the sink; use window -1 or 10 or more"):
+        check_joint(causal, steps, 20)
+    check_joint(causal, steps, 8)
+    check_joint(replace(causal, policy="infinite"), steps, 20)
