@@ -135,6 +135,9 @@ class RefreshedSink(Memory):
         super().reset()
         self.is_due, self.num_passes, self.slots, self.before = False, 0, {}, {}
 
+    def num_bytes(self) -> int:
+        return super().num_bytes() + sum(x.nbytes for x in (*self.before.values(), *self.slots.values()))
+
     @property
     def _is_published(self) -> bool:
         return self.cache.policy.is_published

@@ -59,7 +59,8 @@ class History:
         self.window = causal.window if evicts else sum(lengths)
         self.chunks: list[tuple[int, Tensor, float]] = []  # start frame, what was written, at which timestep
         self.first_BTCHW: Tensor | None = None  # frame 0, where the policy computes its window again
-        self.context = self.window - causal.chunk  # frames before a chunk that such a policy computes again
+        # Frames before a chunk that such a policy computes again, also behind the last one, for a longer video.
+        self.context = sum(lengths) if causal.window == -1 else causal.window - causal.chunk
         self.is_known = True
         if self.policy.recomputes and not self.policy.keeps_first and guided.encode_first is None and evicts:
             log.warning(
@@ -95,6 +96,7 @@ class History:
                 "resume with the policy it was saved with"
             )
         if CONTEXT in snapshot.latents:
+            self._check_context(snapshot)
             context_BTCHW = snapshot.latents[CONTEXT].to(self.guided.device)
             self.chunks = [(snapshot.end_frame - context_BTCHW.shape[1], context_BTCHW, self.causal.context_noise)]
             self.first_BTCHW = snapshot.latents[FIRST].to(self.guided.device)
@@ -106,6 +108,22 @@ class History:
         for start, chunk in zip(starts, snapshot.video_BTCHW.split(lengths, 1)):
             # as the clean pass wrote them, which is why a cache of noisy chunks (last_step) is not known
             self.add(start, chunk.to(self.guided.device), self.causal.context_noise)
+
+    def _check_context(self, snapshot: Snapshot) -> None:
+        """Raise ValueError unless the clean frames of a snapshot are those that this policy's window begins with."""
+        if not self.policy.recomputes:  # refused by its name, with everything else that is not here
+            return
+        if snapshot.policy not in ("", self.policy.memory_text):  # older files do not say
+            raise ValueError(
+                f"the snapshot was taken under policy {snapshot.policy}, this rollout follows "
+                f"{self.policy.memory_text}; resume with the policy and the settings it was saved with"
+            )
+        count, needed = snapshot.latents[CONTEXT].shape[1], min(snapshot.end_frame, self.context)
+        if count != needed:
+            raise ValueError(
+                f"the snapshot holds the {count} clean frames before its end that its window was computed from; window "
+                f"{self.causal.window} takes {needed}; resume with the window and chunk it was saved with"
+            )
 
     def follow_prompt(self, start_frame: int, latent_shape: tuple[int, int, int, int]) -> None:
         """Ask for the prompt that holds from here on; where it is another one, write the past again under it if asked.

@@ -47,18 +47,32 @@ def new_window(
         )
     if not policy.is_joint:
         return None
-    _check(guided, causal, steps, latent_shape[0], trains=trains)
+    _check(guided, steps, causal, trains=trains)
+    check_joint(causal, steps, latent_shape[0])
     lengths = chunk_lengths(latent_shape[0], causal.chunk, independent_first_frame=causal.independent_first_frame)
     return JointWindow(guided, FlowSchedule(steps.of_chunk(1)), steps.solver, noise, lengths, latent_shape[1:])
 
 
-def _check(guided: Guided, causal: CausalConfig, steps: StepConfig, num_frames: int, *, trains: bool) -> None:
-    count = len(steps.steps)
-    words = f"policy {cache_policy(causal.policy).name} denoises {count} chunks together, one a step"
+def _in_words(causal: CausalConfig, steps: StepConfig) -> str:
+    return f"policy {cache_policy(causal.policy).name} denoises {len(steps.steps)} chunks together, one a step"
+
+
+def _check(guided: Guided, steps: StepConfig, causal: CausalConfig, *, trains: bool) -> None:
+    words = _in_words(causal, steps)
     if trains:
         raise ValueError(f"{words}, which training does not follow; train with another policy")
     if guided.num_networks > 1:
         raise ValueError(f"{words}, and of two networks each would be asked for some of them; use another policy")
+
+
+def check_joint(causal: CausalConfig, steps: StepConfig, num_frames: int) -> None:
+    """Raise ValueError for steps or a window that chunks which are denoised together do not go with.
+
+    Under any other policy there is nothing to check.
+    """
+    if not cache_policy(causal.policy).is_joint:
+        return
+    words, count = _in_words(causal, steps), len(steps.steps)
     if steps.solver not in SOLVERS:
         raise ValueError(f"{words}, by solver {' or '.join(SOLVERS)}, not {steps.solver}; use one of them")
     if steps.first_chunk_steps is not None and len(steps.first_chunk_steps) != count:

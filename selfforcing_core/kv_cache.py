@@ -48,7 +48,7 @@ class CacheState:
     jump: float = 0.0  # how far the latest chunk stands from its own number
     slot_frames: tuple[int, ...] = ()  # what each slot in use shows; () for the frames as they came
     slot_positions: tuple[float, ...] = ()
-    policy: str = SELF_FORCING.name
+    policy: str = SELF_FORCING.name  # with the settings that are not its own; older files hold the name alone
     memory: Mapping[str, Tensor] = field(default_factory=dict)  # of the policy, by name
 
 
@@ -296,7 +296,7 @@ class KVCache:
             self.jump,
             tuple(self.slot_frames[: num_visible // self.tokens_per_frame]),
             tuple(self.slot_positions[: num_visible // self.tokens_per_frame]),
-            self.policy.name,
+            self.policy.memory_text,
             {} if self.memory is None else {name: x.to(device, copy=True) for name, x in self.memory.state().items()},
         )
 
@@ -312,10 +312,10 @@ class KVCache:
             or (state.base, state.sink_start) != (state.sink, 0)
             or state.end_frame > min(state.capacity, self.capacity)
         )
-        if is_moved and state.policy != self.policy.name:
+        if is_moved and state.policy != self.policy.memory_text:
             raise ValueError(
-                f"the saved cache follows policy {state.policy}, this one {self.policy.name}; resume with the policy "
-                "it was saved with"
+                f"the saved cache follows policy {state.policy}, this one {self.policy.memory_text}; resume with the "
+                "policy and the settings it was saved with"
             )
         if is_moved and (state.capacity, state.sink) != (self.capacity, self.sink):
             raise ValueError(

@@ -58,6 +58,10 @@ class Memory:
         self.cache = cache
         self.tensors: dict[str, Tensor] = {}
 
+    def num_bytes(self) -> int:
+        """Return the bytes of all that is kept, a snapshot's part of it and the rest."""
+        return sum(x.nbytes for x in self.tensors.values())
+
     def reset(self) -> None:
         """Forget everything; called when the cache is emptied."""
         self.tensors = {}
@@ -220,7 +224,14 @@ class Means(MovingSink):
 
 
 class Replay(Memory):
-    """The frames that first filled the cache, shown again in place of older ones, walked to and fro (Rolling Sink)."""
+    """The frames that first filled the cache, shown again in place of older ones, walked to and fro (Rolling Sink).
+
+    They are counted from the oldest one there: behind a flush or a cut that is not the video's first.
+    """
+
+    def __init__(self, cache: Ring) -> None:
+        super().__init__(cache)
+        self.first_frame = 0  # the oldest of them
 
     def advance(self, evicted: Evicted, window_start: int) -> None:
         cache = self.cache
@@ -229,18 +240,23 @@ class Replay(Memory):
         chunk = cache.end_frame - cache.start_frame  # of the chunk before, which is final now
         if not self.tensors:
             k, v = cache.read_slots(0, cache.capacity)
-            self.tensors = {"early_k": k, "early_v": v}
-        if cache.start_frame < cache.capacity:
-            return
-        first, period = cache.start_frame - chunk, cache.capacity - chunk
-        lap, left = divmod(first, period)
-        tokens = cache.tokens_per_frame
-        for offset in range(chunk):
-            early = left + offset if lap % 2 == 0 else period - left - 1 - offset
-            place = slice(early * tokens, (early + 1) * tokens)
-            k = self._turned(self.tensors["early_k"][:, :, place], first + offset - early)
-            slot = cache.slot_of(first + offset)
-            cache.write_slots(slot, k, self.tensors["early_v"][:, :, place], [first + offset], frame=early)
+            self.tensors, self.first_frame = {"early_k": k, "early_v": v}, cache.base
+        period, tokens = cache.capacity - chunk, cache.tokens_per_frame
+        for frame in range(cache.start_frame - chunk, cache.start_frame):
+            lap, left = divmod(frame - self.first_frame, period)
+            if lap < 1:  # one of them itself
+                continue
+            index = left if lap % 2 == 0 else period - left - 1
+            early, place = self.first_frame + index, slice(index * tokens, (index + 1) * tokens)
+            k = self._turned(self.tensors["early_k"][:, :, place], frame - early)
+            cache.write_slots(cache.slot_of(frame), k, self.tensors["early_v"][:, :, place], [frame], frame=early)
+
+    def state(self) -> dict[str, Tensor]:
+        return {**self.tensors, "first_frame": torch.tensor(self.first_frame)} if self.tensors else {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.tensors = {name: x for name, x in state.items() if name != "first_frame"}
+        self.first_frame = int(state.get("first_frame", 0))
 
 
 def new_memory(cache: Ring) -> Memory | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -61,14 +62,12 @@ class CachePolicy:
                 f"kept {self.kept}, cut_at {self.cut_at}, bank {self.bank}, reset_at {self.reset_at} and shot_offset "
                 f"{self.shot_offset} are counts of frames; use 0 or more"
             )
-        if not self.bias > 0:
-            raise ValueError(f"bias {self.bias} is no factor above 0; use 1 for none")
-        if self.bias != 1 and not self.recomputes:
-            raise ValueError(f"policy {self.name} has no bias; use it with krea or krea-bias")
+        if not 0 < self.bias < math.inf:
+            raise ValueError(f"bias {self.bias} is no finite factor above 0; use 1 for none")
+        if self.refresh_below is not None and not -1 <= self.refresh_below <= 1:
+            raise ValueError(f"refresh_below {self.refresh_below} is no likeness; use -1 to 1")
         if self.record_every < 1:
             raise ValueError(f"record_every {self.record_every} is a count of chunks; use 1 or more")
-        if self.is_published and self.name not in SLIPS:
-            raise ValueError(f"policy {self.name} is read as published anyway; published=yes is for {_either(SLIPS)}")
 
     @property
     def num_means(self) -> int:
@@ -81,6 +80,26 @@ class CachePolicy:
         return self.sink_average is not None or self.means is not None or self.replays or self.is_joint
 
     @property
+    def settings(self) -> tuple[str, ...]:
+        """Return what may be set, as `cache_policy` reads it: nothing that this policy would not look at."""
+        looks_at = {
+            "history": True,
+            "kept": FLUSH in self.histories,
+            "cut_at": CUT in self.histories and self.shot_offset is None,
+            "sink_average": self.sink_average is not None,
+            "means": self.means is not None,
+            "keeps_first": self.recomputes,
+            "bias": self.recomputes,
+            "bank": self.bank > 0,
+            "record_every": self.bank > 0,
+            "refresh_below": self.refresh_below is not None,
+            "reset_at": self.refresh_below is not None,
+            "shot_offset": self.shot_offset is not None,
+            "published": self.name in SLIPS,
+        }
+        return tuple(key for key, is_own in looks_at.items() if is_own)
+
+    @property
     def histories(self) -> tuple[str, ...]:
         """Return what a change of the prompt may do to the frames so far."""
         if self.recomputes:
@@ -89,10 +108,6 @@ class CachePolicy:
             return (KEEP,)
         if self.shot_offset is not None:
             return KEEP, CUT
-        if self.recomputes:
-            return RECODE, KEEP  # the same here: frames stay, and their keys are never kept
-        if self.is_joint:
-            return (KEEP,)
         if self.bank:
             return RECACHE, KEEP, FLUSH, CUT
         return (KEEP, FLUSH, CUT) if self.remembers else HISTORIES
@@ -107,11 +122,18 @@ class CachePolicy:
             return "each layer has chosen for itself which frames it holds, and where"
         if self.shot_offset is not None:
             return "the first frames of a shot stay where they are until the next shot"
-        if self.recomputes:
-            return "it computes its window again before every chunk, under the prompt that then holds"
-        if self.is_joint:
-            return "it denoises several chunks together, whose past stays as it was written"
         return "it remembers frames that are gone, which nothing writes again"
+
+    @property
+    def memory_text(self) -> str:
+        """Return name and settings that decide what a cache holds: those that differ from the policy's own.
+
+        What a later change of the prompt does is none of them.
+        """
+        values = {key: getattr(self, FIELD_OF.get(key, key)) for key in _READERS if key not in _OF_CHANGES}
+        usual = POLICIES[self.name]
+        others = [f"{key}={x}" for key, x in values.items() if x != getattr(usual, FIELD_OF.get(key, key))]
+        return ",".join([self.name, *others])
 
     def with_history(self, history: str | None) -> CachePolicy:
         """Return the policy with another answer to a change of the prompt; None leaves its own.
@@ -159,17 +181,20 @@ POLICIES: Mapping[str, CachePolicy] = {policy.name: policy for policy in _TABLE}
 def cache_policy(text: str) -> CachePolicy:
     """Return the policy of "NAME" or "NAME,key=value,...".
 
-    Raises ValueError for an unknown name or key, naming what comes near, and for a value that the key cannot have.
+    Raises ValueError for an unknown name, naming what comes near, for a setting that the policy does not look at,
+    naming its own, and for a value that the setting cannot have.
     """
     name, *settings = (word.strip() for word in text.split(","))
     if name not in POLICIES:
         near = difflib.get_close_matches(name, POLICIES, n=2) or list(POLICIES)
         raise ValueError(f"policy {name!r} is unknown; use {' or '.join(near)}")
     values: dict[str, Any] = {}
-    for setting in settings:
-        key, sign, value = setting.partition("=")
-        if key not in _READERS or not sign:
-            raise ValueError(f"policy {name} has no setting {setting!r}; use {'=..., '.join(_READERS)}=...")
+    own = POLICIES[name].settings
+    for setting in filter(None, settings):  # a comma at the end is none
+        key, sign, value = (part.strip() for part in setting.partition("="))
+        if key not in own or not sign:
+            # one that it does not have could take the place of the policy's own memory, or do nothing
+            raise ValueError(f"policy {name} has no setting {setting!r}; use {'=..., '.join(own)}=...")
         try:
             values[FIELD_OF.get(key, key)] = _READERS[key](value)
         except ValueError as error:
@@ -190,6 +215,7 @@ def _is_yes(text: str) -> bool:
 
 # A setting and the field that it is, where the two are called differently.
 FIELD_OF = {"published": "is_published"}
+_OF_CHANGES = ("history", "kept", "cut_at")
 _READERS: Mapping[str, Callable[[str], Any]] = {
     "history": str,
     "kept": int,

@@ -255,7 +255,8 @@ class _Latest:
         guided, latents = denoiser.guided, denoiser.history.latents(self.end_frame)
         if latents:  # from which the caches are computed again
             latents = {name: x.to(device) for name, x in latents.items()}
-            return Snapshot(self.start_frame, self.end_frame, (), num_networks=guided.num_networks, latents=latents)
+            snapshot = Snapshot(self.start_frame, self.end_frame, (), num_networks=guided.num_networks, latents=latents)
+            return replace(snapshot, policy=denoiser.history.policy.memory_text)
         states = tuple(cache.snapshot(device) for cache in caches)
         snapshot = Snapshot(self.start_frame, self.end_frame, states, num_networks=guided.num_networks)
         if denoiser.window is not None:

@@ -44,6 +44,7 @@ class Snapshot:
     num_networks: int = 1  # 2 for experts
     latents: Mapping[str, Tensor] = field(default_factory=dict)  # beside the caches: of some policies, by name
     steps_ahead: tuple[int, ...] = ()  # taken by each chunk that was begun together with the finished one
+    policy: str = ""  # with its settings, where no cache is here to say it
 
     @property
     def num_bytes(self) -> int:
@@ -72,6 +73,8 @@ class Snapshot:
         }
         if self.steps_ahead:
             header["steps_ahead"] = self.steps_ahead
+        if self.policy:
+            header["policy"] = self.policy
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self._tensors().items()}
         with replacing(path) as temporary:
             save_file(tensors, temporary, {HEADER_KEY: json.dumps(header)})
@@ -112,6 +115,7 @@ class Snapshot:
             header.get("num_networks", 1),
             {name.removeprefix(LATENTS): x for name, x in tensors.items() if name.startswith(LATENTS)},
             tuple(header.get("steps_ahead", ())),
+            header.get("policy", ""),
         )
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from ...selfforcing_core.kv_cache import KVCache
 from ...selfforcing_core.noise import NoiseSource, SeededNoise
 from ...selfforcing_core.policy import cache_policy
 from ...selfforcing_core.rollout import Chunk, rollout
+from ...selfforcing_core.roofline.policy_bytes import remembered_bytes
 from ...selfforcing_core.schedule import least_sigma
 from ...selfforcing_core.snapshot import Snapshot
 from . import host, page
@@ -157,7 +158,11 @@ class ChunkSampler(comfy.samplers.KSAMPLER):
                 dtype=dtype,
             )
 
-        cache_bytes = size(config, stored) if settings.cache_device is None else 0
+        cache_bytes = 0
+        if settings.cache_device is None:
+            shape = frames, config.out_dim, height, width
+            cache_bytes = size(config, stored)
+            cache_bytes += remembered_bytes(config, causal, shape, batch=batch, dtype=computed, cache_dtype=stored)
         is_copied = settings.cache_device is not None or stored != computed
         # One layer at a time, and twice: the past as it is computed with, and joined with what is new.
         copied_bytes = 2 * size(replace(config, num_layers=1), computed) if is_copied else 0

@@ -22,6 +22,7 @@ from ...selfforcing_core.guided import new_caches
 from ...selfforcing_core.kv_cache import KVCache
 from ...selfforcing_core.noise import NoiseSource, SeededNoise
 from ...selfforcing_core.prompt_schedule import seed_at
+from ...selfforcing_core.roofline.policy_bytes import remembered_bytes
 from ...selfforcing_core.schedule import TIMESTEPS
 from . import host
 from .causal_model import forget_extra_bytes
@@ -268,12 +269,15 @@ def _remedies(network: CachedNetwork, causal: CausalConfig, shape: LatentShape, 
         tokens = tokens_per_frame(height, width)
         return count * KVCache.num_bytes(config, batch=batch, tokens_per_frame=tokens, capacity=capacity, dtype=dtype)
 
-    cache_bytes = size(capacity, network.cache_dtype)
-    saved_by_window = cache_bytes - size(small, network.cache_dtype)
-    saved_by_dtype = cache_bytes - size(capacity, torch.float8_e4m3fn)
+    ring_bytes = size(capacity, network.cache_dtype)
+    saved_by_window = ring_bytes - size(small, network.cache_dtype)
+    saved_by_dtype = ring_bytes - size(capacity, torch.float8_e4m3fn)
+    policy_bytes = count * remembered_bytes(config, causal, shape, batch=batch, cache_dtype=network.cache_dtype)
+    cache_bytes = ring_bytes + policy_bytes
+    remembered = f", {policy_bytes} of them what policy {causal.policy} remembers" if policy_bytes else ""
     return (
-        f"out of memory while generating; the KV cache alone takes {cache_bytes} bytes. In Cache Options (Self "
-        f"Forcing): window {small} saves {saved_by_window} bytes, cache_dtype float8_e4m3fn {saved_by_dtype}, "
+        f"out of memory while generating; the KV cache alone takes {cache_bytes} bytes{remembered}. In Cache Options "
+        f"(Self Forcing): window {small} saves {saved_by_window} bytes, cache_dtype float8_e4m3fn {saved_by_dtype}, "
         f"cache_device cpu {cache_bytes}; "
         "a smaller width and height save in proportion"
     )

@@ -31,6 +31,7 @@ from ..geometry import (
     latent_frames,
     pixel_frames,
 )
+from ..joint import check_joint
 from ..policy import SELF_FORCING, CachePolicy, cache_policy
 from ..prompt_schedule import Transition, parse_schedule, schedule_note, start_frames
 from ..roofline.meter import Recipe
@@ -216,6 +217,7 @@ def plan_request(
     notes += _not_read(request, preset, size, fps)
     notes += _joint_remark(preset, causal, steps)
     latent_shape = (size.latent_frames, config.out_dim, size.latent_height, size.latent_width)
+    check_joint(causal, steps, size.latent_frames)
     # Only now is the size known: it may be that of the video that is extended.
     file_format.check_size(size.width, size.height)
     timeline_of = {

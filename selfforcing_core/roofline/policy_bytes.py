@@ -15,6 +15,7 @@ from ..config import CausalConfig, StepConfig, WanConfig
 from ..guided import Guided, new_caches
 from ..kv_cache import KVCache
 from ..model import CausalWan
+from ..policy import SELF_FORCING
 from ..rollout import rollout
 
 STEPS = StepConfig((1000.0, 500.0))  # what a policy remembers does not depend on the noise levels, nor on their number
@@ -31,9 +32,31 @@ class CacheBytes:
 def held_bytes(cache: KVCache) -> CacheBytes:
     """Return the bytes that a cache holds now."""
     buffers = [buffer for buffer in (cache.k, cache.v, cache.k_scale, cache.v_scale) if buffer is not None]
-    memory = [] if cache.memory is None else list(cache.memory.tensors.values())
-    ring, remembered = (sum(each.numel() * each.element_size() for each in tensors) for tensors in (buffers, memory))
-    return CacheBytes(ring, remembered)
+    return CacheBytes(sum(x.nbytes for x in buffers), 0 if cache.memory is None else cache.memory.num_bytes())
+
+
+def remembered_bytes(
+    config: WanConfig,
+    causal: CausalConfig,
+    latent_shape: tuple[int, int, int, int],
+    *,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    cache_dtype: torch.dtype | None = None,
+) -> int:
+    """Return the bytes that a policy remembers beside the ring of one cache, where the steps are not known yet.
+
+    The length of the video is rounded up to whole chunks.
+    """
+    if causal.policy == SELF_FORCING.name or not -1 < causal.window < latent_shape[0]:
+        return 0
+    # whether the first frame is a chunk of its own changes nothing once frames are evicted
+    causal = replace(causal, independent_first_frame=False)
+    frames = causal.chunk * -(-latent_shape[0] // causal.chunk)
+    # of one step, since chunks that are denoised together need a window that has room for as many
+    steps = StepConfig(STEPS.steps[:1])
+    shape = (frames, *latent_shape[1:])
+    return planned_bytes(config, causal, shape, batch=batch, dtype=dtype, cache_dtype=cache_dtype, steps=steps).memory
 
 
 def planned_bytes(

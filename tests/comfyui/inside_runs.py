@@ -62,12 +62,13 @@ def memory_estimate() -> dict[str, Any]:
         sampled(patcher)
         sampled(patcher, cfg=3.0)
         sampled(patcher, latent=long, causal=CausalConfig(chunk=3, window=6))
+        sampled(patcher, latent=long, causal=CausalConfig(chunk=3, window=6, sink=3, policy="infinite"))
         sampled(settings(cache_dtype=torch.bfloat16))
         sampled(settings(cache_device="cpu"))
         sampled(causal_model.with_settings(patcher, model_settings.Settings("unknown", CHUNKS, STEPS)), is_whole=True)
     finally:
         comfy.model_management.load_models_gpu = original
-    names = ("one", "two", "long", "narrow", "elsewhere", "whole")
+    names = ("one", "two", "long", "moving", "narrow", "elsewhere", "whole")
     return {
         "told": dict(zip(names, bytes_asked, strict=True)),
         "chunk": patcher.memory_required([2, CHANNELS, 3, HEIGHT, WIDTH]),  # ComfyUI counts each prompt twice

@@ -314,6 +314,7 @@ def test_memory_estimate(outcome: dict[str, Any]) -> None:
     assert asked["one"] == chunk + cache
     assert asked["two"] == chunk + 2 * cache
     assert asked["long"] == asked["one"], "twice as long, in a window of the same size"
+    assert asked["moving"] == asked["long"] + cache // 4, "the keys of the sink, half of the window, once more"
     layer = cache // 2
     assert asked["narrow"] == chunk + cache // 2 + 2 * layer
     assert asked["elsewhere"] == chunk + 2 * layer

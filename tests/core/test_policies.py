@@ -123,7 +123,10 @@ def test_a_video_of_any_length_is_finite_and_costs_the_same_memory(name: str) ->
 
 
 # Those that say where frames stand by themselves, and those that choose among frames.
-SHIFTED = [name for name, policy in POLICIES.items() if policy.is_rebased] + ["memflow", "sdv2,reset_at=0", "longlive2"]
+# Of memflow only its first chunks: it scores frames by keys that are turned by their own number, as published, so that
+# a full bank may choose other frames a million frames on.
+SHIFTED = [name for name, policy in POLICIES.items() if policy.is_rebased]
+SHIFTED += ["memflow", "sdv2,reset_at=0", "longlive2", "rolling-sink"]
 
 
 @pytest.mark.parametrize("name", SHIFTED)
@@ -335,7 +338,7 @@ def test_eight_bits_hold_what_a_policy_keeps(name: str, dtype: torch.dtype) -> N
         ("reward,sink_average=x", "sink_average=x cannot be read"),
         ("reward,sink_average=2", r"leave \[0, 1\]"),
         ("infinite,history=forget", "history 'forget' is unknown"),
-        ("infinite,published=yes", "published=yes is for infinity-rope, memflow, sdv2, krea or krea-bias"),
+        ("infinite,published=yes", "policy infinite has no setting 'published=yes'"),
         ("sdv2,published=true", "published=true cannot be read"),
         ("sdv2,history=recode", "policy sdv2 cannot recode: each layer has chosen"),
         ("longlive2,history=flush", "policy longlive2 cannot flush: .* use keep or cut"),
@@ -413,3 +416,36 @@ def _recache(cache: KVCache, causal: CausalConfig, end_frame: int, *, moves_sink
     else:
         cache.rewind(end_frame - causal.window + causal.sink)
         cache.stage(end_frame - causal.window + causal.sink, causal.window - causal.sink)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("rolling-sink,bank=1", "policy rolling-sink has no setting 'bank=1'; use history=..., kept=..., cut_at=...$"),
+        ("longlive2,bank=2", "policy longlive2 has no setting 'bank=2'; use history=..., shot_offset=...$"),
+        ("krea,bank=2", "use history=..., keeps_first=..., bias=..., published=...$"),
+        ("krea,shot_offset=8", "has no setting"),
+        ("krea,means=0.1/0.2", "has no setting"),
+        ("rolling-forcing,bank=2", "has no setting 'bank=2'; use history=...$"),
+        ("rolling-forcing,refresh_below=0.2", "has no setting"),
+        ("longlive,reset_at=50", "has no setting"),
+        ("longlive,record_every=5", "has no setting"),
+        ("reward,keeps_first=yes", "has no setting"),
+        ("self-forcing,bank=2", "policy self-forcing has no setting 'bank=2'"),
+        ("sdv2,refresh_below=nan", "refresh_below nan is no likeness; use -1 to 1"),
+        ("sdv2,refresh_below=9", "refresh_below 9.0 is no likeness"),
+        ("krea,bias=inf", "bias inf is no finite factor"),
+        ("reward,sink_average=nan", "leave"),
+    ],
+)
+def test_a_policy_refuses_what_it_does_not_look_at(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        cache_policy(text)
+
+
+def test_every_setting_is_of_some_policy_and_blanks_do_not_count() -> None:
+    values = {"history": "keep", "means": "0.1/0.2", "keeps_first": "yes", "published": "yes", "sink_average": "0.5"}
+    for name, policy in POLICIES.items():
+        for key in policy.settings:
+            assert cache_policy(f"{name}, {key} = {values.get(key, '1')} ,").name == name
+    assert cache_policy("reward, sink_average = 0.5,") == cache_policy("reward,sink_average=0.5")

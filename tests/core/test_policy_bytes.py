@@ -13,7 +13,7 @@ from selfforcing_core.config import CausalConfig, WanConfig
 from selfforcing_core.guided import Guided, new_caches
 from selfforcing_core.noise import SeededNoise
 from selfforcing_core.rollout import rollout
-from selfforcing_core.roofline.policy_bytes import CacheBytes, held_bytes, planned_bytes
+from selfforcing_core.roofline.policy_bytes import CacheBytes, held_bytes, planned_bytes, remembered_bytes
 from selfforcing_core.weights.presets import PRESETS
 from tests.core.test_policies import SMALL, STEPS
 from tests.support.tiny_wan import CONFIG, FRAME, random_text, random_wan
@@ -31,7 +31,39 @@ def allocated(causal: CausalConfig, frames: int, dtype: Any) -> CacheBytes:
             guided, noise=SeededNoise(0), latent_shape=(frames, *FRAME), causal=causal, steps=STEPS, commit_last=True
         ):
             pass
-    return held_bytes(cache)
+    held = held_bytes(cache)
+    assert held == CacheBytes(storage_bytes(cache.k, cache.v, cache.k_scale, cache.v_scale), kept_by_memory(cache))
+    return held
+
+
+def storage_bytes(*values: Any) -> int:
+    """Return the bytes of all storages that tensors in these values hold, each once."""
+    storages: dict[int, int] = {}
+    left = list(values)
+    while left:
+        value = left.pop()
+        if isinstance(value, torch.Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list | tuple):
+            left += value
+    return sum(storages.values())
+
+
+def kept_by_memory(cache: Any) -> int:
+    """Return the bytes of every tensor that the policy's memory refers to, whatever it says of itself."""
+    return 0 if cache.memory is None else storage_bytes(*vars(cache.memory).values())
+
+
+@pytest.mark.parametrize("name", ["reward", "rolling-forcing", "sdv2"])
+def test_a_policy_is_counted_before_steps_and_chunks_are_known(name: str) -> None:
+    causal = replace(SMALL[name], policy=name)
+    remembered = remembered_bytes(CONFIG, causal, (20, *FRAME), dtype=torch.float32, cache_dtype=torch.int8)
+    assert remembered == allocated(causal, 20, torch.int8).memory > 0
+    odd = replace(causal, independent_first_frame=True)
+    assert remembered_bytes(CONFIG, odd, (21, *FRAME), dtype=torch.float32, cache_dtype=torch.int8) == remembered
+    assert remembered_bytes(CONFIG, odd, (causal.window, *FRAME)) == 0
 
 
 # Shorter than any window, and past its first two rounds.

@@ -366,9 +366,9 @@ def test_a_bias_is_a_factor_on_the_weights_of_the_past_but_its_first_frame(write
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("krea-bias,bias=0", "bias 0.0 is no factor above 0"),
+        ("krea-bias,bias=0", "bias 0.0 is no finite factor above 0"),
         ("krea,published=1", "published=1 cannot be read .use yes or no"),
-        ("infinite,bias=0.5", "policy infinite has no bias"),
+        ("infinite,bias=0.5", "policy infinite has no setting 'bias=0.5'"),
     ],
 )
 def test_what_no_policy_is_is_refused(text: str, words: str) -> None:
