@@ -29,18 +29,18 @@ import torch
 from torch import Tensor
 
 from bench.endless import resident_bytes
-from bench.policy_pictures import SHEET, contact_sheet, draw
+from bench.policy_pictures import SHEET, contact_sheet, draw, seen_by_chunks
 from bench.report import now, write
 from bench.rollout import hardware
 from selfforcing_core.codecs.taehv import StreamingDecoder
 from selfforcing_core.conditioning import Conditioning
-from selfforcing_core.config import CausalConfig, StepConfig, WanConfig
+from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.geometry import pixel_frames
 from selfforcing_core.guided import Guided, new_caches
 from selfforcing_core.noise import SeededNoise
 from selfforcing_core.policy import POLICIES
 from selfforcing_core.rollout import Chunk, rollout
-from selfforcing_core.roofline.policy_bytes import held_bytes, planned_bytes
+from selfforcing_core.roofline.policy_bytes import held_bytes
 from selfforcing_core.weights.load import load_model, load_taehv, load_text_encoder
 from train.tiny.data import LATENT_FRAMES
 from train.tiny.evaluate import Videos, choose_captions, pair_differences, real_videos
@@ -55,14 +55,16 @@ SIDE, CHANNELS = 8, 16  # of the tiny model's latents
 SIZES = ((3, 9, 3), (3, 9, 0), (3, 9, 1), (1, 9, 3), (3, 12, 3), (3, 15, 3))
 
 
-def sizes_for(name: str, config: WanConfig, steps: StepConfig) -> CausalConfig:
-    """Return the first of SIZES that a policy runs with in these steps. Raises its own ValueError if there is none."""
+def sizes_for(name: str) -> CausalConfig:
+    """Return the first of SIZES that a policy runs with in as many steps as the model has.
+
+    Raises its own ValueError if there is none.
+    """
     refusal = ValueError(f"policy {name} takes none of {SIZES}")
     for chunk, window, sink in SIZES:
         try:
             causal = CausalConfig(chunk, window, sink, policy=name)
-            # some refuse only when they begin
-            planned_bytes(config, causal, (12 * chunk, CHANNELS, SIDE, SIDE), steps=steps)
+            seen_by_chunks(causal, 1)  # some refuse only when they begin
         except ValueError as error:
             refusal = error
         else:
@@ -168,7 +170,7 @@ def measure(maker: Maker, names: list[str], captions: int, times: int) -> tuple[
     diversity = pair_differences(real)
     rows, firsts = {}, {}
     for name in names:
-        causal = sizes_for(name, maker.model.config, maker.steps)
+        causal = sizes_for(name)
         videos = maker.frames(causal, texts, times * LATENT_FRAMES)
         spent = cost(maker, causal, max(4, times * LATENT_FRAMES // causal.chunk))
         spent = {key: spent[key] for key in ("cpu_seconds_per_chunk", "cache_bytes")}
@@ -183,7 +185,7 @@ def endure(maker: Maker, names: list[str], chunks: int) -> dict[str, Any]:
     """Return for each policy whether so many chunks cost what the first ones did."""
     rows = {}
     for name in names:
-        causal = sizes_for(name, maker.model.config, maker.steps)
+        causal = sizes_for(name)
         steps = maker.steps if causal.policy == "rolling-forcing" else replace(maker.steps, steps=(1000.0,))
         rows[name] = {**_sizes(causal), **cost(maker, causal, chunks, steps=steps)}
         print(name, rows[name], flush=True)
@@ -245,10 +247,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--docs", action="store_true", help="write table and contact sheet into docs/")
     parser.add_argument("--out", type=Path, help="file to write")
     args = parser.parse_args(arguments)
-    maker = Maker()
+    torch.set_num_threads(1)
     if args.pictures:
-        draw({name: sizes_for(name, maker.model.config, maker.steps) for name in args.policies})
+        draw({name: sizes_for(name) for name in args.policies})
         return
+    maker = Maker()
     if args.chunks:
         print(write(endure(maker, args.policies, args.chunks), args.out))
         return

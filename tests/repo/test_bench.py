@@ -12,7 +12,8 @@ import torch
 from bench import rollout as bench
 from bench.needs import needs
 from bench.policies import Maker, endure, measure, sizes_for, table
-from bench.policy_pictures import COLOURS, contact_sheet, picture, seen_by_chunks
+from bench.policy_pictures import COLOURS, FOLDER, MARK_WORDS, contact_sheet, picture, seen_by_chunks
+from selfforcing_core.chosen_memory import CHOSEN
 from selfforcing_core.config import NETWORK_SIZES, CausalConfig, WanConfig
 from selfforcing_core.memory import AVERAGE
 from selfforcing_core.policy import POLICIES
@@ -80,6 +81,45 @@ def test_policies_are_drawn_from_the_cache_itself() -> None:
     ElementTree.fromstring(drawn)
 
 
+def test_a_picture_shows_what_is_no_plain_window() -> None:
+    """Joint passes with their frames, a bank, what the device chose, pinned shots, and a window's first picture."""
+    joint = seen_by_chunks(CausalConfig(3, 15, 3, policy="rolling-forcing"), 7)[-1]
+    assert joint.frames == range(18, 21)
+    assert [frame for frame, _ in joint.slots] == [0, 1, 2, *range(18, 30)], "nothing that is hidden from the pass"
+    assert joint.num_joint == 9
+    chosen = seen_by_chunks(CausalConfig(1, 9, 3, policy="sdv2"), 11)[-1]
+    assert [frame for frame, _ in chosen.slots] == [CHOSEN] * 8 + [10]
+    assert [row.num_banked for row in seen_by_chunks(CausalConfig(3, 9, 3, policy="memflow"), 8)][::3] == [0, 1, 2]
+    shot = seen_by_chunks(CausalConfig(3, 9, 3, policy="longlive2"))[-1]
+    assert shot.slots[3:6] == ((15, 23), (16, 24), (17, 25))
+    assert shot.pinned == range(15, 18)
+    drawn = picture("krea", CausalConfig(3, 9, 0, policy="krea"))
+    assert drawn.count(COLOURS["first"]) == 6 + 1, "in every chunk behind the first window, and in the legend"
+
+
+def test_a_picture_marks_what_was_written_under_the_next_prompt() -> None:
+    """Chunk by chunk with the sink, in one pass without it, with a sink that moves, or nothing."""
+    expected = {
+        "self-forcing": {0, 1, 2, *range(9, 15)},
+        "longlive": {*range(9, 15)},
+        "longlive-interactive": {*range(6, 15)},
+        "infinite": set(),
+    }
+    for name, frames in expected.items():
+        causal = CausalConfig(3, 9, 3, policy=name)
+        assert seen_by_chunks(causal)[-1].rewritten == frames, name
+        assert (MARK_WORDS in picture(name, causal)) == bool(frames)
+
+
+def test_the_pictures_in_the_documents_are_those_of_the_code() -> None:
+    assert {file.stem for file in FOLDER.iterdir()} == set(POLICIES)
+    for name in POLICIES:
+        drawn = picture(name, sizes_for(name))
+        message = f"{name}: draw it again, python -m bench.policies --pictures"
+        assert (FOLDER / f"{name}.svg").read_text(encoding="utf-8") == drawn, message
+        ElementTree.fromstring(drawn)
+
+
 def test_every_policy_is_measured_in_a_size_that_it_takes(tmp_path: Path) -> None:
     """The short form of the long commands: finite, of equal size, and a row of the table for each."""
     maker = Maker()
@@ -92,4 +132,4 @@ def test_every_policy_is_measured_in_a_size_that_it_takes(tmp_path: Path) -> Non
     assert "| `infinite` | 3, 9, 3 |" in table(report, "bench/results/x.json")
     contact_sheet(videos, tmp_path / "sheet.webp")
     assert (tmp_path / "sheet.webp").stat().st_size < 10**6
-    assert all(sizes_for(name, maker.model.config, maker.steps).policy == name for name in POLICIES)
+    assert all(sizes_for(name).policy == name for name in POLICIES)
