@@ -25,6 +25,7 @@ from selfforcing_core.memory import AVERAGE
 from selfforcing_core.noise import SeededNoise
 from selfforcing_core.policy import POLICIES, RECACHE, RECODE, SELF_FORCING, cache_policy
 from selfforcing_core.rollout import rollout
+from selfforcing_core.schedule import FlowSchedule
 from tests.support.tiny_wan import CONFIG, FRAME, random_text, random_wan
 
 SMALL = replace(CONFIG, num_layers=2)
@@ -367,6 +368,43 @@ def test_9_one_chunk_at_a_time_is_the_baseline_with_one_step(chunk: int, chunks:
     steps, causal = StepConfig((1000.0,)), CausalConfig(chunk, -1, policy="rolling-forcing")
     expected = run(CausalConfig(chunk), chunk * chunks, steps=steps)[0]
     torch.testing.assert_close(run(causal, chunk * chunks, steps=steps)[0], expected, atol=1e-6, rtol=0)
+
+
+@needs("rolling-forcing")
+@settings(max_examples=5, deadline=None)
+@given(chunk=st.integers(1, 2), count=st.integers(1, 4), sink=st.integers(0, 2), room=st.integers(0, 2))
+def test_9_every_chunk_takes_the_steps_of_the_list(chunk: int, count: int, sink: int, room: int) -> None:
+    """Once each and in their order, whatever is denoised beside it."""
+    steps = StepConfig(tuple(1000.0 - 100 * step for step in range(count)))
+    causal = CausalConfig(chunk, count * chunk + sink + room, sink, policy="rolling-forcing")
+    taken: dict[int, list[float]] = {}
+    (cache,) = new_caches(MODEL, TEXT, 1, ((count + 3) * chunk, *FRAME), causal)
+    network = Watched(taken)
+    with torch.no_grad():
+        shape = ((count + 3) * chunk, *FRAME)
+        guided = Guided(network, TEXT, caches=[cache])
+        for _ in rollout(guided, noise=SeededNoise(4), latent_shape=shape, causal=causal, steps=steps):
+            pass
+    schedule = FlowSchedule(steps).timesteps
+    assert taken == {frame: pytest.approx(list(schedule)) for frame in range(shape[0])}
+
+
+class Watched:
+    """The network, with the timesteps of every frame's passes noted but for those that write a clean chunk."""
+
+    def __init__(self, taken: dict[int, list[float]]) -> None:
+        self.taken = taken
+
+    def __call__(
+        self, x_BTCHW: Tensor, timesteps_BT: Tensor, *rest: Any, start_frame: int = 0, **options: Any
+    ) -> Tensor:
+        for frame, timestep in enumerate(timesteps_BT[0].tolist(), start_frame):
+            if timestep > 0:
+                self.taken.setdefault(frame, []).append(timestep)
+        return MODEL(x_BTCHW, timesteps_BT, *rest, start_frame=start_frame, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(MODEL, name)
 
 
 @needs("krea-bias")
