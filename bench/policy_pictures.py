@@ -268,4 +268,5 @@ def contact_sheet(videos: Mapping[str, Tensor], file: Path = SHEET, *, columns: 
             pixels = (frame_RHW.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
             small = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
             sheet.paste(small, (label + column * (side + 3), y))
-    sheet.save(file, quality=80, method=6)
+    with replacing(file) as part:
+        sheet.save(part, format=file.suffix[1:], quality=80, method=6)
