@@ -410,6 +410,26 @@ def test_frames_at_published_sizes_lie_where_they_were_recorded(preset: str) -> 
     assert compared > 8
 
 
+TABLES_B = FOLDER / "policy_tables_b.json"
+
+
+@pytest.mark.skipif(not TABLES_B.is_file(), reason="the recorded tables are not in the folder of fixtures")
+@pytest.mark.parametrize(("preset", "policy"), [("longlive2", "longlive2"), ("flashdreams_long", "flashdreams")])
+def test_frames_of_the_second_table_lie_where_they_were_recorded(preset: str, policy: str) -> None:
+    """Shots that are cut at published sizes, and a large rebased sink."""
+    table = json.loads(TABLES_B.read_text(encoding="utf-8"))[preset]
+    sizes = table["pipeline"]
+    chunk = sizes["num_frame_per_block"]
+    cache = ring(CausalConfig(chunk, sizes["window"], sizes["sink"], policy=policy))
+    for row in table["rows"]:
+        first, query = row["frames"][0], row["query_pos"][0]
+        if row["chunk"] in table.get("cut_at_chunk", ()):
+            cache.begin_shot(first)
+        cache.stage(first, chunk)
+        recorded = {(position - query, frame) for position, frame in zip(row["key_pos"], row["key_frame"])}
+        assert seen(cache) == recorded, f"chunk {row['chunk']}"
+
+
 def _recache(cache: KVCache, causal: CausalConfig, end_frame: int, *, moves_sink: bool) -> None:
     """Stage what History.write_jointly stages."""
     if end_frame <= causal.window:
