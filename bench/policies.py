@@ -3,11 +3,13 @@
     python -m bench.policies --out bench/results/policies-cpu-1thread.json --docs
     python -m bench.policies --chunks 2000 --out bench/results/policies-2000-chunks.json
     python -m bench.policies --pictures
+    python -m bench.policies --costs --out bench/results/policy-costs.json --docs
 
 The first makes videos of 16 times the training length with the bundled tiny model, which was trained for none of the
 policies, and reads them back with the detector of its world. The second makes 2,000 chunks in one denoising step each,
 since their number changes nothing here, and says whether time and memory stay flat and all numbers finite. The third
-draws which frames a chunk sees, from the cache itself. Policies are those of selfforcing_core/policy.py.
+draws which frames a chunk sees, from the cache itself. The fourth counts passes and plans bytes. Policies are those of
+selfforcing_core/policy.py.
 
 Letters: B batch, T latent frames, C latent channels, V video frames, R RGB, H W height and width.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -29,18 +32,20 @@ import torch
 from torch import Tensor
 
 from bench.endless import resident_bytes
-from bench.policy_pictures import SHEET, contact_sheet, draw
+from bench.policy_costs import costs, costs_table
+from bench.policy_pictures import SHEET, contact_sheet, draw, seen_by_chunks
 from bench.report import now, write
 from bench.rollout import hardware
+from selfforcing_core.atomic import replacing
 from selfforcing_core.codecs.taehv import StreamingDecoder
 from selfforcing_core.conditioning import Conditioning
-from selfforcing_core.config import CausalConfig, StepConfig, WanConfig
+from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.geometry import pixel_frames
 from selfforcing_core.guided import Guided, new_caches
 from selfforcing_core.noise import SeededNoise
 from selfforcing_core.policy import POLICIES
 from selfforcing_core.rollout import Chunk, rollout
-from selfforcing_core.roofline.policy_bytes import held_bytes, planned_bytes
+from selfforcing_core.roofline.policy_bytes import held_bytes
 from selfforcing_core.weights.load import load_model, load_taehv, load_text_encoder
 from train.tiny.data import LATENT_FRAMES
 from train.tiny.evaluate import Videos, choose_captions, pair_differences, real_videos
@@ -49,20 +54,23 @@ from train.tiny.world import Detection, detect, named_scene
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "policies.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+COSTS = ("<!-- costs: begin -->", "<!-- costs: end -->")
 TIMES, SEED = 16, 11  # training lengths of a video
 SIDE, CHANNELS = 8, 16  # of the tiny model's latents
 # Chunk, window and sink: the first that a policy takes. All but the last two are the training length.
 SIZES = ((3, 9, 3), (3, 9, 0), (3, 9, 1), (1, 9, 3), (3, 12, 3), (3, 15, 3))
 
 
-def sizes_for(name: str, config: WanConfig, steps: StepConfig) -> CausalConfig:
-    """Return the first of SIZES that a policy runs with in these steps. Raises its own ValueError if there is none."""
+def sizes_for(name: str) -> CausalConfig:
+    """Return the first of SIZES that a policy runs with in as many steps as the model has.
+
+    Raises its own ValueError if there is none.
+    """
     refusal = ValueError(f"policy {name} takes none of {SIZES}")
     for chunk, window, sink in SIZES:
         try:
             causal = CausalConfig(chunk, window, sink, policy=name)
-            # some refuse only when they begin
-            planned_bytes(config, causal, (12 * chunk, CHANNELS, SIDE, SIDE), steps=steps)
+            seen_by_chunks(causal, 1)  # some refuse only when they begin
         except ValueError as error:
             refusal = error
         else:
@@ -168,7 +176,7 @@ def measure(maker: Maker, names: list[str], captions: int, times: int) -> tuple[
     diversity = pair_differences(real)
     rows, firsts = {}, {}
     for name in names:
-        causal = sizes_for(name, maker.model.config, maker.steps)
+        causal = sizes_for(name)
         videos = maker.frames(causal, texts, times * LATENT_FRAMES)
         spent = cost(maker, causal, max(4, times * LATENT_FRAMES // causal.chunk))
         spent = {key: spent[key] for key in ("cpu_seconds_per_chunk", "cache_bytes")}
@@ -183,7 +191,7 @@ def endure(maker: Maker, names: list[str], chunks: int) -> dict[str, Any]:
     """Return for each policy whether so many chunks cost what the first ones did."""
     rows = {}
     for name in names:
-        causal = sizes_for(name, maker.model.config, maker.steps)
+        causal = sizes_for(name)
         steps = maker.steps if causal.policy == "rolling-forcing" else replace(maker.steps, steps=(1000.0,))
         rows[name] = {**_sizes(causal), **cost(maker, causal, chunks, steps=steps)}
         print(name, rows[name], flush=True)
@@ -194,15 +202,15 @@ def _sizes(causal: CausalConfig) -> dict[str, int]:
     return {"chunk": causal.chunk, "window": causal.window, "sink": causal.sink}
 
 
-def _circumstances() -> dict[str, Any]:
+def _circumstances(model: str = "tiny") -> dict[str, Any]:
     command = " ".join(["python", "-m", "bench.policies", *sys.argv[1:]])
-    return {"model": "tiny", "threads": 1, "hardware": hardware(), "command": command, "date": now()}
+    return {"model": model, "threads": 1, "hardware": hardware(), "command": command, "date": now()}
 
 
-def table(report: dict[str, Any], source: str) -> str:
+def table(report: dict[str, Any], source: Path) -> str:
     """Return the section of the page that a report fills."""
     times, number = report["times_the_training_length"], report["videos"]
-    where = f"[{Path(source).name}](../{source}), `{report['command']}`"
+    where = f"{link_to(source)}, `{report['command']}`"
     lines = [
         f"{number} videos of {times} times the training length by the bundled tiny model, trained for none of these,",
         f"read back with the detector of its world ({where}).",
@@ -211,6 +219,8 @@ def table(report: dict[str, Any], source: str) -> str:
         "(0 to 1); diversity: how far two videos of a caption are apart at the end, 1 as real ones. Seconds of one CPU",
         "thread a chunk, without the decoder; megabytes of the cache, in float32. With so few videos, shares a tenth",
         "apart may be chance. Policies that differ at a change of the prompt alone make the same videos here.",
+        "`krea` and `krea-bias` run without an autoencoder in the rollout, that is, as with `keeps_first=yes`: no",
+        "picture of the window is encoded anew, neither in their videos nor in their seconds.",
         "",
         "| policy | chunk, window, sink | colour | at the end | shape | at the end | background | drift | diversity | "
         "s a chunk | MB |",
@@ -227,11 +237,23 @@ def table(report: dict[str, Any], source: str) -> str:
     return "\n".join(lines)
 
 
-def update_page(text: str) -> None:
-    """Put a section between the marks of docs/policies.md."""
-    page = PAGE.read_text(encoding="utf-8")
-    before, after = page.split(BEGIN)[0], page.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+def update_page(text: str, marks: tuple[str, str] = (BEGIN, END), page: Path = PAGE) -> None:
+    """Put a section between two marks of a page. Raises ValueError unless it has each of them once, in this order."""
+    whole = page.read_text(encoding="utf-8")
+    begin, end = marks
+    if whole.count(begin) != 1 or whole.count(end) != 1 or whole.index(begin) > whole.index(end):
+        raise ValueError(f"{page.name} lacks the marks {begin} and {end}, once each; put them where the table belongs")
+    before, after = whole.split(begin)[0], whole.split(end)[1]
+    with replacing(page) as file:
+        file.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def link_to(source: Path, page: Path = PAGE) -> str:
+    """Return a link from a page to a file. Raises ValueError for one outside of the repository."""
+    file = source.resolve()
+    if not file.is_relative_to(ROOT):
+        raise ValueError(f"{source} is outside of {ROOT}, where no page can link it; use a file in bench/results")
+    return f"[{file.name}]({Path(os.path.relpath(file, page.parent)).as_posix()})"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -242,23 +264,32 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--times", type=int, default=TIMES, help="training lengths of a video")
     parser.add_argument("--chunks", type=int, help="instead: whether so many cost what the first did")
     parser.add_argument("--pictures", action="store_true", help="instead: draw which frames a chunk sees")
+    parser.add_argument("--costs", action="store_true", help="instead: passes of a chunk, bytes of the 1.3B network")
     parser.add_argument("--docs", action="store_true", help="write table and contact sheet into docs/")
     parser.add_argument("--out", type=Path, help="file to write")
     args = parser.parse_args(arguments)
-    maker = Maker()
-    if args.pictures:
-        draw({name: sizes_for(name, maker.model.config, maker.steps) for name in args.policies})
+    if args.docs:  # before hours of measuring
+        if args.out is None:
+            parser.error("--docs links the file of the numbers; name it with --out")
+        link_to(args.out)
+    torch.set_num_threads(1)
+    if args.costs:
+        text = write({"policies": costs(args.policies), **_circumstances("t2v-1.3b, planned")}, args.out)
+        if args.docs:
+            update_page(costs_table(json.loads(text), link_to(args.out)), COSTS)
         return
+    if args.pictures:
+        draw({name: sizes_for(name) for name in args.policies})
+        return
+    maker = Maker()
     if args.chunks:
         print(write(endure(maker, args.policies, args.chunks), args.out))
         return
     report, videos = measure(maker, args.policies, args.captions, args.times)
     text = write(report, args.out)
     if args.docs:
-        if args.out is None:
-            parser.error("--docs links the file of the numbers; name it with --out")
         contact_sheet(videos)
-        update_page(table(json.loads(text), str(args.out)))
+        update_page(table(json.loads(text), args.out))
 
 
 if __name__ == "__main__":

@@ -141,7 +141,8 @@ class MovingSink(Memory):
     def advance(self, evicted: Evicted, window_start: int) -> None:
         cache, count = self.cache, self.cache.sink
         place = window_start - cache.head  # where the first frame of the sink comes to stand
-        is_moved = count > 0 and cache.slot_frames[0] >= 0 and place != cache.slot_positions[0]
+        # written again piece by piece, a sink is not whole when the first of it is there
+        is_moved = count > 0 and cache.slot_frames[count - 1] >= 0 and place != cache.slot_positions[0]
         if not (is_moved or (evicted and self.average is not None)):
             return
         if not self.tensors:

@@ -21,9 +21,11 @@ from selfforcing_core.config import CausalConfig, StepConfig
 from selfforcing_core.guided import Guided, new_caches
 from selfforcing_core.history import PromptChange
 from selfforcing_core.kv_cache import KVCache
+from selfforcing_core.memory import AVERAGE
 from selfforcing_core.noise import SeededNoise
 from selfforcing_core.policy import POLICIES, RECACHE, RECODE, SELF_FORCING, cache_policy
 from selfforcing_core.rollout import rollout
+from selfforcing_core.schedule import FlowSchedule
 from tests.support.tiny_wan import CONFIG, FRAME, random_text, random_wan
 
 SMALL = replace(CONFIG, num_layers=2)
@@ -162,6 +164,130 @@ def test_4_a_replayed_window_walks_to_and_fro(chunk: int, periods: int, chunks: 
         assert frame == (place if not is_replayed else inside if lap % 2 == 0 else period - 1 - inside)
 
 
+@settings(max_examples=15, deadline=None)
+@given(chunks=st.integers(1, 14), **sizes)
+def test_4_averages_stand_between_the_sink_and_the_window(chunks: int, chunk: int, sink: int, room: int) -> None:
+    """MemRoPE: two places of the window are theirs once a frame has left it."""
+    causal = CausalConfig(chunk, sink + 2 + chunk + room, sink, policy="memrope")
+    cache, end = ring(causal), chunks * chunk
+    for index in range(chunks):
+        cache.stage(index * chunk, chunk)
+        for layer in range(SMALL.num_layers):
+            cache.write(layer, *[torch.ones(1, chunk, SMALL.num_heads, SMALL.head_dim, dtype=torch.float64)] * 2)
+    if end <= causal.window - 2:
+        assert [frame for frame, _ in places(cache)] == [*range(end)]
+        return
+    num_recent = causal.window - sink - 2
+    recent = [*range(end - num_recent, end)]
+    held = places(cache)
+    assert [frame for frame, _ in held][-num_recent:] == recent
+    if cache.memory is not None and cache.memory.tensors and end > causal.window:
+        assert [frame for frame, _ in held] == [*range(sink), AVERAGE, AVERAGE, *recent]
+        assert [place for _, place in held] == [*range(end - causal.window, end)]
+
+
+@settings(max_examples=15, deadline=None)
+@given(chunks=st.integers(2, 14), bank=st.integers(1, 4), every=st.integers(1, 4), **sizes)
+def test_4_a_bank_lies_beside_sink_and_window(
+    chunks: int, bank: int, every: int, chunk: int, sink: int, room: int
+) -> None:
+    """MemFlow: the first frame of every so many chunks, up to the bank's size; the window is a plain one."""
+    window = sink + chunk + room
+    policy = cache_policy(f"memflow,bank={bank},record_every={every}")
+    cache = KVCache(SMALL, batch=1, tokens_per_frame=1, capacity=window + bank, sink=sink, dtype=torch.float64)
+    cache.follow(policy, (1, 1))
+    shape = (1, chunk, SMALL.num_heads, SMALL.head_dim)
+    for index in range(chunks):
+        cache.stage(index * chunk, chunk)
+        for layer in range(SMALL.num_layers):
+            cache.write(layer, *[torch.full(shape, float(index), dtype=torch.float64)] * 2)
+            assert cache.memory is not None
+            cache.memory.read_text(layer, torch.ones(1, 1, SMALL.num_heads, SMALL.head_dim))
+    end = chunks * chunk
+    start = max(sink, end - (window - sink))
+    assert [frame for frame, _ in places(cache)] == [*range(min(sink, end)), *range(start, end)]
+    entered = [*range(0, chunks - 1, every)]  # the latest chunk is not final
+    first, bank_end = cache._bank()
+    assert bank_end - first == min(bank, len(entered))
+    # keys of a later chunk answer more to this text, so that the latest stay
+    assert cache.v[0, 0, first:bank_end, 0, 0].tolist() == entered[-bank:]
+
+
+@settings(max_examples=15, deadline=None)
+@given(chunks=st.integers(1, 14), cut=st.integers(1, 14), chunk=st.integers(1, 3), room=st.integers(0, 4))
+def test_4_a_shots_first_frames_stay_beside_the_sink(chunks: int, cut: int, chunk: int, room: int) -> None:
+    """LongLive 2: as many as the sink has, from the chunk behind the cut until the next one; all farther on."""
+    sink = chunk
+    causal = CausalConfig(chunk, 2 * sink + chunk + room, sink, policy="longlive2")
+    cache = ring(causal)
+    for index in range(chunks):
+        if index == cut:
+            cache.begin_shot(index * chunk)
+        cache.stage(index * chunk, chunk)
+    end = chunks * chunk
+    pinned = [*range(cut * chunk, cut * chunk + sink)] if cut < chunks - 1 else []
+    shown = {*range(min(sink, end)), *pinned}
+    for frame in range(end - 1, -1, -1):  # the others are the latest
+        shown |= {frame} if len(shown) < causal.window else set()
+    held = places(cache)
+    assert {frame for frame, _ in held} == shown
+    assert all(place == frame + 8 * (frame >= cut * chunk) for frame, place in held)
+
+
+@settings(max_examples=6, deadline=None)
+@given(chunk=st.integers(1, 2), count=st.integers(1, 3), sink=st.integers(0, 2), room=st.integers(0, 2))
+def test_4_a_joint_pass_sees_the_sink_right_before_the_last_frames(
+    chunk: int, count: int, sink: int, room: int
+) -> None:
+    """Rolling Forcing: sink and last frames, as many as the window has beside the frames of the pass itself."""
+    steps = StepConfig(tuple(1000.0 - 100 * step for step in range(count)))
+    causal = CausalConfig(chunk, count * chunk + sink + room, sink, policy="rolling-forcing")
+    for frames, slots in joint_passes(causal, steps, chunks=count + 5):
+        start, before = frames.start, causal.window - sink - len(frames)
+        first = max(sink, start - before)
+        head = [*range(min(sink, start))]
+        assert [frame for frame, _ in slots] == [*head, *range(first, start)]
+        moved = first - sink if start > sink else 0
+        assert [place for _, place in slots] == [*(frame + moved for frame in head), *range(first, start)]
+
+
+def joint_passes(
+    causal: CausalConfig, steps: StepConfig, *, chunks: int
+) -> list[tuple[range, list[tuple[int, float]]]]:
+    """Return the frames of each joint pass of a video, and frame and place of what it sees besides them."""
+    (cache,) = new_caches(MODEL, TEXT, 1, (chunks * causal.chunk, *FRAME), causal)
+    passes, stage = [], cache.stage
+
+    def watched(start_frame: int, num_frames: int, *, writes: bool = True) -> None:
+        stage(start_frame, num_frames, writes=writes)
+        if writes:
+            return
+        tokens = cache.tokens_per_frame
+        hidden = {slot for _, at, length in cache._hidden for slot in range(at // tokens, (at + length) // tokens)}
+        slots = [slot for slot in range(cache._num_visible() // tokens) if slot not in hidden]
+        seen = sorted(((cache.slot_frames[slot], cache.slot_positions[slot]) for slot in slots), key=lambda s: s[1])
+        passes.append((range(start_frame, start_frame + num_frames), seen))
+
+    cache.stage = watched  # type: ignore[method-assign]
+    with torch.no_grad():
+        shape = (chunks * causal.chunk, *FRAME)
+        guided = Guided(MODEL, TEXT, caches=[cache])
+        for _ in rollout(guided, noise=SeededNoise(4), latent_shape=shape, causal=causal, steps=steps):
+            pass
+    return passes
+
+
+@settings(max_examples=5, deadline=None)
+@given(chunk=st.integers(1, 3), periods=st.integers(2, 3), chunks=st.integers(2, 6))
+def test_4_a_window_computed_again_is_the_last_frames(chunk: int, periods: int, chunks: int) -> None:
+    """Krea: as many as the window has beside the chunk, and no sink."""
+    causal = CausalConfig(chunk, chunk * periods, policy="krea")
+    _, cache = run(causal, (chunks + 1) * chunk)
+    end = (chunks + 1) * chunk
+    start = max(0, end - causal.window)
+    assert places(cache) == [(frame, float(frame)) for frame in range(start, end)]
+
+
 # ------------------------------------------------- what is kept (5 to 7) --------
 @settings(max_examples=20, deadline=None)
 @given(share=st.floats(0, 1), chunk=st.integers(1, 3), windows=st.integers(2, 4), evictions=st.integers(0, 9))
@@ -242,6 +368,43 @@ def test_9_one_chunk_at_a_time_is_the_baseline_with_one_step(chunk: int, chunks:
     steps, causal = StepConfig((1000.0,)), CausalConfig(chunk, -1, policy="rolling-forcing")
     expected = run(CausalConfig(chunk), chunk * chunks, steps=steps)[0]
     torch.testing.assert_close(run(causal, chunk * chunks, steps=steps)[0], expected, atol=1e-6, rtol=0)
+
+
+@needs("rolling-forcing")
+@settings(max_examples=5, deadline=None)
+@given(chunk=st.integers(1, 2), count=st.integers(1, 4), sink=st.integers(0, 2), room=st.integers(0, 2))
+def test_9_every_chunk_takes_the_steps_of_the_list(chunk: int, count: int, sink: int, room: int) -> None:
+    """Once each and in their order, whatever is denoised beside it."""
+    steps = StepConfig(tuple(1000.0 - 100 * step for step in range(count)))
+    causal = CausalConfig(chunk, count * chunk + sink + room, sink, policy="rolling-forcing")
+    taken: dict[int, list[float]] = {}
+    (cache,) = new_caches(MODEL, TEXT, 1, ((count + 3) * chunk, *FRAME), causal)
+    network = Watched(taken)
+    with torch.no_grad():
+        shape = ((count + 3) * chunk, *FRAME)
+        guided = Guided(network, TEXT, caches=[cache])
+        for _ in rollout(guided, noise=SeededNoise(4), latent_shape=shape, causal=causal, steps=steps):
+            pass
+    schedule = FlowSchedule(steps).timesteps
+    assert taken == {frame: pytest.approx(list(schedule)) for frame in range(shape[0])}
+
+
+class Watched:
+    """The network, with the timesteps of every frame's passes noted but for those that write a clean chunk."""
+
+    def __init__(self, taken: dict[int, list[float]]) -> None:
+        self.taken = taken
+
+    def __call__(
+        self, x_BTCHW: Tensor, timesteps_BT: Tensor, *rest: Any, start_frame: int = 0, **options: Any
+    ) -> Tensor:
+        for frame, timestep in enumerate(timesteps_BT[0].tolist(), start_frame):
+            if timestep > 0:
+                self.taken.setdefault(frame, []).append(timestep)
+        return MODEL(x_BTCHW, timesteps_BT, *rest, start_frame=start_frame, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(MODEL, name)
 
 
 @needs("krea-bias")

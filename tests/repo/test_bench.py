@@ -11,8 +11,10 @@ import torch
 
 from bench import rollout as bench
 from bench.needs import needs
-from bench.policies import Maker, endure, measure, sizes_for, table
-from bench.policy_pictures import COLOURS, contact_sheet, picture, seen_by_chunks
+from bench.policies import ROOT, Maker, endure, link_to, measure, sizes_for, table, update_page
+from bench.policy_costs import FOUR, PUBLISHED, costs_table, passes
+from bench.policy_pictures import COLOURS, FOLDER, MARK_WORDS, contact_sheet, picture, seen_by_chunks
+from selfforcing_core.chosen_memory import CHOSEN
 from selfforcing_core.config import NETWORK_SIZES, CausalConfig, WanConfig
 from selfforcing_core.memory import AVERAGE
 from selfforcing_core.policy import POLICIES
@@ -80,6 +82,75 @@ def test_policies_are_drawn_from_the_cache_itself() -> None:
     ElementTree.fromstring(drawn)
 
 
+def test_a_picture_shows_what_is_no_plain_window() -> None:
+    """Joint passes with their frames, a bank, what the device chose, pinned shots, and a window's first picture."""
+    joint = seen_by_chunks(CausalConfig(3, 15, 3, policy="rolling-forcing"), 7)[-1]
+    assert joint.frames == range(18, 21)
+    assert [frame for frame, _ in joint.slots] == [0, 1, 2, *range(18, 30)], "nothing that is hidden from the pass"
+    assert joint.num_joint == 9
+    chosen = seen_by_chunks(CausalConfig(1, 9, 3, policy="sdv2"), 11)[-1]
+    assert [frame for frame, _ in chosen.slots] == [CHOSEN] * 8 + [10]
+    assert [row.num_banked for row in seen_by_chunks(CausalConfig(3, 9, 3, policy="memflow"), 8)][::3] == [0, 1, 2]
+    shot = seen_by_chunks(CausalConfig(3, 9, 3, policy="longlive2"))[-1]
+    assert shot.slots[3:6] == ((15, 23), (16, 24), (17, 25))
+    assert shot.pinned == range(15, 18)
+    drawn = picture("krea", CausalConfig(3, 9, 0, policy="krea"))
+    assert drawn.count(COLOURS["first"]) == 6 + 1, "in every chunk behind the first window, and in the legend"
+
+
+def test_a_picture_marks_what_was_written_under_the_next_prompt() -> None:
+    """Chunk by chunk with the sink, in one pass without it, with a sink that moves, or nothing."""
+    expected = {
+        "self-forcing": {0, 1, 2, *range(9, 15)},
+        "longlive": {*range(9, 15)},
+        "longlive-interactive": {*range(6, 15)},
+        "infinite": set(),
+    }
+    for name, frames in expected.items():
+        causal = CausalConfig(3, 9, 3, policy=name)
+        assert seen_by_chunks(causal)[-1].rewritten == frames, name
+        assert (MARK_WORDS in picture(name, causal)) == bool(frames)
+
+
+def test_the_pictures_in_the_documents_are_those_of_the_code() -> None:
+    assert {file.stem for file in FOLDER.iterdir()} == set(POLICIES)
+    for name in POLICIES:
+        drawn = picture(name, sizes_for(name))
+        message = f"{name}: draw it again, python -m bench.policies --pictures"
+        assert (FOLDER / f"{name}.svg").read_text(encoding="utf-8") == drawn, message
+        ElementTree.fromstring(drawn)
+
+
+def test_passes_of_a_chunk_are_counted_in_the_rollout() -> None:
+    """Four steps and the pass that writes; a joint pass goes over all chunks on the way."""
+    plain = [3] * 5
+    assert passes(CausalConfig(3, 9, 3), FOUR) == (plain, [3] * 3)
+    assert passes(CausalConfig(3, 9, 3, policy="longlive"), FOUR) == (plain, [6])
+    assert passes(CausalConfig(3, 9, 3, policy="longlive-interactive"), FOUR) == (plain, [9])
+    assert passes(CausalConfig(3, 15, 3, policy="rolling-forcing"), FOUR) == ([3, 12], [])
+    assert passes(CausalConfig(3, 9, policy="krea"), FOUR) == ([3] * 6, []), "two chunks before it are written again"
+    assert set(PUBLISHED) == set(POLICIES)
+
+
+def test_the_costs_in_the_document_are_those_of_the_result_file() -> None:
+    file = ROOT / "bench" / "results" / "policy-costs.json"
+    report = json.loads(file.read_text(encoding="utf-8"))
+    assert set(report["policies"]) == set(POLICIES)
+    assert costs_table(report, link_to(file)) in (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
+
+
+def test_a_section_of_a_page_needs_its_marks_and_a_link_a_file_of_the_repository(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("a\n[old]\nb\n", encoding="utf-8")
+    update_page("new", ("[", "]"), page)
+    assert page.read_text(encoding="utf-8") == "a\n[\nnew\n]\nb\n"
+    with pytest.raises(ValueError, match=r"page\.md lacks the marks <begin> and <end>"):
+        update_page("new", ("<begin>", "<end>"), page)
+    assert link_to(ROOT / "bench" / "results" / "x.json") == "[x.json](../bench/results/x.json)"
+    with pytest.raises(ValueError, match="is outside of"):
+        link_to(tmp_path / "x.json")
+
+
 def test_every_policy_is_measured_in_a_size_that_it_takes(tmp_path: Path) -> None:
     """The short form of the long commands: finite, of equal size, and a row of the table for each."""
     maker = Maker()
@@ -89,7 +160,7 @@ def test_every_policy_is_measured_in_a_size_that_it_takes(tmp_path: Path) -> Non
         assert row["bytes_grow"] == 0, name
     report, videos = measure(maker, ["infinite"], 1, 2)
     assert 0 <= report["policies"]["infinite"]["last_colour"] <= 1
-    assert "| `infinite` | 3, 9, 3 |" in table(report, "bench/results/x.json")
+    assert "| `infinite` | 3, 9, 3 |" in table(report, Path("bench/results/x.json"))
     contact_sheet(videos, tmp_path / "sheet.webp")
     assert (tmp_path / "sheet.webp").stat().st_size < 10**6
-    assert all(sizes_for(name, maker.model.config, maker.steps).policy == name for name in POLICIES)
+    assert all(sizes_for(name).policy == name for name in POLICIES)
