@@ -625,6 +625,13 @@ def planned(**options: Any) -> tuple[Any, Request]:
     return plan_request(request, [PromptBatch("a", "a", (request.out,))]), request
 
 
+def test_a_plan_refuses_joint_chunks_in_a_window_without_room() -> None:
+    with pytest.raises(
+        ValueError, match="window 9 has no room for 12 frames and the sink; use window -1 or 15 or more"
+    ):
+        planned(model="tiny", policy="rolling-forcing", window=9, sink=3, frames=297)
+
+
 @pytest.mark.parametrize(
     ("device", "stored", "expected"),
     [
