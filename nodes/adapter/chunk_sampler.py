@@ -304,8 +304,8 @@ def _num_calls(
         return (len(steps.steps) - 1 + 2 * (len(lengths) - given) - 1) + (0 if is_written else given)
     if policy.recomputes:  # before each chunk but the video's first
         return sum(len(steps.of_chunk(index).steps) + (index > 0) for index in range(given, len(lengths)))
-    made = sum(len(steps.of_chunk(index).steps) + writes for index in range(given, len(lengths))) - writes
-    return made + (0 if is_written else given)
+    num_passes = sum(len(steps.of_chunk(index).steps) + writes for index in range(given, len(lengths))) - writes
+    return num_passes + (0 if is_written else given)
 
 
 def _steps(patcher: Any, sigmas: Tensor, run: Run) -> StepConfig:

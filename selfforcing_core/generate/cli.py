@@ -295,11 +295,11 @@ def _inspect(options: argparse.Namespace) -> None:
     from ..weights.preset_settings import inspect_preset
 
     path = resolve_model(options.file)
-    found = inspect_checkpoint(path, loras=options.lora)
-    if found["kind"] != LORA:
-        found["folder"] = inspect_pipeline(path)
-        found["preset"] = inspect_preset(path, options.preset, loras=options.lora)
-    print_result(json.dumps(found, indent=2))
+    summary = inspect_checkpoint(path, loras=options.lora)
+    if summary["kind"] != LORA:
+        summary["folder"] = inspect_pipeline(path)
+        summary["preset"] = inspect_preset(path, options.preset, loras=options.lora)
+    print_result(json.dumps(summary, indent=2))
 
 
 def _presets(options: argparse.Namespace) -> None:

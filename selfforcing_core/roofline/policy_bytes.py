@@ -91,8 +91,8 @@ def planned_bytes(
         guided = Guided(model, conditioning, caches=[cache])
         for _ in rollout(guided, noise=_NoNoise(batch), latent_shape=shape, causal=causal, steps=steps):
             pass
-    held = held_bytes(cache)
-    return CacheBytes(held.ring * layers, held.memory * layers)
+    layer = held_bytes(cache)
+    return CacheBytes(layer.ring * layers, layer.memory * layers)
 
 
 @dataclass(frozen=True)

@@ -195,14 +195,16 @@ def _products(parts: Parts, alphas: Mapping[str, float]) -> dict[str, Product]:
     """Return the product of each module with its alpha; raise ValueError where a part is missing or does not fit."""
     products: dict[str, Product] = {}
     for module in dict.fromkeys(module for role in (UP, DOWN, *LOHA, *LOKR, *GLORA) for module in parts[role]):
-        found = {role: parts[role][module] for role in parts if module in parts[role]}
+        tensors_by_role = {role: parts[role][module] for role in parts if module in parts[role]}
         makers = {LOHA: _loha, LOKR: _lokr, GLORA: _glora}
-        kinds = [(make, roles) for roles, make in makers.items() if any(role in found for role in roles)]
-        kinds += [(_pair, (UP, DOWN))] if UP in found or DOWN in found else []
+        kinds = [(make, roles) for roles, make in makers.items() if any(role in tensors_by_role for role in roles)]
+        kinds += [(_pair, (UP, DOWN))] if UP in tensors_by_role or DOWN in tensors_by_role else []
         if len(kinds) > 1:
-            raise ValueError(f"{next(iter(found.values()))[0]} is not the only change of {module}; keep one of them")
+            raise ValueError(
+                f"{next(iter(tensors_by_role.values()))[0]} is not the only change of {module}; keep one of them"
+            )
         make, roles = kinds[0]
-        product = make({role: found[role] for role in roles if role in found}, 0.0)
+        product = make({role: tensors_by_role[role] for role in roles if role in tensors_by_role}, 0.0)
         products[module] = replace(product, alpha=alphas.get(module, alphas.get("", float(product.rank or 1))))
     for role in (ALPHA, DORA):
         for module, (key, _) in parts[role].items():
@@ -211,62 +213,64 @@ def _products(parts: Parts, alphas: Mapping[str, float]) -> dict[str, Product]:
     return products
 
 
-def _pair(found: Mapping[str, tuple[str, Tensor]], alpha: float) -> LowRank:
+def _pair(tensors_by_role: Mapping[str, tuple[str, Tensor]], alpha: float) -> LowRank:
     for role, other, letter in ((UP, DOWN, "A"), (DOWN, UP, "B")):
-        if other not in found:
-            key = found[role][0]
+        if other not in tensors_by_role:
+            key = tensors_by_role[role][0]
             raise ValueError(f"{key} has no {letter} beside it: half of the LoRA is missing; download or save it again")
-    (key, up), (_, down) = found[UP], found[DOWN]
+    (key, up), (_, down) = tensors_by_role[UP], tensors_by_role[DOWN]
     if up.ndim < 2 or up.ndim != down.ndim or up.flatten(1).shape[1] != down.shape[0]:
         raise ValueError(f"{key} of shape {list(up.shape)} and its A of shape {list(down.shape)} are no pair")
     return LowRank(up, down, alpha)
 
 
-def _loha(found: Mapping[str, tuple[str, Tensor]], alpha: float) -> Hadamard:
-    a1, b1, a2, b2 = _matrices(found, LOHA)
-    first, second = _chain(found, a1, b1), _chain(found, a2, b2)
+def _loha(tensors_by_role: Mapping[str, tuple[str, Tensor]], alpha: float) -> Hadamard:
+    a1, b1, a2, b2 = _matrices(tensors_by_role, LOHA)
+    first, second = _chain(tensors_by_role, a1, b1), _chain(tensors_by_role, a2, b2)
     if (a1.shape[0], b1.shape[1]) != (a2.shape[0], b2.shape[1]):
-        raise _no_pair(found)
+        raise _no_pair(tensors_by_role)
     return Hadamard(first, second, alpha)
 
 
-def _lokr(found: Mapping[str, tuple[str, Tensor]], alpha: float) -> Kronecker:
+def _lokr(tensors_by_role: Mapping[str, tuple[str, Tensor]], alpha: float) -> Kronecker:
     factors: list[tuple[Tensor, ...]] = []
     for whole in (".lokr_w1", ".lokr_w2"):
-        matrices = _matrices(found, (whole,) if whole in found else (f"{whole}_a", f"{whole}_b"))
-        factors.append(matrices if len(matrices) == 1 else _chain(found, *matrices))
+        matrices = _matrices(tensors_by_role, (whole,) if whole in tensors_by_role else (f"{whole}_a", f"{whole}_b"))
+        factors.append(matrices if len(matrices) == 1 else _chain(tensors_by_role, *matrices))
     return Kronecker(factors[0], factors[1], alpha)
 
 
-def _glora(found: Mapping[str, tuple[str, Tensor]], alpha: float) -> Generalised:
-    a1, a2, b1, b2 = _matrices(found, GLORA)
+def _glora(tensors_by_role: Mapping[str, tuple[str, Tensor]], alpha: float) -> Generalised:
+    a1, a2, b1, b2 = _matrices(tensors_by_role, GLORA)
     product = Generalised(a1, a2, b1, b2, alpha)
     for left, right in ((a2, a1), (b2, b1)) if product.is_older else ((a1, a2), (b1, b2)):
-        _chain(found, left, right)
+        _chain(tensors_by_role, left, right)
     return product
 
 
-def _matrices(found: Mapping[str, tuple[str, Tensor]], roles: Sequence[str]) -> tuple[Tensor, ...]:
+def _matrices(tensors_by_role: Mapping[str, tuple[str, Tensor]], roles: Sequence[str]) -> tuple[Tensor, ...]:
     """Return the matrices of these roles. Raises ValueError where one is missing or is no matrix."""
-    first = next(iter(found.values()))[0]
-    absent = next((role for role in roles if role not in found), None)
+    first = next(iter(tensors_by_role.values()))[0]
+    absent = next((role for role in roles if role not in tensors_by_role), None)
     if absent is not None:
         raise ValueError(f"{first} has no {absent[1:]} beside it: part of it is missing; download or save it again")
-    matrices = tuple(found[role][1] for role in roles)
+    matrices = tuple(tensors_by_role[role][1] for role in roles)
     if any(matrix.ndim != 2 for matrix in matrices):
-        raise _no_pair(found)
+        raise _no_pair(tensors_by_role)
     return matrices
 
 
-def _chain(found: Mapping[str, tuple[str, Tensor]], left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def _chain(tensors_by_role: Mapping[str, tuple[str, Tensor]], left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     if left.shape[1] != right.shape[0]:
-        raise _no_pair(found)
+        raise _no_pair(tensors_by_role)
     return left, right
 
 
-def _no_pair(found: Mapping[str, tuple[str, Tensor]]) -> ValueError:
-    shapes = ", ".join(f"{key.rpartition('.')[2]} {list(tensor.shape)}" for key, tensor in found.values())
-    return ValueError(f"{next(iter(found.values()))[0]} and what is beside it do not fit each other ({shapes})")
+def _no_pair(tensors_by_role: Mapping[str, tuple[str, Tensor]]) -> ValueError:
+    shapes = ", ".join(f"{key.rpartition('.')[2]} {list(tensor.shape)}" for key, tensor in tensors_by_role.values())
+    return ValueError(
+        f"{next(iter(tensors_by_role.values()))[0]} and what is beside it do not fit each other ({shapes})"
+    )
 
 
 def _check_kind(tensors: Mapping[str, Tensor]) -> None:
@@ -290,10 +294,10 @@ def _parts(tensors: Mapping[str, Tensor]) -> Parts:
         if ending is None:
             strangers.append(key)
             continue
-        module, found = lora_module(key.removesuffix(ending)), parts[roles[ending]]
-        if module in found:
-            raise ValueError(f"{found[module][0]} and {key} both change {module}; keep one of them")
-        found[module] = key, tensor
+        module, tensors_by_role = lora_module(key.removesuffix(ending)), parts[roles[ending]]
+        if module in tensors_by_role:
+            raise ValueError(f"{tensors_by_role[module][0]} and {key} both change {module}; keep one of them")
+        tensors_by_role[module] = key, tensor
     if strangers:
         count = f"{len(strangers)} of its {len(tensors)} tensors are"
         raise ValueError(f"is no LoRA that is read here: {count} of no known part of one, the first is {strangers[0]}")

@@ -86,21 +86,21 @@ def read_with_preset(
     merged, given_loras = _merged(base), [(read_lora(file), strength) for file, strength in loras]
     checkpoint = _with_given(base, given_loras)
     folder = read_pipeline(path)
-    found = choose_preset(checkpoint, path, choice)
-    preset, notes = _settled(found, path, checkpoint, given)
+    recognition = choose_preset(checkpoint, path, choice)
+    preset, notes = _settled(recognition, path, checkpoint, given)
     if preset is None:
         return with_folder(PresetReading(checkpoint, None, tuple(notes)), folder, given)
     refusal = obstacle(preset, path, (*given, *merged, *_as_own(preset, given_loras)), folders)
     if refusal is not None:
-        raise ValueError(f"{path}: {refusal}{_way_out(found)}")
+        raise ValueError(f"{path}: {refusal}{_way_out(recognition)}")
     header = checkpoint.settings
     known = {*given, *folder.says, *_said(header), *_only_set(base)}
     question = _open_question(preset, known | ({"weights"} if weights != AUTO else set()))
     if question is not None:
-        raise ValueError(f"{path}: {question}{_way_out(found)}")
+        raise ValueError(f"{path}: {question}{_way_out(recognition)}")
     if not fits_release(preset, checkpoint.key_shapes):
         notes.append(f"does not have the shapes of {in_words(preset)}, as which it is run")
-    base = _with_weights(base, path, preset, weights, notes, by=found.by)
+    base = _with_weights(base, path, preset, weights, notes, by=recognition.by)
     base = _with_own_lora(base, path, preset, given_loras, notes, folders=folders)
     checkpoint = _with_given(base, given_loras)  # on top: some kinds of LoRA are no sums, and ComfyUI's order is this
     settled, replaced = with_preset(checkpoint, preset)
@@ -151,21 +151,21 @@ def choose_preset(checkpoint: Checkpoint, path: Path, choice: str = AUTO) -> Rec
         raise ValueError(f"{path}: {error}; preset none runs it by its header") from error
 
 
-def _by_folder(found: Recognition, folder: PipelineFolder) -> Recognition:
+def _by_folder(recognition: Recognition, folder: PipelineFolder) -> Recognition:
     """Return which of the releases that fit by shapes a pipeline's folder leaves: those of as many networks.
 
     Of a class for causal networks (FastVideo's) they are those that were released as folders; the only one is certain.
     """
-    if found.by != "names and shapes" or folder.pipeline is None:
-        return found
+    if recognition.by != "names and shapes" or folder.pipeline is None:
+        return recognition
     is_causal = CAUSAL_CLASS in folder.pipeline
     fitting = [
         preset
-        for preset in found.presets
+        for preset in recognition.presets
         if any(each.startswith(f"{LOW_NOISE_FOLDER}/") for each in preset.partner_files) == folder.has_two
         and (not is_causal or any(each.startswith(f"{HIGH_NOISE_FOLDER}/") for each in preset.files))
     ]
-    return Recognition(tuple(fitting), "pipeline's class" if is_causal and fitting else found.by)
+    return Recognition(tuple(fitting), "pipeline's class" if is_causal and fitting else recognition.by)
 
 
 def choices_in_words(presets: Sequence[Preset]) -> str:
@@ -183,20 +183,20 @@ def read_to_copy(path: Path, choice: str = AUTO, *, weights: str = "auto", loras
     base = read_checkpoint(path, weights=weights)
     merged, given_loras = _merged(base), [(read_lora(file), strength) for file, strength in loras]
     checkpoint = _with_given(base, given_loras)
-    found = choose_preset(checkpoint, path, choice)
-    preset, notes, folder = found.preset, [], read_pipeline(path)
+    recognition = choose_preset(checkpoint, path, choice)
+    preset, notes, folder = recognition.preset, [], read_pipeline(path)
     if folder.low_noise is not None:
         notes.append(f"holds a second network, {LOW_NOISE_FOLDER}, which is not part of the copy; convert it as well")
     says_itself = checkpoint.causal is not None or checkpoint.bidirectional is not None
     if preset is None:
         checkpoint = replace(checkpoint, preset=None)
-        if found.presets and not says_itself:
-            notes.append(f"may be {choices_in_words(found.presets)}; the copy says so if --preset names one")
+        if recognition.presets and not says_itself:
+            notes.append(f"may be {choices_in_words(recognition.presets)}; the copy says so if --preset names one")
         return with_folder(PresetReading(checkpoint, None, tuple(notes)), folder)
-    base = _with_weights(base, path, preset, weights, notes, by=found.by)
+    base = _with_weights(base, path, preset, weights, notes, by=recognition.by)
     checkpoint = _with_given(base, given_loras)
-    if found.by not in ("name", "header"):
-        notes.insert(0, f"is written as {in_words(preset)}, by its {found.by}")
+    if recognition.by not in ("name", "header"):
+        notes.insert(0, f"is written as {in_words(preset)}, by its {recognition.by}")
     lacks = obstacle(preset, path, (*merged, *_as_own(preset, given_loras)))
     lacks = lacks or _open_question(preset, {*folder.says, *_said(checkpoint.settings), "weights"})
     if lacks is not None:
@@ -214,13 +214,13 @@ def inspect_preset(path: Path, choice: str = AUTO, *, loras: Loras = ()) -> dict
     loras: what is to be merged, which may be the preset's own.
     """
     checkpoint = read_checkpoint(path)
-    found = choose_preset(checkpoint, path, choice)
-    if not found.presets:
+    recognition = choose_preset(checkpoint, path, choice)
+    if not recognition.presets:
         return None
-    preset = found.preset
-    entry: dict[str, Any] = {"name": preset and preset.name, "by": found.by}
+    preset = recognition.preset
+    entry: dict[str, Any] = {"name": preset and preset.name, "by": recognition.by}
     if preset is None:
-        return {**entry, "may_be": [each.name for each in found.presets]}
+        return {**entry, "may_be": [each.name for each in recognition.presets]}
     folder, has_header = read_pipeline(path), checkpoint.steps is not None
     reading = PresetReading(with_preset(checkpoint, preset)[0], preset, ())
     settings = with_folder(reading, folder, has_header=has_header).checkpoint.settings
@@ -242,7 +242,7 @@ def inspect_preset(path: Path, choice: str = AUTO, *, loras: Loras = ()) -> dict
 
 # ------------------------------------------------------------- what is taken --
 def _settled(
-    found: Recognition, path: Path, checkpoint: Checkpoint, given: Collection[str]
+    recognition: Recognition, path: Path, checkpoint: Checkpoint, given: Collection[str]
 ) -> tuple[Preset | None, list[str]]:
     """Return the preset to run with, if one is certain or all that fit run alike, and a line about it.
 
@@ -253,11 +253,13 @@ def _settled(
     """
     header = checkpoint.settings
     says_itself = header.causal is not None or header.bidirectional is not None
-    if found.preset is not None:
-        return found.preset, [] if found.by == "name" else [f"is run as {in_words(found.preset)}, by its {found.by}"]
-    if not found.presets or says_itself:
+    if recognition.preset is not None:
+        return recognition.preset, [] if recognition.by == "name" else [
+            f"is run as {in_words(recognition.preset)}, by its {recognition.by}"
+        ]
+    if not recognition.presets or says_itself:
         return None, []
-    names, is_named = choices_in_words(found.presets), found.by != "names and shapes"
+    names, is_named = choices_in_words(recognition.presets), recognition.by != "names and shapes"
     is_familys = not FAMILY_CONTAINERS.isdisjoint(containers_in(checkpoint.key_shapes))
     folder, width = read_pipeline(path), getattr(checkpoint.config, "in_dim", 0)
     has_two = folder.has_two
@@ -266,14 +268,14 @@ def _settled(
     is_asked = is_familys or (not is_half and (has_two or width in WIDTHS_ASKED))
     if not is_named and (not is_asked or not HOW_IT_RUNS.isdisjoint(given)):
         unsaid = "which; it is run as if it were none of them"
-        unsaid = unsaid if len(found.presets) > 1 else "that it is this one; it is run as if it were not"
+        unsaid = unsaid if len(recognition.presets) > 1 else "that it is this one; it is run as if it were not"
         return None, [f"has the shapes of {names}, and nothing says {unsaid}"]
-    if is_named and len({_way_to_run(preset, given) for preset in found.presets}) == 1:
-        return found.presets[0], [f"may be {names}, which run alike"]
+    if is_named and len({_way_to_run(preset, given) for preset in recognition.presets}) == 1:
+        return recognition.presets[0], [f"may be {names}, which run alike"]
     sign = "" if is_named else f"has {width} input channels and "
     sign = "is one of two networks and " if has_two and not is_named else sign
     sign = "comes from a trainer of this family and " if is_familys and not is_named else sign
-    differ = ", which run differently" if len(found.presets) > 1 else " or a base model"
+    differ = ", which run differently" if len(recognition.presets) > 1 else " or a base model"
     raise ValueError(f"{path}: {sign}may be {names}{differ}; say which by preset, or none of them by preset none")
 
 
@@ -288,9 +290,9 @@ def in_words(preset: Preset) -> str:
     return f"{preset.name} ({preset.title})"
 
 
-def _way_out(found: Recognition) -> str:
+def _way_out(recognition: Recognition) -> str:
     """Return how to run a file nonetheless that nobody called by this preset's name."""
-    return "" if found.by == "name" else "; preset none runs it by its header or Self Forcing's defaults"
+    return "" if recognition.by == "name" else "; preset none runs it by its header or Self Forcing's defaults"
 
 
 # ----------------------------------------------------------- what is missing --

@@ -168,13 +168,13 @@ def one_of_two_models_is_loaded_at_a_time() -> dict[str, Any]:
     """Let ComfyUI load nothing beside what is asked for, as where memory is short, and note what it is asked for."""
     high, low = (loaded(saved(name, net)) for name, net in zip(("high", "low"), two_networks()))
     names = {id(high.model): "high", id(low.model): "low"}
-    original, asked, held = comfy.model_management.load_models_gpu, [], []
+    original, asked, state = comfy.model_management.load_models_gpu, [], []
 
     def short_of_memory(models: Any, **options: Any) -> Any:
         comfy.model_management.unload_all_models()
         asked.append([names[id(model.model)] for model in models])
         result = original(models, **options)
-        held.append([names[id(each.model.model)] for each in comfy.model_management.current_loaded_models])
+        state.append([names[id(each.model.model)] for each in comfy.model_management.current_loaded_models])
         return result
 
     pair = joined(high, low)
@@ -184,7 +184,7 @@ def one_of_two_models_is_loaded_at_a_time() -> dict[str, Any]:
         video = sampled(pair)
     finally:
         comfy.model_management.load_models_gpu = original
-    return {"asked": asked, "held": held, "is_same": bool(torch.equal(video, plain))}
+    return {"asked": asked, "held": state, "is_same": bool(torch.equal(video, plain))}
 
 
 def two_models_and_their_loras() -> dict[str, float]:

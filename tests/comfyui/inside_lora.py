@@ -80,8 +80,8 @@ def lora_and_its_kin_are_as_in_the_host() -> dict[str, Any]:
         torch.save({"generator": dict(weights), "generator_lora": file}, FOLDER / "kin.pt")
         patcher = loaded(FOLDER / "kin.pt")
         host.load([patcher])
-        held = patcher.model.diffusion_model.state_dict()[f"{NAME}.weight"]
+        state = patcher.model.diffusion_model.state_dict()[f"{NAME}.weight"]
         merged = lora_files.merge(dict(weights), lora, 1.0)[f"{NAME}.weight"]
-        results[f"{kind} in a MODEL"] = [float((held - merged).abs().max()), 1.0]
+        results[f"{kind} in a MODEL"] = [float((state - merged).abs().max()), 1.0]
         patcher.unpatch_model()
     return results

@@ -53,10 +53,10 @@ class Stage:
         timers = [threading.Timer(after, do) for after, do in does]
         for timer in timers:
             timer.start()
-        began = time.perf_counter()
+        start = time.perf_counter()
         try:
             is_again = self.run.wants_again()
-            return time.perf_counter() - began, is_again
+            return time.perf_counter() - start, is_again
         finally:
             for timer in timers:
                 timer.join()

@@ -398,12 +398,12 @@ def a_file_with_base_and_lora_is_the_merged_network() -> dict[str, Any]:
         merged = dict(core["checkpoint"].read_checkpoint(path).state_dict)
         patcher = loaded(path, dtype=dtype)
         host.load([patcher])
-        held = patcher.model.diffusion_model.state_dict()
+        state = patcher.model.diffusion_model.state_dict()
         # ComfyUI leaves a block's own parameters as they are; the causal pass takes them from the MODEL's patches.
-        different = [name for name in merged if not torch.equal(held[name], merged[name])]
+        different = [name for name in merged if not torch.equal(state[name], merged[name])]
         patcher.unpatch_model()
-        held = patcher.model.diffusion_model.state_dict()
-        left = [name for name in plain if not torch.equal(held[name], plain[name])]
+        state = patcher.model.diffusion_model.state_dict()
+        left = [name for name in plain if not torch.equal(state[name], plain[name])]
         results[str(dtype)] = {"different": different, "left": left}
     base = core_rollout(net)
     path = FOLDER / "both-torch.float32.pt"

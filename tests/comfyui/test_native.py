@@ -117,12 +117,12 @@ def test_steps_by_widgets_are_those_of_a_file_that_says_so(server: Server) -> No
     """Timesteps as they are, and others for the first chunk: by the Stream Sampler, and by the header at auto."""
     seed = fresh_seed()
     asked = latents_of(server, short_prompt(seed, warp="as listed", first_chunk_steps=2))
-    found = read_checkpoint(BUNDLE / "model.safetensors")
-    steps = replace(found.steps or StepConfig(), warp=False, first_chunk_steps=(1000.0, 500.0))
-    settings = {"causal": found.causal, "steps": steps, "latent_space": found.latent_space}
+    checkpoint = read_checkpoint(BUNDLE / "model.safetensors")
+    steps = replace(checkpoint.steps or StepConfig(), warp=False, first_chunk_steps=(1000.0, 500.0))
+    settings = {"causal": checkpoint.causal, "steps": steps, "latent_space": checkpoint.latent_space}
     folder = server.folder / "models/diffusion_models"
     folder.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(folder / "raw.safetensors", found.state_dict, found.config, **settings)
+    save_checkpoint(folder / "raw.safetensors", checkpoint.state_dict, checkpoint.config, **settings)
     prompt = short_prompt(seed)
     prompt[MODEL]["inputs"]["unet_name"] = "raw.safetensors"
     assert torch.equal(latents_of(server, prompt), asked)

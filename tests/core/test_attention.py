@@ -40,11 +40,11 @@ class LargestNewTensor(EveryOperator):
         self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
                 self.largest = max(self.largest, tensor.untyped_storage().nbytes())
-        return made
+        return result
 
 
 def filled(dtype: torch.dtype, num_frames: int, chunk: int = 1) -> tuple[KVCache, Tensor, Tensor, Tensor]:
@@ -63,12 +63,12 @@ def test_no_more_than_one_segment_of_a_narrow_cache_is_ever_wide(dtype: torch.dt
     cache, q, k, v = filled(dtype, 40)
     buffers = cache.k, cache.v, cache.k_scale, cache.v_scale, q, k, v
     with torch.no_grad(), attention_kernel(kernel):
-        with LargestNewTensor(*buffers) as made:
+        with LargestNewTensor(*buffers) as result:
             cache.write(0, k, v)
             attend_segments(q, cache.past(0).segments(k, v))
         with LargestNewTensor(*buffers) as made_at_once:
             attend(q, *cache.update(0, k, v))
-    assert made.largest <= WIDE
+    assert result.largest <= WIDE
     assert made_at_once.largest >= 40 * WIDE
 
 
@@ -84,9 +84,9 @@ def test_a_segment_is_gone_before_the_next_one_is_made(kernel: str) -> None:
 def test_plain_products_hold_no_more_scores_than_keys_and_values() -> None:
     cache, q, k, v = filled(torch.int8, 24, chunk=8)
     buffers = cache.k, cache.v, cache.k_scale, cache.v_scale, q, k, v
-    with torch.no_grad(), attention_kernel("math"), LargestNewTensor(*buffers) as made:
+    with torch.no_grad(), attention_kernel("math"), LargestNewTensor(*buffers) as result:
         attend_segments(q, cache.past(0).segments(k, v))
-    assert made.largest <= 2 * 8 * WIDE < CONFIG.num_heads * (8 * PER_FRAME) ** 2 * 4
+    assert result.largest <= 2 * 8 * WIDE < CONFIG.num_heads * (8 * PER_FRAME) ** 2 * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bfloat16])
@@ -98,10 +98,10 @@ def test_a_pass_of_the_network_holds_no_wide_copy_of_a_narrow_cache(dtype: torch
     with torch.no_grad():
         for frame in range(num_frames):
             # the last pass sees the most
-            with LargestNewTensor(*known) if frame == num_frames - 1 else nullcontext() as made:
+            with LargestNewTensor(*known) if frame == num_frames - 1 else nullcontext() as result:
                 model(torch.randn(1, 1, *FRAME), torch.full((1, 1), 500.0), text, cache=cache, start_frame=frame)
-    assert isinstance(made, LargestNewTensor)
-    assert made.largest < num_frames * cache.tokens_per_frame * model.config.dim * 4 / 4
+    assert isinstance(result, LargestNewTensor)
+    assert result.largest < num_frames * cache.tokens_per_frame * model.config.dim * 4 / 4
 
 
 @pytest.mark.parametrize("kernel", ["auto", "math"])
@@ -265,8 +265,8 @@ def test_compiled_blocks_with_measured_kernels_make_the_same_video(monkeypatch: 
     expected = torch.cat([chunk.latents_BTCHW for chunk in video(model)], 1)
     model.compile_blocks(backend="eager", fullgraph=True)
     with attention_kernel("measured"):
-        found = torch.cat([chunk.latents_BTCHW for chunk in video(model)], 1)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        actual = torch.cat([chunk.latents_BTCHW for chunk in video(model)], 1)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert "math" in called
 
 
@@ -276,10 +276,10 @@ def test_a_hosts_attention_takes_the_place_of_ours(monkeypatch: pytest.MonkeyPat
     generator = torch.Generator().manual_seed(0)
     q, k, v, more = (torch.randn(1, 5, 2, 8, generator=generator) for _ in range(4))
     plain, joined = attend(q, k, v), attend(q, torch.cat([k, more], 1), torch.cat([v, more], 1))
-    seen = []
+    log = []
 
     def other(q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask_LS: Tensor | None) -> Tensor:
-        seen.append((k_BSNK.shape[1], mask_LS is not None))
+        log.append((k_BSNK.shape[1], mask_LS is not None))
         k, v = k_BSNK.transpose(1, 2), v_BSNK.transpose(1, 2)
         return 2 * F.scaled_dot_product_attention(q_BLNK.transpose(1, 2), k, v, mask_LS).transpose(1, 2)
 
@@ -287,13 +287,13 @@ def test_a_hosts_attention_takes_the_place_of_ours(monkeypatch: pytest.MonkeyPat
         assert torch.allclose(attend(q, k, v), 2 * plain)
         assert torch.allclose(attend_segments(q, iter([(k, v), (more, more)])), 2 * joined)
         attend(q, k, v, torch.ones(5, 5, dtype=torch.bool))
-    assert seen == [(5, False), (10, False), (5, True)]
+    assert log == [(5, False), (10, False), (5, True)]
     assert torch.equal(attend(q, k, v), plain)
 
 
 def test_the_benchmark_of_the_cache_reports_every_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = bench.measure_rollouts(captions=1, seeds=1, num_frames=6)
-    rows = {row["cache"]: row for row in found["caches"]}
+    actual = bench.measure_rollouts(captions=1, seeds=1, num_frames=6)
+    rows = {row["cache"]: row for row in actual["caches"]}
     assert list(rows) == list(bench.CACHES)
     assert rows["float32"]["error_mean"] == 0 < rows["int8"]["error_mean"] < rows["int8, own chunk too"]["error_mean"]
     assert rows["int8"]["cache_bytes"] * 256 == rows["float32"]["cache_bytes"] // 2 * (128 + 2)

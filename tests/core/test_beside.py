@@ -26,17 +26,17 @@ def test_all_items_arrive_in_order_in_another_thread() -> None:
 
 
 def test_no_more_than_the_bound_is_made_ahead() -> None:
-    made, ahead = [], []
+    result, ahead = [], []
 
     def produce() -> Iterator[int]:
         for item in range(12):
-            made.append(item)
+            result.append(item)
             yield item
 
     def consume(received: Iterator[int]) -> None:
         for item in received:
             time.sleep(0.01)
-            ahead.append(len(made) - 1 - item)
+            ahead.append(len(result) - 1 - item)
 
     consume_beside(consume, produce())
     assert len(ahead) == 12
@@ -61,11 +61,11 @@ def test_making_goes_on_while_an_item_is_consumed() -> None:
 
 @pytest.mark.parametrize("failing_at", [0, 1, 7])
 def test_an_error_of_the_consumer_stops_the_making_and_is_raised(failing_at: int) -> None:
-    made = []
+    result = []
 
     def produce() -> Iterator[int]:
         for item in range(1000):
-            made.append(item)
+            result.append(item)
             yield item
 
     def consume(received: Iterator[int]) -> None:
@@ -75,7 +75,7 @@ def test_an_error_of_the_consumer_stops_the_making_and_is_raised(failing_at: int
 
     with pytest.raises(OSError, match="the disk is full"):
         consume_beside(consume, produce())
-    assert len(made) <= failing_at + WAITING + 3
+    assert len(result) <= failing_at + WAITING + 3
 
 
 @pytest.mark.parametrize("error", [ValueError("a chunk is NaN"), KeyboardInterrupt()])

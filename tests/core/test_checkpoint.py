@@ -37,9 +37,9 @@ def prefixed(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in weights.items()}
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def refusal(path: Path, **options: Any) -> str:
@@ -58,10 +58,10 @@ def test_saved_checkpoint_comes_back_whole(tmp_path: Path, config: WanConfig | T
     weights = weights_of(config)
     causal, steps = CausalConfig(chunk=2, window=7, sink=1), StepConfig(steps=(1000.0, 500.0), shift=3.0)
     save_checkpoint(tmp_path / "m.safetensors", weights, config, {"trained": "on squares"}, causal=causal, steps=steps)
-    found = read_checkpoint(tmp_path / "m.safetensors")
-    assert_same(found.state_dict, weights)
-    assert (found.config, found.causal, found.steps) == (config, causal, steps)
-    assert found.metadata["trained"] == "on squares"
+    checkpoint = read_checkpoint(tmp_path / "m.safetensors")
+    assert_same(checkpoint.state_dict, weights)
+    assert (checkpoint.config, checkpoint.causal, checkpoint.steps) == (config, causal, steps)
+    assert checkpoint.metadata["trained"] == "on squares"
     assert os.listdir(tmp_path) == ["m.safetensors"]
 
 
@@ -89,16 +89,16 @@ def test_header_tells_a_host_what_shapes_cannot(tmp_path: Path) -> None:
 
 def test_bare_wan_file_is_understood_by_its_shapes_alone(tmp_path: Path) -> None:
     save_file(weights_of(WAN), tmp_path / "taehv.safetensors")  # a misleading name changes nothing
-    found = read_checkpoint(tmp_path / "taehv.safetensors")
-    assert (found.kind, found.config, found.dialect, found.causal) == ("wan", WAN, "wan", None)
+    checkpoint = read_checkpoint(tmp_path / "taehv.safetensors")
+    assert (checkpoint.kind, checkpoint.config, checkpoint.dialect, checkpoint.causal) == ("wan", WAN, "wan", None)
 
 
 def test_host_header_gives_the_number_of_heads(tmp_path: Path) -> None:
     header = {"config": json.dumps({"transformer": {"num_heads": 2, "text_len": 4}})}
     save_file(prefixed(weights_of(WIDE_HEADS), "model.diffusion_model."), tmp_path / "m.safetensors", header)
-    found = read_checkpoint(tmp_path / "m.safetensors")
-    assert found.config == replace(WIDE_HEADS, eps=1e-6)
-    assert found.dialect == "comfyui"
+    checkpoint = read_checkpoint(tmp_path / "m.safetensors")
+    assert checkpoint.config == replace(WIDE_HEADS, eps=1e-6)
+    assert checkpoint.dialect == "comfyui"
 
 
 def test_unknown_number_of_heads_is_not_guessed(tmp_path: Path) -> None:
@@ -124,9 +124,9 @@ def test_self_forcing_training_file_gives_the_weights_asked_for(tmp_path: Path, 
     torch.save(contents, file, _use_new_zipfile_serialization=not legacy)
     assert_same(read_checkpoint(file).state_dict, ema)
     assert_same(read_checkpoint(file, weights="ema").state_dict, ema)
-    found = read_checkpoint(file, weights="raw")
-    assert_same(found.state_dict, raw)
-    assert (found.weights, found.dialect, found.config) == ("raw", "self-forcing", WAN)
+    checkpoint = read_checkpoint(file, weights="raw")
+    assert_same(checkpoint.state_dict, raw)
+    assert (checkpoint.weights, checkpoint.dialect, checkpoint.config) == ("raw", "self-forcing", WAN)
     assert inspect_checkpoint(file)["weights"] == ["raw", "ema"]
 
 
@@ -176,18 +176,18 @@ def test_raw_and_averaged_weights_are_told_apart_and_the_choice_is_said(
 ) -> None:
     sets = {raw: prefixed(weights_of(WAN, 1), "model."), ema: prefixed(weights_of(WAN, 2), "model.")}
     if is_flat:
-        flat = {f"{name}.{key}": tensor for name, found in sets.items() for key, tensor in found.items()}
+        flat = {f"{name}.{key}": tensor for name, checkpoint in sets.items() for key, tensor in checkpoint.items()}
         save_file({**flat, "critic.x": torch.zeros(1)}, tmp_path / "m")
     else:
         torch.save(sets, tmp_path / "m")
-    found = read_checkpoint(tmp_path / "m")
-    assert_same(found.state_dict, weights_of(WAN, 2))
-    assert f"averaged weights ({ema}) are used" in found.notes[0]
+    checkpoint = read_checkpoint(tmp_path / "m")
+    assert_same(checkpoint.state_dict, weights_of(WAN, 2))
+    assert f"averaged weights ({ema}) are used" in checkpoint.notes[0]
     if is_flat:
-        assert "critic.x" in found.notes[1]
-    found = read_checkpoint(tmp_path / "m", weights="raw")
-    assert_same(found.state_dict, weights_of(WAN, 1))
-    assert not any("are used" in note for note in found.notes)
+        assert "critic.x" in checkpoint.notes[1]
+    checkpoint = read_checkpoint(tmp_path / "m", weights="raw")
+    assert_same(checkpoint.state_dict, weights_of(WAN, 1))
+    assert not any("are used" in note for note in checkpoint.notes)
 
 
 def test_two_sets_of_weights_of_one_kind_are_not_chosen_from(tmp_path: Path) -> None:
@@ -202,9 +202,9 @@ def test_two_sets_of_weights_of_one_kind_are_not_chosen_from(tmp_path: Path) -> 
 
 def test_an_average_that_is_not_there_yet_is_no_set_of_weights(tmp_path: Path) -> None:
     torch.save({"generator": weights_of(WAN), "generator_ema": None, "step": 100}, tmp_path / "m.pt")
-    found = read_checkpoint(tmp_path / "m.pt")
-    assert_same(found.state_dict, weights_of(WAN))
-    assert found.notes == ()
+    checkpoint = read_checkpoint(tmp_path / "m.pt")
+    assert_same(checkpoint.state_dict, weights_of(WAN))
+    assert checkpoint.notes == ()
     assert "has no ema weights" in refusal(tmp_path / "m.pt", weights="ema")
 
 
@@ -217,9 +217,9 @@ def test_raw_weights_beside_an_average_in_a_flat_file_are_reached(
     raw, ema, path = weights_of(WAN, 1), weights_of(WAN, 2), tmp_path / f"m.{form}"
     flat = prefixed(raw, prefix) | prefixed(ema, average)
     save_file(flat, path) if form == "safetensors" else torch.save(flat, path)
-    found = read_checkpoint(path)
-    assert_same(found.state_dict, ema)
-    assert any("weights 'raw' are the others" in note for note in found.notes)
+    checkpoint = read_checkpoint(path)
+    assert_same(checkpoint.state_dict, ema)
+    assert any("weights 'raw' are the others" in note for note in checkpoint.notes)
     assert_same(read_checkpoint(path, weights="raw").state_dict, raw)
     strays = prefixed(ema, average) | {"critic.weight": torch.zeros(2)}
     torch.save(strays, tmp_path / "strays.pt")
@@ -230,9 +230,9 @@ def test_raw_weights_beside_an_average_in_a_flat_file_are_reached(
 def test_known_stray_tables_are_left_out_by_name_and_others_refused(tmp_path: Path, name: str) -> None:
     table = torch.zeros(1024, 64, dtype=torch.complex64)
     torch.save({**weights_of(WAN), name: table}, tmp_path / "m.pt")
-    found = read_checkpoint(tmp_path / "m.pt")
-    assert_same(found.state_dict, weights_of(WAN))
-    assert f"{name} left out" in found.notes[0]
+    checkpoint = read_checkpoint(tmp_path / "m.pt")
+    assert_same(checkpoint.state_dict, weights_of(WAN))
+    assert f"{name} left out" in checkpoint.notes[0]
     torch.save({**weights_of(WAN), f"{name}2": table}, tmp_path / "m.pt")
     assert "complex64" in refusal(tmp_path / "m.pt")
 
@@ -249,20 +249,25 @@ def test_shards_of_several_networks_are_told_apart_when_all_are_read(tmp_path: P
 
 def test_taehv_torch_file_is_understood_by_its_shapes(tmp_path: Path) -> None:
     torch.save(weights_of(TAEHV), tmp_path / "taew2_1.pth")
-    found = read_checkpoint(tmp_path / "taew2_1.pth")
-    assert (found.kind, found.config) == ("taehv", TAEHV)
+    checkpoint = read_checkpoint(tmp_path / "taew2_1.pth")
+    assert (checkpoint.kind, checkpoint.config) == ("taehv", TAEHV)
 
 
 def test_inspection_is_json_and_complete(tmp_path: Path) -> None:
     file = tmp_path / "m.safetensors"
     half = {name: tensor.half() for name, tensor in weights_of(WAN).items()}
     save_checkpoint(file, half, WAN, causal=CausalConfig(), steps=StepConfig())
-    told = json.loads(json.dumps(inspect_checkpoint(file)))
-    assert (told["kind"], told["dialect"], told["dtype"], told["weights"]) == ("wan", "wan", "float16", ["as stored"])
-    assert told["weight_bytes"] == sum(tensor.nbytes for tensor in load_file(file).values())
-    assert told["parameters"] == sum(tensor.numel() for tensor in half.values())
-    assert WanConfig.from_dict(told["config"]) == WAN
-    assert (CausalConfig.from_dict(told["causal"]), StepConfig.from_dict(told["steps"])) == (
+    report = json.loads(json.dumps(inspect_checkpoint(file)))
+    assert (report["kind"], report["dialect"], report["dtype"], report["weights"]) == (
+        "wan",
+        "wan",
+        "float16",
+        ["as stored"],
+    )
+    assert report["weight_bytes"] == sum(tensor.nbytes for tensor in load_file(file).values())
+    assert report["parameters"] == sum(tensor.numel() for tensor in half.values())
+    assert WanConfig.from_dict(report["config"]) == WAN
+    assert (CausalConfig.from_dict(report["causal"]), StepConfig.from_dict(report["steps"])) == (
         CausalConfig(),
         StepConfig(),
     )
@@ -335,11 +340,11 @@ def test_flipped_bytes_are_refused_or_leave_a_whole_model(tmp_path: Path, kind: 
             damaged[position] ^= 1 + seed
         file.write_bytes(damaged)
         try:
-            found = read_checkpoint(file).state_dict.keys()
+            weights = read_checkpoint(file).state_dict.keys()
         except ValueError as error:
             messages.append(str(error))
         else:
-            assert taehv_shapes(TAEHV).keys() == found
+            assert taehv_shapes(TAEHV).keys() == weights
     assert messages
     assert not any("\n" in message for message in messages)
 
@@ -476,8 +481,8 @@ def test_failed_save_keeps_the_old_file_and_leaves_nothing(tmp_path: Path, monke
 def test_file_can_be_rewritten_from_its_own_weights(tmp_path: Path) -> None:
     file = tmp_path / "m.safetensors"
     save_checkpoint(file, weights_of(WAN), WAN)
-    found = read_checkpoint(file)
-    save_checkpoint(file, found.state_dict, found.config, causal=CausalConfig())
+    checkpoint = read_checkpoint(file)
+    save_checkpoint(file, checkpoint.state_dict, checkpoint.config, causal=CausalConfig())
     assert_same(load_file(file), weights_of(WAN))
     torch.save(weights_of(WAN), tmp_path / "m.pt")
     save_checkpoint(file, read_checkpoint(tmp_path / "m.pt").state_dict, WAN)
@@ -498,7 +503,7 @@ def test_reading_makes_no_second_copy_of_the_weights(tmp_path: Path, name: str) 
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
     before = anonymous_bytes()
-    found = read_checkpoint(tmp_path / name)
-    total = sum(float(tensor.sum()) for tensor in found.state_dict.values())
+    checkpoint = read_checkpoint(tmp_path / name)
+    total = sum(float(tensor.sum()) for tensor in checkpoint.state_dict.values())
     assert anonymous_bytes() - before < (tmp_path / name).stat().st_size / 4
     assert total == pytest.approx(sum(float(tensor.sum()) for tensor in weights_of(config).values()))

@@ -151,17 +151,17 @@ def test_slots_are_taken_in_the_order_of_a_queue(reading: str, window: int, sink
             x = random_keys(generator, 2, 1)
             write(cache, frame, x, x)
             for layer, row in places:
-                own, held = x[layer, row, 0], slots[layer, row]
+                own, state = x[layer, row, 0], slots[layer, row]
                 likeness = [
                     0.0 if each is None else float(torch.cosine_similarity(each.flatten(), own.flatten(), dim=0))
-                    for each in held[:sink]
+                    for each in state[:sink]
                 ]
                 if min(likeness) < 0:
                     queues[layer, row].insert(0, likeness.index(min(likeness)))
                 is_full = frame >= window or bool(reading and frame == window - 1 and number)
-                held[queues[layer, row][0] if is_full else frame] = own
+                state[queues[layer, row][0] if is_full else frame] = own
                 shown = cache.k[layer, row]
-                assert all(each is None or torch.equal(shown[slot], each) for slot, each in enumerate(held))
+                assert all(each is None or torch.equal(shown[slot], each) for slot, each in enumerate(state))
             is_due = bool(reading) and frame >= window and number == 0
     assert cache.slot_frames == [CHOSEN] * window
 
@@ -250,9 +250,9 @@ def test_a_shot_is_one_also_if_its_first_chunk_is_made_once_more_without() -> No
             prompt_at=lambda frame: next(answers) if frame == 6 else None,
             **options,  # type: ignore[arg-type]
         )
-        made = [chunks.send(True) if chunk.index == 3 else chunk for chunk in chunks]
+        result = [chunks.send(True) if chunk.index == 3 else chunk for chunk in chunks]
     kept = video(LONGLIVE2, 16, prompt_at=lambda frame: PromptChange(change, "keep") if frame == 6 else None)
-    torch.testing.assert_close(torch.cat([chunk.latents_BTCHW for chunk in made], 1), kept)
+    torch.testing.assert_close(torch.cat([chunk.latents_BTCHW for chunk in result], 1), kept)
 
 
 def test_shots_change_what_is_seen() -> None:

@@ -63,18 +63,18 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         status = main(arguments)
     except SystemExit as exit_:  # argparse's own way out
         status = exit_.code
-    told = capsys.readouterr()
+    captured = capsys.readouterr()
     assert status == 2
-    assert told.out == ""
-    assert told.err.count("\n") == 1
-    assert told.err.endswith("\n")
-    return told.err
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.endswith("\n")
+    return captured.err
 
 
 def test_prompt_becomes_a_video(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*options, "--sheet", str(tmp_path / "a.png"), "--json", "--seed", "3", "--fps", "8"]) == 0
-    told = capsys.readouterr()
-    measured = json.loads(told.out)
+    captured = capsys.readouterr()
+    measured = json.loads(captured.out)
     assert read_video(tmp_path / "a.mp4").shape == (21, 3, 16, 32)
     with Image.open(tmp_path / "a.png") as sheet:
         assert sheet.size == (8 * 32, 3 * 16)
@@ -82,10 +82,10 @@ def test_prompt_becomes_a_video(options: list[str], tmp_path: Path, capsys: pyte
     assert (measured["causal"]["window"], measured["steps"]["steps"]) == (6, [1000.0, 500.0])
     assert min(measured[name] for name in ("seconds_to_first_frame", "seconds_per_chunk", "generated_fps")) > 0
     assert "decoding" in measured["generated_fps_includes"]
-    assert "2/2" in told.err, "the progress bar counts chunks"
-    found = read_metadata(tmp_path / "a.mp4")
-    assert found["comment"] == PROMPT
-    assert json.loads(found["selfforcing"])["seed"] == 3
+    assert "2/2" in captured.err, "the progress bar counts chunks"
+    actual = read_metadata(tmp_path / "a.mp4")
+    assert actual["comment"] == PROMPT
+    assert json.loads(actual["selfforcing"])["seed"] == 3
     assert sorted(os.listdir(tmp_path)) == ["a.mp4", "a.png"]
 
 
@@ -233,11 +233,11 @@ def test_what_ends_in_the_middle_leaves_whole_files_and_one_line(
     monkeypatch.setattr(CausalWan, "forward", fail)
     options = ["generate", *random_models, "--prompt-file", str(tmp_path / "p.txt"), "--frames", "21"]
     status = main([*options, "--out", str(tmp_path / "out")])
-    told = capsys.readouterr()
+    captured = capsys.readouterr()
     assert os.listdir(tmp_path / "out") == ["0000-a-0.mp4"]
     assert len(read_video(tmp_path / "out" / "0000-a-0.mp4")) == 21
-    assert told.out == ""
-    last = told.err.splitlines()[-1]  # behind the progress bars
+    assert captured.out == ""
+    last = captured.err.splitlines()[-1]  # behind the progress bars
     if isinstance(error, KeyboardInterrupt):
         assert (status, last) == (130, "selfforcing: stopped; what was not complete was not written")
     else:
@@ -283,8 +283,8 @@ def test_single_file_needs_its_companions(options: list[str], capsys: pytest.Cap
 
 def test_inspection_prints_json(random_models: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", random_models[1]]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["kind"], told["causal"]["window"], told["config"]["dim"]) == ("wan", 6, 32)
+    report = json.loads(capsys.readouterr().out)
+    assert (report["kind"], report["causal"]["window"], report["config"]["dim"]) == ("wan", 6, 32)
     assert "folder without a safetensors or .pt file" in refusal(["inspect", str(ROOT)], capsys)
     assert "'absent.pt' is neither a bundle nor a path" in refusal(["inspect", "absent.pt"], capsys)
 
@@ -296,19 +296,19 @@ def run_as_user(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_bundle_works_from_a_shell(tmp_path: Path) -> None:
     out = str(tmp_path / "out.mp4")
-    told = run_as_user(
+    report = run_as_user(
         *("generate", "--model", "tiny", "--prompt", PROMPT, "--frames", "33", "--seed", "1", "--out", out, "--json")
     )
-    assert told.returncode == 0, told.stderr
-    assert json.loads(told.stdout)["frames"] == 33
+    assert report.returncode == 0, report.stderr
+    assert json.loads(report.stdout)["frames"] == 33
     assert read_video(out).shape == (33, 3, 64, 64)
 
 
 def test_shell_sees_one_line_and_status_2(tmp_path: Path) -> None:
-    told = run_as_user(
+    report = run_as_user(
         *("generate", "--model", "tiny", "--prompt", PROMPT, "--frames", "34", "--out", str(tmp_path / "out.mp4"))
     )
-    assert (told.returncode, told.stdout, told.stderr.count("\n")) == (2, "", 1)
+    assert (report.returncode, report.stdout, report.stderr.count("\n")) == (2, "", 1)
     assert not os.listdir(tmp_path)
 
 
@@ -335,8 +335,8 @@ def test_of_all_processes_the_first_explains_and_refuses(
         with pytest.raises(SystemExit) as caught:
             main(words)
         assert (caught.value.code or 0) == status
-        told = capsys.readouterr()
-        assert bool(told.out + told.err) == (rank == "0")
+        captured = capsys.readouterr()
+        assert bool(captured.out + captured.err) == (rank == "0")
 
 
 IMPORTED = """

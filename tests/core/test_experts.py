@@ -174,7 +174,7 @@ def test_each_expert_reads_the_past_by_its_own_cache() -> None:
         )
         for network in (high, low)
     ]
-    made = []
+    result = []
     for start in (0, 2, 4):
         shape = (1, 2, *FRAME)
         x = noise.draw(start, 0, shape)
@@ -185,10 +185,10 @@ def test_each_expert_reads_the_past_by_its_own_cache() -> None:
             x = x - sigma * flow.float()
             if step < 3:
                 x = add_noise(x, noise.draw(start, step + 1, shape), schedule.sigmas[step + 1])
-        made.append(x)
+        result.append(x)
         for network, cache in zip((high, low), caches):
             network(x, torch.zeros(1, 2), text.prompt_embeds_BPE, cache=cache, start_frame=start)
-    assert torch.equal(video(Experts(high, low, BOUNDARY)), torch.cat(made, 1))
+    assert torch.equal(video(Experts(high, low, BOUNDARY)), torch.cat(result, 1))
 
 
 # ---------------------------------------------------------------- phased steps --
@@ -316,10 +316,10 @@ def test_the_network_that_is_asked_takes_the_place_of_the_other() -> None:
 
     turns.kept = [[(tensor, stored.as_subclass(Copied)) for tensor, stored in kept] for kept in turns.kept]
     experts.bring = turns
-    made = video(experts)
+    result = video(experts)
     count = len(turns.kept[0])
     assert len(copies) == 6 * count  # three chunks, each network once in each
-    assert torch.equal(made, video(pair(0, 1)))
+    assert torch.equal(result, video(pair(0, 1)))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU to count its memory")

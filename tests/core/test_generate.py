@@ -86,8 +86,8 @@ def test_a_picture_is_the_first_frame(
 ) -> None:
     kept = tmp_path / "a.safetensors"
     more = ["--prompt", "a", "--image", str(models / "start.png"), "--frames", "25"]
-    told = run([*options, *more, "--out", str(tmp_path / "a.mp4"), "--latents", str(kept)], capsys)[0]
-    assert told["causal"]["independent_first_frame"] is True
+    report = run([*options, *more, "--out", str(tmp_path / "a.mp4"), "--latents", str(kept)], capsys)[0]
+    assert report["causal"]["independent_first_frame"] is True
     assert read_video(tmp_path / "a.mp4").shape == (25, 3, 16, 32)
     taehv, _ = load_taehv(models / "taehv.safetensors")
     first = load_file(kept)["latents"][:1]
@@ -110,8 +110,8 @@ def test_image_to_video_models_get_the_picture_as_a_condition(
     for image in (models / "start.png", tmp_path / "red.png"):
         kept = tmp_path / f"{image.stem}.safetensors"
         out = str(tmp_path / f"{image.stem}.mp4")
-        told = run([*options, "--image", str(image), "--out", out, "--latents", str(kept)], capsys)[0]
-        assert (told["frames"], told["decoder"]) == (9, "taehv")
+        report = run([*options, "--image", str(image), "--out", out, "--latents", str(kept)], capsys)[0]
+        assert (report["frames"], report["decoder"]) == (9, "taehv")
         latents.append(load_file(kept)["latents"])
     assert (latents[0] - latents[1]).abs().mean() > 0.01
     out = ["--out", str(tmp_path / "b.mp4")]
@@ -126,8 +126,8 @@ def test_a_video_goes_on_and_on(options: list[str], tmp_path: Path, capsys: pyte
     run([*options, "--prompt", "a", "--frames", "33", "--out", str(tmp_path / "0.mp4")], capsys)
     for turn in (1, 2):
         more = ["--prompt", "a", "--extend", str(tmp_path / f"{turn - 1}.mp4"), "--frames", "12", "--seed", str(turn)]
-        told = run([*options[:7], "--json", *more, "--out", str(tmp_path / f"{turn}.mp4")], capsys)[0]
-        assert told["frames"] == 33 + 12 * turn
+        report = run([*options[:7], "--json", *more, "--out", str(tmp_path / f"{turn}.mp4")], capsys)[0]
+        assert report["frames"] == 33 + 12 * turn
     before, after = read_video(tmp_path / "0.mp4"), read_video(tmp_path / "2.mp4")
     assert after.shape == (57, 3, 16, 32)
     assert (after[:33] - before).abs().mean() < 0.05, "what was there stays"
@@ -154,8 +154,8 @@ def test_what_is_extended_keeps_its_time_its_sound_and_its_place(
     lie(given, (0, 1, -1, 0))
     more = ["--prompt", "a", "--extend", str(given), "--frames", "12", "--out", str(out), "--window", "-1"]
     kept = tmp_path / "b.safetensors"
-    told = run([*options, *more, "--latents", str(kept)], capsys)[0]
-    assert told["frames"] == 33 + 12
+    report = run([*options, *more, "--latents", str(kept)], capsys)[0]
+    assert report["frames"] == 33 + 12
     frames = read_video(out)
     assert frames.shape == (45, 3, 16, 32)
     shown = (frames[:33].mean((1, 2, 3)) * 255 / STEP).tolist()
@@ -190,8 +190,8 @@ def test_a_long_video_is_extended_without_holding_it(
 
     monkeypatch.setattr(torch, "stack", spy)
     more = ["--prompt", "a", "--extend", str(tmp_path / "a.mp4"), "--frames", "12", "--window", "6"]
-    told = run([*options, *more, "--out", str(tmp_path / "b.mp4")], capsys)[0]
-    assert told["frames"] == 93 + 12
+    report = run([*options, *more, "--out", str(tmp_path / "b.mp4")], capsys)[0]
+    assert report["frames"] == 93 + 12
     assert 0 < most <= 4 * 6
 
 
@@ -211,8 +211,8 @@ def test_latents_go_on_without_a_seam(options: list[str], tmp_path: Path, capsys
     run([*options, "--frames", "45", "--out", str(tmp_path / "whole.mp4"), "--latents", str(whole)], capsys)
     run([*options, "--frames", "33", "--out", str(tmp_path / "part.mp4"), "--latents", str(part)], capsys)
     more = ["--extend", str(part), "--frames", "12", "--out", str(tmp_path / "joined.mp4"), "--latents", str(joined)]
-    told = run([*options, *more], capsys)[0]
-    assert told["frames"] == 45
+    report = run([*options, *more], capsys)[0]
+    assert report["frames"] == 45
     torch.testing.assert_close(load_file(joined)["latents"], load_file(whole)["latents"])
     assert len(read_video(tmp_path / "joined.mp4")) == 45
 
@@ -241,9 +241,9 @@ def test_an_extension_begins_with_a_first_frame_that_stands_alone(
 def test_a_model_whose_first_frame_stands_alone_goes_on(
     options: list[str], models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = read_checkpoint(models / "t2v.safetensors")
+    checkpoint = read_checkpoint(models / "t2v.safetensors")
     causal = CausalConfig(chunk=3, window=-1, independent_first_frame=True)
-    save_checkpoint(tmp_path / "own.safetensors", found.state_dict, found.config, causal=causal, steps=STEPS)
+    save_checkpoint(tmp_path / "own.safetensors", checkpoint.state_dict, checkpoint.config, causal=causal, steps=STEPS)
     options = [*options, "--model", str(tmp_path / "own.safetensors"), "--prompt", "a"]
     latents = {}
     for name, frames, more in (
@@ -252,12 +252,12 @@ def test_a_model_whose_first_frame_stands_alone_goes_on(
         ("joined", "12", ["--extend", str(tmp_path / "part.safetensors")]),
     ):
         kept = tmp_path / f"{name}.safetensors"
-        told = run(
+        report = run(
             [*options, "--frames", frames, *more, "--out", str(tmp_path / f"{name}.mp4"), "--latents", str(kept)],
             capsys,
         )[0]
         latents[name] = load_file(kept)["latents"]
-    assert told["frames"] == 37
+    assert report["frames"] == 37
     torch.testing.assert_close(latents["joined"], latents["whole"])
     more = ["--extend", str(tmp_path / "part.mp4"), "--window", "7", "--frames", "12"]
     assert run([*options, *more, "--out", str(tmp_path / "b.mp4")], capsys)[0]["frames"] == 37
@@ -272,10 +272,10 @@ def test_an_extension_repeats_no_noise(
     draw = SeededNoise.draw
 
     def spy(noise: SeededNoise, start_frame: int, step: int, shape: tuple[int, ...]) -> torch.Tensor:
-        made = draw(noise, start_frame, step, shape)
-        assert tuple(made.flatten()[:8].tolist()) not in draws[-1]
-        draws[-1].add(tuple(made.flatten()[:8].tolist()))
-        return made
+        result = draw(noise, start_frame, step, shape)
+        assert tuple(result.flatten()[:8].tolist()) not in draws[-1]
+        draws[-1].add(tuple(result.flatten()[:8].tolist()))
+        return result
 
     monkeypatch.setattr(SeededNoise, "draw", spy)
     for turn in range(3):
@@ -284,7 +284,7 @@ def test_an_extension_repeats_no_noise(
         more = ["--extend", str(before), "--frames", "12"] if turn else ["--frames", "33"]
         more += ["--latents", str(tmp_path / f"{turn}.safetensors")] if source == "latents" else []
         run([*options, "--prompt", "a", *more, "--out", str(tmp_path / f"{turn}.mp4")], capsys)
-    assert [len(made) for made in draws] == [6, 2, 2]
+    assert [len(result) for result in draws] == [6, 2, 2]
     assert len(set.union(*draws)) == 10
 
 
@@ -312,7 +312,7 @@ def test_an_earlier_video_passes_in_pieces_and_none_is_lost(
     pieces: list[torch.Tensor] = []
     monkeypatch.setattr(write_module, "write_video", lambda path, frames, **_: pieces.extend(frames))
     extend = tmp_path / "a.mp4" if source == "video" else kept["a"]
-    told = run(
+    report = run(
         [
             *options,
             "--extend",
@@ -328,15 +328,15 @@ def test_an_earlier_video_passes_in_pieces_and_none_is_lost(
     )[0]
     assert max(sizes) == (12 if source == "video" else 3)
     assert max(len(piece) for piece in pieces) == 12
-    assert min(told[name] for name in ("seconds_to_first_frame", "seconds_per_chunk")) > 0
+    assert min(report[name] for name in ("seconds_to_first_frame", "seconds_per_chunk")) > 0
     monkeypatch.undo()
     taehv, _ = load_taehv(models / "taehv.safetensors")
-    before, made = load_file(kept["a"])["latents"], load_file(kept["b"])["latents"]
+    before, result = load_file(kept["a"])["latents"], load_file(kept["b"])["latents"]
     frames = read_video(tmp_path / "a.mp4")
     if source == "video":
         before = taehv.encode(frames[None])[0]
-    torch.testing.assert_close(made[:12], before)
-    whole = taehv.decode(made[None])[0]
+    torch.testing.assert_close(result[:12], before)
+    whole = taehv.decode(result[None])[0]
     shown = torch.cat([frames, whole[45:]]) if source == "video" else whole
     # a number near the middle between two integers may fall to either side
     torch.testing.assert_close(torch.cat(pieces).float(), to_integers(shown, 8).float(), atol=1, rtol=0)
@@ -382,7 +382,7 @@ def test_prompts_of_a_file_get_safe_names(
     (tmp_path / "long.txt").write_text("one\ntwo\nthree\n", encoding="utf-8")
     options = [*options, "--prompt-file", str(tmp_path / "p.txt"), "--samples", "2", "--frames", "9"]
     options += ["--extended-prompt-file", str(tmp_path / "long.txt")]
-    told = run([*options, "--out", str(tmp_path / "one")], capsys)
+    report = run([*options, "--out", str(tmp_path / "one")], capsys)
     names = sorted(os.listdir(tmp_path / "one"))
     assert names == [
         "0000-etc-passwd-0.mp4",
@@ -392,7 +392,7 @@ def test_prompts_of_a_file_get_safe_names(
         "0002-a-b-c-0.mp4",
         "0002-a-b-c-1.mp4",
     ]
-    assert [Path(row["out"]).name for row in told] == names
+    assert [Path(row["out"]).name for row in report] == names
     assert read_metadata(tmp_path / "one" / names[0])["comment"] == "../../etc/passwd"
     assert json.loads(read_metadata(tmp_path / "one" / names[0])["selfforcing"])["extended_prompt"] == "one"
 
@@ -467,8 +467,8 @@ def test_the_vae_decodes_on_request(
     options: list[str], models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ["--prompt", "a", "--frames", "21", "--vae", str(models / "vae.safetensors"), "--decoder", "vae"]
-    told = run([*options, *more, "--out", str(tmp_path / "a.mp4")], capsys)[0]
-    assert told["decoder"] == "vae"
+    report = run([*options, *more, "--out", str(tmp_path / "a.mp4")], capsys)[0]
+    assert report["decoder"] == "vae"
     assert read_video(tmp_path / "a.mp4").shape == (21, 3, 16, 32)
 
 
@@ -539,9 +539,9 @@ def test_compiled_blocks_make_the_same_video_and_their_failure_is_one_line(
 def test_a_foreign_taehv_is_refused_and_an_unknown_one_asked_about(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = read_checkpoint(models / "t2v.safetensors")
+    checkpoint = read_checkpoint(models / "t2v.safetensors")
     named = {"causal": CAUSAL, "steps": STEPS, "latent_space": "wan2.1"}
-    save_checkpoint(tmp_path / "wan.safetensors", found.state_dict, found.config, **named)
+    save_checkpoint(tmp_path / "wan.safetensors", checkpoint.state_dict, checkpoint.config, **named)
     taehv = read_checkpoint(models / "taehv.safetensors")
     save_checkpoint(tmp_path / "hunyuan.safetensors", taehv.state_dict, taehv.config, latent_space="hunyuanvideo")
     options = ["generate", "--model", str(tmp_path / "wan.safetensors"), "--prompt", "a", "--frames", "9"]
@@ -584,13 +584,13 @@ def test_the_kernel_is_chosen_for_the_video_model_alone(
     options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Text encoders attend with masks, and VAEs with heads so wide, that most kernels refuse them."""
-    seen: dict[str, set[bool]] = {}
+    log: dict[str, set[bool]] = {}
 
     def spy(kind: Any, name: str) -> None:
         run = getattr(kind, name)
 
         def noticed(*args: Any, **kwargs: Any) -> Any:
-            seen.setdefault(kind.__name__, set()).add(torch.backends.cuda.flash_sdp_enabled())
+            log.setdefault(kind.__name__, set()).add(torch.backends.cuda.flash_sdp_enabled())
             return run(*args, **kwargs)
 
         monkeypatch.setattr(kind, name, noticed)
@@ -598,7 +598,7 @@ def test_the_kernel_is_chosen_for_the_video_model_alone(
     for kind, name in ((TextEncoder, "encode"), (StreamingDecoder, "decode"), (CausalWan, "forward")):
         spy(kind, name)
     run([*options, "--prompt", "a", "--frames", "33", "--attention", "math", "--out", str(tmp_path / "a.mp4")], capsys)
-    assert seen == {"TextEncoder": {True}, "StreamingDecoder": {True}, "CausalWan": {False}}
+    assert log == {"TextEncoder": {True}, "StreamingDecoder": {True}, "CausalWan": {False}}
 
 
 def test_kernels_are_measured_once_for_all_videos(

@@ -26,10 +26,10 @@ def remedies(error: ValueError) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", str(error).rpartition("use ")[2])]
 
 
-def check_remedies(error: ValueError, asked: int, is_valid: list[bool], found: list[int]) -> None:
+def check_remedies(error: ValueError, asked: int, is_valid: list[bool], actual: list[int]) -> None:
     """Every value named is valid, and no valid one lies nearer on its side."""
-    assert found, f"no remedy in {error}"
-    for value in found:
+    assert actual, f"no remedy in {error}"
+    for value in actual:
         assert is_valid[value], f"{error}: {value} is not valid"
         between = range(max(0, min(value, asked) + 1), max(value, asked))
         assert not any(is_valid[other] for other in between), f"{error}: {value} is not the nearest"
@@ -138,9 +138,9 @@ def test_a_rounded_length_is_the_largest_valid_one_below_and_at_least_one_chunk(
         return True
 
     for length in range(-3, 120):
-        found = rounded_length(length, chunk, independent_first_frame=is_independent)
+        actual = rounded_length(length, chunk, independent_first_frame=is_independent)
         valid = [at for at in range(1, max(length, 4 * chunk + 1) + 1) if is_valid(at)]
-        assert found == max([at for at in valid if at <= length], default=valid[0])
+        assert actual == max([at for at in valid if at <= length], default=valid[0])
 
 
 def test_a_rounded_side_is_a_multiple_of_16_and_at_least_one() -> None:

@@ -50,8 +50,8 @@ def test_guided_euler_equals_the_loop_by_hand(guidance: float) -> None:
     x = SeededNoise(0).draw(0, 0, (1, 4, *FRAME))
     for sigma, following in zip(sigmas, sigmas[1:]):
         x = x + guided_flow(model, x, 1000 * sigma, guidance) * (following - sigma)
-    made = video(model, random_text(), 4, 4, steps, negative=random_text(seed=5), guidance=guidance)
-    torch.testing.assert_close(made, x)
+    result = video(model, random_text(), 4, 4, steps, negative=random_text(seed=5), guidance=guidance)
+    torch.testing.assert_close(result, x)
 
 
 def test_unipc_equals_the_librarys_own_loop() -> None:
@@ -66,8 +66,8 @@ def test_unipc_equals_the_librarys_own_loop() -> None:
     for index, timestep in enumerate(scheduler.timesteps):  # rounded to whole numbers, the network gets the exact ones
         flow = guided_flow(model, x, 1000 * float(scheduler.sigmas[index]), 1.0)
         x = scheduler.step(flow, timestep, x, return_dict=False)[0]
-    made = video(model, random_text(), 4, 4, StepConfig.even(count, shift=3.0, solver="unipc"))
-    torch.testing.assert_close(made, x.float(), atol=1e-4, rtol=1e-4)
+    result = video(model, random_text(), 4, 4, StepConfig.even(count, shift=3.0, solver="unipc"))
+    torch.testing.assert_close(result, x.float(), atol=1e-4, rtol=1e-4)
 
 
 def solve_gaussian(solver: str, count: int, spread: float) -> float:

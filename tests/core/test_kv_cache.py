@@ -97,8 +97,8 @@ def test_nothing_is_allocated_or_moved_after_construction() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, *EIGHT_BITS])
 def test_bytes_are_known_beforehand(dtype: torch.dtype) -> None:
     cache = make_cache(7, 2, 2, dtype)
-    told = KVCache.num_bytes(CONFIG, batch=2, tokens_per_frame=TOKENS, capacity=7, dtype=dtype)
-    assert told == sum(value.nbytes for value in vars(cache).values() if isinstance(value, Tensor))
+    report = KVCache.num_bytes(CONFIG, batch=2, tokens_per_frame=TOKENS, capacity=7, dtype=dtype)
+    assert report == sum(value.nbytes for value in vars(cache).values() if isinstance(value, Tensor))
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.int8, 0.5 / 127), (torch.float8_e4m3fn, 0.5 / 8)])
@@ -116,10 +116,10 @@ def test_eight_bits_are_off_by_at_most_half_a_step(dtype: torch.dtype, limit: fl
 @pytest.mark.parametrize("dtype", EIGHT_BITS)
 def test_eight_bits_keep_zeros_and_huge_numbers_and_show_what_is_not_a_number(dtype: torch.dtype) -> None:
     x = torch.tensor([[0.0, 0.0], [1e30, -1e30], [1.0, float("nan")]])[None, :, None]
-    found = dequantise(*quantise(x, dtype), x)[0, :, 0]
-    assert torch.equal(found[0], torch.zeros(2))
-    torch.testing.assert_close(found[1], x[0, 1, 0], rtol=1e-2, atol=0)
-    assert found[2].isnan().all()
+    actual = dequantise(*quantise(x, dtype), x)[0, :, 0]
+    assert torch.equal(actual[0], torch.zeros(2))
+    torch.testing.assert_close(actual[1], x[0, 1, 0], rtol=1e-2, atol=0)
+    assert actual[2].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", EIGHT_BITS)
@@ -181,8 +181,8 @@ def test_a_chunk_sees_the_same_by_segments_whole_and_with_gradient(
 
 @pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, *EIGHT_BITS])
 @pytest.mark.parametrize("held", [torch.float32, *EIGHT_BITS])
-def test_a_state_goes_into_a_cache_of_another_type(saved: torch.dtype, held: torch.dtype) -> None:
-    cache, other = make_cache(5, 1, dtype=saved), make_cache(5, 1, dtype=held)
+def test_a_state_goes_into_a_cache_of_another_type(saved: torch.dtype, state: torch.dtype) -> None:
+    cache, other = make_cache(5, 1, dtype=saved), make_cache(5, 1, dtype=state)
     with torch.no_grad():
         for start in (0, 2, 4, 6):  # past an eviction
             cache.stage(start, 2)
@@ -190,11 +190,11 @@ def test_a_state_goes_into_a_cache_of_another_type(saved: torch.dtype, held: tor
                 cache.write(layer, chunk(start, 2), chunk(start + 1, 2))
         other.restore(cache.snapshot())
     assert other.frames() == cache.frames()
-    for found, expected in zip(ordered(other, 1), ordered(cache, 1)):
-        if saved == held:
-            assert torch.equal(found, expected)
+    for actual, expected in zip(ordered(other, 1), ordered(cache, 1)):
+        if saved == state:
+            assert torch.equal(actual, expected)
         else:
-            assert (found.float() - expected.float()).norm() < 0.04 * expected.float().norm()
+            assert (actual.float() - expected.float()).norm() < 0.04 * expected.float().norm()
 
 
 def test_a_float8_state_from_before_there_were_scales_is_read() -> None:
@@ -203,11 +203,11 @@ def test_a_float8_state_from_before_there_were_scales_is_read() -> None:
         state.stage(0, 2)
         for layer in range(CONFIG.num_layers):
             state.write(layer, chunk(0, 2), chunk(1, 2))
-        held = state.snapshot()
-        old = replace(held, k=held.k.to(torch.float8_e4m3fn), v=held.v.to(torch.float8_e4m3fn))
+        copy = state.snapshot()
+        old = replace(copy, k=copy.k.to(torch.float8_e4m3fn), v=copy.v.to(torch.float8_e4m3fn))
         cache.restore(old)
-    for found, expected in zip(ordered(cache, 0), (old.k[0].float(), old.v[0].float())):
-        assert (found - expected).norm() < 0.04 * expected.norm()
+    for actual, expected in zip(ordered(cache, 0), (old.k[0].float(), old.v[0].float())):
+        assert (actual - expected).norm() < 0.04 * expected.norm()
 
 
 def test_reset_forgets_frames_and_text() -> None:

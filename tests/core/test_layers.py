@@ -56,42 +56,42 @@ def test_gradients_are_those_of_torchs_own_layers() -> None:
 
 @pytest.mark.parametrize(("kind", "sizes"), KINDS)
 def test_hooks_on_a_layer_are_called(kind: type[nn.Module], sizes: dict[str, Any]) -> None:
-    layer, seen = kind(**sizes), []
+    layer, log = kind(**sizes), []
     x = torch.randn(2, 6, requires_grad=True)
     plain = layer(x)
     handles = [
-        layer.register_forward_pre_hook(lambda *_: seen.append("before")),
-        layer.register_forward_hook(lambda *_: seen.append("after")),
-        layer.register_full_backward_pre_hook(lambda *_: seen.append("before backward")),
-        layer.register_full_backward_hook(lambda *_: seen.append("backward")),
+        layer.register_forward_pre_hook(lambda *_: log.append("before")),
+        layer.register_forward_hook(lambda *_: log.append("after")),
+        layer.register_full_backward_pre_hook(lambda *_: log.append("before backward")),
+        layer.register_full_backward_hook(lambda *_: log.append("backward")),
     ]
     layer(x).sum().backward()
-    assert seen == ["before", "after", "before backward", "backward"]
+    assert log == ["before", "after", "before backward", "backward"]
     for handle in handles:
         handle.remove()
         layer(x).sum().backward()
-    assert [seen.count(name) for name in ("before", "after", "before backward", "backward")] == [1, 2, 3, 4]
+    assert [log.count(name) for name in ("before", "after", "before backward", "backward")] == [1, 2, 3, 4]
     assert torch.equal(layer(x), plain)
 
 
 @pytest.mark.parametrize(("kind", "sizes"), KINDS)
 def test_hooks_on_all_modules_are_called(kind: type[nn.Module], sizes: dict[str, Any]) -> None:
-    layer, seen = kind(**sizes), []
+    layer, log = kind(**sizes), []
     x = torch.randn(2, 6, requires_grad=True)
     handles = [
-        register_module_forward_pre_hook(lambda module, _: seen.append(("before", module))),
-        register_module_forward_hook(lambda module, *_: seen.append(("after", module))),
-        register_module_full_backward_pre_hook(lambda module, _: seen.append(("before backward", module))),
-        register_module_full_backward_hook(lambda module, *_: seen.append(("backward", module))),
+        register_module_forward_pre_hook(lambda module, _: log.append(("before", module))),
+        register_module_forward_hook(lambda module, *_: log.append(("after", module))),
+        register_module_full_backward_pre_hook(lambda module, _: log.append(("before backward", module))),
+        register_module_full_backward_hook(lambda module, *_: log.append(("backward", module))),
     ]
     try:
         layer(x).sum().backward()
     finally:
         for handle in handles:
             handle.remove()
-    assert seen == [(name, layer) for name in ("before", "after", "before backward", "backward")]
+    assert log == [(name, layer) for name in ("before", "after", "before backward", "backward")]
     layer(x).sum().backward()
-    assert len(seen) == 4
+    assert len(log) == 4
 
 
 def test_a_flop_counter_sees_every_linear_by_its_name() -> None:
@@ -157,6 +157,6 @@ def test_rotary_embedding_is_the_same_with_gradient_and_without(dtype: torch.dty
 def test_scaled_positions_are_those_of_a_finer_grid() -> None:
     """Every second position of a table is the table at twice the scale; a shift begins it elsewhere."""
     fine = rotary_table(16, 6, 4, 2, 6).view(4, 2, 6, -1)
-    found = rotary_table(16, 2, 2, 2, 2, axes=((2.0, 2.0), (1.0, 0.0), (3.0, 1.0))).view(2, 2, 2, -1)
-    assert torch.equal(found, fine[::2, :, [1, 4]])
+    actual = rotary_table(16, 2, 2, 2, 2, axes=((2.0, 2.0), (1.0, 0.0), (3.0, 1.0))).view(2, 2, 2, -1)
+    assert torch.equal(actual, fine[::2, :, [1, 4]])
     assert torch.equal(rotary_table(16, 6, 4, 2, 6).view(4, 2, 6, -1), fine)

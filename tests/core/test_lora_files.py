@@ -53,9 +53,9 @@ def base(tmp_path: Path) -> Path:
     return path
 
 
-def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    different = [name for name in expected if not torch.equal(found[name], expected[name])]
+def assert_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(actual[name], expected[name])]
     assert not different
 
 
@@ -162,11 +162,11 @@ def test_several_lora_add_up_and_are_rounded_once(tmp_path: Path) -> None:
     other = Maker(2, WAN).lora()
     loras = [(written(tmp_path, peft(PAIRS)), 1.0), (tmp_path / "other.pt", -0.25)]
     torch.save(kohya(other, alpha=2), tmp_path / "other.pt")
-    found = read_checkpoint(tmp_path / "base.safetensors", loras=loras)
+    checkpoint = read_checkpoint(tmp_path / "base.safetensors", loras=loras)
     wide = merged({name: weight.float() for name, weight in weights.items()}, PAIRS)
     wide = merged(wide, other, alpha=2, strength=-0.25)
-    assert_same(dict(found.state_dict), {name: weight.bfloat16() for name, weight in wide.items()})
-    assert [each["strength"] for each in found.loras] == [1.0, -0.25]
+    assert_same(dict(checkpoint.state_dict), {name: weight.bfloat16() for name, weight in wide.items()})
+    assert [each["strength"] for each in checkpoint.loras] == [1.0, -0.25]
 
 
 def test_alpha_comes_from_the_caller_then_the_file_then_peft_and_is_else_guessed_aloud(tmp_path: Path) -> None:
@@ -257,9 +257,9 @@ def test_8_bits_without_scales_are_widened_where_a_lora_changes_them(tmp_path: P
         name: weight.to(torch.float8_e4m3fn) if f"{Q}.weight" in name else weight for name, weight in BASE.items()
     }
     save_file(narrow, tmp_path / "base.safetensors")
-    found = read_checkpoint(tmp_path / "base.safetensors", loras=[(written(tmp_path, peft(PAIRS)), 1.0)]).state_dict
+    weights = read_checkpoint(tmp_path / "base.safetensors", loras=[(written(tmp_path, peft(PAIRS)), 1.0)]).state_dict
     wide = {name: weight.float() for name, weight in narrow.items()}
-    assert torch.equal(found[f"{Q}.weight"], merged(wide, PAIRS)[f"{Q}.weight"])
+    assert torch.equal(weights[f"{Q}.weight"], merged(wide, PAIRS)[f"{Q}.weight"])
 
 
 def _storages() -> dict[int, int]:
@@ -535,10 +535,10 @@ def test_a_presets_lora_is_merged_with_its_alpha_unless_one_is_there_or_given(
 def test_convert_writes_the_merged_weights_and_what_they_are(tmp_path: Path, base: Path) -> None:
     lora = written(tmp_path, peft(PAIRS))
     convert(base, tmp_path / "out.safetensors", loras=[(lora, 0.5)])
-    found = read_checkpoint(tmp_path / "out.safetensors")
-    assert_same(dict(found.state_dict), merged(BASE, PAIRS, strength=0.5))
-    assert found.metadata["merged_loras"] == f"{lora} at strength 0.5"
-    assert found.loras == ()
+    checkpoint = read_checkpoint(tmp_path / "out.safetensors")
+    assert_same(dict(checkpoint.state_dict), merged(BASE, PAIRS, strength=0.5))
+    assert checkpoint.metadata["merged_loras"] == f"{lora} at strength 0.5"
+    assert checkpoint.loras == ()
     assert (
         main(["convert", str(base), str(tmp_path / "cli.pt"), "--lora", str(lora), "0.25", "--lora", str(lora), "0.25"])
         == 0
@@ -594,14 +594,14 @@ def test_generate_makes_the_video_of_the_merged_network(tmp_path: Path, capsys: 
     convert("tiny", tmp_path / "merged.safetensors", loras=[(lora, 0.5)])
     models = {"merged": ["--model", str(tmp_path / "merged.safetensors"), "--taehv", "tiny", "--text-encoder", "tiny"]}
     models |= {"lora": ["--lora", str(lora), "0.5"], "plain": []}
-    made = {}
+    result = {}
     for name, options in models.items():
         latents = tmp_path / f"latents-{name}.safetensors"
         out = ["--out", str(tmp_path / f"{name}.mp4"), "--latents", str(latents), "--frames", "9"]
         size = ["--width", "64", "--height", "64"]
         assert main(["generate", "--prompt", "a red square", *out, *size, *options]) == 0, capsys.readouterr().err
-        made[name] = latents.read_bytes()[-1000:]
-    assert made["lora"] == made["merged"] != made["plain"]
+        result[name] = latents.read_bytes()[-1000:]
+    assert result["lora"] == result["merged"] != result["plain"]
 
 
 def test_fakes_cover_every_linear_of_the_blocks() -> None:

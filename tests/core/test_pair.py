@@ -179,8 +179,8 @@ def test_every_reader_of_a_pipelines_folder_follows_its_shift_and_boundary(
     low = folder / "transformer_2"
     assert (read_pipeline(low).low_noise, read_pipeline(low).high_noise) == (None, file.parent)
     assert read_pipeline(tmp_path) == read_pipeline(files / "high.safetensors") == PipelineFolder()
-    told = inspected(folder, capsys)
-    assert (told["folder"]["shift"], told["folder"]["boundary"]) == (5, 0.875)
+    report = inspected(folder, capsys)
+    assert (report["folder"]["shift"], report["folder"]["boundary"]) == (5, 0.875)
 
 
 @pytest.mark.usefixtures("tiny")
@@ -257,8 +257,8 @@ def test_a_pair_with_36_channels_runs_from_a_picture_at_once_and_in_chunks(
         files / "vae.safetensors",
     ]
     for chunks in (["--chunk", 3, "--frames", 9], ["--chunk", 3, "--frames", 21]):
-        told = command(files, high, tmp_path, *more, *chunks)
-        assert main(told) == 0, capsys.readouterr().err
+        report = command(files, high, tmp_path, *more, *chunks)
+        assert main(report) == 0, capsys.readouterr().err
         steps = json.loads(capsys.readouterr().out)["steps"]
         # just above 833.3, the first step of the low-noise network
         assert 0.8333 < steps["boundary"] < 0.8334
@@ -415,9 +415,9 @@ def test_causalwan_runs_as_its_preset_and_its_folder_say(
     more = ["--preset", "causalwan2.2-i2v", "--frames", 25]
     more += ["--image", files / "start.png", "--vae", files / "vae.safetensors"]
     assert main(command(files, folder, tmp_path, *more)) == 0, capsys.readouterr().err
-    told = json.loads(capsys.readouterr().out)
-    assert (told["steps"]["boundary"], told["steps"]["solver"], told["steps"]["shift"]) == (0.875, "phased", 12)
-    assert (told["causal"]["window"], told["causal"]["independent_first_frame"]) == (21, True)
+    report = json.loads(capsys.readouterr().out)
+    assert (report["steps"]["boundary"], report["steps"]["solver"], report["steps"]["shift"]) == (0.875, "phased", 12)
+    assert (report["causal"]["window"], report["causal"]["independent_first_frame"]) == (21, True)
     expected = []
     for start, end in ((0, 1), (1, 4), (4, 7)):  # the first frame alone, then chunks of 3
         expected += [(t, start, end, "high") for t in HIGH_STEPS] + [(t, start, end, "low") for t in LOW_STEPS]
@@ -434,8 +434,8 @@ def test_causalwan_for_text_runs_with_the_chunk_that_is_given(
     folder = pipeline(tmp_path / "model", "causalwan2.2-t2v")
     more = ["--preset", "causalwan2.2-t2v", "--chunk", 3, "--frames", 25]
     assert main(command(files, folder, tmp_path, *more)) == 0, capsys.readouterr().err
-    told = json.loads(capsys.readouterr().out)
-    assert (told["steps"]["boundary"], told["steps"]["solver"], told["steps"]["shift"]) == (0.875, "phased", 5)
+    report = json.loads(capsys.readouterr().out)
+    assert (report["steps"]["boundary"], report["steps"]["solver"], report["steps"]["shift"]) == (0.875, "phased", 5)
     high, low = (1000.0, 965.9, 921.1), (859.4, 729.2, 654.8, 555.6, 416.7)
     expected = []
     for start, end in ((0, 1), (1, 4), (4, 7)):

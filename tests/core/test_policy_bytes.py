@@ -31,9 +31,9 @@ def allocated(causal: CausalConfig, frames: int, dtype: Any) -> CacheBytes:
             guided, noise=SeededNoise(0), latent_shape=(frames, *FRAME), causal=causal, steps=STEPS, commit_last=True
         ):
             pass
-    held = held_bytes(cache)
-    assert held == CacheBytes(storage_bytes(cache.k, cache.v, cache.k_scale, cache.v_scale), kept_by_memory(cache))
-    return held
+    state = held_bytes(cache)
+    assert state == CacheBytes(storage_bytes(cache.k, cache.v, cache.k_scale, cache.v_scale), kept_by_memory(cache))
+    return state
 
 
 def storage_bytes(*values: Any) -> int:

@@ -141,10 +141,10 @@ def test_4_a_chunk_sees_the_sink_and_the_last_frames(chunks: int, chunk: int, si
             cache.stage(index * chunk, chunk)
         end = chunks * chunk
         start = max(sink, end - (causal.window - sink))
-        held = [*range(min(sink, end)), *range(start, end)]
-        assert [frame for frame, _ in places(cache)] == held
+        state = [*range(min(sink, end)), *range(start, end)]
+        assert [frame for frame, _ in places(cache)] == state
         shift = start - sink if name == "infinite" and end > sink else 0
-        assert [place for _, place in places(cache)] == [frame + shift * (frame < sink) for frame in held]
+        assert [place for _, place in places(cache)] == [frame + shift * (frame < sink) for frame in state]
 
 
 @settings(max_examples=30, deadline=None)
@@ -179,11 +179,11 @@ def test_4_averages_stand_between_the_sink_and_the_window(chunks: int, chunk: in
         return
     num_recent = causal.window - sink - 2
     recent = [*range(end - num_recent, end)]
-    held = places(cache)
-    assert [frame for frame, _ in held][-num_recent:] == recent
+    state = places(cache)
+    assert [frame for frame, _ in state][-num_recent:] == recent
     if cache.memory is not None and cache.memory.tensors and end > causal.window:
-        assert [frame for frame, _ in held] == [*range(sink), AVERAGE, AVERAGE, *recent]
-        assert [place for _, place in held] == [*range(end - causal.window, end)]
+        assert [frame for frame, _ in state] == [*range(sink), AVERAGE, AVERAGE, *recent]
+        assert [place for _, place in state] == [*range(end - causal.window, end)]
 
 
 @settings(max_examples=15, deadline=None)
@@ -229,9 +229,9 @@ def test_4_a_shots_first_frames_stay_beside_the_sink(chunks: int, cut: int, chun
     shown = {*range(min(sink, end)), *pinned}
     for frame in range(end - 1, -1, -1):  # the others are the latest
         shown |= {frame} if len(shown) < causal.window else set()
-    held = places(cache)
-    assert {frame for frame, _ in held} == shown
-    assert all(place == frame + 8 * (frame >= cut * chunk) for frame, place in held)
+    state = places(cache)
+    assert {frame for frame, _ in state} == shown
+    assert all(place == frame + 8 * (frame >= cut * chunk) for frame, place in state)
 
 
 @settings(max_examples=6, deadline=None)
@@ -265,8 +265,8 @@ def joint_passes(
         tokens = cache.tokens_per_frame
         hidden = {slot for _, at, length in cache._hidden for slot in range(at // tokens, (at + length) // tokens)}
         slots = [slot for slot in range(cache._num_visible() // tokens) if slot not in hidden]
-        seen = sorted(((cache.slot_frames[slot], cache.slot_positions[slot]) for slot in slots), key=lambda s: s[1])
-        passes.append((range(start_frame, start_frame + num_frames), seen))
+        log = sorted(((cache.slot_frames[slot], cache.slot_positions[slot]) for slot in slots), key=lambda s: s[1])
+        passes.append((range(start_frame, start_frame + num_frames), log))
 
     cache.stage = watched  # type: ignore[method-assign]
     with torch.no_grad():
@@ -377,30 +377,30 @@ def test_9_every_chunk_takes_the_steps_of_the_list(chunk: int, count: int, sink:
     """Once each and in their order, whatever is denoised beside it."""
     steps = StepConfig(tuple(1000.0 - 100 * step for step in range(count)))
     causal = CausalConfig(chunk, count * chunk + sink + room, sink, policy="rolling-forcing")
-    taken: dict[int, list[float]] = {}
+    timesteps_of_frame: dict[int, list[float]] = {}
     (cache,) = new_caches(MODEL, TEXT, 1, ((count + 3) * chunk, *FRAME), causal)
-    network = Watched(taken)
+    network = Watched(timesteps_of_frame)
     with torch.no_grad():
         shape = ((count + 3) * chunk, *FRAME)
         guided = Guided(network, TEXT, caches=[cache])
         for _ in rollout(guided, noise=SeededNoise(4), latent_shape=shape, causal=causal, steps=steps):
             pass
     schedule = FlowSchedule(steps).timesteps
-    assert taken == {frame: pytest.approx(list(schedule)) for frame in range(shape[0])}
+    assert timesteps_of_frame == {frame: pytest.approx(list(schedule)) for frame in range(shape[0])}
 
 
 class Watched:
     """The network, with the timesteps of every frame's passes noted but for those that write a clean chunk."""
 
-    def __init__(self, taken: dict[int, list[float]]) -> None:
-        self.taken = taken
+    def __init__(self, timesteps_of_frame: dict[int, list[float]]) -> None:
+        self.timesteps_of_frame = timesteps_of_frame
 
     def __call__(
         self, x_BTCHW: Tensor, timesteps_BT: Tensor, *rest: Any, start_frame: int = 0, **options: Any
     ) -> Tensor:
         for frame, timestep in enumerate(timesteps_BT[0].tolist(), start_frame):
             if timestep > 0:
-                self.taken.setdefault(frame, []).append(timestep)
+                self.timesteps_of_frame.setdefault(frame, []).append(timestep)
         return MODEL(x_BTCHW, timesteps_BT, *rest, start_frame=start_frame, **options)
 
     def __getattr__(self, name: str) -> Any:

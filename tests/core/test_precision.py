@@ -43,8 +43,8 @@ def test_a_row_of_zeros_survives_float8() -> None:
     torch.nn.init.zeros_(linear.weight)
     model = torch.nn.Module()
     model.blocks = torch.nn.ModuleList([torch.nn.Sequential(linear)])
-    made = store_in_float8(model).get_submodule("blocks.0")(torch.ones(2, 4))
-    assert torch.equal(made, linear.bias.expand(2, 3))
+    result = store_in_float8(model).get_submodule("blocks.0")(torch.ones(2, 4))
+    assert torch.equal(result, linear.bias.expand(2, 3))
 
 
 @pytest.mark.parametrize("name", ["math", "flash"])
@@ -67,13 +67,13 @@ def test_kernels_that_cannot_run_here_are_refused() -> None:
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
 def test_half_precision_follows_float32_with_timesteps_in_float32(dtype: torch.dtype, limit: float) -> None:
     """937.5 and its neighbours do not exist in bfloat16; the network must still be told the exact timestep."""
-    seen: list[torch.Tensor] = []
+    log: list[torch.Tensor] = []
 
     class Watched(CausalWan):
         def forward(
             self, noisy: torch.Tensor, timesteps: torch.Tensor, *args: object, **kwargs: object
         ) -> torch.Tensor:  # type: ignore[override]
-            seen.append(timesteps)
+            log.append(timesteps)
             return super().forward(noisy, timesteps, *args, **kwargs)  # type: ignore[arg-type]
 
     exact = random_wan(dtype=torch.float32)
@@ -89,8 +89,8 @@ def test_half_precision_follows_float32_with_timesteps_in_float32(dtype: torch.d
             steps=StepConfig((1000.0, 750.0)),
         )
         videos.append(torch.cat([chunk.latents_BTCHW for chunk in chunks], 1))
-    assert all(timesteps.dtype == torch.float32 for timesteps in seen)
-    assert 937.5 in {float(timesteps[0, 0]) for timesteps in seen}
+    assert all(timesteps.dtype == torch.float32 for timesteps in log)
+    assert 937.5 in {float(timesteps[0, 0]) for timesteps in log}
     assert (videos[1] - videos[0]).norm() / videos[0].norm() < limit
 
 
@@ -147,8 +147,8 @@ def test_resuming_with_an_eight_bit_cache_is_bit_exact(
         with safe_open(path, "pt") as file:
             assert '"format": 2' in file.metadata()[HEADER_KEY], "a reader that knows no scales must refuse it"
         for state in (snapshot, Snapshot.load(path), snapshot.to("cpu")):
-            for found, expected in zip(latents(model, causal, start=state), whole[index + 1 :], strict=True):
-                assert torch.equal(found, expected)
+            for actual, expected in zip(latents(model, causal, start=state), whole[index + 1 :], strict=True):
+                assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("is_recomputed", [False, True])
@@ -157,19 +157,19 @@ def test_an_eight_bit_cache_shows_the_same_with_gradients(is_recomputed: bool) -
     model.cache_dtype = torch.int8
     if is_recomputed:
         model.checkpoint_blocks()
-    made = torch.cat(latents(model, causal, backprop=BackpropSpec([1, 1, 1, 1])), 1)
-    made.square().mean().backward()
+    result = torch.cat(latents(model, causal, backprop=BackpropSpec([1, 1, 1, 1])), 1)
+    result.square().mean().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.blocks.parameters())
     with torch.no_grad():
-        torch.testing.assert_close(made.detach(), torch.cat(latents(model, causal), 1))
+        torch.testing.assert_close(result.detach(), torch.cat(latents(model, causal), 1))
 
 
 def test_compiled_blocks_on_an_eight_bit_cache_are_bit_exact() -> None:
     model = random_wan(dtype=torch.float32)
     model.cache_dtype = torch.int8
     plain = latents(model, CausalConfig(2))
-    for found, expected in zip(latents(model.compile_blocks(backend="eager", fullgraph=True), CausalConfig(2)), plain):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(latents(model.compile_blocks(backend="eager", fullgraph=True), CausalConfig(2)), plain):
+        assert torch.equal(actual, expected)
 
 
 class _Float64Off(EveryOperator):
@@ -177,13 +177,13 @@ class _Float64Off(EveryOperator):
 
     def __init__(self, device: str) -> None:
         super().__init__()
-        self.device, self.made = device, list[str]()
+        self.device, self.names = device, list[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.dtype in (torch.float64, torch.complex128):
-                self.made += [str(func)] if tensor.device.type == self.device else []
+                self.names += [str(func)] if tensor.device.type == self.device else []
         return out
 
 
@@ -203,7 +203,7 @@ def test_a_device_without_float64_is_asked_for_none(monkeypatch: pytest.MonkeyPa
             steps=steps,
         )
         assert [chunk.latents_BTCHW.device.type for chunk in chunks] == ["meta", "meta"]
-    assert watch.made == []
+    assert watch.names == []
 
 
 def test_narrow_sinusoids_are_close_to_wide_ones(monkeypatch: pytest.MonkeyPatch) -> None:

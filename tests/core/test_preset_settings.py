@@ -243,10 +243,10 @@ def test_frames_stand_where_the_releases_source_puts_them(
         return result
 
     monkeypatch.setattr(CausalWan, "forward", logged)
-    num_chunks, seen = SEEN[name]
+    num_chunks, log = SEEN[name]
     named = ["--preset", name] if name in UNNAMED else []
     generate(written(name, tmp_path), *named, frames=4 * num_chunks * RUNS[name][0] - 3)
-    assert stood[-1] == seen
+    assert stood[-1] == log
 
 
 def test_a_bidirectional_release_makes_all_frames_at_once(

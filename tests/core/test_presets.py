@@ -294,8 +294,8 @@ def shapes_of(fake: fakes.Fake) -> dict[str, tuple[int, ...]]:
 
 def candidates(name: str, path: str, **options: object) -> tuple[list[str], str | None]:
     """Return the names that a fake of the real sizes is recognised as below that path, and by what."""
-    found = recognise(shapes_of(make_fake(name, is_real_size=True)), path, **options)  # type: ignore[arg-type]
-    return [preset.name for preset in found.presets], found.by
+    actual = recognise(shapes_of(make_fake(name, is_real_size=True)), path, **options)  # type: ignore[arg-type]
+    return [preset.name for preset in actual.presets], actual.by
 
 
 def test_a_header_says_what_a_file_is_whatever_it_is_called() -> None:
@@ -317,7 +317,7 @@ def test_a_release_where_the_hub_puts_it_is_recognised(name: str) -> None:
     same_files = {other.name for other in PRESETS.values() if other.files == preset.files}
     if preset.name.startswith(("causalwan", "sfwan")):
         same_files = {name}  # a folder of diffusers has its repository's name
-    assert {found.name for found in recognition.presets} == same_files
+    assert {actual.name for actual in recognition.presets} == same_files
     assert recognition.by == "file name"
     assert (recognition.preset is None) == (len(same_files) > 1)
 

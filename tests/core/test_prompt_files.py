@@ -153,6 +153,6 @@ def test_a_local_chat_model_writes_the_longer_prompt(tmp_path: Path) -> None:
         pad_token_id=0,
     )
     LlamaForCausalLM(config).save_pretrained(str(tmp_path))
-    made = extend_prompts(["a cat"], str(tmp_path))[0]
-    assert set(made.split()) <= set(words)
-    assert INSTRUCTION not in made
+    result = extend_prompts(["a cat"], str(tmp_path))[0]
+    assert set(result.split()) <= set(words)
+    assert INSTRUCTION not in result

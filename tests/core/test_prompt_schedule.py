@@ -343,10 +343,10 @@ def test_recoded_history_is_that_of_a_run_under_the_new_prompt(window: int, sink
             frames = video[:, group[0] : group[-1] + 1]
             expected_k.append(_write(network, naive, frames, other, place, group[0]))
     still = [frame for frame in cache.frames() if frame < 8]
-    found, _ = ordered(cache, 0)
-    found = found.unflatten(1, (-1, 6))[:, [cache.frames().index(frame) for frame in still]]
+    actual, _ = ordered(cache, 0)
+    actual = actual.unflatten(1, (-1, 6))[:, [cache.frames().index(frame) for frame in still]]
     expected = torch.cat(expected_k, 1).unflatten(1, (-1, 6))[:, [shown.index(frame) for frame in still]]
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 def _write(network, cache, frames, prompt, place, start) -> Tensor:  # type: ignore[no-untyped-def]
@@ -460,8 +460,8 @@ def test_a_decade_is_a_prompt_and_the_command_line_says_so(
     options = ["generate", "--frames", "9", "--steps", "1000", "--samples", "2", "--out", str(tmp_path / "out")]
     assert main([*options, "--prompt-file", str(tmp_path / "prompts.txt"), "--json"]) == 0
     assert caplog.messages.count(schedule_note("1990s: a neon street")) == 1
-    told = [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
-    assert [row["prompt"] for row in told] == ["1990s: a neon street"] * 2
+    rows = [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
+    assert [row["prompt"] for row in rows] == ["1990s: a neon street"] * 2
 
 
 # -------------------------------------------------------------- once more --
@@ -502,20 +502,20 @@ def test_a_chunk_made_once_more_is_as_if_made_so_at_first(
 
     with torch.no_grad():
         (chunks, _), expected_caches = run({target: 7}, is_changed=True)
-        expected = torch.cat([made.latents_BTCHW for made in chunks], 1)
+        expected = torch.cat([result.latents_BTCHW for result in chunks], 1)
         seeds = {target: 3}
         (chunks, wanted), caches = run(seeds, is_changed=False)
-        found = []
-        for made in chunks:
-            while made.start_frame == target and seeds[target] == 3:
+        actual = []
+        for result in chunks:
+            while result.start_frame == target and seeds[target] == 3:
                 seeds[target] = 7
                 if history:
                     wanted[target] = PromptChange(other, history)
-                first, made = made, chunks.send(True)
-                assert made.start_frame == target
-                assert not torch.equal(made.latents_BTCHW, first.latents_BTCHW)
-            found.append(made.latents_BTCHW)
-    assert torch.equal(torch.cat(found, 1), expected)
+                first, result = result, chunks.send(True)
+                assert result.start_frame == target
+                assert not torch.equal(result.latents_BTCHW, first.latents_BTCHW)
+            actual.append(result.latents_BTCHW)
+    assert torch.equal(torch.cat(actual, 1), expected)
     assert torch.equal(ordered(caches[0], 1)[0], ordered(expected_caches[0], 1)[0])
 
 

@@ -65,22 +65,22 @@ def test_cached_rollout_equals_uncached(layout: tuple[int, CausalConfig]) -> Non
     model, text = random_wan(), random_text()
     lengths = chunk_lengths(frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
     noise = draws(frames, lengths, 1)
-    made = video(model, frames, causal, text=text, noise=GivenNoise(noise), steps=StepConfig((1000.0,))).double()
+    result = video(model, frames, causal, text=text, noise=GivenNoise(noise), steps=StepConfig((1000.0,))).double()
 
     own = torch.block_diag(*(torch.ones(length, length) for length in lengths)).bool()
     clean = block_causal_frames(lengths, window=causal.window, sink=causal.sink)
     mask = torch.cat([torch.cat([clean, torch.zeros_like(clean)], 1), torch.cat([clean & ~own, own], 1)])
     noisy = torch.cat([noise[key] for key in sorted(noise)], 1).double()
     timesteps = torch.full((1, frames), 1000.0)
-    flow = model(noisy, timesteps, text.prompt_embeds_BPE, clean_BTCHW=made, mask_TT=mask)
-    torch.testing.assert_close(noisy - flow, made, atol=1e-5, rtol=1e-5)  # the rollout keeps latents in float32
+    flow = model(noisy, timesteps, text.prompt_embeds_BPE, clean_BTCHW=result, mask_TT=mask)
+    torch.testing.assert_close(noisy - flow, result, atol=1e-5, rtol=1e-5)  # the rollout keeps latents in float32
 
 
 def test_no_gradient_reaches_a_frame_from_later_noise() -> None:
     model, lengths = random_wan().requires_grad_(True), (2, 2, 2)
     noise = {key: value.requires_grad_() for key, value in draws(6, lengths, 2).items()}
     plan = BackpropSpec([1, 1, 1])
-    made = list(
+    result = list(
         rollout(
             Guided(model, random_text()),
             noise=GivenNoise(noise),
@@ -91,7 +91,7 @@ def test_no_gradient_reaches_a_frame_from_later_noise() -> None:
         )
     )
     leaves = list(noise.values())
-    for chunk in made:
+    for chunk in result:
         gradients = torch.autograd.grad(
             chunk.latents_BTCHW.square().sum(), leaves, retain_graph=True, allow_unused=True
         )
@@ -127,7 +127,7 @@ def test_gradient_stays_inside_the_chunks_own_exit_step() -> None:
 @pytest.mark.parametrize("window", [-1, 4])
 def test_recomputed_activations_give_the_same_gradients(window: int) -> None:
     """With a cache that keeps all frames, and with one that evicts some before the backward pass."""
-    found = []
+    actual = []
     for is_recomputed in (False, True):
         model = random_wan().requires_grad_(True)
         if is_recomputed:
@@ -141,8 +141,8 @@ def test_recomputed_activations_give_the_same_gradients(window: int) -> None:
             backprop=BackpropSpec([1, 1, 1, 1]),
         )
         torch.cat([chunk.latents_BTCHW for chunk in chunks], 1).square().mean().backward()
-        found.append([parameter.grad for parameter in model.parameters()])
-    for plain, recomputed in zip(*found):
+        actual.append([parameter.grad for parameter in model.parameters()])
+    for plain, recomputed in zip(*actual):
         torch.testing.assert_close(recomputed, plain, rtol=1e-9, atol=1e-12)
 
 
@@ -171,16 +171,16 @@ def test_no_tensor_is_read_back_inside_the_loop(sigma: str) -> None:
 
 def test_a_chunk_draws_its_noise_before_its_first_evaluation() -> None:
     """A copy to a device in between would wait for the evaluation before it."""
-    told: list[str] = []
+    rows: list[str] = []
 
     class Told(SeededNoise):
         def draw(self, start_frame: int, step: int, shape: tuple[int, ...]) -> Tensor:
-            told.append("draw")
+            rows.append("draw")
             return super().draw(start_frame, step, shape)
 
-    video(random_wan(), 4, CausalConfig(2), noise=Told(0), on_step=lambda *_: told.append("evaluate"))
+    video(random_wan(), 4, CausalConfig(2), noise=Told(0), on_step=lambda *_: rows.append("evaluate"))
     chunk = ["draw"] * len(STEPS.steps) + ["evaluate"] * len(STEPS.steps)
-    assert told == [*chunk, "evaluate", *chunk], "a clean pass between them"
+    assert rows == [*chunk, "evaluate", *chunk], "a clean pass between them"
 
 
 def test_the_guard_against_host_reads_can_fail() -> None:
@@ -217,13 +217,13 @@ def test_stopping_between_any_two_calls_leaves_everything_reusable(stop_at: int)
 
 
 def test_the_last_clean_pass_is_saved_unless_asked_for() -> None:
-    seen: list[tuple[int, int]] = []
+    log: list[tuple[int, int]] = []
     model = random_wan()
-    video(model, 4, CausalConfig(2), on_step=lambda chunk, step: seen.append((chunk, step)))
-    assert seen == [(0, 0), (0, 1), (0, CONTEXT), (1, 0), (1, 1)]
-    seen.clear()
-    video(model, 4, CausalConfig(2), on_step=lambda chunk, step: seen.append((chunk, step)), commit_last=True)
-    assert seen[-1] == (1, CONTEXT)
+    video(model, 4, CausalConfig(2), on_step=lambda chunk, step: log.append((chunk, step)))
+    assert log == [(0, 0), (0, 1), (0, CONTEXT), (1, 0), (1, 1)]
+    log.clear()
+    video(model, 4, CausalConfig(2), on_step=lambda chunk, step: log.append((chunk, step)), commit_last=True)
+    assert log[-1] == (1, CONTEXT)
 
 
 @pytest.mark.parametrize("is_snapshot_taken", [False, True])
@@ -452,11 +452,11 @@ def test_last_step_cannot_write_a_resumed_history_again() -> None:
             Guided(network, text), noise=SeededNoise(0), latent_shape=(4, *FRAME), causal=LAST, steps=STEPS
         )
         first, last = chunks
-        held = replace(last.snapshot(), video_BTCHW=torch.cat([first.latents_BTCHW, last.latents_BTCHW], 1))
+        state = replace(last.snapshot(), video_BTCHW=torch.cat([first.latents_BTCHW, last.latents_BTCHW], 1))
 
         def resumed(history: str) -> Tensor:
             change = {6: PromptChange(random_text(seed=1), history)}
-            return video(network, 8, LAST, text=text, start=held, prompt_at=change.get)
+            return video(network, 8, LAST, text=text, start=state, prompt_at=change.get)
 
         assert resumed("keep").shape[1] == 4
         with pytest.raises(ValueError, match="use history 'keep'"):
@@ -465,10 +465,10 @@ def test_last_step_cannot_write_a_resumed_history_again() -> None:
 
 def test_every_block_gets_tokens_without_strides() -> None:
     """A convolution's strides would make every layer norm copy."""
-    network, text, seen = random_wan(), random_text(), []
+    network, text, log = random_wan(), random_text(), []
     for block in network.blocks:
-        block.register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
+        block.register_forward_pre_hook(lambda _, args: log.append(args[0].is_contiguous()))
     with torch.no_grad():
         video(network, 4, CausalConfig(2), text=text)
-    assert seen
-    assert all(seen)
+    assert log
+    assert all(log)

@@ -72,8 +72,8 @@ def test_a_finished_video_goes_on_as_the_longer_one(causal: CausalConfig) -> Non
     short, long = length(causal, 3), length(causal, 5)
     window = CausalConfig(causal.chunk, causal.window, causal.sink)
     *_, last = start(window, short)
-    made = latents(start(window, long, start=last.snapshot()))
-    assert torch.equal(made, latents(start(window, long))[:, short:])
+    result = latents(start(window, long, start=last.snapshot()))
+    assert torch.equal(result, latents(start(window, long))[:, short:])
 
 
 def test_a_single_chunk_goes_on_too() -> None:
@@ -92,10 +92,10 @@ def test_branches_do_not_disturb_each_other(turns: list[int]) -> None:
     snapshot = next(chunks).snapshot()
     alone = [list(start(causal, 10, start=snapshot, noise=SeededNoise(seed))) for seed in (1, 2)]
     branches = [start(causal, 10, start=snapshot, noise=SeededNoise(seed)) for seed in (1, 2)]
-    made: list[list[Any]] = [[], []]
+    result: list[list[Any]] = [[], []]
     for turn in turns:
-        made[turn].extend(chunk for chunk in [next(branches[turn], None)] if chunk is not None)
-    for branch, expected in zip(made, alone):
+        result[turn].extend(chunk for chunk in [next(branches[turn], None)] if chunk is not None)
+    for branch, expected in zip(result, alone):
         for chunk, reference in zip(branch, expected):
             assert torch.equal(chunk.latents_BTCHW, reference.latents_BTCHW)
     assert torch.equal(latents(chunks), latents(start(causal, 10))[:, 2:])

@@ -36,11 +36,11 @@ class Calls:
     """A network that notes the chunk and the timestep of every call."""
 
     def __init__(self) -> None:
-        self.model, self.found = random_wan(), []
+        self.model, self.passes = random_wan(), []
         self.config, self.new_cache = self.model.config, self.model.new_cache
 
     def __call__(self, x: Tensor, timesteps: Tensor, *rest: Any, **options: Any) -> Tensor:
-        self.found.append((options.get("start_frame", 0), float(timesteps.flatten()[0])))
+        self.passes.append((options.get("start_frame", 0), float(timesteps.flatten()[0])))
         return self.model(x, timesteps, *rest, **options)
 
 
@@ -60,8 +60,8 @@ def test_the_first_chunk_has_its_own_steps_and_no_other_has_them() -> None:
     video(OWN, model=calls, on_step=lambda chunk, step: passes.append((chunk, step)))
     first, later = ([WARPED[step] for step in steps] for steps in ((1000, 750, 500, 250), (1000, 500)))
     expected = [(0, [*first, 0.0]), (2, [*later, 0.0]), (4, later)]
-    assert [start for start, _ in calls.found] == [start for start, steps in expected for _ in steps]
-    torch.testing.assert_close([t for _, t in calls.found], [t for _, steps in expected for t in steps])
+    assert [start for start, _ in calls.passes] == [start for start, steps in expected for _ in steps]
+    torch.testing.assert_close([t for _, t in calls.passes], [t for _, steps in expected for t in steps])
     assert passes == [*((0, step) for step in range(4)), (0, CONTEXT), (1, 0), (1, 1), (1, CONTEXT), (2, 0), (2, 1)]
 
 
@@ -71,22 +71,22 @@ def test_behind_given_frames_no_chunk_is_the_first() -> None:
     torch.testing.assert_close(video(OWN, start=whole[:, :2]), whole)
     calls = Calls()
     video(OWN, model=calls, start=torch.zeros(1, 2, *FRAME))
-    assert len(calls.found) == 1 + 3 + 2
+    assert len(calls.passes) == 1 + 3 + 2
 
 
 def test_a_rollout_with_steps_for_the_first_chunk_resumes_and_repeats_exactly() -> None:
-    made = chunks_of(OWN)
-    first = next(made)
-    assert torch.equal(made.send(True).latents_BTCHW, first.latents_BTCHW), "made once more it has the same steps"
+    result = chunks_of(OWN)
+    first = next(result)
+    assert torch.equal(result.send(True).latents_BTCHW, first.latents_BTCHW), "made once more it has the same steps"
     snapshot = first.snapshot()
-    rest = torch.cat([chunk.latents_BTCHW for chunk in made], 1)
+    rest = torch.cat([chunk.latents_BTCHW for chunk in result], 1)
     assert torch.equal(video(OWN, start=snapshot), rest)
 
 
 def test_exit_steps_are_those_of_each_chunks_own_list() -> None:
     calls = Calls()
     video(OWN, model=calls, backprop=BackpropSpec([3, 0, 1]))
-    assert [start for start, _ in calls.found] == [0] * 5 + [2] * 2 + [4] * 2
+    assert [start for start, _ in calls.passes] == [0] * 5 + [2] * 2 + [4] * 2
     assert torch.equal(video(OWN, backprop=BackpropSpec([3, 1, 1])), video(OWN))
 
 
@@ -94,10 +94,10 @@ def test_exit_steps_are_those_of_each_chunks_own_list() -> None:
 def test_a_last_step_of_0_is_one_more_pass_at_timestep_0(solver: str) -> None:
     calls = Calls()
     with_pass = replace(ENDS_IN_ZERO, solver=solver)
-    made = video(with_pass, model=calls, frames=2)
-    assert [t for _, t in calls.found][-2:] == [625.0, 0.0]
+    result = video(with_pass, model=calls, frames=2)
+    assert [t for _, t in calls.passes][-2:] == [625.0, 0.0]
     without = video(replace(with_pass, steps=with_pass.steps[:-1]), frames=2)
-    assert (made - without).abs().max() > 1e-3, "a pass at timestep 0 changes something"
+    assert (result - without).abs().max() > 1e-3, "a pass at timestep 0 changes something"
 
 
 def test_a_step_of_0_has_the_last_entry_of_the_table_under_either_rule() -> None:
@@ -118,13 +118,13 @@ def test_krea_s_first_chunk_is_what_its_own_code_made() -> None:
     noise = {(0, 0): fixture["noise"][:, :3]}
     noise |= {(0, step + 1): fixture[f"chunk0.step{step}.renoise"][None] for step in range(4)}
     options: dict[str, Any] = {"noise": GivenNoise(noise), "causal": CausalConfig(3)}
-    made = rollout(
+    result = rollout(
         guided(fixture.wan(), replace(random_text(), prompt_embeds_BPE=fixture["prompt_embeds.0"]), options),
         latent_shape=(3, *noise[0, 0].shape[2:]),
         steps=ENDS_IN_ZERO,
         **options,
     )
-    torch.testing.assert_close(next(made).latents_BTCHW, fixture["latents"][:, :3], atol=5e-5, rtol=1e-5)
+    torch.testing.assert_close(next(result).latents_BTCHW, fixture["latents"][:, :3], atol=5e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,10 @@ def test_chunks_become_the_video(tmp_path: Path, ending: str) -> None:
         for chunk in FRAMES.split(9):
             stream.write(chunk)
         assert stream.num_frames == 30
-    found = read_video(path)
-    assert found.shape == FRAMES.shape
+    actual = read_video(path)
+    assert actual.shape == FRAMES.shape
     if ending == ".mkv":
-        assert torch.equal(found, (FRAMES * 255).round() / 255), "lossless"
+        assert torch.equal(actual, (FRAMES * 255).round() / 255), "lossless"
     metadata = {name.lower(): value for name, value in read_metadata(path).items()}
     assert metadata["workflow"] == '{"nodes": [1]}'
 
@@ -116,9 +116,9 @@ def test_memory_and_time_do_not_grow_with_the_length(tmp_path: Path) -> None:
         for index in range(100):
             if index == 20:
                 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            began = time.process_time()
+            start = time.process_time()
             stream.write(chunk)
-            seconds.append(time.process_time() - began)
+            seconds.append(time.process_time() - start)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / before
     assert grown < 1.02
     assert sorted(seconds[-20:])[10] < 2 * sorted(seconds[:20])[10]

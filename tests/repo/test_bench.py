@@ -41,9 +41,9 @@ def test_a_share_is_the_flops_over_the_cpu_time_over_the_rate() -> None:
     flops = [bench.chunk_flops(TINY, i, is_last=i == 1) for i in range(2)]
     goals = zip(flops, (0.5, 0.25), (1e9, 2e9))
     timings = [{"seconds": 1.0, "cpu_seconds": n / rate / share, "matmul": rate} for n, share, rate in goals]
-    found = bench.shares(TINY, timings)
-    assert [row["share_of_matmul"] for row in found["chunks"]] == pytest.approx([0.5, 0.25], abs=1e-4)
-    assert 0.25 < found["share_of_matmul"] < 0.5
+    actual = bench.shares(TINY, timings)
+    assert [row["share_of_matmul"] for row in actual["chunks"]] == pytest.approx([0.5, 0.25], abs=1e-4)
+    assert 0.25 < actual["share_of_matmul"] < 0.5
 
 
 def test_a_case_reports_every_chunk_and_what_it_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def arrows(files: Mapping[str, str]) -> dict[str, set[str]]:
     def file_of(name: str) -> str | None:
         return next((path for path in (f"{name}.py", f"{name}/__init__.py") if path in files), None)
 
-    found: dict[str, set[str]] = {path: set() for path in files}
+    actual: dict[str, set[str]] = {path: set() for path in files}
     for path, source in files.items():
         for node in ast.walk(parsed(source)):
             if isinstance(node, ast.Import):
@@ -90,8 +90,8 @@ def arrows(files: Mapping[str, str]) -> dict[str, set[str]]:
                 names = [start, *(f"{start}/{alias.name}" for alias in node.names)]
             else:
                 continue
-            found[path].update(target for name in names if (target := file_of(name)) and target != path)
-    return found
+            actual[path].update(target for name in names if (target := file_of(name)) and target != path)
+    return actual
 
 
 def circle(files: Mapping[str, str]) -> list[str]:

@@ -128,7 +128,7 @@ class Writers:
         inputs, out = self.inputs, self.outputs
         wide = str(write_network(inputs / "wide.safetensors", 0, dim=128, num_heads=1))
         student = str(inputs / "student.safetensors")
-        made = [
+        result = [
             Writer("sheet", "a.png", lambda: self._direct(lambda p: write_contact_sheet(p, FRAMES, overwrite=True))),
             Writer("video", "a.mp4", lambda: self._direct(lambda p: write_video(p, FRAMES, overwrite=True))),
             Writer("snapshot", "a.snapshot", lambda: self._direct(_snapshot().save)),
@@ -156,8 +156,8 @@ class Writers:
         ]  # fmt: skip
         for name in ("c.safetensors", "c.pt", "c"):
             line = ["convert", wide, f"{out}/{name}", *(["--overwrite"] if "." in name else [])]
-            made.append(Writer(f"convert to {name}", name, lambda line=line: command_line(line)))
-        return made
+            result.append(Writer(f"convert to {name}", name, lambda line=line: command_line(line)))
+        return result
 
     def _direct(self, write: Callable[[Path], object]) -> int:
         """What a command does with the error of a writer."""
@@ -276,14 +276,14 @@ def main() -> int:
     parser.add_argument("--tmpfs", action="store_true", help="fill a file system in memory in place of a limit (root)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    began = time.monotonic()
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         if args.tmpfs:
             stack.enter_context(small_file_system(Path(folder)))
         complaints, tried = full_disk(args.count, args.seed, Path(folder), is_mounted=args.tmpfs)
     for complaint in complaints[:20]:
         print(complaint)
-    print(f"{dict(tried)}: {len(complaints)} bad answers, {time.monotonic() - began:.0f} s")
+    print(f"{dict(tried)}: {len(complaints)} bad answers, {time.monotonic() - start:.0f} s")
     return bool(complaints)
 
 

@@ -272,9 +272,9 @@ class Fuzzer:
             return self._useless(arguments)
         for name in os.listdir(self.folder):
             (self.folder / name).unlink()
-        told = err.getvalue().rpartition("chunk/s]\n")[2]  # what stands behind the progress bar
-        if status != 2 or told.count("\n") != 1 or "Traceback" in told or out.getvalue() or left:
-            return f"{arguments}: status {status}, left {sorted(left)}, said {told!r} {out.getvalue()[:200]!r}"
+        report = err.getvalue().rpartition("chunk/s]\n")[2]  # what stands behind the progress bar
+        if status != 2 or report.count("\n") != 1 or "Traceback" in report or out.getvalue() or left:
+            return f"{arguments}: status {status}, left {sorted(left)}, said {report!r} {out.getvalue()[:200]!r}"
         return None
 
     def _useless(self, arguments: list[str]) -> str | None:
@@ -291,8 +291,8 @@ class Fuzzer:
 def fuzz(count: int, seed: int, folder: Path) -> list[str]:
     """Complaints about the answers to `count` damaged inputs; `folder` is an empty one to work in."""
     fuzzer = Fuzzer(folder, seed)
-    found = (fuzzer.try_one(index) for index in range(count))
-    return [complaint for complaint in found if complaint]
+    actual = (fuzzer.try_one(index) for index in range(count))
+    return [complaint for complaint in actual if complaint]
 
 
 def main() -> None:

@@ -65,8 +65,8 @@ class MediaFuzzer:
         return None if complaint is None else f"{kind.__name__}: {complaint}"
 
     def main(self, count: int) -> list[str]:
-        found = (self.try_one() for _ in range(count))
-        return [complaint for complaint in found if complaint]
+        actual = (self.try_one() for _ in range(count))
+        return [complaint for complaint in actual if complaint]
 
     # ------------------------------------------------------------------ inputs --
     def _videos(self, folder: Path) -> list[tuple[str, bytes]]:
@@ -96,13 +96,13 @@ class MediaFuzzer:
             image = Image.frombytes(mode, (32, 24), ramp.astype(">u2" if mode == "I;16B" else "<u2").tobytes())
         else:
             image = colours.quantize(9).convert(mode) if mode == "PA" else colours.convert(mode)
-        found = []
+        actual = []
         for name in FORMATS:
             data = io.BytesIO()
             with contextlib.suppress(OSError, ValueError, KeyError):
                 image.save(data, format=name)
-                found.append((name, data.getvalue()))
-        return found
+                actual.append((name, data.getvalue()))
+        return actual
 
     def damaged(self, data: bytes) -> bytes:
         """A file cut short, with bits turned, bytes overwritten, moved or doubled; or the file as it was."""
@@ -174,16 +174,16 @@ class MediaFuzzer:
         """A good video of a random rate at another: as long, each frame until the next one's moment."""
         rate, fps, count = self.random.uniform(4, 60), self.random.choice([8, 16, 24, 30]), self.random.randrange(2, 30)
         path = make(self.folder / f"a.{self.random.choice(['mp4', 'mkv', 'mov'])}", constant(rate, count))
-        found = numbers(VideoReader(path, fps).frames())
+        actual = numbers(VideoReader(path, fps).frames())
         self.answers["rate read"] += 1
-        is_long = abs(len(found) / fps - count / rate) <= 1 / fps
+        is_long = abs(len(actual) / fps - count / rate) <= 1 / fps
         early = min(1 / rate, 1 / fps) / 2  # by which a frame's moment may be rounded
         is_held = all(
             number / rate - early - 0.004 <= at / fps
             and (at / fps <= (number + 1) / rate - early + 0.004 or number == count - 1)
-            for at, number in enumerate(found)
+            for at, number in enumerate(actual)
         )
-        return None if is_long and is_held and max(found) < count else f"{rate=} {fps=} {count=}: {found}"
+        return None if is_long and is_held and max(actual) < count else f"{rate=} {fps=} {count=}: {actual}"
 
     def command(self) -> str | None:
         """The command line on a damaged video or picture: a video that plays, or one line and no file."""

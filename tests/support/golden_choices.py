@@ -54,14 +54,14 @@ class ContentLog:
 
     def __call__(self, x: Tensor, timesteps: Tensor, embeds: Tensor, **kwargs: Any) -> Tensor:
         flow, cache = self.model(x, timesteps, embeds, **kwargs), kwargs["cache"]
-        seen = [self._seen(cache, layer) for layer in range(cache.k.shape[0])]
-        self.calls.append({"x": x, "timestep": timesteps, "flow": flow, "seen": seen})
+        log = [self._seen(cache, layer) for layer in range(cache.k.shape[0])]
+        self.calls.append({"x": x, "timestep": timesteps, "flow": flow, "seen": log})
         return flow
 
     def _seen(self, cache: KVCache, layer: int) -> Seen:
         tokens, (bank, bank_end) = cache.tokens_per_frame, cache._bank()
         starts = [*range(0, cache._num_visible(), tokens), *range(bank, bank_end, tokens)]
-        seen: Seen = []
+        log: Seen = []
         for start in starts:
             k, v = (buffer[layer, :, start : start + tokens] for buffer in (cache.k, cache.v))
             # a first layer knows no prompt, and writes a frame again as it was, but for the length of its products
@@ -69,8 +69,8 @@ class ContentLog:
             near = [entry for entry in near if torch.allclose(entry[3], k, atol=1e-5)]
             same = [entry for entry in near if torch.allclose(entry[4], v, atol=1e-5)]
             assert same, "a slot holds what no call wrote"
-            seen.append((*same[0][1:3], {entry[0] for entry in same}))
-        return seen
+            log.append((*same[0][1:3], {entry[0] for entry in same}))
+        return log
 
 
 def _first(x: Tensor) -> float:
@@ -89,17 +89,17 @@ def _compare(fixture: Fixture, prefix: str, calls: list[str], log: ContentLog) -
             recorded, limits = fixture[f"{prefix}{name}.flow"][:, -frames:], fixture.meta["tolerance"]
             assert torch.allclose(call["flow"], recorded, atol=limits["atol"], rtol=limits["rtol"]), f"{name}.flow"
             fixture.checked.add(f"{prefix}{name}.flow")
-        for layer, seen in enumerate(call["seen"]):
+        for layer, events in enumerate(call["seen"]):
             own = f"{prefix}{name}.layer{layer}"
-            _compare_slots(fixture, own if f"{own}.key_frame" in fixture.tensors else f"{prefix}{name}", seen)
+            _compare_slots(fixture, own if f"{own}.key_frame" in fixture.tensors else f"{prefix}{name}", events)
 
 
-def _compare_slots(fixture: Fixture, name: str, seen: Seen) -> None:
+def _compare_slots(fixture: Fixture, name: str, log: Seen) -> None:
     recorded, ours = defaultdict(list), defaultdict(list)
     lists = (fixture[f"{name}.{key}"].tolist() for key in ("key_frame", "key_pos", "key_call"))
     for frame, position, call in zip(*lists):
         recorded[frame, position].append(call)
-    for frame, position, calls in seen:
+    for frame, position, calls in log:
         ours[frame, position].append(calls)
     counts = [{key: len(calls) for key, calls in each.items()} for each in (ours, recorded)]
     assert counts[0] == counts[1], name

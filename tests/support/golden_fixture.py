@@ -57,10 +57,10 @@ class Fixture:
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
-    def check(self, name: str, found: Tensor, **tolerance: float) -> None:
+    def check(self, name: str, actual: Tensor, **tolerance: float) -> None:
         limits = {key: tolerance[key] if key in tolerance else self.meta["tolerance"][key] for key in ("atol", "rtol")}
         torch.testing.assert_close(
-            found.to(self.tensors[name]), self.tensors[name], **limits, msg=lambda text: f"{self.name} {name}: {text}"
+            actual.to(self.tensors[name]), self.tensors[name], **limits, msg=lambda text: f"{self.name} {name}: {text}"
         )
         self.checked.add(name)
 

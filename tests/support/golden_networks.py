@@ -69,11 +69,11 @@ def check_few_step(fixture: Fixture) -> None:
         return model, chunks[0].latents_BTCHW
 
     for step in range(len(listed)):
-        model, made = sample(step)
-        fixture.check(f"step{step}.x0", made)
+        model, result = sample(step)
+        fixture.check(f"step{step}.x0", result)
         if f"exit{step}.pred" in fixture.tensors:
-            fixture.check(f"exit{step}.pred", made)
-            made.square().mean().backward()
+            fixture.check(f"exit{step}.pred", result)
+            result.square().mean().backward()
             _check_gradient_norms(fixture, f"exit{step}.grad_norm.", model)
     if "published_inference.num_evals" in fixture.tensors:  # the published loop stops one evaluation early
         last = int(fixture["published_inference.num_evals"]) - 1

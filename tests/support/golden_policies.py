@@ -43,9 +43,9 @@ class CallLog:
         values = ordered(cache, 0)[1].unflatten(1, (-1, cache.tokens_per_frame)).unbind(1)
         self.written.append(torch.stack(values[-count:], 1))
         # Keys are turned by the number of their frame, so that it is their position too.
-        seen = list(cache.frames())
-        for key, found in (("frames", frames), ("query_pos", frames), ("key_frame", seen), ("key_pos", seen)):
-            assert self.fixture[f"{name}.{key}"].tolist() == found, f"{name}.{key}"
+        log = list(cache.frames())
+        for key, actual in (("frames", frames), ("query_pos", frames), ("key_frame", log), ("key_pos", log)):
+            assert self.fixture[f"{name}.{key}"].tolist() == actual, f"{name}.{key}"
         assert self.fixture[f"{name}.key_call"].tolist() == [self._writer(value) for value in values], name
         self.fixture.checked.add(f"{name}.key_call")
         return flow

@@ -63,20 +63,20 @@ def _draws(fixture: Fixture, student: Student, prefix: str = "") -> tuple[GivenN
     noise = fixture[f"{prefix}noise"]
     frames, causal = noise.shape[1], student.causal
     lengths = chunk_lengths(frames, causal.chunk, independent_first_frame=causal.independent_first_frame)
-    found: dict[tuple[int, int], Tensor] = {}
+    actual: dict[tuple[int, int], Tensor] = {}
     start = 0
     for index, length in enumerate(lengths):
-        found[start, 0] = noise[:, start : start + length]
+        actual[start, 0] = noise[:, start : start + length]
         chunk = f"{prefix}chunk{index}." if len(lengths) > 1 else prefix
         for step in range(len(student.steps.steps)):
             if f"{chunk}renoise{step}" in fixture.tensors:
-                found[start, step + 1] = fixture[f"{chunk}renoise{step}"].reshape(found[start, 0].shape)
+                actual[start, step + 1] = fixture[f"{chunk}renoise{step}"].reshape(actual[start, 0].shape)
         if f"{chunk}context_noise" in fixture.tensors:
-            found[start, CONTEXT] = fixture[f"{chunk}context_noise"].reshape(found[start, 0].shape)
+            actual[start, CONTEXT] = fixture[f"{chunk}context_noise"].reshape(actual[start, 0].shape)
         start += length
     if "exit_steps" in fixture.tensors:
-        return GivenNoise(found), fixture["exit_steps"].tolist()
-    return GivenNoise(found), [fixture.meta["exit_step"]] * len(lengths)
+        return GivenNoise(actual), fixture["exit_steps"].tolist()
+    return GivenNoise(actual), [fixture.meta["exit_step"]] * len(lengths)
 
 
 def _score_draw(fixture: Fixture, prefix: str = "") -> ScoreDraw:
@@ -90,8 +90,8 @@ def _score_draw(fixture: Fixture, prefix: str = "") -> ScoreDraw:
             training["warp_denoising_step"],
         )
         exit_step = fixture["exit_steps"].tolist()[0]
-        found = score_bounds(steps, exit_step, is_floored=True, is_capped=True)
-        assert [round(bound, 6) for bound in reversed(found)] == recorded
+        actual = score_bounds(steps, exit_step, is_floored=True, is_capped=True)
+        assert [round(bound, 6) for bound in reversed(actual)] == recorded
         bounds = score_bounds(
             steps, exit_step, is_floored=training["ts_schedule"], is_capped=training.get("ts_schedule_max", False)
         )

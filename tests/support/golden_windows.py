@@ -43,8 +43,8 @@ class WatchedWindows:
     def __call__(self, x: Tensor, timesteps: Tensor, embeds: Tensor, **kwargs: Any) -> Tensor:
         flow = self.model(x, timesteps, embeds, **kwargs)
         cache, start = kwargs["cache"], kwargs["start_frame"]
-        seen = seen_by(cache, x.shape[1])
-        self.calls.append({"start": start, "timestep": timesteps, "flow": flow, "seen": seen, "noisy": x})
+        log = seen_by(cache, x.shape[1])
+        self.calls.append({"start": start, "timestep": timesteps, "flow": flow, "seen": log, "noisy": x})
         return flow
 
 

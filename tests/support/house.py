@@ -389,8 +389,8 @@ def unused_definitions(sources: list[Source]) -> Iterator[Violation]:
     def is_used(item: Definition) -> bool:
         for source, line, is_outward in reads[item.name]:
             inside = source is item.source and item.first_line <= line <= item.last_line
-            seen = is_outward or (source is item.source and not item.is_member)
-            if seen and not inside and not is_dead(source, line):
+            log = is_outward or (source is item.source and not item.is_member)
+            if log and not inside and not is_dead(source, line):
                 return True
         return False
 

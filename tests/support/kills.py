@@ -66,37 +66,37 @@ def kill(count: int, steps: int, seed: int, folder: Path) -> dict[str, int]:
     rng = random.Random(seed)
     settings = [*run_settings(folder), f"max_steps={steps}", "save_every=1", "keep_last=2", "micro_batch=6"]
     log, calm, killed = folder / "log.txt", folder / "calm", folder / "killed"
-    began = time.monotonic()
+    start = time.monotonic()
     finished([*settings, f"logdir={calm}"], log)
     inside = sum(json.loads(line)["seconds"] for line in (calm / "log.jsonl").read_text().splitlines())
-    life = time.monotonic() - began - inside + 2.5 * inside / steps  # a start and about two steps
-    told = {"kills": 0, "in_a_save": 0, "runs_that_reached_their_end": 1}
-    while told["kills"] < count:
+    life = time.monotonic() - start - inside + 2.5 * inside / steps  # a start and about two steps
+    report = {"kills": 0, "in_a_save": 0, "runs_that_reached_their_end": 1}
+    while report["kills"] < count:
         child, end = started([*settings, f"logdir={killed}"], log), time.monotonic() + rng.uniform(0, life)
         status = None
         while status is None and time.monotonic() < end:
             time.sleep(0.005)
-            found, value = os.waitpid(child, os.WNOHANG)
-            status = value if found else None
+            actual, value = os.waitpid(child, os.WNOHANG)
+            status = value if actual else None
         if status is None:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            told["kills"] += 1
-            told["in_a_save"] += any(killed.glob(f"checkpoints/*{run_checkpoints.PARTIAL}"))
+            report["kills"] += 1
+            report["in_a_save"] += any(killed.glob(f"checkpoints/*{run_checkpoints.PARTIAL}"))
         else:
             compare(calm, killed)
-            killed = folder / f"killed-{told['runs_that_reached_their_end']}"
-            told["runs_that_reached_their_end"] += 1
+            killed = folder / f"killed-{report['runs_that_reached_their_end']}"
+            report["runs_that_reached_their_end"] += 1
     finished([*settings, f"logdir={killed}"], log)
     compare(calm, killed)
-    return told
+    return report
 
 
 def compare(calm: Path, killed: Path) -> None:
     """Raise AssertionError unless two runs are the same."""
-    expected, found = content(calm), content(killed)
-    assert found.keys() == expected.keys()
-    different = [name for name in expected if not torch.equal(found[name], expected[name])]
+    expected, actual = content(calm), content(killed)
+    assert actual.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(actual[name], expected[name])]
     assert not different, f"{len(different)} of {len(expected)} tensors differ, the first is {different[0]}"
     assert numbers(killed) == numbers(calm), "the logs differ"
 

@@ -282,9 +282,9 @@ def test_every_command_explains_itself(
     with pytest.raises(SystemExit) as caught:
         importlib.import_module(name).main()
     assert not caught.value.code
-    told = capsys.readouterr()
-    assert told.err == ""
-    assert bool(told.out) == (rank == "0")
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert bool(captured.out) == (rank == "0")
 
 
 def test_help_says_every_settings_type_default_and_comment(capsys: pytest.CaptureFixture[str]) -> None:

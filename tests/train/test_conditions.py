@@ -119,10 +119,10 @@ def test_image_to_video_students_make_clips_of_one_length(
     name, value = more.split("=")
     for arguments in (options, [*settings, *encoders, more, "size=i2v-14b", "logdir=x", "--dry-run"]):
         assert main(arguments) == 2
-        told = capsys.readouterr().err
-        assert f"{name} {value} is another length than the 4 latent_frames" in told
-        assert f"leave {name} out" in told
-        assert told.count("\n") == 1
+        stderr = capsys.readouterr().err
+        assert f"{name} {value} is another length than the 4 latent_frames" in stderr
+        assert f"leave {name} out" in stderr
+        assert stderr.count("\n") == 1
 
 
 def test_long_clips_are_judged_by_their_end(settings: list[str], encoders: list[str], tmp_path: Path) -> None:
@@ -169,14 +169,14 @@ def test_curves_go_to_weights_and_biases_when_asked_for(
     settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Against a stand-in that keeps what it is told; a resumed run goes on under the same name."""
-    told: list[tuple[str, Any]] = []
+    rows: list[tuple[str, Any]] = []
 
     class Run:
         def log(self, values: dict[str, float], step: int) -> None:
-            told.append(("log", {**values, "step": step}))
+            rows.append(("log", {**values, "step": step}))
 
     module = types.ModuleType("wandb")
-    module.init = lambda **options: told.append(("init", options)) or Run()  # type: ignore[attr-defined]
+    module.init = lambda **options: rows.append(("init", options)) or Run()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     options = [*settings, "wandb=true", f"logdir={tmp_path / 'run'}"]
@@ -185,18 +185,18 @@ def test_curves_go_to_weights_and_biases_when_asked_for(
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     assert main([*options, "max_steps=1", "save_every=1"]) == 0
     assert main(options) == 0
-    inits = [values for kind, values in told if kind == "init"]
+    inits = [values for kind, values in rows if kind == "init"]
     assert inits[0]["id"] == inits[1]["id"]
     assert "secret" not in json.dumps(inits[0]["config"])
-    assert [values["step"] for kind, values in told if kind == "log"] == [1, 2]
+    assert [values["step"] for kind, values in rows if kind == "log"] == [1, 2]
 
 
 def test_curves_go_to_tensorboard(settings: list[str], tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     assert main([*settings, "tensorboard=true", "save_every=0", f"logdir={tmp_path / 'run'}"]) == 0
-    found = accumulator.EventAccumulator(str(tmp_path / "run/tensorboard"))
-    found.Reload()
-    losses = [event.value for event in found.Scalars("critic_loss")]
+    actual = accumulator.EventAccumulator(str(tmp_path / "run/tensorboard"))
+    actual.Reload()
+    losses = [event.value for event in actual.Scalars("critic_loss")]
     assert losses == pytest.approx([row["critic_loss"] for row in numbers(tmp_path / "run")])
 
 
@@ -223,7 +223,7 @@ def test_exploding_losses_stop_the_run_and_the_last_good_checkpoint_is_named(
     assert main([*options, "max_steps=1", "save_every=1"]) == 0
     capsys.readouterr()
     assert main([*options, *more]) == 2
-    told = capsys.readouterr().err
-    assert words in told
-    assert "the last good checkpoint is" in told
-    assert "step_000001" in told
+    stderr = capsys.readouterr().err
+    assert words in stderr
+    assert "the last good checkpoint is" in stderr
+    assert "step_000001" in stderr

@@ -38,12 +38,12 @@ def test_what_is_written_is_read_back(
 ) -> None:
     out = tmp_path / "out"
     assert main(["--data_path", str(pairs), "--lmdb_path", str(out), "--num_shards", str(shards)]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["written"], told["duplicate_prompts"], told["not_numbers"]) == (3, 1, 1)
+    report = json.loads(capsys.readouterr().out)
+    assert (report["written"], report["duplicate_prompts"], report["not_numbers"]) == (3, 1, 1)
     rows = [ClipDatabase(out)[index] for index in range(len(ClipDatabase(out)))]
-    found = {row.prompt: row.states for row in rows}
+    actual = {row.prompt: row.states for row in rows}
     for prompt, seed in (("a", 0), ("b", 1), ("c", 2)):
-        assert torch.equal(found[prompt], latents(seed).half().float())
+        assert torch.equal(actual[prompt], latents(seed).half().float())
 
 
 def test_pictures_come_with_their_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,9 +121,9 @@ def test_images_of_several_sizes_lie_beside_each_other(tmp_path: Path) -> None:
     writer.close()
     data = ClipDatabase(tmp_path / "clips")
     for index, image in enumerate((wide, upright, upright[:3])):
-        found = data[index].image_RHW
-        assert found is not None
-        assert torch.equal(found, image.permute(2, 0, 1).float() / 127.5 - 1)
+        actual = data[index].image_RHW
+        assert actual is not None
+        assert torch.equal(actual, image.permute(2, 0, 1).float() / 127.5 - 1)
 
 
 def test_a_small_database_that_is_cut_off_is_refused(tmp_path: Path) -> None:

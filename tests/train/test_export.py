@@ -115,24 +115,24 @@ def host_header(file: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_export_of_every_stage_says_how_it_is_sampled(files: Path, tmp_path: Path, stage: str) -> None:
     args, out = exported(files, tmp_path, stage)
-    found = read_checkpoint(out)
-    assert found.steps is not None
+    checkpoint = read_checkpoint(out)
+    assert checkpoint.steps is not None
     if args.chunk:
-        assert found.causal == CHUNKS.get(stage, CausalConfig(2))
-        assert found.bidirectional is None
+        assert checkpoint.causal == CHUNKS.get(stage, CausalConfig(2))
+        assert checkpoint.bidirectional is None
     else:
-        assert (found.causal, found.bidirectional) == (None, BidirectionalConfig(4))
+        assert (checkpoint.causal, checkpoint.bidirectional) == (None, BidirectionalConfig(4))
     assert host_header(out)["causal_ar"] is bool(args.chunk), "what ComfyUI's own nodes read"
     if isinstance(args, DmdArgs):
-        assert (found.steps, found.guidance) == (StepConfig((1000.0, 500.0), shift=args.shift), None)
+        assert (checkpoint.steps, checkpoint.guidance) == (StepConfig((1000.0, 500.0), shift=args.shift), None)
     elif isinstance(args, OdeArgs):
-        assert (found.steps.steps, found.steps.shift, found.guidance) == (tuple(TIMES[:-1]), 5.0, None)
+        assert (checkpoint.steps.steps, checkpoint.steps.shift, checkpoint.guidance) == (tuple(TIMES[:-1]), 5.0, None)
     else:
-        assert found.steps == StepConfig.even(args.sampling_steps, shift=args.shift, solver=args.solver)
-        assert found.guidance == args.guidance
-    told = inspect_checkpoint(out)
-    assert told["guidance"] == found.guidance
-    assert told["bidirectional"] == (None if args.chunk else {"latent_frames": 4})
+        assert checkpoint.steps == StepConfig.even(args.sampling_steps, shift=args.shift, solver=args.solver)
+        assert checkpoint.guidance == args.guidance
+    report = inspect_checkpoint(out)
+    assert report["guidance"] == checkpoint.guidance
+    assert report["bidirectional"] == (None if args.chunk else {"latent_frames": 4})
 
 
 @pytest.mark.parametrize("stage", ["ode", "ode table"])
@@ -161,8 +161,8 @@ def test_what_older_versions_exported_still_loads(
     files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Steps without chunks were a bidirectional run's; a file with neither is one that nothing is known about."""
-    found = read_checkpoint(files / "start.safetensors")
-    save_checkpoint(tmp_path / "old.safetensors", found.state_dict, found.config, steps=StepConfig())
+    checkpoint = read_checkpoint(files / "start.safetensors")
+    save_checkpoint(tmp_path / "old.safetensors", checkpoint.state_dict, checkpoint.config, steps=StepConfig())
     assert read_checkpoint(tmp_path / "old.safetensors").bidirectional == BidirectionalConfig(None)
     assert read_checkpoint(files / "start.safetensors").bidirectional is None
     plan = planned(tmp_path / "old.safetensors", frames=13)
@@ -197,11 +197,11 @@ def test_converting_keeps_how_a_file_is_sampled(files: Path, tmp_path: Path, cap
     _, out = exported(files, tmp_path, "plain")
     before, kept = inspect_checkpoint(out), ("causal", "bidirectional", "steps", "guidance")
     for target in ("again.safetensors", "folder"):
-        told = convert(out, tmp_path / target)
-        assert {name: told[name] for name in kept} == {name: before[name] for name in kept}
+        report = convert(out, tmp_path / target)
+        assert {name: report[name] for name in kept} == {name: before[name] for name in kept}
     assert convert(out, tmp_path / "causal.safetensors", causal=True)["bidirectional"] is None
-    told = convert(files / "start.safetensors", tmp_path / "whole.safetensors", causal=False)
-    assert told["bidirectional"] == {"latent_frames": None}
+    report = convert(files / "start.safetensors", tmp_path / "whole.safetensors", causal=False)
+    assert report["bidirectional"] == {"latent_frames": None}
     assert not warnings_in(caplog)
     convert(bundle_path("tiny") / "model.safetensors", tmp_path / "out.pt")
     assert "a torch file has no place for chunks, steps and guidance" in warnings_in(caplog)
@@ -218,13 +218,13 @@ def test_a_lora_says_what_it_belongs_on(files: Path, tmp_path: Path, capsys: pyt
     assert StepConfig.from_dict(header["steps"]) == StepConfig((1000.0, 500.0))
     options = ["--model", str(out), "--prompt", "a", "--taehv", "tiny", "--text-encoder", "tiny"]
     assert core_main(["generate", *options, "--out", str(tmp_path / "a.mp4")]) == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert f"is a LoRA, to be loaded on top of {files / 'start.safetensors'} (chunk 2, window 4" in told
-    assert "form=whole" in told
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1
+    assert f"is a LoRA, to be loaded on top of {files / 'start.safetensors'} (chunk 2, window 4" in stderr
+    assert "form=whole" in stderr
     assert core_main(["inspect", str(out)]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["kind"], found["base"], found["ranks"]) == ("lora", str(files / "start.safetensors"), [2])
+    actual = json.loads(capsys.readouterr().out)
+    assert (actual["kind"], actual["base"], actual["ranks"]) == ("lora", str(files / "start.safetensors"), [2])
 
 
 def test_an_exported_lora_merged_by_the_command_line_is_the_whole_export(files: Path, tmp_path: Path) -> None:
@@ -253,9 +253,13 @@ def test_generate_makes_all_frames_of_a_bidirectional_student_at_once(
     options += ["--width", "32", "--height", "32", "--device", "cpu"]
     for more, frames in (([], 13), (["--frames", "21"], 21)):
         assert core_main([*options, *more, "--out", str(tmp_path / f"{frames}.mp4")]) == 0
-        told = json.loads(capsys.readouterr().out)
-        assert (told["frames"], told["causal"]["chunk"], told["causal"]["window"]) == (frames, (frames + 3) // 4, -1)
-        assert told["steps"]["steps"] == [1000.0, 500.0]
+        report = json.loads(capsys.readouterr().out)
+        assert (report["frames"], report["causal"]["chunk"], report["causal"]["window"]) == (
+            frames,
+            (frames + 3) // 4,
+            -1,
+        )
+        assert report["steps"]["steps"] == [1000.0, 500.0]
 
 
 def test_generate_samples_a_teacher_with_its_solver_steps_and_guidance(
@@ -269,8 +273,8 @@ def test_generate_samples_a_teacher_with_its_solver_steps_and_guidance(
     options = ["generate", "--model", str(out), "--taehv", "tiny", "--text-encoder", "tiny", "--prompt", "a", "--json"]
     options += ["--width", "32", "--height", "32", "--frames", "13", "--device", "cpu"]
     assert core_main([*options, "--out", str(tmp_path / "a.mp4")]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["cfg"], told["causal"]["chunk"], told["steps"]["solver"]) == (5.0, 2, "euler")
+    report = json.loads(capsys.readouterr().out)
+    assert (report["cfg"], report["causal"]["chunk"], report["steps"]["solver"]) == (5.0, 2, "euler")
     guided, settings = used[0]
     assert guided.guidance == 5.0
     assert len(guided.conditionings) == 2, "the negative prompt is left out"
@@ -316,7 +320,7 @@ def test_steps_of_a_file_that_gives_its_timesteps_as_they_are(
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[torch.Tensor]]:
     """Latents of every video, by who made it."""
-    found: dict[str, list[torch.Tensor]] = {"training": [], "sample": []}
+    actual: dict[str, list[torch.Tensor]] = {"training": [], "sample": []}
 
     def recording(name: str, real: Any) -> Any:
         def rollout(*args: Any, **options: Any) -> Iterator[Any]:
@@ -324,13 +328,13 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[torch.Tensor]]:
             for chunk in real(*args, **options):
                 chunks.append(chunk.latents_BTCHW)
                 yield chunk
-            found[name].append(torch.cat(chunks, 1))
+            actual[name].append(torch.cat(chunks, 1))
 
         return rollout
 
     monkeypatch.setattr(validation, "rollout", recording("training", validation.rollout))
     monkeypatch.setattr(generate_module, "rollout", recording("sample", generate_module.rollout))
-    return found
+    return actual
 
 
 @pytest.mark.parametrize("stage", ["dmd causal", "ode table", "teacher forcing", "plain"])
@@ -425,10 +429,10 @@ def test_the_weights_to_sample_with_have_the_runs_type_and_lie_beside_it(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, chosen: str, stored: str
 ) -> None:
     fake_run(files, tmp_path / "run", "dmd causal", dtype=dtype)
-    seen: list[tuple[Path, str]] = []
+    log: list[tuple[Path, str]] = []
 
     def generate_all(request: Request, takes: Any, **_: Any) -> list[Any]:
-        seen.append((Path(request.model), read_checkpoint(request.model).dtype))
+        log.append((Path(request.model), read_checkpoint(request.model).dtype))
         return []
 
     monkeypatch.setattr(sample_module, "generate_all", generate_all)
@@ -437,8 +441,8 @@ def test_the_weights_to_sample_with_have_the_runs_type_and_lie_beside_it(
     sample_module.sample(args)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     sample_module.sample(args)
-    assert [kind for _, kind in seen] == [stored, stored]
-    assert [file.parent.parent for file, _ in seen] == [tmp_path / "run", tmp_path]
+    assert [kind for _, kind in log] == [stored, stored]
+    assert [file.parent.parent for file, _ in log] == [tmp_path / "run", tmp_path]
     full = SimpleNamespace(free=1000)
     monkeypatch.setattr(sample_module.shutil, "disk_usage", lambda _: full)
     with pytest.raises(ValueError, match="set TMPDIR to a folder with more room"):
@@ -477,9 +481,9 @@ def test_a_decoder_of_an_unknown_latent_space_is_asked_about(
     state_dict_saver.save({"roles": {"student": {"weights": weights}}}, checkpoint_id=str(step), no_dist=True)
     options = [f"logdir={run.logdir}", f"taehv={tmp_path / 'taehv.safetensors'}"]
     assert sample_module.main(options) == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert "say so (latent_space=wan2.1)" in told
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1
+    assert "say so (latent_space=wan2.1)" in stderr
     assert sample_module.main([*options, "latent_space=hunyuanvideo"]) == 2
     assert "decodes latents of hunyuanvideo" in capsys.readouterr().err
 

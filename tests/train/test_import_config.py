@@ -171,9 +171,9 @@ CAUSAL_TF = {
 
 def ours(theirs: dict[str, Any], *ignored: str) -> Any:
     """The settings as the stage's command reads them."""
-    found = translate(theirs, ignored)
-    kind = import_config.STAGES[found.stage][0]
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), found.settings))
+    actual = translate(theirs, ignored)
+    kind = import_config.STAGES[actual.stage][0]
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), actual.settings))
 
 
 # Another value of each type of setting.
@@ -191,8 +191,8 @@ OTHERS: dict[type, Callable[[Any], Any]] = {
 def test_every_published_key_is_translated_a_named_no_op_or_refused(name: str) -> None:
     """With the defaults beneath: each is either named as unused with its reason, or changing it has an effect."""
     theirs = {**({} if name == "causvid" else DEFAULTS), **PUBLISHED[name]}
-    found = translate(theirs)
-    unused = {key for keys in found.unused.values() for key in keys}
+    actual = translate(theirs)
+    unused = {key for keys in actual.unused.values() for key in keys}
     assert {"wandb_key", "generator_fsdp_wrap_strategy"} <= unused
     for key, value in theirs.items():
         other = OTHERS[type(value)](value)
@@ -204,53 +204,53 @@ def test_every_published_key_is_translated_a_named_no_op_or_refused(name: str) -
         except ValueError:
             continue
         is_named = key in {each for keys in changed.unused.values() for each in keys}
-        assert is_named or changed.settings != found.settings, f"{key} is dropped in silence"
+        assert is_named or changed.settings != actual.settings, f"{key} is dropped in silence"
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "causvid"])
 def test_published_configurations_become_the_shipped_ones(name: str) -> None:
     """But for what is the user's: folders, prompts, steps; and for what a shipped file leaves to the defaults."""
-    found, shipped = ours({**DEFAULTS, **PUBLISHED[name]}), parse(DmdArgs, [f"config={name}"])
+    actual, shipped = ours({**DEFAULTS, **PUBLISHED[name]}), parse(DmdArgs, [f"config={name}"])
     known = OmegaConf.load(CONFIGS / f"{name}.yaml")
     own = ("student", "prompts", "data", "negative_prompt", "max_steps", "text_encoder_offload", "score")
     for key in map(str, known):
         if key not in own:
-            assert getattr(found, key) == getattr(shipped, key), key
-    assert (found.size, found.chunk) == (shipped.size, shipped.chunk)
+            assert getattr(actual, key) == getattr(shipped, key), key
+    assert (actual.size, actual.chunk) == (shipped.size, shipped.chunk)
 
 
 def test_a_missing_critic_is_the_references_small_one_and_the_plan_knows_the_sizes() -> None:
-    found = ours(DMD)
-    assert (found.student, found.weights) == ("checkpoints/ode_init.pt", "raw")
-    assert (found.teacher, found.critic) == ("models/wan2.1-t2v-14b", "models/wan2.1-t2v-1.3b")
-    assert (found.size, found.teacher_size, found.critic_size) == ("t2v-1.3b", "t2v-14b", "t2v-1.3b")
+    actual = ours(DMD)
+    assert (actual.student, actual.weights) == ("checkpoints/ode_init.pt", "raw")
+    assert (actual.teacher, actual.critic) == ("models/wan2.1-t2v-14b", "models/wan2.1-t2v-1.3b")
+    assert (actual.size, actual.teacher_size, actual.critic_size) == ("t2v-1.3b", "t2v-14b", "t2v-1.3b")
     plus = ours({key: value for key, value in PLUS.items() if key not in ("fake_name", "generator_name")})
     assert (plus.student, plus.critic, plus.size) == ("models/wan2.1-t2v-14b",) * 2 + ("t2v-14b",)
 
 
 def test_causvid_keeps_its_timesteps_checkpoint_and_guidance() -> None:
-    found = ours(CAUSVID)
-    assert found.student == "ode_003000/model.pt"
-    assert FlowSchedule(steps_of(found)).timesteps == (1000.0, 757.0, 522.0)
-    assert (found.guidance, found.guidance_critic) == (4.5, 1.0)
-    assert (found.data, found.prompts, found.score_shift) == ("mixkit_latents_lmdb", "", 8.0)
-    assert (found.betas, found.betas_critic, found.lr_critic) == ([0.9, 0.999], [], 2e-6)
-    assert found.ema_start > 1e6, "it keeps no average"
+    actual = ours(CAUSVID)
+    assert actual.student == "ode_003000/model.pt"
+    assert FlowSchedule(steps_of(actual)).timesteps == (1000.0, 757.0, 522.0)
+    assert (actual.guidance, actual.guidance_critic) == (4.5, 1.0)
+    assert (actual.data, actual.prompts, actual.score_shift) == ("mixkit_latents_lmdb", "", 8.0)
+    assert (actual.betas, actual.betas_critic, actual.lr_critic) == ([0.9, 0.999], [], 2e-6)
+    assert actual.ema_start > 1e6, "it keeps no average"
     warped = ours({**CAUSVID, "denoising_step_list": [1000, 750, 500, 250, 0], "warp_denoising_step": True})
     assert FlowSchedule(steps_of(warped)).timesteps == pytest.approx((1000, 960, 888.8889, 727.2727), abs=1e-3)
     assert ours({**CAUSVID, "generator_task": "bidirectional_video"}).chunk == 0
     with pytest.raises(ValueError, match=r"backward_simulation: False .*the student's own rollouts"):
         translate({**CAUSVID, "backward_simulation": False})
-    assert ours({**CAUSVID, "backward_simulation": False}, "backward_simulation") == found
+    assert ours({**CAUSVID, "backward_simulation": False}, "backward_simulation") == actual
 
 
 def test_names_are_released_ones_classes_or_paths_as_they_stand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = "/Data/Models/Wan2.1-I2V-14B-480P"
-    found = ours({**PLUS_I2V, "real_name": path, "fake_name": "Sub/Folder"})
-    assert (found.teacher, found.critic, found.student) == (path, "Sub/Folder", "models/wan2.1-i2v-14b")
-    assert found.teacher_size == "i2v-14b"
+    actual = ours({**PLUS_I2V, "real_name": path, "fake_name": "Sub/Folder"})
+    assert (actual.teacher, actual.critic, actual.student) == (path, "Sub/Folder", "models/wan2.1-i2v-14b")
+    assert actual.teacher_size == "i2v-14b"
     (tmp_path / "wan_models" / "Mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert ours({**DMD, "real_name": "Mine"}).teacher == "wan_models/Mine"
@@ -268,11 +268,11 @@ def test_shipped_configurations_name_what_download_makes() -> None:
 
 
 def test_pictures_come_from_a_database() -> None:
-    found = ours(PLUS_I2V)
-    assert (found.data, found.prompts, found.chunk) == ("/data/output_lmdb/", "", 0)
-    assert (found.image_height, found.image_width, found.first_frame) == (480, 832, "generated")
-    assert found.clip
-    assert found.vae
+    actual = ours(PLUS_I2V)
+    assert (actual.data, actual.prompts, actual.chunk) == ("/data/output_lmdb/", "", 0)
+    assert (actual.image_height, actual.image_width, actual.first_frame) == (480, 832, "generated")
+    assert actual.clip
+    assert actual.vae
     framewise = {**DMD, "i2v": True, "data_path": "clips", "num_frame_per_block": 1}
     assert (ours(framewise).first_frame, ours(framewise).data) == ("clips", "clips")
     with pytest.raises(ValueError, match="is a text file, and i2v: true needs a database"):
@@ -324,8 +324,8 @@ def test_pictures_come_from_a_database() -> None:
     ],
 )
 def test_keys_that_change_the_method_are_translated(theirs: dict[str, Any], expected: dict[str, Any]) -> None:
-    found = ours({**DMD, **theirs})
-    assert {key: getattr(found, key) for key in expected} == expected
+    actual = ours({**DMD, **theirs})
+    assert {key: getattr(actual, key) for key in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -357,17 +357,21 @@ def test_what_has_no_counterpart_is_refused_by_name(
 
     (tmp_path / "theirs.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create({**DMD, **theirs})), encoding="utf-8")
     assert main([str(tmp_path / "theirs.yaml")]) == 2
-    told = capsys.readouterr()
-    assert re.search(words, told.err), told.err
-    assert told.err.count("\n") == 1
-    assert told.out == ""
+    captured = capsys.readouterr()
+    assert re.search(words, captured.err), captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
 
 
 def test_stages_before_the_distillation_get_their_own_settings() -> None:
-    found = ours(CAUSAL_ODE)
-    assert isinstance(found, OdeArgs)
-    assert found.timesteps == pytest.approx([1000, 937.5, 833.3333, 625], abs=1e-3)
-    assert (found.network, found.data, found.betas) == ("checkpoints/ode_init.pt", CAUSAL_ODE["data_path"], [0, 0.999])
+    actual = ours(CAUSAL_ODE)
+    assert isinstance(actual, OdeArgs)
+    assert actual.timesteps == pytest.approx([1000, 937.5, 833.3333, 625], abs=1e-3)
+    assert (actual.network, actual.data, actual.betas) == (
+        "checkpoints/ode_init.pt",
+        CAUSAL_ODE["data_path"],
+        [0, 0.999],
+    )
     causvid = {key: CAUSVID[key] for key in CAUSVID if "guidance" not in key and key != "timestep_shift"}
     start = ours({**causvid, "distillation_loss": "ode", "model_name": "causal_wan", "generator_ckpt": None})
     assert (start.timesteps, start.network) == ([1000.0, 757.0, 522.0, 0.0], "models/wan2.1-t2v-1.3b")
@@ -387,9 +391,9 @@ def test_stages_before_the_distillation_get_their_own_settings() -> None:
 
 def test_a_critic_that_the_reference_does_not_guide_is_not_guided() -> None:
     scales = {"guidance_scale": None, "real_guidance_scale": 5.0, "fake_guidance_scale": 1.5}
-    found = translate({**DMD, **scales, "distribution_loss": "sid"})
-    assert "guidance_critic" not in found.settings
-    assert "fake_guidance_scale" in found.unused["distribution_loss: sid guides its teacher alone"]
+    actual = translate({**DMD, **scales, "distribution_loss": "sid"})
+    assert "guidance_critic" not in actual.settings
+    assert "fake_guidance_scale" in actual.unused["distribution_loss: sid guides its teacher alone"]
     assert translate({**DMD, **scales}).settings["guidance_critic"] == 2.5
 
 
@@ -405,15 +409,15 @@ def test_the_command_says_for_which_command_and_what_it_left(
         "num_training_frames: 27\nlr: 1.0\ngc_interval: 9\n", encoding="utf-8"
     )
     assert main([str(file), "--ignore", "beta"]) == 0
-    told = capsys.readouterr()
-    assert told.out.startswith("# For python -m train.dmd ")
-    out.write_text(told.out, encoding="utf-8")
+    captured = capsys.readouterr()
+    assert captured.out.startswith("# For python -m train.dmd ")
+    out.write_text(captured.out, encoding="utf-8")
     args = parse(DmdArgs, [f"config={out}"])
     assert (args.max_latent_frames, args.lr, args.guidance) == (27, 2e-6, 4.0), "the file over its default_config.yaml"
     assert args.prompts == "a: #1 [b], 9"
-    assert "no use for: wandb_host, wandb_key" in told.err
-    assert "ignored as asked: beta" in told.err
-    assert "default_config.yaml" in told.err
+    assert "no use for: wandb_host, wandb_key" in captured.err
+    assert "ignored as asked: beta" in captured.err
+    assert "default_config.yaml" in captured.err
     assert main([str(file), "--ignore", "beta,gamma"]) == 2
     assert "gamma" in capsys.readouterr().err
     file.write_text("- 1\n", encoding="utf-8")

@@ -136,14 +136,14 @@ def test_every_loss_of_every_stage_stays_on_the_networks_device(
     if "vae=x" in more:
         supply.vae = lambda: WanVAE(new_network(8, 1).to(device))  # type: ignore[arg-type]
     trainer: Any = STAGE_OF[kind](args, world, supply)
-    for role, held in trainer.roles.items():
+    for role, state in trainer.roles.items():
         while "vae=x" in more and 2 * len(trainer.exits(trainer.draws(role))) == args.latent_frames:
             trainer.step += 1  # to a clip that is longer than the window
         with OneDevice():
             total = trainer.accumulate(role)
         assert total.device == device
         assert trainer.finite.counts(device).shape == (len(finite.PARTS),)
-        gradients = [parameter.grad for parameter in held.parameters.values() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in state.parameters.values() if parameter.grad is not None]
         assert gradients
         assert all(gradient.device == device for gradient in gradients)
     assert attended == {"meta"}
@@ -154,12 +154,12 @@ def test_every_loss_of_every_stage_stays_on_the_networks_device(
 def broken(path: Path, seed: int) -> Path:
     """A network that predicts NaN."""
     write_network(path, seed)
-    found = read_checkpoint(path)
-    assert isinstance(found.config, WanConfig)
-    weights = {name: tensor.clone() for name, tensor in found.state_dict.items()}
+    checkpoint = read_checkpoint(path)
+    assert isinstance(checkpoint.config, WanConfig)
+    weights = {name: tensor.clone() for name, tensor in checkpoint.state_dict.items()}
     weights["head.head.bias"][0] = float("inf")
     path.unlink()
-    save_checkpoint(path, weights, found.config)
+    save_checkpoint(path, weights, checkpoint.config)
     return path
 
 
@@ -217,9 +217,9 @@ def test_a_prompt_whose_embeddings_are_nan_is_named(
 
     monkeypatch.setattr(Prompts, "_encode", spoilt)
     assert dmd.main([*settings, f"logdir={tmp_path / 'run'}"]) == 2
-    told = capsys.readouterr().err
-    assert "the embeddings of a prompt hold NaN or Inf ('a green circle'), in step 1" in told
-    assert "prediction" not in told, "what follows from it is not told"
+    stderr = capsys.readouterr().err
+    assert "the embeddings of a prompt hold NaN or Inf ('a green circle'), in step 1" in stderr
+    assert "prediction" not in stderr, "what follows from it is not told"
 
 
 def test_an_error_begins_a_line_and_the_losses_are_shown(
@@ -229,11 +229,11 @@ def test_an_error_begins_a_line_and_the_losses_are_shown(
     sizes = ["critic_per_student=2", "batch_size=2", "micro_batch=2", "max_steps=40", "save_every=1"]
     run = [*settings, *sizes, f"data={data}", f"logdir={tmp_path / 'run'}"]
     assert dmd.main(run) == 2
-    told = capsys.readouterr().err
-    lines = told.replace("\r", "\n").splitlines()
+    stderr = capsys.readouterr().err
+    lines = stderr.replace("\r", "\n").splitlines()
     (line,) = [line for line in lines if "train.dmd:" in line]
     assert line.startswith("train.dmd:")
-    assert told.endswith("\n")
+    assert stderr.endswith("\n")
     assert "cannot be used" in line
     assert "row 1 ('clip 1')" in line
     assert "train.check_data" in line
@@ -267,24 +267,24 @@ def test_a_bad_row_of_one_process_stops_all_of_them(settings: list[str], tmp_pat
 # -------------------------------------------------------------------- order --
 def consumed(args: DmdArgs, updates: int) -> list[int]:
     """Numbers of the clips of this many updates."""
-    found: list[int] = []
+    actual: list[int] = []
     step = 0
-    while len(found) < updates * args.batch_size:
+    while len(actual) < updates * args.batch_size:
         roles = [*(["student"] if dmd.trains_student(args, step) else []), "critic"]
         for role in roles:
             first = dmd.first_number(args, step, role)
-            found += range(first, first + args.batch_size)
+            actual += range(first, first + args.batch_size)
         step += 1
-    return found
+    return actual
 
 
 @pytest.mark.parametrize(("every", "warmup"), [(5, 0), (1, 0), (5, 7), (3, 6), (2, 1)])
 def test_each_prompt_is_seen_once_per_round(every: int, warmup: int) -> None:
     args = parse(DmdArgs, [f"critic_per_student={every}", f"critic_warmup={warmup}", "batch_size=64"])
-    seen = consumed(args, 60)
-    assert seen == list(range(len(seen))), "no number is left out, and none comes twice"
+    log = consumed(args, 60)
+    assert log == list(range(len(log))), "no number is left out, and none comes twice"
     for first in range(0, 3000, 1000):
-        assert len({item(3, number, 1000) for number in seen[first : first + 1000]}) == 1000
+        assert len({item(3, number, 1000) for number in log[first : first + 1000]}) == 1000
     if every == 1 and not warmup:  # as in earlier versions
         assert [dmd.first_number(args, step, "critic") for step in range(3)] == [64, 192, 320]
 
@@ -384,8 +384,8 @@ def test_check_data_finds_what_a_run_would_refuse(tmp_path: Path, capsys: pytest
         transaction.put(b"prompts_10_data", b"clip 0")
         transaction.put(b"latents_12_data", zeros.numpy().tobytes())
     assert check_data.main([str(folder)]) == 1
-    told = capsys.readouterr()
-    counts = json.loads(told.out)
+    captured = capsys.readouterr()
+    counts = json.loads(captured.out)
     assert counts["bad"] == {"NaN or Inf": 1, "wrong size": 1, "no latents": 1, "no prompt": 1, "no text": 1}
     assert counts["doubtful"] == {"constant": 1, "huge": 1, "empty prompt": 1, "more rows": 1}
     assert (counts["rows"], counts["good"], counts["duplicate_prompts"]) == (12, 7, 1)
@@ -431,8 +431,8 @@ def test_sizes_that_must_agree_are_refused_before_the_first_step(
     for number, (stage, more, words) in enumerate(cases):
         options = [*(settings if stage is dmd else clips), *more, f"logdir={tmp_path / str(number)}"]
         assert stage.main(options) == 2, more
-        told = capsys.readouterr().err
-        assert words in told, (more, told)
+        stderr = capsys.readouterr().err
+        assert words in stderr, (more, stderr)
         assert not (tmp_path / str(number) / "log.jsonl").exists()
 
 

@@ -22,9 +22,9 @@ ROLES = ("student", "critic")
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Student, critic and teacher from one file, with adapters of rank 2."""
-    found = run_settings(tmp_path_factory.mktemp("networks"))
-    teacher = found[1].removeprefix("teacher=")
-    return [*found, f"student={teacher}", "lora_rank=2", "ema_start=0"]
+    actual = run_settings(tmp_path_factory.mktemp("networks"))
+    teacher = actual[1].removeprefix("teacher=")
+    return [*actual, f"student={teacher}", "lora_rank=2", "ema_start=0"]
 
 
 def adapted(*, is_random: bool) -> tuple[torch.nn.Module, dict[str | None, Adapted]]:
@@ -70,32 +70,32 @@ def test_merged_weights_are_the_adapted_network() -> None:
 def test_gradients_belong_to_the_role_that_was_evaluated() -> None:
     """Although by the backward pass, which evaluates every block again, another role is switched on."""
     network, views = adapted(is_random=True)
-    made = evaluate(views["student"])
+    result = evaluate(views["student"])
     views["critic"].switch.role = "critic"
-    made.square().mean().backward()
-    found = {name: value.grad for name, value in network.named_parameters() if value.grad is not None}
-    assert found
-    assert all(f"{PART}student." in name for name in found)
+    result.square().mean().backward()
+    actual = {name: value.grad for name, value in network.named_parameters() if value.grad is not None}
+    assert actual
+    assert all(f"{PART}student." in name for name in actual)
     views["critic"].switch.role = None
-    index = next(name for name in found if name.endswith("ffn.0.lora.student.up"))
+    index = next(name for name in actual if name.endswith("ffn.0.lora.student.up"))
     parameter, step = dict(network.named_parameters())[index], 1e-6
     with torch.no_grad():
         parameter[0, 0] += step
         above = evaluate(views["student"]).square().mean()
         parameter[0, 0] -= 2 * step
         below = evaluate(views["student"]).square().mean()
-    torch.testing.assert_close(found[index][0, 0], (above - below) / (2 * step), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(actual[index][0, 0], (above - below) / (2 * step), rtol=1e-5, atol=1e-9)
 
 
 def test_first_values_depend_on_the_name_alone() -> None:
     shapes = {"a.lora.student.down": torch.Size([2, 4]), "a.lora.student.up": torch.Size([4, 2]), "a.weight": (4, 4)}
-    found = starts(shapes, seed=0)
-    assert set(found) == {"a.lora.student.down", "a.lora.student.up"}
-    assert not found["a.lora.student.up"].any()
+    actual = starts(shapes, seed=0)
+    assert set(actual) == {"a.lora.student.down", "a.lora.student.up"}
+    assert not actual["a.lora.student.up"].any()
     assert torch.equal(
-        starts({"a.lora.student.down": (2, 4)}, seed=0)["a.lora.student.down"], found["a.lora.student.down"]
+        starts({"a.lora.student.down": (2, 4)}, seed=0)["a.lora.student.down"], actual["a.lora.student.down"]
     )
-    assert not torch.equal(starts(shapes, seed=1)["a.lora.student.down"], found["a.lora.student.down"])
+    assert not torch.equal(starts(shapes, seed=1)["a.lora.student.down"], actual["a.lora.student.down"])
 
 
 @pytest.fixture(scope="module")
@@ -108,15 +108,15 @@ def whole(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_a_shared_base_gives_what_separate_networks_give(settings: list[str], whole: Path, tmp_path: Path) -> None:
     """The first step, in which all adapters are still zero, has the losses of whole networks."""
     assert main([*settings, "lora_rank=0", "micro_batch=6", "max_steps=1", f"logdir={tmp_path / 'run'}"]) == 0
-    (expected,), found = numbers(tmp_path / "run"), numbers(whole)[0]
-    assert found["student_loss"] == pytest.approx(expected["student_loss"], rel=1e-12)
-    assert found["critic_loss"] == pytest.approx(expected["critic_loss"], rel=1e-3)  # after the student's update
+    (expected,), actual = numbers(tmp_path / "run"), numbers(whole)[0]
+    assert actual["student_loss"] == pytest.approx(expected["student_loss"], rel=1e-12)
+    assert actual["critic_loss"] == pytest.approx(expected["critic_loss"], rel=1e-3)  # after the student's update
 
 
 def test_numbers_do_not_depend_on_processes(settings: list[str], whole: Path, tmp_path: Path) -> None:
     run([*settings, "micro_batch=1", f"logdir={tmp_path / 'two'}"], 2)
-    for found, expected in zip(numbers(tmp_path / "two"), numbers(whole), strict=True):
-        assert found == pytest.approx(expected, rel=1e-10, abs=1e-10)
+    for actual, expected in zip(numbers(tmp_path / "two"), numbers(whole), strict=True):
+        assert actual == pytest.approx(expected, rel=1e-10, abs=1e-10)
 
 
 def test_a_run_goes_on_bit_exactly(settings: list[str], whole: Path, tmp_path: Path) -> None:
@@ -131,14 +131,14 @@ def test_the_export_is_whole_or_a_lora(settings: list[str], whole: Path, tmp_pat
     for form, out in files.items():
         export(ExportArgs(logdir=str(whole), out=str(out), form=form, weights="raw", dtype="float32"))
     base = read_checkpoint(Path(settings[-3].removeprefix("student="))).state_dict
-    made, lora = read_checkpoint(files["whole"]).state_dict, load_file(files["lora"])
+    result, lora = read_checkpoint(files["whole"]).state_dict, load_file(files["lora"])
     layer = "blocks.1.ffn.2"
     named = {part: lora[f"diffusion_model.{layer}.{part}"] for part in ("lora_up.weight", "lora_down.weight", "alpha")}
     assert float(named["alpha"]) == 2.0
     change = named["lora_up.weight"] @ named["lora_down.weight"]
     assert change.any()
-    torch.testing.assert_close(made[f"{layer}.weight"], base[f"{layer}.weight"] + change)
-    assert torch.equal(made["head.head.weight"], base["head.head.weight"])
+    torch.testing.assert_close(result[f"{layer}.weight"], base[f"{layer}.weight"] + change)
+    assert torch.equal(result["head.head.weight"], base["head.head.weight"])
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

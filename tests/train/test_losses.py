@@ -119,11 +119,11 @@ def test_a_logit_depends_on_clip_time_and_prompt() -> None:
     judge = discriminator(sees_time=True)
     condition = Conditioning(random_text().prompt_embeds_BPE.expand(2, -1, -1))
     other = Conditioning(random_text(seed=5).prompt_embeds_BPE.expand(2, -1, -1))
-    found = judge.logits(draw(0), torch.tensor([300.0, 300.0]), condition)
-    assert found.shape == (2,)
-    assert not torch.equal(judge.logits(draw(1), torch.tensor([300.0, 300.0]), condition), found)
-    assert not torch.equal(judge.logits(draw(0), torch.tensor([500.0, 300.0]), condition)[0], found[0])
-    assert not torch.equal(judge.logits(draw(0), torch.tensor([300.0, 300.0]), other), found)
+    actual = judge.logits(draw(0), torch.tensor([300.0, 300.0]), condition)
+    assert actual.shape == (2,)
+    assert not torch.equal(judge.logits(draw(1), torch.tensor([300.0, 300.0]), condition), actual)
+    assert not torch.equal(judge.logits(draw(0), torch.tensor([500.0, 300.0]), condition)[0], actual[0])
+    assert not torch.equal(judge.logits(draw(0), torch.tensor([300.0, 300.0]), other), actual)
 
 
 @pytest.mark.parametrize(

@@ -199,11 +199,11 @@ def test_the_published_run_takes_the_published_order_of_hours(
     """Two hours on 64 H100 (the reference's README) are 128; the least is below that and not by far."""
     monkeypatch.setattr(footprint, "peak_bytes", lambda args, processes, stage: {"student": 30e9, "critic": 20e9})
     assert plan.main(["config=self_forcing_dmd", "processes=64"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert 128 / 5 < told["least_gpu_hours"]["h100"] < 128
-    assert told["fits"] == {"24 GB": False, "48 GB": True, "80 GB": True, "141 GB": True}
+    report = json.loads(capsys.readouterr().out)
+    assert 128 / 5 < report["least_gpu_hours"]["h100"] < 128
+    assert report["fits"] == {"24 GB": False, "48 GB": True, "80 GB": True, "141 GB": True}
     assert plan.main(["config=ode", "stage=ode", "processes=64"]) == 0
-    assert json.loads(capsys.readouterr().out).keys() == told.keys()
+    assert json.loads(capsys.readouterr().out).keys() == report.keys()
     assert plan.main(["config=self_forcing_dmd", "processes=7"]) == 2
     assert "cannot be divided among 7" in capsys.readouterr().err
     assert plan.main(["config=self_forcing_dmd", "size=t2v-2b"]) == 2

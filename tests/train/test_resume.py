@@ -137,12 +137,12 @@ def test_what_is_no_checkpoint_of_the_run_is_neither_read_nor_removed(tmp_path: 
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str], stage: Any = main, status: int = 2) -> str:
     """The one line with which a run ends."""
     capsys.readouterr()
-    began = time.monotonic()
+    start = time.monotonic()
     assert stage(arguments) == status
-    told = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("train.")]
-    assert len(told) == 1
-    assert time.monotonic() - began < 60
-    return told[0]
+    stderr = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("train.")]
+    assert len(stderr) == 1
+    assert time.monotonic() - start < 60
+    return stderr[0]
 
 
 @pytest.mark.parametrize(
@@ -189,12 +189,12 @@ def test_a_run_goes_on_with_harmless_changes_and_those_that_are_named(
 def test_a_folder_that_another_run_writes_to_is_left_alone(
     settings: list[str], whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    held = resume._lock(whole)
+    state = resume._lock(whole)
     before = content(whole)
     try:
         assert "another run is writing there" in refusal([*settings, f"logdir={whole}"], capsys)
     finally:
-        held.close()
+        state.close()
     assert content(whole) == before
 
 
@@ -230,11 +230,11 @@ def test_a_log_that_does_not_fit_ends_the_run_in_one_line(
     folder = tmp_path / "run"
     with no_longer_than(4000, tmp_path):
         status = main([*settings, *more, "max_steps=400", "save_every=0", f"logdir={folder}"])
-    told = capfd.readouterr().err
+    stderr = capfd.readouterr().err
     assert status == 3
-    assert told.count("train.dmd: ") == 1
-    assert "the last good checkpoint is the start" in told
-    assert "Traceback" not in told
+    assert stderr.count("train.dmd: ") == 1
+    assert "the last good checkpoint is the start" in stderr
+    assert "Traceback" not in stderr
 
 
 # --------------------------------------------------------- several machines --
@@ -242,14 +242,14 @@ IMPATIENT = "from train import resume; resume.SHARED_WITHIN = 3"
 
 
 def free_port() -> int:
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        return int(made.getsockname()[1])
+    with socket.socket() as result:
+        result.bind(("127.0.0.1", 0))
+        return int(result.getsockname()[1])
 
 
 def machines(arguments: list[list[str]], folders: list[Path], code: str = "") -> tuple[list[int], list[str], float]:
     """One process per machine, each started in a folder of its own: exit statuses, what they said, seconds."""
-    port, began = str(free_port()), time.monotonic()
+    port, start = str(free_port()), time.monotonic()
     programs = []
     for rank, (words, folder) in enumerate(zip(arguments, folders)):
         environment = {
@@ -261,8 +261,8 @@ def machines(arguments: list[list[str]], folders: list[Path], code: str = "") ->
         folder.mkdir(exist_ok=True)
         programs.append(Program("train.dmd", words, folder, environment, code))
     with TemporaryDirectory() as outputs:
-        statuses, told = finish(programs, Path(outputs), timeout=150)
-    return statuses, told, time.monotonic() - began
+        statuses, report = finish(programs, Path(outputs), timeout=150)
+    return statuses, report, time.monotonic() - start
 
 
 def test_processes_without_a_shared_folder_end_in_one_line(settings: list[str], tmp_path: Path) -> None:
@@ -271,9 +271,9 @@ def test_processes_without_a_shared_folder_end_in_one_line(settings: list[str], 
     first.mkdir()
     assert main([*settings, "max_steps=1", "save_every=1", f"logdir={first}/run"]) == 0
     before = content(first)
-    statuses, told, seconds = machines([[*settings, "micro_batch=3", "logdir=run"]] * 2, [first, second], IMPATIENT)
-    assert statuses == [2, 2], told
-    lines = "".join(told).splitlines()
+    statuses, report, seconds = machines([[*settings, "micro_batch=3", "logdir=run"]] * 2, [first, second], IMPATIENT)
+    assert statuses == [2, 2], report
+    lines = "".join(report).splitlines()
     assert len([line for line in lines if line.startswith("train.dmd: process 1 (")]) == 1
     assert "on a disk that all machines share" in "".join(lines)
     assert "Traceback" not in "".join(lines)
@@ -284,23 +284,23 @@ def test_processes_without_a_shared_folder_end_in_one_line(settings: list[str], 
 
 def met(argument_lists: list[list[str]], mistakes: tuple[str, ...] = ("", "")) -> list[str]:
     """What processes that meet (threads, here) are told before they are joined; empty: that they may begin."""
-    store, told = HashStore(), [""] * len(argument_lists)
+    store, report = HashStore(), [""] * len(argument_lists)
 
     def begin(rank: int) -> None:
         args = None if mistakes[rank] else parse(DmdArgs, argument_lists[rank])
         try:
-            with resume.opened(Meeting(store, rank, len(told)), "train.dmd", args, mistakes[rank]):
+            with resume.opened(Meeting(store, rank, len(report)), "train.dmd", args, mistakes[rank]):
                 pass
         except ValueError as error:
-            told[rank] = str(error)
+            report[rank] = str(error)
 
-    threads = [threading.Thread(target=begin, args=(rank,), daemon=True) for rank in range(len(told))]
+    threads = [threading.Thread(target=begin, args=(rank,), daemon=True) for rank in range(len(report))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
     assert not any(thread.is_alive() for thread in threads)
-    return told
+    return report
 
 
 def test_processes_that_cannot_run_together_are_all_told_the_same(
@@ -318,9 +318,9 @@ def test_processes_that_cannot_run_together_are_all_told_the_same(
         ([[*settings, f"logdir={tmp_path}/file/run"], new], ("", ""), "file/run: cannot be written"),
     ):
         (tmp_path / "file").write_text("")
-        told = met(lines, mistakes)
-        assert told[0] == told[1]
-        assert words in told[0]
+        report = met(lines, mistakes)
+        assert report[0] == report[1]
+        assert words in report[0]
         assert content(whole) == before
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert met([new, new]) == ["", ""]
@@ -350,13 +350,13 @@ def test_a_full_disk_of_one_process_ends_all(
     """Also the one that waits for it: both with one line, and no half checkpoint."""
     code = f"import os; exec({planted!r}) if os.environ['RANK'] == '{rank}' else None"
     ours = [*settings, "micro_batch=3", "save_every=1", f"logdir={tmp_path}/run"]
-    statuses, told, _ = machines([ours] * 2, [tmp_path, tmp_path], code)
-    assert statuses == [3, 3], told
-    lines = [line for line in "".join(told).replace("\r", "\n").splitlines() if line.startswith("train.dmd: ")]
+    statuses, report, _ = machines([ours] * 2, [tmp_path, tmp_path], code)
+    assert statuses == [3, 3], report
+    lines = [line for line in "".join(report).replace("\r", "\n").splitlines() if line.startswith("train.dmd: ")]
     assert len(lines) == 1
     assert words in lines[0]
     assert "the last good checkpoint is the start" in lines[0]
-    assert "Traceback" not in "".join(told)
+    assert "Traceback" not in "".join(report)
     assert list((tmp_path / "run").glob("checkpoints/*")) == []
 
 

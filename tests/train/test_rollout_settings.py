@@ -40,8 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def settings(folder: Path) -> list[str]:
-    found = [entry for entry in run_settings(folder) if not entry.startswith(("batch_size", "dtype"))]
-    return [*found, "batch_size=2", "dtype=float32", f"logdir={folder}/run"]
+    actual = [entry for entry in run_settings(folder) if not entry.startswith(("batch_size", "dtype"))]
+    return [*actual, "batch_size=2", "dtype=float32", f"logdir={folder}/run"]
 
 
 @pytest.fixture
@@ -87,10 +87,10 @@ class Compared:
 
 def compared(trainer: Distillation, role: str = STUDENT) -> Compared:
     """What the first clip of a step is compared by."""
-    found: Any = Compared()
-    trainer.matching = found
+    actual: Any = Compared()
+    trainer.matching = actual
     trainer.loss(role, 0, 1)
-    return found
+    return actual
 
 
 # ------------------------------------------------------------------- rollout --
@@ -168,8 +168,8 @@ def test_context_noise_is_the_tables_nearest_on_request() -> None:
     assert context_sigma_of(parse(DmdArgs, [])) == 0.0
     assert context_sigma_of(parse(DmdArgs, ["context_noise=250"])) == 0.25
     assert context_sigma_of(parse(DmdArgs, ["train_context_sigma=last_table"])) == float(table[-1])
-    found = context_sigma_of(parse(DmdArgs, ["train_context_sigma=last_table", "context_noise=250"]))
-    assert found == float(table[(table - 0.25).abs().argmin()])
+    actual = context_sigma_of(parse(DmdArgs, ["train_context_sigma=last_table", "context_noise=250"]))
+    assert actual == float(table[(table - 0.25).abs().argmin()])
 
 
 def test_a_given_first_frame_is_the_rows_and_has_no_loss(
@@ -180,16 +180,16 @@ def test_a_given_first_frame_is_the_rows_and_has_no_loss(
     assert trainer.exits(trainer.draws(STUDENT)) == trainer.exits(trainer.draws(STUDENT))[:1]
     spy = Spy(trainer.student.network)
     trainer.student = replace(trainer.student, network=spy)
-    found = compared(trainer)
+    actual = compared(trainer)
     first = trainer.rows(range(1))[0].states[-1][:1]
-    assert found.x.shape == (1, 4, 16, 4, 4)
-    assert torch.equal(found.x[0, :1], first)
-    assert found.counted.tolist() == [False, True, True, True]
+    assert actual.x.shape == (1, 4, 16, 4, 4)
+    assert torch.equal(actual.x[0, :1], first)
+    assert actual.counted.tolist() == [False, True, True, True]
     assert torch.equal(spy.calls[0][0][0], first)
     assert spy.calls[0][1] == 0.0, "a clean pass on the given frame alone"
     assert not spy.calls[0][3]
-    found.x[:, 1:].sum().backward()
-    before = found.x[:, 1:].detach()
+    actual.x[:, 1:].sum().backward()
+    before = actual.x[:, 1:].detach()
     trainer.first_frames = lambda rows: torch.zeros(len(rows), 1, 16, 4, 4)  # type: ignore[method-assign]
     assert not torch.equal(compared(trainer).x[:, 1:], before)
     plain = Distillation(parse(DmdArgs, [*settings, "independent_first_frame=true", "chunk=3"]), world)
@@ -205,9 +205,9 @@ def test_first_frames_come_from_pictures_too(
     trainer = Distillation(parse(DmdArgs, [*settings, *more]), world)
     rows = trainer.rows(range(2))
     assert trainer.vae is not None
-    found = trainer.first_frames(rows)
-    assert found is not None
-    for row, latent in zip(rows, found):
+    actual = trainer.first_frames(rows)
+    assert actual is not None
+    for row, latent in zip(rows, actual):
         assert row.image_RHW is not None
         picture = fit_image((row.image_RHW + 1) / 2, 32, 32)
         torch.testing.assert_close(latent[None], trainer.vae.encode(picture[None, None]))
@@ -226,9 +226,9 @@ def test_long_rollouts_may_begin_with_a_given_frame(
     trainer = Distillation(parse(DmdArgs, [*settings, data, *FIRST, "max_latent_frames=7", f"vae={vae}"]), world)
     trainer.frames = lambda draws: 7  # type: ignore[method-assign]
     assert len(trainer.exits(trainer.draws(STUDENT))) == 2
-    found = compared(trainer)
-    assert found.x.shape[1] == 4
-    assert found.counted.tolist() == [False, True, True, True], "the window's first frame is a re-encoded one"
+    actual = compared(trainer)
+    assert actual.x.shape[1] == 4
+    assert actual.counted.tolist() == [False, True, True, True], "the window's first frame is a re-encoded one"
 
 
 def test_clips_that_are_sampled_begin_with_their_own_frames(
@@ -239,9 +239,9 @@ def test_clips_that_are_sampled_begin_with_their_own_frames(
     prefixes = trainer.sampling().prefixes
     assert len(texts) == len(conditions) == len(prefixes) == 4
     database = trainer.shuffled.data
-    held = {row.prompt: row.states[-1][:1] for row in (database[index] for index in range(len(database)))}
+    state = {row.prompt: row.states[-1][:1] for row in (database[index] for index in range(len(database)))}
     for text, prefix in zip(texts, prefixes):
-        assert torch.equal(prefix[0], held[text])
+        assert torch.equal(prefix[0], state[text])
 
 
 # ------------------------------------------------------------------- scores --
@@ -257,8 +257,8 @@ def test_score_timesteps_follow_the_exit_step() -> None:
     assert score_bounds(raw, 1, is_floored=True, is_capped=True) == pytest.approx((250, 750))
     uniform = torch.linspace(0, 0.99, 34, dtype=torch.float64)
     assert torch.equal(score_timesteps(uniform, 5.0), score_timesteps(uniform, 5.0, bounds=(0.0, 1000.0)))
-    found = score_timesteps(torch.tensor([0.0, 0.04]).double(), 5.0, bounds=(250.0, 500.0))
-    assert found.tolist() == pytest.approx([625.0, 637.2549])  # 250 and 260, shifted
+    actual = score_timesteps(torch.tensor([0.0, 0.04]).double(), 5.0, bounds=(250.0, 500.0))
+    assert actual.tolist() == pytest.approx([625.0, 637.2549])  # 250 and 260, shifted
 
 
 @pytest.mark.parametrize("role", [STUDENT, CRITIC])
@@ -321,7 +321,7 @@ def test_the_critic_has_betas_and_a_norm_of_its_own(
     settings: list[str], world: distributed.World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def betas(trainer: Distillation) -> dict[str, Any]:
-        return {role: held.optimiser.param_groups[0]["betas"] for role, held in trainer.roles.items()}
+        return {role: state.optimiser.param_groups[0]["betas"] for role, state in trainer.roles.items()}
 
     shared = Distillation(parse(DmdArgs, [*settings, "betas=[0.5,0.9]"]), world)
     assert betas(shared) == {STUDENT: (0.5, 0.9), CRITIC: (0.5, 0.9)}
@@ -353,15 +353,15 @@ def test_regression_may_have_a_first_frame_of_its_own_and_an_end_that_is_only_th
     args = parse(OdeArgs, [*kept, *more, "timesteps=[1000,500]", "independent_first_frame=true"])
     trainer = Regression(args, world)
     spy = Spy(trainer.roles[STUDENT].network)
-    seen = set()
+    log = set()
     for trainer.step in range(8):
         trainer.loss_of(spy, trainer.rows(range(1)), trainer.prompts.condition(["clip"]), trainer.draws(STUDENT), 0)
         noisy = spy.calls[-1][0][0]
-        found = [next(i for i in range(3) if torch.equal(noisy[t], states[i, t])) for t in range(4)]
-        assert found[1:] == [found[1]] * 3
-        seen.add((found[0], found[1]))
-    assert {index for pair in seen for index in pair} == {0, 1}, "never the end"
-    assert any(first != rest for first, rest in seen), "the first frame has a level of its own"
+        actual = [next(i for i in range(3) if torch.equal(noisy[t], states[i, t])) for t in range(4)]
+        assert actual[1:] == [actual[1]] * 3
+        log.add((actual[0], actual[1]))
+    assert {index for pair in log for index in pair} == {0, 1}, "never the end"
+    assert any(first != rest for first, rest in log), "the first frame has a level of its own"
     assert trainer.sampling().causal.independent_first_frame
     trainer.args.timesteps = [1000.0, 0.0]
     with pytest.raises(ValueError, match="3 states, not 2"):
@@ -399,9 +399,9 @@ def test_settings_that_contradict_each_other_are_one_line(
     settings: list[str], more: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*settings, *more]) == 2
-    told = capsys.readouterr().err
-    assert words in told
-    assert told.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert words in stderr
+    assert stderr.count("\n") == 1
 
 
 def test_clips_of_another_size_are_refused(settings: list[str], data: str, world: distributed.World) -> None:

@@ -32,10 +32,10 @@ from train.tiny.world import (
 def test_detector_reads_real_videos_back(seed: int) -> None:
     rng = np.random.default_rng(seed)
     scene = random_scene(rng)
-    found = detect(render(scene, 21))
-    assert (found.colour, found.shape, found.direction, found.speed, found.background) == scene.words
-    assert abs(found.radius - scene.radius) < 1
-    assert np.abs((np.subtract(found.start, scene.start) + SIZE / 2) % SIZE - SIZE / 2).max() < 1
+    actual = detect(render(scene, 21))
+    assert (actual.colour, actual.shape, actual.direction, actual.speed, actual.background) == scene.words
+    assert abs(actual.radius - scene.radius) < 1
+    assert np.abs((np.subtract(actual.start, scene.start) + SIZE / 2) % SIZE - SIZE / 2).max() < 1
 
 
 def test_detector_finds_nothing_in_an_empty_or_noisy_frame() -> None:
@@ -121,8 +121,8 @@ def test_guidance_scale_has_its_usual_meaning() -> None:
 
 
 def test_score_timesteps_are_shifted_and_clamped() -> None:
-    found = score_timesteps(torch.tensor([0.0, 0.5, 0.999]), shift=5.0)
-    torch.testing.assert_close(found, torch.tensor([20.0, 5000 / 6, 980.0]))
+    actual = score_timesteps(torch.tensor([0.0, 0.5, 0.999]), shift=5.0)
+    torch.testing.assert_close(actual, torch.tensor([20.0, 5000 / 6, 980.0]))
 
 
 def test_critic_loss_vanishes_for_the_true_flow() -> None:

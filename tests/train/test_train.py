@@ -50,10 +50,10 @@ def test_numbers_do_not_depend_on_processes_or_parts(
     folder = tmp_path / "other"
     run([*settings, *more, f"logdir={folder}"], processes)
     assert len(numbers(folder)) == 4
-    for found, expected in zip(numbers(folder), numbers(whole)):
-        assert found == pytest.approx(expected, rel=1e-10, abs=1e-10)
-    found, expected = student(folder, tmp_path), student(whole, tmp_path)
-    torch.testing.assert_close(found, expected)
+    for actual, expected in zip(numbers(folder), numbers(whole)):
+        assert actual == pytest.approx(expected, rel=1e-10, abs=1e-10)
+    actual, expected = student(folder, tmp_path), student(whole, tmp_path)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_two_processes_sum_gradients_in_float32(settings: list[str], tmp_path: Path) -> None:
@@ -77,8 +77,8 @@ def test_a_run_that_was_killed_goes_on_bit_exactly(settings: list[str], whole: P
     run([*settings, f"logdir={folder}"])
     assert numbers(folder)[-2:] == numbers(whole)[-2:]
     for weights in ("raw", "ema"):
-        found, expected = student(folder, tmp_path, weights), student(whole, tmp_path, weights)
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        actual, expected = student(folder, tmp_path, weights), student(whole, tmp_path, weights)
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
     untrained = read_checkpoint(Path(settings[0].removeprefix("student="))).state_dict
     assert not torch.equal(expected["head.head.weight"], untrained["head.head.weight"])
 
@@ -87,8 +87,8 @@ def test_a_run_may_go_on_with_another_number_of_processes(settings: list[str], w
     folder = tmp_path / "grown"
     assert main([*settings, "micro_batch=6", "max_steps=2", f"logdir={folder}"]) == 0
     run([*settings, f"logdir={folder}"], 2)
-    for found, expected in zip(numbers(folder), numbers(whole), strict=True):
-        assert found == pytest.approx(expected, rel=1e-10, abs=1e-10)
+    for actual, expected in zip(numbers(folder), numbers(whole), strict=True):
+        assert actual == pytest.approx(expected, rel=1e-10, abs=1e-10)
 
 
 def test_a_run_that_is_asked_to_stop_saves_first(settings: list[str], tmp_path: Path) -> None:
@@ -181,8 +181,8 @@ def test_stages_before_the_distillation_take_text_to_video_networks(
 def test_flow_matching_does_not_depend_on_processes(clips: list[str], tmp_path: Path) -> None:
     assert diffusion.main([*clips, "micro_batch=6", f"logdir={tmp_path / 'one'}"]) == 0
     run([*clips, "micro_batch=1", f"logdir={tmp_path / 'two'}"], 2, "train.diffusion")
-    for found, expected in zip(numbers(tmp_path / "two"), numbers(tmp_path / "one")):
-        assert found == pytest.approx(expected, rel=1e-10, abs=1e-10)
+    for actual, expected in zip(numbers(tmp_path / "two"), numbers(tmp_path / "one")):
+        assert actual == pytest.approx(expected, rel=1e-10, abs=1e-10)
 
 
 def test_activation_checkpointing_changes_no_number(settings: list[str], whole: Path, tmp_path: Path) -> None:
@@ -200,11 +200,11 @@ def test_every_shipped_configuration_is_understood(
     monkeypatch.setattr(footprint, "peak_bytes", lambda args, processes, stage: {"student": processes})
     stage = {"diffusion": diffusion.main, "ode": ode.main}.get(name, main)
     assert stage([f"config={name}", "--dry-run"]) == 0
-    told = json.loads("{" + capsys.readouterr().out.split("\n{", 1)[1])
-    assert told["clips_per_process_and_step"] > 0
-    assert told["peak_bytes_per_process"] == {"student": 1}
-    assert set(told["flops_per_update"]) == ({"student", "critic"} if stage is main else {"student"})
-    assert told["least_gpu_hours"]["a100"] >= told["least_gpu_hours"]["h100"] >= 0
+    report = json.loads("{" + capsys.readouterr().out.split("\n{", 1)[1])
+    assert report["clips_per_process_and_step"] > 0
+    assert report["peak_bytes_per_process"] == {"student": 1}
+    assert set(report["flops_per_update"]) == ({"student", "critic"} if stage is main else {"student"})
+    assert report["least_gpu_hours"]["a100"] >= report["least_gpu_hours"]["h100"] >= 0
 
 
 @pytest.mark.parametrize("name", [f"self_forcing_{kind}" for kind in ("dmd", "sid", "14b_dmd", "14b_i2v_dmd")])
@@ -214,9 +214,9 @@ def test_launch_lines_of_the_reference_work(
     monkeypatch.setattr(footprint, "peak_bytes", lambda args, processes, stage: {"student": processes})
     words = f"--config_path configs/{name}.yaml --logdir logs/x --no_visualize --no_save --disable-wandb --dry-run"
     assert main(words.split()) == 0
-    told = capsys.readouterr().out
-    assert "logdir: logs/x" in told
-    assert "save_every: 0" in told
+    stdout = capsys.readouterr().out
+    assert "logdir: logs/x" in stdout
+    assert "save_every: 0" in stdout
     assert config_path(f"configs/{name}.yaml") == CONFIGS / f"{name}.yaml"
 
 
@@ -242,9 +242,9 @@ def test_launch_lines_of_the_reference_work(
 )
 def test_mistakes_are_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
-    told = capsys.readouterr()
-    assert words in told.err
-    assert told.err.count("\n") == 1
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
     assert not Path("x").exists()
 
 

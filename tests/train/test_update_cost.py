@@ -50,15 +50,15 @@ class NoText:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("work")
+    result = tmp_path_factory.mktemp("work")
     for seed, name in enumerate(("student", "teacher")):
-        write_network(made / f"{name}.safetensors", seed, **SIZES)
-    (made / "prompts.txt").write_text("a\nb\n", encoding="utf-8")
-    writer = DatabaseWriter(made / "clips")
+        write_network(result / f"{name}.safetensors", seed, **SIZES)
+    (result / "prompts.txt").write_text("a\nb\n", encoding="utf-8")
+    writer = DatabaseWriter(result / "clips")
     for name in "abcd":
         writer.add(name, torch.zeros(3, 6, 16, 16, 16))
     writer.close()
-    return made
+    return result
 
 
 @pytest.fixture
@@ -142,16 +142,16 @@ def test_traffic_of_a_clip_is_that_of_its_passes_and_of_the_optimiser() -> None:
     """Of one clip of T frames: a pass and its backward pass, in bfloat16, and AdamW in float32."""
     args = parse(OdeArgs, ["batch_size=2", "micro_batch=1", KEPT])
     once, prompt = pass_work(CONFIG, 384, 384), Network(args, CONFIG).prompt()
-    found = clip_work(args, CONFIG, (6, 16, 16, 16))
-    assert found.linear_bytes == 2 * 3 * (once.linear_bytes + prompt.linear_bytes)
-    assert found.attention_bytes == 2 * 3 * once.attention_bytes
+    actual = clip_work(args, CONFIG, (6, 16, 16, 16))
+    assert actual.linear_bytes == 2 * 3 * (once.linear_bytes + prompt.linear_bytes)
+    assert actual.attention_bytes == 2 * 3 * once.attention_bytes
     optimiser = update_cost.OPTIMISER_MOVES * 4 * update_cost.parameters(CONFIG)
     passes = once.elementwise_bytes * (1 + update_cost.BACKWARD_MOVES / 21)
-    assert found.elementwise_bytes == pytest.approx(2 * passes + optimiser)
+    assert actual.elementwise_bytes == pytest.approx(2 * passes + optimiser)
     copied = clip_work(args, CONFIG, (6, 16, 16, 16), copies=3)
     assert copied.elementwise_bytes == pytest.approx(2 * passes + 3 * optimiser)
     args.dtype = "float32"
-    assert clip_work(args, CONFIG, (6, 16, 16, 16)).attention_bytes == 2 * found.attention_bytes
+    assert clip_work(args, CONFIG, (6, 16, 16, 16)).attention_bytes == 2 * actual.attention_bytes
 
 
 def test_weights_are_read_once_by_all_clips_of_a_part() -> None:
@@ -205,8 +205,8 @@ def test_a_run_logs_what_share_of_the_limit_it_reached(
         groups = [value for name, value in row.items() if name.startswith("time_by_group/")]
         assert len(groups) == 4
         assert sum(groups) == pytest.approx(1)
-    taken = [row["share_of_limit"] * row["seconds"] for row in (both, critic)]
-    assert taken[0] > 1.5 * taken[1], "the second step has no update of the student"
+    durations = [row["share_of_limit"] * row["seconds"] for row in (both, critic)]
+    assert durations[0] > 1.5 * durations[1], "the second step has no update of the student"
     bar = capfd.readouterr().err
     assert "share_of_limit=" in bar
     assert "time_by_group" not in bar
