@@ -218,12 +218,13 @@ class Run:
         seconds = [watch.seconds("start") + first, *later]
         roofline = {} if meter is None else {"roofline": {**meter.predicted(), **meter.reached(seconds)}}
         # All prompts were encoded together before the first video; each batch bears its share.
-        seconds[0] += self.watch.seconds("encoding") / len(plan.batches)
+        share_of_encoding = self.watch.seconds("encoding") / len(plan.batches)
+        seconds[0] += share_of_encoding
         measurements = {
             **_speed(seconds, plan.extent.generated_frames * len(batch.outs)),
             "seconds_loading": self.watch.seconds("loading"),
             "seconds_writing": watch.seconds("writing"),
-            "written_fps": plan.extent.generated_frames * len(batch.outs) / seconds_in_all,
+            "written_fps": plan.extent.generated_frames * len(batch.outs) / (seconds_in_all + share_of_encoding),
         }
         return [
             {"out": str(out), "sheet": str(sheet) if sheet else None, **settings, **measurements, **roofline}

@@ -82,6 +82,7 @@ def test_prompt_becomes_a_video(options: list[str], tmp_path: Path, capsys: pyte
     assert (measured["causal"]["window"], measured["steps"]["steps"]) == (6, [1000.0, 500.0])
     assert min(measured[name] for name in ("seconds_to_first_frame", "seconds_per_chunk", "generated_fps")) > 0
     assert "decoding" in measured["generated_fps_includes"]
+    assert 0 < measured["written_fps"] <= measured["generated_fps"], "with the file it is no faster"
     assert "2/2" in captured.err, "the progress bar counts chunks"
     actual = read_metadata(tmp_path / "a.mp4")
     assert actual["comment"] == PROMPT
