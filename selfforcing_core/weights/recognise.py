@@ -40,14 +40,7 @@ class Recognition:
         return self.presets[0] if len(self.presets) == 1 and self.by != "names and shapes" else None
 
 
-def recognise(
-    shapes: Shapes,
-    path: str | Path,
-    header: Mapping[str, str] | None = None,
-    *,
-    presets: Mapping[str, Preset] = PRESETS,
-    fingerprints: Mapping[str, str] = FINGERPRINTS,
-) -> Recognition:
+def recognise(shapes: Shapes, path: str | Path, header: Mapping[str, str] | None = None) -> Recognition:
     """Return which releases a file may be.
 
     shapes: of everything in the file under its own names, containers before them ("generator.model.head.head.bias").
@@ -56,18 +49,18 @@ def recognise(
     """
     name = read_entries(header or {}).get(PRESET_ENTRY)
     if name is not None:
-        return Recognition((presets.get(name) or find_preset(str(name)),), "header")
+        return Recognition((find_preset(str(name)),), "header")
     network = _network(shapes)
-    fitting = [preset for preset in presets.values() if _may_be(preset, network)]
+    fitting = [preset for preset in PRESETS.values() if _may_be(preset, network)]
     if not fitting:
         return Recognition(())
     named = _named(fitting, PurePath(path))
     candidates = _as_released(named, shapes) if named else fitting
     if named and len(candidates) == 1:
         return Recognition(tuple(candidates), "file name")
-    known = fingerprints.get(fingerprint(path) or "") if fingerprints else None
+    known = FINGERPRINTS.get(fingerprint(path) or "") if FINGERPRINTS else None
     if known is not None:
-        return Recognition((presets.get(known) or find_preset(known),), "fingerprint")
+        return Recognition((find_preset(known),), "fingerprint")
     return Recognition(tuple(candidates), "file name" if named else "names and shapes")
 
 

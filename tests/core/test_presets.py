@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from selfforcing_core.config import NETWORK_SIZES, CausalConfig, StepConfig
 from selfforcing_core.policy import RECACHE, RECACHE_SINK, CachePolicy, cache_policy
 from selfforcing_core.schedule import FlowSchedule
+from selfforcing_core.weights import recognise as recognise_module
 from selfforcing_core.weights.checkpoint_header import HEADER_KEY
 from selfforcing_core.weights.download import RELEASES
 from selfforcing_core.weights.latent_space import LATENT_SPACES
@@ -292,9 +293,18 @@ def shapes_of(fake: fakes.Fake) -> dict[str, tuple[int, ...]]:
     return fakes.key_shapes(fake.files[name])
 
 
-def candidates(name: str, path: str, **options: object) -> tuple[list[str], str | None]:
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, Preset]:
+    """The presets as if the fakes were the releases."""
+    presets = fakes.tiny_presets()
+    for name, preset in presets.items():
+        monkeypatch.setitem(PRESETS, name, preset)
+    return presets
+
+
+def candidates(name: str, path: str) -> tuple[list[str], str | None]:
     """Return the names that a fake of the real sizes is recognised as below that path, and by what."""
-    actual = recognise(shapes_of(make_fake(name, is_real_size=True)), path, **options)  # type: ignore[arg-type]
+    actual = recognise(shapes_of(make_fake(name, is_real_size=True)), path)
     return [preset.name for preset in actual.presets], actual.by
 
 
@@ -308,11 +318,12 @@ def test_a_header_says_what_a_file_is_whatever_it_is_called() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in fakes.RELEASES if PRESETS[name].files])
+@pytest.mark.usefixtures("tiny")
 def test_a_release_where_the_hub_puts_it_is_recognised(name: str) -> None:
     fake, preset = make_fake(name), PRESETS[name]
     file = fake.path or next(file for file in fake.files if file.endswith(".safetensors"))
     repository = (preset.repository or "of/unknown").split("/")[1]
-    recognition = recognise(shapes_of(fake), f"models/{repository}/{file}", presets=fakes.tiny_presets())
+    recognition = recognise(shapes_of(fake), f"models/{repository}/{file}")
     # Two configurations of one file cannot be told apart by anything in it.
     same_files = {other.name for other in PRESETS.values() if other.files == preset.files}
     if preset.name.startswith(("causalwan", "sfwan")):
@@ -374,27 +385,28 @@ def test_the_only_release_of_these_shapes_is_no_certainty() -> None:
     assert recognition.preset is None, "the undistilled network has the same"
 
 
-def test_a_lora_and_a_file_with_one_belong_to_releases_that_have_one() -> None:
-    tiny = fakes.tiny_presets()
+def test_a_lora_and_a_file_with_one_belong_to_releases_that_have_one(tiny: dict[str, Preset]) -> None:
     lora = fakes.key_shapes(make_fake("longlive").files["models/lora.pt"])
-    names = [preset.name for preset in recognise(lora, "models/lora.pt", presets=tiny).presets]
+    names = [preset.name for preset in recognise(lora, "models/lora.pt").presets]
     assert {"longlive", "longlive-interactive", "memflow"} <= set(names)
     assert all(PRESETS[name].lora for name in names)
-    assert recognise(lora, "MemFlow/lora.pt", presets=tiny).preset == tiny["memflow"]
+    assert recognise(lora, "MemFlow/lora.pt").preset == tiny["memflow"]
     one_file = shapes_of(make_fake("longlive-one-file"))
-    names = [preset.name for preset in recognise(one_file, "longlive.pt", presets=tiny).presets]
+    names = [preset.name for preset in recognise(one_file, "longlive.pt").presets]
     assert names == ["longlive", "longlive-interactive", "memflow"]
 
 
-def test_bytes_decide_where_names_do_not(tmp_path: Path) -> None:
+def test_bytes_decide_where_names_do_not(
+    tmp_path: Path, tiny: dict[str, Preset], monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake = make_fake("reward-forcing")
     path = tmp_path / "model.pt"
     fakes.write_fake(replace(fake, files={"model.pt": fake.files[fake.path]}, path="model.pt"), tmp_path)
-    tiny = fakes.tiny_presets()
-    assert recognise(shapes_of(fake), path, presets=tiny).by == "names and shapes"
+    assert recognise(shapes_of(fake), path).by == "names and shapes"
     name = fingerprint(path)
     assert name is not None
-    recognition = recognise(shapes_of(fake), path, presets=tiny, fingerprints={name: "reward-forcing"})
+    monkeypatch.setattr(recognise_module, "FINGERPRINTS", {name: "reward-forcing"})
+    recognition = recognise(shapes_of(fake), path)
     assert (recognition.preset, recognition.by) == (tiny["reward-forcing"], "fingerprint")
 
 
