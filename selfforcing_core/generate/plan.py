@@ -307,7 +307,7 @@ def _check_options(request: Request) -> None:
 def _check_files(request: Request, batches: Sequence[PromptBatch], fps: float) -> VideoFormat:
     """Return how the videos are encoded. Raises ValueError for files that cannot be written or not so."""
     if not batches:
-        raise ValueError("no prompt was given, so that there is nothing to generate; give --prompt or --prompts")
+        raise ValueError("no prompt was given, so that there is nothing to generate; write one")
     outs = [out for batch in batches for out in batch.outs]
     more = [path for path in (request.sheet, request.latents) if path is not None]
     if any(not batch.text.strip() for batch in batches):

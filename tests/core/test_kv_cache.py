@@ -180,9 +180,9 @@ def test_a_chunk_sees_the_same_by_segments_whole_and_with_gradient(
 
 
 @pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, *EIGHT_BITS])
-@pytest.mark.parametrize("held", [torch.float32, *EIGHT_BITS])
-def test_a_state_goes_into_a_cache_of_another_type(saved: torch.dtype, state: torch.dtype) -> None:
-    cache, other = make_cache(5, 1, dtype=saved), make_cache(5, 1, dtype=state)
+@pytest.mark.parametrize("own", [torch.float32, *EIGHT_BITS])
+def test_a_state_goes_into_a_cache_of_another_type(saved: torch.dtype, own: torch.dtype) -> None:
+    cache, other = make_cache(5, 1, dtype=saved), make_cache(5, 1, dtype=own)
     with torch.no_grad():
         for start in (0, 2, 4, 6):  # past an eviction
             cache.stage(start, 2)
@@ -191,7 +191,7 @@ def test_a_state_goes_into_a_cache_of_another_type(saved: torch.dtype, state: to
         other.restore(cache.snapshot())
     assert other.frames() == cache.frames()
     for actual, expected in zip(ordered(other, 1), ordered(cache, 1)):
-        if saved == state:
+        if saved == own:
             assert torch.equal(actual, expected)
         else:
             assert (actual.float() - expected.float()).norm() < 0.04 * expected.float().norm()
