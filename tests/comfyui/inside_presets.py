@@ -45,7 +45,7 @@ def released_files_run_by_their_presets() -> dict[str, Any]:
     show, evaluate = page.show_text, causal_pass.CausalPass.evaluate
 
     def logged(self: Any, native: Any, x: Any, t: Any, *rest: Any) -> Any:
-        timestep = t if self.timestep_B is None else self.timestep_B
+        timestep = t if self.timesteps_BT is None else self.timesteps_BT
         calls.append((round(float(timestep.flatten()[0]), 1), self.start_frame, self.start_frame + x.shape[2]))
         return evaluate(self, native, x, t, *rest)
 
