@@ -6,6 +6,8 @@ into tokens of 2 x 2 positions. At 832 x 480, 81 frames are 21 latent frames of 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 SPATIAL_FACTOR = 8  # pixels per latent position, height and width (Wan 2.1 VAE, TAEHV)
@@ -34,6 +36,11 @@ def covered_latents(num_pixel_frames: int) -> int:
     """Return how many latent frames a video of any length fills: 33 -> 9, 36 -> 9, 0 -> 0."""
     # floor division takes 0 frames to -1, so that they give 0
     return (num_pixel_frames - 1) // TEMPORAL_FACTOR + 1
+
+
+def chunk_starts(lengths: Sequence[int]) -> list[int]:
+    """Return the first frame of each chunk, of the lengths of all."""
+    return list(itertools.accumulate(lengths[:-1], initial=0)) if lengths else []
 
 
 def chunk_lengths(num_frames: int, chunk: int, *, independent_first_frame: bool = False) -> tuple[int, ...]:
@@ -132,5 +139,4 @@ class VideoGeometry:
     @property
     def chunk_starts(self) -> tuple[int, ...]:
         """First latent frame of each chunk."""
-        lengths = self.chunk_lengths
-        return tuple(sum(lengths[:index]) for index in range(len(lengths)))
+        return tuple(chunk_starts(self.chunk_lengths))

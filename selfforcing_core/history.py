@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .conditioning import Conditioning
 from .config import CausalConfig
+from .geometry import chunk_starts
 from .guided import Guided
 from .policy import CUT, FLUSH, HISTORIES, RECACHE, RECACHE_SINK, RECODE, cache_policy
 from .snapshot import Snapshot
@@ -104,7 +105,7 @@ class History:
         if not self.is_known or (self.prompt_at is None and not self.policy.recomputes):
             return
         assert snapshot.video_BTCHW is not None
-        starts = [sum(lengths[:index]) for index in range(len(lengths))]
+        starts = chunk_starts(lengths)
         for start, chunk in zip(starts, snapshot.video_BTCHW.split(lengths, 1)):
             # as the clean pass wrote them, which is why a cache of noisy chunks (last_step) is not known
             self.add(start, chunk.to(self.guided.device), self.causal.context_noise)

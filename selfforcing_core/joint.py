@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .config import CausalConfig, StepConfig
-from .geometry import chunk_lengths
+from .geometry import chunk_lengths, chunk_starts
 from .guided import Guided
 from .noise import NoiseSource
 from .policy import cache_policy
@@ -108,7 +108,7 @@ class JointWindow:
     ) -> None:
         self.guided, self.schedule, self.solver, self.noise = guided, schedule, solver, noise
         self.frame_shape = frame_shape  # C, H, W
-        self.lengths = {sum(lengths[:index]): length for index, length in enumerate(lengths)}  # by first frame
+        self.lengths = dict(zip(chunk_starts(lengths), lengths))  # by first frame
         self.chunks: list[_OnTheWay] = []
         self.start_frame = 0  # of the oldest
         self.next_frame = 0  # of the chunk that comes in next

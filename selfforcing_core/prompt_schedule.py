@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from .geometry import TEMPORAL_FACTOR, pixel_frames
+from .geometry import TEMPORAL_FACTOR, chunk_starts, pixel_frames
 from .policy import HISTORIES
 
 OWN_SEED = -1  # of an entry that goes back to the seed of the run
@@ -202,7 +202,7 @@ def start_frames(entries: Sequence[TimedPrompt], lengths: Sequence[int], fps: fl
 
     Raises ValueError for a moment behind the video's end, and for two that lie in the same chunk.
     """
-    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    starts = chunk_starts(lengths)
     entry_starts: list[int] = []
     for entry in entries:
         frame = int(entry.seconds * fps)

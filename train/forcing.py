@@ -15,7 +15,7 @@ from torch import Tensor
 
 from selfforcing_core.conditioning import Conditioning
 from selfforcing_core.config import CausalConfig
-from selfforcing_core.geometry import chunk_lengths
+from selfforcing_core.geometry import chunk_lengths, chunk_starts
 from selfforcing_core.masks import block_causal_frames, teacher_forcing_frames
 from selfforcing_core.schedule import TIMESTEPS, add_noise, sigma_table, training_weights, x0_from_flow
 from train.args import ClipArgs
@@ -32,7 +32,7 @@ def per_chunk(values_BT: Tensor, causal: CausalConfig) -> Tensor:
     """Give every frame the value of its chunk's first frame."""
     # The frames of a chunk are denoised together, so they share a level, as they will when the network samples.
     lengths = _lengths(values_BT.shape[1], causal)
-    starts = torch.tensor([sum(lengths[:index]) for index in range(len(lengths))])
+    starts = torch.tensor(chunk_starts(lengths))
     frames = torch.repeat_interleave(starts, torch.tensor(lengths), output_size=sum(lengths))
     return values_BT[:, frames.to(values_BT.device)]
 

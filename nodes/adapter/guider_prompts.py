@@ -17,6 +17,7 @@ import comfy.conds
 from ...selfforcing_core.blending import Blending, blend_embeds, history_on_the_way
 from ...selfforcing_core.conditioning import Conditioning
 from ...selfforcing_core.config import WanConfig
+from ...selfforcing_core.geometry import chunk_starts
 from ...selfforcing_core.history import PromptChange
 from ...selfforcing_core.policy import KEEP, RECACHE, RECACHE_SINK, RECODE, CachePolicy
 from ...selfforcing_core.prompt_schedule import TimedPrompt, Transition, start_frames
@@ -317,10 +318,10 @@ class GuiderTimeline:
         self.resumed_at = resumed_at
         self.rewritten = 0, KEEP  # the chunk before which the history was last changed, and how
         self.at_frame = dict(zip(starts[1:], later))
-        chunk_starts = [sum(lengths[:index]) for index in range(len(lengths))]
+        begins = chunk_starts(lengths)
         first = network.guider.conds.get("positive", [])
         self.blending: Blending[list[GuiderConditioning]] = Blending(
-            first, chunk_starts, _blend_prompts, on_the_way=history_on_the_way(policy)
+            first, begins, _blend_prompts, on_the_way=history_on_the_way(policy)
         )
         self.policy = policy
         counts = {len(conditionings) for conditionings in (first, *(each for _, each in later))}
@@ -328,7 +329,7 @@ class GuiderTimeline:
             self._check_start(start, is_past_fixed=frame >= fixed_frames > 0, is_paired=len(counts) == 1)
         if resumed_at:
             # The state's last chunk may not be in the cache yet, and is written under the prompt it was made with.
-            step = self._scheduled(max(start for start in chunk_starts if start < resumed_at))
+            step = self._scheduled(max(start for start in begins if start < resumed_at))
             if step is not None:
                 network.guider.conds["positive"] = step[0]
 

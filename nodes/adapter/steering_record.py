@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ...selfforcing_core.geometry import pixel_frames
+from ...selfforcing_core.geometry import chunk_starts, pixel_frames
 from ...selfforcing_core.prompt_schedule import OWN_SEED, TimedPrompt, Transition, moment_of, schedule_text, seed_at
 from .guider_prompts import Timeline
 
@@ -21,7 +21,7 @@ class SteeringRecord:
 
     def __init__(self, timeline: Timeline, lengths: Sequence[int], fps: float) -> None:
         self.timeline, self.fps = timeline, fps
-        self.starts = [sum(lengths[:index]) for index in range(len(lengths))]
+        self.starts = chunk_starts(lengths)
         self.prompts = dict(timeline.prompts)  # later ones, and how they begin, by their first chunk
         # A seed is kept for each chunk and not from a chunk on: re-rolling one leaves those behind it as they are.
         self.seeds: dict[int, int] = {}  # by hand: of every chunk that had one

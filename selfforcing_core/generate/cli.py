@@ -292,13 +292,15 @@ def _inspect(options: argparse.Namespace) -> None:
     from ..weights.checkpoint import inspect_checkpoint
     from ..weights.checkpoint_header import LORA
     from ..weights.pipeline_folder import inspect_pipeline
-    from ..weights.preset_settings import inspect_preset
+    from ..weights.preset_settings import check_lora_choice, inspect_preset
 
     path = resolve_model(options.file)
     summary = inspect_checkpoint(path, loras=options.lora)
     if summary["kind"] != LORA:
         summary["folder"] = inspect_pipeline(path)
         summary["preset"] = inspect_preset(path, options.preset, loras=options.lora)
+    else:
+        check_lora_choice(path, options.preset)
     print_result(json.dumps(summary, indent=2))
 
 

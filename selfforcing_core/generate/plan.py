@@ -27,6 +27,7 @@ from ..geometry import (
     SPATIAL_FACTOR,
     TEMPORAL_FACTOR,
     VideoGeometry,
+    chunk_starts,
     covered_latents,
     latent_frames,
     pixel_frames,
@@ -342,7 +343,7 @@ def _timeline(request: Request, text: str, lengths: Sequence[int], fps: float, p
         if entry.prompt  # one without goes on with the prompt before
     }
     for start, (prompt, transition) in later.items():
-        chunks_left = sum(sum(lengths[:index]) >= start for index in range(len(lengths)))
+        chunks_left = sum(begin >= start for begin in chunk_starts(lengths))
         if transition.blend > chunks_left:
             log.warning(
                 "the prompt %a is blended in over %d chunks, but the video ends after %d of them; it is not reached",

@@ -33,7 +33,7 @@ from ..codecs.video import to_integers
 from ..codecs.wan_vae import StreamingWanDecoder, WanVAE, load_wan_vae
 from ..conditioning import Conditioning
 from ..experts import Experts, TakingTurns
-from ..geometry import TEMPORAL_FACTOR
+from ..geometry import TEMPORAL_FACTOR, chunk_starts
 from ..guided import Guided
 from ..history import PromptChange
 from ..noise import ScheduledNoise, SeededNoise
@@ -329,7 +329,7 @@ def _changes(
     """Return what changes by the first latent frame of each chunk that does not go on with the prompt before."""
     if not timeline.later:
         return {}
-    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    starts = chunk_starts(lengths)
     first, on_the_way = conditionings[timeline.prompts[0]], history_on_the_way(policy)
     blending = Blending(first, starts, blend_conditionings, on_the_way=on_the_way)
     changes: dict[int, PromptChange] = {}

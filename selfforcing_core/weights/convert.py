@@ -25,7 +25,7 @@ from .checkpoint_header import COMFYUI_KEY, HEADER_KEY, file_header, lora_header
 from .keymap import DIALECTS, DIFFUSERS, EMA_CONTAINERS, RAW_CONTAINERS, from_wan
 from .latent_space import LATENT_SPACES
 from .lora_files import comfyui_lora, is_lora, read_lora
-from .preset_settings import PresetReading, read_to_copy
+from .preset_settings import PresetReading, check_lora_choice, read_to_copy
 from .presets import PRESETS
 from .scaled import ScaledWeights
 
@@ -71,6 +71,7 @@ def convert(
     _check_place(out, kind, overwrite)  # before gigabytes are read
     path = resolve_model(source)
     if is_lora(path):
+        check_lora_choice(path, preset)
         return _convert_lora(path, out, dtype, is_plain=kind == "safetensors" and not loras, overwrite=overwrite)
     reading = read_to_copy(path, preset, weights=weights, loras=loras)
     checkpoint, notes = reading.checkpoint, list(reading.notes)

@@ -139,12 +139,24 @@ def with_folder(
     return replace(reading, checkpoint=replace(checkpoint, steps=steps))
 
 
+def check_lora_choice(path: Path, choice: str) -> None:
+    """Raise ValueError where a preset is named for a file that is a LoRA."""
+    if choice not in (AUTO, NONE):
+        raise ValueError(f"{path} is a LoRA, and preset {choice!r} is of a video model; leave it out")
+
+
 def choose_preset(checkpoint: Checkpoint, path: Path, choice: str = AUTO) -> Recognition:
-    """Return the preset of that name, by "name"; none for "none"; for "auto" those that the file may be."""
+    """Return the preset of that name, by "name"; none for "none"; for "auto" those that the file may be.
+
+    Raises ValueError for a name that there is not, and for one of a file that is no video model.
+    """
+    named = None if choice in (AUTO, NONE) else find_preset(choice)
+    if named is not None and checkpoint.kind != "wan":
+        raise ValueError(f"{path} is a {checkpoint.kind}, and preset {choice!r} is of a video model; leave it out")
     if checkpoint.kind != "wan" or choice == NONE:
         return Recognition(())
-    if choice != AUTO:
-        return Recognition((find_preset(choice),), "name")
+    if named is not None:
+        return Recognition((named,), "name")
     try:
         return _by_folder(recognise(checkpoint.key_shapes, path, checkpoint.metadata), read_pipeline(path))
     except ValueError as error:  # a header that names a preset of a later version

@@ -162,23 +162,33 @@ def _containers_of(key: str) -> Iterator[str]:
 
 
 # -------------------------------------------------------------- file names --
+NAME_AND_REPOSITORY = 2  # how far a file's name alone agrees in its repository; its folders there agree further
+
+
 def _named(presets: list[Preset], path: PurePath) -> list[Preset]:
     """Return the releases that the path names best, with folders where they lie in them; none where it names none."""
     agreements = [_agreement(preset, path) for preset in presets]
+    for index, preset in enumerate(presets):
+        if not preset.files and preset.repository:  # its name was not read: it may be that of another one there
+            siblings = [each for each, other in zip(agreements, presets) if other.repository == preset.repository]
+            agreements[index] = min(max(siblings), NAME_AND_REPOSITORY)
     best = max(agreements, default=0)
     return [preset for preset, agreement in zip(presets, agreements) if agreement == best > 0]
 
 
 def _agreement(preset: Preset, path: PurePath) -> int:
-    """Return how many parts at the end of a path are those of a file of the release, its repository as one more."""
+    """Return how many parts at the end of a path are those of a file of the release, its repository as one more.
+
+    The repository alone is no agreement: cloned code has its name too, with other networks in it.
+    """
     repository = (preset.repository or "").rpartition("/")[2].lower()
     in_repository = bool(repository) and repository in (part.lower() for part in path.parts)
-    best = 0 if preset.files else int(in_repository)  # a file whose name was not read may be any of its repository
+    best = 0
     for file in (*preset.files, *preset.partner_files):
         equal = _equal_ends(PurePath(file), path)
         if in_repository or any(part not in COMMON_NAMES for part in equal):
             best = max(best, len(equal))
-    return best + in_repository
+    return best + in_repository if best else 0
 
 
 def _equal_ends(pattern: PurePath, path: PurePath) -> list[str]:

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -26,7 +27,7 @@ from selfforcing_core.kv_cache import KVCache
 from selfforcing_core.memory import AVERAGE
 from selfforcing_core.model import CausalWan
 from selfforcing_core.weights import preset_settings
-from selfforcing_core.weights.bundles import bundle_path, resolve_model
+from selfforcing_core.weights.bundles import bundle_path, resolve_model, resolve_taehv
 from selfforcing_core.weights.checkpoint import read_checkpoint, save_checkpoint
 from selfforcing_core.weights.convert import convert
 from selfforcing_core.weights.preset_settings import obstacle, partner_path, read_with_preset, unable
@@ -782,3 +783,20 @@ def test_of_two_versions_the_partner_is_that_of_the_same_version(tmp_path: Path)
     nameless = names["high", ""].rename(tmp_path / "wan2.2_high_noise_4step.safetensors")
     with pytest.raises(ValueError, match="several files may belong to it"):
         partner_path(preset, nameless, preset.twin.file)
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert"])
+@pytest.mark.parametrize("kind", ["taehv", "LoRA"])
+def test_a_preset_of_what_is_no_video_model_is_refused(
+    kind: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would be dropped without a word; the copy is not written either."""
+    file = tmp_path / "file.safetensors"
+    if kind == "LoRA":
+        save_file(fakes.make_fake("longlive").files["models/lora.pt"]["generator_lora"], file)
+    else:
+        shutil.copyfile(resolve_taehv("tiny"), file)
+    copy = tmp_path / "copy.safetensors"
+    assert main([command, str(file), *([str(copy)] if command == "convert" else []), "--preset", "krea"]) == 2
+    assert f"is a {kind}, and preset 'krea' is of a video model; leave it out" in capsys.readouterr().err
+    assert not copy.exists()

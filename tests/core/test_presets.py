@@ -371,6 +371,23 @@ def test_files_are_recognised_by_name_and_shapes(name: str, path: str, expected:
     assert candidates(name, path) == (expected, by)
 
 
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("self-forcing-dmd", "RollingForcing/wan_models/Wan2.1-T2V-1.3B/diffusion_pytorch_model.safetensors"),
+        ("self-forcing-dmd", "Infinite-Forcing/my_finetune.safetensors"),
+        ("self-forcing-dmd", "StreamDiffusionV2/sdv2_v2v.pt"),
+        ("self-forcing-dmd", "MemFlow/base.safetensors"),
+        ("causvid", "CausVid/causvid_3step.pt"),
+    ],
+)
+def test_a_repositorys_folder_alone_names_no_release(name: str, path: str) -> None:
+    """Cloned code is called so too, and holds other networks."""
+    names, by = candidates(name, path)
+    assert by == "names and shapes"
+    assert len(names) > 1
+
+
 def test_a_file_of_a_common_size_and_name_may_be_any_and_is_asked_about() -> None:
     names, by = candidates("causvid", "model.pt")
     assert by == "names and shapes"

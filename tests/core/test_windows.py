@@ -185,7 +185,7 @@ def test_frame_numbers_do_not_matter(name: str) -> None:
         x, place = torch.randn(1, 2, *FRAME, generator=generator), cache.end_frame
         writes = not POLICIES[name].is_joint
         flows.append(MODEL(x, torch.ones(1, 2), embeds, cache=cache, start_frame=place, writes=writes))
-    torch.testing.assert_close(flows[0], flows[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(flows[0], flows[1], atol=1e-6, rtol=0)
 
 
 # ------------------------------------------------------------------ joint windows --
