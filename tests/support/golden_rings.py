@@ -61,7 +61,8 @@ class Watched:
         cache = kwargs["cache"]
         slots = range(cache._num_visible() // cache.tokens_per_frame)
         place = {(cache.slot_positions[slot] - cache.position, cache.slot_frames[slot]) for slot in slots}
-        self.calls.append({"timestep": timesteps, "flow": flow, "seen": place})
+        frames = list(range(kwargs["start_frame"], kwargs["start_frame"] + x.shape[1]))
+        self.calls.append({"timestep": timesteps, "flow": flow, "seen": place, "frames": frames})
         return flow
 
 
@@ -109,9 +110,14 @@ def _check_reading(fixture: Fixture, policy: str, main: str) -> None:
     fixture.check(main, latents)
     assert len(model.calls) == len(meta["calls"]), "another number of network calls"
     for name, call in zip(meta["calls"], model.calls):
-        if name.endswith("recache"):
-            continue  # its first frames are computed for nobody, so ours has fewer
+        recorded = fixture[f"{name}.frames"].tolist()
+        if name.endswith("recache") and call["frames"] != recorded:
+            # What was evicted is computed there for nobody: ours has the last of these frames.
+            assert call["frames"] == recorded[-len(call["frames"]) :], f"{name} writes other frames"
+            continue
+        assert call["frames"] == recorded, f"{name} is of other frames"
         if main == "latents":
+            fixture.check(f"{name}.timestep", call["timestep"], atol=1e-3)
             fixture.check(f"{name}.flow", call["flow"])
             assert call["seen"] == _seen(fixture, name), f"{name} sees other frames"
 
