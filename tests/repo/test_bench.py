@@ -164,3 +164,16 @@ def test_every_policy_is_measured_in_a_size_that_it_takes(tmp_path: Path) -> Non
     contact_sheet(videos, tmp_path / "sheet.webp")
     assert (tmp_path / "sheet.webp").stat().st_size < 10**6
     assert all(sizes_for(name).policy == name for name in POLICIES)
+
+
+def test_the_table_of_policies_has_the_costs_that_were_counted() -> None:
+    page = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
+    counted = page[page.index("<!-- costs: begin -->") : page.index("<!-- costs: end -->")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in counted.split("\n") if line.startswith("| `")
+    ]
+    assert [row[0] for row in rows] == [f"`{name}`" for name in POLICIES]
+    table = page[: page.index("<!-- costs: begin -->")]
+    for name, _, counted_passes, _, gigabytes, own in rows:
+        (line,) = [line for line in table.split("\n") if line.startswith(f"| {name} |")]
+        assert f"| {counted_passes}; {gigabytes} ({own}) |" in line
