@@ -194,8 +194,8 @@ def _filled(
 def _give_back_freed_memory() -> None:
     """Let the C library return what was freed to the system, where it can (glibc).
 
-    What weights pass through on their way lies between those that stay, where glibc keeps it: with a LoRA, a third of
-    the network's size.
+    What weights pass through on their way lies between those that stay, where glibc keeps it: with a LoRA, two fifths
+    of the network's size.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
